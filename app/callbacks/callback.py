@@ -1,0 +1,94 @@
+"""The five events of a run, and those who hear of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.config.schema import Goal
+from app.history import History
+from app.records import StageResult
+
+
+@dataclass(frozen=True)
+class StageStart:
+    """A stage begins, of so many batches and samples."""
+
+    stage: str
+    epoch: int
+    num_batches: int
+    num_samples: int
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch of training is over.
+
+    Attributes:
+        epoch: Counted from 1.
+        history: All rows so far.
+        goal: What best means.
+        epochs_left: At most.
+        valid_every: Epochs from one validation to the next.
+        elapsed: Seconds since the start of training.
+    """
+
+    epoch: int
+    history: History
+    goal: Goal
+    epochs_left: int
+    valid_every: int
+    elapsed: float
+
+
+class Callback:
+    """Does nothing at each event; subclasses answer those they want.
+
+    They run in rank 0 alone. A constructor that takes `folder` is given the run's folder.
+    """
+
+    def on_stage_start(self, start: StageStart) -> None:
+        """A stage begins."""
+
+    def on_step_end(self, num_samples: int) -> None:
+        """A batch of so many samples has been given to the device."""
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:
+        """A stage is over; its row is the last of the history."""
+
+    def on_epoch_end(self, end: EpochEnd) -> None:
+        """An epoch is over, validated where that was due."""
+
+    def on_run_end(self, history: History) -> None:
+        """Nothing more will come, be it that all went well or not."""
+
+
+class Callbacks(Callback):
+    """Several as one.
+
+    Args:
+        callbacks: Told in this order.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self.callbacks = list(callbacks)
+
+    def on_stage_start(self, start: StageStart) -> None:
+        for callback in self.callbacks:
+            callback.on_stage_start(start)
+
+    def on_step_end(self, num_samples: int) -> None:
+        for callback in self.callbacks:
+            callback.on_step_end(num_samples)
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:
+        for callback in self.callbacks:
+            callback.on_stage_end(result, history)
+
+    def on_epoch_end(self, end: EpochEnd) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_end(end)
+
+    def on_run_end(self, history: History) -> None:
+        for callback in self.callbacks:
+            callback.on_run_end(history)

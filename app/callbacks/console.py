@@ -1,0 +1,56 @@
+"""The table after each epoch, the times, the best so far."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+
+import pandas as pd
+
+from app.callbacks.callback import Callback, EpochEnd
+from app.callbacks.tables import summary_table
+from app.history import History, best, seconds_left, waited
+from app.records import StageResult
+
+log = logging.getLogger(__name__)
+
+
+class Console(Callback):
+    """Says in the log what each epoch came to."""
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:
+        if result.stage == "test":
+            log.info("%s", _table(history[-1:]))
+
+    def on_epoch_end(self, end: EpochEnd) -> None:
+        rows = [row for row in end.history if row["epoch"] == end.epoch]
+        log.info("%s", _table(rows))
+        left = seconds_left(end.history, end.epochs_left, end.valid_every)
+        log.info(
+            "elapsed %s, remaining %s, expected end %s",
+            _clock(end.elapsed),
+            _clock(left),
+            (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M:%S"),
+        )
+        found = best(end.history, end.goal)
+        if found is None:
+            log.info("best %s: none yet", end.goal.metric)
+            return
+        log.info(
+            "best %s %.6g in epoch %d%s", end.goal.metric, found.value, found.epoch, _patience(end)
+        )
+
+
+def _patience(end: EpochEnd) -> str:
+    if end.goal.patience is None:
+        return ""
+    return f", early stop {waited(end.history, end.goal)} of {end.goal.patience}"
+
+
+def _table(rows: History) -> str:
+    table: pd.DataFrame = summary_table(rows).dropna(axis="columns", how="all")
+    return table.to_string(index=False, float_format=lambda x: f"{x:.5g}", na_rep="")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

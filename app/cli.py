@@ -1,0 +1,160 @@
+"""The command line: compose, check, freeze, launch, return the objective."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from app.config import resolvers
+from app.config.check import checked
+from app.config.compose import CONF, CONFIG_NAME, compositions, parse_overrides
+from app.config.errors import ConfigError, Mistake, UserError
+from app.config.freeze import freeze, over_saved, typed_trust
+from app.config.schema import Config
+from app.config.targets import trusted_by_environment
+from app.files import write_text
+from app.launch.inline import launch_inline
+
+log = logging.getLogger(__name__)
+MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
+
+
+def main() -> None:
+    """The console script `app`, and `python -m app`."""
+    resolvers.register()
+    args = get_args_parser().parse_args()
+    if is_a_run(args):
+        try:
+            preflight(args)
+        except UserError as error:
+            _leave(str(error), MISTAKE)
+    try:
+        hydra_main()
+    except UserError as error:
+        _leave(str(error), FAILURE)
+    except KeyboardInterrupt:
+        _leave("interrupted", INTERRUPTED)
+
+
+def is_a_run(args: argparse.Namespace) -> bool:
+    """Whether jobs are to run; not so for help, completion and printed configurations."""
+    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    return not shows and args.experimental_rerun is None
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    sys.exit(code)
+
+
+def preflight(args: argparse.Namespace) -> None:
+    """Looks for mistakes in every job before the first starts and before any file is written.
+
+    Raises:
+        UserError: All that was found.
+    """
+    mode = None
+    mistakes: list[Mistake] = []
+    for composed in compositions(args):
+        try:
+            config, _, _, _ = configuration(composed)
+            mode = config.mode
+            if mode != "check":
+                _check_folder(composed, args.multirun)
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(mistakes)
+    if mode == "check":
+        sys.stdout.write("no mistake in the configuration\n")
+        sys.exit(0)
+
+
+def configuration(composed: DictConfig) -> tuple[Config, dict[str, Any], list[str], list[str]]:
+    """The configuration of a job, checked.
+
+    Args:
+        composed: By Hydra, its own node included.
+
+    Returns:
+        It, typed and plain; what the user trusts; how it differs from that of the tested run.
+
+    Raises:
+        UserError: All that is wrong with it.
+    """
+    overrides = parse_overrides(OmegaConf.to_container(composed.hydra.overrides.task))  # type: ignore[arg-type]
+    trusted = [*typed_trust(overrides), *trusted_by_environment()]
+    if trusted and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    plain = freeze(composed)
+    _check_trust(plain, overrides)
+    differences: list[str] = []
+    if plain.get("mode") in ("test", "valid") and isinstance(plain.get("ckpt"), str):
+        plain, differences = over_saved(_saved_config(plain["ckpt"]), plain, overrides)
+    return checked(plain, trusted), plain, trusted, differences
+
+
+def _check_trust(plain: dict[str, Any], overrides: Sequence[Override]) -> None:
+    if plain.get("trusted_targets") and not typed_trust(overrides):
+        problem = f"={plain['trusted_targets']!r} may be given on the command line only"
+        raise ConfigError([Mistake("trusted_targets", problem)])
+
+
+def _saved_config(ckpt: str) -> dict[str, Any]:
+    if not Path(ckpt).exists():
+        raise ConfigError([Mistake("ckpt", f"={ckpt!r} does not exist")])
+    from app.checkpoint import load_checkpoint
+
+    return load_checkpoint(Path(ckpt)).config
+
+
+def _check_folder(composed: DictConfig, multirun: bool) -> None:
+    """The run folder can be made, and is not that of another run."""
+    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
+    folder = Path(str(OmegaConf.select(composed, key))).absolute()
+    if (folder / "status.json").exists():
+        raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir() or not _is_writable(nearest):
+        reason = f"{str(nearest)!r} is no folder that can be written to"
+        raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
+
+
+def _is_writable(folder: Path) -> bool:
+    import os
+
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)
+def hydra_main(composed: DictConfig) -> float | None:
+    """One job."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
+    assert isinstance(with_hydra, DictConfig)
+    try:
+        config, plain, trusted, differences = configuration(with_hydra)
+        write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
+        for difference in differences:
+            log.info("differs from the tested run: %s", difference)
+        return launch_inline(config, plain, trusted, folder)
+    except UserError as error:
+        log.error("%s", error)
+        sys.exit(FAILURE)
+    except KeyboardInterrupt:
+        log.warning("interrupted")
+        sys.exit(INTERRUPTED)
+    except Exception:
+        log.exception("the run failed")
+        sys.exit(FAILURE)

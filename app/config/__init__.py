@@ -1,0 +1,1 @@
+"""The bottom floor: schema, composition, checks and the safe build. Never imports torch itself."""

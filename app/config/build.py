@@ -1,0 +1,162 @@
+"""Parts from their nodes: `{_target_: torch.optim.AdamW, lr: 0.1}` becomes the object.
+
+In place of Hydra's `instantiate`: an allow-list, plain Python values, the node's key in errors.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_type_hints
+
+from app.config.errors import Mistake, UserError, nearest, one_of
+from app.config.targets import TargetError, locate
+from app.config.typed import MISSING, alternatives, describe, fits
+
+TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
+
+
+class Build:
+    """Builds nodes, trusting what the user trusts.
+
+    Args:
+        trusted: Modules outside this program that the user named himself.
+    """
+
+    def __init__(self, trusted: Sequence[str] = ()) -> None:
+        self.trusted = trusted
+
+    def __call__(self, key: str, node: Any, *given: Any, **offers: Any) -> Any:
+        """The object that a node describes, its children built first.
+
+        Args:
+            key: The node's place in the configuration, for errors.
+            node: A plain value; dicts with `_target_` become objects, at any depth.
+            *given: First positional arguments that the program adds (parameters, an optimizer).
+            **offers: Further arguments that the program has, passed on where the target has a
+                parameter of that name.
+
+        Raises:
+            UserError: The target cannot be found, or refuses its arguments.
+        """
+        if isinstance(node, list):
+            return [self(f"{key}.{index}", item) for index, item in enumerate(node)]
+        if not isinstance(node, dict):
+            return node
+        children = {
+            name: self(f"{key}.{name}", child) for name, child in node.items() if name != TARGET
+        }
+        return (
+            self._call(key, node[TARGET], children, given, offers) if TARGET in node else children
+        )
+
+    def _call(
+        self, key: str, name: str, children: dict[str, Any], given: Any, offers: dict[str, Any]
+    ) -> Any:
+        try:
+            target = locate(name, self.trusted)
+        except TargetError as error:
+            raise UserError(f"{key}._target_={error}") from error
+        positional = [*given, *children.pop(POSITIONAL, [])]
+        wanted = parameters(target)
+        arguments = {k: v for k, v in offers.items() if k in wanted} | children
+        if arguments.pop(PARTIAL, False):
+            return functools.partial(target, *positional, **arguments)
+        try:
+            return target(*positional, **arguments)
+        except (TypeError, ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"{key}: {name} refused its arguments: {error}") from error
+
+    def named(self, key: str, nodes: dict[str, Any], **offers: Any) -> dict[str, Any]:
+        """The objects of a dict of named nodes; a null node is left out."""
+        return {name: self(f"{key}.{name}", node, **offers) for name, node in nodes.items() if node}
+
+
+def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The named parameters of a class or function; empty where Python cannot tell."""
+    try:
+        return dict(inspect.signature(target, eval_str=False).parameters)
+    except ValueError:
+        return {}
+
+
+def node_mistakes(
+    key: str, node: object, trusted: Sequence[str], given: int = 0, offers: Sequence[str] = ()
+) -> Iterator[Mistake]:
+    """What is wrong with the targets at or below `key`, and with their arguments.
+
+    Args:
+        key: The node's place in the configuration.
+        node: A plain value.
+        trusted: Modules that the user named himself.
+        given: How many first positional arguments the program adds.
+        offers: Names of further arguments that the program has.
+    """
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from node_mistakes(f"{key}.{index}", item, trusted)
+    if not isinstance(node, dict):
+        return
+    for name, child in node.items():
+        yield from node_mistakes(f"{key}.{name}", child, trusted)
+    if TARGET not in node:
+        return
+    try:
+        target = locate(node[TARGET], trusted)
+    except TargetError as error:
+        yield Mistake(f"{key}.{TARGET}", f"={error}")
+        return
+    yield from _argument_mistakes(key, node, target, given, offers)
+
+
+def _argument_mistakes(
+    key: str, node: dict[str, Any], target: Callable[..., Any], given: int, offers: Sequence[str]
+) -> Iterator[Mistake]:
+    named = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
+    wanted = parameters(target)
+    kinds = {parameter.kind for parameter in wanted.values()}
+    taken = list(wanted)[: given + len(node.get(POSITIONAL, []))]
+    open_ = {k: p for k, p in wanted.items() if k not in taken and p.kind not in _VARIADIC}
+    if wanted and inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in named.keys() - open_.keys():
+            close = nearest(name, open_)
+            yield Mistake(
+                f"{key}.{name}",
+                f"={named[name]!r} is not an argument of {node[TARGET]}; "
+                f"it takes: {one_of(open_)}{close}",
+            )
+    for name, parameter in open_.items():
+        if name in named:
+            yield from _value_mistakes(f"{key}.{name}", named[name], target, parameter)
+        elif parameter.default is parameter.empty and name not in offers and PARTIAL not in node:
+            yield Mistake(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
+
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def _value_mistakes(
+    key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
+) -> Iterator[Mistake]:
+    """A plain number, text or null where the signature clearly wants another kind."""
+    expected = _annotation(target, parameter)
+    if value == MISSING:
+        yield Mistake(key, f" has no value; give one, as {key}=... on the command line")
+    elif isinstance(value, (str, int, float)) and _is_plain(expected) and not fits(value, expected):
+        yield Mistake(key, f"={value!r} does not fit; allowed: {describe(expected)}")
+
+
+def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:
+    owner = target.__init__ if inspect.isclass(target) else target
+    try:
+        return get_type_hints(owner).get(parameter.name, parameter.empty)
+    except (NameError, TypeError, AttributeError):  # names that only a type checker can resolve
+        return parameter.empty
+
+
+def _is_plain(expected: Any) -> bool:
+    """Whether numbers, texts, booleans or null are wanted, with at most tensors beside them."""
+    names = {getattr(alternative, "__name__", "") for alternative in alternatives(expected)}
+    plain = {"int", "float", "bool", "str", "NoneType"}
+    return bool(plain & names) and names <= plain | {"Tensor"}

@@ -1,0 +1,188 @@
+"""From the words of a command line to a composed configuration, or to all that is wrong with them.
+
+Hydra stops at the first wrong override and names no alternative; here all are found at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from app.config.errors import ConfigError, Mistake, nearest, one_of
+
+PACKAGE = Path(__file__).parents[1]
+CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
+CONFIG_NAME = "config"
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """The overrides as Hydra reads them; a `ConfigError` names each that it cannot read."""
+    mistakes, parsed = [], []
+    parser = OverridesParser.create()
+    for word in words:
+        try:
+            parsed += parser.parse_overrides([word])
+        except HydraException as error:
+            reason = str(error).splitlines()[0]
+            mistakes.append(Mistake(word, f" cannot be read as key=value: {reason}"))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return parsed
+
+
+def compositions(args: argparse.Namespace) -> Iterator[DictConfig]:
+    """The configuration of the job, or of each job that differs in one swept value.
+
+    Args:
+        args: What Hydra's own argument parser made of the command line.
+
+    Raises:
+        ConfigError: Every override that does not fit, with the nearest that would.
+    """
+    with _hydra(args) as hydra:
+        name = args.config_name or CONFIG_NAME
+        for words in _single_jobs(args):
+            try:
+                composed = hydra.compose_config(name, words, RunMode.RUN, False, from_shell=False)
+            except HydraException as error:
+                raise ConfigError(_diagnose(hydra, name, words, error)) from error
+            HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
+            yield composed
+
+
+@contextmanager
+def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
+    try:
+        yield Hydra.create_main_hydra2("app", _search_path(args))
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
+    path = create_config_search_path(str(Path(args.config_path or CONF).absolute()))
+    if args.config_dir is not None:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError([Mistake("--config-dir", f" {args.config_dir!r} is not a folder")])
+        assert isinstance(path, ConfigSearchPathImpl)
+        path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    return path
+
+
+def _single_jobs(args: argparse.Namespace) -> Iterator[list[str]]:
+    """The overrides with each swept value once, the other sweeps at their first value."""
+    overrides = parse_overrides(args.overrides)
+    choices = [_choices(override) if args.multirun else [_line(override)] for override in overrides]
+    first = [words[0] for words in choices]
+    yield first
+    for position, words in enumerate(choices):
+        for word in words[1:]:
+            yield [*first[:position], word, *first[position + 1 :]]
+
+
+def _line(override: Override) -> str:
+    assert override.input_line is not None
+    return override.input_line
+
+
+def _choices(override: Override) -> list[str]:
+    if not override.is_sweep_override() or not override.is_discrete_sweep():
+        return [_line(override)]
+    key = override.get_key_element()
+    return [f"{key}={value}" for value in override.sweep_string_iterator()]
+
+
+def _diagnose(hydra: Hydra, name: str, words: list[str], error: HydraException) -> list[Mistake]:
+    """All mistakes among overrides that Hydra refused to compose."""
+    loader = hydra.config_loader
+    overrides = [o for o in parse_overrides(words) if not o.is_hydra_override()]
+    groups = [override for override in overrides if _options(loader, override)]
+    values = [override for override in overrides if override not in groups]
+    wrong = {
+        id(group): mistakes for group in groups if (mistakes := _group_mistakes(loader, group))
+    }
+    sound = [_line(group) for group in groups if id(group) not in wrong]
+    mistakes = [mistake for found in wrong.values() for mistake in found]
+    try:
+        config = hydra.compose_config(name, sound, RunMode.RUN, False, from_shell=False)
+    except HydraException as inner:
+        return [*mistakes, _as_mistake(inner)]
+    keys = [*dotted_keys(config), *loader.list_groups("")]
+    mistakes += [mistake for value in values for mistake in _value_mistakes(config, value, keys)]
+    return mistakes or [_as_mistake(error)]
+
+
+def _as_mistake(error: HydraException) -> Mistake:
+    reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
+    return Mistake("", " ".join(" ".join(reasons).split()))
+
+
+def _options(loader: ConfigLoader, override: Override) -> list[str]:
+    return loader.get_group_options(override.key_or_group, ObjectType.CONFIG)
+
+
+def _group_mistakes(loader: ConfigLoader, override: Override) -> list[Mistake]:
+    value = override.value()
+    chosen = value if isinstance(value, list) else [value]
+    options = _options(loader, override)
+    return [
+        Mistake(
+            override.key_or_group,
+            f"={choice!r} does not exist; allowed: {one_of(options)}"
+            f"{nearest(str(choice), options)}",
+        )
+        for choice in chosen
+        if choice is not None and choice not in options
+    ]
+
+
+def _value_mistakes(config: DictConfig, override: Override, keys: list[str]) -> Iterator[Mistake]:
+    key = override.key_or_group
+    known = key in keys
+    if override.is_add() and known and not isinstance(OmegaConf.select(config, key), DictConfig):
+        yield Mistake(f"+{key}", f" is there already; write {key}=... to change it")
+    elif not override.is_add() and not override.is_force_add() and not known:
+        value = "" if override.is_delete() else f"={override.value()!r}"
+        yield Mistake(key, f"{value} is not a known key; {_hint(config, key, keys)}")
+
+
+def _hint(config: DictConfig, key: str, keys: list[str]) -> str:
+    """What stands beside the unknown key, and the one most like it."""
+    last = key.rpartition(".")[2]
+    namesakes = [known for known in keys if known.rpartition(".")[2] == last]
+    close = f"; did you mean {namesakes[0]!r}?" if namesakes else nearest(key, keys)
+    parent = key.rpartition(".")[0]
+    inside = OmegaConf.select(config, parent) if parent else config
+    has = one_of(str(k) for k in inside if k != "hydra") if isinstance(inside, DictConfig) else ""
+    return f"{parent or 'the configuration'} has: {has or 'nothing'}{close}"
+
+
+def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of a configuration, inner ones as `outer.inner`; Hydra's own left out."""
+    for name in config:
+        if name == "hydra" and not prefix:
+            continue
+        yield f"{prefix}{name!s}"
+        try:
+            child = config._get_node(name)
+        except OmegaConfBaseException:
+            continue
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            yield from dotted_keys(child, f"{prefix}{name!s}.")

@@ -1,0 +1,43 @@
+"""What a user did wrong, said in one line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """Something only the user can put right; shown without a stack trace."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One wrong place in the configuration: where, and what is wrong with it."""
+
+    key: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.key}{self.problem}"
+
+
+class ConfigError(UserError):
+    """All mistakes of a configuration at once."""
+
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        self.mistakes = list(dict.fromkeys(mistakes))
+        count = len(self.mistakes)
+        head = f"{count} mistake{'s' if count > 1 else ''} in the configuration:"
+        super().__init__("\n".join([head, *(f"  {mistake}" for mistake in self.mistakes)]))
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str:
+    """`; did you mean 'x'?` with the closest of `allowed`, or nothing."""
+    close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def one_of(allowed: Iterable[str]) -> str:
+    """The allowed words as a sentence's end."""
+    return ", ".join(sorted(allowed)) or "nothing"

@@ -1,0 +1,32 @@
+"""The functions that YAML files may use in `${...}`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+
+def register() -> None:
+    """Makes them known to OmegaConf; may be called again."""
+    OmegaConf.register_new_resolver("or", _first_given, replace=True)
+    OmegaConf.register_new_resolver("path", _path, replace=True)
+    OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+
+
+def _first_given(*values: object) -> object:
+    return next((value for value in values if value is not None), None)
+
+
+def _path(text: str) -> str:
+    """Absolute, against the folder in which the command was typed."""
+    return str(Path(text).expanduser().absolute())
+
+
+def _run_name(mode: str, ckpt: str | None, model: str, data: str) -> str:
+    """`alexnet_mnist`, or `test_alexnet_mnist` after the run whose checkpoint is tested."""
+    if ckpt is None:
+        return f"{model}_{data}"
+    path = Path(ckpt)
+    folder = path.parent.parent if path.parent.name == "checkpoints" else path
+    return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"

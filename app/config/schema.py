@@ -1,0 +1,163 @@
+"""The fixed part of a configuration, typed. Values and their defaults stand in `conf/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from app.config.typed import Range
+
+Node = dict[str, Any]  # a part: `_target_` and its arguments
+Nodes = dict[str, Node | None]  # named parts; null takes one away
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
+Mode = Literal["train", "valid", "test", "check"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What "best" means, once: for checkpoints, early stopping, plateaus and sweeps."""
+
+    metric: str
+    mode: Literal["max", "min"]
+    patience: Positive | None
+    min_delta: Annotated[float, Range(0.0)]
+    threshold: float | None
+
+    @property
+    def stage(self) -> str:
+        """The stage that measures the metric: `valid`, unless named as in `train/loss`."""
+        return self.metric.split("/")[0] if "/" in self.metric else "valid"
+
+    @property
+    def name(self) -> str:
+        """The metric's name inside its stage."""
+        return self.metric.split("/", 1)[-1]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the state is written."""
+
+    every_n_epochs: Positive
+
+
+@dataclass(frozen=True)
+class Split:
+    """What is cut from the training data where a source gives no data for a stage."""
+
+    valid: Limit
+    test: Limit
+    seed: int
+
+
+@dataclass(frozen=True)
+class Normalize:
+    """Per channel, after scaling to [0, 1]; `auto` measures the training data."""
+
+    mean: list[float] | Literal["auto"]
+    std: list[Annotated[float, Range(0.0, above=True)]] | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Arguments of torch's `DataLoader`, for data that is read sample by sample."""
+
+    num_workers: Count
+    pin_memory: bool
+    persistent_workers: bool
+    prefetch_factor: Positive | None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset for each stage."""
+
+    train: Node | None
+    valid: Node | None
+    test: Node | None
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where samples come from and how they become batches."""
+
+    name: str
+    num_classes: Annotated[int, Range(2)] | None
+    input_shape: list[Positive]
+    channels: Positive | None
+    image_size: Positive | None
+    resize: Positive | None
+    source: Source
+    split: Split
+    batch_size: Positive
+    normalize: Normalize | None
+    augment: Nodes
+    memory: Literal["auto", "host", "device"]
+    loader: Loader
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """How the learning rate moves."""
+
+    interval: Literal["step", "epoch"]
+    warmup_steps: Count
+    lr_scheduler: Node | None
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """How long and how to train."""
+
+    max_epochs: Positive | None
+    max_steps: Positive | None
+    valid_every_n_epochs: Positive
+    sanity_valid_batches: Count
+    accumulate_grad_batches: Positive
+    gradient_clip_norm: Annotated[float, Range(0.0, above=True)] | None
+    gradient_clip_value: Annotated[float, Range(0.0, above=True)] | None
+    limit_train_batches: Limit
+    limit_valid_batches: Limit
+    limit_test_batches: Limit
+    overfit_batches: Count
+    fast_dev_run: bool | Positive
+    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    channels_last: Literal["auto"] | bool
+    compile: bool
+    deterministic: bool
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Named metrics of each stage."""
+
+    train: Nodes
+    valid: Nodes
+    test: Nodes
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole configuration, checked."""
+
+    mode: Mode
+    ckpt: str | None
+    seed: Count
+    name: str
+    tags: list[str]
+    notes: str
+    trusted_targets: list[str]
+    goal: Goal
+    checkpoint: Checkpoint
+    trainer: Trainer
+    data: Data
+    model: Node
+    loss: Nodes
+    metric: Metric
+    optimizer: Node
+    scheduler: Scheduler
+    callbacks: Nodes

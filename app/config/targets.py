@@ -1,0 +1,112 @@
+"""What a `_target_` may name, and the object it names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import types
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from app.config.errors import UserError, nearest
+
+# Parts of this program that a configuration may name, then the libraries it may name.
+PARTS = ("app.callbacks.", "app.data.", "app.losses.", "app.metrics.", "app.models.", "app.task.")
+LIBRARIES = (
+    "torch.nn.",
+    "torch.optim.",
+    "torchmetrics.",
+    "torchvision.datasets.",
+    "torchvision.models.",
+    "torchvision.transforms.",
+)
+# In the libraries a class is a part; a function only where functions are what is offered.
+FUNCTIONS = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
+TRUST_VARIABLE = "APP_TRUSTED_TARGETS"
+
+
+class TargetError(UserError):
+    """A `_target_` that is not allowed or not there."""
+
+
+def trusted_by_environment() -> list[str]:
+    """The module names in the variable APP_TRUSTED_TARGETS, separated by commas."""
+    return [name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",") if name.strip()]
+
+
+def is_trusted(name: str, trusted: Sequence[str]) -> bool:
+    """Whether the user himself named it, or a module that holds it."""
+    return any(f"{name}.".startswith(f"{prefix}.") for prefix in trusted)
+
+
+def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """The class or function of that dotted name.
+
+    Args:
+        name: For instance `torch.optim.AdamW`.
+        trusted: Modules outside this program that the user named himself.
+
+    Raises:
+        TargetError: It is not allowed, or not there. Nothing is imported that is not allowed.
+    """
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
+    if not is_trusted(name, trusted):
+        _refuse_strangers(name)
+    target: Callable[..., Any] = _walk(name)
+    if not callable(target):
+        raise TargetError(f"{name!r} is not a class or function")
+    if not is_trusted(name, trusted):
+        _refuse_borrowed(name, target)
+    return target
+
+
+def _refuse_strangers(name: str) -> None:
+    if not name.startswith(PARTS + LIBRARIES) or any(p.startswith("_") for p in name.split(".")):
+        allowed = ", ".join(f"{prefix}*" for prefix in PARTS + LIBRARIES)
+        module = name.rpartition(".")[0] or name
+        raise TargetError(
+            f"{name!r} is not allowed; allowed: {allowed}; if the code is yours, "
+            f"add trusted_targets=[{module}] to the command line"
+        )
+
+
+def _refuse_borrowed(name: str, target: Callable[..., Any]) -> None:
+    """An allowed module may have imported something else: the home of the object counts."""
+    home = f"{getattr(target, '__module__', None)}."
+    if not home.startswith(PARTS + LIBRARIES + ("torch._C._nn.",)):
+        raise TargetError(f"{name!r} is not allowed: it belongs to {home[:-1]!r}")
+    if not inspect.isclass(target) and not name.startswith(PARTS + FUNCTIONS):
+        raise TargetError(f"{name!r} is not allowed: only the classes of that module are")
+
+
+def _walk(name: str) -> Any:
+    first, *rest = name.split(".")
+    found: Any = _module(first, name)
+    for part in rest:
+        parent = found
+        if not hasattr(parent, part) and isinstance(parent, types.ModuleType):
+            found = _module(f"{parent.__name__}.{part}", name)
+        else:
+            found = getattr(parent, part, None)
+        borrowed = isinstance(found, types.ModuleType) and isinstance(parent, types.ModuleType)
+        if borrowed and not found.__name__.startswith(f"{parent.__name__}."):
+            raise TargetError(f"{name!r} is not allowed: it reaches into {found.__name__!r}")
+    return found
+
+
+def _module(module: str, name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise TargetError(f"{name!r} does not import: {error}") from error
+        parent, _, missing = module.rpartition(".")
+        names = dir(importlib.import_module(parent)) if parent else []
+        close = nearest(missing, [n for n in names if not n.startswith("_")])
+        raise TargetError(
+            f"{name!r} does not import: no {missing!r} in {parent!r}{close}"
+        ) from error
+    except (ImportError, SyntaxError) as error:
+        raise TargetError(f"{name!r} does not import: {error}") from error

@@ -1,0 +1,1 @@
+"""Datasets, and how they become batches on the training device."""

@@ -1,0 +1,40 @@
+"""Folders of images, read and decoded sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from app.config.errors import UserError
+
+
+def image_folder(root: str, transforms: dict[str, Callable[[Tensor], Tensor]]) -> ImageFolder:
+    """Images in a sub-folder for each class; a sample is (uint8 of shape (3, H, W), label).
+
+    Args:
+        root: The folder that holds the classes' folders; classes are numbered by name.
+        transforms: Named, applied to each decoded image in turn; they must end in one size.
+
+    Raises:
+        UserError: There is no such folder, or a class without images.
+    """
+    if not Path(root).is_dir():
+        raise UserError(f"{root!r} is not a folder")
+    try:
+        steps = v2.Compose(list(transforms.values())) if transforms else None
+        return ImageFolder(root, transform=steps, loader=_decode)
+    except FileNotFoundError as error:
+        raise UserError(str(error)) from error
+
+
+def _decode(path: str) -> Tensor:
+    try:
+        image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
+    except RuntimeError as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    return image

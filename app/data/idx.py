@@ -1,0 +1,53 @@
+"""The IDX file format of MNIST and its kin."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from app.config.errors import UserError
+
+UNSIGNED_BYTE = 8
+
+
+def read_idx(path: Path, md5: str | None = None) -> Tensor:
+    """The array of a gzip-compressed IDX file of unsigned bytes.
+
+    Args:
+        path: The `.gz` file.
+        md5: Of the uncompressed content; not checked where None.
+
+    Returns:
+        uint8, of the shape that the file says.
+
+    Raises:
+        UserError: The file is missing, damaged, or not IDX.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing") from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 is not None and found != md5:
+        raise UserError(f"{path} is damaged: its content has MD5 {found}, expected {md5}")
+    return _parse(path, content)
+
+
+def _parse(path: Path, content: bytes) -> Tensor:
+    if len(content) < 4 or content[:2] != b"\0\0" or content[2] != UNSIGNED_BYTE:
+        raise UserError(f"{path} is not an IDX file of unsigned bytes")
+    dimensions = content[3]
+    start = 4 + 4 * dimensions
+    shape = [int(n) for n in np.frombuffer(content[4:start], ">u4")]
+    if len(shape) != dimensions or len(content) - start != int(np.prod(shape, dtype=np.int64)):
+        raise UserError(f"{path} is damaged: {len(content)} bytes do not hold shape {shape}")
+    values = np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return torch.from_numpy(values.copy())

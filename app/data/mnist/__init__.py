@@ -1,0 +1,38 @@
+"""MNIST, from the files that travel with the program; see LICENSE.md beside this file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.utils.data import TensorDataset
+
+from app.data.idx import read_idx
+
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+
+
+def mnist(train: bool, root: str | None = None) -> TensorDataset:
+    """60,000 training or 10,000 test digits (LeCun et al. 1998).
+
+    Args:
+        train: The training digits, else those of the test.
+        root: A folder with the four gzip files; by default those that travel with the program.
+
+    Returns:
+        Images, uint8 of shape (N, 1, 28, 28), and labels, int64 of shape (N,).
+
+    Raises:
+        UserError: A file is missing or damaged.
+    """
+    folder = Path(root) if root else Path(__file__).parent
+    prefix = "train" if train else "t10k"
+    images, labels = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+    return TensorDataset(
+        read_idx(folder / f"{images}.gz", MD5[images]).unsqueeze(1),
+        read_idx(folder / f"{labels}.gz", MD5[labels]).long(),
+    )

@@ -1,0 +1,87 @@
+"""From the samples of a batch, as stored, to what the model gets; on whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from app.config.errors import UserError
+from app.data.split import Samples
+
+Augment = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchTransform:
+    """Scales bytes to [0, 1], resizes, augments, normalises, fits channels and memory format.
+
+    Attributes:
+        mean: Per channel, on the device; None leaves the values.
+        std: Likewise.
+        size: Pixels of a side, or None.
+        channels: Of the result, or None.
+        memory_format: Of the result, where it is a batch of images.
+        augment: Applied in turn.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+    size: int | None
+    channels: int | None
+    memory_format: torch.memory_format
+    augment: Sequence[Augment] = ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """A batch as stored, uint8 or float, to float32."""
+        if x.dtype == torch.uint8:
+            x = x.float().div_(255)
+        if self._resize is not None:
+            x = self._resize(x)
+        for augment in self.augment:
+            x = augment(x)
+        if self.mean is not None and self.std is not None:
+            x = x.sub(self.mean).div_(self.std)
+        if x.ndim != 4:
+            return x
+        if self.channels is not None and x.shape[1] != self.channels:
+            x = self._fit_channels(x)
+        return x.contiguous(memory_format=self.memory_format)
+
+    @cached_property
+    def _resize(self) -> Augment | None:
+        return v2.Resize([self.size, self.size], antialias=True) if self.size else None
+
+    def _fit_channels(self, x: Tensor) -> Tensor:
+        if (x.shape[1], self.channels) == (1, 3):
+            return x.expand(-1, 3, -1, -1)
+        if (x.shape[1], self.channels) == (3, 1):
+            gray: Tensor = v2.functional.rgb_to_grayscale(x)
+            return gray
+        raise UserError(
+            f"data.channels={self.channels}, but the images have {x.shape[1]}; only 1 becomes 3 "
+            "and 3 becomes 1"
+        )
+
+
+def channel_statistics(dataset: Samples) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel (images) or column (tables), bytes as [0, 1].
+
+    Raises:
+        UserError: The dataset is not whole in memory.
+    """
+    if not isinstance(dataset, TensorDataset):
+        raise UserError(
+            "data.normalize=auto needs data that lies in memory; give data.normalize.mean and std"
+        )
+    x = dataset.tensors[0]
+    over = [d for d in range(x.ndim) if d != 1]
+    scale = 255.0 if x.dtype == torch.uint8 else 1.0
+    values = x.double() / scale
+    std = values.std(over, correction=0)
+    return values.mean(over).tolist(), torch.where(std > 0, std, torch.ones_like(std)).tolist()

@@ -1,0 +1,100 @@
+"""Where and how exactly it is computed: accelerator, precision, memory format, peak memory."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from app.config.errors import UserError
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        UserError: That accelerator is not there.
+    """
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        available.insert(0, "cuda")
+    if accelerator == "auto":
+        return torch.device(available[0])
+    if accelerator not in available:
+        raise UserError(
+            f"trainer.accelerator={accelerator!r} is not on this machine; it has: "
+            f"{', '.join(available)}"
+        )
+    return torch.device(accelerator)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which type a forward pass computes; weights stay in float32.
+
+    Attributes:
+        name: `fp32`, `bf16` or `fp16`.
+        device_type: As in `torch.device.type`.
+    """
+
+    name: str
+    device_type: str
+
+    @classmethod
+    def choose(cls, name: str, device: torch.device) -> Precision:
+        """`auto` is bf16 on a CUDA device with units for it, else fp32."""
+        if name == "auto":
+            fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+            name = "bf16" if fast else "fp32"
+        return cls(name, device.type)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        if self.name == "fp32":
+            return nullcontext()
+        dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
+        return torch.autocast(self.device_type, dtype)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Keeps small gradients of fp16 from vanishing; does nothing for the other types."""
+        return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")
+
+
+def memory_format(channels_last: bool | str, model: nn.Module) -> torch.memory_format:
+    """`auto` is channels_last for models with 2-D convolutions, where it is faster."""
+    if channels_last == "auto":
+        channels_last = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def make_deterministic(deterministic: bool) -> None:
+    """Only deterministic algorithms from now on, or whichever are fastest."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes at most in use so far: of the process, and on a CUDA device."""
+    peaks = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if device.type == "cuda":
+        peaks["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peaks
+
+
+def describe_device(device: torch.device) -> str:
+    """For instance `cuda (NVIDIA H200)` or `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,82 @@
+"""The run so far: one plain row for each finished stage; all else is a function of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from app.config.schema import Goal
+
+Row = dict[str, float | int | str]
+History = Sequence[Row]
+SMOOTHING = 0.3  # weight of the newest epoch in the expected time of the next
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best value of the goal, and the epoch that had it."""
+
+    value: float
+    epoch: int
+
+
+def goal_value(row: Row, goal: Goal) -> float:
+    """The goal's metric in a row of its stage."""
+    return float(row["loss_mean" if goal.name == "loss" else goal.name])
+
+
+def measured(history: History, goal: Goal) -> list[Best]:
+    """The goal's value in every epoch that has one; a NaN is none."""
+    rows = [row for row in history if row["stage"] == goal.stage]
+    values = [Best(goal_value(row, goal), int(row["epoch"])) for row in rows]
+    return [found for found in values if not math.isnan(found.value)]
+
+
+def best(history: History, goal: Goal) -> Best | None:
+    """The best so far, the earliest among equals; None where nothing is measured yet."""
+    values = measured(history, goal)
+    choose = max if goal.mode == "max" else min
+    return choose(values, key=lambda found: found.value) if values else None
+
+
+def waited(history: History, goal: Goal) -> int:
+    """Measurements since the last that was better than all before it by more than `min_delta`."""
+    rows = [row for row in history if row["stage"] == goal.stage]
+    sign = 1 if goal.mode == "max" else -1
+    reference, since = -math.inf, 0
+    for row in rows:
+        value = sign * goal_value(row, goal)
+        if value > reference + goal.min_delta or (reference == -math.inf and value > reference):
+            reference, since = value, 0
+        else:
+            since += 1
+    return since
+
+
+def reason_to_stop(history: History, goal: Goal) -> str | None:
+    """Why training ends before its last epoch, in words; None where it goes on."""
+    found = best(history, goal)
+    if found is not None and goal.threshold is not None:
+        reached = (
+            found.value >= goal.threshold if goal.mode == "max" else found.value <= goal.threshold
+        )
+        if reached:
+            return f"{goal.metric}={found.value:.6g} reached the threshold {goal.threshold:g}"
+    if goal.patience is not None and (waits := waited(history, goal)) >= goal.patience:
+        return f"{goal.metric} has not improved for {waits} validations"
+    return None
+
+
+def seconds_left(history: History, epochs_left: int, valid_every: int) -> float:
+    """The expected time of the epochs to come, validation counted, by an exponential average."""
+    train, valid = (_expected(history, stage) for stage in ("train", "valid"))
+    return epochs_left * train + math.ceil(epochs_left / valid_every) * valid
+
+
+def _expected(history: History, stage: str) -> float:
+    times = [float(row["epoch_time"]) for row in history if row["stage"] == stage]
+    average = times[0] if times else 0.0
+    for seconds in times[1:]:
+        average += SMOOTHING * (seconds - average)
+    return average

@@ -1,0 +1,1 @@
+"""Losses that configurations name."""

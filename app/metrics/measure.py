@@ -1,0 +1,94 @@
+"""Metrics as sums: what one step adds, and what the sums of a stage amount to."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
+
+Sums = tuple[Tensor, ...]
+NARROW = 512  # numbers of state up to which a metric is kept step by step
+
+
+class StepMetric:
+    """A metric whose states are sums, so that those of steps can be added up.
+
+    Its states after one update from zero are what a step returns; its value is computed from the
+    states of one step, or from their sum over a stage.
+
+    Args:
+        metric: On the training device.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.zeros: dict[str, Tensor] = dict(metric._defaults)  # type: ignore[arg-type]
+        self.on_host = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
+        self.is_count: bool | None = None  # whether its value is a whole number, once known
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """The states after this batch alone, on its device; nothing is read back."""
+        for name, zero in self.zeros.items():
+            setattr(self.metric, name, torch.zeros_like(zero, device=outputs.device))
+        # The class's own update: the instance's wrapper costs as much as the update itself.
+        type(self.metric).update(self.metric, outputs, targets)
+        return tuple(getattr(self.metric, name) for name in self.zeros)
+
+    def value(self, sums: Tensor) -> np.ndarray:
+        """The metric from a host float64 vector of all states, one after the other.
+
+        Counts are divided in float64, so that 9 of 10 are 0.9 and not the nearest float32.
+        """
+        if self.is_count is None:
+            self.is_count = not self._compute(sums, exact=False).is_floating_point()
+        return self._compute(sums, exact=not self.is_count).numpy()
+
+    def _compute(self, sums: Tensor, exact: bool) -> Tensor:
+        sizes = [zero.numel() for zero in self.zeros.values()]
+        for (name, zero), part in zip(self.zeros.items(), sums.split(sizes), strict=True):
+            state = part if exact else part.to(zero.dtype)
+            setattr(self.on_host, name, state.reshape(zero.shape))
+        value: Tensor = type(self.on_host).compute(self.on_host)
+        return value
+
+
+class StageMetrics:
+    """The metrics of one stage.
+
+    Args:
+        metrics: By name, on the training device. Those with few states that are sums are kept
+            step by step; the others (a curve, a large matrix) accumulate until the stage ends.
+    """
+
+    def __init__(self, metrics: dict[str, Metric]) -> None:
+        self.by_step = {n: StepMetric(m) for n, m in metrics.items() if has_narrow_sums(m)}
+        self.by_stage = {n: m for n, m in metrics.items() if n not in self.by_step}
+
+    def reset(self) -> None:
+        """Forgets what has accumulated; a stage begins."""
+        for metric in self.by_stage.values():
+            metric.reset()
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Sums]:
+        """What this batch adds to each metric that is kept step by step."""
+        for metric in self.by_stage.values():
+            metric.update(outputs, targets)
+        return {name: metric.sums(outputs, targets) for name, metric in self.by_step.items()}
+
+    def accumulated(self) -> dict[str, np.ndarray]:
+        """The values of those that accumulated; they agree over ranks here."""
+        return {name: metric.compute().cpu().numpy() for name, metric in self.by_stage.items()}
+
+
+def has_narrow_sums(metric: Metric) -> bool:
+    """Whether all of its states are tensors of few numbers that add up."""
+    states = metric._defaults.values()
+    return (
+        all(isinstance(state, Tensor) for state in states)
+        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
+        and 0 < sum(state.numel() for state in states if isinstance(state, Tensor)) <= NARROW
+    )

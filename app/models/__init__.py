@@ -1,0 +1,1 @@
+"""Models that configurations name. They import nothing of this program."""

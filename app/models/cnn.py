@@ -1,0 +1,40 @@
+"""A small convolutional network with batch normalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class CNN(nn.Module):
+    """Blocks of convolution, batch normalisation, ReLU and pooling; then a global average.
+
+    Args:
+        num_classes: Length of the output.
+        in_channels: Of the images.
+        channels: Of each block; each halves the image.
+    """
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 1, channels: Sequence[int] = (32, 64, 128)
+    ) -> None:
+        super().__init__()
+        blocks = [_block(before, after) for before, after in pairwise([in_channels, *channels])]
+        self.features = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.classifier = nn.Linear(channels[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
+        logits: Tensor = self.classifier(self.features(images))
+        return logits
+
+
+def _block(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    )

@@ -1,0 +1,226 @@
+"""What the steps of a stage return, and what they add up to.
+
+A step returns a row of sums that stay on the device. When the stage ends they are stacked, reduced
+over ranks and copied to the host once; from that one block come the value of every iteration and
+the exact value of the stage, so the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from app.distributed import sum_over_ranks
+from app.history import Row
+from app.metrics.measure import StageMetrics, Sums
+
+FLUSH_EVERY = 10_000  # rows kept on the device at most
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over the samples of a step.
+
+    Attributes:
+        value: A scalar, on its device.
+        count: How many samples.
+    """
+
+    value: Tensor
+    count: int
+
+
+StepValues = Mapping[str, Mean | Sums]
+Tick = float | torch.cuda.Event
+
+
+def mean_of(value: Tensor, count: int) -> Mean:
+    """A scalar tensor as the mean over so many samples; cut off from the graph, not read."""
+    return Mean(value.detach(), count)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A stage that has ended.
+
+    Attributes:
+        stage: `train`, `valid` or `test`.
+        epoch: Counted from 1.
+        row: Its row of the history.
+        steps: A line for each iteration.
+        arrays: Values of metrics that are no single number.
+    """
+
+    stage: str
+    epoch: int
+    row: Row
+    steps: pd.DataFrame
+    arrays: dict[str, np.ndarray]
+
+
+class Clock:
+    """Seconds of each step, without waiting for the device.
+
+    On a CUDA device the times are those between events in its stream, read when the stage ends.
+
+    Args:
+        device: That the steps run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.started = time.perf_counter()
+        self.ticks = [self._now()]
+
+    def _now(self) -> Tick:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def tick(self) -> None:
+        """A step has been given to the device."""
+        self.ticks.append(self._now())
+
+    def step_times(self) -> list[float]:
+        """Seconds between ticks; to be asked once the device is done."""
+        return [_seconds(a, b) for a, b in zip(self.ticks[:-1], self.ticks[1:], strict=True)]
+
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self.started
+
+
+def _seconds(before: Tick, after: Tick) -> float:
+    if isinstance(before, float) and isinstance(after, float):
+        return after - before
+    assert isinstance(before, torch.cuda.Event)
+    assert isinstance(after, torch.cuda.Event)
+    return float(before.elapsed_time(after)) / 1000
+
+
+class Rows:
+    """The rows of the stage under way.
+
+    Args:
+        metrics: Those of the stage.
+        device: That the steps run on.
+    """
+
+    def __init__(self, metrics: StageMetrics, device: torch.device) -> None:
+        metrics.reset()
+        self.metrics, self.clock = metrics, Clock(device)
+        self.pending: list[StepValues] = []
+        self.blocks: list[dict[str, Tensor]] = []
+        self.rates: list[float] = []
+
+    def add(self, values: StepValues, lr: float | None = None) -> None:
+        """One step's values; `lr` where it learned with one."""
+        self.pending.append(values)
+        self.clock.tick()
+        if lr is not None:
+            self.rates.append(lr)
+        if len(self.pending) == FLUSH_EVERY:
+            self.flush()
+
+    def flush(self) -> None:
+        """Brings what has come in to the host, in one copy."""
+        if self.pending:
+            self.blocks.append(to_host(self.pending))
+            self.pending = []
+
+    def result(self, stage: str, epoch: int) -> StageResult:
+        """All rows, added up."""
+        self.flush()
+        columns = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]}
+        steps, totals, arrays = {}, {}, {}
+        for name, sums in columns.items():
+            metric = self.metrics.by_step.get(name)
+            total = sums.sum(0)
+            if metric is None:
+                steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
+                totals[name] = float(total[0] / total[1])
+            elif (value := metric.value(total)).size == 1:
+                steps[name] = np.array([metric.value(line).item() for line in sums])
+                totals[name] = value.item()
+            else:
+                arrays[name] = value
+        for name, value in self.metrics.accumulated().items():
+            if value.size == 1:
+                totals[name] = value.item()
+            else:
+                arrays[name] = value
+        counts = columns["loss"][:, 1].numpy().astype(np.int64)
+        table = self._table(stage, epoch, counts, steps)
+        row = self._row(stage, epoch, counts, steps["loss"], totals)
+        return StageResult(stage, epoch, row, table, arrays)
+
+    def _table(
+        self, stage: str, epoch: int, counts: np.ndarray, steps: dict[str, np.ndarray]
+    ) -> pd.DataFrame:
+        table = pd.DataFrame(
+            {
+                "epoch": epoch,
+                "iter": np.arange(1, len(counts) + 1),
+                "stage": stage,
+                "loss": steps["loss"],
+                "num_samples": counts,
+                **{name: values for name, values in steps.items() if name != "loss"},
+            }
+        )
+        if self.rates:
+            table["lr"] = self.rates
+        table["iter_time"] = self.clock.step_times()
+        return table
+
+    def _row(
+        self,
+        stage: str,
+        epoch: int,
+        counts: np.ndarray,
+        losses: np.ndarray,
+        totals: dict[str, float],
+    ) -> Row:
+        samples, seconds = int(counts.sum()), self.clock.elapsed()
+        mean = totals.pop("loss")
+        spread = float(np.sqrt(np.average((losses - mean) ** 2, weights=counts)))
+        return {
+            "epoch": epoch,
+            "stage": stage,
+            "loss_mean": mean,
+            "loss_std": spread,
+            "total_samples": samples,
+            **totals,
+            "epoch_time": seconds,
+            "samples/s": samples / seconds,
+        }
+
+
+def to_host(rows: list[StepValues]) -> dict[str, Tensor]:
+    """By name a host float64 matrix: a line for each step; its sum and count, or its states."""
+    columns = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+    widths = [column.shape[1] for column in columns.values()]
+    block = sum_over_ranks(torch.cat(list(columns.values()), dim=1)).cpu().double()
+    return dict(zip(columns, block.split(widths, dim=1), strict=True))
+
+
+def _stacked(values: Sequence[Mean | Sums]) -> Tensor:
+    means = [value for value in values if isinstance(value, Mean)]
+    if means:
+        sums = _wide(torch.stack([mean.value for mean in means]))
+        counts = sums.new_tensor([mean.count for mean in means])
+        return torch.stack([sums * counts, counts], dim=1)
+    states = zip(*(value for value in values if not isinstance(value, Mean)), strict=True)
+    return torch.cat([_wide(torch.stack(state)).reshape(len(values), -1) for state in states], 1)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, in which counts and float32 sums are exact; MPS has float32 alone."""
+    return values.float() if values.device.type == "mps" else values.double()

@@ -1,0 +1,93 @@
+"""`status.json`: how the run stands, for people and for programs."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from app.callbacks.callback import Callback
+from app.config.schema import Goal
+from app.device import describe_device, peak_memory
+from app.files import write_json
+from app.history import History, best
+from app.records import StageResult
+
+LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
+State = Literal["running", "completed", "failed", "interrupted"]
+
+
+class Status(Callback):
+    """The state of a run, written whenever it changes.
+
+    Args:
+        folder: Of the run.
+        about: What is known from the start, as its name and tags.
+        goal: What best means.
+        device: On which it runs.
+    """
+
+    def __init__(
+        self, folder: Path, about: dict[str, Any], goal: Goal, device: torch.device
+    ) -> None:
+        self.path, self.about = folder / "status.json", about
+        self.goal, self.device = goal, device
+        self.history: History = ()
+        self.began, self.started = time.monotonic(), _now()
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """`running` inside; then `completed`, or what else became of it."""
+        self.write("running")
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.write("interrupted")
+            raise
+        except BaseException as error:
+            self.write("failed", f"{type(error).__name__}: {error}")
+            raise
+        self.write("completed")
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        self.history = history
+        self.write("running")
+
+    def write(self, state: State, error: str | None = None) -> None:
+        """Replaces the file."""
+        found = best(self.history, self.goal)
+        content = {
+            "status": state,
+            **self.about,
+            "started": self.started,
+            "updated": _now(),
+            "seconds": time.monotonic() - self.began,
+            "goal": {"metric": self.goal.metric, "mode": self.goal.mode},
+            "best": {"value": found.value, "epoch": found.epoch} if found else None,
+            "metrics": {str(row["stage"]): row for row in self.history},
+            "device": describe_device(self.device),
+            **peak_memory(self.device),
+            "error": error,
+            "versions": versions(),
+        }
+        write_json(self.path, content)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Of Python, the platform and the libraries."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{name: version(name) for name in LIBRARIES},
+    }
