@@ -17,7 +17,7 @@ from app.files import write_whole
 from app.history import Row
 
 FORMAT = 1
-KEYS = {"format", "config", "model", "epoch", "history", "training"}
+KEYS = {"format", "config", "template", "model", "epoch", "history", "training"}
 BEST, LAST = "best.pt", "last.pt"
 
 
@@ -27,6 +27,7 @@ class Checkpoint:
 
     Attributes:
         config: Of the run, resolved.
+        template: The same as YAML with its interpolations.
         model: The model's state dict, on the host.
         epoch: The last one whose learning is in it; counted from 1.
         history: Rows of the stages so far.
@@ -34,6 +35,7 @@ class Checkpoint:
     """
 
     config: dict[str, Any]
+    template: str
     model: dict[str, Tensor]
     epoch: int
     history: list[Row]
@@ -45,6 +47,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     content = {
         "format": FORMAT,
         "config": json.dumps(checkpoint.config),
+        "template": checkpoint.template,
         "model": checkpoint.model,
         "epoch": checkpoint.epoch,
         "history": json.dumps(checkpoint.history),
@@ -87,7 +90,14 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config, history = json.loads(content["config"]), json.loads(content["history"])
     except (TypeError, json.JSONDecodeError) as error:
         raise UserError(f"{file} is damaged: {error}") from error
-    return Checkpoint(config, content["model"], content["epoch"], history, content["training"])
+    return Checkpoint(
+        config=config,
+        template=content["template"],
+        model=content["model"],
+        epoch=content["epoch"],
+        history=history,
+        training=content["training"],
+    )
 
 
 def _load_safely(file: Path) -> Any:

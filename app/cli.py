@@ -20,8 +20,8 @@ from app.config import resolvers
 from app.config.check import checked
 from app.config.compose import CONF, CONFIG_NAME, compositions, parse_overrides
 from app.config.errors import ConfigError, Mistake, UserError
-from app.config.freeze import freeze, over_saved, typed_trust
-from app.config.schema import Config
+from app.config.freeze import freeze, over_saved, template_of, typed_trust
+from app.config.schema import Job
 from app.config.targets import trusted_by_environment
 from app.files import write_text
 from app.launch.inline import launch_inline
@@ -66,10 +66,10 @@ def preflight(args: argparse.Namespace) -> None:
     """
     mode = None
     mistakes: list[Mistake] = []
-    for composed in compositions(args):
+    for composed, refused in compositions(args):
+        mistakes += refused
         try:
-            config, _, _, _ = configuration(composed)
-            mode = config.mode
+            mode = job_of(composed).config.mode
             if mode != "check":
                 _check_folder(composed, args.multirun)
         except ConfigError as error:
@@ -81,28 +81,29 @@ def preflight(args: argparse.Namespace) -> None:
         sys.exit(0)
 
 
-def configuration(composed: DictConfig) -> tuple[Config, dict[str, Any], list[str], list[str]]:
-    """The configuration of a job, checked.
+def job_of(composed: DictConfig) -> Job:
+    """What is to be run.
 
     Args:
         composed: By Hydra, its own node included.
 
-    Returns:
-        It, typed and plain; what the user trusts; how it differs from that of the tested run.
-
     Raises:
         UserError: All that is wrong with it.
     """
-    overrides = parse_overrides(OmegaConf.to_container(composed.hydra.overrides.task))  # type: ignore[arg-type]
+    words = OmegaConf.to_container(composed.hydra.overrides.task)
+    assert isinstance(words, list)
+    overrides = parse_overrides(words)
     trusted = [*typed_trust(overrides), *trusted_by_environment()]
     if trusted and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    plain = freeze(composed)
-    _check_trust(plain, overrides)
+    plain, template = freeze(composed), template_of(composed)
     differences: list[str] = []
+    _check_trust(plain, overrides)
     if plain.get("mode") in ("test", "valid") and isinstance(plain.get("ckpt"), str):
-        plain, differences = over_saved(_saved_config(plain["ckpt"]), plain, overrides)
-    return checked(plain, trusted), plain, trusted, differences
+        saved, its_template = _saved_config(plain["ckpt"])
+        plain, template, differences = over_saved(saved, its_template, composed, overrides)
+    config = checked(plain, trusted)
+    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
 
 
 def _check_trust(plain: dict[str, Any], overrides: Sequence[Override]) -> None:
@@ -111,12 +112,15 @@ def _check_trust(plain: dict[str, Any], overrides: Sequence[Override]) -> None:
         raise ConfigError([Mistake("trusted_targets", problem)])
 
 
-def _saved_config(ckpt: str) -> dict[str, Any]:
+def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:
     if not Path(ckpt).exists():
         raise ConfigError([Mistake("ckpt", f"={ckpt!r} does not exist")])
     from app.checkpoint import load_checkpoint
 
-    return load_checkpoint(Path(ckpt)).config
+    checkpoint = load_checkpoint(Path(ckpt))
+    template = OmegaConf.create(checkpoint.template)
+    assert isinstance(template, DictConfig)
+    return checkpoint.config, template
 
 
 def _check_folder(composed: DictConfig, multirun: bool) -> None:
@@ -144,11 +148,11 @@ def hydra_main(composed: DictConfig) -> float | None:
     with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
     assert isinstance(with_hydra, DictConfig)
     try:
-        config, plain, trusted, differences = configuration(with_hydra)
-        write_text(folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False))
-        for difference in differences:
+        job = job_of(with_hydra)
+        write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
+        for difference in job.differences:
             log.info("differs from the tested run: %s", difference)
-        return launch_inline(config, plain, trusted, folder)
+        return launch_inline(job, folder)
     except UserError as error:
         log.error("%s", error)
         sys.exit(FAILURE)

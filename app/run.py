@@ -11,7 +11,7 @@ from typing import Any
 from app.callbacks.callback import Callback, Callbacks
 from app.checkpoint import BEST, find_checkpoint, load_checkpoint, load_weights
 from app.config.build import Build
-from app.config.schema import Config
+from app.config.schema import Config, Job
 from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
@@ -24,15 +24,11 @@ from app.trainer import Trainer
 log = logging.getLogger(__name__)
 
 
-def execute(
-    config: Config, plain: dict[str, Any], trusted: list[str], folder: Path
-) -> float | None:
+def execute(job: Job, folder: Path) -> float | None:
     """Runs what the configuration says.
 
     Args:
-        config: Checked.
-        plain: The same as a plain dict, for the checkpoints.
-        trusted: Modules outside this program that the user named himself.
+        job: The configuration, checked.
         folder: Of the run, there already.
 
     Returns:
@@ -41,17 +37,17 @@ def execute(
     Raises:
         UserError: The user must put something right; `status.json` says so, too.
     """
+    config, build = job.config, Build(job.trusted)
     device = choose_device(config.trainer.accelerator)
     make_deterministic(config.trainer.deterministic)
-    build = Build(trusted)
-    about = {key: plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
+    about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
     status = Status(folder, about, config.goal, device)
     with status.recorded(), _watchers(config, build, status, folder) as callbacks:
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode == "train":
-            return train(config, plain, build, parts, callbacks, folder)
-        evaluate(config, plain, parts, callbacks, folder)
+            return train(job, build, parts, callbacks, folder)
+        evaluate(job, parts, callbacks, folder)
         return None
 
 
@@ -65,18 +61,12 @@ def _watchers(config: Config, build: Build, status: Status, folder: Path) -> Ite
         callbacks.on_run_end(status.history)
 
 
-def train(
-    config: Config,
-    plain: dict[str, Any],
-    build: Build,
-    parts: Parts,
-    callbacks: Callback,
-    folder: Path,
-) -> float | None:
+def train(job: Job, build: Build, parts: Parts, callbacks: Callback, folder: Path) -> float | None:
     """Trains, then tests the best; gives the goal's best value."""
+    config = job.config
     task, loaders = parts.task, parts.loaders
     task.optimization = make_optimization(config, build, parts)
-    state = TrainState(task.model, task.optimization, folder, plain)
+    state = TrainState(task.model, task.optimization, folder, job)
     trainer = Trainer(
         task, state, callbacks, config.goal, make_plan(config), config.seed, parts.device
     )
@@ -95,15 +85,14 @@ def train(
     return found.value if found else None
 
 
-def evaluate(
-    config: Config, plain: dict[str, Any], parts: Parts, callbacks: Callback, folder: Path
-) -> None:
+def evaluate(job: Job, parts: Parts, callbacks: Callback, folder: Path) -> None:
     """Measures a checkpoint on the stage that the mode names."""
+    config = job.config
     assert config.ckpt is not None
     file = find_checkpoint(Path(config.ckpt))
     checkpoint = load_checkpoint(file)
     load_weights(parts.task.model, checkpoint.model, str(file))
-    state = TrainState(parts.task.model, None, folder, plain)
+    state = TrainState(parts.task.model, None, folder, job)
     trainer = Trainer(
         parts.task, state, callbacks, config.goal, make_plan(config), config.seed, parts.device
     )

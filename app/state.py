@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from app.checkpoint import BEST, LAST, Checkpoint, save_checkpoint
+from app.config.schema import Job
 from app.files import write_whole
 from app.history import Row
 from app.optimization import Optimization
@@ -22,7 +23,7 @@ class TrainState:
         model: With the weights.
         optimization: With the optimizer, its schedule and scaler; None where nothing is learned.
         folder: Of the run.
-        config: Of the run, resolved; goes into each checkpoint.
+        job: Its configuration goes into each checkpoint.
     """
 
     def __init__(
@@ -30,10 +31,10 @@ class TrainState:
         model: nn.Module,
         optimization: Optimization | None,
         folder: Path,
-        config: dict[str, Any],
+        job: Job,
     ) -> None:
         self.model, self._optimization = model, optimization
-        self.folder, self.config = folder, config
+        self.folder, self.job = folder, job
         self.epoch = 0
         self.history: list[Row] = []
 
@@ -60,7 +61,8 @@ class TrainState:
         save_checkpoint(self.folder / "checkpoints" / LAST, checkpoint)
 
     def _checkpoint(self, model: dict[str, Tensor], training: dict[str, Any] | None) -> Checkpoint:
-        return Checkpoint(self.config, model, self.epoch, self.history, training)
+        config, template = self.job.plain, self.job.template
+        return Checkpoint(config, template, model, self.epoch, self.history, training)
 
 
 def on_host(model: nn.Module) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from app.config.errors import Mistake, UserError, nearest, one_of
 from app.config.targets import TargetError, locate
-from app.config.typed import MISSING, alternatives, describe, fits
+from app.config.typed import MISSING, UNKNOWN, alternatives, describe, fits
 
 TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
 
@@ -65,6 +65,8 @@ class Build:
             return functools.partial(target, *positional, **arguments)
         try:
             return target(*positional, **arguments)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{key}: {name} refused its arguments: {error}") from error
 
@@ -141,10 +143,12 @@ def _value_mistakes(
 ) -> Iterator[Mistake]:
     """A plain number, text or null where the signature clearly wants another kind."""
     expected = _annotation(target, parameter)
+    if value == UNKNOWN:
+        return
     if value == MISSING:
         yield Mistake(key, f" has no value; give one, as {key}=... on the command line")
     elif isinstance(value, (str, int, float)) and _is_plain(expected) and not fits(value, expected):
-        yield Mistake(key, f"={value!r} does not fit; allowed: {describe(expected)}")
+        yield Mistake(key, f"={value!r} does not fit; allowed: {_plainly(expected)}")
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:
@@ -153,6 +157,12 @@ def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any
         return get_type_hints(owner).get(parameter.name, parameter.empty)
     except (NameError, TypeError, AttributeError):  # names that only a type checker can resolve
         return parameter.empty
+
+
+def _plainly(expected: Any) -> str:
+    """The type in words, less the tensors that no configuration can hold."""
+    kinds = [kind for kind in alternatives(expected) if getattr(kind, "__name__", "") != "Tensor"]
+    return ", or ".join(describe(kind) for kind in kinds)
 
 
 def _is_plain(expected: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from app.config.build import Build, node_mistakes
 from app.config.errors import ConfigError, Mistake, UserError, nearest, one_of
 from app.config.schema import Config
-from app.config.typed import mistakes_of, structured
+from app.config.typed import UNKNOWN, mistakes_of, structured
 
 STAGES = ("train", "valid", "test")
 RESERVED = ("epoch", "iter", "stage", "loss", "num_samples", "lr", "iter_time", "epoch_time")
@@ -28,10 +28,8 @@ def checked(plain: dict[str, Any], trusted: Sequence[str]) -> Config:
         ConfigError: Everything that is wrong with it.
     """
     mistakes = [*mistakes_of("", plain, Config)]
-    broken = {mistake.key.partition(".")[0] for mistake in mistakes}
+    mistakes += _rule_mistakes(plain, tuple(mistake.key for mistake in mistakes))
     mistakes += _target_mistakes(plain, trusted)
-    if not broken & {"mode", "ckpt", "data", "goal", "metric", "loss", "trainer", "name"}:
-        mistakes += _rule_mistakes(plain)
     wrong = {mistake.key for mistake in mistakes}
     mistakes += _trial_mistakes(plain, trusted, wrong)
     if mistakes:
@@ -86,7 +84,11 @@ def _trial_mistakes(
 ) -> Iterator[Mistake]:
     """The small parts are built once for trial, so that their own checks speak now."""
     parts = {key: node for key, node, _ in _named_nodes(plain)}
-    sound = {k: v for k, v in parts.items() if not any(bad.startswith(k) for bad in wrong)}
+    sound = {
+        key: node
+        for key, node in parts.items()
+        if not any(bad.startswith(key) for bad in wrong) and UNKNOWN not in node.values()
+    }
     build = Build(trusted)
     for key in sound:
         if key.startswith(("metric.", "loss.", "data.augment.")):
@@ -111,13 +113,27 @@ def _tried(build: Build, key: str, node: Any, *given: Any) -> tuple[Any, list[Mi
         return None, [Mistake("", str(error))]
 
 
-def _rule_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
-    """What no single key can tell."""
-    yield from _mode_mistakes(plain)
-    yield from _stage_mistakes(plain)
-    yield from _goal_mistakes(plain)
+def _rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mistake]:
+    """What no single key can tell; a rule is left out where a key that it reads is broken."""
+    data = ("data.source", "data.split", "trainer.overfit_batches")
+    rules = {
+        _mode_mistakes: ("mode", "ckpt"),
+        _stage_mistakes: ("mode", *data),
+        _goal_mistakes: ("goal", "metric", "loss", *data),
+        _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
+        _name_mistakes: ("name", "metric", "loss"),
+    }
+    for rule, keys in rules.items():
+        if not any(bad.startswith(key) or key.startswith(bad) for bad in broken for key in keys):
+            yield from rule(plain)
+
+
+def _length_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if plain["trainer"]["max_epochs"] is None and plain["trainer"]["max_steps"] is None:
         yield Mistake("trainer.max_epochs", "=None and trainer.max_steps=None: one must be given")
+
+
+def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if not re.fullmatch(r"[\w.+=,-]+", plain["name"]):
         yield Mistake("name", f"={plain['name']!r} names a folder: letters, digits and _.+=,- only")
     for stage in STAGES:

@@ -47,24 +47,35 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
     return parsed
 
 
-def compositions(args: argparse.Namespace) -> Iterator[DictConfig]:
+def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[Mistake]]]:
     """The configuration of the job, or of each job that differs in one swept value.
 
     Args:
         args: What Hydra's own argument parser made of the command line.
 
+    Yields:
+        What can be composed, and a mistake for every override that had to be left out.
+
     Raises:
-        ConfigError: Every override that does not fit, with the nearest that would.
+        ConfigError: Nothing can be composed.
     """
     with _hydra(args) as hydra:
         name = args.config_name or CONFIG_NAME
         for words in _single_jobs(args):
-            try:
-                composed = hydra.compose_config(name, words, RunMode.RUN, False, from_shell=False)
-            except HydraException as error:
-                raise ConfigError(_diagnose(hydra, name, words, error)) from error
+            composed, mistakes = _composed(hydra, name, words)
             HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
-            yield composed
+            yield composed, mistakes
+
+
+def _composed(hydra: Hydra, name: str, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
+    try:
+        return _compose(hydra, name, words), []
+    except HydraException:
+        return _diagnose(hydra, name, words)
+
+
+def _compose(hydra: Hydra, name: str, words: list[str]) -> DictConfig:
+    return hydra.compose_config(name, words, RunMode.RUN, False, from_shell=False)
 
 
 @contextmanager
@@ -109,24 +120,26 @@ def _choices(override: Override) -> list[str]:
     return [f"{key}={value}" for value in override.sweep_string_iterator()]
 
 
-def _diagnose(hydra: Hydra, name: str, words: list[str], error: HydraException) -> list[Mistake]:
-    """All mistakes among overrides that Hydra refused to compose."""
+def _diagnose(hydra: Hydra, name: str, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
+    """What can be composed without the refused overrides, and what is wrong with those."""
     loader = hydra.config_loader
-    overrides = [o for o in parse_overrides(words) if not o.is_hydra_override()]
-    groups = [override for override in overrides if _options(loader, override)]
-    values = [override for override in overrides if override not in groups]
-    wrong = {
-        id(group): mistakes for group in groups if (mistakes := _group_mistakes(loader, group))
-    }
-    sound = [_line(group) for group in groups if id(group) not in wrong]
-    mistakes = [mistake for found in wrong.values() for mistake in found]
+    overrides = parse_overrides(words)
+    groups = [o for o in overrides if not o.is_hydra_override() and _options(loader, o)]
+    wrong = [(o, found) for o in groups if (found := _group_mistakes(loader, o))]
+    refused = [o for o, _ in wrong]
+    sound = [_line(o) for o in groups if o not in refused]
     try:
-        config = hydra.compose_config(name, sound, RunMode.RUN, False, from_shell=False)
-    except HydraException as inner:
-        return [*mistakes, _as_mistake(inner)]
-    keys = [*dotted_keys(config), *loader.list_groups("")]
-    mistakes += [mistake for value in values for mistake in _value_mistakes(config, value, keys)]
-    return mistakes or [_as_mistake(error)]
+        config = _compose(hydra, name, sound)
+        keys = [*dotted_keys(config), *loader.list_groups("")]
+        values = [o for o in overrides if o not in groups and not o.is_hydra_override()]
+        wrong += [(o, found) for o in values if (found := [*_value_mistakes(config, o, keys)])]
+        refused = [o for o, _ in wrong]
+        composed = _compose(hydra, name, [_line(o) for o in overrides if o not in refused])
+    except HydraException as error:
+        raise ConfigError(
+            [*(m for _, found in wrong for m in found), _as_mistake(error)]
+        ) from error
+    return composed, [mistake for _, found in wrong for mistake in found]
 
 
 def _as_mistake(error: HydraException) -> Mistake:
@@ -165,13 +178,16 @@ def _value_mistakes(config: DictConfig, override: Override, keys: list[str]) -> 
 
 def _hint(config: DictConfig, key: str, keys: list[str]) -> str:
     """What stands beside the unknown key, and the one most like it."""
-    last = key.rpartition(".")[2]
-    namesakes = [known for known in keys if known.rpartition(".")[2] == last]
-    close = f"; did you mean {namesakes[0]!r}?" if namesakes else nearest(key, keys)
-    parent = key.rpartition(".")[0]
+    parent, _, last = key.rpartition(".")
     inside = OmegaConf.select(config, parent) if parent else config
-    has = one_of(str(k) for k in inside if k != "hydra") if isinstance(inside, DictConfig) else ""
-    return f"{parent or 'the configuration'} has: {has or 'nothing'}{close}"
+    if not isinstance(inside, DictConfig):
+        return f"there is no {parent!r}{nearest(key, keys)}"
+    siblings = [str(k) for k in inside if k != "hydra"]
+    namesakes = [known for known in keys if known.rpartition(".")[2] == last]
+    close = nearest(last, siblings)
+    close = close or (f"; did you mean {namesakes[0]!r}?" if namesakes else "")
+    add = f"; another argument is added by +{key}=..." if "_target_" in siblings else ""
+    return f"{parent or 'the configuration'} has: {one_of(siblings)}{close}{add}"
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from app.config.errors import ConfigError, Mistake
-from app.config.typed import MISSING
+from app.config.typed import MISSING, UNKNOWN
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
+Plain = dict[str, Any]
 NOW = ("mode", "ckpt", "name", "tags", "notes", "trusted_targets")  # of this command, never saved
 
 
-def freeze(config: DictConfig) -> dict[str, Any]:
+def freeze(config: DictConfig) -> Plain:
     """All interpolations resolved, all paths absolute.
 
     Raises:
@@ -41,7 +43,7 @@ def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
     try:
         value = parent[name]
     except InterpolationToMissingValueError:
-        return MISSING
+        return UNKNOWN
     except OmegaConfBaseException as error:
         mistakes.append(Mistake(key, f" does not resolve: {str(error).splitlines()[0]}"))
         return None
@@ -73,44 +75,77 @@ def typed_trust(overrides: Sequence[Override]) -> list[str]:
     return [str(name) for name in (names if isinstance(names, list) else [names])]
 
 
+def template_of(config: DictConfig) -> DictConfig:
+    """The configuration with its interpolations, less what belongs to the command alone."""
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    return OmegaConf.create({k: v for k, v in raw.items() if k != "hydra" and k not in NOW})
+
+
 def over_saved(
-    saved: dict[str, Any], today: dict[str, Any], overrides: Sequence[Override]
-) -> tuple[dict[str, Any], list[str]]:
+    saved: Plain, template: DictConfig, today: DictConfig, overrides: Sequence[Override]
+) -> tuple[Plain, DictConfig, list[str]]:
     """A saved run's configuration with what was typed now laid over it.
 
+    What the typed keys do to others is found out on the run's own template, so that a changed
+    `data.path` reaches the source that is made of it.
+
     Args:
-        saved: The run's own configuration, resolved.
-        today: The configuration composed now, resolved; typed values are taken from it.
+        saved: The run's configuration, resolved.
+        template: The same with its interpolations.
+        today: What was composed now.
         overrides: What was typed.
 
     Returns:
-        The configuration, and a line for each difference to the saved one.
+        The configuration, its template, and a line for each difference to the saved one.
 
     Raises:
         ConfigError: An override that would make it another model or another split.
     """
-    merged: dict[str, Any] = {**saved, **{name: today[name] for name in NOW}}
-    mistakes, differences = [], []
+    typed, mistakes = copy.deepcopy(template), []
+    raw = OmegaConf.to_container(today, resolve=False)
     for override in overrides:
         key = override.package or override.key_or_group
-        if key.partition(".")[0] in NOW or override.is_hydra_override():
-            continue
         if key in ("experiment", "debug", "local"):
             problem = " sets keys all over and cannot be laid over a saved run; type the keys"
             mistakes.append(Mistake(key, problem))
-            continue
-        old, new = _select(saved, key), _select(today, key)
-        if old == new:
-            continue
-        if key.partition(".")[0] == "model" or key.startswith("data.split"):
-            mistakes.append(
-                Mistake(key, f"={_brief(new)} is not what the run was trained with: {_brief(old)}")
-            )
-        merged = _put(merged, key.split("."), new)
-        differences.append(f"{key}: {_brief(old)} -> {_brief(new)}")
+        elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
+            _lay(typed, key, _select(raw, key), override.is_delete())
+    before, after = freeze(template), freeze(typed)
+    differences: list[str] = []
+    merged = _merged(saved, before, after, "", differences)
+    fixed = [line for line in differences if line.startswith(("model.", "data.split."))]
+    mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:
         raise ConfigError(mistakes)
-    return merged, differences
+    return merged | {name: freeze(today)[name] for name in NOW}, typed, differences
+
+
+def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:
+    if not delete:
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        return
+    parent = OmegaConf.select(config, key.rpartition(".")[0])
+    if isinstance(parent, DictConfig):
+        parent.pop(key.rpartition(".")[2], None)
+
+
+def _merged(saved: Any, before: Any, after: Any, key: str, differences: list[str]) -> Any:
+    """`saved`, changed wherever `after` is unlike `before`."""
+    if not (isinstance(before, dict) and isinstance(after, dict) and isinstance(saved, dict)):
+        if before == after or saved == after:
+            return saved
+        differences.append(f"{key}: {_brief(saved)} -> {_brief(after)}")
+        return after
+    merged = dict(saved)
+    for name in before.keys() | after.keys():
+        inner = f"{key}.{name}" if key else name
+        if name not in after:
+            differences.append(f"{inner}: {_brief(merged.pop(name, None))} -> removed")
+        else:
+            parts = (saved.get(name), before.get(name), after[name])
+            merged[name] = _merged(*parts, inner, differences)
+    return merged
 
 
 def _brief(value: object) -> str:
@@ -123,11 +158,3 @@ def _select(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = config.get(name) if isinstance(config, dict) else None
     return config
-
-
-def _put(config: dict[str, Any], names: list[str], value: Any) -> dict[str, Any]:
-    first, *rest = names
-    if not rest:
-        return {**config, first: value}
-    inner = config.get(first)
-    return {**config, first: _put(inner if isinstance(inner, dict) else {}, rest, value)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,6 +12,7 @@ def register() -> None:
     """Makes them known to OmegaConf; may be called again."""
     OmegaConf.register_new_resolver("or", _first_given, replace=True)
     OmegaConf.register_new_resolver("path", _path, replace=True)
+    OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
 
 
@@ -21,6 +23,11 @@ def _first_given(*values: object) -> object:
 def _path(text: str) -> str:
     """Absolute, against the folder in which the command was typed."""
     return str(Path(text).expanduser().absolute())
+
+
+def _image_part(shape: Sequence[int], index: int) -> int | None:
+    """The channels (0) or the height (1) of an image's shape; None where it is no image."""
+    return shape[index] if len(shape) == 3 else None
 
 
 def _run_name(mode: str, ckpt: str | None, model: str, data: str) -> str:

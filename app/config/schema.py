@@ -86,6 +86,7 @@ class Data:
 
     name: str
     num_classes: Annotated[int, Range(2)] | None
+    path: str | None
     input_shape: list[Positive]
     channels: Positive | None
     image_size: Positive | None
@@ -161,3 +162,22 @@ class Config:
     optimizer: Node
     scheduler: Scheduler
     callbacks: Nodes
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a run is told; plain values, fit to be sent to another process.
+
+    Attributes:
+        config: Checked and typed.
+        plain: The same as a dict; the truth about the run.
+        template: The same as YAML with its interpolations, for laying other values over it.
+        trusted: Modules outside this program that the user named himself.
+        differences: To the tested run, a line each.
+    """
+
+    config: Config
+    plain: dict[str, Any]
+    template: str
+    trusted: list[str]
+    differences: list[str]

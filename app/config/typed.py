@@ -23,6 +23,7 @@ from app.config.errors import Mistake, nearest, one_of
 
 T = TypeVar("T")
 MISSING = "???"
+UNKNOWN = "?"  # made of a missing value, which is named itself
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ def hints(cls: type) -> dict[str, Any]:
 
 def mistakes_of(key: str, value: object, expected: Any) -> Iterator[Mistake]:
     """Every place at or below `key` whose value does not fit the type."""
+    if value == UNKNOWN:
+        return
     if value == MISSING:
         yield Mistake(key, f" has no value; give one, as {key or 'key'}=... on the command line")
     elif is_dataclass(expected) and isinstance(expected, type) and isinstance(value, dict):
