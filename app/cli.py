@@ -33,7 +33,9 @@ MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 def main() -> None:
     """The console script `app`, and `python -m app`."""
     resolvers.register()
-    args = get_args_parser().parse_args()
+    parser = get_args_parser()
+    parser.prog = "app"
+    args = parser.parse_args()
     if is_a_run(args):
         try:
             preflight(args)

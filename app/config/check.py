@@ -92,7 +92,8 @@ def _trial_mistakes(
     build = Build(trusted)
     for key in sound:
         if key.startswith(("metric.", "loss.", "data.augment.")):
-            _, refusals = _tried(build, key, sound[key])
+            strict = {"validate_args": True} if "validate_args" in sound[key] else {}
+            _, refusals = _tried(build, key, sound[key] | strict)
             yield from refusals
     if "optimizer" in sound:
         import torch

@@ -120,9 +120,7 @@ def _numbers(path: str, column: pd.Series) -> np.ndarray:
     if len(wrong):
         cell = column.iloc[wrong[0]]
         line = int(wrong[0]) + 2
-        raise UserError(
-            f"{path}: line {line}, column {column.name!r}: {cell!r} is no finite number"
-        )
+        raise UserError(f"{path}: line {line}, column {column.name!r}: {cell} is no finite number")
     return numbers
 
 

@@ -62,26 +62,45 @@ class StageMetrics:
     Args:
         metrics: By name, on the training device. Those with few states that are sums are kept
             step by step; the others (a curve, a large matrix) accumulate until the stage ends.
+
+    A metric that collects all outputs is updated when the stage ends: many of them read the
+    device in their update.
     """
 
     def __init__(self, metrics: dict[str, Metric]) -> None:
         self.by_step = {n: StepMetric(m) for n, m in metrics.items() if has_narrow_sums(m)}
         self.by_stage = {n: m for n, m in metrics.items() if n not in self.by_step}
+        self.collectors = [m for m in self.by_stage.values() if collects(m)]
+        self.others = [m for m in self.by_stage.values() if not collects(m)]
+        self.collected: list[tuple[Tensor, Tensor]] = []
 
     def reset(self) -> None:
         """Forgets what has accumulated; a stage begins."""
+        self.collected = []
         for metric in self.by_stage.values():
             metric.reset()
 
     def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Sums]:
         """What this batch adds to each metric that is kept step by step."""
-        for metric in self.by_stage.values():
+        for metric in self.others:
             metric.update(outputs, targets)
+        if self.collectors:
+            self.collected.append((outputs, targets))
         return {name: metric.sums(outputs, targets) for name, metric in self.by_step.items()}
 
     def accumulated(self) -> dict[str, np.ndarray]:
         """The values of those that accumulated; they agree over ranks here."""
+        if self.collected:
+            outputs, targets = (torch.cat(parts) for parts in zip(*self.collected, strict=True))
+            self.collected = []
+            for metric in self.collectors:
+                metric.update(outputs, targets)
         return {name: metric.compute().cpu().numpy() for name, metric in self.by_stage.items()}
+
+
+def collects(metric: Metric) -> bool:
+    """Whether it keeps the outputs of every step."""
+    return any(isinstance(state, list) for state in metric._defaults.values())
 
 
 def has_narrow_sums(metric: Metric) -> bool:

@@ -1,0 +1,116 @@
+"""Real runs of the program, shared where several tests look at the same one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+from hydra._internal.utils import get_args_parser
+
+from app.cli import job_of
+from app.config import resolvers
+from app.config.compose import compositions
+from app.config.errors import ConfigError
+from app.config.schema import Job
+
+FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+    cwd: Path
+
+    @property
+    def folder(self) -> Path:
+        """The run folder, which must be the only one."""
+        (found,) = self.folders
+        return found
+
+    @property
+    def folders(self) -> list[Path]:
+        """All run folders, oldest first."""
+        return sorted(path.parent for path in (self.cwd / "outputs").glob("*/*/status.json"))
+
+    def csv(self, name: str) -> pd.DataFrame:
+        return pd.read_csv(self.folder / name)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
+        return content
+
+    @property
+    def config(self) -> dict[str, Any]:
+        content: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())
+        return content
+
+
+def run_app(cwd: Path, *words: str, **environment: str) -> Ran:
+    """`python -m app` with those words, in that folder."""
+    command = [sys.executable, "-m", "app", *words]
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=280, env=os.environ | environment
+    )
+    return Ran(done.returncode, done.stdout, done.stderr, cwd)
+
+
+@pytest.fixture
+def app(tmp_path: Path) -> Callable[..., Ran]:
+    """Runs the program in a folder of the test's own."""
+
+    def run(*words: str, **environment: str) -> Ran:
+        return run_app(tmp_path, *words, **environment)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """An MLP trained for two short epochs and tested on all of MNIST."""
+    cwd = tmp_path_factory.mktemp("trained")
+    ran = run_app(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
+    assert ran.code == 0, ran.err + ran.out
+    return ran
+
+
+def make_job(*words: str) -> Job:
+    """The job of a command line, without running it."""
+    resolvers.register()
+    ((composed, mistakes),) = compositions(get_args_parser().parse_args(list(words)))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return job_of(composed)
+
+
+def mistakes_in(*words: str) -> list[str]:
+    """What is wrong with a command line, a text for each mistake."""
+    resolvers.register()
+    found: list[str] = []
+    for composed, refused in compositions(get_args_parser().parse_args(list(words))):
+        found += map(str, refused)
+        try:
+            job_of(composed)
+        except ConfigError as error:
+            found += map(str, error.mistakes)
+    return found
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,113 @@
+"""Open `app/` and the architecture is visible: imports run one way, down the floors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+APP = Path(__file__).parents[1] / "app"
+
+# From the top down; a module may import those of its own floor and of floors below it.
+FLOORS = [
+    ["app.__main__", "app.cli"],
+    ["app.launch"],
+    ["app.run"],
+    ["app.parts"],
+    ["app.trainer"],
+    ["app.status", "app.callbacks"],
+    ["app.task", "app.state"],
+    ["app.optimization", "app.checkpoint"],
+    ["app.schedule", "app.records"],
+    ["app.data", "app.models", "app.losses", "app.metrics"],
+    ["app.device", "app.distributed", "app.seed", "app.history"],
+    ["app.files"],
+    ["app.config"],
+    ["app"],
+]
+# Reached from the top floor by its functions, once a job is to run.
+LAUNCHED = {"app.run", "app.checkpoint"}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(("app", *path.relative_to(APP).with_suffix("").parts)).removesuffix(
+            ".__init__"
+        ): path
+        for path in APP.rglob("*.py")
+    }
+
+
+def floor_of(module: str) -> int:
+    fits = [
+        (len(prefix), number)
+        for number, floor in enumerate(FLOORS)
+        for prefix in floor
+        if module == prefix or module.startswith(f"{prefix}.")
+    ]
+    return max(fits)[1]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {node.module or ""}
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found & modules().keys()
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_point_downwards(module: str) -> None:
+    upwards = {
+        other
+        for other in imports(modules()[module])
+        if other != "app" and floor_of(other) < floor_of(module)
+    }
+    assert not upwards, f"{module} imports {upwards} from above"
+
+
+def test_models_import_nothing_of_the_program() -> None:
+    for module, path in modules().items():
+        if module.startswith("app.models."):
+            assert not imports(path), module
+
+
+def test_parts_folders_do_not_import_one_another_in_circles() -> None:
+    for module, path in modules().items():
+        if module.startswith(("app.losses", "app.metrics")):
+            assert not any(name.startswith("app.data") for name in imports(path)), module
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["app.cli", "app.launch.inline", "app.config.check"])
+def test_top_and_bottom_floor_do_not_import_torch(module: str) -> None:
+    assert python(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--cfg", "job"], ["--hydra-help"], ["--info", "searchpath"]]
+)
+def test_what_only_shows_does_not_import_torch(words: list[str]) -> None:
+    code = f"""
+import sys
+sys.argv = ["app", *{words!r}]
+from app.cli import main
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("torch" in sys.modules)
+"""
+    assert python(code).splitlines()[-1] == "False"

@@ -1,0 +1,122 @@
+"""What steps return adds up exactly, whatever the sizes of batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+
+from app import records
+from app.metrics.correct import CorrectPredictions
+from app.metrics.measure import StageMetrics, has_narrow_sums
+from app.records import Rows, StageResult, mean_of
+
+CPU = torch.device("cpu")
+SIZES = [7, 7, 1, 4]
+
+
+def metrics() -> dict[str, torchmetrics.Metric]:
+    return {
+        "accuracy": MulticlassAccuracy(3, average="micro", validate_args=False),
+        "macro": MulticlassAccuracy(3, average="macro", validate_args=False),
+        "f1": MulticlassF1Score(3, average="macro", validate_args=False),
+        "total_correct": CorrectPredictions(),
+        "auroc": MulticlassAUROC(3, validate_args=False),
+        "confusion": MulticlassConfusionMatrix(3, validate_args=False),
+        "large": MulticlassConfusionMatrix(30, validate_args=False),
+    }
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    outputs, targets = torch.randn(sum(SIZES), 3), torch.randint(0, 3, (sum(SIZES),))
+    return list(zip(outputs.split(SIZES), targets.split(SIZES), strict=True))
+
+
+def collect() -> StageResult:
+    stage = StageMetrics(metrics())
+    rows = Rows(stage, CPU)
+    for outputs, targets in batches():
+        loss = torch.nn.functional.cross_entropy(outputs, targets)
+        rows.add({"loss": mean_of(loss, len(targets)), **stage.sums(outputs, targets)}, lr=0.1)
+    return rows.result("train", 2)
+
+
+def test_stage_values_are_those_of_all_samples_at_once() -> None:
+    result = collect()
+    outputs, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    for name, metric in metrics().items():
+        expected = metric(outputs, targets).numpy()
+        found = result.arrays[name] if name in result.arrays else result.row[name]
+        # torchmetrics divides in float32
+        np.testing.assert_allclose(found, expected, rtol=1e-6, err_msg=name)
+    losses = torch.nn.functional.cross_entropy(outputs, targets, reduction="none").double()
+    assert result.row["loss_mean"] == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert result.row["total_samples"] == sum(SIZES)
+
+
+def test_step_values_are_those_of_each_batch() -> None:
+    result = collect()
+    assert result.steps["num_samples"].tolist() == SIZES
+    assert result.steps["iter"].tolist() == [1, 2, 3, 4]
+    for position, (outputs, targets) in enumerate(batches()):
+        for name in ("accuracy", "macro", "f1", "total_correct"):
+            expected = metrics()[name](outputs, targets).item()
+            assert result.steps[name][position] == pytest.approx(expected, rel=1e-6), name
+        loss = torch.nn.functional.cross_entropy(outputs, targets)
+        assert result.steps["loss"][position] == loss.item()
+
+
+def test_counts_stay_whole_and_shares_are_exact() -> None:
+    result = collect()
+    correct = result.row["total_correct"]
+    assert isinstance(correct, int)
+    assert result.row["accuracy"] == correct / sum(SIZES)
+    assert result.arrays["confusion"].dtype == np.int64
+
+
+def test_metrics_of_wide_or_listed_states_are_reported_per_stage_only() -> None:
+    columns = collect().steps.columns
+    assert "auroc" not in columns
+    assert "confusion" not in columns
+    assert not has_narrow_sums(MulticlassAUROC(3))
+    assert not has_narrow_sums(MulticlassConfusionMatrix(30))
+    assert has_narrow_sums(MulticlassAccuracy(100))
+
+
+def test_columns_stand_in_order() -> None:
+    expected = "epoch iter stage loss num_samples accuracy macro f1 total_correct lr iter_time"
+    assert list(collect().steps.columns) == expected.split()
+
+
+def test_spread_of_the_loss_is_weighted_by_samples() -> None:
+    result = collect()
+    losses, counts = result.steps["loss"].to_numpy(), np.array(SIZES)
+    mean = np.average(losses, weights=counts)
+    expected = np.sqrt(np.average((losses - mean) ** 2, weights=counts))
+    assert result.row["loss_std"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_rows_may_be_brought_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = collect()
+    monkeypatch.setattr(records, "FLUSH_EVERY", 3)
+    parts = collect()
+    times = ["iter_time"]
+    assert whole.steps.drop(columns=times).equals(parts.steps.drop(columns=times))
+
+
+def test_a_metric_starts_each_step_and_each_stage_from_zero() -> None:
+    stage = StageMetrics(metrics())
+    outputs, targets = batches()[0]
+    first, second = stage.sums(outputs, targets), stage.sums(outputs, targets)
+    for name in first:
+        assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
+    Rows(stage, CPU)
+    assert all(metric.update_count == 0 for metric in stage.by_stage.values())
