@@ -148,7 +148,7 @@ class Rows:
                 steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
                 totals[name] = float(total[0] / total[1])
             elif (value := metric.value(total)).size == 1:
-                steps[name] = np.array([metric.value(line).item() for line in sums])
+                steps[name] = metric.values(sums)
                 totals[name] = value.item()
             else:
                 arrays[name] = value

@@ -13,6 +13,7 @@ from app.history import History
 from app.records import StageResult
 
 STAGES = ("train", "valid", "test")
+TIMES = ("epoch_time", "samples/s")
 
 
 class Tables(Callback):
@@ -39,13 +40,9 @@ class Tables(Callback):
 
 def summary_table(history: History) -> pd.DataFrame:
     """All rows, by epoch and stage; times last."""
-    table = pd.DataFrame(list(history))
-    times = ["epoch_time", "samples/s"]
-    table = table[[name for name in table.columns if name not in times] + times]
-    order = pd.Series({stage: position for position, stage in enumerate(STAGES)})
-    return table.sort_values(
-        ["epoch", "stage"], key=lambda c: c.map(order) if c.name == "stage" else c
-    )
+    rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
+    names = dict.fromkeys(name for row in rows for name in row if name not in TIMES)
+    return pd.DataFrame(rows, columns=[*names, *TIMES])
 
 
 def as_table(value: np.ndarray) -> pd.DataFrame:

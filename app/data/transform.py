@@ -39,14 +39,14 @@ class BatchTransform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """A batch as stored, uint8 or float, to float32."""
-        if x.dtype == torch.uint8:
-            x = x.float().div_(255)
+        # Changed in place from here on: a new tensor for each operation costs more than it.
+        x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone()
         if self._resize is not None:
             x = self._resize(x)
         for augment in self.augment:
             x = augment(x)
         if self.mean is not None and self.std is not None:
-            x = x.sub(self.mean).div_(self.std)
+            x = x.sub_(self.mean).div_(self.std)
         if x.ndim != 4:
             return x
         if self.channels is not None and x.shape[1] != self.channels:

@@ -22,6 +22,10 @@ class Term:
     function: Function
     weight: float = 1.0
 
+    def weighted(self, value: Tensor) -> Tensor:
+        """The value times the weight; a weight of 1 costs no operation."""
+        return value if self.weight == 1 else self.weight * value
+
 
 class WeightedSum(nn.Module):
     """The sum of the terms, each times its weight.
@@ -41,6 +45,6 @@ class WeightedSum(nn.Module):
     def forward(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, and the value of each term, unweighted, where there are several."""
         values = {name: term.function(outputs, targets) for name, term in self.terms.items()}
-        weighted = [self.terms[name].weight * value for name, value in values.items()]
+        weighted = [self.terms[name].weighted(value) for name, value in values.items()]
         total = sum(weighted[1:], start=weighted[0])
         return total, values if len(values) > 1 else {}

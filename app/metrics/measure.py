@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -26,15 +27,16 @@ class StepMetric:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.zeros: dict[str, Tensor] = dict(metric._defaults)  # type: ignore[arg-type]
+        self.zeros = {
+            n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
+        }
         self.on_host = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
         self.is_count: bool | None = None  # whether its value is a whole number, once known
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """The states after this batch alone, on its device; nothing is read back."""
-        for name, zero in self.zeros.items():
-            setattr(self.metric, name, torch.zeros_like(zero, device=outputs.device))
-        # The class's own update: the instance's wrapper costs as much as the update itself.
+        # Past the module's __setattr__ and the instance's wrapper of update: both cost time.
+        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.zeros.items()})
         type(self.metric).update(self.metric, outputs, targets)
         return tuple(getattr(self.metric, name) for name in self.zeros)
 
@@ -44,16 +46,24 @@ class StepMetric:
         Counts are divided in float64, so that 9 of 10 are 0.9 and not the nearest float32.
         """
         if self.is_count is None:
-            self.is_count = not self._compute(sums, exact=False).is_floating_point()
-        return self._compute(sums, exact=not self.is_count).numpy()
+            (value,) = self._compute(sums[None], exact=False)
+            self.is_count = not value.is_floating_point()
+        (value,) = self._compute(sums[None], exact=not self.is_count)
+        return value.numpy()
 
-    def _compute(self, sums: Tensor, exact: bool) -> Tensor:
+    def values(self, rows: Tensor) -> np.ndarray:
+        """The metric, a single number, of each row of a matrix of such vectors."""
+        return torch.stack(list(self._compute(rows, exact=not self.is_count))).flatten().numpy()
+
+    def _compute(self, rows: Tensor, exact: bool) -> Iterator[Tensor]:
         sizes = [zero.numel() for zero in self.zeros.values()]
-        for (name, zero), part in zip(self.zeros.items(), sums.split(sizes), strict=True):
-            state = part if exact else part.to(zero.dtype)
-            setattr(self.on_host, name, state.reshape(zero.shape))
-        value: Tensor = type(self.on_host).compute(self.on_host)
-        return value
+        columns = [
+            (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
+            for zero, part in zip(self.zeros.values(), rows.split(sizes, dim=1), strict=True)
+        ]
+        for states in zip(*columns, strict=True):
+            vars(self.on_host).update(zip(self.zeros, states, strict=True))
+            yield type(self.on_host).compute(self.on_host)
 
 
 class StageMetrics:

@@ -1,0 +1,212 @@
+"""What the program costs over bare PyTorch, and what its data path saves.
+
+    python benchmarks/overhead.py
+
+Each pair is measured in turn in this one process, several rounds; medians and their ratio are
+printed, since absolute times on a shared machine say little. Targets stand in the last column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import torchvision
+from hydra._internal.utils import get_args_parser
+from torch.utils.data import DataLoader, Subset
+from torchvision import transforms
+
+from app.callbacks.callback import Callbacks
+from app.callbacks.progress import Progress
+from app.callbacks.tables import Tables
+from app.cli import job_of
+from app.config import resolvers
+from app.config.build import Build
+from app.config.compose import compositions
+from app.config.schema import Job
+from app.data.mnist import __file__ as MNIST
+from app.parts import make_optimization, make_parts, make_plan
+from app.state import TrainState
+from app.trainer import Trainer
+
+CPU = torch.device("cpu")
+MEAN, STD = 0.1307, 0.3081
+
+
+class Terminal(io.StringIO):
+    """Takes the bar as a terminal would, and forgets it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        return len(text)
+
+
+def alternate(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
+    """Medians of both and the median of the ratios of rounds, the order turned every round."""
+    pairs = []
+    for number in range(rounds + 1):  # the first round warms up
+        first, second = (ours, theirs) if number % 2 else (theirs, ours)
+        a, b = first(), second()
+        pairs.append((a, b) if number % 2 else (b, a))
+    pairs = pairs[1:]
+    ratio = statistics.median(a / b for a, b in pairs)
+    return [statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio]
+
+
+def make_job(*words: str) -> Job:
+    resolvers.register()
+    ((composed, _),) = compositions(get_args_parser().parse_args(list(words)))
+    return job_of(composed)
+
+
+def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
+    """Seconds of an epoch: the trainer with CSV, accuracy and bar, against a bare loop."""
+    job = make_job(*words, "metric/single@metric.train=[accuracy]")
+    parts = make_parts(job.config, Build(), CPU)
+    parts.task.optimization = make_optimization(job.config, Build(), parts)
+    state = TrainState(parts.task.model, parts.task.optimization, folder, job)
+    callbacks = Callbacks([Tables(folder), Progress()])
+    plan, config = make_plan(job.config), job.config
+    trainer = Trainer(parts.task, state, callbacks, config.goal, plan, 0, CPU)
+
+    model = make_parts(job.config, Build(), CPU).task.model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+    images, labels = parts.loaders["train"].tensors  # type: ignore[attr-defined]
+    count, size = parts.loaders["train"].num_samples, config.data.batch_size
+    image = next(p for p in model.parameters()).ndim == 4
+
+    def ours() -> float:
+        began = time.perf_counter()
+        trainer.run_stage("train", len(state.history) + 1, parts.loaders["train"])
+        return time.perf_counter() - began
+
+    def bare() -> float:
+        began = time.perf_counter()
+        model.train()
+        for batch in torch.randperm(len(images))[:count].split(size):
+            x = images[batch].float().div_(255).sub_(MEAN).div_(STD)
+            if image:
+                x = x.contiguous(memory_format=torch.channels_last)
+            loss = F.cross_entropy(model(x), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return time.perf_counter() - began
+
+    return alternate(rounds, ours, bare)
+
+
+def torchvision_mnist(root: Path) -> Path:
+    """Where torchvision finds the embedded files."""
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in Path(str(MNIST)).parent.glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    return root
+
+
+def loader_rates(root: Path, rounds: int, workers: int) -> list[float]:
+    """Samples/s of our loader against torchvision's MNIST in a DataLoader."""
+    loader = make_parts(make_job("model=mlp", "data.batch_size=256").config, Build(), CPU).loaders
+    steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
+    dataset = Subset(torchvision.datasets.MNIST(str(root), transform=steps), range(10_000))
+    theirs = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=workers)
+
+    def ours() -> float:
+        began = time.perf_counter()
+        count = sum(len(y) for _, y in loader["train"].epoch(1))
+        return count / (time.perf_counter() - began)
+
+    def bare() -> float:
+        began = time.perf_counter()
+        count = sum(len(y) for _, y in theirs)
+        return count / (time.perf_counter() - began)
+
+    return alternate(rounds, ours, bare)
+
+
+SCRIPT = """
+import sys, torch, torchvision, torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, random_split
+from torchvision import transforms
+steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+mnist = torchvision.datasets.MNIST
+train, test = (mnist(sys.argv[1], train=t, transform=steps) for t in (True, False))
+train, valid = random_split(train, [55000, 5000])
+model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+def accuracy(dataset):
+    model.eval()
+    with torch.no_grad():
+        right = sum((model(x).argmax(1) == y).sum() for x, y in DataLoader(dataset, batch_size=128))
+    return right.item() / len(dataset)
+for epoch in range(3):
+    model.train()
+    for x, y in DataLoader(train, batch_size=128, shuffle=True):
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    print(epoch, accuracy(valid))
+print("test", accuracy(test))
+"""
+
+
+def wall_times(root: Path, folder: Path, rounds: int) -> list[float]:
+    """Seconds of a whole 3-epoch run, the start of Python included."""
+    app = [sys.executable, "-m", "app", "model=mlp", "trainer.max_epochs=3"]
+    script = [sys.executable, "-c", SCRIPT, str(root)]
+
+    def run(command: list[str]) -> float:
+        began = time.perf_counter()
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+        return time.perf_counter() - began
+
+    return alternate(rounds, lambda: run(app), lambda: run(script))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=9)
+    rounds = parser.parse_args().rounds
+    few = max(1, rounds // 3)
+    real, sys.stderr = sys.stderr, Terminal()
+    lines = []
+    with tempfile.TemporaryDirectory() as text:
+        folder = Path(text)
+        root = torchvision_mnist(folder / "torchvision")
+        plain = ("scheduler=constant", "data.batch_size=256")
+        mlp = epoch_times(folder / "mlp", rounds, "model=mlp", *plain)
+        lines.append(["epoch, MLP 784-128-10, batch 256 (s)", "bare loop", *mlp, "<= 1.15"])
+        words = ("model=mlp", "scheduler=cosine", "data.batch_size=256")
+        cosine = epoch_times(folder / "cosine", rounds, *words)
+        lines.append(["same, with warm-up and cosine (s)", "bare loop, fixed lr", *cosine, ""])
+        words = ("model=alexnet", *plain, "trainer.limit_train_batches=40")
+        alexnet = epoch_times(folder / "alexnet", rounds, *words)
+        lines.append(["40 steps, AlexNet, batch 256 (s)", "bare loop", *alexnet, "<= 1.03"])
+        for workers in (0, 2):
+            rates = loader_rates(root, few, workers)
+            other = f"torchvision, {workers} workers"
+            lines.append(["loader, MNIST (samples/s)", other, *rates, ">= 15"])
+        wall = wall_times(root, folder, few)
+        lines.append(["whole run, MLP, 3 epochs (s)", "torchvision loader", *wall, ""])
+    sys.stderr = real
+    columns = ["what", "against", "ours", "theirs", "ratio", "target"]
+    table = pd.DataFrame(lines, columns=columns)
+    print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
+
+
+if __name__ == "__main__":
+    main()
