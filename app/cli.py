@@ -36,15 +36,12 @@ def main() -> None:
     parser = get_args_parser()
     parser.prog = "app"
     args = parser.parse_args()
-    if is_a_run(args):
-        try:
-            preflight(args)
-        except UserError as error:
-            _leave(str(error), MISTAKE)
     try:
+        if is_a_run(args):
+            preflight(args)
         hydra_main()
     except UserError as error:
-        _leave(str(error), FAILURE)
+        _leave(str(error), MISTAKE)
     except KeyboardInterrupt:
         _leave("interrupted", INTERRUPTED)
 
@@ -71,9 +68,11 @@ def preflight(args: argparse.Namespace) -> None:
     for composed, refused in compositions(args):
         mistakes += refused
         try:
-            mode = job_of(composed).config.mode
+            config = job_of(composed).config
+            mode = config.mode
             if mode != "check":
                 _check_folder(composed, args.multirun)
+                _check_accelerator(config.trainer.accelerator)
         except ConfigError as error:
             mistakes += error.mistakes
     if mistakes:
@@ -137,10 +136,23 @@ def _check_folder(composed: DictConfig, multirun: bool) -> None:
         raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
 
 
+def _check_accelerator(name: str) -> None:
+    from app.device import choose_device
+
+    choose_device(name)
+
+
 def _is_writable(folder: Path) -> bool:
     import os
 
     return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _errors_to_stderr() -> None:
+    """Of the two consoles that the logging configuration makes, each gets its own lines."""
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(lambda record: record.levelno < logging.ERROR)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)
@@ -149,6 +161,8 @@ def hydra_main(composed: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
     assert isinstance(with_hydra, DictConfig)
+    _errors_to_stderr()
+    logging.captureWarnings(True)
     try:
         job = job_of(with_hydra)
         write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))

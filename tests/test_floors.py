@@ -28,8 +28,6 @@ FLOORS = [
     ["app.config"],
     ["app"],
 ]
-# Reached from the top floor by its functions, once a job is to run.
-LAUNCHED = {"app.run", "app.checkpoint"}
 
 
 def modules() -> dict[str, Path]:

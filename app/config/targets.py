@@ -108,5 +108,6 @@ def _module(module: str, name: str) -> types.ModuleType:
         raise TargetError(
             f"{name!r} does not import: no {missing!r} in {parent!r}{close}"
         ) from error
-    except (ImportError, SyntaxError) as error:
-        raise TargetError(f"{name!r} does not import: {error}") from error
+    except Exception as error:  # whatever a module's own code raises
+        reason = f"{type(error).__name__}: {error}"
+        raise TargetError(f"{name!r} does not import: {reason}") from error
