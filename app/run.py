@@ -16,7 +16,7 @@ from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
 from app.history import best
-from app.parts import Parts, make_callbacks, make_optimization, make_parts, make_plan
+from app.parts import STAGES, Parts, make_callbacks, make_optimization, make_parts, make_plan
 from app.state import TrainState
 from app.status import Status, versions
 from app.trainer import Trainer
@@ -111,12 +111,13 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
     model, goal = parts.task.model, config.goal
     weights = sum(parameter.numel() for parameter in model.parameters())
     stop = f"after {goal.patience} validations without a better value" if goal.patience else "off"
+    wanted = STAGES if config.mode == "train" else (config.mode,)
     lines = {
         "run": f"{config.name} (mode {config.mode}, seed {config.seed})",
         "folder": folder,
         "notes": " ".join([*(f"[{tag}]" for tag in config.tags), config.notes]),
         "model": f"{config.model['_target_']}, {weights:,} parameters",
-        "data": "; ".join(_described(stage, loader) for stage, loader in parts.loaders.items()),
+        "data": "; ".join(_described(stage, parts.loaders.get(stage)) for stage in wanted),
         "device": f"{describe_device(parts.device)}, {parts.task.precision.name}",
         "loss": ", ".join(config.loss),
         "metrics": "; ".join(
@@ -138,5 +139,7 @@ def _length(config: Config) -> str:
     return " or ".join(f"{count} {name}" for name, count in bounds.items() if count is not None)
 
 
-def _described(stage: str, loader: Batches) -> str:
+def _described(stage: str, loader: Batches | None) -> str:
+    if loader is None:
+        return f"{stage} none"
     return f"{stage} {loader.num_samples:,} samples in {len(loader):,} batches"

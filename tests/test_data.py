@@ -19,8 +19,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
-from torchvision.io import write_png
 
 from app.config.errors import UserError
 from app.data.arrays import csv, npz
@@ -303,8 +303,8 @@ def test_image_folder_reads_images_by_class(tmp_path: Path) -> None:
     for label, name in enumerate(("cat", "dog")):
         for number in range(3):
             (tmp_path / name).mkdir(exist_ok=True)
-            image = torch.full((3, 20 + number, 30), 100 * label, dtype=torch.uint8)
-            write_png(image, str(tmp_path / name / f"{number}.png"))
+            picture = Image.new("RGB", (30, 20 + number), (100 * label, 0, 0))
+            picture.save(tmp_path / name / f"{number}.png")
     from torchvision.transforms import v2
 
     dataset = image_folder(str(tmp_path), {"resize": v2.Resize([8, 8])})

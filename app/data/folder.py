@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.config.errors import UserError
 
@@ -34,7 +35,8 @@ def image_folder(root: str, transforms: dict[str, Callable[[Tensor], Tensor]]) -
 
 def _decode(path: str) -> Tensor:
     try:
-        image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(path) as image:
+            pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
-    return image
+    return pixels
