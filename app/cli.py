@@ -97,20 +97,21 @@ def job_of(composed: DictConfig) -> Job:
     trusted = [*typed_trust(overrides), *trusted_by_environment()]
     if trusted and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    plain, template = freeze(composed), template_of(composed)
+    (plain, mistakes), template = freeze(composed), template_of(composed)
+    mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
-    _check_trust(plain, overrides)
     if plain.get("mode") in ("test", "valid") and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config(plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
-    config = checked(plain, trusted)
+    config = checked(plain, trusted, mistakes)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
 
 
-def _check_trust(plain: dict[str, Any], overrides: Sequence[Override]) -> None:
-    if plain.get("trusted_targets") and not typed_trust(overrides):
-        problem = f"={plain['trusted_targets']!r} may be given on the command line only"
-        raise ConfigError([Mistake("trusted_targets", problem)])
+def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
+    if not plain.get("trusted_targets") or typed_trust(overrides):
+        return []
+    problem = f"={plain['trusted_targets']!r} may be given on the command line only"
+    return [Mistake("trusted_targets", problem)]
 
 
 def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from app.batches import STAGES
 from app.callbacks.callback import Callback, Callbacks
 from app.checkpoint import BEST, find_checkpoint, load_checkpoint, load_weights
 from app.config.build import Build
@@ -16,7 +17,7 @@ from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
 from app.history import best
-from app.parts import STAGES, Parts, make_callbacks, make_optimization, make_parts, make_plan
+from app.parts import Parts, make_callbacks, make_optimization, make_parts, make_plan
 from app.state import TrainState
 from app.status import Status, versions
 from app.trainer import Trainer

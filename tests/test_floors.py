@@ -17,6 +17,7 @@ FLOORS = [
     ["app.launch"],
     ["app.run"],
     ["app.parts"],
+    ["app.batches"],
     ["app.trainer"],
     ["app.status", "app.callbacks"],
     ["app.task", "app.state"],

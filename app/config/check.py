@@ -17,17 +17,18 @@ RESERVED = ("epoch", "iter", "stage", "loss", "num_samples", "lr", "iter_time", 
 AUTO = "auto"  # in a scheduler's arguments: as many steps or epochs as the run has
 
 
-def checked(plain: dict[str, Any], trusted: Sequence[str]) -> Config:
+def checked(plain: dict[str, Any], trusted: Sequence[str], found: Sequence[Mistake] = ()) -> Config:
     """The configuration, typed.
 
     Args:
         plain: Resolved, as `freeze` gives it.
         trusted: Modules outside this program that the user named himself.
+        found: Mistakes known already.
 
     Raises:
         ConfigError: Everything that is wrong with it.
     """
-    mistakes = [*mistakes_of("", plain, Config)]
+    mistakes = [*found, *mistakes_of("", plain, Config)]
     mistakes += _rule_mistakes(plain, tuple(mistake.key for mistake in mistakes))
     mistakes += _target_mistakes(plain, trusted)
     wrong = {mistake.key for mistake in mistakes}

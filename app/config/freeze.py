@@ -19,22 +19,16 @@ Plain = dict[str, Any]
 NOW = ("mode", "ckpt", "name", "tags", "notes", "trusted_targets")  # of this command, never saved
 
 
-def freeze(config: DictConfig) -> Plain:
-    """All interpolations resolved, all paths absolute.
-
-    Raises:
-        ConfigError: Every interpolation that does not resolve.
-    """
+def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
+    """All interpolations resolved, all paths absolute; and every interpolation that is wrong."""
     mistakes: list[Mistake] = []
     names = [name for name in config if name != "hydra"]
     plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
-    if mistakes:
-        raise ConfigError(mistakes)
     if isinstance(plain.get("ckpt"), str):
         plain["ckpt"] = _absolute(plain["ckpt"])
     if isinstance(plain.get("data"), dict):
         _absolute_sources(plain["data"].get("source"))
-    return plain
+    return plain, mistakes
 
 
 def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
@@ -46,7 +40,7 @@ def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
         return UNKNOWN
     except OmegaConfBaseException as error:
         mistakes.append(Mistake(key, f" does not resolve: {str(error).splitlines()[0]}"))
-        return None
+        return UNKNOWN
     if isinstance(value, DictConfig):
         return {str(k): _resolved(value, k, f"{key}.{k!s}", mistakes) for k in value}
     if isinstance(value, ListConfig):
@@ -111,14 +105,14 @@ def over_saved(
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
             _lay(typed, key, _select(raw, key), override.is_delete())
-    before, after = freeze(template), freeze(typed)
+    (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
     merged = _merged(saved, before, after, "", differences)
     fixed = [line for line in differences if line.startswith(("model.", "data.split."))]
     mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:
         raise ConfigError(mistakes)
-    return merged | {name: freeze(today)[name] for name in NOW}, typed, differences
+    return merged | {name: now[name] for name in NOW}, typed, differences
 
 
 def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:
