@@ -260,6 +260,24 @@ def test_sanity_validation_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+class Gambler(Callback):
+    """Draws random numbers at every chance."""
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        torch.rand(3)
+
+
+def test_an_epochs_randomness_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
+    words = ("model=mlp", "model.dropout=0.5", "trainer.max_epochs=2", "data.batch_size=50")
+    job = make_job(*words, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
+    learned = []
+    for callbacks in ([], [Gambler()]):
+        trainer, parts = make_trainer(job, tmp_path, *callbacks)
+        trainer.fit(parts.loaders["train"], parts.loaders["valid"])
+        learned.append(list(trainer.task.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
+
+
 def test_overfitting_trains_and_validates_on_the_same_few_batches(tmp_path: Path) -> None:
     trainer, listener = fit(
         tmp_path, "model=mlp", "debug=overfit", "data.batch_size=20", "trainer.max_epochs=40"
@@ -278,7 +296,7 @@ def optimization(model: nn.Module, **options: Any) -> Optimization:
     return Optimization(optimizer, schedule, scaler, batch_size=4, **options)
 
 
-def learned(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor]:
+def learned_from(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor]:
     torch.manual_seed(0)
     model = nn.Linear(3, 2).double()
     x, y = torch.rand(sum(sizes), 3).double(), torch.randint(0, 2, (sum(sizes),))
@@ -291,8 +309,8 @@ def learned(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 1], [4, 2]])
 def test_accumulated_batches_learn_as_one_batch_of_all_samples(sizes: list[int]) -> None:
-    several, _, _ = learned(sizes, accumulate=3)
-    one, _, _ = learned([sum(sizes)])
+    several, _, _ = learned_from(sizes, accumulate=3)
+    one, _, _ = learned_from([sum(sizes)])
     torch.testing.assert_close(several.weight, one.weight)  # float64, other order of sums
 
 
@@ -300,11 +318,11 @@ def test_gradient_clipping_by_norm_and_by_value() -> None:
     start = nn.Linear(3, 2).double()
     torch.manual_seed(0)
     start = nn.Linear(3, 2).double()
-    by_norm, _, _ = learned([4], clip_norm=1e-3)
+    by_norm, _, _ = learned_from([4], clip_norm=1e-3)
     steps = [(a - b) / 0.1 for a, b in zip(start.parameters(), by_norm.parameters(), strict=True)]
     norm = torch.cat([step.flatten() for step in steps]).norm()
     torch.testing.assert_close(norm.item(), 1e-3, rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
-    by_value, _, _ = learned([4], clip_value=1e-3)
+    by_value, _, _ = learned_from([4], clip_value=1e-3)
     largest = ((start.weight - by_value.weight) / 0.1).abs().max()
     torch.testing.assert_close(largest.item(), 1e-3)
 
