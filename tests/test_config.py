@@ -85,6 +85,7 @@ def test_mode_check_only_looks(app: Callable[..., Ran], tmp_path: Path) -> None:
         (["data.image_size=${data.nothing}"], "does not resolve"),
         (["loss.cross_entropy.function.reduction=often"], "often"),
         (["+trainer.max_epochs=3"], "is there already"),
+        (["+callbacks.tables.folder=/tmp"], "is not yours to give: the run sets it"),
         (["~trainer.no_such"], "trainer.no_such is not a known key"),
         (["data.augment.flip=1"], "data.augment.flip=1 is not a known key; data.augment has: noth"),
     ],

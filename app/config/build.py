@@ -60,7 +60,7 @@ class Build:
             raise UserError(f"{key}._target_={error}") from error
         positional = [*given, *children.pop(POSITIONAL, [])]
         wanted = parameters(target)
-        arguments = {k: v for k, v in offers.items() if k in wanted} | children
+        arguments = children | {k: v for k, v in offers.items() if k in wanted}
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
         try:
@@ -129,7 +129,11 @@ def _argument_mistakes(
                 f"it takes: {one_of(open_)}{close}",
             )
     for name, parameter in open_.items():
-        if name in named:
+        if name in named and name in offers:
+            yield Mistake(
+                f"{key}.{name}", f"={named[name]!r} is not yours to give: the run sets it"
+            )
+        elif name in named:
             yield from _value_mistakes(f"{key}.{name}", named[name], target, parameter)
         elif parameter.default is parameter.empty and name not in offers and PARTIAL not in node:
             yield Mistake(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
