@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-Function = Callable[[Tensor, Tensor], Tensor]
+from app.config.errors import UserError
+from app.losses.dice import Dice, DiceCrossEntropy
+from app.losses.focal import FocalCrossEntropy
+from app.losses.weights import Learned, Scheduled
+from app.nested import Key, Nested, describe, pick
+
+Function = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -16,15 +23,27 @@ class Term:
 
     Attributes:
         function: From outputs and targets to a scalar, the mean over the batch.
-        weight: Its factor in the sum.
+        weight: Its factor in the sum: a number, a schedule, or learned.
+        output: Which part of the outputs it takes; None takes them whole.
+        target: Which part of the targets it takes; None takes them whole.
     """
 
     function: Function
-    weight: float = 1.0
+    weight: float | Scheduled | Learned = 1.0
+    output: Key = None
+    target: Key = None
+
+    def value(self, outputs: Nested, targets: Nested) -> Tensor:
+        """Unweighted."""
+        return self.function(pick(outputs, self.output), pick(targets, self.target))
 
     def weighted(self, value: Tensor) -> Tensor:
         """The value times the weight; a weight of 1 costs no operation."""
-        return value if self.weight == 1 else self.weight * value
+        if isinstance(self.weight, Learned):
+            weighed: Tensor = self.weight(value)
+            return weighed
+        factor = self.weight.value if isinstance(self.weight, Scheduled) else self.weight
+        return value if factor == 1 else factor * value
 
 
 class WeightedSum(nn.Module):
@@ -34,17 +53,89 @@ class WeightedSum(nn.Module):
         terms: By name, at least one.
     """
 
-    def __init__(self, terms: dict[str, Term]) -> None:
+    def __init__(self, terms: Mapping[str, Term]) -> None:
         super().__init__()
-        self.terms = terms
-        functions = {name: term.function for name, term in terms.items()}
-        self.modules_ = nn.ModuleDict(
-            {name: f for name, f in functions.items() if isinstance(f, nn.Module)}
-        )
+        self.terms = dict(terms)
+        parts = {
+            f"{name}_{part}": module
+            for name, term in terms.items()
+            for part, module in (("function", term.function), ("weight", term.weight))
+            if isinstance(module, nn.Module)
+        }
+        self.parts = nn.ModuleDict(parts)
+        self.schedules = {
+            name: term.weight for name, term in terms.items() if isinstance(term.weight, Scheduled)
+        }
+        self.has_columns = len(terms) > 1 or any(term.weight != 1 for term in terms.values())
 
-    def forward(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and the value of each term, unweighted, where there are several."""
-        values = {name: term.function(outputs, targets) for name, term in self.terms.items()}
+    def forward(self, outputs: Nested, targets: Nested) -> tuple[Tensor, dict[str, Tensor]]:
+        """The total, and the value of each term, unweighted, where it is not the total.
+
+        Raises:
+            UserError: Names the term that cannot take what it is given.
+        """
+        values = {name: self._value(name, outputs, targets) for name in self.terms}
         weighted = [self.terms[name].weighted(value) for name, value in values.items()]
         total = sum(weighted[1:], start=weighted[0])
-        return total, values if len(values) > 1 else {}
+        return total, values if self.has_columns else {}
+
+    def _value(self, name: str, outputs: Nested, targets: Nested) -> Tensor:
+        term = self.terms[name]
+        try:
+            value = term.value(outputs, targets)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(
+                f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
+                f"({describe(targets)}): {error}"
+            ) from error
+        if not isinstance(value, Tensor) or value.ndim:
+            raise UserError(
+                f"loss.{name}: must give a scalar, the mean over the batch; it gave "
+                f"{describe(value)}"
+            )
+        return value
+
+    def progress(self, epoch: int, step: int) -> None:
+        """Sets the scheduled weights for the step that comes; both are counted from 1.
+
+        Raises:
+            UserError: A schedule gives no finite number.
+        """
+        for name, schedule in self.schedules.items():
+            schedule.progress(f"loss.{name}.weight", epoch, step)
+
+    def scheduled(self) -> dict[str, float]:
+        """The weights that are scheduled, as `<term>_weight`."""
+        return {f"{name}_weight": schedule.value for name, schedule in self.schedules.items()}
+
+    def learned(self) -> dict[str, Tensor]:
+        """The weights that are learned, as `<term>_weight`; on the device."""
+        return {
+            f"{name}_weight": term.weight.factor
+            for name, term in self.terms.items()
+            if isinstance(term.weight, Learned)
+        }
+
+
+LOGITS = (  # losses that take what the model gives as logits of classes
+    nn.CrossEntropyLoss,
+    Dice,
+    DiceCrossEntropy,
+    FocalCrossEntropy,
+)
+
+
+def class_outputs(loss: WeightedSum) -> list[Key]:
+    """The parts of the outputs that are logits of classes, as the terms that take them show."""
+    terms = loss.terms.values()
+    return [term.output for term in terms if isinstance(term.function, LOGITS)]
+
+
+def as_loss(loss: WeightedSum | Term | Function | Mapping[str, Term | Function]) -> WeightedSum:
+    """A loss from terms by name, or from a single one."""
+    if isinstance(loss, WeightedSum):
+        return loss
+    named = loss if isinstance(loss, Mapping) else {"loss": loss}
+    return WeightedSum({n: t if isinstance(t, Term) else Term(t) for n, t in named.items()})

@@ -1,0 +1,61 @@
+"""How far predicted distributions are from those of a teacher."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Targets = Literal["logits", "probabilities", "log_probabilities"]
+
+
+class KLDivergence(nn.Module):
+    """KL(target || softmax(output / T)) * T^2: summed over classes, the mean over all else.
+
+    T^2 keeps the gradients as large as they are at T = 1: Hinton et al. 2015, "Distilling the
+    Knowledge in a Neural Network" (https://arxiv.org/abs/1503.02531).
+
+    Args:
+        temperature: T, above 0; higher temperatures show more of the unlikely classes.
+        targets: What the target holds. Logits are divided by T too, probabilities taken as they
+            are.
+
+    Raises:
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(self, temperature: float = 1.0, targets: Targets = "probabilities") -> None:
+        super().__init__()
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be above 0 and finite")
+        if targets not in get_args(Targets):
+            raise ValueError(f"targets={targets!r} must be one of: {', '.join(get_args(Targets))}")
+        self.temperature, self.targets = temperature, targets
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss, computed in float32 at least; classes of probability 0 add nothing.
+
+        Args:
+            output: Logits of shape (N, C, ...).
+            target: Floating values of the same shape.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        if output.shape != target.shape:
+            raise ValueError(
+                f"target has shape {list(target.shape)}, output {list(output.shape)}; "
+                "they must be the same"
+            )
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
+        logs = (output / self.temperature).log_softmax(dim=1)
+        losses = F.kl_div(logs, self._probabilities(target.to(output.dtype)), reduction="none")
+        return losses.sum(dim=1).mean() * self.temperature**2
+
+    def _probabilities(self, target: Tensor) -> Tensor:
+        if self.targets == "logits":
+            return (target / self.temperature).softmax(dim=1)
+        return target if self.targets == "probabilities" else target.exp()
