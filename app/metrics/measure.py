@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
+
+from app.config.errors import UserError
+from app.metrics.function import FunctionMetric
+from app.metrics.selected import Selected
+from app.nested import Nested, describe, pick
 
 Sums = tuple[Tensor, ...]
 NARROW = 512  # numbers of state up to which a metric is kept step by step
@@ -72,45 +78,118 @@ class StageMetrics:
     Args:
         metrics: By name, on the training device. Those with few states that are sums are kept
             step by step; the others (a curve, a large matrix) accumulate until the stage ends.
+        stage: In which they are measured, for errors.
 
     A metric that collects all outputs is updated when the stage ends: many of them read the
-    device in their update.
+    device in their update. One whose `collects_in_update` is true says that its update does not.
     """
 
-    def __init__(self, metrics: dict[str, Metric]) -> None:
-        self.by_step = {n: StepMetric(m) for n, m in metrics.items() if has_narrow_sums(m)}
-        self.by_stage = {n: m for n, m in metrics.items() if n not in self.by_step}
-        self.collectors = [m for m in self.by_stage.values() if collects(m)]
-        self.others = [m for m in self.by_stage.values() if not collects(m)]
-        self.collected: list[tuple[Tensor, Tensor]] = []
+    def __init__(self, metrics: Mapping[str, Metric | Selected], stage: str = "") -> None:
+        self.stage = stage
+        self.selected = {
+            n: m if isinstance(m, Selected) else Selected(m) for n, m in metrics.items()
+        }
+        plain = {name: selected.metric for name, selected in self.selected.items()}
+        self.by_step = {n: StepMetric(m) for n, m in plain.items() if has_narrow_sums(m)}
+        self.by_stage = {n: m for n, m in plain.items() if n not in self.by_step}
+        self.collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def to(self, device: torch.device) -> StageMetrics:
+        """The same, on that device."""
+        for selected in self.selected.values():
+            selected.metric.to(device)
+        return StageMetrics(self.selected, self.stage)
 
     def reset(self) -> None:
         """Forgets what has accumulated; a stage begins."""
-        self.collected = []
+        self.collected = {n: [] for n, m in self.by_stage.items() if collects(m)}
         for metric in self.by_stage.values():
             metric.reset()
 
-    def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Sums]:
-        """What this batch adds to each metric that is kept step by step."""
-        for metric in self.others:
-            metric.update(outputs, targets)
-        if self.collectors:
-            self.collected.append((outputs, targets))
-        return {name: metric.sums(outputs, targets) for name, metric in self.by_step.items()}
+    def sums(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
+        """What this batch adds to each metric that is kept step by step.
+
+        Raises:
+            UserError: Names the metric that cannot take what it is fed.
+        """
+        found = {}
+        for name, selected in self.selected.items():
+            try:
+                fed = pick(outputs, selected.output), pick(targets, selected.target)
+                if name in self.by_step:
+                    found[name] = self.by_step[name].sums(*fed)
+                elif name in self.collected:
+                    self.collected[name].append(fed)
+                else:
+                    self.by_stage[name].update(*fed)
+            except _REFUSALS as error:
+                raise self._refusal(name, describe(outputs), describe(targets), error) from error
+        return found
 
     def accumulated(self) -> dict[str, np.ndarray]:
         """The values of those that accumulated; they agree over ranks here."""
-        if self.collected:
-            outputs, targets = (torch.cat(parts) for parts in zip(*self.collected, strict=True))
-            self.collected = []
-            for metric in self.collectors:
-                metric.update(outputs, targets)
-        return {name: metric.compute().cpu().numpy() for name, metric in self.by_stage.items()}
+        values: dict[str, np.ndarray] = {}
+        for name, metric in self.by_stage.items():
+            fed = self.collected.get(name)
+            if fed:
+                try:
+                    metric.update(*(torch.cat(parts) for parts in zip(*fed, strict=True)))
+                except _REFUSALS as error:
+                    outputs, targets = map(describe, fed[0])
+                    raise self._refusal(name, outputs, targets, error) from error
+                self.collected[name] = []
+            try:
+                values |= _arrays(name, metric.compute())
+            except _REFUSALS as error:
+                raise UserError(f"{self._key(name)}: {error}") from error
+        return values
+
+    def _key(self, name: str) -> str:
+        return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
+
+    def _refusal(self, name: str, outputs: str, targets: str, error: Exception) -> UserError:
+        return UserError(
+            f"{self._key(name)}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
+        )
+
+
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
+
+
+def as_metrics(
+    metrics: Mapping[str, Metric | Selected | Callable[..., Tensor]], stage: str = ""
+) -> StageMetrics:
+    """The metrics of a stage from torchmetrics' and from plain functions, by name."""
+    return StageMetrics({name: as_metric(metric) for name, metric in metrics.items()}, stage)
+
+
+def as_metric(metric: Metric | Selected | Callable[..., Tensor]) -> Metric | Selected:
+    """A plain function `(output, target) -> tensor` becomes a metric; a metric stays."""
+    if isinstance(metric, Selected):
+        return Selected(_measured(metric.metric), metric.output, metric.target)
+    return _measured(metric)
+
+
+def _measured(metric: Metric | Callable[..., Tensor]) -> Metric:
+    return metric if isinstance(metric, Metric) else FunctionMetric(metric)
+
+
+def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
+    """By name what a metric computed: one tensor, or several in a tuple or dict."""
+    if isinstance(value, Tensor):
+        return {name: value.cpu().numpy()}
+    if isinstance(value, (tuple, list)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict):
+        inner = (_arrays(f"{name}_{key}", part) for key, part in value.items())
+        return {key: part for parts in inner for key, part in parts.items()}
+    return {name: np.asarray(value)}
 
 
 def collects(metric: Metric) -> bool:
-    """Whether it keeps the outputs of every step."""
-    return any(isinstance(state, list) for state in metric._defaults.values())
+    """Whether all outputs are kept for it until the stage ends."""
+    lists = any(isinstance(state, list) for state in metric._defaults.values())
+    return lists and not getattr(metric, "collects_in_update", False)
 
 
 def has_narrow_sums(metric: Metric) -> bool:
