@@ -28,12 +28,17 @@ def image_folder(root: str, transforms: dict[str, Callable[[Tensor], Tensor]]) -
         raise UserError(f"{root!r} is not a folder")
     try:
         steps = v2.Compose(list(transforms.values())) if transforms else None
-        return ImageFolder(root, transform=steps, loader=_decode)
+        return ImageFolder(root, transform=steps, loader=decode)
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
 
 
-def _decode(path: str) -> Tensor:
+def decode(path: str) -> Tensor:
+    """An image file as uint8 of shape (3, height, width).
+
+    Raises:
+        UserError: It cannot be read.
+    """
     try:
         with Image.open(path) as image:
             pixels: Tensor = pil_to_tensor(image.convert("RGB"))

@@ -5,35 +5,76 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    default_collate,
+)
 
 from app.config.errors import UserError
+from app.data.sampling import draw
 from app.data.split import Samples, size
+from app.nested import Nested, map_tensors, pick, put
 from app.seed import seed_host, seed_of
 
-Batch = tuple[Tensor, Tensor]
+Batch = Nested
 Transform = Callable[[Tensor], Tensor]
 
 
 class Batches(Protocol):
-    """What the loop asks of data."""
+    """What the loop asks of data.
 
-    num_samples: int
+    Attributes:
+        num_samples: In an epoch; None where that is not known.
+        num_batches: Likewise.
+    """
 
-    def __len__(self) -> int:
-        """Batches in an epoch."""
+    @property
+    def num_samples(self) -> int | None: ...
+
+    @property
+    def num_batches(self) -> int | None: ...
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of that epoch: inputs and targets on the training device."""
+        """The batches of that epoch, on the training device."""
 
     def first(self, count: int) -> Batch:
         """The first samples of the dataset as a batch."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """Brings a batch to the device and transforms its inputs there.
+
+    Attributes:
+        device: Where batches go.
+        transform: Applied to each tensor of the inputs; None leaves them.
+        inputs: Which part of a batch the inputs are: a position, a name, or several.
+    """
+
+    device: torch.device
+    transform: Transform | None = None
+    inputs: int | str | list[int | str] | None = 0
+
+    def __call__(self, batch: Batch) -> Batch:
+        batch = map_tensors(lambda tensor: to_device(tensor, self.device), batch)
+        if self.transform is None:
+            return batch
+        if self.inputs is None:
+            return map_tensors(self.transform, batch)
+        for key in self.inputs if isinstance(self.inputs, list) else [self.inputs]:
+            batch = put(batch, key, map_tensors(self.transform, pick(batch, key)))
+        return batch
 
 
 @dataclass(frozen=True)
@@ -44,27 +85,42 @@ class Order:
         total: Samples in the dataset.
         count: How many of them an epoch takes.
         shuffle_seed: None keeps the dataset's own order.
+        weights: How likely each sample is, drawn with replacement; None takes each once.
     """
 
     total: int
     count: int
     shuffle_seed: int | None
+    weights: Tensor | None = None
 
     @classmethod
     def limited(
-        cls, total: int, batch_size: int, limit: int | float | None, shuffle_seed: int | None
+        cls,
+        total: int,
+        batch_size: int,
+        limit: int | float | None,
+        shuffle_seed: int | None,
+        weights: Tensor | None = None,
     ) -> Order:
         """The order of as many batches as `limit` says: a number, a share, or None for all."""
         batches = -(-total // batch_size)
         wanted = max(1, int(limit * batches)) if isinstance(limit, float) else limit
         count = total if wanted is None else min(total, wanted * batch_size)
-        return cls(total, count, shuffle_seed)
+        return cls(total, count, shuffle_seed, weights)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether samples come as they stand in the dataset."""
+        return self.shuffle_seed is None
 
     def indices(self, epoch: int) -> Tensor:
         """Positions in the dataset, int64."""
         if self.shuffle_seed is None:
             return torch.arange(self.count)
-        generator = torch.Generator().manual_seed(seed_of(self.shuffle_seed, "order", epoch))
+        seed = seed_of(self.shuffle_seed, "order", epoch)
+        if self.weights is not None:
+            return draw(self.weights, self.count, seed)
+        generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.total, generator=generator)[: self.count]
 
 
@@ -72,11 +128,10 @@ class TensorLoader:
     """Batches of a dataset that lies whole in memory, by indexing; no Python per sample.
 
     Args:
-        dataset: Two tensors of N samples.
+        dataset: Tensors of N samples; a batch is a tuple of as many.
         order: Which samples come when.
         batch_size: Of each batch but perhaps the last.
-        transform: Applied to the inputs of a batch, on the device.
-        device: Where batches go.
+        ready: What is done to a batch.
         on_device: Whether the whole dataset is moved there now.
     """
 
@@ -85,37 +140,26 @@ class TensorLoader:
         dataset: TensorDataset,
         order: Order,
         batch_size: int,
-        transform: Transform,
-        device: torch.device,
+        ready: Ready,
         on_device: bool,
     ) -> None:
-        if len(dataset.tensors) != 2:
-            raise UserError(
-                f"a dataset of {len(dataset.tensors)} tensors; inputs and targets wanted"
-            )
-        self.tensors = [t.to(device) if on_device else t for t in dataset.tensors]
-        self.order, self.batch_size = order, batch_size
-        self.transform, self.device = transform, device
+        self.tensors = [t.to(ready.device) if on_device else t for t in dataset.tensors]
+        self.order, self.batch_size, self.ready = order, batch_size, ready
         self.num_samples = order.count
-
-    def __len__(self) -> int:
-        return -(-self.num_samples // self.batch_size)
+        self.num_batches = -(-order.count // batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        if self.order.shuffle_seed is None:
+        if self.order.is_plain:
             for start in range(0, self.num_samples, self.batch_size):
                 stop = min(start + self.batch_size, self.num_samples)
-                yield self._ready(*(tensor[start:stop] for tensor in self.tensors))
+                yield self.ready(tuple(tensor[start:stop] for tensor in self.tensors))
         else:
             indices = self.order.indices(epoch).to(self.tensors[0].device)
             for index in indices.split(self.batch_size):
-                yield self._ready(*(tensor[index] for tensor in self.tensors))
+                yield self.ready(tuple(tensor[index] for tensor in self.tensors))
 
     def first(self, count: int) -> Batch:
-        return self._ready(self.tensors[0][:count], self.tensors[1][:count])
-
-    def _ready(self, x: Tensor, y: Tensor) -> Batch:
-        return self.transform(to_device(x, self.device)), to_device(y, self.device)
+        return self.ready(tuple(tensor[:count] for tensor in self.tensors))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -127,20 +171,44 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-class SampleLoader:
-    """Batches of any map-style dataset, read sample by sample by torch's `DataLoader`.
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read, as arguments of torch's `DataLoader`.
 
-    Args:
-        dataset: Gives (input, target); random draws of a sample depend on (seed, epoch, sample).
-        order: Which samples come when.
-        batch_size: Of each batch but perhaps the last.
-        transform: Applied to the inputs of a batch, on the device.
-        device: Where batches go.
-        seed: Of the samples' random draws.
+    Attributes:
         num_workers: Processes that read; 0 reads in this one.
         pin_memory: Of use for CUDA devices only.
         persistent_workers: Keep the processes from epoch to epoch.
         prefetch_factor: Batches that each process reads ahead.
+    """
+
+    num_workers: int = 0
+    pin_memory: bool = True
+    persistent_workers: bool = False
+    prefetch_factor: int | None = None
+
+    def arguments(self, device: torch.device, seed: int) -> dict[str, Any]:
+        """For a `DataLoader` whose batches go to that device."""
+        return {
+            "num_workers": self.num_workers,
+            "pin_memory": self.pin_memory and device.type == "cuda",
+            "persistent_workers": self.persistent_workers and self.num_workers > 0,
+            "prefetch_factor": self.prefetch_factor if self.num_workers > 0 else None,
+            "generator": torch.Generator().manual_seed(seed_of(seed, "workers")),
+        }
+
+
+class SampleLoader:
+    """Batches of any map-style dataset, read sample by sample by torch's `DataLoader`.
+
+    Args:
+        dataset: Gives samples of any form; random draws of a sample depend on (seed, epoch,
+            sample).
+        order: Which samples come when.
+        batch_size: Of each batch but perhaps the last.
+        ready: What is done to a batch.
+        seed: Of the samples' random draws.
+        reading: By how many processes, and how.
     """
 
     def __init__(
@@ -148,44 +216,88 @@ class SampleLoader:
         dataset: Samples,
         order: Order,
         batch_size: int,
-        transform: Transform,
-        device: torch.device,
+        ready: Ready,
         seed: int,
-        num_workers: int,
-        pin_memory: bool,
-        persistent_workers: bool,
-        prefetch_factor: int | None,
+        reading: Reading,
     ) -> None:
-        self.sampler = _EpochSampler(order)
-        self.transform, self.device = transform, device
+        self.sampler, self.ready = _EpochSampler(order), ready
         self.num_samples = order.count
         self.loader = DataLoader(
             _SeededSamples(dataset, seed),
             batch_size=batch_size,
             sampler=self.sampler,
-            num_workers=num_workers,
-            pin_memory=pin_memory and device.type == "cuda",
-            persistent_workers=persistent_workers and num_workers > 0,
-            prefetch_factor=prefetch_factor if num_workers > 0 else None,
-            generator=torch.Generator().manual_seed(seed_of(seed, "workers")),
+            **reading.arguments(ready.device, seed),
         )
-
-    def __len__(self) -> int:
-        return len(self.loader)
+        self.num_batches = len(self.loader)
+        self.names: list[str] | None = None  # of the samples, where they have some
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.sampler.epoch = epoch
-        for x, y in self.loader:
-            yield self._ready(x, y)
+        for batch in self.loader:
+            yield self.ready(batch)
 
     def first(self, count: int) -> Batch:
         dataset = self.loader.dataset
         keys = [(0, index) for index in range(min(count, self.sampler.order.total))]
-        x, y = default_collate([dataset[key] for key in keys])
-        return self._ready(x, y)
+        return self.ready(default_collate([dataset[key] for key in keys]))
 
-    def _ready(self, x: Tensor, y: Tensor) -> Batch:
-        return self.transform(to_device(x, self.device)), to_device(y, self.device)
+
+class StreamLoader:
+    """Batches of an iterable dataset, in the order in which it gives its samples.
+
+    Args:
+        dataset: Gives samples of any form. Where it has `set_epoch(epoch)`, it is told the epoch;
+            where it has no length, nobody knows how many samples there are. With several workers
+            it must give each its own share (`torch.utils.data.get_worker_info`).
+        batch_size: Of each batch but perhaps the last.
+        ready: What is done to a batch.
+        limit: Batches in an epoch at most, or None.
+        seed: Of random draws, with the epoch.
+        reading: By how many processes, and how.
+    """
+
+    def __init__(
+        self,
+        dataset: IterableDataset[Any],
+        batch_size: int,
+        ready: Ready,
+        limit: int | None,
+        seed: int,
+        reading: Reading,
+    ) -> None:
+        if reading.persistent_workers and hasattr(dataset, "set_epoch"):
+            reading = replace(reading, persistent_workers=False)  # else they never hear of it
+        self.dataset, self.batch_size = dataset, batch_size
+        self.ready, self.limit, self.seed = ready, limit, seed
+        arguments = reading.arguments(ready.device, seed)
+        self.generator = arguments["generator"]
+        self.loader = DataLoader(dataset, batch_size=batch_size, **arguments)
+        self.num_samples, self.num_batches = self._lengths()
+
+    def _lengths(self) -> tuple[int | None, int | None]:
+        try:
+            total = len(self.dataset)  # type: ignore[arg-type]
+        except (TypeError, NotImplementedError):
+            return None, self.limit
+        most = total if self.limit is None else min(total, self.limit * self.batch_size)
+        return most, -(-most // self.batch_size)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        self._start(epoch)
+        for batch in islice(self.loader, self.limit):
+            yield self.ready(batch)
+
+    def first(self, count: int) -> Batch:
+        self._start(0)
+        few = list(islice(self.dataset, count))
+        if not few:
+            raise UserError("an iterable dataset gives no sample")
+        return self.ready(default_collate(few))
+
+    def _start(self, epoch: int) -> None:
+        self.generator.manual_seed(seed_of(self.seed, "stream", epoch))
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 class _EpochSampler(Sampler[tuple[int, int]]):

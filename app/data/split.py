@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from app.config.errors import UserError
+from app.nested import Key
 from app.seed import seed_of
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,11 @@ def split(
     """
     if valid is None and test is None:
         return datasets
+    if isinstance(datasets["train"], IterableDataset):
+        raise UserError(
+            f"data.split.valid={valid!r} and data.split.test={test!r}: nothing can be cut from an "
+            "iterable dataset; give data.source.valid and data.source.test"
+        )
     total = size(datasets["train"])
     parts = {"valid": _count(valid, total), "test": _count(test, total)}
     rest = total - sum(parts.values())
@@ -68,13 +74,20 @@ def subset(dataset: Samples, indices: Tensor) -> Samples:
     return Subset(dataset, indices.tolist())
 
 
-def check_datasets(datasets: dict[str, Samples], num_classes: int | None) -> None:
+def check_datasets(datasets: dict[str, Samples], num_classes: int | None, targets: Key) -> None:
     """Refuses empty data and labels outside the classes; warns of classes without a sample.
+
+    Args:
+        datasets: By stage; iterable ones cannot be looked over.
+        num_classes: None where targets are no classes.
+        targets: Which part of a sample is its target.
 
     Raises:
         UserError: Names the stage and the label.
     """
     for stage, dataset in datasets.items():
+        if isinstance(dataset, IterableDataset):
+            continue
         if size(dataset) == 0:
             raise UserError(f"data.source.{stage} has no samples")
         names = getattr(dataset, "classes", None)
@@ -83,7 +96,7 @@ def check_datasets(datasets: dict[str, Samples], num_classes: int | None) -> Non
                 f"data.num_classes={num_classes}, but data.source.{stage} has {len(names)} "
                 f"classes: {_listed(names)}"
             )
-        labels = labels_of(dataset)
+        labels = labels_of(dataset, targets)
         if num_classes is not None and labels is not None:
             _check_labels(stage, labels, num_classes)
 
@@ -92,13 +105,15 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
-def labels_of(dataset: Samples) -> Tensor | None:
+def labels_of(dataset: Samples, targets: Key) -> Tensor | None:
     """The labels of all samples, where they can be had without reading the samples."""
     if isinstance(dataset, Subset):
-        labels = labels_of(dataset.dataset)
+        labels = labels_of(dataset.dataset, targets)
         return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    found = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else None
-    found = getattr(dataset, "targets", None) if found is None else found
+    found = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset):
+        known = isinstance(targets, int) and targets < len(dataset.tensors)
+        found = dataset.tensors[targets] if known else None  # type: ignore[index]
     labels = None if found is None else torch.as_tensor(found)
     return labels if labels is not None and labels.ndim == 1 else None
 

@@ -38,7 +38,9 @@ class BatchTransform:
     augment: Sequence[Augment] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A batch as stored, uint8 or float, to float32."""
+        """A batch as stored, uint8 or float, to float32; other whole numbers stay as they are."""
+        if not (x.dtype == torch.uint8 or x.is_floating_point()):
+            return x
         # Changed in place from here on: a new tensor for each operation costs more than it.
         x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone()
         if self._resize is not None:

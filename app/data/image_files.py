@@ -1,0 +1,45 @@
+"""A folder of images without labels, to be predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from app.config.errors import UserError, one_of
+from app.data.folder import decode
+
+
+class ImageFiles(Dataset[tuple[Tensor]]):
+    """All images below a folder, by name; a sample is (uint8 of shape (3, height, width),).
+
+    Args:
+        folder: Looked through with all that lies in it.
+        side: Pixels of a side to which they are resized; None leaves them.
+
+    Attributes:
+        names: The paths of the files below the folder.
+
+    Raises:
+        UserError: There is no such folder, or no image in it.
+    """
+
+    def __init__(self, folder: str, side: int | None) -> None:
+        root, kinds = Path(folder), Image.registered_extensions()
+        if not root.is_dir():
+            raise UserError(f"predict.images={folder!r} is not a folder")
+        files = sorted(path for path in root.rglob("*") if path.suffix.lower() in kinds)
+        if not files:
+            raise UserError(f"predict.images={folder!r} holds no image; kinds: {one_of(kinds)}")
+        self.root, self.names = root, [path.relative_to(root).as_posix() for path in files]
+        self.resize = v2.Resize([side, side], antialias=True) if side else None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        pixels = decode(str(self.root / self.names[index]))
+        return (self.resize(pixels) if self.resize else pixels,)
