@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from app.config.build import Build
+from app.config.errors import UserError
 from app.config.schema import Config, Data, Trainer
-from app.data.loaders import Batches, Order, SampleLoader, TensorLoader
-from app.data.split import Samples, check_datasets, size, split, subset
+from app.data.image_files import ImageFiles
+from app.data.loaders import (
+    Batches,
+    Order,
+    Reading,
+    Ready,
+    SampleLoader,
+    StreamLoader,
+    TensorLoader,
+)
+from app.data.split import Samples, check_datasets, labels_of, size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
 
 STAGES = ("train", "valid", "test")
@@ -27,21 +37,29 @@ def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
         for stage in _sources_wanted(config)
         if (node := getattr(data.source, stage)) is not None
     }
-    check_datasets(datasets, data.num_classes)
+    check_datasets(datasets, data.num_classes, data.targets)
     if "train" in datasets:
         datasets = split(datasets, data.split.valid, data.split.test, data.split.seed)
     batches = config.trainer.overfit_batches
     if batches and config.mode == "train":
+        if isinstance(datasets["train"], IterableDataset):
+            raise UserError(f"trainer.overfit_batches={batches} needs data that is not iterable")
         count = min(size(datasets["train"]), batches * data.batch_size)
         few = subset(datasets["train"], torch.arange(count))
         datasets |= {"train": few, "valid": few}
+    if config.mode == "predict":
+        images, side = config.predict.images, data.image_size
+        datasets["predict"] = ImageFiles(images, side) if images else datasets[config.predict.stage]
     return datasets
 
 
 def _sources_wanted(config: Config) -> tuple[str, ...]:
+    wanted = stages_run(config)
+    if config.mode == "predict":
+        wanted = () if config.predict.images else (config.predict.stage,)
     measured = config.data.normalize is not None and config.data.normalize.mean == "auto"
-    cut = config.mode != "train" and getattr(config.data.source, config.mode) is None
-    return STAGES if config.mode == "train" or measured or cut else (config.mode,)
+    cut = any(getattr(config.data.source, stage) is None for stage in wanted)
+    return STAGES if measured or cut or "train" in wanted else wanted
 
 
 def make_loaders(
@@ -53,12 +71,18 @@ def make_loaders(
 ) -> dict[str, Batches]:
     """The batches of each stage."""
     plain = _transform(config.data, datasets, device, format_)
-    wanted = STAGES if config.mode == "train" else (config.mode,)
     return {
         stage: _loader(config, build, stage, datasets[stage], plain, device)
-        for stage in wanted
+        for stage in stages_run(config)
         if stage in datasets
     }
+
+
+def stages_run(config: Config) -> tuple[str, ...]:
+    """The stages whose batches are gone through; in prediction a single one, `predict`."""
+    if config.mode in ("find_lr", "find_batch_size"):
+        return ("train",)
+    return STAGES if config.mode == "train" else (config.mode,)
 
 
 def _transform(
@@ -92,23 +116,46 @@ def _loader(
     if learns:
         augment = list(build.named("data.augment", data.augment).values())
         transform = BatchTransform(**{**vars(transform), "augment": augment})
-    order = Order.limited(
-        size(dataset),
-        data.batch_size,
-        _limit(config.trainer, stage),
-        config.seed if learns else None,
-    )
+    ready = Ready(device, transform, data.inputs)
+    limit, reading = _limit(config.trainer, stage), Reading(**vars(data.loader))
+    if isinstance(dataset, IterableDataset):
+        if isinstance(limit, float):
+            raise UserError(
+                f"trainer.limit_{stage}_batches={limit}: a share of an iterable dataset is not "
+                "known; give a number of batches"
+            )
+        return StreamLoader(dataset, data.batch_size, ready, limit, config.seed, reading)
+    seed = config.seed if learns else None
+    weights = _weights(build, data, dataset) if learns and data.sampling else None
+    order = Order.limited(size(dataset), data.batch_size, limit, seed, weights)
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
-        return TensorLoader(dataset, order, data.batch_size, transform, device, on_device)
-    reading = vars(data.loader)
-    return SampleLoader(dataset, order, data.batch_size, transform, device, config.seed, **reading)
+        return TensorLoader(dataset, order, data.batch_size, ready, on_device)
+    loader = SampleLoader(dataset, order, data.batch_size, ready, config.seed, reading)
+    loader.names = getattr(dataset, "names", None)
+    return loader
+
+
+def _weights(build: Build, data: Data, dataset: Samples) -> torch.Tensor:
+    """How likely each sample of the training data is.
+
+    Raises:
+        UserError: It has no labels that can be had without reading the samples.
+    """
+    labels = labels_of(dataset, data.targets)
+    if labels is None:
+        raise UserError("data.sampling needs labels: a dataset with `targets`, or one in memory")
+    try:
+        weights: torch.Tensor = build("data.sampling", data.sampling)(labels)
+    except ValueError as error:
+        raise UserError(f"data.sampling: {error}") from error
+    return weights
 
 
 def _limit(trainer: Trainer, stage: str) -> Limit:
     if trainer.fast_dev_run:
         return int(trainer.fast_dev_run)
-    limit: Limit = getattr(trainer, f"limit_{stage}_batches")
+    limit: Limit = getattr(trainer, f"limit_{stage}_batches", None)
     return limit
 
 

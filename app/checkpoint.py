@@ -16,8 +16,8 @@ from app.config.errors import UserError, nearest, one_of
 from app.files import write_whole
 from app.history import Row
 
-FORMAT = 1
-KEYS = {"format", "config", "template", "model", "epoch", "history", "training"}
+FORMAT = 2
+KEYS = {"format", "config", "template", "model", "task", "epoch", "history", "training"}
 BEST, LAST = "best.pt", "last.pt"
 
 
@@ -26,17 +26,19 @@ class Checkpoint:
     """What a checkpoint file holds.
 
     Attributes:
-        config: Of the run, resolved.
+        config: Of the run, resolved; None where the trainer was built from Python.
         template: The same as YAML with its interpolations.
         model: The model's state dict, on the host.
+        task: What the task has beside the model, as learned weights of the loss.
         epoch: The last one whose learning is in it; counted from 1.
         history: Rows of the stages so far.
         training: States of the optimizer, schedule and scaler; None in the best checkpoint.
     """
 
-    config: dict[str, Any]
-    template: str
+    config: dict[str, Any] | None
+    template: str | None
     model: dict[str, Tensor]
+    task: dict[str, Any]
     epoch: int
     history: list[Row]
     training: dict[str, Any] | None
@@ -49,11 +51,17 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "config": json.dumps(checkpoint.config),
         "template": checkpoint.template,
         "model": checkpoint.model,
+        "task": checkpoint.task,
         "epoch": checkpoint.epoch,
         "history": json.dumps(checkpoint.history),
         "training": checkpoint.training,
     }
     write_whole(path, lambda file: torch.save(content, file))
+
+
+def monitored(name: str) -> str:
+    """The file of the best checkpoint by a further monitor."""
+    return f"best-{name}.pt"
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -94,6 +102,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         config=config,
         template=content["template"],
         model=content["model"],
+        task=content["task"],
         epoch=content["epoch"],
         history=history,
         training=content["training"],

@@ -17,7 +17,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from app.config import resolvers
-from app.config.check import checked
+from app.config.check import USES_CKPT, checked
 from app.config.compose import CONF, CONFIG_NAME, compositions, parse_overrides
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
@@ -100,7 +100,7 @@ def job_of(composed: DictConfig) -> Job:
     (plain, mistakes), template = freeze(composed), template_of(composed)
     mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
-    if plain.get("mode") in ("test", "valid") and isinstance(plain.get("ckpt"), str):
+    if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config(plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
     config = checked(plain, trusted, mistakes)
@@ -120,6 +120,9 @@ def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:
     from app.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(Path(ckpt))
+    if checkpoint.config is None:
+        problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
+        raise ConfigError([Mistake("ckpt", problem)])
     template = OmegaConf.create(checkpoint.template)
     assert isinstance(template, DictConfig)
     return checkpoint.config, template

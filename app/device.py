@@ -60,6 +60,12 @@ class Precision:
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(self.device_type, dtype)
 
+    def off(self) -> AbstractContextManager[object]:
+        """Full precision inside an autocast."""
+        if self.name == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device_type, enabled=False)
+
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small gradients of fp16 from vanishing; does nothing for the other types."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.config.schema import Goal
+from app.config.errors import UserError, nearest, one_of
+from app.config.schema import Goal, Monitor
 
 Row = dict[str, float | int | str]
 History = Sequence[Row]
@@ -21,19 +22,30 @@ class Best:
     epoch: int
 
 
-def goal_value(row: Row, goal: Goal) -> float:
-    """The goal's metric in a row of its stage."""
-    return float(row["loss_mean" if goal.name == "loss" else goal.name])
+def goal_value(row: Row, goal: Monitor) -> float:
+    """The goal's metric in a row of its stage.
+
+    Raises:
+        UserError: It was not measured.
+    """
+    name = "loss_mean" if goal.name == "loss" else goal.name
+    if name not in row:
+        has = [column for column, value in row.items() if isinstance(value, (int, float))]
+        raise UserError(
+            f"goal.metric={goal.metric!r} is not measured as a number in {goal.stage}; it has: "
+            f"{one_of(has)}{nearest(goal.name, has)}"
+        )
+    return float(row[name])
 
 
-def measured(history: History, goal: Goal) -> list[Best]:
+def measured(history: History, goal: Monitor) -> list[Best]:
     """The goal's value in every epoch that has one; a NaN is none."""
     rows = [row for row in history if row["stage"] == goal.stage]
     values = [Best(goal_value(row, goal), int(row["epoch"])) for row in rows]
     return [found for found in values if not math.isnan(found.value)]
 
 
-def best(history: History, goal: Goal) -> Best | None:
+def best(history: History, goal: Monitor) -> Best | None:
     """The best so far, the earliest among equals; None where nothing is measured yet."""
     values = measured(history, goal)
     choose = max if goal.mode == "max" else min

@@ -17,27 +17,34 @@ class Optimization:
 
     Args:
         optimizer: Of the parameters.
-        schedule: Of its learning rate.
-        scaler: Of the gradients; does nothing unless they are fp16.
-        batch_size: Samples in a full batch.
+        schedule: Of its learning rate; None keeps it.
+        scaler: Of the gradients; None, or one that is off, for all types but fp16.
+        batch_size: Samples in a full batch; of use where batches are accumulated.
         accumulate: Batches to one step of the optimizer.
         clip_norm: Largest norm of all gradients together, or None.
         clip_value: Largest absolute value of a gradient, or None.
+        alone: Its parameters are all that learn; else gradients reach no others than them.
+        tracks_norm: Keeps the norm of the gradients, before clipping.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
-        schedule: Schedule,
-        scaler: torch.amp.GradScaler,
-        batch_size: int,
+        schedule: Schedule | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        batch_size: int = 1,
         accumulate: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
+        alone: bool = True,
+        tracks_norm: bool = False,
     ) -> None:
-        self.optimizer, self.schedule, self.scaler = optimizer, schedule, scaler
+        self.optimizer, self.schedule = optimizer, schedule or Schedule(optimizer)
+        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.accumulate, self.full = accumulate, batch_size * accumulate
         self.clip_norm, self.clip_value = clip_norm, clip_value
+        self.alone, self.tracks_norm = alone, tracks_norm
+        self.norm = torch.zeros(())  # of the step just made
         self.steps = self.batches = self.samples = 0
 
     @property
@@ -47,25 +54,34 @@ class Optimization:
 
     def step(self, loss: Tensor, num_samples: int) -> None:
         """Learns from the mean loss of so many samples; changes the weights when it is time to."""
-        if self.accumulate > 1:
-            loss = loss * (num_samples / self.full)
-        self.scaler.scale(loss).backward()
+        self.backward(loss, num_samples)
         self.batches += 1
         self.samples += num_samples
         if self.batches == self.accumulate:
-            self._update()
+            self.update()
+
+    def backward(self, loss: Tensor, num_samples: int) -> None:
+        """Adds the gradients of the loss to those of the parameters."""
+        if self.accumulate > 1:
+            loss = loss * (num_samples / self.full)
+        with torch.autocast(loss.device.type, enabled=False):
+            scaled = self.scaler.scale(loss)
+            scaled.backward(inputs=None if self.alone else list(self._learning()))
 
     def finish(self) -> None:
         """Uses what has accumulated; an epoch ends."""
         if self.batches:
-            self._update()
+            self.update()
 
-    def _update(self) -> None:
-        if self.scaler.is_enabled() and (self.clip_value or self.clip_norm):
+    def update(self) -> None:
+        """Changes the weights by the gradients that are there, and forgets these."""
+        if self.scaler.is_enabled() and (self.clip_value or self.clip_norm or self.tracks_norm):
             self.scaler.unscale_(self.optimizer)
-        if self.accumulate > 1 and self.samples != self.full:
+        if self.accumulate > 1 and 0 < self.samples != self.full:
             # Short groups: as one batch of just these samples.
             torch._foreach_mul_(list(self._gradients()), self.full / self.samples)
+        if self.tracks_norm:
+            self.norm = torch.nn.utils.get_total_norm(list(self._gradients()))
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
         if self.clip_norm is not None:
@@ -73,6 +89,8 @@ class Optimization:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if torch.is_autocast_enabled(self._device_type):
+            torch.clear_autocast_cache()  # it holds the old weights until the step is over
         self.schedule.step_end()
         self.steps += 1
         self.batches = self.samples = 0
@@ -86,8 +104,15 @@ class Optimization:
             "steps": self.steps,
         }
 
+    @property
+    def _device_type(self) -> str:
+        return next(iter(self._parameters())).device.type
+
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _learning(self) -> Iterable[Tensor]:
+        return (parameter for parameter in self._parameters() if parameter.requires_grad)
 
     def _gradients(self) -> Iterable[Tensor]:
         return (p.grad for p in self._parameters() if p.grad is not None)

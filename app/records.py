@@ -119,16 +119,21 @@ class Rows:
         self.metrics, self.clock = metrics, Clock(device)
         self.pending: list[StepValues] = []
         self.blocks: list[dict[str, Tensor]] = []
-        self.rates: list[float] = []
+        self.numbers: dict[str, list[float]] = {}
 
-    def add(self, values: StepValues, lr: float | None = None) -> None:
-        """One step's values; `lr` where it learned with one."""
+    def add(self, values: StepValues, numbers: Mapping[str, float] | None = None) -> None:
+        """One step's values, and numbers that the host knows, as the learning rate it had."""
         self.pending.append(values)
         self.clock.tick()
-        if lr is not None:
-            self.rates.append(lr)
+        for name, number in (numbers or {}).items():
+            self.numbers.setdefault(name, []).append(number)
         if len(self.pending) == FLUSH_EVERY:
             self.flush()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no step has come."""
+        return not (self.pending or self.blocks)
 
     def flush(self) -> None:
         """Brings what has come in to the host, in one copy."""
@@ -145,8 +150,9 @@ class Rows:
             metric = self.metrics.by_step.get(name)
             total = sums.sum(0)
             if metric is None:
-                steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
-                totals[name] = float(total[0] / total[1])
+                with np.errstate(invalid="ignore"):  # none counted: not a number
+                    steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
+                    totals[name] = float(total[0] / total[1])
             elif (value := metric.value(total)).size == 1:
                 steps[name] = metric.values(sums)
                 totals[name] = value.item()
@@ -175,8 +181,8 @@ class Rows:
                 **{name: values for name, values in steps.items() if name != "loss"},
             }
         )
-        if self.rates:
-            table["lr"] = self.rates
+        for name, numbers in self.numbers.items():
+            table[name] = numbers
         table["iter_time"] = self.clock.step_times()
         return table
 

@@ -1,4 +1,4 @@
-"""What one rank does: build the parts, then train, validate or test."""
+"""What one rank does: build the parts, then train, measure, predict or search."""
 
 from __future__ import annotations
 
@@ -8,19 +8,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from app.batches import STAGES
+from app.averaging import Averaging
+from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
-from app.checkpoint import BEST, find_checkpoint, load_checkpoint, load_weights
+from app.checkpoint import BEST, Checkpoint, find_checkpoint, load_checkpoint, load_weights
 from app.config.build import Build
+from app.config.errors import UserError
 from app.config.schema import Config, Job
 from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
+from app.finders import find_batch_size, find_learning_rate
 from app.history import best
-from app.parts import Parts, make_callbacks, make_optimization, make_parts, make_plan
-from app.state import TrainState
+from app.losses.term import class_outputs
+from app.nested import pick
+from app.parts import (
+    Parts,
+    make_averaging,
+    make_callbacks,
+    make_learning,
+    make_parts,
+    make_plan,
+)
+from app.predictions import Predictions
 from app.status import Status, versions
-from app.trainer import Trainer
+from app.task import SupervisedTask
+from app.trainer import PREDICT, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -43,63 +56,136 @@ def execute(job: Job, folder: Path) -> float | None:
     make_deterministic(config.trainer.deterministic)
     about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
     status = Status(folder, about, config.goal, device)
-    with status.recorded(), _watchers(config, build, status, folder) as callbacks:
+    with status.recorded():
         parts = make_parts(config, build, device)
         report(config, parts, folder)
-        if config.mode == "train":
-            return train(job, build, parts, callbacks, folder)
-        evaluate(job, parts, callbacks, folder)
-        return None
+        if config.mode in FINDERS:
+            parts.task.learning = make_learning(config, build, parts)
+            FINDERS[config.mode](config, parts, folder)
+            return None
+        with _watchers(job, build, parts, status, folder) as callbacks:
+            trainer = make_trainer(job, build, parts, callbacks, folder)
+            if config.mode == "train":
+                return train(trainer, parts)
+            (predict if config.mode == "predict" else evaluate)(trainer, parts, config)
+            return None
 
 
 @contextmanager
-def _watchers(config: Config, build: Build, status: Status, folder: Path) -> Iterator[Callback]:
+def _watchers(
+    job: Job, build: Build, parts: Parts, status: Status, folder: Path
+) -> Iterator[Callback]:
     """Those who watch, told of the end however it comes; nobody watches in ranks other than 0."""
-    callbacks = Callbacks([status, *make_callbacks(config, build, folder)] if rank() == 0 else [])
+    named = make_callbacks(job.config, build, folder, parts.task.model, job)
+    callbacks = Callbacks([status, *named] if rank() == 0 else [])
     try:
         yield callbacks
     finally:
         callbacks.on_run_end(status.history)
 
 
-def train(job: Job, build: Build, parts: Parts, callbacks: Callback, folder: Path) -> float | None:
-    """Trains, then tests the best; gives the goal's best value."""
-    config = job.config
-    task, loaders = parts.task, parts.loaders
-    task.optimization = make_optimization(config, build, parts)
-    state = TrainState(task.model, task.optimization, folder, job)
-    trainer = Trainer(
-        task, state, callbacks, config.goal, make_plan(config), config.seed, parts.device
+def make_trainer(
+    job: Job, build: Build, parts: Parts, callbacks: Callback, folder: Path
+) -> Trainer:
+    """The loop around the parts; where it trains, with an optimizer and what goes with it."""
+    config, averaging = job.config, None
+    if config.mode == "train":
+        parts.task.learning = make_learning(config, build, parts)
+        averaging = make_averaging(config, build, parts.task.model)
+    return Trainer(
+        parts.task,
+        make_plan(config),
+        folder,
+        config.goal,
+        callbacks,
+        config.seed,
+        parts.device,
+        averaging or Averaging(parts.task.model),
+        parts.freezing,
+        {name: monitor for name, monitor in config.checkpoint.monitors.items() if monitor},
+        job,
     )
-    trainer.fit(loaders["train"], loaders.get("valid"))
-    found = best(state.history, config.goal)
+
+
+def train(trainer: Trainer, parts: Parts) -> float | None:
+    """Trains, then tests the best; gives the goal's best value."""
+    trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
+    state, goal = trainer.state, trainer.goal
+    found = best(state.history, goal)
     if found is None:
-        log.warning("%s was never a number: the last weights are kept as best", config.goal.metric)
+        log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
     tested_epoch = found.epoch if found else state.epoch
     log.info("the best weights are those of epoch %d", tested_epoch)
-    if "test" in loaders:
-        file = folder / "checkpoints" / BEST
-        load_weights(task.model, load_checkpoint(file).model, str(file))
-        trainer.run_stage("test", tested_epoch, loaders["test"])
-    log.info("everything is in %s", folder)
+    if "test" in parts.loaders:
+        file = state.folder / "checkpoints" / BEST
+        restore(trainer, load_checkpoint(file), file)
+        trainer.run_stage("test", tested_epoch, parts.loaders["test"])
+    log.info("everything is in %s", state.folder)
     return found.value if found else None
 
 
-def evaluate(job: Job, parts: Parts, callbacks: Callback, folder: Path) -> None:
+def evaluate(trainer: Trainer, parts: Parts, config: Config) -> None:
     """Measures a checkpoint on the stage that the mode names."""
-    config = job.config
+    file = restore_from(trainer, config)
+    result = trainer.run_stage(config.mode, trainer.state.epoch, parts.loaders[config.mode])
+    log.info("%s of %s: %s", config.mode, file, _numbers(result.row))
+    log.info("everything is in %s", trainer.state.folder)
+
+
+def predict(trainer: Trainer, parts: Parts, config: Config) -> None:
+    """Writes what a checkpoint predicts."""
+    file, task, loader = restore_from(trainer, config), parts.task, parts.loaders[PREDICT]
+    classes = class_outputs(task.loss) if isinstance(task, SupervisedTask) else ()
+    names = getattr(loader, "names", None)
+    files = Predictions(trainer.state.folder, classes, config.predict.format, names)
+    has_targets = isinstance(task, SupervisedTask) and names is None
+    for batch, outputs in trainer.predictions(loader):
+        files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
+    files.close()
+    log.info("predictions of %s are in %s", file, trainer.state.folder)
+
+
+def restore_from(trainer: Trainer, config: Config) -> Path:
+    """Takes the weights of the checkpoint that `ckpt` names; gives its file."""
     assert config.ckpt is not None
     file = find_checkpoint(Path(config.ckpt))
     checkpoint = load_checkpoint(file)
-    load_weights(parts.task.model, checkpoint.model, str(file))
-    state = TrainState(parts.task.model, None, folder, job)
-    trainer = Trainer(
-        parts.task, state, callbacks, config.goal, make_plan(config), config.seed, parts.device
+    restore(trainer, checkpoint, file)
+    trainer.state.epoch = checkpoint.epoch
+    return file
+
+
+def restore(trainer: Trainer, checkpoint: Checkpoint, file: Path) -> None:
+    """Puts the weights of a checkpoint into the model, and what the task has beside it.
+
+    Raises:
+        UserError: They are those of another model or loss.
+    """
+    load_weights(trainer.task.model, checkpoint.model, str(file))
+    try:
+        trainer.task.load_state_dict(checkpoint.task)
+    except (RuntimeError, KeyError) as error:
+        raise UserError(f"{file} is of another task or loss: {error}") from error
+
+
+def find_lr(config: Config, parts: Parts, folder: Path) -> None:
+    """Tries learning rates; suggests the one that lowers the loss fastest."""
+    suggestion = find_learning_rate(parts.task, parts.loaders["train"], config.find, folder)
+    log.info("suggested: optimizer.lr=%.3g", suggestion)
+    log.info("the losses at each learning rate are in %s", folder / "find_lr.csv")
+
+
+def find_size(config: Config, parts: Parts, folder: Path) -> None:
+    """Tries batch sizes; suggests the fastest that fits."""
+    suggestion = find_batch_size(
+        parts.task, parts.loaders["train"], config.data.batch_size, config.find, folder
     )
-    result = trainer.run_stage(config.mode, checkpoint.epoch, parts.loaders[config.mode])
-    log.info("%s of %s: %s", config.mode, file, _numbers(result.row))
-    log.info("everything is in %s", folder)
+    log.info("suggested: data.batch_size=%d", suggestion)
+    log.info("the speed of each batch size is in %s", folder / "find_batch_size.csv")
+
+
+FINDERS = {"find_lr": find_lr, "find_batch_size": find_size}
 
 
 def _numbers(row: dict[str, Any]) -> str:
@@ -112,18 +198,19 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
     model, goal = parts.task.model, config.goal
     weights = sum(parameter.numel() for parameter in model.parameters())
     stop = f"after {goal.patience} validations without a better value" if goal.patience else "off"
-    wanted = STAGES if config.mode == "train" else (config.mode,)
     lines = {
         "run": f"{config.name} (mode {config.mode}, seed {config.seed})",
         "folder": folder,
         "notes": " ".join([*(f"[{tag}]" for tag in config.tags), config.notes]),
         "model": f"{config.model['_target_']}, {weights:,} parameters",
-        "data": "; ".join(_described(stage, parts.loaders.get(stage)) for stage in wanted),
+        "task": config.task["_target_"],
+        "data": "; ".join(_described(s, parts.loaders.get(s)) for s in stages_run(config)),
         "device": f"{describe_device(parts.device)}, {parts.task.precision.name}",
         "loss": ", ".join(config.loss),
         "metrics": "; ".join(
             f"{stage}: {', '.join(getattr(config.metric, stage)) or 'none'}"
             for stage in parts.loaders
+            if stage != PREDICT
         ),
         "goal": f"{goal.mode} {goal.metric}; early stop {stop}",
         "length": _length(config),
@@ -143,4 +230,6 @@ def _length(config: Config) -> str:
 def _described(stage: str, loader: Batches | None) -> str:
     if loader is None:
         return f"{stage} none"
-    return f"{stage} {loader.num_samples:,} samples in {len(loader):,} batches"
+    if loader.num_samples is None:
+        return f"{stage} an unknown number of samples"
+    return f"{stage} {loader.num_samples:,} samples in {loader.num_batches:,} batches"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from app.config.errors import UserError
 
 
 class Schedule:
@@ -23,9 +26,9 @@ class Schedule:
     def __init__(
         self,
         optimizer: Optimizer,
-        lr_scheduler: LRScheduler | None,
-        per_epoch: bool,
-        warmup_steps: int,
+        lr_scheduler: LRScheduler | None = None,
+        per_epoch: bool = False,
+        warmup_steps: int = 0,
     ) -> None:
         self.groups = optimizer.param_groups
         self.lr_scheduler, self.per_epoch = lr_scheduler, per_epoch
@@ -61,6 +64,12 @@ class Schedule:
             group["lr"] = rate
         self.lr_scheduler.step(*value)  # type: ignore[arg-type]
         self.rates = [float(group["lr"]) for group in self.groups]
+        if not all(map(math.isfinite, self.rates)):
+            name = type(self.lr_scheduler).__name__
+            raise UserError(
+                f"scheduler.lr_scheduler: {name} gave the learning rate {self.rates[0]} after "
+                f"{self.steps} steps; a finite number is wanted"
+            )
         self._apply()
 
     def _apply(self) -> None:

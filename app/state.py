@@ -8,61 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.checkpoint import BEST, LAST, Checkpoint, save_checkpoint
+from app.averaging import Averaging
+from app.checkpoint import BEST, LAST, Checkpoint, monitored, save_checkpoint
 from app.config.schema import Job
 from app.files import write_whole
 from app.history import Row
-from app.optimization import Optimization
-from app.schedule import Schedule
+from app.nested import map_tensors
+from app.task import Task
 
 
 class TrainState:
     """Everything that training changes.
 
     Args:
-        model: With the weights.
-        optimization: With the optimizer, its schedule and scaler; None where nothing is learned.
+        task: With the model, what learns it, and what it has beside it.
+        averaging: Of the weights.
         folder: Of the run.
-        job: Its configuration goes into each checkpoint.
+        job: Its configuration goes into each checkpoint; None where there is none.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimization: Optimization | None,
-        folder: Path,
-        job: Job,
-    ) -> None:
-        self.model, self._optimization = model, optimization
+    def __init__(self, task: Task, averaging: Averaging, folder: Path, job: Job | None) -> None:
+        self.task, self.averaging = task, averaging
         self.folder, self.job = folder, job
         self.epoch = 0
+        self.batches = 0  # of training so far
         self.history: list[Row] = []
-
-    @property
-    def optimization(self) -> Optimization:
-        """How the weights change."""
-        assert self._optimization is not None, "nothing is learned here"
-        return self._optimization
-
-    @property
-    def schedule(self) -> Schedule:
-        """Of the learning rate."""
-        return self.optimization.schedule
 
     def save_best(self) -> None:
         """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
-        state = on_host(self.model)
-        save_checkpoint(self.folder / "checkpoints" / BEST, self._checkpoint(state, None))
-        write_whole(self.folder / "model.pt", lambda file: torch.save(state, file))
+        checkpoint = self._checkpoint(None)
+        save_checkpoint(self.folder / "checkpoints" / BEST, checkpoint)
+        write_whole(self.folder / "model.pt", lambda file: torch.save(checkpoint.model, file))
+
+    def save_monitored(self, name: str) -> None:
+        """The weights, as `best-<name>.pt`."""
+        save_checkpoint(self.folder / "checkpoints" / monitored(name), self._checkpoint(None))
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
-        checkpoint = self._checkpoint(on_host(self.model), self.optimization.state_dict())
-        save_checkpoint(self.folder / "checkpoints" / LAST, checkpoint)
+        assert self.task.learning is not None
+        training = {
+            "learning": self.task.learning.state_dict(),
+            "averaging": self.averaging.state_dict(),
+            "batches": self.batches,
+        }
+        save_checkpoint(self.folder / "checkpoints" / LAST, self._checkpoint(training))
 
-    def _checkpoint(self, model: dict[str, Tensor], training: dict[str, Any] | None) -> Checkpoint:
-        config, template = self.job.plain, self.job.template
-        return Checkpoint(config, template, model, self.epoch, self.history, training)
+    def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
+        job = self.job
+        return Checkpoint(
+            config=job.plain if job else None,
+            template=job.template if job else None,
+            model=on_host(self.task.model),
+            task=map_tensors(Tensor.cpu, self.task.state_dict()),
+            epoch=self.epoch,
+            history=self.history,
+            training=training,
+        )
 
 
 def on_host(model: nn.Module) -> dict[str, Tensor]:

@@ -5,22 +5,34 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
+from pathlib import Path
 
+import pandas as pd
 import torch
+from torch.optim.swa_utils import update_bn
 
-from app.callbacks.callback import Callback, EpochEnd, StageStart
-from app.config.schema import Goal
+from app.averaging import Averaging
+from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
+from app.callbacks.tables import summary_table
+from app.config.errors import UserError
+from app.config.schema import Goal, Job, Monitor
 from app.data.loaders import Batch, Batches
-from app.history import best, measured, reason_to_stop
+from app.freezing import Freezing
+from app.history import best, goal_value, measured, reason_to_stop
+from app.learning import Learning
+from app.nested import Nested, count_samples, map_tensors, pick
 from app.records import Rows, StageResult
 from app.seed import seed_everything
 from app.state import TrainState
-from app.task import SupervisedTask
+from app.task import Step, Task, sound
 
 log = logging.getLogger(__name__)
+TRAIN_LOSS, CPU = Goal("train/loss", "min"), torch.device("cpu")
+PREDICT = "predict"  # what watchers are told in place of a stage
 
 
 @dataclass(frozen=True)
@@ -36,118 +48,201 @@ class Plan:
     """
 
     max_epochs: int | None
-    max_steps: int | None
-    valid_every_n_epochs: int
-    save_every_n_epochs: int
-    sanity_valid_batches: int
+    max_steps: int | None = None
+    valid_every_n_epochs: int = 1
+    save_every_n_epochs: int = 1
+    sanity_valid_batches: int = 1
 
-    def epochs(self, steps_per_epoch: int) -> int:
-        """Epochs at most, the last one perhaps cut short."""
-        by_steps = (
-            math.inf if self.max_steps is None else math.ceil(self.max_steps / steps_per_epoch)
-        )
-        return int(min(by_steps, math.inf if self.max_epochs is None else self.max_epochs))
+    def epochs(self, steps_per_epoch: int | None) -> int | None:
+        """Epochs at most, the last one perhaps cut short; None where that is not known."""
+        if self.max_steps is None or steps_per_epoch is None:
+            return self.max_epochs
+        by_steps = math.ceil(self.max_steps / steps_per_epoch)
+        return by_steps if self.max_epochs is None else min(by_steps, self.max_epochs)
+
+    def is_over(self, epoch: int, steps: int) -> bool:
+        """Whether that epoch, after so many steps of the optimizer, is the last."""
+        return epoch == self.max_epochs or (self.max_steps is not None and steps >= self.max_steps)
 
 
 class Trainer:
-    """Trains, validates and tests a task.
+    """Trains, validates, tests and predicts with a task.
 
     Args:
-        task: What a step is.
-        state: What training changes; its history grows with each stage.
-        callbacks: Those who watch.
-        goal: What best means.
+        task: What a step is; its `learning` is set where it is to be trained.
         plan: How long.
+        folder: Checkpoints go there.
+        goal: What best means.
+        callbacks: Those who watch.
         seed: Each epoch's randomness depends on it and the epoch alone.
-        device: That the steps run on.
+        device: That the steps run on; the task is there already.
+        averaging: Of the weights; it stands in wherever they are measured.
+        freezing: Of some of them.
+        monitors: Further meanings of best, by name.
+        job: Its configuration goes into each checkpoint.
     """
 
     def __init__(
         self,
-        task: SupervisedTask,
-        state: TrainState,
-        callbacks: Callback,
-        goal: Goal,
+        task: Task,
         plan: Plan,
-        seed: int,
-        device: torch.device,
+        folder: Path,
+        goal: Goal = TRAIN_LOSS,
+        callbacks: Callback | None = None,
+        seed: int = 0,
+        device: torch.device = CPU,
+        averaging: Averaging | None = None,
+        freezing: Freezing | None = None,
+        monitors: Mapping[str, Monitor] | None = None,
+        job: Job | None = None,
     ) -> None:
-        self.task, self.state, self.callbacks = task, state, callbacks
-        self.goal, self.plan, self.seed, self.device = goal, plan, seed, device
+        self.task, self.plan, self.goal = task, plan, goal
+        self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
+        self.averaging = averaging or Averaging(task.model)
+        self.freezing = freezing or Freezing(task.model, {})
+        self.monitors = dict(monitors or {})
+        self.state = TrainState(task, self.averaging, folder, job)
 
-    def fit(self, train: Batches, valid: Batches | None) -> None:
-        """Trains to the end of the plan, or until the goal stops it; leaves best.pt and last.pt."""
+    def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
+        """Trains to the end of the plan, or until the goal stops it.
+
+        Leaves `best.pt` and `last.pt`, and gives the summary: a line for each stage.
+        """
         began = time.monotonic()
         self.sanity_check(valid)
-        last_epoch = self.plan.epochs(self.steps_per_epoch(train))
-        for epoch in range(self.state.epoch + 1, last_epoch + 1):
+        for epoch in count(self.state.epoch + 1):
             seed_everything(self.seed, "epoch", epoch)
             self.run_stage("train", epoch, train)
             self.state.epoch = epoch
-            if valid is not None and self.is_due(epoch, self.plan.valid_every_n_epochs, last_epoch):
-                self.run_stage("valid", epoch, valid)
+            last = self.plan.is_over(epoch, self.learning.steps)
 
-            self.state.schedule.epoch_end(self.goal_value_of(epoch))
+            with self.averaged(train, epoch):
+                if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
+                    self.run_stage("valid", epoch, valid)
+                self.save_best(epoch)
+            self.learning.epoch_end(self.goal_value_of(epoch))
             reason = reason_to_stop(self.state.history, self.goal)
-            if self.is_best(epoch):
-                self.state.save_best()
-            if reason or self.is_due(epoch, self.plan.save_every_n_epochs, last_epoch):
+            if last or reason or epoch % self.plan.save_every_n_epochs == 0:
                 self.state.save_last()
 
-            self.callbacks.on_epoch_end(self.epoch_end(epoch, last_epoch, time.monotonic() - began))
+            self.callbacks.on_epoch_end(self.epoch_end(epoch, train, time.monotonic() - began))
             if reason:
                 log.info("stopped after epoch %d: %s", epoch, reason)
-                return
+            if last or reason:
+                break
+        return summary_table(self.state.history)
 
     def run_stage(self, stage: str, epoch: int, batches: Batches) -> StageResult:
         """One pass over the batches; its row joins the history, the watchers hear of it."""
-        training = stage == "train"
-        self.task.model.train(training)
-        self.callbacks.on_stage_start(StageStart(stage, epoch, len(batches), batches.num_samples))
+        sizes = batches.num_batches, batches.num_samples
+        self.callbacks.on_stage_start(StageStart(stage, epoch, *sizes))
         rows = Rows(self.task.metrics[stage], self.device)
-        if training:
-            for batch in self.within_max_steps(batches.epoch(epoch)):
-                lr = self.state.schedule.lr
-                rows.add(self.task.train_step(batch), lr)
-                self.callbacks.on_step_end(len(batch[-1]))
-            self.state.optimization.finish()
-        else:
-            for batch in batches.epoch(epoch):
-                rows.add(self.task.eval_step(stage, batch))
-                self.callbacks.on_step_end(len(batch[-1]))
+        data = batches.epoch(epoch)
+        training = stage == "train"
+        steps = self.train_steps(data, epoch) if training else self.eval_steps(data, stage)
+        for batch, step, numbers in steps:
+            rows.add(step.values, numbers)
+            end = StepEnd(stage, epoch, step.num_samples, batch, step.outputs)
+            self.callbacks.on_step_end(end)
+        if rows.is_empty:
+            raise UserError(f"the {stage} data gives no batch")
         result = rows.result(stage, epoch)
         self.state.history.append(result.row)
         self.callbacks.on_stage_end(result, self.state.history)
         return result
 
+    def train_steps(
+        self, batches: Iterator[Batch], epoch: int
+    ) -> Iterator[tuple[Batch, Step, dict[str, float]]]:
+        """Learns from each batch, until there are enough steps."""
+        task, learning = self.task, self.learning
+        task.model.train()
+        self.freezing.apply(epoch)
+        for batch in batches:
+            self.state.batches += 1
+            task.starts(epoch, self.state.batches)
+            rates = learning.rates()
+            with task.precision.autocast():
+                step = sound(task, "train", task.train_step(batch))
+            self.averaging.after_step(epoch, learning.steps)
+            values = {**step.values, **learning.norms(step.num_samples)}
+            yield batch, Step(values, step.outputs), {**step.numbers, **rates}
+            if self.plan.max_steps is not None and learning.steps >= self.plan.max_steps:
+                break
+        learning.finish()
+        self.averaging.after_step(epoch, learning.steps)
+
+    def eval_steps(
+        self, batches: Iterator[Batch], stage: str
+    ) -> Iterator[tuple[Batch, Step, dict[str, float]]]:
+        """Measures each batch."""
+        self.task.model.eval()
+        for batch in batches:
+            with torch.no_grad(), self.task.precision.autocast():
+                step = sound(self.task, stage, self.task.eval_step(stage, batch))
+            yield batch, step, {}
+
+    def evaluate(self, batches: Batches, stage: str = "test") -> pd.DataFrame:
+        """Measures the weights as they are; gives the stage's line of the summary."""
+        return summary_table([self.run_stage(stage, self.state.epoch, batches).row])
+
+    def predict(self, batches: Batches) -> Nested:
+        """The outputs for all samples, on the host, in the form in which the task gives them."""
+        return concatenated(
+            [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
+        )
+
+    def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
+        """Each batch with its outputs; the watchers hear of them."""
+        sizes = batches.num_batches, batches.num_samples
+        self.callbacks.on_stage_start(StageStart(PREDICT, self.state.epoch, *sizes))
+        self.task.model.eval()
+        for batch in batches.epoch(self.state.epoch):
+            with torch.no_grad(), self.task.precision.autocast():
+                outputs = self.task.predict_step(batch)
+            samples = count_samples(outputs)
+            end = StepEnd(PREDICT, self.state.epoch, samples, batch, outputs)
+            self.callbacks.on_step_end(end)
+            yield batch, outputs
+
     def sanity_check(self, valid: Batches | None) -> None:
         """Validates a few batches, to fail before the first epoch rather than after it."""
         if valid is None or self.plan.sanity_valid_batches == 0:
             return
-        self.task.model.eval()
         rows = Rows(self.task.metrics["valid"], self.device)
-        for batch in islice(valid.epoch(0), self.plan.sanity_valid_batches):
-            rows.add(self.task.eval_step("valid", batch))
-        rows.result("valid", 0)
+        few = islice(valid.epoch(0), self.plan.sanity_valid_batches)
+        for _, step, _ in self.eval_steps(few, "valid"):
+            rows.add(step.values)
+        if not rows.is_empty:
+            row = rows.result("valid", 0).row
+            for monitor in (self.goal, *self.monitors.values()):
+                if monitor.stage == "valid":
+                    goal_value(row, monitor)
 
-    def within_max_steps(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches up to the last step of the plan."""
-        if self.plan.max_steps is None:
-            return batches
-        optimization = self.state.optimization
-        return islice(batches, (self.plan.max_steps - optimization.steps) * optimization.accumulate)
+    @contextmanager
+    def averaged(self, train: Batches, epoch: int) -> Iterator[None]:
+        """The average of the weights stands in for them, where there is one."""
+        with self.averaging.applied():
+            if self.averaging.average and self.averaging.measures_batches:
+                inputs = (self.inputs_of(batch) for batch in train.epoch(epoch))
+                update_bn(inputs, self.task.model)
+            yield
 
-    def steps_per_epoch(self, train: Batches) -> int:
-        """Of the optimizer."""
-        return math.ceil(len(train) / self.state.optimization.accumulate)
+    def inputs_of(self, batch: Batch) -> Nested:
+        """What the model takes from a batch."""
+        return pick(batch, getattr(self.task, "inputs", 0))
 
-    def is_due(self, epoch: int, every: int, last_epoch: int) -> bool:
-        """Whether something that comes every so many epochs, and after the last, comes now."""
-        return epoch % every == 0 or epoch == last_epoch
+    def save_best(self, epoch: int) -> None:
+        """Keeps the weights where this epoch is the best by the goal, or by a monitor."""
+        if self.is_best(epoch, self.goal):
+            self.state.save_best()
+        for name, monitor in self.monitors.items():
+            if self.is_best(epoch, monitor):
+                self.state.save_monitored(name)
 
-    def is_best(self, epoch: int) -> bool:
-        """Whether this epoch has the goal's best value so far."""
-        found = best(self.state.history, self.goal)
+    def is_best(self, epoch: int, monitor: Monitor) -> bool:
+        """Whether this epoch has the best value so far."""
+        found = best(self.state.history, monitor)
         return found is not None and found.epoch == epoch
 
     def goal_value_of(self, epoch: int) -> float | None:
@@ -155,13 +250,32 @@ class Trainer:
         values = measured(self.state.history, self.goal)
         return values[-1].value if values and values[-1].epoch == epoch else None
 
-    def epoch_end(self, epoch: int, last_epoch: int, elapsed: float) -> EpochEnd:
+    @property
+    def learning(self) -> Learning:
+        """How the weights change."""
+        assert self.task.learning is not None, "the task learns nothing: it has no optimizer"
+        return self.task.learning
+
+    def epoch_end(self, epoch: int, train: Batches, elapsed: float) -> EpochEnd:
         """What the watchers are told."""
+        batches, accumulate = train.num_batches, self.learning.accumulate
+        steps_per_epoch = None if batches is None else math.ceil(batches / accumulate)
+        last_epoch = self.plan.epochs(steps_per_epoch)
         return EpochEnd(
             epoch=epoch,
             history=self.state.history,
             goal=self.goal,
-            epochs_left=last_epoch - epoch,
+            epochs_left=None if last_epoch is None else last_epoch - epoch,
             valid_every=self.plan.valid_every_n_epochs,
             elapsed=elapsed,
         )
+
+
+def concatenated(parts: list[Nested]) -> Nested:
+    """Batches of outputs as one, whatever their form."""
+    first = parts[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(parts)
+    if isinstance(first, dict):
+        return {name: concatenated([part[name] for part in parts]) for name in first}
+    return tuple(concatenated(list(group)) for group in zip(*parts, strict=True))

@@ -12,19 +12,20 @@ import torch.nn.functional as F
 from conftest import make_job
 from torch import Tensor, nn
 
-from app.callbacks.callback import Callback, Callbacks, EpochEnd, StageStart
+from app import run
+from app.callbacks.callback import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.callbacks.progress import Progress
 from app.config.build import Build
+from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
 from app.history import History
 from app.optimization import Optimization
-from app.parts import Parts, make_optimization, make_parts, make_plan
+from app.parts import Parts, make_learning, make_parts
 from app.records import Rows, StageResult
 from app.schedule import Schedule
 from app.seed import seed_everything, seed_of
-from app.state import TrainState
 from app.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -53,11 +54,7 @@ class Listener(Callback):
 
 def make_trainer(job: Job, folder: Path, *callbacks: Callback) -> tuple[Trainer, Parts]:
     parts = make_parts(job.config, Build(job.trusted), CPU)
-    parts.task.optimization = make_optimization(job.config, Build(job.trusted), parts)
-    state = TrainState(parts.task.model, parts.task.optimization, folder, job)
-    plan, config = make_plan(job.config), job.config
-    watchers = Callbacks(callbacks)
-    return Trainer(parts.task, state, watchers, config.goal, plan, config.seed, CPU), parts
+    return run.make_trainer(job, Build(job.trusted), parts, Callbacks(callbacks), folder), parts
 
 
 def fit(folder: Path, *words: str) -> tuple[Trainer, Listener]:
@@ -129,11 +126,11 @@ def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> No
     progress.on_stage_start(StageStart("train", 1, 3, 300))
     for x, y in parts.loaders["train"].epoch(1):
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
-        row = trainer.task.train_step(batch)
-        assert isinstance(row["loss"].value, Unreadable)  # type: ignore[union-attr]
-        rows.add(row, trainer.state.schedule.lr)
-        progress.on_step_end(len(y))
-        rows.add(trainer.task.eval_step("train", batch))
+        step = trainer.task.train_step(batch)
+        assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
+        rows.add(step.values, trainer.learning.rates())
+        progress.on_step_end(StepEnd("train", 1, len(y), batch, step.outputs))
+        rows.add(trainer.task.eval_step("train", batch).values)
     with pytest.raises(AssertionError, match="reads the device"):
         rows.flush()
 
@@ -144,14 +141,14 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     job = make_job("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
     parts = make_parts(job.config, Build(), cuda)
-    parts.task.optimization = make_optimization(job.config, Build(), parts)
+    parts.task.learning = make_learning(job.config, Build(), parts)
     rows = Rows(parts.task.metrics["train"], cuda)
     batches = parts.loaders["train"].epoch(1)
-    rows.add(parts.task.train_step(next(batches)))
+    rows.add(parts.task.train_step(next(batches)).values)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            rows.add(parts.task.train_step(batch), parts.task.optimization.lr)
+            rows.add(parts.task.train_step(batch).values, parts.task.learning.rates())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert rows.result("train", 1).row["total_samples"] == 500
@@ -193,7 +190,7 @@ def test_max_steps_counts_steps_of_the_optimizer(
     )
     found = [len(result.steps) for result in listener.results if result.stage == "train"]
     assert found == batches
-    assert trainer.state.optimization.steps == 7
+    assert trainer.learning.steps == 7
 
 
 def test_early_stop_and_best_follow_the_goal(tmp_path: Path) -> None:
@@ -237,9 +234,7 @@ def test_sanity_validation_finds_what_is_wrong_before_the_first_epoch(tmp_path: 
 
     class Broken:
         num_samples = 2
-
-        def __len__(self) -> int:
-            return 1
+        num_batches = 1
 
         def first(self, count: int) -> tuple[Tensor, Tensor]:
             return x[:count], y[:count]
@@ -247,7 +242,7 @@ def test_sanity_validation_finds_what_is_wrong_before_the_first_epoch(tmp_path: 
         def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:  # noqa: ARG002
             yield x[:, :, :5], y
 
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(UserError, match=r"model: MLP cannot take .*shapes cannot be multiplied"):
         trainer.fit(parts.loaders["train"], Broken())
     assert listener.told == []
 

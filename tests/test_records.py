@@ -45,7 +45,7 @@ def collect() -> StageResult:
     rows = Rows(stage, CPU)
     for outputs, targets in batches():
         loss = torch.nn.functional.cross_entropy(outputs, targets)
-        rows.add({"loss": mean_of(loss, len(targets)), **stage.sums(outputs, targets)}, lr=0.1)
+        rows.add({"loss": mean_of(loss, len(targets)), **stage.sums(outputs, targets)}, {"lr": 0.1})
     return rows.result("train", 2)
 
 

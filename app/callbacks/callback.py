@@ -7,17 +7,40 @@ from dataclasses import dataclass
 
 from app.config.schema import Goal
 from app.history import History
+from app.nested import Nested
 from app.records import StageResult
 
 
 @dataclass(frozen=True)
 class StageStart:
-    """A stage begins, of so many batches and samples."""
+    """A stage begins, of so many batches and samples; None where that is not known.
+
+    The stage is `predict` where nothing is measured.
+    """
 
     stage: str
     epoch: int
-    num_batches: int
+    num_batches: int | None
+    num_samples: int | None
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A batch has been given to the device; tensors are there, and reading one waits for it.
+
+    Attributes:
+        stage: `train`, `valid`, `test` or `predict`.
+        epoch: Counted from 1.
+        num_samples: In the batch.
+        batch: As the model got it.
+        outputs: What the model gave; None where the task does not tell.
+    """
+
+    stage: str
+    epoch: int
     num_samples: int
+    batch: Nested
+    outputs: Nested
 
 
 @dataclass(frozen=True)
@@ -28,7 +51,7 @@ class EpochEnd:
         epoch: Counted from 1.
         history: All rows so far.
         goal: What best means.
-        epochs_left: At most.
+        epochs_left: At most; None where that is not known.
         valid_every: Epochs from one validation to the next.
         elapsed: Seconds since the start of training.
     """
@@ -36,7 +59,7 @@ class EpochEnd:
     epoch: int
     history: History
     goal: Goal
-    epochs_left: int
+    epochs_left: int | None
     valid_every: int
     elapsed: float
 
@@ -44,14 +67,15 @@ class EpochEnd:
 class Callback:
     """Does nothing at each event; subclasses answer those they want.
 
-    They run in rank 0 alone. A constructor that takes `folder` is given the run's folder.
+    They run in rank 0 alone. A constructor is given what it has a parameter for: `folder` (of the
+    run), `model` (to be looked at), `config` (the resolved configuration, a plain dict).
     """
 
     def on_stage_start(self, start: StageStart) -> None:
         """A stage begins."""
 
-    def on_step_end(self, num_samples: int) -> None:
-        """A batch of so many samples has been given to the device."""
+    def on_step_end(self, step: StepEnd) -> None:
+        """A batch has been given to the device."""
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         """A stage is over; its row is the last of the history."""
@@ -77,9 +101,9 @@ class Callbacks(Callback):
         for callback in self.callbacks:
             callback.on_stage_start(start)
 
-    def on_step_end(self, num_samples: int) -> None:
+    def on_step_end(self, step: StepEnd) -> None:
         for callback in self.callbacks:
-            callback.on_step_end(num_samples)
+            callback.on_step_end(step)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         for callback in self.callbacks:

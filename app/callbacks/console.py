@@ -25,13 +25,7 @@ class Console(Callback):
     def on_epoch_end(self, end: EpochEnd) -> None:
         rows = [row for row in end.history if row["epoch"] == end.epoch]
         log.info("%s", _table(rows))
-        left = seconds_left(end.history, end.epochs_left, end.valid_every)
-        log.info(
-            "elapsed %s, remaining %s, expected end %s",
-            _clock(end.elapsed),
-            _clock(left),
-            (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M:%S"),
-        )
+        log.info("elapsed %s%s", _clock(end.elapsed), _remaining(end))
         found = best(end.history, end.goal)
         if found is None:
             log.info("best %s: none yet", end.goal.metric)
@@ -39,6 +33,14 @@ class Console(Callback):
         log.info(
             "best %s %.6g in epoch %d%s", end.goal.metric, found.value, found.epoch, _patience(end)
         )
+
+
+def _remaining(end: EpochEnd) -> str:
+    if end.epochs_left is None:
+        return ""
+    left = seconds_left(end.history, end.epochs_left, end.valid_every)
+    expected = (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M:%S")
+    return f", remaining {_clock(left)}, expected end {expected}"
 
 
 def _patience(end: EpochEnd) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from app.callbacks.callback import Callback, EpochEnd
-from app.files import write_whole
+from app.figures import save_figure
 from app.history import History
 from app.records import StageResult
 
@@ -33,9 +32,10 @@ class Plots(Callback):
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         for name, value in result.arrays.items():
-            if value.ndim == 2:
-                title = f"{name}, {result.stage}, epoch {result.epoch}"
-                save(self.folder / f"{result.stage}_{name}.png", matrix(value, title))
+            title = f"{name}, {result.stage}, epoch {result.epoch}"
+            draw = {1: bars, 2: matrix}.get(value.ndim)
+            if draw is not None and value.size:
+                save_figure(self.folder / f"{result.stage}_{name}.png", draw(value, title))
 
     def on_epoch_end(self, end: EpochEnd) -> None:
         if time.monotonic() - self.drawn > SECONDS_BETWEEN:
@@ -48,7 +48,7 @@ class Plots(Callback):
         table = pd.DataFrame(list(history))
         for name in [column for column in table.columns if column not in NOT_DRAWN]:
             stem = str(name).removesuffix("_mean").replace("/s", "_per_second")
-            save(self.folder / f"{stem}.png", curve(table, str(name)))
+            save_figure(self.folder / f"{stem}.png", curve(table, str(name)))
         self.drawn = time.monotonic()
 
 
@@ -68,6 +68,17 @@ def curve(table: pd.DataFrame, name: str) -> Figure:
     return figure
 
 
+def bars(values: np.ndarray, title: str) -> Figure:
+    """A vector, as of values per class: bars where they are few, else a line."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(values))
+    axes.bar(places, values) if len(values) <= 50 else axes.plot(places, values)
+    axes.set_title(title)
+    axes.grid(alpha=0.3, axis="y")
+    return figure
+
+
 def matrix(values: np.ndarray, title: str) -> Figure:
     """A matrix as a picture, rows (true classes) downwards."""
     figure = Figure(figsize=(6, 5), layout="constrained")
@@ -83,10 +94,3 @@ def matrix(values: np.ndarray, title: str) -> Figure:
             color = "white" if value > middle else "black"
             axes.text(column, row, f"{value:g}", ha="center", va="center", size=7, color=color)
     return figure
-
-
-def save(path: Path, figure: Figure) -> None:
-    """The figure as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_whole(path, lambda file: file.write(content.getvalue()))

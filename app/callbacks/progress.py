@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.callbacks.callback import Callback, StageStart
+from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.history import History
 from app.records import StageResult
 
@@ -45,20 +45,20 @@ class Progress(Callback):
                 postfix=self.last.get(start.stage),
             )
 
-    def on_step_end(self, num_samples: int) -> None:
+    def on_step_end(self, step: StepEnd) -> None:
         if self.bar is not None:
-            self.bar.update(num_samples)
+            self.bar.update(step.num_samples)
             return
-        self.done += num_samples
+        self.done += step.num_samples
         if time.monotonic() >= self.next_line:
             self.next_line += self.seconds
             rate = self.done / (time.monotonic() - self.began)
             log.info(
-                "epoch %d %s: %d of %d samples, %.0f samples/s",
+                "epoch %d %s: %d of %s samples, %.0f samples/s",
                 self.start.epoch,
                 self.start.stage,
                 self.done,
-                self.start.num_samples,
+                "unknown" if self.start.num_samples is None else self.start.num_samples,
                 rate,
             )
 

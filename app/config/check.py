@@ -13,7 +13,24 @@ from app.config.schema import Config
 from app.config.typed import UNKNOWN, mistakes_of, structured
 
 STAGES = ("train", "valid", "test")
-RESERVED = ("epoch", "iter", "stage", "loss", "num_samples", "lr", "iter_time", "epoch_time")
+RESERVED = (
+    "epoch",
+    "iter",
+    "stage",
+    "loss",
+    "num_samples",
+    "lr",
+    "gradient_norm",
+    "iter_time",
+    "epoch_time",
+)
+SUPERVISED = "app.task.SupervisedTask"  # whose columns are known from the configuration alone
+OFFERS = {  # what the program gives to a part that has a parameter of that name
+    "callbacks": ("folder", "model", "config"),
+    "task": ("model", "loss", "metrics", "precision"),
+    "average": ("model",),
+}
+USES_CKPT = ("test", "valid", "predict")  # modes that use what was trained
 AUTO = "auto"  # in a scheduler's arguments: as many steps or epochs as the run has
 
 
@@ -45,15 +62,17 @@ def fill_auto(node: Any, number: int) -> Any:
 
 def _named_nodes(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """(key, node, first arguments that the program adds) of every part."""
-    scheduler = _group(plain, "scheduler")
-    single = {"model": plain.get("model"), "optimizer": plain.get("optimizer")}
+    scheduler, data = _group(plain, "scheduler"), _group(plain, "data")
+    single = {key: plain.get(key) for key in ("model", "task", "average")}
     single["scheduler.lr_scheduler"] = fill_auto(scheduler.get("lr_scheduler"), 100)
-    given = {"optimizer": 1, "scheduler.lr_scheduler": 1}
+    single["data.sampling"] = data.get("sampling")
+    optimizers = optimizer_nodes(plain.get("optimizer"))
+    given = {"scheduler.lr_scheduler": 1} | dict.fromkeys(optimizers, 1)
     groups = {
         "loss": plain.get("loss"),
         "callbacks": plain.get("callbacks"),
-        "data.source": _group(plain, "data").get("source"),
-        "data.augment": _group(plain, "data").get("augment"),
+        "data.source": data.get("source"),
+        "data.augment": data.get("augment"),
         **{f"metric.{stage}": _group(plain, "metric").get(stage) for stage in STAGES},
     }
     named = {
@@ -62,9 +81,16 @@ def _named_nodes(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], i
         if isinstance(nodes, dict)
         for name, node in nodes.items()
     }
-    for key, node in (single | named).items():
+    for key, node in (single | optimizers | named).items():
         if isinstance(node, dict):
             yield key, node, given.get(key, 0)
+
+
+def optimizer_nodes(node: Any) -> dict[str, Any]:
+    """By key each optimizer: `optimizer` itself, or `optimizer.<part of the model>`."""
+    if not isinstance(node, dict) or "_target_" in node:
+        return {"optimizer": node}
+    return {f"optimizer.{name}": part for name, part in node.items() if part is not None}
 
 
 def _group(plain: dict[str, Any], name: str) -> dict[str, Any]:
@@ -76,7 +102,7 @@ def _target_mistakes(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[
     for key, node, given in _named_nodes(plain):
         if "_target_" not in node:
             yield Mistake(f"{key}._target_", " is missing: the class or function to use")
-        offers = ("folder",) if key.startswith("callbacks.") else ()
+        offers = OFFERS.get(key.partition(".")[0], ())
         yield from node_mistakes(key, node, trusted, given, offers)
 
 
@@ -96,16 +122,17 @@ def _trial_mistakes(
             strict = {"validate_args": True} if "validate_args" in sound[key] else {}
             _, refusals = _tried(build, key, sound[key] | strict)
             yield from refusals
-    if "optimizer" in sound:
-        import torch
+    for key in sound:
+        if key == "optimizer" or key.startswith("optimizer."):
+            import torch
 
-        parameters = [torch.nn.Parameter(torch.zeros(1))]
-        optimizer, refusals = _tried(build, "optimizer", sound["optimizer"], parameters)
-        yield from refusals
-        key = "scheduler.lr_scheduler"
-        if key in sound and not refusals:
-            _, refusals = _tried(build, key, sound[key], optimizer)
+            parameters = [torch.nn.Parameter(torch.zeros(1))]
+            optimizer, refusals = _tried(build, key, sound[key], parameters)
             yield from refusals
+            scheduler = "scheduler.lr_scheduler"
+            if scheduler in sound and not refusals:
+                _, refusals = _tried(build, scheduler, sound[scheduler], optimizer)
+                yield from refusals
 
 
 def _tried(build: Build, key: str, node: Any, *given: Any) -> tuple[Any, list[Mistake]]:
@@ -120,10 +147,12 @@ def _rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[M
     data = ("data.source", "data.split", "trainer.overfit_batches")
     rules = {
         _mode_mistakes: ("mode", "ckpt"),
-        _stage_mistakes: ("mode", *data),
-        _goal_mistakes: ("goal", "metric", "loss", *data),
+        _stage_mistakes: ("mode", "predict", *data),
+        _input_mistakes: ("data.inputs", "data.normalize"),
+        _monitor_mistakes: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
-        _name_mistakes: ("name", "metric", "loss"),
+        _name_mistakes: ("name", "metric", "loss", "task"),
+        _find_mistakes: ("mode", "find"),
     }
     for rule, keys in rules.items():
         if not any(bad.startswith(key) or key.startswith(bad) for bad in broken for key in keys):
@@ -141,16 +170,19 @@ def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     for stage in STAGES:
         for name in plain["metric"][stage].keys() & set(RESERVED):
             yield Mistake(f"metric.{stage}.{name}", " is the name of another column; rename it")
-    if not any(plain["loss"].values()):
+    for name in {name for name, node in plain["loss"].items() if node} & set(RESERVED) - {"loss"}:
+        yield Mistake(f"loss.{name}", " is the name of another column; rename it")
+    if plain["task"].get("_target_") == SUPERVISED and not any(plain["loss"].values()):
         yield Mistake("loss", " has no term; choose one, as loss=cross_entropy")
 
 
 def _mode_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     mode, ckpt = plain["mode"], plain["ckpt"]
-    if mode in ("test", "valid") and ckpt is None:
+    if mode in USES_CKPT and ckpt is None:
         yield Mistake("ckpt", f" has no value: mode={mode} needs a run folder or a checkpoint file")
-    if mode == "train" and ckpt is not None:
-        yield Mistake("ckpt", f"={ckpt!r} has no use in mode=train; allowed: mode=test, mode=valid")
+    if mode not in (*USES_CKPT, "check") and ckpt is not None:
+        allowed = ", ".join(f"mode={other}" for other in USES_CKPT)
+        yield Mistake("ckpt", f"={ckpt!r} has no use in mode={mode}; allowed: {allowed}")
     if ckpt is not None and not Path(ckpt).exists():
         yield Mistake("ckpt", f"={ckpt!r} does not exist")
 
@@ -174,33 +206,71 @@ def _stage_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
                 f"data.split.{stage}",
                 f"={split[stage]!r} and data.source.{stage} are both given; allowed: one of them",
             )
-    if plain["mode"] != "check" and plain["mode"] not in stages_with_data(plain):
-        cut = "" if plain["mode"] == "train" else f" or data.split.{plain['mode']}"
+    needed = _stage_of(plain)
+    if needed is not None and needed not in stages_with_data(plain):
+        cut = "" if needed == "train" else f" or data.split.{needed}"
+        key = "predict.stage" if plain["mode"] == "predict" else "mode"
+        value = needed if plain["mode"] == "predict" else plain["mode"]
+        yield Mistake(key, f"={value!r} has no data: give data.source.{needed}{cut}")
+
+
+def _stage_of(plain: dict[str, Any]) -> str | None:
+    """The stage that must have data; None where none must."""
+    mode = plain["mode"]
+    if mode in ("find_lr", "find_batch_size"):
+        return "train"
+    if mode == "predict":
+        return None if plain["predict"]["images"] else str(plain["predict"]["stage"])
+    return mode if mode in STAGES else None
+
+
+def _input_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    inputs, normalize = plain["data"]["inputs"], plain["data"]["normalize"]
+    if inputs is None and normalize is not None:
         yield Mistake(
-            "mode", f"={plain['mode']!r} has no data: give data.source.{plain['mode']}{cut}"
+            "data.inputs", "=None: a whole batch cannot be normalised; data.normalize=null"
         )
 
 
-def _goal_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
-    metric = plain["goal"]["metric"]
+def _find_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    low, high = plain["find"]["lr_from"], plain["find"]["lr_to"]
+    if low >= high:
+        yield Mistake("find.lr_from", f"={low} must be below find.lr_to={high}")
+
+
+def _monitor_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    """The goal, and the further monitors, are measured."""
+    yield from _measured_mistakes(plain, "goal.metric", plain["goal"]["metric"])
+    for name, monitor in plain["checkpoint"]["monitors"].items():
+        if monitor is not None:
+            key = f"checkpoint.monitors.{name}"
+            if not re.fullmatch(r"[\w.+=,-]+", name):
+                yield Mistake(key, " names a file: letters, digits and _.+=,- only")
+            yield from _measured_mistakes(plain, f"{key}.metric", monitor["metric"])
+
+
+def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator[Mistake]:
     stage, name = metric.split("/", 1) if "/" in metric else ("valid", metric)
     if stage not in ("train", "valid"):
-        yield Mistake(
-            "goal.metric", f"={metric!r}: {stage!r} is no stage of training: train, valid"
-        )
+        yield Mistake(key, f"={metric!r}: {stage!r} is no stage of training: train, valid")
         return
     if stage not in stages_with_data(plain):
         yield Mistake(
-            "goal.metric",
+            key,
             f"={metric!r} has no data to be measured on: give data.source.{stage} or "
             f"data.split.{stage}, or choose train/loss",
         )
         return
-    terms = [term for term, node in plain["loss"].items() if node]
-    measured = ["loss", *(terms if len(terms) > 1 else []), *plain["metric"][stage]]
-    if name not in measured:
+    terms = {term: node for term, node in plain["loss"].items() if node}
+    own = len(terms) > 1 or any(node.get("weight", 1) != 1 for node in terms.values())
+    measured = [
+        "loss",
+        *(terms if own else ()),
+        *(n for n, node in plain["metric"][stage].items() if node),
+    ]
+    if plain["task"].get("_target_") == SUPERVISED and name not in measured:
         yield Mistake(
-            "goal.metric",
+            key,
             f"={metric!r} is not measured in {stage}; it has: {one_of(measured)}"
             f"{nearest(name, measured)}",
         )

@@ -13,18 +13,16 @@ Nodes = dict[str, Node | None]  # named parts; null takes one away
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
-Mode = Literal["train", "valid", "test", "check"]
+Key = int | str | list[Any] | dict[str, Any] | None  # a part of a batch, as `app.nested.pick` takes
+Mode = Literal["train", "valid", "test", "predict", "find_lr", "find_batch_size", "check"]
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What "best" means, once: for checkpoints, early stopping, plateaus and sweeps."""
+class Monitor:
+    """A metric, and which of its values is better."""
 
     metric: str
     mode: Literal["max", "min"]
-    patience: Positive | None
-    min_delta: Annotated[float, Range(0.0)]
-    threshold: float | None
 
     @property
     def stage(self) -> str:
@@ -38,10 +36,53 @@ class Goal:
 
 
 @dataclass(frozen=True)
+class Goal(Monitor):
+    """What "best" means, once: for checkpoints, early stopping, plateaus and sweeps."""
+
+    patience: Positive | None = None
+    min_delta: Annotated[float, Range(0.0)] = 0.0
+    threshold: float | None = None
+
+
+@dataclass(frozen=True)
 class Checkpoint:
-    """When the state is written."""
+    """When the state is written, and what else is kept as best."""
 
     every_n_epochs: Positive
+    monitors: dict[str, Monitor | None]
+
+
+@dataclass(frozen=True)
+class Freeze:
+    """Parameters that do not learn from one epoch up to another."""
+
+    parameters: str
+    from_epoch: Positive = 1
+    until_epoch: Positive | None = None
+
+    def holds(self, epoch: int) -> bool:
+        """Whether they are frozen in that epoch, counted from 1."""
+        return self.from_epoch <= epoch and (self.until_epoch is None or epoch < self.until_epoch)
+
+
+@dataclass(frozen=True)
+class Predict:
+    """What `mode=predict` predicts, and how it is written."""
+
+    stage: Literal["train", "valid", "test"]
+    images: str | None
+    format: Literal["auto", "csv", "png", "npz"]
+
+
+@dataclass(frozen=True)
+class Find:
+    """What `mode=find_lr` and `mode=find_batch_size` try."""
+
+    lr_from: Annotated[float, Range(0.0, above=True)]
+    lr_to: Annotated[float, Range(0.0, above=True)]
+    steps: Annotated[int, Range(10)]
+    batch_size_to: Positive
+    batches: Positive
 
 
 @dataclass(frozen=True)
@@ -93,7 +134,10 @@ class Data:
     resize: Positive | None
     source: Source
     split: Split
+    inputs: int | str | list[int | str] | None
+    targets: Key
     batch_size: Positive
+    sampling: Node | None
     normalize: Normalize | None
     augment: Nodes
     memory: Literal["auto", "host", "device"]
@@ -120,6 +164,7 @@ class Trainer:
     accumulate_grad_batches: Positive
     gradient_clip_norm: Annotated[float, Range(0.0, above=True)] | None
     gradient_clip_value: Annotated[float, Range(0.0, above=True)] | None
+    gradient_norm: bool
     limit_train_batches: Limit
     limit_valid_batches: Limit
     limit_test_batches: Limit
@@ -154,13 +199,18 @@ class Config:
     trusted_targets: list[str]
     goal: Goal
     checkpoint: Checkpoint
+    predict: Predict
+    find: Find
+    freeze: dict[str, Freeze | None]
     trainer: Trainer
     data: Data
     model: Node
+    task: Node
     loss: Nodes
     metric: Metric
     optimizer: Node
     scheduler: Scheduler
+    average: Node | None
     callbacks: Nodes
 
 

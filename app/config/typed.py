@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Iterator
+from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import (
@@ -80,8 +81,13 @@ def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[
     for name, type_ in expected.items():
         if name in value:
             yield from mistakes_of(f"{prefix}{name}", value[name], type_)
-        else:
+        elif name in _wanted(cls):
             yield Mistake(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
+
+
+def _wanted(cls: type) -> set[str]:
+    """The fields of a dataclass that have no default."""
+    return {field.name for field in fields(cls) if field.default is NO_DEFAULT}
 
 
 def _short(value: object) -> str:
@@ -166,9 +172,15 @@ def describe(expected: Any) -> str:
 def structured(value: Any, expected: type[T]) -> T:
     """The dataclass that a checked dict describes."""
     types_ = hints(cast("type", expected))
-    return expected(**{f.name: _value(value[f.name], types_[f.name]) for f in fields(expected)})  # type: ignore[arg-type]
+    given = {name: _value(part, types_[name]) for name, part in value.items()}
+    return expected(**given)
 
 
 def _value(value: Any, expected: Any) -> Any:
     cls = _only_dataclass(expected)
-    return structured(value, cls) if cls is not None and isinstance(value, dict) else value
+    if cls is not None and isinstance(value, dict):
+        return structured(value, cls)
+    entry = _entry_type(expected, dict)
+    if _only_dataclass(entry) is not None and isinstance(value, dict):
+        return {name: _value(part, entry) for name, part in value.items()}
+    return value

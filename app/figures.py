@@ -1,0 +1,17 @@
+"""Pictures as files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from app.files import write_whole
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """The figure as a PNG file, written whole."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
+    write_whole(path, lambda file: file.write(content.getvalue()))

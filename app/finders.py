@@ -1,0 +1,164 @@
+"""Searches for a learning rate and for a batch size, before a training."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from app.config.errors import UserError
+from app.config.schema import Find
+from app.data.loaders import Batch, Batches
+from app.device import peak_memory
+from app.figures import save_figure
+from app.files import write_csv
+from app.nested import map_tensors
+from app.task import Task, sound
+
+log = logging.getLogger(__name__)
+SMOOTHING = 0.05  # weight of the newest loss
+DIVERGED = 4.0  # times the best smoothed loss so far
+
+
+def find_learning_rate(task: Task, train: Batches, find: Find, folder: Path) -> float:
+    """Raises the learning rate step by step, evenly on a logarithmic scale (Smith 2017).
+
+    Writes `find_lr.csv` and `find_lr.png`.
+
+    Args:
+        task: With its learning; its weights are changed.
+        train: Batches, begun anew where there are too few.
+        find: From where to where, in how many steps.
+        folder: Files go there.
+
+    Returns:
+        The rate at which the smoothed loss falls steepest.
+
+    Raises:
+        UserError: The loss is not a number from the start, or never falls.
+    """
+    assert task.learning is not None
+    task.model.train()
+    rates = np.geomspace(find.lr_from, find.lr_to, find.steps)
+    losses, smoothed, average = [], [], 0.0
+    for step, (rate, batch) in enumerate(zip(rates, endless(train), strict=False), start=1):
+        for optimization in task.learning.optimizations.values():
+            for group in optimization.optimizer.param_groups:
+                group["lr"] = rate
+        task.starts(1, step)
+        with task.precision.autocast():
+            value = sound(task, "train", task.train_step(batch)).values["loss"]
+        losses.append(float(value.value))  # type: ignore[union-attr]
+        average += SMOOTHING * (losses[-1] - average)
+        smoothed.append(average / (1 - (1 - SMOOTHING) ** step))
+        if not math.isfinite(smoothed[-1]) or smoothed[-1] > DIVERGED * min(smoothed):
+            log.info("the loss diverges at a learning rate of %.3g", rate)
+            break
+    table = pd.DataFrame({"lr": rates[: len(losses)], "loss": losses, "smoothed_loss": smoothed})
+    write_csv(folder / "find_lr.csv", table)
+    suggestion = steepest(table[np.isfinite(table["smoothed_loss"])])
+    save_figure(folder / "find_lr.png", _curve(table, suggestion))
+    return suggestion
+
+
+def steepest(table: pd.DataFrame) -> float:
+    """The learning rate at which the smoothed loss falls steepest.
+
+    Raises:
+        UserError: It never falls.
+    """
+    if len(table) < 3:
+        raise UserError("find.lr_from: the loss diverges at once; try a smaller one")
+    slope = np.gradient(table["smoothed_loss"].to_numpy(), np.log(table["lr"].to_numpy()))
+    if slope.min() >= 0:
+        raise UserError("find: the loss never falls between find.lr_from and find.lr_to")
+    return float(table["lr"].iloc[int(slope.argmin())])
+
+
+def find_batch_size(task: Task, train: Batches, start: int, find: Find, folder: Path) -> int:
+    """Doubles the batch size until memory, the data or `find.batch_size_to` ends it.
+
+    Writes `find_batch_size.csv`: samples per second and peak memory of each size.
+
+    Args:
+        task: With its learning; its weights are changed.
+        train: A batch of it is repeated to make larger ones.
+        start: The smallest size.
+        find: The largest size, and how many batches each is measured on.
+        folder: Files go there.
+
+    Returns:
+        The size of the most samples per second among those that fit into memory.
+    """
+    assert task.learning is not None
+    task.model.train()
+    rows = []
+    for size in _doubled(start, min(find.batch_size_to, train.num_samples or find.batch_size_to)):
+        try:
+            seconds = _seconds(task, train.first(size), find.batches)
+        except (torch.OutOfMemoryError, MemoryError):
+            log.info("a batch of %d samples does not fit into memory", size)
+            break
+        rows.append({"batch_size": size, "samples/s": size * find.batches / seconds})
+        rows[-1] |= peak_memory(next(task.model.parameters()).device)
+        log.info("batch size %d: %.0f samples/s", size, rows[-1]["samples/s"])
+    if not rows:
+        raise UserError(
+            f"data.batch_size={start} does not fit into memory; start with a smaller one"
+        )
+    table = pd.DataFrame(rows)
+    write_csv(folder / "find_batch_size.csv", table)
+    return int(table["batch_size"].iloc[int(table["samples/s"].argmax())])
+
+
+def _doubled(start: int, end: int) -> Iterator[int]:
+    size = min(start, end)
+    while size <= end:
+        yield size
+        size *= 2
+
+
+def _seconds(task: Task, batch: Batch, batches: int) -> float:
+    """Of so many steps, one more before the clock starts."""
+    for step in range(batches + 1):
+        if step == 1:
+            _wait(batch)
+            began = time.perf_counter()
+        with task.precision.autocast():
+            task.train_step(batch)
+    _wait(batch)
+    return time.perf_counter() - began
+
+
+def _wait(batch: Batch) -> None:
+    """Until the device is done."""
+    map_tensors(lambda tensor: tensor.flatten()[:1].cpu(), batch)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def endless(train: Batches) -> Iterator[Batch]:
+    """Epoch after epoch."""
+    for epoch in count(1):
+        yield from train.epoch(epoch)
+
+
+def _curve(table: pd.DataFrame, suggestion: float) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["lr"], table["loss"], alpha=0.3, label="loss")
+    axes.plot(table["lr"], table["smoothed_loss"], label="smoothed")
+    axes.axvline(suggestion, ls="--", color="k", lw=1, label=f"suggested: {suggestion:.2g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.legend()
+    return figure

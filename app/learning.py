@@ -1,0 +1,76 @@
+"""All that learns: the optimizations of a task, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.optimization import Optimization
+from app.records import Mean
+
+ONLY = ""  # the name of an optimization that has no other beside it
+
+
+class Learning:
+    """The optimizations of a task.
+
+    Args:
+        optimizations: By name; the names are those of parts of the model. A single one may be
+            given as it is.
+    """
+
+    def __init__(self, optimizations: Mapping[str, Optimization] | Optimization) -> None:
+        alone = isinstance(optimizations, Optimization)
+        self.optimizations: dict[str, Optimization] = (
+            {ONLY: optimizations} if alone else dict(optimizations)  # type: ignore[dict-item, arg-type]
+        )
+
+    def __getitem__(self, name: str) -> Optimization:
+        return self.optimizations[name]
+
+    @property
+    def only(self) -> Optimization:
+        """The only one."""
+        (optimization,) = self.optimizations.values()
+        return optimization
+
+    @property
+    def steps(self) -> int:
+        """How many steps the first optimizer has made."""
+        return next(iter(self.optimizations.values())).steps
+
+    @property
+    def accumulate(self) -> int:
+        """Batches to one step."""
+        return next(iter(self.optimizations.values())).accumulate
+
+    def rates(self) -> dict[str, float]:
+        """The learning rates of the next step: `lr`, or `lr_<name>` of each."""
+        return {column("lr", name): one.lr for name, one in self.optimizations.items()}
+
+    def norms(self, count: int) -> dict[str, Mean]:
+        """The norms of the gradients, where they are kept; batches without a step have none."""
+        return {
+            column("gradient_norm", name): Mean(one.norm, 0 if one.batches else count)
+            for name, one in self.optimizations.items()
+            if one.tracks_norm
+        }
+
+    def finish(self) -> None:
+        """Uses what has accumulated; an epoch ends."""
+        for optimization in self.optimizations.values():
+            optimization.finish()
+
+    def epoch_end(self, goal_value: float | None) -> None:
+        """An epoch is over; `goal_value` is None where the goal was not measured in it."""
+        for optimization in self.optimizations.values():
+            optimization.schedule.epoch_end(goal_value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values."""
+        return {name: one.state_dict() for name, one in self.optimizations.items()}
+
+
+def column(what: str, name: str) -> str:
+    """`lr`, or `lr_generator` where there are several."""
+    return f"{what}_{name}" if name else what
