@@ -48,9 +48,14 @@ def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
         few = subset(datasets["train"], torch.arange(count))
         datasets |= {"train": few, "valid": few}
     if config.mode == "predict":
-        images, side = config.predict.images, data.image_size
-        datasets["predict"] = ImageFiles(images, side) if images else datasets[config.predict.stage]
+        datasets["predict"] = _predicted(config, datasets)
     return datasets
+
+
+def _predicted(config: Config, datasets: dict[str, Samples]) -> Samples:
+    if config.predict.images is None:
+        return datasets[config.predict.stage]
+    return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
 
 
 def _sources_wanted(config: Config) -> tuple[str, ...]:

@@ -5,28 +5,24 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from app.config import resolvers
-from app.config.check import USES_CKPT, checked
-from app.config.compose import CONF, CONFIG_NAME, compositions, parse_overrides
+from app.config.compose import CONF, CONFIG_NAME, compositions
 from app.config.errors import ConfigError, Mistake, UserError
-from app.config.freeze import freeze, over_saved, template_of, typed_trust
-from app.config.schema import Job
-from app.config.targets import trusted_by_environment
 from app.files import write_text
+from app.job import job_of
 from app.launch.inline import launch_inline
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
 MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
@@ -82,52 +78,6 @@ def preflight(args: argparse.Namespace) -> None:
         sys.exit(0)
 
 
-def job_of(composed: DictConfig) -> Job:
-    """What is to be run.
-
-    Args:
-        composed: By Hydra, its own node included.
-
-    Raises:
-        UserError: All that is wrong with it.
-    """
-    words = OmegaConf.to_container(composed.hydra.overrides.task)
-    assert isinstance(words, list)
-    overrides = parse_overrides(words)
-    trusted = [*typed_trust(overrides), *trusted_by_environment()]
-    if trusted and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    (plain, mistakes), template = freeze(composed), template_of(composed)
-    mistakes += _trust_mistakes(plain, overrides)
-    differences: list[str] = []
-    if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
-        saved, its_template = _saved_config(plain["ckpt"])
-        plain, template, differences = over_saved(saved, its_template, composed, overrides)
-    config = checked(plain, trusted, mistakes)
-    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
-
-
-def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
-    if not plain.get("trusted_targets") or typed_trust(overrides):
-        return []
-    problem = f"={plain['trusted_targets']!r} may be given on the command line only"
-    return [Mistake("trusted_targets", problem)]
-
-
-def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:
-    if not Path(ckpt).exists():
-        raise ConfigError([Mistake("ckpt", f"={ckpt!r} does not exist")])
-    from app.checkpoint import load_checkpoint
-
-    checkpoint = load_checkpoint(Path(ckpt))
-    if checkpoint.config is None:
-        problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
-        raise ConfigError([Mistake("ckpt", problem)])
-    template = OmegaConf.create(checkpoint.template)
-    assert isinstance(template, DictConfig)
-    return checkpoint.config, template
-
-
 def _check_folder(composed: DictConfig, multirun: bool) -> None:
     """The run folder can be made, and is not that of another run."""
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
@@ -175,10 +125,11 @@ def hydra_main(composed: DictConfig) -> float | None:
         return launch_inline(job, folder)
     except UserError as error:
         log.error("%s", error)
+        log.debug("it came from", exc_info=error)
         sys.exit(FAILURE)
     except KeyboardInterrupt:
         log.warning("interrupted")
         sys.exit(INTERRUPTED)
-    except Exception:
-        log.exception("the run failed")
+    except Exception as error:
+        log.exception("the run failed: %s: %s", type(error).__name__, error)
         sys.exit(FAILURE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from app.averaging import Averaging
 from app.batches import STAGES, make_datasets, make_loaders
 from app.callbacks.callback import Callback
 from app.config.build import Build
-from app.config.check import AUTO, fill_auto, optimizer_nodes
+from app.config.check import fill_auto, has_auto, optimizer_nodes
 from app.config.errors import UserError, nearest, one_of
 from app.config.schema import Config, Data, Job
 from app.data.loaders import Batches
@@ -84,7 +85,9 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
         return
     task.model.eval()
     try:
-        with torch.no_grad(), task.precision.autocast():
+        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings():
+            # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
+            warnings.filterwarnings("error", "Using a target size")
             if stage == PREDICT:
                 outputs = task.predict_step(batch)
             else:
@@ -258,7 +261,7 @@ def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int |
     epochs, per_epoch = plan.epochs(steps_per_epoch), wanted.interval == "epoch"
     by_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
     total = epochs if per_epoch else plan.max_steps or by_epochs
-    if total is None and wanted.lr_scheduler and AUTO in wanted.lr_scheduler.values():
+    if total is None and has_auto(wanted.lr_scheduler):
         raise UserError(
             "scheduler.lr_scheduler: 'auto' is the length of the run, which is not known for this "
             "data; give a number, or trainer.max_steps with scheduler.interval=step"

@@ -87,21 +87,12 @@ class Predictions:
         return "png" if image else "npz"
 
     def _table(self, name: str, values: np.ndarray) -> pd.DataFrame:
-        columns: dict[str, Sequence[object] | np.ndarray] = {
-            "sample": self.names or np.arange(len(values))
-        }
-        if len(self.targets) and sum(map(len, self.targets)) == len(values):
-            columns["target"] = np.concatenate([part.numpy() for part in self.targets])
-        if values.ndim == 1:
-            return pd.DataFrame(columns | {"output": values})
-        if name in self.classes:
-            shifted = np.exp(values - values.max(1, keepdims=True))
-            shares = shifted / shifted.sum(1, keepdims=True)
-            columns["label"] = values.argmax(1)
-            return pd.DataFrame(
-                columns | {f"probability_{k}": shares[:, k] for k in range(values.shape[1])}
-            )
-        return pd.DataFrame(columns | {f"output_{k}": values[:, k] for k in range(values.shape[1])})
+        found = table(values, name in self.classes)
+        if self.names is not None:
+            found["sample"] = self.names
+        if sum(map(len, self.targets)) == len(values):
+            found.insert(1, "target", np.concatenate([part.numpy() for part in self.targets]))
+        return found
 
     def _write_images(self, name: str, batch: Tensor) -> None:
         first = self.done.get(name, 0)
@@ -113,6 +104,25 @@ class Predictions:
             picture.save(content, format="png")
             write_whole(folder / f"{stem}.png", lambda f: f.write(content.getvalue()))  # noqa: B023
         self.done[name] = first + len(batch)
+
+
+def table(values: np.ndarray, classes: bool) -> pd.DataFrame:
+    """A line for each sample.
+
+    Args:
+        values: Of shape (N,) or (N, K).
+        classes: Whether they are logits: then there are labels and probabilities.
+    """
+    samples = {"sample": np.arange(len(values))}
+    if values.ndim == 1:
+        return pd.DataFrame(samples | {"output": values})
+    columns = range(values.shape[1])
+    if not classes:
+        return pd.DataFrame(samples | {f"output_{k}": values[:, k] for k in columns})
+    shares = np.exp(values - values.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    probabilities = {f"probability_{k}": shares[:, k] for k in columns}
+    return pd.DataFrame(samples | {"label": values.argmax(1)} | probabilities)
 
 
 def flattened(outputs: Nested, prefix: str = WHOLE) -> Iterator[tuple[str, Tensor]]:

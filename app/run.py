@@ -11,9 +11,8 @@ from typing import Any
 from app.averaging import Averaging
 from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
-from app.checkpoint import BEST, Checkpoint, find_checkpoint, load_checkpoint, load_weights
+from app.checkpoint import find_checkpoint
 from app.config.build import Build
-from app.config.errors import UserError
 from app.config.schema import Config, Job
 from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
@@ -115,12 +114,9 @@ def train(trainer: Trainer, parts: Parts) -> float | None:
     if found is None:
         log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
-    tested_epoch = found.epoch if found else state.epoch
-    log.info("the best weights are those of epoch %d", tested_epoch)
+    log.info("the best weights are those of epoch %d", found.epoch if found else state.epoch)
     if "test" in parts.loaders:
-        file = state.folder / "checkpoints" / BEST
-        restore(trainer, load_checkpoint(file), file)
-        trainer.run_stage("test", tested_epoch, parts.loaders["test"])
+        trainer.evaluate(parts.loaders["test"], "test", state.restore_best())
     log.info("everything is in %s", state.folder)
     return found.value if found else None
 
@@ -150,23 +146,8 @@ def restore_from(trainer: Trainer, config: Config) -> Path:
     """Takes the weights of the checkpoint that `ckpt` names; gives its file."""
     assert config.ckpt is not None
     file = find_checkpoint(Path(config.ckpt))
-    checkpoint = load_checkpoint(file)
-    restore(trainer, checkpoint, file)
-    trainer.state.epoch = checkpoint.epoch
+    trainer.state.epoch = trainer.state.restore(file)
     return file
-
-
-def restore(trainer: Trainer, checkpoint: Checkpoint, file: Path) -> None:
-    """Puts the weights of a checkpoint into the model, and what the task has beside it.
-
-    Raises:
-        UserError: They are those of another model or loss.
-    """
-    load_weights(trainer.task.model, checkpoint.model, str(file))
-    try:
-        trainer.task.load_state_dict(checkpoint.task)
-    except (RuntimeError, KeyError) as error:
-        raise UserError(f"{file} is of another task or loss: {error}") from error
 
 
 def find_lr(config: Config, parts: Parts, folder: Path) -> None:
@@ -212,8 +193,8 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
             for stage in parts.loaders
             if stage != PREDICT
         ),
-        "goal": f"{goal.mode} {goal.metric}; early stop {stop}",
-        "length": _length(config),
+        "goal": f"{goal.mode} {goal.metric}; early stop {stop}" if config.mode == "train" else "",
+        "length": _length(config) if config.mode == "train" else "",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     log.info(

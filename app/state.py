@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from app.averaging import Averaging
-from app.checkpoint import BEST, LAST, Checkpoint, monitored, save_checkpoint
+from app.checkpoint import (
+    BEST,
+    LAST,
+    Checkpoint,
+    load_checkpoint,
+    load_weights,
+    monitored,
+    save_checkpoint,
+)
+from app.config.errors import UserError
 from app.config.schema import Job
 from app.files import write_whole
 from app.history import Row
@@ -53,6 +62,30 @@ class TrainState:
             "batches": self.batches,
         }
         save_checkpoint(self.folder / "checkpoints" / LAST, self._checkpoint(training))
+
+    def restore(self, file: Path) -> int:
+        """Takes the weights of a checkpoint, and what the task has beside the model.
+
+        Args:
+            file: A checkpoint, or a run folder.
+
+        Returns:
+            The epoch of these weights.
+
+        Raises:
+            UserError: They are damaged, or those of another model or loss.
+        """
+        checkpoint = load_checkpoint(file)
+        load_weights(self.task.model, checkpoint.model, str(file))
+        try:
+            self.task.load_state_dict(checkpoint.task)
+        except (RuntimeError, KeyError) as error:
+            raise UserError(f"{file} is of another task or loss: {error}") from error
+        return checkpoint.epoch
+
+    def restore_best(self) -> int:
+        """Takes the best weights so far; gives their epoch."""
+        return self.restore(self.folder / "checkpoints" / BEST)
 
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job

@@ -114,6 +114,7 @@ class Trainer:
             seed_everything(self.seed, "epoch", epoch)
             self.run_stage("train", epoch, train)
             self.state.epoch = epoch
+            self.averaging.after_epoch(epoch)
             last = self.plan.is_over(epoch, self.learning.steps)
 
             with self.averaged(train, epoch):
@@ -182,9 +183,18 @@ class Trainer:
                 step = sound(self.task, stage, self.task.eval_step(stage, batch))
             yield batch, step, {}
 
-    def evaluate(self, batches: Batches, stage: str = "test") -> pd.DataFrame:
-        """Measures the weights as they are; gives the stage's line of the summary."""
-        return summary_table([self.run_stage(stage, self.state.epoch, batches).row])
+    def evaluate(
+        self, batches: Batches, stage: str = "test", epoch: int | None = None
+    ) -> pd.DataFrame:
+        """Measures the weights as they are; gives the stage's line of the summary.
+
+        Args:
+            batches: Gone through once.
+            stage: Whose metrics are measured.
+            epoch: Of the weights; None is the last one trained.
+        """
+        row = self.run_stage(stage, self.state.epoch if epoch is None else epoch, batches).row
+        return summary_table([row])
 
     def predict(self, batches: Batches) -> Nested:
         """The outputs for all samples, on the host, in the form in which the task gives them."""

@@ -16,11 +16,11 @@ import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from app.cli import job_of
 from app.config import resolvers
 from app.config.compose import compositions
 from app.config.errors import ConfigError
 from app.config.schema import Job
+from app.job import job_of
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
 

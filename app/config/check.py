@@ -56,8 +56,15 @@ def checked(plain: dict[str, Any], trusted: Sequence[str], found: Sequence[Mista
 
 
 def fill_auto(node: Any, number: int) -> Any:
-    """The node with every argument that is `auto` set to the number."""
-    return {k: number if v == AUTO else v for k, v in node.items()} if node else node
+    """The node with every argument that is `auto`, at any depth, set to the number."""
+    if isinstance(node, dict):
+        return {key: fill_auto(value, number) for key, value in node.items()}
+    return number if node == AUTO else node
+
+
+def has_auto(node: Any) -> bool:
+    """Whether an argument is `auto`."""
+    return bool(fill_auto(node, 0) != node)
 
 
 def _named_nodes(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int]]:
@@ -122,6 +129,11 @@ def _trial_mistakes(
             strict = {"validate_args": True} if "validate_args" in sound[key] else {}
             _, refusals = _tried(build, key, sound[key] | strict)
             yield from refusals
+    if "average" in sound:
+        import torch
+
+        _, refusals = _tried(build, "average", sound["average"], torch.nn.Linear(1, 1))
+        yield from refusals
     for key in sound:
         if key == "optimizer" or key.startswith("optimizer."):
             import torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -33,15 +34,15 @@ def image_folder(root: str, transforms: dict[str, Callable[[Tensor], Tensor]]) -
         raise UserError(str(error)) from error
 
 
-def decode(path: str) -> Tensor:
-    """An image file as uint8 of shape (3, height, width).
+def decode(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
+    """An image file as uint8 of shape (3, height, width), or (1, height, width) in grey (`L`).
 
     Raises:
         UserError: It cannot be read.
     """
     try:
         with Image.open(path) as image:
-            pixels: Tensor = pil_to_tensor(image.convert("RGB"))
+            pixels: Tensor = pil_to_tensor(image.convert(mode))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     return pixels

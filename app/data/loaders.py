@@ -300,6 +300,62 @@ class StreamLoader:
             self.dataset.set_epoch(epoch)
 
 
+class GivenLoader:
+    """Batches of a `DataLoader` that somebody else has made.
+
+    Args:
+        loader: In its own order.
+        ready: What is done to a batch.
+    """
+
+    def __init__(self, loader: DataLoader[Any], ready: Ready) -> None:
+        self.loader, self.ready = loader, ready
+        try:
+            self.num_batches: int | None = len(loader)
+        except TypeError:
+            self.num_batches = None
+        whole = self.num_batches is not None and not isinstance(loader.dataset, IterableDataset)
+        self.num_samples = size(loader.dataset) if whole else None
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        if hasattr(self.loader.sampler, "set_epoch"):
+            self.loader.sampler.set_epoch(epoch)
+        for batch in self.loader:
+            yield self.ready(batch)
+
+    def first(self, count: int) -> Batch:
+        return map_tensors(lambda tensor: tensor[:count], self.ready(next(iter(self.loader))))
+
+
+def load(
+    data: Samples | DataLoader[Any],
+    batch_size: int = 1,
+    shuffle: bool = False,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+    transform: Transform | None = None,
+    seed: int = 0,
+) -> Batches:
+    """Batches for a `Trainer` that is built from Python.
+
+    Args:
+        data: A dataset of any kind, or a `DataLoader`, which keeps its own batches and order.
+        batch_size: Of each batch but perhaps the last.
+        shuffle: In an order that depends on (seed, epoch) alone.
+        device: Where batches go.
+        transform: Applied to the inputs of a batch, on the device.
+        seed: Of the order, and of random draws in samples.
+    """
+    ready = Ready(device, transform)
+    if isinstance(data, DataLoader):
+        return GivenLoader(data, ready)
+    if isinstance(data, IterableDataset):
+        return StreamLoader(data, batch_size, ready, None, seed, Reading())
+    order = Order.limited(size(data), batch_size, None, seed if shuffle else None)
+    if isinstance(data, TensorDataset):
+        return TensorLoader(data, order, batch_size, ready, on_device=True)
+    return SampleLoader(data, order, batch_size, ready, seed, Reading())
+
+
 class _EpochSampler(Sampler[tuple[int, int]]):
     """Gives (epoch, index): the workers learn the epoch with each sample."""
 

@@ -15,6 +15,7 @@ from app.losses.weights import Learned, Scheduled
 from app.nested import Key, Nested, describe, pick
 
 Function = Callable[..., Tensor]
+REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class WeightedSum(nn.Module):
             value = term.value(outputs, targets)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        except (*REFUSALS, UserWarning) as error:  # a warning where warnings are made errors
             raise UserError(
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
                 f"({describe(targets)}): {error}"

@@ -118,7 +118,8 @@ class Steps:
     """
 
     def __init__(self, start: float, values: dict[Any, float]) -> None:
-        self.start, self.values = start, {int(k): float(v) for k, v in sorted(values.items())}
+        self.start = start
+        self.values = dict(sorted((int(first), float(v)) for first, v in values.items()))
 
     def __call__(self, now: int) -> float:
         reached = [value for first, value in self.values.items() if first <= now]

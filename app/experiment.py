@@ -1,0 +1,126 @@
+"""The parts of a command line as objects, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pandas as pd
+import yaml
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+
+from app.callbacks.callback import Callbacks
+from app.checkpoint import BEST
+from app.config import resolvers
+from app.config.build import Build
+from app.config.compose import compositions
+from app.config.errors import ConfigError, UserError
+from app.config.schema import Job
+from app.data.loaders import Batches
+from app.device import choose_device, make_deterministic
+from app.files import write_text
+from app.job import job_of
+from app.losses.term import class_outputs
+from app.nested import Nested, describe
+from app.parts import make_callbacks, make_parts
+from app.predictions import table
+from app.run import make_trainer, restore_from
+from app.status import Status
+from app.task import SupervisedTask
+
+
+class Experiment:
+    """The parts of one job. Used as a context manager, it closes what watches at the end.
+
+    Args:
+        job: Checked.
+        folder: Of the run; it is made with the first file.
+
+    Attributes:
+        config: Typed.
+        task: The steps, with the model as `task.model`.
+        loaders: The batches, by stage.
+        trainer: The loop.
+    """
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        build, self.config, self.folder = Build(job.trusted), job.config, folder
+        device = choose_device(self.config.trainer.accelerator)
+        make_deterministic(self.config.trainer.deterministic)
+        parts = make_parts(self.config, build, device)
+        about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
+        self._status = Status(folder, about, self.config.goal, device)
+        watchers = make_callbacks(self.config, build, folder, parts.task.model, job)
+        self._callbacks = Callbacks([self._status, *watchers])
+        self._stack = ExitStack()
+        self._epoch: int | None = None  # of the weights, where they are not the last
+        self.job, self.task, self.loaders = job, parts.task, parts.loaders
+        self.trainer = make_trainer(job, build, parts, self._callbacks, folder)
+        if self.config.ckpt is not None:
+            restore_from(self.trainer, self.config)
+
+    def __enter__(self) -> Experiment:
+        write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
+        self._stack.enter_context(self._status.recorded())
+        self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
+
+    def fit(self) -> pd.DataFrame:
+        """Trains, puts the best weights back, and gives the summary: a line for each stage."""
+        summary = self.trainer.fit(self._batches("train"), self.loaders.get("valid"))
+        if (self.folder / "checkpoints" / BEST).exists():
+            self._epoch = self.trainer.state.restore_best()
+        return summary
+
+    def evaluate(self, stage: str = "test") -> pd.DataFrame:
+        """Measures the weights as they are; gives the stage's line of the summary."""
+        return self.trainer.evaluate(self._batches(stage), stage, self._epoch)
+
+    def predict(self, stage: str = "test") -> pd.DataFrame:
+        """A line for each sample: label and probabilities, or outputs.
+
+        Raises:
+            UserError: Outputs are no table; `trainer.predict(loaders[stage])` gives them.
+        """
+        outputs: Nested = self.trainer.predict(self._batches(stage))
+        values = outputs.float().numpy() if hasattr(outputs, "numpy") else np.empty((0, 0, 0))
+        if values.ndim > 2:
+            raise UserError(
+                f"the outputs are no table but {describe(outputs)}; trainer.predict(...)"
+            )
+        classes = isinstance(self.task, SupervisedTask) and None in class_outputs(self.task.loss)
+        return table(values, classes)
+
+    def _batches(self, stage: str) -> Batches:
+        if stage not in self.loaders:
+            raise UserError(f"there is no {stage} data; there is: {', '.join(self.loaders)}")
+        return self.loaders[stage]
+
+
+def compose(overrides: list[str], folder: str | None = None) -> Experiment:
+    """The parts of the command line `python -m app <overrides>`.
+
+    Raises:
+        UserError: Whatever is wrong with it.
+    """
+    resolvers.register()
+    found = list(compositions(get_args_parser().parse_args(list(overrides))))
+    mistakes = [mistake for _, refused in found for mistake in refused]
+    if mistakes:
+        raise ConfigError(mistakes)
+    if len(found) != 1:
+        raise UserError("several jobs at once: a sweep belongs on the command line")
+    composed = found[0][0]
+    run_dir = str(OmegaConf.select(composed, "hydra.run.dir"))
+    return Experiment(job_of(composed), Path(folder or run_dir).absolute())

@@ -1,0 +1,64 @@
+"""From a composed configuration to what is to be run, checked."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from app.config.check import USES_CKPT, checked
+from app.config.compose import parse_overrides
+from app.config.errors import ConfigError, Mistake
+from app.config.freeze import freeze, over_saved, template_of, typed_trust
+from app.config.schema import Job
+from app.config.targets import trusted_by_environment
+
+
+def job_of(composed: DictConfig) -> Job:
+    """What is to be run.
+
+    Args:
+        composed: By Hydra, its own node included.
+
+    Raises:
+        UserError: All that is wrong with it.
+    """
+    words = OmegaConf.to_container(composed.hydra.overrides.task)
+    assert isinstance(words, list)
+    overrides = parse_overrides(words)
+    trusted = [*typed_trust(overrides), *trusted_by_environment()]
+    if trusted and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    (plain, mistakes), template = freeze(composed), template_of(composed)
+    mistakes += _trust_mistakes(plain, overrides)
+    differences: list[str] = []
+    if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
+        saved, its_template = _saved_config(plain["ckpt"])
+        plain, template, differences = over_saved(saved, its_template, composed, overrides)
+    config = checked(plain, trusted, mistakes)
+    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
+
+
+def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
+    if not plain.get("trusted_targets") or typed_trust(overrides):
+        return []
+    problem = f"={plain['trusted_targets']!r} may be given on the command line only"
+    return [Mistake("trusted_targets", problem)]
+
+
+def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:
+    if not Path(ckpt).exists():
+        raise ConfigError([Mistake("ckpt", f"={ckpt!r} does not exist")])
+    from app.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(Path(ckpt))
+    if checkpoint.config is None:
+        problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
+        raise ConfigError([Mistake("ckpt", problem)])
+    template = OmegaConf.create(checkpoint.template)
+    assert isinstance(template, DictConfig)
+    return checkpoint.config, template

@@ -1,0 +1,69 @@
+"""The parts without a command line, as in a notebook: python examples/from_python.py [FOLDER]."""
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
+
+import app
+from app.callbacks.callback import Callbacks
+from app.callbacks.console import Console
+from app.callbacks.tables import Tables
+from app.config.schema import Goal
+from app.data.loaders import load
+from app.learning import Learning
+from app.optimization import Optimization
+from app.task import SupervisedTask
+from app.trainer import Plan, Trainer
+
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/from_python")
+
+
+def spirals(count: int, seed: int) -> TensorDataset:
+    """Points on two spirals, and which of them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(2, (count,), generator=generator)
+    turn = torch.rand(count, generator=generator) * 6
+    angle = turn + labels * torch.pi
+    points = torch.stack([turn * angle.cos(), turn * angle.sin()], dim=1) / 6
+    return TensorDataset(points, labels)
+
+
+# 1. From objects: a model, a loss, metrics, an optimizer.
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+task = SupervisedTask(
+    model,
+    loss=nn.CrossEntropyLoss(),
+    metrics={
+        stage: {"accuracy": MulticlassAccuracy(2, average="micro")} for stage in ("valid", "test")
+    },
+)
+task.learning = Learning(Optimization(torch.optim.Adam(model.parameters(), lr=0.01)))
+trainer = Trainer(
+    task,
+    Plan(max_epochs=20),
+    folder / "spirals",
+    goal=Goal("accuracy", "max", patience=5),
+    callbacks=Callbacks([Tables(folder / "spirals"), Console()]),
+)
+summary = trainer.fit(
+    load(spirals(2000, seed=0), batch_size=50, shuffle=True), load(spirals(500, seed=1), 100)
+)
+print(summary.tail(2))
+trainer.state.restore_best()
+print(trainer.evaluate(load(spirals(500, seed=2), 100)))
+print(trainer.predict(load(spirals(4, seed=3), 4)).argmax(1))
+
+# 2. From a command line's words: the same parts by configuration.
+with app.compose(
+    ["model=mlp", "trainer.max_epochs=1", "trainer.limit_train_batches=50"], str(folder / "mnist")
+) as experiment:
+    print(experiment.fit())
+    print(experiment.evaluate("test"))
+    print(experiment.predict("test").head())

@@ -1,0 +1,491 @@
+"""What changes learning: weights of the loss, averages, freezing, chained schedules, finders."""
+
+from __future__ import annotations
+
+import copy
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_job, mistakes_in
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import TensorDataset
+
+from app.averaging import Averaging, ExponentialMovingAverage, StochasticWeightAveraging
+from app.checkpoint import load_checkpoint
+from app.config.errors import UserError
+from app.config.schema import Find, Freeze, Goal, Monitor
+from app.data.loaders import load
+from app.finders import find_learning_rate, steepest
+from app.freezing import Freezing, matches
+from app.learning import Learning
+from app.losses.term import Term, WeightedSum
+from app.losses.weights import Learned, Linear, Scheduled, Steps
+from app.optimization import Optimization
+from app.run import execute
+from app.schedule import Schedule
+from app.schedules.chain import chained, sequential
+from app.task import SupervisedTask
+from app.trainer import Plan, Trainer
+
+X = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
+Y = (X[:, 0] > 0).long()
+DATA = TensorDataset(X, Y)
+
+
+def net(norm: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    middle: list[nn.Module] = [nn.BatchNorm1d(5)] if norm else []
+    return nn.Sequential(nn.Linear(3, 5), *middle, nn.ReLU(), nn.Linear(5, 2))
+
+
+def make(
+    folder: Path, model: nn.Module, epochs: int = 3, loss: Any = None, **options: Any
+) -> Trainer:
+    task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
+    parameters = [p for p in task.parameters().values()]
+    task.learning = Learning(
+        Optimization(torch.optim.SGD(parameters, lr=0.1), tracks_norm=options.pop("norm", False))
+    )
+    return Trainer(task, Plan(max_epochs=epochs), folder, **options)
+
+
+def details(folder: Path, epoch: int, stage: str = "train") -> pd.DataFrame:
+    return pd.read_csv(folder / "epoch_details" / f"epoch{epoch:03d}_{stage}.csv")
+
+
+# ---- weights of terms
+
+
+def test_learned_weights_are_those_of_kendall() -> None:
+    first, second = Learned("classification", 0.5), Learned("regression", -0.2)
+    loss = WeightedSum(
+        {"a": Term(F.cross_entropy, first, target=0), "b": Term(F.mse_loss, second, target=1)}
+    )
+    outputs = torch.randn(4, 2, requires_grad=True)
+    targets = (torch.tensor([0, 1, 1, 0]), torch.randn(4, 2))
+    total, terms = loss(outputs, targets)
+    s = [0.5, -0.2]
+    a, b = F.cross_entropy(outputs, targets[0]), F.mse_loss(outputs, targets[1])
+    expected = math.exp(-s[0]) * a + s[0] / 2 + 0.5 * math.exp(-s[1]) * b + s[1] / 2
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(terms["b"], b)
+    total.backward()
+    torch.testing.assert_close(
+        first.log_variance.grad, -math.exp(-s[0]) * a.detach() + 0.5, check_dtype=False
+    )
+
+
+def test_learned_weights_learn_are_columns_and_are_in_the_checkpoint(tmp_path: Path) -> None:
+    learned = Learned()
+    trainer = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), learned)})
+    summary = trainer.fit(load(DATA, 16))
+    assert summary["entropy_weight"].iloc[0] != summary["entropy_weight"].iloc[-1]
+    assert learned.log_variance.item() != 0
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt").task["loss"]
+    assert [t.item() for t in state.values()] == [learned.log_variance.item()]
+    other = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), Learned())})
+    other.state.restore(tmp_path / "checkpoints" / "last.pt")
+    assert (
+        other.evaluate(load(DATA, 64))["loss_mean"][0]
+        == trainer.evaluate(load(DATA, 64))["loss_mean"][0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("per", "expected"), [("step", [1, 2, 3, 4, 5, 6]), ("epoch", [1, 1, 2, 2, 3, 3])]
+)
+def test_scheduled_weights_follow_steps_or_epochs(
+    tmp_path: Path, per: Any, expected: list[float]
+) -> None:
+    seen: list[float] = []
+
+    class Told(nn.CrossEntropyLoss):
+        def forward(self, input: Tensor, target: Tensor) -> Tensor:
+            seen.append(schedule.value)
+            return super().forward(input, target)
+
+    schedule = Scheduled(float, per)
+    trainer = make(tmp_path, net(), loss={"entropy": Term(Told(), schedule)})
+    summary = trainer.fit(load(DATA, 32))
+    assert seen == expected
+    assert summary["loss_mean"].iloc[-1] == pytest.approx(
+        np.mean(expected[-2:]) * summary["entropy"].iloc[-1], rel=0.05
+    )
+
+
+def test_a_scheduled_weight_is_a_column_and_is_tested_as_it_was(tmp_path: Path) -> None:
+    words = (
+        "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min", "callbacks={tables: {_target_: app.callbacks.tables.Tables}}",
+        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, per: epoch, "
+        "function: {_target_: app.losses.weights.Linear, start: 1.0, end: 3.0, last: 2}}",
+    )  # fmt: skip
+    execute(make_job(*words), tmp_path / "run")
+    assert details(tmp_path / "run", 2)["cross_entropy_weight"].tolist() == [3.0] * 4
+    test = pd.read_csv(tmp_path / "run" / "test_summary_table.csv")
+    assert test["loss_mean"][0] == pytest.approx(
+        test["cross_entropy"][0] * test["epoch"][0] * 2 - test["cross_entropy"][0], rel=1e-6
+    )
+    execute(make_job("mode=test", f"ckpt={tmp_path / 'run'}"), tmp_path / "test")
+    again = pd.read_csv(tmp_path / "test" / "test_summary_table.csv")
+    assert again["loss_mean"][0] == test["loss_mean"][0]
+
+
+def test_a_weight_that_is_no_number_is_named_when_it_comes(tmp_path: Path) -> None:
+    schedule = Scheduled(lambda now: math.nan if now == 3 else 1.0, "step")
+    trainer = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), schedule)})
+    with pytest.raises(UserError, match=r"loss\.entropy\.weight is nan at step 3"):
+        trainer.fit(load(DATA, 8))
+
+
+def test_a_weight_that_is_no_number_at_the_start_is_found_in_the_check() -> None:
+    node = (
+        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, "
+        "function: {_target_: app.losses.weights.Linear, start: nan, end: 1.0, last: 3}}"
+    )
+    (mistake,) = mistakes_in(node)
+    assert "loss.cross_entropy.weight" in mistake
+    assert "nan at epoch 1" in mistake
+
+
+def test_linear_and_stepwise_weights() -> None:
+    assert [Linear(0.0, 1.0, 3)(now) for now in (1, 2, 3, 9)] == [0.0, 0.5, 1.0, 1.0]
+    assert [Steps(1.0, {3: 0.5, "5": 0.1})(now) for now in (1, 2, 3, 4, 5, 6)] == [
+        1,
+        1,
+        0.5,
+        0.5,
+        0.1,
+        0.1,
+    ]
+
+
+# ---- averages
+
+
+def test_the_moving_average_is_that_of_torch(tmp_path: Path) -> None:
+    model = net(norm=True)
+    averaging = ExponentialMovingAverage(model, decay=0.9)
+    reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
+    trainer = make(tmp_path, model, averaging=averaging)
+    update = trainer.learning.only.update
+
+    def and_reference() -> None:
+        update()
+        reference.update_parameters(model)
+
+    trainer.learning.only.update = and_reference  # type: ignore[method-assign]
+    trainer.fit(load(DATA, 8))
+    expected = reference.module.state_dict()
+    assert averaging.count == 24
+    expected.pop("1.num_batches_tracked")  # torch averages whole numbers, too
+    for name in expected:
+        tensor = averaging.average[name]
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_the_average_is_what_is_validated_and_kept_and_learning_goes_on_without_it(
+    tmp_path: Path,
+) -> None:
+    plain, averaged = net(), net()
+    make(tmp_path / "a", plain).fit(load(DATA, 8))
+    averaging = ExponentialMovingAverage(averaged, decay=0.5)
+    trainer = make(tmp_path / "b", averaged, averaging=averaging, goal=Goal("loss", "min"))
+    summary = trainer.fit(load(DATA, 8), load(DATA, 8))
+    assert torch.equal(plain[0].weight, averaged[0].weight)  # type: ignore[arg-type]
+    best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.pt")
+    torch.testing.assert_close(best.model["0.weight"], averaging.average["0.weight"])
+    assert not torch.equal(best.model["0.weight"], averaged[0].weight)  # type: ignore[arg-type]
+    trainer.state.restore_best()
+    again = trainer.evaluate(load(DATA, 8), "valid")["loss_mean"][0]
+    assert again == summary[summary["stage"] == "valid"]["loss_mean"].min()
+    last = load_checkpoint(tmp_path / "b" / "checkpoints" / "last.pt")
+    assert last.training is not None
+    torch.testing.assert_close(last.model["0.weight"], plain[0].weight.detach())  # type: ignore[union-attr, operator]
+    assert last.training["averaging"]["count"] == 24
+
+
+def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_path: Path) -> None:
+    model = net(norm=True)
+    trainer = make(tmp_path, model, 4, averaging=StochasticWeightAveraging(model, 2))
+    ends: list[Tensor] = []
+    after = trainer.averaging.after_epoch
+
+    def remember(epoch: int) -> None:
+        ends.append(model[0].weight.detach().clone())  # type: ignore[union-attr, operator]
+        after(epoch)
+
+    trainer.averaging.after_epoch = remember  # type: ignore[method-assign]
+    trainer.goal = Goal("loss", "min")
+    trainer.fit(load(DATA, 16), load(DATA, 16))
+    expected = torch.stack(ends[1:]).mean(0)
+    torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)
+    with trainer.averaged(load(DATA, 64), 5):
+        outputs = model[0](X)
+        torch.testing.assert_close(model[1].running_mean, outputs.mean(0))
+        torch.testing.assert_close(model[1].running_var, outputs.var(0))
+
+
+def test_without_an_average_nothing_is_copied() -> None:
+    model = net()
+    before = model[0].weight.data_ptr()  # type: ignore[union-attr, operator]
+    with Averaging(model).applied():
+        assert model[0].weight.data_ptr() == before  # type: ignore[union-attr, operator]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("average=ema", "average.decay=1.5"), "decay=1.5 must be at least 0 and below 1"),
+        (("average=swa", "average.start_epoch=0"), "start_epoch=0 must be at least 1"),
+        (("average=emma",), "did you mean 'ema'"),
+    ],
+)
+def test_mistakes_in_an_average(words: tuple[str, ...], message: str) -> None:
+    assert any(message in mistake for mistake in mistakes_in(*words))
+
+
+# ---- freezing
+
+
+def test_frozen_parameters_stay_and_learn_when_their_epoch_comes(tmp_path: Path) -> None:
+    model = net(norm=True)
+    frozen = {"first": Freeze("0", until_epoch=2), "norm": Freeze("1"), "last": Freeze("3.bias", 2)}
+    trainer = make(tmp_path, model, freezing=Freezing(model, frozen))
+    states = [copy.deepcopy(model.state_dict())]
+    after = trainer.averaging.after_epoch
+
+    def remember(epoch: int) -> None:
+        states.append(copy.deepcopy(model.state_dict()))
+        after(epoch)
+
+    trainer.averaging.after_epoch = remember  # type: ignore[method-assign]
+    trainer.fit(load(DATA, 8))
+
+    def changed(name: str) -> list[bool]:
+        return [not torch.equal(a[name], b[name]) for a, b in pairwise(states)]
+
+    assert changed("0.weight") == [False, True, True]
+    assert changed("1.weight") == changed("1.running_mean") == [False, False, False]
+    assert changed("3.weight") == [True, True, True]
+    assert changed("3.bias") == [True, False, False]
+
+
+def test_what_a_pattern_of_parameters_fits() -> None:
+    assert matches("layer1.0.weight", "layer1")
+    assert matches("layer1.0.weight", "layer*.weight")
+    assert not matches("layer10.weight", "layer1")
+    with pytest.raises(UserError, match=r"freeze\.x\.parameters='lair' fits no parameter.*'layer'"):
+        Freezing(nn.ModuleDict({"layer": nn.Linear(2, 2)}), {"x": Freeze("lair")})
+
+
+def test_all_frozen_is_an_error(tmp_path: Path) -> None:
+    job = make_job("model=mlp", "debug=fast", "+freeze.all.parameters='*'")
+    with pytest.raises(UserError, match="there is nothing to learn: all parameters are frozen"):
+        execute(job, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        ("{layers: {_target_: torch.optim.SGD, lr: 0.1}, lairs: {_target_: torch.optim.SGD, lr: 0.1}}", "'lairs' is no part of the model .*parts: layers"),
+        ("{_target_: torch.optim.LBFGS}", "LBFGS measures the loss again"),
+    ],
+)  # fmt: skip
+def test_optimizers_that_do_not_fit_are_named(tmp_path: Path, optimizer: str, message: str) -> None:
+    words = (
+        "model=mlp",
+        "debug=fast",
+        "~optimizer",
+        f"+optimizer={optimizer}",
+        "scheduler=constant",
+    )
+    with pytest.raises(UserError, match=message):
+        execute(make_job(*words), tmp_path)
+
+
+# ---- schedules
+
+
+def rates(make_scheduler: Any, steps: int, warmup: int = 0) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = Schedule(optimizer, make_scheduler(optimizer), warmup_steps=warmup)
+    found = []
+    for _ in range(steps):
+        found.append(schedule.lr)
+        optimizer.step()
+        schedule.step_end()
+    return found
+
+
+def falling(gamma: float) -> Any:
+    return lambda o: torch.optim.lr_scheduler.ExponentialLR(o, gamma)
+
+
+def steady(factor: float) -> Any:
+    return lambda o: torch.optim.lr_scheduler.ConstantLR(o, factor, total_iters=2)
+
+
+def test_schedules_one_after_the_other_and_all_at_once_with_warm_up() -> None:
+    parts = {"a": falling(1.0), "b": falling(0.5)}
+    after = lambda o: sequential(o, parts, [3])  # noqa: E731
+    assert rates(after, 6) == [1, 1, 1, 1, 0.5, 0.25]
+    assert rates(after, 6, warmup=2) == [0.5, 1, 1, 1, 0.5, 0.25]
+    both = lambda o: chained(o, {"a": steady(0.1), "b": falling(0.5)})  # noqa: E731
+    assert rates(both, 4) == pytest.approx([0.1, 0.05, 0.25, 0.125])
+    with pytest.raises(ValueError, match="2 schedulers need 1 of them"):
+        rates(lambda o: sequential(o, parts, [1, 2]), 1)
+
+
+def test_a_schedule_that_gives_no_number_is_named() -> None:
+    broken = lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda s: math.nan if s == 2 else 1.0)  # noqa: E731
+    with pytest.raises(
+        UserError, match=r"scheduler\.lr_scheduler: LambdaLR gave the learning rate nan"
+    ):
+        rates(broken, 4)
+
+
+@pytest.mark.parametrize("scheduler", ["chain", "swa"])
+def test_chained_schedules_by_configuration(tmp_path: Path, scheduler: str) -> None:
+    words = ("model=mlp", "debug=limit", "trainer.max_epochs=5", f"scheduler={scheduler}")
+    average = ("average=swa",) if scheduler == "swa" else ()
+    execute(make_job(*words, *average), tmp_path)
+    used = [details(tmp_path, epoch)["lr"].iloc[0] for epoch in range(1, 6)]
+    expected = {
+        "chain": [1e-3, 1e-3, 1e-3, 0.8e-3, 0.64e-3],
+        "swa": [1e-3, 0.875e-3, 0.625e-3, 0.625e-3, 0.5e-3],
+    }
+    assert used == pytest.approx(expected[scheduler])
+
+
+# ---- norms, monitors
+
+
+def test_the_norm_of_the_gradients_is_a_column(tmp_path: Path) -> None:
+    model = net()
+    reference = copy.deepcopy(model)
+    F.cross_entropy(reference(X), Y).backward()
+    gradients = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    summary = make(tmp_path, model, 1, norm=True).fit(load(DATA, 64))
+    assert summary["gradient_norm"][0] == pytest.approx(gradients.norm().item(), rel=1e-6)
+
+
+def test_further_monitors_keep_their_own_best(tmp_path: Path) -> None:
+    words = (
+        "model=mlp",
+        "debug=limit",
+        "trainer.max_epochs=3",
+        "optimizer.lr=0.01",
+        "scheduler=constant",
+    )
+    monitors = (
+        "+checkpoint.monitors.low={metric: loss, mode: min}",
+        "+checkpoint.monitors.worst={metric: train/loss, mode: max}",
+    )
+    execute(make_job(*words, *monitors), tmp_path)
+    summary = pd.read_csv(tmp_path / "summary_table.csv")
+    valid = summary[summary["stage"] == "valid"].reset_index()
+    found = {
+        name: load_checkpoint(tmp_path / "checkpoints" / f"best-{name}.pt").epoch
+        for name in ("low", "worst")
+    }
+    train = summary[summary["stage"] == "train"].reset_index()
+    assert found == {
+        "low": valid["loss_mean"].idxmin() + 1,
+        "worst": train["loss_mean"].idxmax() + 1,
+    }
+    assert found["worst"] == 1
+
+
+def test_mistakes_in_monitors() -> None:
+    found = mistakes_in(
+        "+checkpoint.monitors.a={metric: los, mode: min}", "+checkpoint.monitors.b={metric: loss}"
+    )
+    assert any("checkpoint.monitors.b.mode is missing" in mistake for mistake in found)
+    (mistake,) = mistakes_in("+checkpoint.monitors.a={metric: los, mode: min}")
+    assert mistake.startswith("checkpoint.monitors.a.metric='los' is not measured in valid")
+    assert Monitor("train/loss", "min").stage == "train"
+
+
+# ---- finders
+
+
+def test_the_learning_rate_of_the_steepest_fall() -> None:
+    lr = np.geomspace(1e-5, 1.0, 50)
+    loss = 2.0 - 1 / (1 + np.exp(-4 * np.log(lr / 1e-2)))
+    table = pd.DataFrame({"lr": lr, "smoothed_loss": loss})
+    assert steepest(table) == pytest.approx(1e-2, rel=0.3)
+    with pytest.raises(UserError, match="never falls"):
+        steepest(table.assign(smoothed_loss=lr))
+
+
+def test_the_finder_of_learning_rates_tries_them_all_or_stops_where_it_diverges(
+    tmp_path: Path,
+) -> None:
+    trainer = make(tmp_path, net())
+    find = Find(1e-4, 1e3, 40, 64, 2)
+    found = find_learning_rate(trainer.task, load(DATA, 16), find, tmp_path)
+    table = pd.read_csv(tmp_path / "find_lr.csv")
+    assert 1e-4 < found < 100
+    assert table["lr"].iloc[:3].tolist() == pytest.approx(list(np.geomspace(1e-4, 1e3, 40)[:3]))
+    assert len(table) <= 40
+    assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finders_as_commands(tmp_path: Path) -> None:
+    execute(make_job("mode=find_lr", "model=mlp", "find.steps=30"), tmp_path / "lr")
+    assert len(pd.read_csv(tmp_path / "lr" / "find_lr.csv")) <= 30
+    execute(
+        make_job("mode=find_batch_size", "model=mlp", "find.batch_size_to=600", "find.batches=2"),
+        tmp_path / "size",
+    )
+    table = pd.read_csv(tmp_path / "size" / "find_batch_size.csv")
+    assert table["batch_size"].tolist() == [128, 256, 512]
+    assert (table["samples/s"] > 0).all()
+
+
+def test_mistakes_in_finders() -> None:
+    (mistake,) = mistakes_in("find.lr_from=1", "find.lr_to=0.1")
+    assert mistake == "find.lr_from=1 must be below find.lr_to=0.1"
+    assert any("ckpt" in mistake for mistake in mistakes_in("mode=find_lr", "ckpt=x"))
+
+
+# ---- mixing
+
+
+def test_mixed_batches_learn_from_mixed_targets_and_are_measured_against_plain_ones(
+    tmp_path: Path,
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def mix(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        mixed = 0.75 * inputs + 0.25 * inputs.roll(1, 0)
+        soft = 0.75 * F.one_hot(targets, 2) + 0.25 * F.one_hot(targets, 2).roll(1, 0)
+        seen.append((mixed, soft))
+        return mixed, soft
+
+    def plain(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.argmax(1) == targets).float().mean()
+
+    model = net()
+    task = SupervisedTask(model, nn.CrossEntropyLoss(), {"train": {"plain": plain}}, mix=mix)
+    task.learning = Learning(Optimization(torch.optim.SGD(model.parameters(), lr=0.0)))
+    summary = Trainer(task, Plan(max_epochs=1), tmp_path).fit(load(DATA, 64), load(DATA, 64))
+    ((mixed, soft),) = seen
+    outputs = model(mixed)
+    assert summary["loss_mean"][0] == pytest.approx(F.cross_entropy(outputs, soft).item(), rel=1e-6)
+    assert summary["loss_mean"][1] == pytest.approx(F.cross_entropy(model(X), Y).item(), rel=1e-6)
+    assert summary["plain"][0] == pytest.approx(plain(outputs, Y).item())
+
+
+@pytest.mark.parametrize("task", ["mixup", "cutmix"])
+def test_mixup_and_cutmix_of_torchvision_by_configuration(tmp_path: Path, task: str) -> None:
+    execute(make_job("model=cnn", "debug=fast", f"task={task}"), tmp_path)
+    assert "accuracy" in details(tmp_path, 1)
