@@ -121,6 +121,7 @@ def _loader(
     if learns:
         augment = list(build.named("data.augment", data.augment).values())
         transform = BatchTransform(**{**vars(transform), "augment": augment})
+    batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
     ready = Ready(device, transform, data.inputs)
     limit, reading = _limit(config.trainer, stage), Reading(**vars(data.loader))
     if isinstance(dataset, IterableDataset):
@@ -129,14 +130,19 @@ def _loader(
                 f"trainer.limit_{stage}_batches={limit}: a share of an iterable dataset is not "
                 "known; give a number of batches"
             )
-        return StreamLoader(dataset, data.batch_size, ready, limit, config.seed, reading)
+        if learns and data.sampling:
+            raise UserError("data.sampling needs data that is not iterable")
+        whole = learns and data.drop_last
+        return StreamLoader(dataset, batch_size, ready, limit, config.seed, reading, whole)
     seed = config.seed if learns else None
     weights = _weights(build, data, dataset) if learns and data.sampling else None
-    order = Order.limited(size(dataset), data.batch_size, limit, seed, weights)
+    order = Order.limited(size(dataset), batch_size, limit, seed, weights)
+    if learns and data.drop_last:
+        order = order.of_whole_batches(batch_size)
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
-        return TensorLoader(dataset, order, data.batch_size, ready, on_device)
-    loader = SampleLoader(dataset, order, data.batch_size, ready, config.seed, reading)
+        return TensorLoader(dataset, order, batch_size, ready, on_device)
+    loader = SampleLoader(dataset, order, batch_size, ready, config.seed, reading)
     loader.names = getattr(dataset, "names", None)
     return loader
 

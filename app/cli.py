@@ -15,10 +15,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from app.config import resolvers
-from app.config.compose import CONF, CONFIG_NAME, compositions
+from app.config.compose import CONF, CONFIG_NAME
 from app.config.errors import ConfigError, Mistake, UserError
 from app.files import write_text
-from app.job import job_of
+from app.job import job_of, jobs_of
 from app.launch.inline import launch_inline
 
 log = logging.getLogger(__name__)
@@ -60,19 +60,11 @@ def preflight(args: argparse.Namespace) -> None:
         UserError: All that was found.
     """
     mode = None
-    mistakes: list[Mistake] = []
-    for composed, refused in compositions(args):
-        mistakes += refused
-        try:
-            config = job_of(composed).config
-            mode = config.mode
-            if mode != "check":
-                _check_folder(composed, args.multirun)
-                _check_accelerator(config.trainer.accelerator)
-        except ConfigError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise ConfigError(mistakes)
+    for composed, job in jobs_of(args):
+        mode = job.config.mode
+        if mode != "check":
+            _check_folder(composed, args.multirun)
+            _check_accelerator(job.config.trainer.accelerator)
     if mode == "check":
         sys.stdout.write("no mistake in the configuration\n")
         sys.exit(0)

@@ -16,13 +16,12 @@ from app.callbacks.callback import Callbacks
 from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.build import Build
-from app.config.compose import compositions
-from app.config.errors import ConfigError, UserError
+from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.loaders import Batches
 from app.device import choose_device, make_deterministic
 from app.files import write_text
-from app.job import job_of
+from app.job import jobs_of
 from app.losses.term import class_outputs
 from app.nested import Nested, describe
 from app.parts import make_callbacks, make_parts
@@ -115,12 +114,9 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
         UserError: Whatever is wrong with it.
     """
     resolvers.register()
-    found = list(compositions(get_args_parser().parse_args(list(overrides))))
-    mistakes = [mistake for _, refused in found for mistake in refused]
-    if mistakes:
-        raise ConfigError(mistakes)
-    if len(found) != 1:
+    jobs = jobs_of(get_args_parser().parse_args(list(overrides)))
+    if len(jobs) != 1:
         raise UserError("several jobs at once: a sweep belongs on the command line")
-    composed = found[0][0]
+    composed, job = jobs[0]
     run_dir = str(OmegaConf.select(composed, "hydra.run.dir"))
-    return Experiment(job_of(composed), Path(folder or run_dir).absolute())
+    return Experiment(job, Path(folder or run_dir).absolute())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,11 +12,33 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.check import USES_CKPT, checked
-from app.config.compose import parse_overrides
+from app.config.compose import compositions, parse_overrides
 from app.config.errors import ConfigError, Mistake
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.schema import Job
 from app.config.targets import trusted_by_environment
+
+
+def jobs_of(args: argparse.Namespace) -> list[tuple[DictConfig, Job]]:
+    """Every job of a command line, with what Hydra composed for it.
+
+    Args:
+        args: As Hydra parses them.
+
+    Raises:
+        UserError: All that is wrong with any of them.
+    """
+    jobs: list[tuple[DictConfig, Job]] = []
+    mistakes: list[Mistake] = []
+    for composed, refused in compositions(args):
+        mistakes += refused
+        try:
+            jobs.append((composed, job_of(composed)))
+        except ConfigError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise ConfigError(mistakes)
+    return jobs
 
 
 def job_of(composed: DictConfig) -> Job:

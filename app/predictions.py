@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from app.config.errors import UserError
 from app.files import write_csv, write_whole
 from app.nested import Key, Nested
 
@@ -76,8 +77,8 @@ class Predictions:
         if self.format != "auto":
             fits = {"csv": tensor.ndim <= 2, "png": tensor.ndim == 4, "npz": True}
             if not fits[self.format]:
-                raise ValueError(
-                    f"predict.format={self.format!r} does not fit outputs of shape "
+                raise UserError(
+                    f"format={self.format!r} does not fit outputs of shape "
                     f"{list(tensor.shape)}; allowed: auto, npz"
                 )
             return self.format

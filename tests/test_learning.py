@@ -50,7 +50,7 @@ def make(
     folder: Path, model: nn.Module, epochs: int = 3, loss: Any = None, **options: Any
 ) -> Trainer:
     task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
-    parameters = [p for p in task.parameters().values()]
+    parameters = list(task.parameters().values())
     task.learning = Learning(
         Optimization(torch.optim.SGD(parameters, lr=0.1), tracks_norm=options.pop("norm", False))
     )
@@ -123,7 +123,7 @@ def test_scheduled_weights_follow_steps_or_epochs(
 
 def test_a_scheduled_weight_is_a_column_and_is_tested_as_it_was(tmp_path: Path) -> None:
     words = (
-        "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min", "callbacks={tables: {_target_: app.callbacks.tables.Tables}}",
+        "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min",
         "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, per: epoch, "
         "function: {_target_: app.losses.weights.Linear, start: 1.0, end: 3.0, last: 2}}",
     )  # fmt: skip
@@ -295,7 +295,8 @@ def test_all_frozen_is_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "message"),
     [
-        ("{layers: {_target_: torch.optim.SGD, lr: 0.1}, lairs: {_target_: torch.optim.SGD, lr: 0.1}}", "'lairs' is no part of the model .*parts: layers"),
+        ("{layers: {_target_: torch.optim.SGD}, lairs: {_target_: torch.optim.SGD}}",
+         "'lairs' is no part of the model .*parts: layers"),
         ("{_target_: torch.optim.LBFGS}", "LBFGS measures the loss again"),
     ],
 )  # fmt: skip

@@ -137,6 +137,8 @@ class Data:
     inputs: int | str | list[int | str] | None
     targets: Key
     batch_size: Positive
+    eval_batch_size: Positive | None
+    drop_last: bool
     sampling: Node | None
     normalize: Normalize | None
     augment: Nodes

@@ -108,6 +108,17 @@ class Order:
         count = total if wanted is None else min(total, wanted * batch_size)
         return cls(total, count, shuffle_seed, weights)
 
+    def of_whole_batches(self, batch_size: int) -> Order:
+        """The same without a short last batch.
+
+        Raises:
+            UserError: Nothing is left.
+        """
+        count = self.count - self.count % batch_size
+        if count == 0:
+            raise UserError(f"data.drop_last: {self.count} samples make no batch of {batch_size}")
+        return replace(self, count=count)
+
     @property
     def is_plain(self) -> bool:
         """Whether samples come as they stand in the dataset."""
@@ -254,6 +265,7 @@ class StreamLoader:
         limit: Batches in an epoch at most, or None.
         seed: Of random draws, with the epoch.
         reading: By how many processes, and how.
+        drop_last: Leaves out a short last batch.
     """
 
     def __init__(
@@ -264,6 +276,7 @@ class StreamLoader:
         limit: int | None,
         seed: int,
         reading: Reading,
+        drop_last: bool = False,
     ) -> None:
         if reading.persistent_workers and hasattr(dataset, "set_epoch"):
             reading = replace(reading, persistent_workers=False)  # else they never hear of it
@@ -271,14 +284,15 @@ class StreamLoader:
         self.ready, self.limit, self.seed = ready, limit, seed
         arguments = reading.arguments(ready.device, seed)
         self.generator = arguments["generator"]
-        self.loader = DataLoader(dataset, batch_size=batch_size, **arguments)
-        self.num_samples, self.num_batches = self._lengths()
+        self.loader = DataLoader(dataset, batch_size=batch_size, drop_last=drop_last, **arguments)
+        self.num_samples, self.num_batches = self._lengths(drop_last)
 
-    def _lengths(self) -> tuple[int | None, int | None]:
+    def _lengths(self, drop_last: bool) -> tuple[int | None, int | None]:
         try:
             total = len(self.dataset)  # type: ignore[arg-type]
         except (TypeError, NotImplementedError):
             return None, self.limit
+        total -= total % self.batch_size if drop_last else 0
         most = total if self.limit is None else min(total, self.limit * self.batch_size)
         return most, -(-most // self.batch_size)
 

@@ -36,3 +36,18 @@ def mnist(train: bool, root: str | None = None) -> TensorDataset:
         read_idx(folder / f"{images}.gz", MD5[images]).unsqueeze(1),
         read_idx(folder / f"{labels}.gz", MD5[labels]).long(),
     )
+
+
+def digit_and_parity(train: bool, root: str | None = None) -> TensorDataset:
+    """The digits of `mnist` with two targets each.
+
+    Args:
+        train: As there.
+        root: As there.
+
+    Returns:
+        Images, uint8 of shape (N, 1, 28, 28), digits, and 0 for even or 1 for odd ones, both int64
+        of shape (N,).
+    """
+    images, digits = mnist(train, root).tensors
+    return TensorDataset(images, digits, digits % 2)

@@ -1,0 +1,138 @@
+"""mode=predict, and the files of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Ran, make_job, mistakes_in
+from PIL import Image
+from torch import nn
+
+from app.config.build import Build
+from app.config.errors import UserError
+from app.data.mnist import mnist
+from app.parts import make_model
+from app.predictions import Predictions, table
+from app.run import execute
+
+
+def trained_model(trained: Ran) -> nn.Module:
+    model = make_model(make_job("model=mlp").config, Build(), torch.device("cpu"))
+    model.load_state_dict(torch.load(trained.folder / "model.pt", weights_only=True))
+    return model.eval()
+
+
+def images() -> torch.Tensor:
+    pixels: torch.Tensor = mnist(train=False).tensors[0]
+    return pixels
+
+
+def expected(trained: Ran, pixels: torch.Tensor) -> np.ndarray:
+    with torch.no_grad():
+        outputs = trained_model(trained)((pixels.float() / 255 - 0.1307) / 0.3081)
+    shares: np.ndarray = outputs.softmax(1).numpy()
+    return shares
+
+
+def test_labels_and_probabilities_of_a_dataset(trained: Ran, tmp_path: Path) -> None:
+    job = make_job("mode=predict", f"ckpt={trained.folder}", "trainer.limit_test_batches=null")
+    execute(job, tmp_path)
+    found = pd.read_csv(tmp_path / "predictions.csv")
+    shares = expected(trained, images())
+    columns = [f"probability_{k}" for k in range(10)]
+    np.testing.assert_allclose(found[columns], shares, atol=1e-6)
+    assert found["label"].tolist() == shares.argmax(1).tolist()
+    assert found["target"].tolist() == mnist(train=False).tensors[1].tolist()
+    accuracy = pd.read_csv(trained.folder / "test_summary_table.csv")["accuracy"][0]
+    assert (found["label"] == found["target"]).mean() == accuracy
+
+
+def test_another_stage_is_predicted_in_the_order_of_its_data(trained: Ran, tmp_path: Path) -> None:
+    words = ("mode=predict", f"ckpt={trained.folder}", "predict.stage=valid", "data.batch_size=7")
+    execute(make_job(*words), tmp_path)
+    assert len(pd.read_csv(tmp_path / "predictions.csv")) == 5000
+
+
+def test_a_folder_of_images_of_any_kind(trained: Ran, tmp_path: Path) -> None:
+    folder = tmp_path / "digits"
+    (folder / "more").mkdir(parents=True)
+    digits = images()[:3, 0].numpy()
+    Image.fromarray(digits[0]).save(folder / "a.png")
+    Image.fromarray(digits[1]).convert("RGB").save(folder / "b.bmp")
+    Image.fromarray(digits[2]).resize((56, 56), Image.Resampling.NEAREST).save(
+        folder / "more/c.png"
+    )
+    (folder / "notes.txt").write_text("no image")
+    words = ("mode=predict", f"ckpt={trained.folder}", f"predict.images={folder}")
+    execute(make_job(*words), tmp_path / "run")
+    found = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert found["sample"].tolist() == ["a.png", "b.bmp", "more/c.png"]
+    assert "target" not in found
+    shares = expected(trained, images()[:2])
+    np.testing.assert_allclose(found.filter(like="probability")[:2], shares, atol=1e-5)
+    assert found["label"][2] == expected(trained, images()[2:3]).argmax()
+
+
+def test_predicting_with_nothing_to_predict(trained: Ran, tmp_path: Path) -> None:
+    (mistake,) = mistakes_in("mode=predict")
+    assert mistake.startswith("ckpt has no value: mode=predict needs")
+    ckpt = f"ckpt={trained.folder}"
+    for value, message in (("nowhere", "is not a folder"), (str(tmp_path), "holds no image")):
+        with pytest.raises(UserError, match=f"predict.images='{value}' {message}"):
+            execute(make_job("mode=predict", ckpt, f"predict.images={value}"), tmp_path / "run")
+    (mistake,) = mistakes_in("mode=predict", ckpt, "predict.stage=tests")
+    assert "did you mean 'test'" in mistake
+    with pytest.raises(UserError, match=r"format='png' does not fit outputs of shape"):
+        execute(make_job("mode=predict", ckpt, "predict.format=png"), tmp_path / "png")
+
+
+def test_dense_labels_become_pictures_with_a_palette(tmp_path: Path) -> None:
+    logits = torch.randn(3, 4, 6, 5)
+    files = Predictions(tmp_path, classes=[None])
+    for batch in logits.split(2):
+        files.add(batch)
+    files.close()
+    found = sorted((tmp_path / "predictions").iterdir())
+    assert [path.name for path in found] == ["000000.png", "000001.png", "000002.png"]
+    for path, values in zip(found, logits, strict=True):
+        with Image.open(path) as picture:
+            assert picture.mode == "P"
+            assert np.array_equal(np.asarray(picture), values.argmax(0).numpy())
+
+
+def test_images_become_pictures_by_name(tmp_path: Path) -> None:
+    values = torch.rand(2, 3, 4, 4)
+    files = Predictions(tmp_path, names=["a/x.jpg", "y.png"])
+    files.add(values)
+    files.close()
+    for name, wanted in zip(("a/x.png", "y.png"), values, strict=True):
+        with Image.open(tmp_path / "predictions" / name) as picture:
+            pixels = np.asarray(picture).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(pixels, wanted.numpy(), atol=0.5 / 255 + 1e-6)
+
+
+def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path: Path) -> None:
+    volume, value, dense = torch.randn(3, 2, 4, 4, 4), torch.randn(3), torch.randn(3, 2, 4, 4)
+    files = Predictions(tmp_path, classes=["dense"], format="auto")
+    files.add({"volume": volume, "more": (value,), "dense": dense})
+    files.close()
+    with np.load(tmp_path / "predictions_volume.npz") as arrays:
+        assert np.array_equal(arrays["outputs"], volume.numpy())
+    found = pd.read_csv(tmp_path / "predictions_more.0.csv")
+    np.testing.assert_allclose(found["output"], value.numpy(), rtol=1e-6)
+    assert len(list((tmp_path / "predictions_dense").iterdir())) == 3
+    files = Predictions(tmp_path / "npz", classes=[None], format="npz")
+    files.add(dense)
+    files.close()
+    with np.load(tmp_path / "npz" / "predictions.npz") as arrays:
+        assert np.array_equal(arrays["labels"], dense.argmax(1).numpy())
+
+
+def test_outputs_of_a_regression_are_plain_columns() -> None:
+    values = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert list(table(values, classes=False).columns) == ["sample", "output_0", "output_1"]
+    assert table(values[:, 0], classes=False)["output"].tolist() == [1.0, 3.0]
