@@ -1,0 +1,114 @@
+"""The run as one of MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from app.callbacks.callback import Callback, StageStart
+from app.callbacks.tables import numbers, outcome
+from app.config.errors import UserError
+from app.config.schema import Goal
+from app.history import History
+from app.records import StageResult
+
+LONGEST = 500  # letters of a value that every store takes
+ARTIFACTS = ("config.yaml", "summary_table.csv")
+
+
+class MLflow(Callback):
+    """Logs the configuration, each stage's numbers by epoch, and the run's main files.
+
+    Args:
+        folder: Of the run.
+        config: The whole configuration.
+        experiment: Under which the run is listed.
+        tracking_uri: None: files in `mlruns` below the working directory, without a server.
+
+    Raises:
+        UserError: MLflow is not installed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        experiment: str = "app",
+        tracking_uri: str | None = None,
+    ) -> None:
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # what MLflow asks for, for files
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        try:
+            from mlflow.tracking import MlflowClient
+        except ImportError as error:
+            raise UserError('needs MLflow: pip install -e ".[mlflow]"') from error
+        self.folder, self.config, self.experiment = folder, config, experiment
+        self.goal = Goal(**config["goal"])
+        self.connect = partial(MlflowClient, tracking_uri or Path("mlruns").absolute().as_uri())
+        self.client: MlflowClient | None = None
+        self.run_id = ""
+
+    def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
+        """Begins the run with the first stage, since only then is it known to be watched."""
+        if self.client is None:
+            self.client = self.connect()
+            self.run_id = self._begun()
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        self._log_metrics(numbers(result.row), result.epoch)
+
+    def on_run_end(self, history: History) -> None:
+        if self.client is None:
+            return
+        if history:
+            last = int(history[-1]["epoch"])
+            found = outcome(history, self.goal)
+            self._log_metrics({k: v for k, v in found.items() if k.startswith("best/")}, last)
+        for path in [self.folder / name for name in ARTIFACTS]:
+            if path.exists():
+                self.client.log_artifact(self.run_id, str(path))
+        if (self.folder / "plots").exists():
+            self.client.log_artifacts(self.run_id, str(self.folder / "plots"), "plots")
+        self.client.set_terminated(self.run_id)
+        self.client = None
+
+    def _begun(self) -> str:
+        from mlflow.entities import Param
+
+        assert self.client is not None
+        found = self.client.get_experiment_by_name(self.experiment)
+        number = found.experiment_id if found else self.client.create_experiment(self.experiment)
+        tags = {"folder": str(self.folder), "tags": ", ".join(self.config["tags"])}
+        tags["mlflow.note.content"] = self.config["notes"]
+        run = self.client.create_run(number, run_name=self.config["name"], tags=tags)
+        values = flat(self.config).items()
+        params = [Param(allowed(key), str(value)[:LONGEST]) for key, value in values]
+        for first in range(0, len(params), 100):  # as many as a server takes at once
+            self.client.log_batch(run.info.run_id, params=params[first : first + 100])
+        return str(run.info.run_id)
+
+    def _log_metrics(self, values: dict[str, float], epoch: int) -> None:
+        from mlflow.entities import Metric
+
+        assert self.client is not None
+        now = round(time.time() * 1000)
+        metrics = [Metric(allowed(name), value, now, epoch) for name, value in values.items()]
+        self.client.log_batch(self.run_id, metrics=metrics)
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The innermost values by dotted keys; lists stay whole."""
+    found: dict[str, Any] = {}
+    for name, value in config.items():
+        key = f"{prefix}{name}"
+        found |= flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return found
+
+
+def allowed(name: str) -> str:
+    """The name with what MLflow does not take in names replaced."""
+    return re.sub(r"[^\w./ :-]", "_", name)

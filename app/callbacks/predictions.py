@@ -1,0 +1,104 @@
+"""What the model gave for every sample of an evaluated stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from app.callbacks.callback import Callback, StageStart, StepEnd
+from app.config.errors import UserError
+from app.history import History
+from app.losses.term import LOGITS
+from app.nested import Key, Nested, pick
+from app.predictions import Format, Predictions
+from app.records import StageResult
+
+log = logging.getLogger(__name__)
+STAGES = ("valid", "test")
+
+
+class PredictionWriter(Callback):
+    """Writes `predictions/epoch001_valid/` from the outputs that are measured anyway.
+
+    Each batch is copied to the host as it comes, since all outputs at once may be more than the
+    device holds.
+
+    Args:
+        folder: Of the run.
+        config: Says which part of a batch is the target, and which outputs are logits of classes.
+        stages: `valid`, `test`.
+        format: As of `app.predictions.Predictions`.
+        every_n_epochs: Of the validations in training; all else is always written.
+
+    Raises:
+        UserError: A stage or the format is none of these.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        stages: Sequence[str] = ("test",),
+        format: Format = "auto",
+        every_n_epochs: int = 1,
+    ) -> None:
+        check_when(stages, STAGES, every_n_epochs)
+        if format not in get_args(Format):
+            raise UserError(f"format={format!r}; allowed: {', '.join(get_args(Format))}")
+        self.folder, self.config = folder / "predictions", config
+        self.stages, self.format, self.every_n_epochs = stages, format, every_n_epochs
+        self.files: Predictions | None = None
+
+    def on_stage_start(self, start: StageStart) -> None:
+        self.files = None
+        if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
+            folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
+            self.files = Predictions(folder, class_outputs(self.config), self.format)
+
+    def on_step_end(self, step: StepEnd) -> None:
+        if self.files is not None and step.outputs is not None:
+            self.files.add(step.outputs, targets_of(step.batch, self.config))
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        if self.files is None:
+            return
+        self.files.close()
+        if not (self.files.parts or self.files.done):
+            log.warning("no predictions of %s: its steps tell no outputs", result.stage)
+
+
+def check_when(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: int) -> None:
+    """Refuses names that are no stage, and epochs that never come.
+
+    Raises:
+        UserError: Names what is allowed.
+    """
+    if not set(stages) <= set(allowed):
+        raise UserError(f"stages={list(stages)!r}; allowed: {', '.join(allowed)}")
+    if every_n_epochs < 1:
+        raise UserError(f"every_n_epochs={every_n_epochs}; allowed: 1 or more")
+
+
+def is_due(start: StageStart, every_n_epochs: int, config: dict[str, Any]) -> bool:
+    """Whether it is the epoch's turn; a stage that comes but once in a run is always due."""
+    comes_once = start.stage == "test" or config["mode"] != "train"
+    return comes_once or start.epoch % every_n_epochs == 0
+
+
+def class_outputs(config: dict[str, Any]) -> list[Key]:
+    """The parts of the outputs that are logits of classes, as the loss terms show."""
+    names = {kind.__name__ for kind in LOGITS}
+    terms = [term for term in config["loss"].values() if term]
+    return [term.get("output") for term in terms if _function_name(term) in names]
+
+
+def _function_name(term: dict[str, Any]) -> str:
+    return str(term["function"]["_target_"]).rpartition(".")[2]
+
+
+def targets_of(batch: Nested, config: dict[str, Any]) -> Nested:
+    """The targets in a batch; None where it has none."""
+    key: Key = config["data"]["targets"]
+    return None if key is None else pick(batch, key)

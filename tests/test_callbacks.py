@@ -1,0 +1,491 @@
+"""Those who watch: the files they leave are read back with the libraries that they are for."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import Ran, make_job, run_app
+from PIL import Image
+from torch import Tensor, nn
+
+from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
+from app.callbacks.function import Function
+from app.callbacks.mlflow import MLflow, allowed, flat
+from app.callbacks.predictions import PredictionWriter, class_outputs
+from app.callbacks.samples import SampleImages, scaled
+from app.callbacks.tables import Tables, outcome
+from app.callbacks.tensorboard import TensorBoard
+from app.callbacks.wandb import WeightsAndBiases
+from app.config.errors import UserError
+from app.config.schema import Goal
+from app.data.mnist import mnist
+from app.models.mlp import MLP
+from app.records import StageResult
+
+HEARD = """
+import json
+
+def note(*told, event):
+    with open("heard.jsonl", "a") as file:
+        file.write(json.dumps([event, *(type(one).__name__ for one in told)]) + chr(10))
+"""
+EVENTS = ("on_stage_start", "on_step_end", "on_stage_end", "on_epoch_end", "on_run_end")
+
+
+@pytest.fixture(scope="session")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A short run that all of them watch."""
+    cwd = tmp_path_factory.mktemp("watched")
+    (cwd / "heard.py").write_text(HEARD)
+    nodes = (f"{e}:{{_target_:heard.note,_partial_:true,event:{e}}}" for e in EVENTS)
+    function = f"{{_target_:app.callbacks.function.Function,{','.join(nodes)}}}"
+    ran = run_app(
+        cwd,
+        "model=mlp",
+        "debug=fast",
+        "tags=[a,b]",
+        "notes=a note",
+        "trusted_targets=[heard]",
+        "callbacks/single@callbacks=[tensorboard,mlflow,wandb,predictions,samples]",
+        "callbacks.predictions.stages=[valid,test]",
+        "callbacks.tensorboard.histograms_every_n_epochs=1",
+        "callbacks.tensorboard.images=3",
+        "callbacks.tensorboard.graph=true",
+        "callbacks.tables.throughput=true",
+        "callbacks.tables.memory=true",
+        f"+callbacks.heard={function}",
+    )
+    assert ran.code == 0, ran.err + ran.out
+    return ran
+
+
+@pytest.fixture(scope="session")
+def config() -> dict[str, Any]:
+    """A whole configuration."""
+    return make_job("model=mlp").plain
+
+
+def result(stage: str = "valid", epoch: int = 1, **row: float) -> StageResult:
+    numbers = {"epoch": epoch, "stage": stage, "loss_mean": 0.5, **row}
+    steps = pd.DataFrame(
+        {"epoch": epoch, "iter": [1], "stage": stage, "loss": 0.5, "num_samples": 4}
+        | {"iter_time": 0.5}
+    )
+    return StageResult(stage, epoch, numbers, steps, {})
+
+
+def tell(
+    callback: Callback, batches: list[tuple[Any, Any]], stage: str = "valid", epoch: int = 1
+) -> StageResult:
+    """A whole stage of batches and outputs."""
+    callback.on_stage_start(StageStart(stage, epoch, len(batches), None))
+    for batch, outputs in batches:
+        callback.on_step_end(StepEnd(stage, epoch, len(batch[0]), batch, outputs))
+    ended = result(stage, epoch)
+    callback.on_stage_end(ended, [ended.row])
+    return ended
+
+
+# TensorBoard
+
+
+@pytest.fixture(scope="session")
+def events(watched: Ran) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    sizes = {"scalars": 0, "images": 0, "histograms": 0, "tensors": 0}
+    return EventAccumulator(str(watched.folder / "tensorboard"), sizes).Reload()
+
+
+def test_tensorboard_has_the_numbers_of_the_summary(watched: Ran, events: Any) -> None:
+    for _, row in watched.csv("summary_table.csv").iterrows():
+        for name, value in row.drop(["epoch", "stage"]).dropna().items():
+            (scalar,) = events.Scalars(f"{row['stage']}/{name}")
+            assert scalar.step == row["epoch"]
+            assert np.float32(value) == np.float32(scalar.value)
+
+
+def test_tensorboard_has_the_numbers_of_each_iteration(watched: Ran, events: Any) -> None:
+    details = watched.csv("epoch_details/epoch001_train.csv")
+    tags = {tag for tag in events.Tags()["scalars"] if tag.startswith("train_step/")}
+    assert tags == {f"train_step/{name}" for name in ("loss", "accuracy", "total_correct", "lr")}
+    for tag in tags:
+        found = [(scalar.step, np.float32(scalar.value)) for scalar in events.Scalars(tag)]
+        values = details[tag.removeprefix("train_step/")]
+        assert found == [(1, np.float32(values[0])), (2, np.float32(values[1]))]
+
+
+def test_tensorboard_has_pictures_weights_graph_and_settings(events: Any) -> None:
+    from tensorboard.plugins.hparams import metadata
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    tags = events.Tags()
+    images = {tag.partition("/")[0]: events.Images(tag)[0] for tag in tags["images"]}
+    assert set(images) == {"valid_images", "test_images", "test"}
+    assert (images["valid_images"].width, images["valid_images"].height) == (3 * 28, 28)
+    assert len(tags["histograms"]) == 4
+    assert all(tag.startswith("weights/") for tag in tags["histograms"])
+    assert tags["graph"] is True
+    content = events.SummaryMetadata(metadata.SESSION_START_INFO_TAG).plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert settings["data.batch_size"].number_value == 128
+    assert settings["optimizer._target_"].string_value == "torch.optim.AdamW"
+    assert "hparam/best/accuracy" in tags["scalars"]
+
+
+def test_drawing_the_graph_leaves_the_model_and_chance_alone(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Dropout(0.5), nn.Linear(784, 10))
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    chance = torch.get_rng_state()
+    board = TensorBoard(tmp_path, model, config, graph=True)
+    images = torch.zeros(4, 1, 28, 28)
+    tell(board, [((images, torch.zeros(4)), torch.zeros(4, 10))], "train")
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), chance)
+
+
+def test_a_model_that_cannot_be_drawn_is_a_warning(
+    tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    board = TensorBoard(tmp_path, nn.Linear(3, 3), config, graph=True)
+    tell(board, [((torch.zeros(4, 2), torch.zeros(4)), torch.zeros(4, 3))], "train")
+    assert "graph cannot be drawn" in caplog.text
+
+
+def test_steps_go_on_over_epochs_and_diverged_weights_are_no_error(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, torch.nan)
+    board = TensorBoard(tmp_path, model, config, histograms_every_n_epochs=2, hparams=False)
+    for epoch in (1, 2):
+        board.on_stage_end(result("train", epoch), [])
+        board.on_epoch_end(EpochEnd(epoch, [], Goal("loss", "min"), None, 1, 0.0))
+    board.on_run_end([result("train").row])
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [scalar.step for scalar in found.Scalars("train_step/loss")] == [1, 2]
+    assert found.Tags()["histograms"] == ["weights/bias"]
+    assert [histogram.step for histogram in found.Histograms("weights/bias")] == [2]
+
+
+# MLflow and Weights & Biases
+
+
+def test_mlflow_has_settings_numbers_tags_and_files(
+    watched: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = MlflowClient((watched.cwd / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("app")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "mlp_mnist"
+    assert set(run.data.params) == set(flat(watched.config))
+    assert run.data.params["data.batch_size"] == "128"
+    assert run.data.params["optimizer._target_"] == "torch.optim.AdamW"
+    assert run.data.tags["mlflow.note.content"] == "a note"
+    assert run.data.tags["tags"] == "a, b"
+    for _, row in watched.csv("summary_table.csv").iterrows():
+        for name, value in row.drop(["epoch", "stage"]).dropna().items():
+            (metric,) = client.get_metric_history(run.info.run_id, f"{row['stage']}/{name}")
+            assert (metric.step, metric.value) == (row["epoch"], pytest.approx(value))
+    assert run.data.metrics["best/epoch"] == 1
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"config.yaml", "summary_table.csv", "plots"}
+    plots = {file.path for file in client.list_artifacts(run.info.run_id, "plots")}
+    assert "plots/loss.png" in plots
+
+
+def test_mlflow_leaves_no_run_active(elsewhere: Path, config: dict[str, Any]) -> None:
+    import mlflow
+
+    callback = MLflow(elsewhere, config)
+    assert not (elsewhere / "mlruns").exists()  # a rank that is not watched writes nothing
+    tell(callback, [])
+    assert mlflow.active_run() is None
+    callback.on_run_end([result(accuracy=0.5).row])
+    assert len(list((elsewhere / "mlruns").glob("*/*/meta.yaml"))) == 1
+
+
+def test_mlflow_takes_any_name() -> None:
+    assert allowed("train/f1+f2 (a)") == "train/f1_f2 _a_"
+
+
+def logged(folder: Path) -> Iterator[Any]:
+    """The records of an offline run, in the log format of LevelDB."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
+    content, place, record = path.read_bytes(), 7, b""
+    while place < len(content):
+        if 2**15 - place % 2**15 < 7:  # what is left of a block is too short for a header
+            place += 2**15 - place % 2**15
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        record += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part of one
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_wandb_has_the_numbers_of_the_summary(watched: Ran) -> None:
+    records = list(logged(watched.folder))
+    rows = [
+        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in one.history.item}
+        for one in records
+        if one.history.item
+    ]
+    for (_, row), found in zip(watched.csv("summary_table.csv").iterrows(), rows, strict=True):
+        assert found["epoch"] == row["epoch"]
+        for name, value in row.drop(["epoch", "stage"]).dropna().items():
+            assert found[f"{row['stage']}/{name}"] == pytest.approx(value)
+    (begun,) = [one.run for one in records if one.run.run_id]
+    assert (begun.display_name, begun.notes, list(begun.tags)) == (
+        "mlp_mnist",
+        "a note",
+        ["a", "b"],
+    )
+    settings = {item.key: json.loads(item.value_json) for item in begun.config.update}
+    assert settings["data"]["batch_size"] == 128
+    summary = {
+        item.key or "/".join(item.nested_key) for one in records for item in one.summary.update
+    }
+    assert any("best/accuracy" in name for name in summary)
+
+
+def test_nobody_is_noisy(watched: Ran) -> None:
+    everything = (watched.out + watched.err).lower()
+    assert not [word for word in ("wandb", "mlflow", "warning", "deprecat") if word in everything]
+
+
+def test_the_outcome_is_the_best_and_the_last() -> None:
+    history = [result(epoch=1, accuracy=0.9).row, result(epoch=2, accuracy=0.8).row]
+    found = outcome(history, Goal("accuracy", "max"))
+    assert found["best/accuracy"] == 0.9
+    assert found["best/epoch"] == 1
+    assert found["valid/accuracy"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules", "extra"),
+    [
+        (TensorBoard, ["tensorboard", "torch.utils.tensorboard"], "tensorboard"),
+        (MLflow, ["mlflow", "mlflow.tracking"], "mlflow"),
+        (WeightsAndBiases, ["wandb"], "wandb"),
+    ],
+)
+def test_a_missing_library_says_how_to_get_it(
+    kind: Any,
+    modules: list[str],
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    config: dict[str, Any],
+) -> None:
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    offers = {"model": nn.Linear(1, 1)} if kind is TensorBoard else {}
+    with pytest.raises(UserError, match=rf'pip install -e "\.\[{extra}\]"'):
+        kind(folder=tmp_path, config=config, **offers)
+
+
+# Predictions
+
+
+def test_predictions_are_the_softmax_of_the_best_weights(watched: Ran) -> None:
+    model = MLP(10, [1, 28, 28])
+    model.load_state_dict(torch.load(watched.folder / "model.pt"))
+    images, labels = mnist(train=False)[:256]
+    with torch.no_grad():
+        logits = model.eval()((images / 255 - 0.1307) / 0.3081)
+    found = watched.csv("predictions/epoch001_test/predictions.csv")
+    assert found["sample"].tolist() == list(range(256))
+    assert found["target"].tolist() == labels.tolist()
+    shares = torch.from_numpy(found.filter(like="probability_").to_numpy())
+    # The program normalises in another order of operations.
+    torch.testing.assert_close(shares.float(), logits.softmax(1), atol=1e-5, rtol=1e-4)
+    assert (found["label"] == found.filter(like="probability_").to_numpy().argmax(1)).all()
+    accuracy = watched.csv("test_summary_table.csv")["accuracy"].item()
+    assert (found["label"] == found["target"]).mean() == pytest.approx(accuracy)
+    assert len(watched.csv("predictions/epoch001_valid/predictions.csv")) == 256
+
+
+def test_losses_say_which_outputs_are_logits() -> None:
+    terms = {
+        "a": {"function": {"_target_": "torch.nn.CrossEntropyLoss"}, "output": "head"},
+        "b": {"function": {"_target_": "app.losses.dice.DiceCrossEntropy"}, "output": 1},
+        "c": {"function": {"_target_": "torch.nn.MSELoss"}, "output": "image"},
+        "d": None,
+        "e": {"function": {"_target_": "app.losses.focal.FocalCrossEntropy"}},
+    }
+    assert class_outputs({"loss": terms}) == ["head", 1, None]
+
+
+def test_predictions_come_every_n_epochs_and_after_the_test(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    writer = PredictionWriter(tmp_path, config, ["valid", "test"], every_n_epochs=2)
+    batch = (torch.zeros(4, 1, 2, 2), torch.zeros(4, dtype=torch.long))
+    for stage, epoch in [("valid", 1), ("train", 2), ("valid", 2), ("valid", 3), ("test", 3)]:
+        tell(writer, [(batch, torch.eye(4))] * 2, stage, epoch)
+    assert sorted(path.name for path in (tmp_path / "predictions").iterdir()) == [
+        "epoch002_valid",
+        "epoch003_test",
+    ]
+    table = pd.read_csv(tmp_path / "predictions/epoch002_valid/predictions.csv")
+    assert table["label"].tolist() == [0, 1, 2, 3] * 2
+
+
+def test_predictions_say_so_where_there_are_no_outputs(
+    tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    tell(PredictionWriter(tmp_path, config), [((torch.zeros(2, 1), torch.zeros(2)), None)], "test")
+    assert "its steps tell no outputs" in caplog.text
+
+
+def test_what_is_no_choice_is_refused_before_anything_runs(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=r"\['train'\]; allowed: valid, test"):
+        PredictionWriter(tmp_path, config, ["train"])
+    with pytest.raises(UserError, match="format='jpg'; allowed: auto, csv, png, npz"):
+        PredictionWriter(tmp_path, config, format="jpg")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="every_n_epochs=0; allowed: 1 or more"):
+        SampleImages(tmp_path, config, every_n_epochs=0)
+    with pytest.raises(UserError, match="mode='off'; allowed: offline, online"):
+        WeightsAndBiases(tmp_path, config, mode="off")  # type: ignore[arg-type]
+
+
+# Samples
+
+
+def picture(path: Path) -> Tensor:
+    """A PNG file as (3, height, width) in [0, 1]."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+
+
+def test_labels_are_titles(watched: Ran) -> None:
+    with Image.open(watched.folder / "samples" / "epoch001_valid.png") as found:
+        assert found.size == (1440, 216)  # eight pictures in a line, at 120 dots per inch
+    assert not (watched.folder / "samples" / "epoch001_test.png").exists()
+
+
+def test_label_maps_stand_below_the_inputs(tmp_path: Path, config: dict[str, Any]) -> None:
+    drawn = SampleImages(tmp_path, config, count=3)
+    labels = torch.randint(0, 4, (4, 8, 6), generator=torch.Generator().manual_seed(0))
+    logits = nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
+    images = torch.rand(4, 1, 8, 6)
+    targets = labels.clone()
+    targets[:, 0] = 255  # ignored
+    tell(drawn, [((images[:2], targets[:2]), logits[:2]), ((images[2:], targets[2:]), logits[2:])])
+    found = picture(tmp_path / "samples/epoch001_valid.png")
+    # Three columns, three lines, two pixels between and around them.
+    assert found.shape == (3, 3 * (8 + 2) + 2, 3 * (6 + 2) + 2)
+    tiles = found[:, 2:, 2:].unfold(1, 8, 10).unfold(2, 6, 8)
+    inputs, predicted, true = tiles[:, 0], tiles[:, 1], tiles[:, 2]
+    torch.testing.assert_close(inputs[0], scaled(images[:3])[:, 0], atol=1 / 255, rtol=0)
+    assert torch.equal(predicted[:, :, 1:], true[:, :, 1:])
+    assert true[:, :, 0].max() == 0
+    colors = {tuple(predicted[:, n, y, x].tolist()) for n, y, x in np.ndindex(3, 8, 6)}
+    assert len(colors) == 4
+
+
+def test_images_stand_below_the_inputs_enlarged(tmp_path: Path, config: dict[str, Any]) -> None:
+    outputs = {"image": torch.rand(2, 3, 8, 8), "code": torch.rand(2, 5)}
+    tell(
+        SampleImages(tmp_path, config, ["test"]),
+        [((torch.rand(2, 1, 4, 4), torch.zeros(2)), outputs)],
+        "test",
+    )
+    found = picture(tmp_path / "samples/epoch001_test.png")
+    assert found.shape == (3, 2 * (8 + 2) + 2, 2 * (8 + 2) + 2)
+    expected = scaled(outputs["image"])[1]
+    torch.testing.assert_close(found[:, 12:20, 12:20], expected, atol=1 / 255, rtol=0)
+
+
+def test_inputs_that_are_no_images_are_a_warning(
+    tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+    tell(SampleImages(tmp_path, config), [(batch, torch.zeros(2, 3))])
+    assert "no part of the inputs is an image" in caplog.text
+    assert not (tmp_path / "samples").exists()
+
+
+# Tables and functions
+
+
+def test_tables_have_throughput_and_memory(watched: Ran) -> None:
+    for stage in ("train", "valid", "test"):
+        details = watched.csv(f"epoch_details/epoch001_{stage}.csv")
+        expected = details["num_samples"] / details["iter_time"]
+        np.testing.assert_allclose(details["samples/s"], expected)
+        assert details["memory_mb"].between(10, 100_000).all()
+
+
+def test_tables_leave_the_frame_that_others_see(tmp_path: Path) -> None:
+    tables = Tables(tmp_path, throughput=True, memory=True)
+    ended = tell(tables, [((torch.zeros(4),), None)])
+    assert not {"samples/s", "memory_mb"} & set(ended.steps)
+    written = pd.read_csv(tmp_path / "epoch_details/epoch001_valid.csv")
+    assert written["samples/s"].tolist() == [8.0]
+
+
+def test_tables_without_options_have_no_such_columns(tmp_path: Path) -> None:
+    tell(Tables(tmp_path), [((torch.zeros(4),), None)])
+    written = pd.read_csv(tmp_path / "epoch_details/epoch001_valid.csv")
+    assert not {"samples/s", "memory_mb"} & set(written)
+
+
+def test_functions_are_called_at_their_events_in_order(watched: Ran) -> None:
+    lines = (watched.cwd / "heard.jsonl").read_text().splitlines()
+    stage = [
+        ["on_stage_start", "StageStart"],
+        ["on_step_end", "StepEnd"],
+        ["on_step_end", "StepEnd"],
+        ["on_stage_end", "StageResult", "list"],
+    ]
+    epoch_end, run_end = ["on_epoch_end", "EpochEnd"], ["on_run_end", "list"]
+    assert [json.loads(line) for line in lines] == [*stage, *stage, epoch_end, *stage, run_end]
+
+
+def test_events_without_a_function_are_passed_over() -> None:
+    heard: list[object] = []
+    callback = Function(on_run_end=heard.append)
+    tell(callback, [((torch.zeros(1),), None)])
+    callback.on_run_end([])
+    assert heard == [[]]
+
+
+# Choosing them
+
+
+def test_an_option_is_the_default_set_and_one_more() -> None:
+    plain = make_job("callbacks=wandb").plain["callbacks"]
+    assert list(plain) == ["tables", "progress", "console", "plots", "wandb"]
+
+
+def test_several_are_added_by_a_list() -> None:
+    both = "callbacks/single@callbacks=[tensorboard,samples]"
+    plain = make_job(both, "callbacks.samples.count=2", "~callbacks.plots").plain["callbacks"]
+    assert list(plain) == ["tables", "progress", "console", "tensorboard", "samples"]
+    assert plain["samples"]["count"] == 2
