@@ -62,6 +62,8 @@ def _sources_wanted(config: Config) -> tuple[str, ...]:
     wanted = stages_run(config)
     if config.mode == "predict":
         wanted = () if config.predict.images else (config.predict.stage,)
+    if not wanted and config.mode != "predict":
+        return ()
     measured = config.data.normalize is not None and config.data.normalize.mean == "auto"
     cut = any(getattr(config.data.source, stage) is None for stage in wanted)
     return STAGES if measured or cut or "train" in wanted else wanted
@@ -75,6 +77,8 @@ def make_loaders(
     format_: torch.memory_format,
 ) -> dict[str, Batches]:
     """The batches of each stage."""
+    if not stages_run(config):
+        return {}
     plain = _transform(config.data, datasets, device, format_)
     return {
         stage: _loader(config, build, stage, datasets[stage], plain, device)
@@ -85,6 +89,8 @@ def make_loaders(
 
 def stages_run(config: Config) -> tuple[str, ...]:
     """The stages whose batches are gone through; in prediction a single one, `predict`."""
+    if config.mode == "export":
+        return ()
     if config.mode in ("find_lr", "find_batch_size"):
         return ("train",)
     return STAGES if config.mode == "train" else (config.mode,)

@@ -25,6 +25,7 @@ class Optimization:
         clip_value: Largest absolute value of a gradient, or None.
         alone: Its parameters are all that learn; else gradients reach no others than them.
         tracks_norm: Keeps the norm of the gradients, before clipping.
+        zero_non_finite: Gradients that are no numbers become 0, before clipping.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Optimization:
         clip_value: float | None = None,
         alone: bool = True,
         tracks_norm: bool = False,
+        zero_non_finite: bool = False,
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule or Schedule(optimizer)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
         self.accumulate, self.full = accumulate, batch_size * accumulate
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.alone, self.tracks_norm = alone, tracks_norm
+        self.zero_non_finite = zero_non_finite
         self.norm = torch.zeros(())  # of the step just made
         self.steps = self.batches = self.samples = 0
 
@@ -80,6 +83,9 @@ class Optimization:
         if self.accumulate > 1 and 0 < self.samples != self.full:
             # Short groups: as one batch of just these samples.
             torch._foreach_mul_(list(self._gradients()), self.full / self.samples)
+        if self.zero_non_finite:
+            for gradient in self._gradients():
+                gradient.nan_to_num_(0.0, 0.0, 0.0)
         if self.tracks_norm:
             self.norm = torch.nn.utils.get_total_norm(list(self._gradients()))
         if self.clip_value is not None:

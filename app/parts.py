@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,14 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
         return
     task.model.eval()
     try:
-        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings():
+        looked_over = nullcontext() if stage == PREDICT else task.metrics[stage].strict()
+        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), looked_over:
             # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
             warnings.filterwarnings("error", "Using a target size")
-            if stage == PREDICT:
-                outputs = task.predict_step(batch)
-            else:
-                outputs = sound(task, stage, task.eval_step(stage, batch)).outputs
+            if isinstance(task, SupervisedTask) or stage == PREDICT:
+                _check_classes(task.predict_step(batch), data)
+            if stage != PREDICT:
+                sound(task, stage, task.eval_step(stage, batch))
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -99,6 +101,9 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
         raise UserError(
             f"task: {type(task).__name__} cannot take {stage} data: {reason}"
         ) from error
+
+
+def _check_classes(outputs: object, data: Data) -> None:
     given = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
     if data.num_classes is not None and given not in (None, data.num_classes):
         raise UserError(f"data.num_classes={data.num_classes}, but the model gives {given} outputs")
@@ -251,6 +256,7 @@ def _optimization(
         trainer.gradient_clip_value,
         alone,
         trainer.gradient_norm,
+        trainer.zero_non_finite_gradients,
     )
 
 
@@ -294,6 +300,7 @@ def make_plan(config: Config) -> Plan:
         valid_every_n_epochs=trainer.valid_every_n_epochs,
         save_every_n_epochs=config.checkpoint.every_n_epochs,
         sanity_valid_batches=trainer.sanity_valid_batches,
+        stop_at_non_finite_loss=trainer.stop_at_non_finite_loss,
     )
 
 

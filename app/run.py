@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from app.averaging import Averaging
 from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
@@ -17,6 +19,7 @@ from app.config.schema import Config, Job
 from app.data.loaders import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
+from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
 from app.losses.term import class_outputs
@@ -66,7 +69,7 @@ def execute(job: Job, folder: Path) -> float | None:
             trainer = make_trainer(job, build, parts, callbacks, folder)
             if config.mode == "train":
                 return train(trainer, parts)
-            (predict if config.mode == "predict" else evaluate)(trainer, parts, config)
+            USES[config.mode](trainer, parts, config)
             return None
 
 
@@ -140,6 +143,17 @@ def predict(trainer: Trainer, parts: Parts, config: Config) -> None:
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
     files.close()
     log.info("predictions of %s are in %s", file, trainer.state.folder)
+
+
+def export_model(trainer: Trainer, parts: Parts, config: Config) -> None:
+    """Writes a checkpoint's model for use elsewhere."""
+    file, model = restore_from(trainer, config), parts.task.model
+    sample = torch.rand(2, *config.data.input_shape)
+    path = export(model.cpu().eval(), sample, config.export.format, trainer.state.folder)
+    log.info("the model of %s is in %s", file, path)
+
+
+USES = {"valid": evaluate, "test": evaluate, "predict": predict, "export": export_model}
 
 
 def restore_from(trainer: Trainer, config: Config) -> Path:

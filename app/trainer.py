@@ -22,7 +22,8 @@ from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.data.loaders import Batch, Batches
 from app.freezing import Freezing
-from app.history import best, goal_value, measured, reason_to_stop
+from app.history import best, goal_value, loss_is_lost, measured
+from app.history import reason_to_stop as stop_by
 from app.learning import Learning
 from app.nested import Nested, count_samples, map_tensors, pick
 from app.records import Rows, StageResult
@@ -45,6 +46,7 @@ class Plan:
         valid_every_n_epochs: And after the last.
         save_every_n_epochs: And after the last.
         sanity_valid_batches: Validated before training.
+        stop_at_non_finite_loss: An epoch whose mean loss of training is no number is the last.
     """
 
     max_epochs: int | None
@@ -52,6 +54,7 @@ class Plan:
     valid_every_n_epochs: int = 1
     save_every_n_epochs: int = 1
     sanity_valid_batches: int = 1
+    stop_at_non_finite_loss: bool = True
 
     def epochs(self, steps_per_epoch: int | None) -> int | None:
         """Epochs at most, the last one perhaps cut short; None where that is not known."""
@@ -122,7 +125,7 @@ class Trainer:
                     self.run_stage("valid", epoch, valid)
                 self.save_best(epoch)
             self.learning.epoch_end(self.goal_value_of(epoch))
-            reason = reason_to_stop(self.state.history, self.goal)
+            reason = self.reason_to_stop()
             if last or reason or epoch % self.plan.save_every_n_epochs == 0:
                 self.state.save_last()
 
@@ -249,6 +252,11 @@ class Trainer:
         for name, monitor in self.monitors.items():
             if self.is_best(epoch, monitor):
                 self.state.save_monitored(name)
+
+    def reason_to_stop(self) -> str | None:
+        """Why training ends before its last epoch, in words; None where it goes on."""
+        lost = self.plan.stop_at_non_finite_loss and loss_is_lost(self.state.history)
+        return "the training loss is no number" if lost else stop_by(self.state.history, self.goal)
 
     def is_best(self, epoch: int, monitor: Monitor) -> bool:
         """Whether this epoch has the best value so far."""

@@ -57,10 +57,10 @@ def arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
             np.arange(40) % 3,
             16,
             ["data.input_shape=[1,16,16]", "model=cnn", "model.channels=[8,8,8,8,8]"],
-            "model: CNN cannot take samples of shape [1, 16, 16]",
+            "model: CNN cannot take a float32 tensor of shape [2, 1, 16, 16]",
         ),
         (np.arange(40) % 3, 28, ["model.num_classes=4"], "but the model gives 4 outputs"),
-        (np.arange(40) % 3, 28, ["loss=mse"], "cannot take outputs of shape [2, 3]"),
+        (np.arange(40) % 3, 28, ["loss=mse"], "loss.mse: cannot take outputs (a float32 tensor of"),
         (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave nothing of 40 training samples"),
     ],
 )

@@ -109,7 +109,7 @@ def test_the_length_of_a_stream_may_be_known_or_limited() -> None:
     ("words", "message"),
     [
         ((), "'auto' is the length of the run, which is not known"),
-        (("scheduler=constant", "trainer.limit_train_batches=0.5"), "a share of an iterable dataset"),
+        (("scheduler=constant", "trainer.limit_train_batches=0.5"), "a share of an iterable"),
         (("scheduler=constant", "trainer.overfit_batches=2"), "needs data that is not iterable"),
         (("scheduler=constant", "data.source.valid=null", "data.split.valid=0.1"),
          "nothing can be cut from an iterable"),

@@ -27,7 +27,7 @@ from app.data.arrays import csv, npz
 from app.data.augment import RandomFlip, RandomShift
 from app.data.folder import image_folder
 from app.data.idx import read_idx
-from app.data.loaders import Order, SampleLoader, TensorLoader
+from app.data.loaders import Order, Reading, Ready, SampleLoader, TensorLoader
 from app.data.mnist import mnist
 from app.data.split import check_datasets, labels_of, size, split
 from app.data.transform import BatchTransform, channel_statistics
@@ -228,11 +228,11 @@ def test_split_of_more_than_there_is_is_refused() -> None:
 )
 def test_data_is_looked_over(dataset: TensorDataset, classes: int, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        check_datasets({"train": dataset}, classes)
+        check_datasets({"train": dataset}, classes, 1)
 
 
 def test_a_class_without_a_sample_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    check_datasets({"train": numbers()}, 5)
+    check_datasets({"train": numbers()}, 5, 1)
     assert "no sample of class 3, 4 in the train data" in caplog.text
 
 
@@ -257,10 +257,10 @@ def test_limits_count_batches_or_shares(limit: int | float | None, count: int) -
 @pytest.mark.parametrize("on_device", [True, False])
 def test_tensor_loader_gives_every_sample_once(on_device: bool) -> None:
     order = Order.limited(10, 4, None, shuffle_seed=0)
-    loader = TensorLoader(numbers(), order, 4, same, CPU, on_device)
+    loader = TensorLoader(numbers(), order, 4, Ready(CPU, same), on_device)
     batches = list(loader.epoch(1))
     assert [len(y) for _, y in batches] == [4, 4, 2]
-    assert len(loader) == 3
+    assert loader.num_batches == 3
     assert sorted(torch.cat([x for x, _ in batches]).flatten().tolist()) == list(range(10))
     assert all(torch.equal(x.flatten().long() % 3, y) for x, y in batches)
 
@@ -277,8 +277,8 @@ class Noisy(Dataset[Any]):
 
 def noisy_loader(workers: int, **options: Any) -> SampleLoader:
     order = Order.limited(7, 3, None, shuffle_seed=0)
-    reading = {"pin_memory": False, "persistent_workers": workers > 0, "prefetch_factor": None}
-    return SampleLoader(Noisy(), order, 3, same, CPU, 5, workers, **(reading | options))
+    reading = Reading(workers, persistent_workers=workers > 0, **options)
+    return SampleLoader(Noisy(), order, 3, Ready(CPU, same), 5, reading)
 
 
 def test_samples_are_the_same_whichever_process_reads_them() -> None:
@@ -310,9 +310,9 @@ def test_image_folder_reads_images_by_class(tmp_path: Path) -> None:
     dataset = image_folder(str(tmp_path), {"resize": v2.Resize([8, 8])})
     image, label = dataset[5]
     assert (image.shape, image.dtype, label) == ((3, 8, 8), torch.uint8, 1)
-    assert labels_of(dataset).tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
+    assert labels_of(dataset, 1).tolist() == [0, 0, 0, 1, 1, 1]  # type: ignore[union-attr]
     with pytest.raises(UserError, match="has 2 classes: cat, dog"):
-        check_datasets({"train": dataset}, 3)
+        check_datasets({"train": dataset}, 3, 1)
     (tmp_path / "cat" / "0.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"0\.png cannot be read as an image"):
         dataset[0]

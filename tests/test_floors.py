@@ -24,7 +24,7 @@ FLOORS = [
     ["app.state", "app.tasks"],
     ["app.task"],
     ["app.learning", "app.checkpoint"],
-    ["app.optimization", "app.averaging", "app.freezing", "app.predictions"],
+    ["app.optimization", "app.averaging", "app.freezing", "app.predictions", "app.export"],
     ["app.schedule", "app.records"],
     ["app.data", "app.models", "app.losses", "app.metrics", "app.schedules"],
     ["app.device", "app.distributed", "app.seed", "app.history", "app.nested", "app.figures"],

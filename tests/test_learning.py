@@ -490,3 +490,47 @@ def test_mixed_batches_learn_from_mixed_targets_and_are_measured_against_plain_o
 def test_mixup_and_cutmix_of_torchvision_by_configuration(tmp_path: Path, task: str) -> None:
     execute(make_job("model=cnn", "debug=fast", f"task={task}"), tmp_path)
     assert "accuracy" in details(tmp_path, 1)
+
+
+# ---- what is no number
+
+
+class Exploding(nn.Linear):
+    """Its outputs become infinite in the second epoch, or its gradients at once."""
+
+    epochs, gradients = 0, False
+
+    def train(self, mode: bool = True) -> Exploding:
+        self.epochs += mode
+        return super().train(mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        outputs = super().forward(input)
+        if self.gradients:
+            outputs.register_hook(lambda g: g.index_fill(1, torch.tensor(0), math.inf))
+        return outputs * (math.nan if self.epochs == 2 else 1)
+
+
+@pytest.mark.parametrize(("stop", "epochs"), [(True, 2), (False, 4)])
+def test_training_stops_after_an_epoch_whose_loss_is_no_number(
+    tmp_path: Path, stop: bool, epochs: int
+) -> None:
+    trainer = make(tmp_path, Exploding(3, 2), goal=Goal("loss", "min"))
+    trainer.plan = Plan(max_epochs=4, stop_at_non_finite_loss=stop)
+    trainer.fit(load(DATA, 32), load(DATA, 32))
+    assert trainer.state.epoch == epochs
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt").epoch == 1
+
+
+def test_gradients_that_are_no_numbers_may_become_zero(tmp_path: Path) -> None:
+    for zero in (False, True):
+        model = Exploding(3, 2)
+        model.gradients = True
+        before = model.weight.detach().clone()
+        trainer = make(tmp_path / str(zero), model, 1)
+        trainer.learning.only.zero_non_finite = zero
+        trainer.fit(load(DATA, 32))
+        assert bool(model.weight.isfinite().all()) == zero
+        if zero:
+            assert torch.equal(model.weight[0], before[0])
+            assert not torch.equal(model.weight[1], before[1])

@@ -26,7 +26,7 @@ def words_of(command: str) -> list[str]:
     return words[3:]
 
 
-@pytest.mark.parametrize("title", ["A model", "A dataset", "A metric"])
+@pytest.mark.parametrize("title", ["A model", "A dataset", "A task", "A metric", "A callback"])
 def test_adding_ones_own(title: str, app: Callable[..., Ran], tmp_path: Path) -> None:
     command = None
     for language, content in BLOCK.findall(section(title)):
@@ -41,6 +41,24 @@ def test_adding_ones_own(title: str, app: Callable[..., Ran], tmp_path: Path) ->
     assert ran.code == 0, ran.err
     if title == "A metric":
         assert "kappa" in ran.csv("epoch_details/epoch001_valid.csv")
+    if title == "A callback":
+        assert "valid 1 took" in ran.out
+
+
+def test_the_lines_for_python_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(
+        r"^## From Python\n+```python\n(.*?)```", README, re.DOTALL | re.MULTILINE
+    )
+    exec(block.replace('"trainer.max_epochs=1"', '"debug=fast"'))
+    assert "probability_9" in capsys.readouterr().out.replace("...", "probability_9")
+    assert len(list((elsewhere / "outputs").glob("*/*/model.pt"))) == 1
+
+
+def test_the_loss_of_readme_composes(elsewhere: Path) -> None:
+    (block,) = re.findall(r"```yaml\n# conf/loss/my_loss.yaml\n(.*?)```", README, re.DOTALL)
+    (elsewhere / "conf" / "loss").mkdir(parents=True)
+    (elsewhere / "conf" / "loss" / "my_loss.yaml").write_text(block)
+    assert not mistakes_in("--config-dir", "conf", "loss=my_loss")
 
 
 def test_the_rows_of_the_table_of_options_are_without_mistakes() -> None:

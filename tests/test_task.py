@@ -328,14 +328,22 @@ def test_a_step_that_forgets_the_loss_is_named_in_the_sanity_pass(tmp_path: Path
         (Term(F.cross_entropy, output="digit"), "loss.loss: cannot take .*there is no 'digit'"),
         (Term(F.cross_entropy, target=1), "loss.loss: cannot take .*there is no part 1"),
         (Term(F.l1_loss, target=0), "loss.loss: cannot take .*float32 tensor of shape \\[10, 2\\]"),
-        (Term(lambda o, t: (o, t)), "loss.loss: must give a scalar.* it gave a tuple"),
-        (Term(nn.CrossEntropyLoss(reduction="none")), "loss.loss: must give a scalar"),
+        (Term(lambda o, t: (o, t)), "loss.loss: must give a number.* it gave a tuple"),
+        (Term(lambda _, t: t.sum()), "loss.loss: must give a number.* it gave a int64 tensor"),
     ],
 )
 def test_a_term_that_does_not_fit_is_named(term: Term, message: str) -> None:
     task = SupervisedTask(nn.Linear(4, 2), term)
     with pytest.raises(UserError, match=message):
         task.eval_step("valid", (X[:10], Y[:10]))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_losses_of_every_reduction(reduction: str) -> None:
+    task = SupervisedTask(nn.Linear(4, 2), nn.CrossEntropyLoss(reduction=reduction))
+    found = task.eval_step("valid", (X, Y)).values["loss"]
+    mean = F.cross_entropy(task.model(X), Y)
+    torch.testing.assert_close(found.value, mean * (60 if reduction == "sum" else 1))  # type: ignore[union-attr]
 
 
 def test_a_metric_that_does_not_fit_is_named(tmp_path: Path) -> None:
@@ -415,6 +423,14 @@ def test_an_own_task_that_breaks_is_named_before_the_first_epoch(own_task: Path)
     with pytest.raises(UserError, match=r"task: Broken cannot take train data: KeyError: 'b'"):
         execute(job, own_task / "run")
     assert not (own_task / "run" / "epoch_details").exists()
+
+
+def test_a_metric_of_another_kind_is_named_before_the_first_epoch(tmp_path: Path) -> None:
+    node = "{_target_: torchmetrics.classification.BinaryAccuracy, validate_args: false}"
+    job = make_job("model=mlp", "debug=fast", f"+metric.valid.mine={node}")
+    with pytest.raises(UserError, match=r"metric\.valid\.mine: cannot take outputs"):
+        execute(job, tmp_path)
+    assert not (tmp_path / "epoch_details").exists()
 
 
 def test_a_single_plain_term_has_no_column_of_its_own() -> None:

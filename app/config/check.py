@@ -30,7 +30,7 @@ OFFERS = {  # what the program gives to a part that has a parameter of that name
     "task": ("model", "loss", "metrics", "precision"),
     "average": ("model",),
 }
-USES_CKPT = ("test", "valid", "predict")  # modes that use what was trained
+USES_CKPT = ("test", "valid", "predict", "export")  # modes that use what was trained
 AUTO = "auto"  # in a scheduler's arguments: as many steps or epochs as the run has
 
 

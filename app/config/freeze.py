@@ -12,7 +12,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from app.config.errors import ConfigError, Mistake
-from app.config.typed import MISSING, UNKNOWN
+from app.config.schema import Config
+from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]
@@ -112,7 +113,21 @@ def over_saved(
     mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:
         raise ConfigError(mistakes)
-    return merged | {name: now[name] for name in NOW}, typed, differences
+    filled = _filled(merged, now, Config, "", differences)
+    return filled | {name: now[name] for name in NOW}, typed, differences
+
+
+def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str]) -> Plain:
+    """`saved`, with today's values of keys that did not exist when it was saved."""
+    filled = dict(saved)
+    for name, expected in hints(cls).items():
+        inner, part = f"{key}{name}", only_dataclass(expected)
+        if name not in saved and name in now and name not in NOW:
+            differences.append(f"{inner}: not yet known when it was saved -> {_brief(now[name])}")
+            filled[name] = now[name]
+        elif part and isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
+            filled[name] = _filled(saved[name], now[name], part, f"{inner}.", differences)
+    return filled
 
 
 def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:

@@ -14,7 +14,7 @@ Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
 Key = int | str | list[Any] | dict[str, Any] | None  # a part of a batch, as `app.nested.pick` takes
-Mode = Literal["train", "valid", "test", "predict", "find_lr", "find_batch_size", "check"]
+Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_batch_size", "check"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,13 @@ class Predict:
     stage: Literal["train", "valid", "test"]
     images: str | None
     format: Literal["auto", "csv", "png", "npz"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `mode=export` writes."""
+
+    format: Literal["safetensors", "torch_export", "onnx"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,8 @@ class Trainer:
     gradient_clip_norm: Annotated[float, Range(0.0, above=True)] | None
     gradient_clip_value: Annotated[float, Range(0.0, above=True)] | None
     gradient_norm: bool
+    zero_non_finite_gradients: bool
+    stop_at_non_finite_loss: bool
     limit_train_batches: Limit
     limit_valid_batches: Limit
     limit_test_batches: Limit
@@ -202,6 +211,7 @@ class Config:
     goal: Goal
     checkpoint: Checkpoint
     predict: Predict
+    export: Export
     find: Find
     freeze: dict[str, Freeze | None]
     trainer: Trainer

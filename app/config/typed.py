@@ -64,7 +64,7 @@ def mistakes_of(key: str, value: object, expected: Any) -> Iterator[Mistake]:
     elif isinstance(value, list) and (entry := _entry_type(expected, list)) is not None:
         for index, item in enumerate(value):
             yield from mistakes_of(f"{key}.{index}", item, entry)
-    elif (only := _only_dataclass(expected)) is not None and isinstance(value, dict):
+    elif (only := only_dataclass(expected)) is not None and isinstance(value, dict):
         yield from _dataclass_mistakes(key, value, only)
     elif not fits(value, expected):
         close = nearest(str(value), _words(expected))
@@ -101,7 +101,8 @@ def alternatives(expected: Any) -> tuple[Any, ...]:
     return get_args(expected) if union else (expected,)
 
 
-def _only_dataclass(expected: Any) -> type | None:
+def only_dataclass(expected: Any) -> type | None:
+    """The dataclass among the alternatives of a type; None where there is none."""
     found = [x for x in alternatives(expected) if isinstance(x, type) and is_dataclass(x)]
     return found[0] if found else None
 
@@ -177,10 +178,10 @@ def structured(value: Any, expected: type[T]) -> T:
 
 
 def _value(value: Any, expected: Any) -> Any:
-    cls = _only_dataclass(expected)
+    cls = only_dataclass(expected)
     if cls is not None and isinstance(value, dict):
         return structured(value, cls)
     entry = _entry_type(expected, dict)
-    if _only_dataclass(entry) is not None and isinstance(value, dict):
+    if only_dataclass(entry) is not None and isinstance(value, dict):
         return {name: _value(part, entry) for name, part in value.items()}
     return value

@@ -23,7 +23,8 @@ class Term:
     """One term of a loss.
 
     Attributes:
-        function: From outputs and targets to a scalar, the mean over the batch.
+        function: From outputs and targets to a scalar, the mean over the batch. Several values
+            (`reduction: none`) are averaged; with `reduction: sum` the term is a sum.
         weight: Its factor in the sum: a number, a schedule, or learned.
         output: Which part of the outputs it takes; None takes them whole.
         target: Which part of the targets it takes; None takes them whole.
@@ -91,12 +92,12 @@ class WeightedSum(nn.Module):
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
                 f"({describe(targets)}): {error}"
             ) from error
-        if not isinstance(value, Tensor) or value.ndim:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(
-                f"loss.{name}: must give a scalar, the mean over the batch; it gave "
+                f"loss.{name}: must give a number, the mean over the batch; it gave "
                 f"{describe(value)}"
             )
-        return value
+        return value.mean() if value.ndim else value
 
     def progress(self, epoch: int, step: int) -> None:
         """Sets the scheduled weights for the step that comes; both are counted from 1.

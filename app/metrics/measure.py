@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,19 @@ class StageMetrics:
         for selected in self.selected.values():
             selected.metric.to(device)
         return StageMetrics(self.selected, self.stage)
+
+    @contextmanager
+    def strict(self) -> Iterator[None]:
+        """Metrics of torchmetrics look at their inputs, which reads the device."""
+        metrics = [selected.metric for selected in self.selected.values()]
+        lax = [m for m in metrics if getattr(m, "validate_args", None) is False]
+        for metric in lax:
+            metric.validate_args = True
+        try:
+            yield
+        finally:
+            for metric in lax:
+                metric.validate_args = False
 
     def reset(self) -> None:
         """Forgets what has accumulated; a stage begins."""
