@@ -19,12 +19,15 @@ from torch import Tensor, nn
 
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.function import Function
-from app.callbacks.mlflow import MLflow, allowed, flat
-from app.callbacks.predictions import PredictionWriter, class_outputs
-from app.callbacks.samples import SampleImages, scaled
-from app.callbacks.tables import Tables, outcome
+from app.callbacks.mlflow import MLflow, allowed
+from app.callbacks.pictures import scaled
+from app.callbacks.predictions import PredictionWriter
+from app.callbacks.reported import flat, outcome
+from app.callbacks.samples import SampleImages
+from app.callbacks.tables import Tables
 from app.callbacks.tensorboard import TensorBoard
 from app.callbacks.wandb import WeightsAndBiases
+from app.callbacks.watched import class_outputs
 from app.config.errors import UserError
 from app.config.schema import Goal
 from app.data.mnist import mnist

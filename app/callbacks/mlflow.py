@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.callbacks.callback import Callback, StageStart
-from app.callbacks.tables import numbers, outcome
+from app.callbacks.reported import flat, numbers, outcome
 from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History
@@ -98,15 +98,6 @@ class MLflow(Callback):
         now = round(time.time() * 1000)
         metrics = [Metric(allowed(name), value, now, epoch) for name, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
-
-
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The innermost values by dotted keys; lists stay whole."""
-    found: dict[str, Any] = {}
-    for name, value in config.items():
-        key = f"{prefix}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
-    return found
 
 
 def allowed(name: str) -> str:

@@ -11,9 +11,8 @@ import pandas as pd
 import torch
 
 from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.config.schema import Goal
 from app.files import write_csv
-from app.history import History, Row, best
+from app.history import History
 from app.nested import Nested, tensors
 from app.records import StageResult
 
@@ -78,22 +77,6 @@ def summary_table(history: History) -> pd.DataFrame:
     rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
     names = dict.fromkeys(name for row in rows for name in row if name not in TIMES)
     return pd.DataFrame(rows, columns=[*names, *TIMES])
-
-
-def numbers(row: Row) -> dict[str, float]:
-    """What was measured in a stage, as `<stage>/<name>`."""
-    return {
-        f"{row['stage']}/{name}": float(value)
-        for name, value in row.items()
-        if name not in ("epoch", "stage")
-    }
-
-
-def outcome(history: History, goal: Goal) -> dict[str, float]:
-    """The last numbers of each stage; `best/<metric>` and `best/epoch` where the goal has one."""
-    last = {name: value for row in history for name, value in numbers(row).items()}
-    found = best(history, goal)
-    return last | ({f"best/{goal.metric}": found.value, "best/epoch": found.epoch} if found else {})
 
 
 def as_table(value: np.ndarray) -> pd.DataFrame:

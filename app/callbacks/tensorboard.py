@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
-from app.callbacks.mlflow import flat
+from app.callbacks.pictures import Samples
 from app.callbacks.plots import matrix
-from app.callbacks.samples import Samples
-from app.callbacks.tables import numbers, outcome
+from app.callbacks.reported import flat, numbers, outcome
 from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.callbacks.callback import Callback, StageStart
-from app.callbacks.tables import numbers, outcome
+from app.callbacks.reported import numbers, outcome
 from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History
