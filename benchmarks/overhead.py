@@ -30,15 +30,14 @@ from torchvision import transforms
 from app.callbacks.callback import Callbacks
 from app.callbacks.progress import Progress
 from app.callbacks.tables import Tables
-from app.cli import job_of
 from app.config import resolvers
 from app.config.build import Build
 from app.config.compose import compositions
 from app.config.schema import Job
 from app.data.mnist import __file__ as MNIST
-from app.parts import make_optimization, make_parts, make_plan
-from app.state import TrainState
-from app.trainer import Trainer
+from app.job import job_of
+from app.parts import make_parts
+from app.run import make_trainer
 
 CPU = torch.device("cpu")
 MEAN, STD = 0.1307, 0.3081
@@ -76,21 +75,18 @@ def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
     """Seconds of an epoch: the trainer with CSV, accuracy and bar, against a bare loop."""
     job = make_job(*words, "metric/single@metric.train=[accuracy]")
     parts = make_parts(job.config, Build(), CPU)
-    parts.task.optimization = make_optimization(job.config, Build(), parts)
-    state = TrainState(parts.task.model, parts.task.optimization, folder, job)
     callbacks = Callbacks([Tables(folder), Progress()])
-    plan, config = make_plan(job.config), job.config
-    trainer = Trainer(parts.task, state, callbacks, config.goal, plan, 0, CPU)
+    trainer = make_trainer(job, Build(), parts, callbacks, folder)
 
     model = make_parts(job.config, Build(), CPU).task.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     images, labels = parts.loaders["train"].tensors  # type: ignore[attr-defined]
-    count, size = parts.loaders["train"].num_samples, config.data.batch_size
+    count, size = parts.loaders["train"].num_samples, job.config.data.batch_size
     image = next(p for p in model.parameters()).ndim == 4
 
     def ours() -> float:
         began = time.perf_counter()
-        trainer.run_stage("train", len(state.history) + 1, parts.loaders["train"])
+        trainer.run_stage("train", len(trainer.state.history) + 1, parts.loaders["train"])
         return time.perf_counter() - began
 
     def bare() -> float:
@@ -193,8 +189,8 @@ def main() -> None:
         words = ("model=mlp", "scheduler=cosine", "data.batch_size=256")
         cosine = epoch_times(folder / "cosine", rounds, *words)
         lines.append(["same, with warm-up and cosine (s)", "bare loop, fixed lr", *cosine, ""])
-        words = ("model=alexnet", *plain, "trainer.limit_train_batches=40")
-        alexnet = epoch_times(folder / "alexnet", rounds, *words)
+        large = ("model=alexnet", *plain, "trainer.limit_train_batches=40")
+        alexnet = epoch_times(folder / "alexnet", rounds, *large)
         lines.append(["40 steps, AlexNet, batch 256 (s)", "bare loop", *alexnet, "<= 1.03"])
         for workers in (0, 2):
             rates = loader_rates(root, few, workers)
