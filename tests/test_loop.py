@@ -116,6 +116,17 @@ class Unreadable(Tensor):
         ("metric/single@metric.train=[accuracy,f1,auroc,confusion_matrix]",),
         ("trainer.gradient_clip_norm=1.0", "trainer.accumulate_grad_batches=2"),
         ("trainer.gradient_clip_value=1.0", "scheduler=onecycle"),
+        ("trainer.gradient_norm=true", "trainer.zero_non_finite_gradients=true", "average=ema"),
+        ("task=mixup", "loss.cross_entropy.weight={_target_: app.losses.weights.Learned}"),
+        ("data=shapes", "model=unet", "loss=dice_ce", "metric=segmentation", "goal.metric=dice"),
+        (
+            "loss=focal",
+            "metric=segmentation",
+            "metric/single@metric.train=[hd95,dice_per_class]",
+            "data=shapes",
+            "model=unet",
+            "goal.metric=dice",
+        ),
     ],
 )
 def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> None:
@@ -128,7 +139,8 @@ def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> No
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         step = trainer.task.train_step(batch)
         assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
-        rows.add(step.values, trainer.learning.rates())
+        trainer.averaging.after_step(1, trainer.learning.steps)
+        rows.add(step.values, {**step.numbers, **trainer.learning.rates()})
         progress.on_step_end(StepEnd("train", 1, len(y), batch, step.outputs))
         rows.add(trainer.task.eval_step("train", batch).values)
     with pytest.raises(AssertionError, match="reads the device"):
