@@ -81,7 +81,8 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
     """
     batch = loader.first(2)
     if isinstance(task, SupervisedTask):
-        _check_shape(pick(batch, task.inputs), stage, data)
+        if stage == "train" or task.patches is None:
+            _check_shape(pick(batch, task.inputs), stage, data)
     elif stage == "train":
         return
     task.model.eval()
@@ -90,8 +91,10 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
         with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), looked_over:
             # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
             warnings.filterwarnings("error", "Using a target size")
-            if isinstance(task, SupervisedTask) or stage == PREDICT:
+            if isinstance(task, SupervisedTask):
                 _check_classes(task.predict_step(batch), data)
+            elif stage == PREDICT:
+                task.predict_step(batch)
             if stage != PREDICT:
                 sound(task, stage, task.eval_step(stage, batch))
     except (UserError, torch.OutOfMemoryError):

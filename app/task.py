@@ -185,6 +185,9 @@ class SupervisedTask(Task):
     ) -> None:
         super().__init__(model, metrics, precision)
         self.loss = as_loss(loss)
+        for stage, measured in self.metrics.items():
+            for name in self.loss.columns & measured.selected.keys():
+                raise ValueError(f"metric {name!r} of {stage} is the column of a loss term")
         self.inputs: Key = inputs
         self.targets: Key = targets
         self.mix, self.patches = mix, patches

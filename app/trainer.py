@@ -114,7 +114,6 @@ class Trainer:
         began = time.monotonic()
         self.sanity_check(valid)
         for epoch in count(self.state.epoch + 1):
-            seed_everything(self.seed, "epoch", epoch)
             self.run_stage("train", epoch, train)
             self.state.epoch = epoch
             self.averaging.after_epoch(epoch)
@@ -137,7 +136,11 @@ class Trainer:
         return summary_table(self.state.history)
 
     def run_stage(self, stage: str, epoch: int, batches: Batches) -> StageResult:
-        """One pass over the batches; its row joins the history, the watchers hear of it."""
+        """One pass over the batches; its row joins the history, the watchers hear of it.
+
+        What is drawn in it depends on the seed, the stage and the epoch alone.
+        """
+        seed_everything(self.seed, stage, epoch)
         sizes = batches.num_batches, batches.num_samples
         self.callbacks.on_stage_start(StageStart(stage, epoch, *sizes))
         rows = Rows(self.task.metrics[stage], self.device)

@@ -22,6 +22,7 @@ from torchmetrics.functional.image import lpips
 from torchvision import models
 
 from app.config.build import Build
+from app.config.errors import UserError
 from app.metrics.function import FunctionMetric
 from app.metrics.images import (
     BACKBONES,
@@ -581,3 +582,24 @@ def test_an_update_does_not_read_the_device(case: str) -> None:
     outputs, targets = (tensor.to("meta") for tensor in batch)  # tensors that hold no values
     for metric in metrics.values():
         metric.to("meta").update(outputs, targets)
+
+
+class Evil:
+    """Runs code where a file of it is loaded without care."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.mkdir, (Path("evil"),)
+
+
+@pytest.mark.parametrize("name", ["fid", "kid"])
+def test_weights_that_hold_code_are_refused_and_none_of_it_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": Evil()}, tmp_path / "weights.pth")
+    with pytest.raises((ValueError, UserError), match=r"weights\.pth holds no plain weights"):
+        build(name, feature_weights=str(tmp_path / "weights.pth"))
+    (tmp_path / "damaged.pth").write_bytes(b"nothing")
+    with pytest.raises((ValueError, UserError), match=r"damaged\.pth holds no plain weights"):
+        build(name, feature_weights=str(tmp_path / "damaged.pth"))
+    assert not (tmp_path / "evil").exists()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job
+from conftest import make_job, mistakes_in
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -438,3 +438,45 @@ def test_a_single_plain_term_has_no_column_of_its_own() -> None:
     total, terms = loss(X[:, :2], Y)
     assert terms["a"] * 2 == total
     assert WeightedSum({"a": Term(nn.CrossEntropyLoss())})(X[:, :2], Y)[1] == {}
+
+
+def test_a_metric_may_not_have_the_name_of_a_term() -> None:
+    loss = {"right": Term(F.cross_entropy), "other": Term(F.cross_entropy)}
+    with pytest.raises(ValueError, match="metric 'right' of valid is the column of a loss term"):
+        SupervisedTask(nn.Linear(4, 2), loss, {"valid": {"right": right}})
+    words = (
+        "loss.cross_entropy.weight=2",
+        "+metric.valid.cross_entropy={_target_: app.metrics.correct.CorrectPredictions}",
+    )
+    assert mistakes_in(*words) == [
+        "metric.valid.cross_entropy is the column of a loss term; rename it"
+    ]
+
+
+class Random(SupervisedTask):
+    """Measures with random numbers."""
+
+    def eval_step(self, stage: str, batch: Nested) -> Step:
+        return super().eval_step(stage, (batch[0] + torch.randn(batch[0].shape), batch[1]))
+
+
+def test_what_is_drawn_in_an_evaluation_depends_on_seed_stage_and_epoch_alone(
+    tmp_path: Path,
+) -> None:
+    task = Random(nn.Linear(4, 2), F.cross_entropy)
+    data = load(TensorDataset(X, Y), 10)
+
+    def loss(seed: int, epoch: int) -> float:
+        trainer = Trainer(task, Plan(max_epochs=1), tmp_path, seed=seed)
+        torch.rand(epoch)
+        return float(trainer.evaluate(data, "test", epoch)["loss_mean"][0])
+
+    assert loss(0, 3) == loss(0, 3)
+    assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
+
+
+def test_large_inputs_may_be_evaluated_window_by_window(tmp_path: Path) -> None:
+    words = ("debug=fast", "experiment=shapes_patches", "data.image_size=32", "data.batch_size=4")
+    patches = ("task.patches.size=[32,32]", "data.source.test.size=80")
+    execute(make_job(*words, *patches), tmp_path)
+    assert (tmp_path / "test_summary_table.csv").is_file()

@@ -182,10 +182,24 @@ def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     for stage in STAGES:
         for name in plain["metric"][stage].keys() & set(RESERVED):
             yield Mistake(f"metric.{stage}.{name}", " is the name of another column; rename it")
-    for name in {name for name, node in plain["loss"].items() if node} & set(RESERVED) - {"loss"}:
+    terms = {name for name, node in plain["loss"].items() if node}
+    for name in terms & set(RESERVED) - {"loss"}:
         yield Mistake(f"loss.{name}", " is the name of another column; rename it")
+    for stage in STAGES:
+        for name in _term_columns(plain) & plain["metric"][stage].keys():
+            yield Mistake(f"metric.{stage}.{name}", " is the column of a loss term; rename it")
     if plain["task"].get("_target_") == SUPERVISED and not any(plain["loss"].values()):
         yield Mistake("loss", " has no term; choose one, as loss=cross_entropy")
+
+
+def _term_columns(plain: dict[str, Any]) -> set[str]:
+    """What the loss adds to the tables beside the total: nothing where that is its only term."""
+    terms = {name: node for name, node in plain["loss"].items() if node}
+    weights = [node.get("weight", 1) for node in terms.values()]
+    if len(terms) < 2 and all(weight == 1 for weight in weights):
+        return set()
+    changing = [n for n, w in zip(terms, weights, strict=True) if isinstance(w, dict)]
+    return {*terms, *(f"{name}_weight" for name in changing)}
 
 
 def _mode_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
@@ -273,13 +287,8 @@ def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator
             f"data.split.{stage}, or choose train/loss",
         )
         return
-    terms = {term: node for term, node in plain["loss"].items() if node}
-    own = len(terms) > 1 or any(node.get("weight", 1) != 1 for node in terms.values())
-    measured = [
-        "loss",
-        *(terms if own else ()),
-        *(n for n, node in plain["metric"][stage].items() if node),
-    ]
+    metrics = [n for n, node in plain["metric"][stage].items() if node]
+    measured = ["loss", *_term_columns(plain), *metrics]
     if plain["task"].get("_target_") == SUPERVISED and name not in measured:
         yield Mistake(
             key,

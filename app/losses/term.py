@@ -70,6 +70,12 @@ class WeightedSum(nn.Module):
         }
         self.has_columns = len(terms) > 1 or any(term.weight != 1 for term in terms.values())
 
+    @property
+    def columns(self) -> set[str]:
+        """The names of what it adds to the tables beside the total."""
+        changing = {*self.scheduled(), *self.learned()}
+        return {*self.terms, *changing} if self.has_columns else set()
+
     def forward(self, outputs: Nested, targets: Nested) -> tuple[Tensor, dict[str, Tensor]]:
         """The total, and the value of each term, unweighted, where it is not the total.
 

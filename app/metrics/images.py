@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import pickle
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -253,7 +254,7 @@ def extractor(feature: nn.Module | int, weights: str | None, normalize: bool) ->
         allowed = ", ".join(map(str, INCEPTION_FEATURES))
         raise ValueError(f"feature={feature!r} is not known; allowed: {allowed}, or a module")
     if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(f"feature={feature} needs torch-fidelity; pip install -e \".[generation]\"")
+        raise ValueError(f'feature={feature} needs torch-fidelity; pip install -e ".[generation]"')
     return Inception(feature, weights_file(weights, INCEPTION_URL), normalize)
 
 
@@ -275,6 +276,13 @@ def weights_file(given: str | None, url: str) -> Path:
             f"feature_weights={given}: there is no file {path}; "
             f"download {url} to there, or give the path of your copy"
         )
+    try:  # torch-fidelity would execute whatever the file holds
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"feature_weights={given}: {path} holds no plain weights: {reason}"
+        ) from error
     return path
 
 

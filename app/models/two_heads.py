@@ -1,0 +1,40 @@
+"""Two answers from one network."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class TwoHeads(nn.Module):
+    """A convolutional trunk, and two linear layers on it: the digit, and whether it is odd.
+
+    Args:
+        in_channels: Of the images.
+        num_digits: Classes of the first head.
+        width: Channels of the first of two blocks; the second has twice as many.
+    """
+
+    def __init__(self, in_channels: int = 1, num_digits: int = 10, width: int = 16) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            *_block(in_channels, width),
+            *_block(width, 2 * width),
+            nn.AdaptiveAvgPool2d(3),
+            nn.Flatten(),
+        )
+        self.digit = nn.Linear(2 * width * 9, num_digits)
+        self.parity = nn.Linear(2 * width * 9, 2)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Images of shape (N, C, H, W) to logits: `digit` (N, num_digits) and `parity` (N, 2)."""
+        features = self.trunk(images)
+        return {"digit": self.digit(features), "parity": self.parity(features)}
+
+
+def _block(before: int, after: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+    ]

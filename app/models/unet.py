@@ -1,0 +1,67 @@
+"""U-Net, for a class at each pixel."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UNet(nn.Module):
+    """Convolutions at halved and halved again resolution, and back up with what lay there before.
+
+    O. Ronneberger, P. Fischer and T. Brox, "U-Net: convolutional networks for biomedical image
+    segmentation", MICCAI 2015; with padded convolutions, so that outputs are as large as inputs,
+    and with batch normalisation. Theirs has width 64 and depth 4.
+
+    Args:
+        in_channels: Of the images.
+        num_classes: Channels of the output.
+        width: Channels at full resolution; each level below has twice as many.
+        depth: How often the resolution is halved.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int, width: int = 16, depth: int = 3) -> None:
+        super().__init__()
+        widths = [width * 2**level for level in range(depth + 1)]
+        upwards = [(above, below) for above, below in pairwise(widths)][::-1]
+        self.depth = depth
+        self.stem = _block(in_channels, width)
+        self.down = nn.ModuleList(_block(above, below) for above, below in pairwise(widths))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(below, above, 2, 2) for above, below in upwards)
+        self.merge = nn.ModuleList(_block(2 * above, above) for above, _ in upwards)
+        self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images of shape (N, C, H, W) to logits of shape (N, num_classes, H, W).
+
+        Raises:
+            ValueError: H or W is no multiple of `2 ** depth`.
+        """
+        if any(side % 2**self.depth for side in images.shape[2:]):
+            raise ValueError(
+                f"images of {list(images.shape[2:])} pixels cannot be halved {self.depth} times; "
+                f"allowed: multiples of {2**self.depth}"
+            )
+        maps: Tensor = self.stem(images)
+        passed = []
+        for block in self.down:
+            passed.append(maps)
+            maps = block(F.max_pool2d(maps, 2))
+        for up, merge in zip(self.up, self.merge, strict=True):
+            maps = merge(torch.cat([passed.pop(), up(maps)], dim=1))
+        logits: Tensor = self.classifier(maps)
+        return logits
+
+
+def _block(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(after, after, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(after),
+        nn.ReLU(inplace=True),
+    )

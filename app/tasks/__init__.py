@@ -1,0 +1,1 @@
+"""Steps that are not those from inputs to targets."""
