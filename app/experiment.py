@@ -18,7 +18,7 @@ from app.config import resolvers
 from app.config.build import Build
 from app.config.errors import UserError
 from app.config.schema import Job
-from app.data.loaders import Batches
+from app.data.batch import Batches
 from app.device import choose_device, make_deterministic
 from app.files import write_text
 from app.job import jobs_of

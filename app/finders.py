@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from app.config.errors import UserError
 from app.config.schema import Find
-from app.data.loaders import Batch, Batches
+from app.data.batch import Batch, Batches
 from app.device import peak_memory
 from app.figures import save_figure
 from app.files import write_csv

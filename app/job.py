@@ -11,10 +11,11 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.check import USES_CKPT, checked
+from app.config.check import checked
 from app.config.compose import compositions, parse_overrides
 from app.config.errors import ConfigError, Mistake
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
+from app.config.rules import USES_CKPT
 from app.config.schema import Job
 from app.config.targets import trusted_by_environment
 

@@ -16,22 +16,16 @@ from app.callbacks.callback import Callback, Callbacks
 from app.checkpoint import find_checkpoint
 from app.config.build import Build
 from app.config.schema import Config, Job
-from app.data.loaders import Batches
+from app.data.batch import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
 from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
+from app.learners import make_averaging, make_learning, make_plan
 from app.losses.term import class_outputs
 from app.nested import pick
-from app.parts import (
-    Parts,
-    make_averaging,
-    make_callbacks,
-    make_learning,
-    make_parts,
-    make_plan,
-)
+from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.status import Status, versions
 from app.task import SupervisedTask

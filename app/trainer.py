@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
 
@@ -20,12 +19,13 @@ from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
-from app.data.loaders import Batch, Batches
+from app.data.batch import Batch, Batches
 from app.freezing import Freezing
 from app.history import best, goal_value, loss_is_lost, measured
 from app.history import reason_to_stop as stop_by
 from app.learning import Learning
 from app.nested import Nested, count_samples, map_tensors, pick
+from app.plan import Plan
 from app.records import Rows, StageResult
 from app.seed import seed_everything
 from app.state import TrainState
@@ -34,38 +34,6 @@ from app.task import Step, Task, sound
 log = logging.getLogger(__name__)
 TRAIN_LOSS, CPU = Goal("train/loss", "min"), torch.device("cpu")
 PREDICT = "predict"  # what watchers are told in place of a stage
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long to train, and what comes when.
-
-    Attributes:
-        max_epochs: None where `max_steps` ends it.
-        max_steps: Of the optimizer; None where `max_epochs` ends it.
-        valid_every_n_epochs: And after the last.
-        save_every_n_epochs: And after the last.
-        sanity_valid_batches: Validated before training.
-        stop_at_non_finite_loss: An epoch whose mean loss of training is no number is the last.
-    """
-
-    max_epochs: int | None
-    max_steps: int | None = None
-    valid_every_n_epochs: int = 1
-    save_every_n_epochs: int = 1
-    sanity_valid_batches: int = 1
-    stop_at_non_finite_loss: bool = True
-
-    def epochs(self, steps_per_epoch: int | None) -> int | None:
-        """Epochs at most, the last one perhaps cut short; None where that is not known."""
-        if self.max_steps is None or steps_per_epoch is None:
-            return self.max_epochs
-        by_steps = math.ceil(self.max_steps / steps_per_epoch)
-        return by_steps if self.max_epochs is None else min(by_steps, self.max_epochs)
-
-    def is_over(self, epoch: int, steps: int) -> bool:
-        """Whether that epoch, after so many steps of the optimizer, is the last."""
-        return epoch == self.max_epochs or (self.max_steps is not None and steps >= self.max_steps)
 
 
 class Trainer:

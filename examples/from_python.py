@@ -17,8 +17,9 @@ from app.config.schema import Goal
 from app.data.loaders import load
 from app.learning import Learning
 from app.optimization import Optimization
+from app.plan import Plan
 from app.task import SupervisedTask
-from app.trainer import Plan, Trainer
+from app.trainer import Trainer
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/from_python")

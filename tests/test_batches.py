@@ -12,7 +12,7 @@ from conftest import make_job, mistakes_in
 from app.batches import make_datasets, make_loaders
 from app.config.build import Build
 from app.config.errors import UserError
-from app.data.loaders import Batches
+from app.data.batch import Batches
 from app.run import execute
 
 OWN = """

@@ -21,8 +21,9 @@ from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
 from app.history import History
+from app.learners import make_learning
 from app.optimization import Optimization
-from app.parts import Parts, make_learning, make_parts
+from app.parts import Parts, make_parts
 from app.records import Rows, StageResult
 from app.schedule import Schedule
 from app.seed import seed_everything, seed_of

@@ -23,8 +23,9 @@ from app.config.errors import ConfigError, UserError
 from app.data.loaders import load
 from app.learning import Learning
 from app.optimization import Optimization
+from app.plan import Plan
 from app.task import SupervisedTask
-from app.trainer import Plan, Trainer
+from app.trainer import Trainer
 
 X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -24,10 +24,11 @@ from app.losses.term import Term, WeightedSum
 from app.metrics.selected import Selected
 from app.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.optimization import Optimization
+from app.plan import Plan
 from app.records import mean_of
 from app.run import execute
 from app.task import Step, SupervisedTask, Task
-from app.trainer import Plan, Trainer
+from app.trainer import Trainer
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -1,0 +1,140 @@
+"""What learns, from its nodes: optimizers, schedules, averages, and for how long."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+from torch.optim import Optimizer
+
+from app.averaging import Averaging
+from app.config.build import Build
+from app.config.check import fill_auto, has_auto, optimizer_nodes
+from app.config.errors import UserError, nearest, one_of
+from app.config.schema import Config
+from app.learning import ONLY, Learning
+from app.optimization import Optimization
+from app.parts import Parts
+from app.plan import Plan
+from app.schedule import Schedule
+
+
+def make_learning(config: Config, build: Build, parts: Parts) -> Learning:
+    """An optimizer of all parameters that learn, or one for each part of the model it names.
+
+    Raises:
+        UserError: An optimizer is left without parameters, or parameters without an optimizer.
+    """
+    learnable = {
+        name: parameter
+        for name, parameter in parts.task.parameters().items()
+        if parameter.requires_grad and not parts.freezing.forever(name)
+    }
+    nodes = optimizer_nodes(config.optimizer)
+    names = {key: key.partition(".")[2] or ONLY for key in nodes}
+    groups = {
+        key: [p for n, p in learnable.items() if name == ONLY or n.startswith(f"{name}.")]
+        for key, name in names.items()
+    }
+    _check_groups(groups, learnable, names)
+    alone = len(nodes) == 1
+    return Learning(
+        {names[key]: _optimization(config, build, parts, key, groups[key], alone) for key in nodes}
+    )
+
+
+def _check_groups(
+    groups: dict[str, list[nn.Parameter]], learnable: dict[str, nn.Parameter], names: dict[str, str]
+) -> None:
+    parts = sorted({name.partition(".")[0] for name in learnable})
+    for key, parameters in groups.items():
+        if not parameters and not learnable:
+            raise UserError(f"{key}: there is nothing to learn: all parameters are frozen")
+        if not parameters:
+            raise UserError(
+                f"{key} has no parameters: {names[key]!r} is no part of the model that learns; "
+                f"parts: {one_of(parts)}{nearest(names[key], parts)}"
+            )
+    held = {id(parameter) for parameters in groups.values() for parameter in parameters}
+    left = [name for name, parameter in learnable.items() if id(parameter) not in held]
+    if left:
+        raise UserError(
+            f"optimizer: no optimizer has {left[0]!r}; each part of the model that learns needs "
+            f"one, or a freeze: {one_of(parts)}"
+        )
+
+
+def _optimization(
+    config: Config,
+    build: Build,
+    parts: Parts,
+    key: str,
+    parameters: list[nn.Parameter],
+    alone: bool,
+) -> Optimization:
+    trainer = config.trainer
+    optimizer = build(key, optimizer_nodes(config.optimizer)[key], parameters)
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(f"{key} is no torch.optim.Optimizer")
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"{key}: {type(optimizer).__name__} measures the loss again in each step (a closure), "
+            "which is not possible here"
+        )
+    return Optimization(
+        optimizer,
+        _schedule(config, build, optimizer, parts.loaders["train"].num_batches),
+        parts.task.precision.scaler(),
+        config.data.batch_size,
+        trainer.accumulate_grad_batches,
+        trainer.gradient_clip_norm,
+        trainer.gradient_clip_value,
+        alone,
+        trainer.gradient_norm,
+        trainer.zero_non_finite_gradients,
+    )
+
+
+def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int | None) -> Schedule:
+    wanted, plan = config.scheduler, make_plan(config)
+    accumulate = config.trainer.accumulate_grad_batches
+    steps_per_epoch = None if batches is None else -(-batches // accumulate)
+    epochs, per_epoch = plan.epochs(steps_per_epoch), wanted.interval == "epoch"
+    by_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
+    total = epochs if per_epoch else plan.max_steps or by_epochs
+    if total is None and has_auto(wanted.lr_scheduler):
+        raise UserError(
+            "scheduler.lr_scheduler: 'auto' is the length of the run, which is not known for this "
+            "data; give a number, or trainer.max_steps with scheduler.interval=step"
+        )
+    node = fill_auto(wanted.lr_scheduler, total or 1)
+    inner = build("scheduler.lr_scheduler", node, optimizer) if node else None
+    return Schedule(optimizer, inner, per_epoch, wanted.warmup_steps)
+
+
+def make_averaging(config: Config, build: Build, model: nn.Module) -> Averaging:
+    """The average of the weights, or the weights themselves.
+
+    Raises:
+        UserError: It is none.
+    """
+    if config.average is None:
+        return Averaging(model)
+    averaging = build("average", config.average, model=model)
+    if not isinstance(averaging, Averaging):
+        raise UserError("average is no app.averaging.Averaging")
+    return averaging
+
+
+def make_plan(config: Config) -> Plan:
+    """How long to train, and what comes when."""
+    trainer = config.trainer
+    return Plan(
+        max_epochs=1 if trainer.fast_dev_run else trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        valid_every_n_epochs=trainer.valid_every_n_epochs,
+        save_every_n_epochs=config.checkpoint.every_n_epochs,
+        sanity_valid_batches=trainer.sanity_valid_batches,
+        stop_at_non_finite_loss=trainer.stop_at_non_finite_loss,
+    )

@@ -1,0 +1,63 @@
+"""Two samples through everything, so that what does not fit is named before the first epoch."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from app.config.errors import UserError
+from app.config.schema import Data
+from app.data.batch import Batches
+from app.nested import pick
+from app.task import SupervisedTask, Task, sound
+from app.trainer import PREDICT
+
+
+def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
+    """Puts two samples through the step: the model, the loss and the metrics.
+
+    Raises:
+        UserError: Names the part that does not fit the others, and the shapes.
+    """
+    batch = loader.first(2)
+    if isinstance(task, SupervisedTask):
+        if stage == "train" or task.patches is None:
+            _check_shape(pick(batch, task.inputs), stage, data)
+    elif stage == "train":
+        return
+    task.model.eval()
+    try:
+        looked_over = nullcontext() if stage == PREDICT else task.metrics[stage].strict()
+        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), looked_over:
+            # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
+            warnings.filterwarnings("error", "Using a target size")
+            if isinstance(task, SupervisedTask):
+                _check_classes(task.predict_step(batch), data)
+            elif stage == PREDICT:
+                task.predict_step(batch)
+            if stage != PREDICT:
+                sound(task, stage, task.eval_step(stage, batch))
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(
+            f"task: {type(task).__name__} cannot take {stage} data: {reason}"
+        ) from error
+
+
+def _check_classes(outputs: object, data: Data) -> None:
+    given = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
+    if data.num_classes is not None and given not in (None, data.num_classes):
+        raise UserError(f"data.num_classes={data.num_classes}, but the model gives {given} outputs")
+
+
+def _check_shape(inputs: object, stage: str, data: Data) -> None:
+    shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
+    if shape is not None and shape != data.input_shape:
+        raise UserError(
+            f"data.input_shape={data.input_shape}, but the {stage} samples are of shape {shape}"
+        )
