@@ -178,6 +178,7 @@ class Trainer:
 
     def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
         """Each batch with its outputs; the watchers hear of them."""
+        seed_everything(self.seed, PREDICT, self.state.epoch)
         sizes = batches.num_batches, batches.num_samples
         self.callbacks.on_stage_start(StageStart(PREDICT, self.state.epoch, *sizes))
         self.task.model.eval()
