@@ -117,6 +117,33 @@ class StochasticWeightAveraging(Averaging):
             self._add(self.add)
 
 
+@contextmanager
+def measured_anew(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """The modules of batch normalisation that learn take the mean over all batches put through.
+
+    Those that are frozen keep their statistics; all else stays in its mode.
+    """
+    kind = torch.nn.modules.batchnorm._BatchNorm
+    found = [
+        module
+        for module in model.modules()
+        if isinstance(module, kind)
+        and module.track_running_stats
+        and any(parameter.requires_grad for parameter in module.parameters())
+    ]
+    momenta = [module.momentum for module in found]
+    for module in found:
+        module.reset_running_stats()
+        module.momentum = None  # each batch counts as much as any other
+        module.train()
+    try:
+        yield list(found)
+    finally:
+        for module, momentum in zip(found, momenta, strict=True):
+            module.momentum = momentum
+            module.eval()
+
+
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """All that a state dict of the model holds, by name, to be changed in place."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}

@@ -59,7 +59,8 @@ def _sources_wanted(config: Config) -> tuple[str, ...]:
         wanted = () if config.predict.images else (config.predict.stage,)
     if not wanted and config.mode != "predict":
         return ()
-    measured = config.data.normalize is not None and config.data.normalize.mean == "auto"
+    wanted_values = config.data.normalize
+    measured = wanted_values is not None and "auto" in (wanted_values.mean, wanted_values.std)
     cut = any(getattr(config.data.source, stage) is None for stage in wanted)
     return STAGES if measured or cut or "train" in wanted else wanted
 
@@ -97,7 +98,7 @@ def _transform(
     mean = std = None
     if data.normalize is not None:
         measured = "auto" in (data.normalize.mean, data.normalize.std)
-        means, stds = channel_statistics(datasets["train"]) if measured else ([], [])
+        means, stds = channel_statistics(datasets["train"], data.inputs) if measured else ([], [])
         wanted = data.normalize
         image = len(data.input_shape) == 3
         mean = _per_channel(means if wanted.mean == "auto" else wanted.mean, image, device)
@@ -165,6 +166,8 @@ def _weights(build: Build, data: Data, dataset: Samples) -> torch.Tensor:
 
 
 def _limit(trainer: Trainer, stage: str) -> Limit:
+    if stage == "predict":
+        return None
     if trainer.fast_dev_run:
         return int(trainer.fast_dev_run)
     limit: Limit = getattr(trainer, f"limit_{stage}_batches", None)

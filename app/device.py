@@ -66,6 +66,11 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device_type, enabled=False)
 
+    def widened(self, tensor: torch.Tensor) -> torch.Tensor:
+        """In float32 what the forward pass gave in less, so that metrics are exact."""
+        narrow = self.name != "fp32" and tensor.dtype in (torch.bfloat16, torch.float16)
+        return tensor.float() if narrow else tensor
+
     def scaler(self) -> torch.amp.GradScaler:
         """Keeps small gradients of fp16 from vanishing; does nothing for the other types."""
         return torch.amp.GradScaler(self.device_type, enabled=self.name == "fp16")

@@ -22,13 +22,11 @@ from app.data.batch import Batches
 from app.device import choose_device, make_deterministic
 from app.files import write_text
 from app.job import jobs_of
-from app.losses.term import class_outputs
 from app.nested import Nested, describe
 from app.parts import make_callbacks, make_parts
 from app.predictions import table
-from app.run import make_trainer, restore_from
+from app.run import logits_predicted, make_trainer, restore_from
 from app.status import Status
-from app.task import SupervisedTask
 
 
 class Experiment:
@@ -98,8 +96,7 @@ class Experiment:
             raise UserError(
                 f"the outputs are no table but {describe(outputs)}; trainer.predict(...)"
             )
-        classes = isinstance(self.task, SupervisedTask) and None in class_outputs(self.task.loss)
-        return table(values, classes)
+        return table(values, None in logits_predicted(self.task))
 
     def _batches(self, stage: str) -> Batches:
         if stage not in self.loaders:
@@ -118,5 +115,9 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
     if len(jobs) != 1:
         raise UserError("several jobs at once: a sweep belongs on the command line")
     composed, job = jobs[0]
-    run_dir = str(OmegaConf.select(composed, "hydra.run.dir"))
-    return Experiment(job, Path(folder or run_dir).absolute())
+    if job.config.mode == "check":
+        raise UserError("mode='check' is for the command line: composing has checked already")
+    where = Path(folder or str(OmegaConf.select(composed, "hydra.run.dir"))).absolute()
+    if (where / "status.json").exists():
+        raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")
+    return Experiment(job, where)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from app.config.errors import UserError
 from app.files import write_whole
+from app.nested import tensors
 
 T = TypeVar("T")
 Format = Literal["safetensors", "torch_export", "onnx"]
@@ -62,7 +63,7 @@ def _program(model: nn.Module, sample: Tensor) -> bytes:
     content.seek(0)
     loaded = torch.export.load(content).module()
     for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        _compare(torch.allclose(loaded(inputs), model(inputs), atol=1e-5))
+        _compare(_alike(tensors(loaded(inputs)), tensors(model(inputs)), 1e-5))
     return content.getvalue()
 
 
@@ -83,8 +84,8 @@ def _onnx(model: nn.Module, sample: Tensor) -> bytes:
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (name,) = [one.name for one in session.get_inputs()]
     for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        found = torch.from_numpy(session.run(None, {name: inputs.numpy()})[0])
-        _compare(torch.allclose(found, model(inputs), atol=1e-4))
+        found = map(torch.from_numpy, session.run(None, {name: inputs.numpy()}))
+        _compare(_alike(found, tensors(model(inputs)), 1e-4))
     return content
 
 
@@ -96,6 +97,11 @@ def _tried(format: str, trace: Callable[[], T]) -> T:
         raise UserError(
             f"export.format={format!r}: the model cannot be traced: {reason}"
         ) from error
+
+
+def _alike(found: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
+    pairs = zip(found, expected, strict=True)
+    return all(torch.allclose(a, b, atol=tolerance) for a, b in pairs)
 
 
 def _compare(same: bool) -> None:

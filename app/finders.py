@@ -25,7 +25,7 @@ from app.task import Task, sound
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.05  # weight of the newest loss
-DIVERGED = 4.0  # times the best smoothed loss so far
+DIVERGED = 4.0  # times the lowest smoothed loss so far
 
 
 def find_learning_rate(task: Task, train: Batches, find: Find, folder: Path) -> float:
@@ -59,7 +59,7 @@ def find_learning_rate(task: Task, train: Batches, find: Find, folder: Path) -> 
         losses.append(float(value.value))  # type: ignore[union-attr]
         average += SMOOTHING * (losses[-1] - average)
         smoothed.append(average / (1 - (1 - SMOOTHING) ** step))
-        if not math.isfinite(smoothed[-1]) or smoothed[-1] > DIVERGED * min(smoothed):
+        if diverges(smoothed):
             log.info("the loss diverges at a learning rate of %.3g", rate)
             break
     table = pd.DataFrame({"lr": rates[: len(losses)], "loss": losses, "smoothed_loss": smoothed})
@@ -67,6 +67,13 @@ def find_learning_rate(task: Task, train: Batches, find: Find, folder: Path) -> 
     suggestion = steepest(table[np.isfinite(table["smoothed_loss"])])
     save_figure(folder / "find_lr.png", _curve(table, suggestion))
     return suggestion
+
+
+def diverges(smoothed: list[float]) -> bool:
+    """Whether the last loss lies far above the lowest, or is no number."""
+    low = min(smoothed)
+    margin = max(abs(low), 0.1 * abs(smoothed[0]))
+    return not math.isfinite(smoothed[-1]) or smoothed[-1] > low + (DIVERGED - 1) * margin
 
 
 def steepest(table: pd.DataFrame) -> float:
@@ -148,7 +155,12 @@ def _wait(batch: Batch) -> None:
 def endless(train: Batches) -> Iterator[Batch]:
     """Epoch after epoch."""
     for epoch in count(1):
-        yield from train.epoch(epoch)
+        empty = True
+        for batch in train.epoch(epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("the train data gives no batch")
 
 
 def _curve(table: pd.DataFrame, suggestion: float) -> Figure:

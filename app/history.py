@@ -38,6 +38,12 @@ def goal_value(row: Row, goal: Monitor) -> float:
     return float(row[name])
 
 
+def is_measured(history: History, monitor: Monitor) -> bool:
+    """Whether every row of its stage has the metric, as a number."""
+    name = "loss_mean" if monitor.name == "loss" else monitor.name
+    return all(name in row for row in history if row["stage"] == monitor.stage)
+
+
 def measured(history: History, goal: Monitor) -> list[Best]:
     """The goal's value in every epoch that has one; a NaN is none."""
     rows = [row for row in history if row["stage"] == goal.stage]

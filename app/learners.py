@@ -19,8 +19,14 @@ from app.plan import Plan
 from app.schedule import Schedule
 
 
-def make_learning(config: Config, build: Build, parts: Parts) -> Learning:
+def make_learning(config: Config, build: Build, parts: Parts, scheduled: bool = True) -> Learning:
     """An optimizer of all parameters that learn, or one for each part of the model it names.
+
+    Args:
+        config: The whole configuration.
+        build: Of nodes.
+        parts: The task, the batches of training, what is frozen.
+        scheduled: Whether learning rates follow the schedule.
 
     Raises:
         UserError: An optimizer is left without parameters, or parameters without an optimizer.
@@ -39,7 +45,10 @@ def make_learning(config: Config, build: Build, parts: Parts) -> Learning:
     _check_groups(groups, learnable, names)
     alone = len(nodes) == 1
     return Learning(
-        {names[key]: _optimization(config, build, parts, key, groups[key], alone) for key in nodes}
+        {
+            names[key]: _optimization(config, build, parts, key, groups[key], alone, scheduled)
+            for key in nodes
+        }
     )
 
 
@@ -71,6 +80,7 @@ def _optimization(
     key: str,
     parameters: list[nn.Parameter],
     alone: bool,
+    scheduled: bool,
 ) -> Optimization:
     trainer = config.trainer
     optimizer = build(key, optimizer_nodes(config.optimizer)[key], parameters)
@@ -82,9 +92,10 @@ def _optimization(
             f"{key}: {type(optimizer).__name__} measures the loss again in each step (a closure), "
             "which is not possible here"
         )
+    batches = parts.loaders["train"].num_batches
     return Optimization(
         optimizer,
-        _schedule(config, build, optimizer, parts.loaders["train"].num_batches),
+        _schedule(config, build, optimizer, batches) if scheduled else None,
         parts.task.precision.scaler(),
         config.data.batch_size,
         trainer.accumulate_grad_batches,
@@ -102,7 +113,8 @@ def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int |
     steps_per_epoch = None if batches is None else -(-batches // accumulate)
     epochs, per_epoch = plan.epochs(steps_per_epoch), wanted.interval == "epoch"
     by_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
-    total = epochs if per_epoch else plan.max_steps or by_epochs
+    steps = [number for number in (plan.max_steps, by_epochs) if number is not None]
+    total = epochs if per_epoch else min(steps, default=None)
     if total is None and has_auto(wanted.lr_scheduler):
         raise UserError(
             "scheduler.lr_scheduler: 'auto' is the length of the run, which is not known for this "

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from app.optimization import Optimization
 from app.records import Mean
 
@@ -51,7 +53,7 @@ class Learning:
     def norms(self, count: int) -> dict[str, Mean]:
         """The norms of the gradients, where they are kept; batches without a step have none."""
         return {
-            column("gradient_norm", name): Mean(one.norm, 0 if one.batches else count)
+            column("gradient_norm", name): _norm(one, count)
             for name, one in self.optimizations.items()
             if one.tracks_norm
         }
@@ -69,6 +71,12 @@ class Learning:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {name: one.state_dict() for name, one in self.optimizations.items()}
+
+
+def _norm(one: Optimization, count: int) -> Mean:
+    if one.norm is None:
+        return Mean(torch.zeros((), device=one.device), 0)
+    return Mean(one.norm, 0 if one.batches else count)
 
 
 def column(what: str, name: str) -> str:

@@ -50,12 +50,20 @@ def _named(nested: Nested, name: str) -> Nested:
 
 
 def put(nested: Nested, key: int | str, value: Nested) -> Nested:
-    """The same with another part at that position or name."""
+    """The same with another part where `pick` finds the one of that key.
+
+    Raises:
+        UserError: There is no such part.
+    """
+    first, _, rest = str(key).partition(".") if isinstance(key, str) else (key, "", "")
+    inner = put(pick(nested, first), rest, value) if rest else value
     if isinstance(nested, dict):
-        return {**nested, key: value}
-    if isinstance(nested, list):
-        return [value if place == key else part for place, part in enumerate(nested)]
-    return tuple(value if place == key else part for place, part in enumerate(nested))
+        pick(nested, first)
+        return {**nested, first: inner}
+    pick(nested, first)
+    place = int(first) % len(nested)
+    parts = [inner if index == place else part for index, part in enumerate(nested)]
+    return parts if isinstance(nested, list) else tuple(parts)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from app.config.errors import UserError
 from app.schedule import Schedule
 
 
@@ -47,7 +48,7 @@ class Optimization:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.alone, self.tracks_norm = alone, tracks_norm
         self.zero_non_finite = zero_non_finite
-        self.norm = torch.zeros(())  # of the step just made
+        self.norm: Tensor | None = None  # of the step just made
         self.steps = self.batches = self.samples = 0
 
     @property
@@ -64,12 +65,21 @@ class Optimization:
             self.update()
 
     def backward(self, loss: Tensor, num_samples: int) -> None:
-        """Adds the gradients of the loss to those of the parameters."""
+        """Adds the gradients of the loss to those of the parameters; frozen ones get none.
+
+        Raises:
+            UserError: The loss does not depend on what learns.
+        """
+        learning = list(self._learning())
+        if not learning:
+            return
+        if not loss.requires_grad:
+            raise UserError("loss: it does not depend on any parameter that learns")
         if self.accumulate > 1:
             loss = loss * (num_samples / self.full)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
-            scaled.backward(inputs=None if self.alone else list(self._learning()))
+            scaled.backward(inputs=None if self.alone else learning)
 
     def finish(self) -> None:
         """Uses what has accumulated; an epoch ends."""
@@ -78,7 +88,18 @@ class Optimization:
 
     def update(self) -> None:
         """Changes the weights by the gradients that are there, and forgets these."""
-        if self.scaler.is_enabled() and (self.clip_value or self.clip_norm or self.tracks_norm):
+        if next(iter(self._gradients()), None) is not None:
+            self._learn()
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.is_autocast_enabled(self.device.type):
+            torch.clear_autocast_cache()  # it holds the old weights until the step is over
+        self.schedule.step_end()
+        self.steps += 1
+        self.batches = self.samples = 0
+
+    def _learn(self) -> None:
+        changes = (self.clip_value, self.clip_norm, self.tracks_norm, self.zero_non_finite)
+        if self.scaler.is_enabled() and any(changes):
             self.scaler.unscale_(self.optimizer)
         if self.accumulate > 1 and 0 < self.samples != self.full:
             # Short groups: as one batch of just these samples.
@@ -94,12 +115,6 @@ class Optimization:
             torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if torch.is_autocast_enabled(self._device_type):
-            torch.clear_autocast_cache()  # it holds the old weights until the step is over
-        self.schedule.step_end()
-        self.steps += 1
-        self.batches = self.samples = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values of the optimizer, the schedule and the scaler."""
@@ -111,8 +126,9 @@ class Optimization:
         }
 
     @property
-    def _device_type(self) -> str:
-        return next(iter(self._parameters())).device.type
+    def device(self) -> torch.device:
+        """That of the parameters."""
+        return next(iter(self._parameters())).device
 
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])

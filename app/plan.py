@@ -35,4 +35,5 @@ class Plan:
 
     def is_over(self, epoch: int, steps: int) -> bool:
         """Whether that epoch, after so many steps of the optimizer, is the last."""
-        return epoch == self.max_epochs or (self.max_steps is not None and steps >= self.max_steps)
+        by_epochs = self.max_epochs is not None and epoch >= self.max_epochs
+        return by_epochs or (self.max_steps is not None and steps >= self.max_steps)

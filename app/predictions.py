@@ -47,6 +47,9 @@ class Predictions:
         self.parts: dict[str, list[Tensor]] = {}
         self.targets: list[Tensor] = []
         self.done: dict[str, int] = {}
+        stems = [str(Path(name).with_suffix("")) for name in names or ()]
+        # cat.jpg and cat.png are two samples
+        self.stems = stems if len({*stems}) == len(stems) else list(names or ())
 
     def add(self, outputs: Nested, targets: Nested = None) -> None:
         """A batch; targets are kept where they are one label for each sample."""
@@ -99,7 +102,7 @@ class Predictions:
         first = self.done.get(name, 0)
         folder = self.folder / ("predictions" + (f"_{name}" if name else ""))
         for place, values in enumerate(batch.numpy(), first):
-            stem = Path(self.names[place]).with_suffix("") if self.names else f"{place:06d}"
+            stem = self.stems[place] if self.stems else f"{place:06d}"
             picture = label_image(values) if name in self.classes else image(values)
             content = io.BytesIO()
             picture.save(content, format="png")
@@ -127,9 +130,12 @@ def table(values: np.ndarray, classes: bool) -> pd.DataFrame:
 
 
 def flattened(outputs: Nested, prefix: str = WHOLE) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested outputs by name; those of tuples are numbered."""
+    """The tensors of samples in nested outputs by name; those of tuples are numbered."""
     if isinstance(outputs, Tensor):
-        yield prefix, outputs
+        if outputs.ndim:  # a single number, as a loss, belongs to no sample
+            yield prefix, outputs
+        return
+    if not isinstance(outputs, (dict, tuple, list)):
         return
     parts = outputs.items() if isinstance(outputs, dict) else enumerate(outputs)
     for name, part in parts:

@@ -153,7 +153,7 @@ class Rows:
                 with np.errstate(invalid="ignore"):  # none counted: not a number
                     steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
                     totals[name] = float(total[0] / total[1])
-            elif (value := metric.value(total)).size == 1:
+            elif (value := self.metrics.value(name, total)).size == 1:
                 steps[name] = metric.values(sums)
                 totals[name] = value.item()
             else:

@@ -24,11 +24,11 @@ from app.finders import find_batch_size, find_learning_rate
 from app.history import best
 from app.learners import make_averaging, make_learning, make_plan
 from app.losses.term import class_outputs
-from app.nested import pick
+from app.nested import Key, pick
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.status import Status, versions
-from app.task import SupervisedTask
+from app.task import SupervisedTask, Task
 from app.trainer import PREDICT, Trainer
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ def execute(job: Job, folder: Path) -> float | None:
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode in FINDERS:
-            parts.task.learning = make_learning(config, build, parts)
+            parts.task.learning = make_learning(config, build, parts, scheduled=False)
+            parts.freezing.apply(1)
             FINDERS[config.mode](config, parts, folder)
             return None
         with _watchers(job, build, parts, status, folder) as callbacks:
@@ -129,7 +130,7 @@ def evaluate(trainer: Trainer, parts: Parts, config: Config) -> None:
 def predict(trainer: Trainer, parts: Parts, config: Config) -> None:
     """Writes what a checkpoint predicts."""
     file, task, loader = restore_from(trainer, config), parts.task, parts.loaders[PREDICT]
-    classes = class_outputs(task.loss) if isinstance(task, SupervisedTask) else ()
+    classes = logits_predicted(task)
     names = getattr(loader, "names", None)
     files = Predictions(trainer.state.folder, classes, config.predict.format, names)
     has_targets = isinstance(task, SupervisedTask) and names is None
@@ -145,6 +146,12 @@ def export_model(trainer: Trainer, parts: Parts, config: Config) -> None:
     sample = torch.rand(2, *config.data.input_shape)
     path = export(model.cpu().eval(), sample, config.export.format, trainer.state.folder)
     log.info("the model of %s is in %s", file, path)
+
+
+def logits_predicted(task: Task) -> list[Key]:
+    """The parts of predictions that are logits of classes; none where a task has its own way."""
+    own_way = type(task).predict_step is not SupervisedTask.predict_step
+    return [] if own_way or not isinstance(task, SupervisedTask) else class_outputs(task.loss)
 
 
 USES = {"valid": evaluate, "test": evaluate, "predict": predict, "export": export_model}

@@ -17,7 +17,7 @@ from app.callbacks.callback import Callback
 from app.config.schema import Goal
 from app.device import describe_device, peak_memory
 from app.files import write_json
-from app.history import History, best
+from app.history import History, best, is_measured
 from app.records import StageResult
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
@@ -62,7 +62,7 @@ class Status(Callback):
 
     def write(self, state: State, error: str | None = None) -> None:
         """Replaces the file."""
-        found = best(self.history, self.goal)
+        found = best(self.history, self.goal) if is_measured(self.history, self.goal) else None
         content = {
             "status": state,
             **self.about,

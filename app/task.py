@@ -85,6 +85,10 @@ class Task:
         """What is predicted for one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step")
 
+    def forward_step(self, batch: Nested) -> None:
+        """Only puts a batch through the model, whose batch statistics are measured anew."""
+        self.predict_step(batch)
+
     def starts(self, epoch: int, step: int) -> None:
         """A step of training comes; both are counted from 1."""
 
@@ -128,12 +132,12 @@ class Task:
             terms: Further scalars, means over the batch, by the names of their columns.
         """
         count = count_samples(outputs)
-        means = {
-            name: mean_of(value, count) for name, value in {"loss": loss, **(terms or {})}.items()
-        }
+        means = {n: mean_of(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
+        means["loss"] = mean_of(loss, count)  # whatever terms are called
         outputs = map_tensors(Tensor.detach, outputs)
         with self.precision.off():
-            sums = self.metrics[stage].sums(outputs, targets)
+            wide = map_tensors(self.precision.widened, (outputs, targets))
+            sums = self.metrics[stage].sums(*wide)
         return Step({**means, **sums}, outputs)
 
 
@@ -208,6 +212,9 @@ class SupervisedTask(Task):
 
     def predict_step(self, batch: Nested) -> Nested:
         return self.predict(pick(batch, self.inputs))
+
+    def forward_step(self, batch: Nested) -> None:
+        self.forward(pick(batch, self.inputs))
 
     def unpack(self, batch: Nested) -> tuple[Nested, Nested]:
         """Inputs and targets of a batch."""

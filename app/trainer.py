@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch.optim.swa_utils import update_bn
 
-from app.averaging import Averaging
+from app.averaging import Averaging, measured_anew
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
 from app.config.errors import UserError
@@ -24,7 +23,7 @@ from app.freezing import Freezing
 from app.history import best, goal_value, loss_is_lost, measured
 from app.history import reason_to_stop as stop_by
 from app.learning import Learning
-from app.nested import Nested, count_samples, map_tensors, pick
+from app.nested import Nested, count_samples, map_tensors
 from app.plan import Plan
 from app.records import Rows, StageResult
 from app.seed import seed_everything
@@ -73,6 +72,7 @@ class Trainer:
         self.freezing = freezing or Freezing(task.model, {})
         self.monitors = dict(monitors or {})
         self.state = TrainState(task, self.averaging, folder, job)
+        self.trained_batches = 0  # in the last epoch
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
@@ -80,9 +80,12 @@ class Trainer:
         Leaves `best.pt` and `last.pt`, and gives the summary: a line for each stage.
         """
         began = time.monotonic()
+        if self.plan.is_over(self.state.epoch, self.learning.steps):
+            log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
+            return summary_table(self.state.history)
         self.sanity_check(valid)
         for epoch in count(self.state.epoch + 1):
-            self.run_stage("train", epoch, train)
+            self.run_stage("train", epoch, train, learns=True)
             self.state.epoch = epoch
             self.averaging.after_epoch(epoch)
             last = self.plan.is_over(epoch, self.learning.steps)
@@ -103,7 +106,9 @@ class Trainer:
                 break
         return summary_table(self.state.history)
 
-    def run_stage(self, stage: str, epoch: int, batches: Batches) -> StageResult:
+    def run_stage(
+        self, stage: str, epoch: int, batches: Batches, learns: bool = False
+    ) -> StageResult:
         """One pass over the batches; its row joins the history, the watchers hear of it.
 
         What is drawn in it depends on the seed, the stage and the epoch alone.
@@ -113,8 +118,7 @@ class Trainer:
         self.callbacks.on_stage_start(StageStart(stage, epoch, *sizes))
         rows = Rows(self.task.metrics[stage], self.device)
         data = batches.epoch(epoch)
-        training = stage == "train"
-        steps = self.train_steps(data, epoch) if training else self.eval_steps(data, stage)
+        steps = self.train_steps(data, epoch) if learns else self.eval_steps(data, stage)
         for batch, step, numbers in steps:
             rows.add(step.values, numbers)
             end = StepEnd(stage, epoch, step.num_samples, batch, step.outputs)
@@ -133,7 +137,9 @@ class Trainer:
         task, learning = self.task, self.learning
         task.model.train()
         self.freezing.apply(epoch)
+        self.trained_batches = 0
         for batch in batches:
+            self.trained_batches += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
             rates = learning.rates()
@@ -209,13 +215,17 @@ class Trainer:
         """The average of the weights stands in for them, where there is one."""
         with self.averaging.applied():
             if self.averaging.average and self.averaging.measures_batches:
-                inputs = (self.inputs_of(batch) for batch in train.epoch(epoch))
-                update_bn(inputs, self.task.model)
+                self.measure_batches(islice(train.epoch(epoch), self.trained_batches))
             yield
 
-    def inputs_of(self, batch: Batch) -> Nested:
-        """What the model takes from a batch."""
-        return pick(batch, getattr(self.task, "inputs", 0))
+    @torch.no_grad()
+    def measure_batches(self, batches: Iterator[Batch]) -> None:
+        """Finds the statistics of batch normalisation anew, where it is not frozen."""
+        self.task.model.eval()
+        with measured_anew(self.task.model) as found:
+            for batch in batches if found else ():
+                with self.task.precision.autocast():
+                    self.task.forward_step(batch)
 
     def save_best(self, epoch: int) -> None:
         """Keeps the weights where this epoch is the best by the goal, or by a monitor."""
@@ -262,10 +272,12 @@ class Trainer:
 
 
 def concatenated(parts: list[Nested]) -> Nested:
-    """Batches of outputs as one, whatever their form."""
+    """Batches of outputs as one, whatever their form; single numbers of batches in a row."""
     first = parts[0]
     if isinstance(first, torch.Tensor):
-        return torch.cat(parts)
+        return torch.cat(parts) if first.ndim else torch.stack(parts)
+    if first is None:
+        return None
     if isinstance(first, dict):
         return {name: concatenated([part[name] for part in parts]) for name in first}
     return tuple(concatenated(list(group)) for group in zip(*parts, strict=True))

@@ -35,7 +35,7 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
             # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
             warnings.filterwarnings("error", "Using a target size")
             if isinstance(task, SupervisedTask):
-                _check_classes(task.predict_step(batch), data)
+                _check_classes(task.predict(pick(batch, task.inputs)), data)
             elif stage == PREDICT:
                 task.predict_step(batch)
             if stage != PREDICT:

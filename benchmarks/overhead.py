@@ -86,7 +86,9 @@ def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
 
     def ours() -> float:
         began = time.perf_counter()
-        trainer.run_stage("train", len(trainer.state.history) + 1, parts.loaders["train"])
+        trainer.run_stage(
+            "train", len(trainer.state.history) + 1, parts.loaders["train"], learns=True
+        )
         return time.perf_counter() - began
 
     def bare() -> float:

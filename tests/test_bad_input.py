@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import pickle
 import shutil
@@ -14,12 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran
+from conftest import Ran, make_job, mistakes_in
 from torch import nn
 
 from app.checkpoint import load_checkpoint, load_weights
 from app.config.errors import UserError
 from app.files import write_text, write_whole
+from app.run import execute
 
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"
 
@@ -253,3 +255,31 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("key", ["metric.test", "loss"])
+def test_a_name_cannot_reach_out_of_the_folder(key: str, elsewhere: Path) -> None:
+    folder = elsewhere / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    group, _, stage = key.partition(".")
+    node = "{_target_: app.metrics.correct.CorrectPredictions}"
+    inner = f"'/../../evil': {node}"
+    text = f"{group}: {{{stage}: {{{inner}}}}}" if stage else f"{group}: {{{inner}}}"
+    (folder / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
+    found = mistakes_in("--config-dir", "conf", "experiment=evil")
+    assert any("names a column and a file" in mistake for mistake in found)
+
+
+def test_columns_of_the_tables_are_no_names_for_metrics() -> None:
+    node = "{_target_: app.metrics.correct.CorrectPredictions}"
+    (mistake,) = mistakes_in(f"+metric.valid.total_samples={node}")
+    assert mistake == "metric.valid.total_samples is the name of another column; rename it"
+
+
+def test_status_says_failed_where_the_goal_is_no_number(elsewhere: Path) -> None:
+    metric = "metric/single@metric.train=[accuracy_per_class]"
+    words = ("model=mlp", "debug=fast", metric, "goal.metric=train/accuracy_per_class")
+    job = make_job(*words)
+    with pytest.raises(UserError, match="is not measured as a number in train"):
+        execute(job, elsewhere / "run")
+    assert json.loads((elsewhere / "run" / "status.json").read_text())["status"] == "failed"

@@ -29,6 +29,10 @@ def table(count: int):
     return TensorDataset(*points(count))
 
 
+def turned(count: int):
+    return TensorDataset(*points(count)[::-1])
+
+
 class Stream(IterableDataset):
     def __init__(self, count: int, known: bool = False) -> None:
         self.count, self.known = count, known
@@ -192,3 +196,13 @@ def test_mistakes_in_the_parts_of_a_batch() -> None:
     assert mistake == "data.drop_last=2 does not fit; allowed: true or false"
     (mistake,) = mistakes_in("data.sampling={_target_: app.data.sampling.Balancd}")
     assert "did you mean 'Balanced'" in mistake
+
+
+def test_statistics_are_those_of_the_part_that_is_the_input() -> None:
+    words = ("++data.normalize.mean=auto", "++data.normalize.std=auto")
+    batches = loaders(
+        "data.source.train._target_=own_data.turned", "data.inputs=1", "data.targets=0", *words
+    )["train"]
+    values = torch.cat([batch[1] for batch in batches.epoch(1)])
+    torch.testing.assert_close(values.mean(0), torch.zeros(2), atol=1e-5, rtol=0)
+    torch.testing.assert_close(values.std(0, correction=0), torch.ones(2), atol=1e-5, rtol=0)

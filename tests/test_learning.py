@@ -23,7 +23,7 @@ from app.checkpoint import load_checkpoint
 from app.config.errors import UserError
 from app.config.schema import Find, Freeze, Goal, Monitor
 from app.data.loaders import load
-from app.finders import find_learning_rate, steepest
+from app.finders import diverges, find_learning_rate, steepest
 from app.freezing import Freezing, matches
 from app.learning import Learning
 from app.losses.term import Term, WeightedSum
@@ -535,3 +535,112 @@ def test_gradients_that_are_no_numbers_may_become_zero(tmp_path: Path) -> None:
         if zero:
             assert torch.equal(model.weight[0], before[0])
             assert not torch.equal(model.weight[1], before[1])
+
+
+# ---- ends and odd cases
+
+
+def test_measuring_the_training_data_does_not_learn_from_it(tmp_path: Path) -> None:
+    trainer = make(tmp_path, net(), 1)
+    trainer.fit(load(DATA, 32))
+    before = copy.deepcopy(trainer.task.model.state_dict())
+    row = trainer.evaluate(load(DATA, 32), "train")
+    assert row["stage"].tolist() == ["train"]
+    for name, tensor in trainer.task.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_plan_that_is_over_trains_no_more(tmp_path: Path) -> None:
+    trainer = make(tmp_path, net(), 2)
+    first = trainer.fit(load(DATA, 32))
+    assert trainer.fit(load(DATA, 32)).equals(first)
+    assert trainer.state.epoch == 2
+
+
+@pytest.mark.parametrize(
+    ("bounds", "steps"),
+    [
+        (("trainer.max_epochs=2", "trainer.max_steps=1000"), 10),
+        (("trainer.max_epochs=9", "trainer.max_steps=7"), 7),
+        (("trainer.max_epochs=null", "trainer.max_steps=7"), 7),
+    ],
+)
+def test_auto_is_the_length_of_the_run_whichever_bound_comes_first(
+    tmp_path: Path, bounds: tuple[str, ...], steps: int
+) -> None:
+    few = ("model=mlp", "trainer.limit_train_batches=5", "trainer.limit_valid_batches=1")
+    words = ("scheduler=cosine", "scheduler.warmup_steps=0", "trainer.limit_test_batches=1")
+    execute(make_job(*few, *words, *bounds), tmp_path)
+    files = sorted((tmp_path / "epoch_details").glob("*_train.csv"))
+    used = pd.concat([pd.read_csv(file) for file in files])["lr"].tolist()
+    expected = [0.5e-3 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
+    assert used == pytest.approx(expected)
+
+
+def test_a_scaler_hears_of_overflows_that_are_zeroed() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    one = Optimization(torch.optim.SGD([parameter], 0.1), scaler=scaler, zero_non_finite=True)
+    one.step((parameter * 1e36).sum(), 1)
+    assert scaler.get_scale() == 2.0**15
+    assert parameter.item() == 1
+
+
+def test_norms_of_gradients_with_accumulation_are_blank_between_steps(tmp_path: Path) -> None:
+    trainer = make(tmp_path, net(), 1, norm=True)
+    trainer.learning.only.accumulate, trainer.learning.only.full = 2, 32
+    found: list[float] = []
+    trainer.callbacks.on_stage_end = lambda result, _: found.extend(result.steps["gradient_norm"])  # type: ignore[method-assign]
+    summary = trainer.fit(load(DATA, 16))
+    assert np.isnan(found[::2]).all()
+    assert summary["gradient_norm"][0] == pytest.approx(np.mean(found[1::2]))
+
+
+def test_an_optimizer_whose_part_is_frozen_waits_for_its_epoch(tmp_path: Path) -> None:
+    words = ("experiment=mnist_dcgan", "debug=limit", "data.batch_size=16", "model.width=4")
+    job = make_job(*words, "+freeze.g={parameters: generator, until_epoch: 2}", "~callbacks.plots")
+    execute(job, tmp_path)
+    assert details(tmp_path, 2)["lr_generator"].iloc[0] == 2e-4
+
+
+class TwoParts(nn.Module):
+    """Takes two inputs; one of its norms may be frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        outputs: Tensor = self.last(self.first(a) + self.second(b))
+        return outputs
+
+
+def test_averaging_measures_batches_of_several_inputs_but_no_frozen_norm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = TwoParts()
+    task = SupervisedTask(model, nn.CrossEntropyLoss(), inputs=[0, 0])
+    task.learning = Learning(Optimization(torch.optim.SGD(model.parameters(), lr=0.1)))
+    trainer = Trainer(
+        task,
+        Plan(max_epochs=2),
+        tmp_path,
+        averaging=StochasticWeightAveraging(model, 1),
+        freezing=Freezing(model, {"second": Freeze("second")}),
+    )
+    trainer.fit(load(TensorDataset(X + 5, Y), 16))
+    state = load_checkpoint(tmp_path / "checkpoints" / "best.pt").model
+    torch.testing.assert_close(state["first.running_mean"], (X + 5).mean(0))
+    assert torch.equal(state["second.running_mean"], torch.zeros(3))
+
+
+def test_finders_of_any_schedule_and_of_losses_below_zero(tmp_path: Path) -> None:
+    execute(make_job("mode=find_lr", "model=mlp", "scheduler=onecycle", "find.steps=20"), tmp_path)
+    assert not diverges([-1.0, -1.1, -1.0])
+    assert diverges([1.0, 0.5, 2.5])
+    assert diverges([1.0, math.nan])
+
+
+def test_a_plateau_is_not_seen_after_steps() -> None:
+    (mistake,) = mistakes_in("scheduler=plateau", "scheduler.interval=step")
+    assert mistake == "scheduler.interval='step': a plateau is seen after epochs; allowed: epoch"

@@ -136,3 +136,24 @@ def test_outputs_of_a_regression_are_plain_columns() -> None:
     values = np.array([[1.0, 2.0], [3.0, 4.0]])
     assert list(table(values, classes=False).columns) == ["sample", "output_0", "output_1"]
     assert table(values[:, 0], classes=False)["output"].tolist() == [1.0, 3.0]
+
+
+def test_leaves_that_belong_to_no_sample_are_left_out(tmp_path: Path) -> None:
+    files = Predictions(tmp_path)
+    files.add({"values": torch.rand(3), "loss": torch.tensor(0.5), "nothing": None})
+    files.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions_values.csv"]
+
+
+def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    files = Predictions(tmp_path, names=["cat.jpg", "cat.png"])
+    files.add(torch.rand(2, 1, 4, 4))
+    files.close()
+    found = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert found == ["cat.jpg.png", "cat.png.png"]
+
+
+def test_everything_is_predicted_whatever_the_run_was_limited_to(tmp_path: Path) -> None:
+    execute(make_job("model=mlp", "debug=fast"), tmp_path / "run")
+    execute(make_job("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
+    assert len(pd.read_csv(tmp_path / "all" / "predictions.csv")) == 10_000

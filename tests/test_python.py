@@ -170,3 +170,10 @@ def test_the_example_runs(tmp_path: Path) -> None:
     assert (tmp_path / "mnist" / "model.pt").is_file()
     spirals = pd.read_csv(tmp_path / "spirals" / "test_summary_table.csv")
     assert spirals["accuracy"][0] > 0.9
+
+
+def test_a_folder_of_a_run_is_not_composed_into_again(trained: Ran) -> None:
+    with pytest.raises(UserError, match="holds a run; it is not overwritten"):
+        app.compose(["model=mlp"], str(trained.folder))
+    with pytest.raises(UserError, match="mode='check' is for the command line"):
+        app.compose(["mode=check"])

@@ -14,6 +14,7 @@ from torchmetrics.classification import (
 )
 
 from app import records
+from app.config.errors import UserError
 from app.metrics.correct import CorrectPredictions
 from app.metrics.measure import StageMetrics, has_narrow_sums
 from app.records import Rows, StageResult, mean_of
@@ -120,3 +121,55 @@ def test_a_metric_starts_each_step_and_each_stage_from_zero() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
     Rows(stage, CPU)
     assert all(metric.update_count == 0 for metric in stage.by_stage.values())
+
+
+class Pair(torchmetrics.Metric):
+    """Sums, and a value that is no single tensor."""
+
+    total: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        self.total += (preds.argmax(1) == target).sum()
+
+    def compute(self) -> dict[str, torch.Tensor]:
+        return {"right": self.total, "twice": 2 * self.total}
+
+
+class Shy(Pair):
+    """Has no value for less than three right ones."""
+
+    def compute(self) -> torch.Tensor:  # type: ignore[override]
+        if 0 < self.total < 3:
+            raise ValueError("too few")
+        return self.total
+
+
+def test_values_that_are_several_become_several_columns() -> None:
+    stage = StageMetrics({"pair": Pair()})
+    rows = Rows(stage, CPU)
+    for outputs, targets in batches():
+        rows.add({"loss": mean_of(torch.zeros(()), len(targets)), **stage.sums(outputs, targets)})
+    row = rows.result("valid", 1).row
+    assert row["pair_twice"] == 2 * row["pair_right"]
+
+
+def test_a_step_without_a_value_is_blank_and_a_stage_without_one_names_the_metric() -> None:
+    stage = StageMetrics({"shy": Shy()}, "valid")
+    rows = Rows(stage, CPU)
+    outputs = torch.eye(3)[torch.tensor([0, 0, 0, 0])]
+    for count in (4, 1):
+        sums = stage.sums(outputs[:count], torch.zeros(count, dtype=torch.long))
+        rows.add({"loss": mean_of(torch.zeros(()), count), **sums})
+    result = rows.result("valid", 1)
+    assert result.row["shy"] == 5
+    assert result.steps["shy"].tolist()[0] == 4
+    assert np.isnan(result.steps["shy"][1])
+    rows = Rows(stage, CPU)
+    sums = stage.sums(outputs[:1], torch.zeros(1, dtype=torch.long))
+    rows.add({"loss": mean_of(torch.zeros(()), 1), **sums})
+    with pytest.raises(UserError, match=r"metric\.valid\.shy: too few"):
+        rows.result("valid", 1)

@@ -76,6 +76,10 @@ def test_a_part_is_replaced_and_the_form_stays() -> None:
     assert put((1, 2, 3), 1, 9) == (1, 9, 3)
     assert put([1, 2], 0, 9) == [9, 2]
     assert put({"a": 1, "b": 2}, "b", 9) == {"a": 1, "b": 9}
+    assert put(({"a": [1, 2]}, 3), "0.a.1", 9) == ({"a": [1, 9]}, 3)
+    assert put((1, 2), -1, 9) == put((1, 2), "1", 9) == (1, 9)
+    with pytest.raises(UserError, match="there is no 'c'"):
+        put({"a": 1}, "c", 9)
     mapped = map_tensors(lambda t: t + 1, {"a": (torch.zeros(1), "text"), "b": [torch.ones(1)]})
     assert describe(mapped) == (
         "a dict of 'a': a tuple of a float32 tensor of shape [1], a str, "
@@ -326,11 +330,11 @@ def test_a_step_that_forgets_the_loss_is_named_in_the_sanity_pass(tmp_path: Path
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        (Term(F.cross_entropy, output="digit"), "loss.loss: cannot take .*there is no 'digit'"),
-        (Term(F.cross_entropy, target=1), "loss.loss: cannot take .*there is no part 1"),
-        (Term(F.l1_loss, target=0), "loss.loss: cannot take .*float32 tensor of shape \\[10, 2\\]"),
-        (Term(lambda o, t: (o, t)), "loss.loss: must give a number.* it gave a tuple"),
-        (Term(lambda _, t: t.sum()), "loss.loss: must give a number.* it gave a int64 tensor"),
+        (Term(F.cross_entropy, output="digit"), "loss.main: cannot take .*there is no 'digit'"),
+        (Term(F.cross_entropy, target=1), "loss.main: cannot take .*there is no part 1"),
+        (Term(F.l1_loss, target=0), "loss.main: cannot take .*float32 tensor of shape \\[10, 2\\]"),
+        (Term(lambda o, t: (o, t)), "loss.main: must give a number.* it gave a tuple"),
+        (Term(lambda _, t: t.sum()), "loss.main: must give a number.* it gave a int64 tensor"),
     ],
 )
 def test_a_term_that_does_not_fit_is_named(term: Term, message: str) -> None:
@@ -452,6 +456,38 @@ def test_a_metric_may_not_have_the_name_of_a_term() -> None:
     assert mistakes_in(*words) == [
         "metric.valid.cross_entropy is the column of a loss term; rename it"
     ]
+
+
+def test_a_term_that_is_called_loss_does_not_hide_the_total(tmp_path: Path) -> None:
+    terms = {"loss": Term(F.cross_entropy), "other": Term(lambda o, _: o.mean() * 0 + 100.0)}
+    task = SupervisedTask(nn.Linear(4, 2), terms)
+    row = Trainer(task, Plan(max_epochs=1), tmp_path).evaluate(load(TensorDataset(X, Y), 60))
+    assert row["loss_mean"][0] > 100
+    assert "loss.loss is the name of another column; rename it" in mistakes_in(
+        "+loss.loss={_target_: app.losses.term.Term, function: {_target_: torch.nn.MSELoss}}"
+    )
+
+
+def test_metrics_see_outputs_of_reduced_precision_in_full_width() -> None:
+    seen: list[torch.dtype] = []
+
+    def look(outputs: Tensor, targets: Tensor) -> Tensor:  # noqa: ARG001
+        seen.append(outputs.dtype)
+        return outputs.mean()
+
+    precision = Precision("bf16", "cpu")
+    task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy, {"valid": {"look": look}}, precision)
+    with precision.autocast():
+        step = task.eval_step("valid", (X, Y))
+    assert step.outputs.dtype == torch.bfloat16
+    assert seen == [torch.float32]
+
+
+def test_a_loss_without_anything_to_learn_is_an_error(tmp_path: Path) -> None:
+    task = SupervisedTask(nn.Linear(4, 2), lambda o, t: F.cross_entropy(o.detach(), t))
+    task.learning = learning(task.model)
+    with pytest.raises(UserError, match="does not depend on any parameter that learns"):
+        fit(task, tmp_path, TensorDataset(X, Y))
 
 
 class Random(SupervisedTask):

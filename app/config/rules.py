@@ -20,6 +20,11 @@ RESERVED = (
     "gradient_norm",
     "iter_time",
     "epoch_time",
+    "loss_mean",
+    "loss_std",
+    "total_samples",
+    "samples/s",
+    "memory_mb",
 )
 SUPERVISED = "app.task.SupervisedTask"  # whose columns are known from the configuration alone
 USES_CKPT = ("test", "valid", "predict", "export")  # modes that use what was trained
@@ -36,6 +41,7 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
         _name_mistakes: ("name", "metric", "loss", "task"),
         _find_mistakes: ("mode", "find"),
+        _scheduler_mistakes: ("scheduler",),
     }
     for rule, keys in rules.items():
         if not any(bad.startswith(key) or key.startswith(bad) for bad in broken for key in keys):
@@ -50,11 +56,17 @@ def _length_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
 def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if not re.fullmatch(r"[\w.+=,-]+", plain["name"]):
         yield Mistake("name", f"={plain['name']!r} names a folder: letters, digits and _.+=,- only")
+    named = {f"metric.{stage}": plain["metric"][stage] for stage in STAGES}
+    for key, nodes in (named | {"loss": plain["loss"]}).items():
+        for name in nodes:
+            if not re.fullmatch(r"\w[\w.+=,@-]*", str(name)):
+                problem = " names a column and a file: letters, digits and _.+=,@- only"
+                yield Mistake(f"{key}.{name}", problem)
     for stage in STAGES:
         for name in plain["metric"][stage].keys() & set(RESERVED):
             yield Mistake(f"metric.{stage}.{name}", " is the name of another column; rename it")
     terms = {name for name, node in plain["loss"].items() if node}
-    for name in terms & set(RESERVED) - {"loss"}:
+    for name in terms & set(RESERVED):
         yield Mistake(f"loss.{name}", " is the name of another column; rename it")
     for stage in STAGES:
         for name in _term_columns(plain) & plain["metric"][stage].keys():
@@ -87,7 +99,7 @@ def _mode_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
 def stages_with_data(plain: dict[str, Any]) -> set[str]:
     """The stages that have a source of their own or are cut from the training data."""
     source, split = plain["data"]["source"], plain["data"]["split"]
-    overfit = plain["trainer"]["overfit_batches"] > 0
+    overfit = plain["trainer"]["overfit_batches"] > 0 and plain["mode"] == "train"
     return {
         stage
         for stage in STAGES
@@ -126,6 +138,15 @@ def _input_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if inputs is None and normalize is not None:
         yield Mistake(
             "data.inputs", "=None: a whole batch cannot be normalised; data.normalize=null"
+        )
+
+
+def _scheduler_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    node = plain["scheduler"]["lr_scheduler"] or {}
+    by_step = plain["scheduler"]["interval"] == "step"
+    if by_step and str(node.get("_target_")).endswith(".ReduceLROnPlateau"):
+        yield Mistake(
+            "scheduler.interval", "='step': a plateau is seen after epochs; allowed: epoch"
         )
 
 

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from app.config.errors import UserError
 from app.data.split import Samples
+from app.nested import Key, pick
 
 Augment = Callable[[Tensor], Tensor]
 
@@ -71,17 +72,26 @@ class BatchTransform:
         )
 
 
-def channel_statistics(dataset: Samples) -> tuple[list[float], list[float]]:
+def channel_statistics(dataset: Samples, inputs: Key = 0) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel (images) or column (tables), bytes as [0, 1].
 
+    Args:
+        dataset: Whole in memory.
+        inputs: Which of its tensors.
+
     Raises:
-        UserError: The dataset is not whole in memory.
+        UserError: The dataset is not whole in memory, or there are several inputs.
     """
     if not isinstance(dataset, TensorDataset):
         raise UserError(
             "data.normalize=auto needs data that lies in memory; give data.normalize.mean and std"
         )
-    x = dataset.tensors[0]
+    x = pick(dataset.tensors, inputs)
+    if not isinstance(x, Tensor):
+        raise UserError(
+            f"data.normalize=auto needs a single input, not data.inputs={inputs!r}; give "
+            "data.normalize.mean and std"
+        )
     over = [d for d in range(x.ndim) if d != 1]
     scale = 255.0 if x.dtype == torch.uint8 else 1.0
     values = x.double() / scale

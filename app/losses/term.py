@@ -145,5 +145,5 @@ def as_loss(loss: WeightedSum | Term | Function | Mapping[str, Term | Function])
     """A loss from terms by name, or from a single one."""
     if isinstance(loss, WeightedSum):
         return loss
-    named = loss if isinstance(loss, Mapping) else {"loss": loss}
+    named = loss if isinstance(loss, Mapping) else {"main": loss}
     return WeightedSum({n: t if isinstance(t, Term) else Term(t) for n, t in named.items()})

@@ -53,24 +53,33 @@ class StepMetric:
         Counts are divided in float64, so that 9 of 10 are 0.9 and not the nearest float32.
         """
         if self.is_count is None:
-            (value,) = self._compute(sums[None], exact=False)
-            self.is_count = not value.is_floating_point()
-        (value,) = self._compute(sums[None], exact=not self.is_count)
-        return value.numpy()
+            (states,) = self._states(sums[None], exact=False)
+            self.is_count = not self._computed(states).is_floating_point()
+        (states,) = self._states(sums[None], exact=not self.is_count)
+        return self._computed(states).numpy()
 
     def values(self, rows: Tensor) -> np.ndarray:
         """The metric, a single number, of each row of a matrix of such vectors."""
-        return torch.stack(list(self._compute(rows, exact=not self.is_count))).flatten().numpy()
+        exact, found = not self.is_count, np.full(len(rows), np.nan)
+        for place, states in enumerate(self._states(rows, exact)):
+            try:
+                found[place] = self._computed(states).item()
+            except (ValueError, RuntimeError):  # too few samples, as R2 has of a single one
+                continue
+        return found
 
-    def _compute(self, rows: Tensor, exact: bool) -> Iterator[Tensor]:
+    def _states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
         sizes = [zero.numel() for zero in self.zeros.values()]
         columns = [
             (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
             for zero, part in zip(self.zeros.values(), rows.split(sizes, dim=1), strict=True)
         ]
-        for states in zip(*columns, strict=True):
-            vars(self.on_host).update(zip(self.zeros, states, strict=True))
-            yield type(self.on_host).compute(self.on_host)
+        return zip(*columns, strict=True)
+
+    def _computed(self, states: tuple[Tensor, ...]) -> Tensor:
+        vars(self.on_host).update(zip(self.zeros, states, strict=True))
+        value: Tensor = type(self.on_host).compute(self.on_host)
+        return value
 
 
 class StageMetrics:
@@ -136,9 +145,22 @@ class StageMetrics:
                     self.collected[name].append(fed)
                 else:
                     self.by_stage[name].update(*fed)
+            except torch.OutOfMemoryError:
+                raise
             except _REFUSALS as error:
                 raise self._refusal(name, describe(outputs), describe(targets), error) from error
         return found
+
+    def value(self, name: str, sums: Tensor) -> np.ndarray:
+        """That of a metric kept step by step, from the sums of the stage.
+
+        Raises:
+            UserError: It cannot be computed; names the metric.
+        """
+        try:
+            return self.by_step[name].value(sums)
+        except _REFUSALS as error:
+            raise UserError(f"{self._key(name)}: {error}") from error
 
     def accumulated(self) -> dict[str, np.ndarray]:
         """The values of those that accumulated; they agree over ranks here."""
@@ -213,4 +235,14 @@ def has_narrow_sums(metric: Metric) -> bool:
         all(isinstance(state, Tensor) for state in states)
         and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
         and 0 < sum(state.numel() for state in states if isinstance(state, Tensor)) <= NARROW
+        and _computes_a_tensor(metric)
     )
+
+
+def _computes_a_tensor(metric: Metric) -> bool:
+    """Whether its value is one tensor, even of no sample at all."""
+    trial = copy.deepcopy(metric).cpu()
+    try:
+        return isinstance(type(trial).compute(trial), Tensor)
+    except (*_REFUSALS, ArithmeticError):
+        return False
