@@ -283,3 +283,15 @@ def test_status_says_failed_where_the_goal_is_no_number(elsewhere: Path) -> None
     with pytest.raises(UserError, match="is not measured as a number in train"):
         execute(job, elsewhere / "run")
     assert json.loads((elsewhere / "run" / "status.json").read_text())["status"] == "failed"
+
+
+def test_targets_that_would_be_spread_over_outputs_are_refused(elsewhere: Path) -> None:
+    """(N, 1) against (N,) gives a loss, but never the one that was meant."""
+    rows = "\n".join(f"{value},{2 * value}" for value in range(40))
+    (elsewhere / "table.csv").write_text(f"x,y\n{rows}\n")
+    words = ["data=csv", "data.path=table.csv", "data.num_classes=null", "data.input_shape=[1]"]
+    words += ["data.source.train.target=y", "data.source.train.regression=true", "model=mlp"]
+    words += ["++model.num_classes=2", "loss=mse", "metric=none", "goal.metric=loss"]
+    job = make_job(*words, "goal.mode=min", "debug=fast", "data.normalize=null")
+    with pytest.raises(UserError, match=r"loss\.mse: cannot take outputs .*Using a target size"):
+        execute(job, elsewhere / "run")

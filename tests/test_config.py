@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import Ran, make_job, mistakes_in
 
+from app.checkpoint import load_checkpoint, save_checkpoint
 from app.config.build import Build
 from app.config.errors import ConfigError, UserError
 from app.config.targets import TargetError, locate
 from app.config.typed import describe, fits
+from app.run import execute
 
 
 def test_the_main_job_is_without_mistakes() -> None:
@@ -272,3 +276,23 @@ def test_a_partial_node_becomes_a_plain_function() -> None:
     node = {"_target_": "torch.nn.functional.cross_entropy", "_partial_": True, "reduction": "sum"}
     function = Build()("loss", node)
     assert function.keywords == {"reduction": "sum"}
+
+
+def test_a_run_saved_before_a_key_existed_can_still_be_tested(
+    elsewhere: Path, tmp_path: Path
+) -> None:
+    old = elsewhere / "run"
+    execute(make_job("model=mlp", "debug=fast", "~callbacks.plots"), old)
+    file = old / "checkpoints" / "best.pt"
+    checkpoint = load_checkpoint(file)
+    assert checkpoint.config is not None
+    assert checkpoint.template is not None
+    del checkpoint.config["data"]["drop_last"], checkpoint.config["export"]
+    template = yaml.safe_load(checkpoint.template)
+    del template["data"]["drop_last"], template["export"]
+    changed = dataclasses.replace(checkpoint, template=yaml.safe_dump(template))
+    save_checkpoint(file, changed)
+    job = make_job("mode=test", f"ckpt={old}")
+    assert job.config.data.drop_last is False
+    assert "data.drop_last: not yet known when it was saved -> False" in job.differences
+    execute(job, tmp_path / "test")

@@ -285,6 +285,16 @@ def test_precision_applies_to_an_own_step_and_metrics_stay_outside(tmp_path: Pat
     assert summary["exact"].iloc[0] == 1
 
 
+def test_gradients_are_computed_outside_the_reduced_precision(tmp_path: Path) -> None:
+    inside: list[bool] = []
+    model = nn.Linear(4, 2)
+    model.weight.register_hook(lambda _: inside.append(torch.is_autocast_enabled("cpu")))
+    task = Negative(model, nn.CrossEntropyLoss(), precision=Precision("bf16", "cpu"))
+    task.learning = learning(model)
+    fit(task, tmp_path, TensorDataset(X, Y))
+    assert inside == [False] * 6
+
+
 def test_weights_changed_within_a_step_are_used_in_reduced_precision(tmp_path: Path) -> None:
     model = nn.Linear(4, 2)
     gave: list[Tensor] = []
