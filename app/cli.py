@@ -113,7 +113,7 @@ def hydra_main(composed: DictConfig) -> float | None:
         job = job_of(with_hydra)
         write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
         for difference in job.differences:
-            log.info("differs from the tested run: %s", difference)
+            log.info("differs from the saved run: %s", difference)
         return launch_inline(job, folder)
     except UserError as error:
         log.error("%s", error)

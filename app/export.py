@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +72,8 @@ def _onnx(model: nn.Module, sample: Tensor) -> bytes:
     for library in ("onnx", "onnxscript"):
         needed(library)
     runtime = needed("onnxruntime")
+    for talkative in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(talkative).setLevel(logging.WARNING)
 
     def traced() -> torch.onnx.ONNXProgram | None:
         shapes = ({0: torch.export.Dim("batch")},)

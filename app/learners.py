@@ -118,7 +118,8 @@ def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int |
     if total is None and has_auto(wanted.lr_scheduler):
         raise UserError(
             "scheduler.lr_scheduler: 'auto' is the length of the run, which is not known for this "
-            "data; give a number, or trainer.max_steps with scheduler.interval=step"
+            "data; give a number, trainer.max_steps with scheduler.interval=step, or "
+            "scheduler=constant"
         )
     node = fill_auto(wanted.lr_scheduler, total or 1)
     inner = build("scheduler.lr_scheduler", node, optimizer) if node else None

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +15,7 @@ from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
 from app.checkpoint import find_checkpoint
 from app.config.build import Build
-from app.config.schema import Config, Job
+from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
 from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank
@@ -32,6 +32,7 @@ from app.task import SupervisedTask, Task
 from app.trainer import PREDICT, Trainer
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def execute(job: Job, folder: Path) -> float | None:
@@ -209,12 +210,26 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
             if stage != PREDICT
         ),
         "goal": f"{goal.mode} {goal.metric}; early stop {stop}" if config.mode == "train" else "",
+        "monitors": "; ".join(
+            f"{n}: {m.mode} {m.metric}" for n, m in _given(config.checkpoint.monitors)
+        ),
+        "average": config.average["_target_"] if config.average else "",
+        "frozen": "; ".join(_frozen(freeze) for _, freeze in _given(config.freeze)),
         "length": _length(config) if config.mode == "train" else "",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
     log.info(
         "%s", "\n".join(f"{name:9} {text}" for name, text in lines.items() if str(text).strip())
     )
+
+
+def _given(named: dict[str, T | None]) -> list[tuple[str, T]]:
+    return [(name, one) for name, one in named.items() if one is not None]
+
+
+def _frozen(freeze: Freeze) -> str:
+    until = f" until epoch {freeze.until_epoch}" if freeze.until_epoch else ""
+    return f"{freeze.parameters} from epoch {freeze.from_epoch}{until}"
 
 
 def _length(config: Config) -> str:

@@ -129,6 +129,15 @@ def test_what_a_stream_cannot_do_is_said(
     assert not (own_data / "run" / "epoch_details").exists()
 
 
+def test_workers_that_may_all_read_the_same_are_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    loaders(*STREAM, "data.loader.num_workers=1")
+    assert not caplog.text
+    loaders(*STREAM, "data.loader.num_workers=2")
+    assert "each of 2 workers reads the whole iterable dataset" in caplog.text
+
+
 def test_balanced_sampling_by_configuration() -> None:
     plain = loaders("data.source.train.count=2000")["train"]
     balanced = loaders(

@@ -156,6 +156,22 @@ def test_a_weight_that_is_no_number_at_the_start_is_found_in_the_check() -> None
     assert "nan at epoch 1" in mistake
 
 
+def test_a_constant_weight_that_is_no_number_is_found_in_the_check() -> None:
+    (mistake,) = mistakes_in("loss.cross_entropy.weight=nan")
+    assert mistake.startswith("loss.cross_entropy:")
+    assert "weight=nan must be a finite number" in mistake
+
+
+def test_a_scheduled_weight_is_no_goal_of_validation() -> None:
+    weight = (
+        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, "
+        "function: {_target_: app.losses.weights.Linear, start: 1.0, end: 2.0, last: 3}}"
+    )
+    (mistake,) = mistakes_in(weight, "goal.metric=cross_entropy_weight")
+    assert "is not measured in valid" in mistake
+    assert not mistakes_in(weight, "goal.metric=cross_entropy", "goal.mode=min")
+
+
 def test_linear_and_stepwise_weights() -> None:
     assert [Linear(0.0, 1.0, 3)(now) for now in (1, 2, 3, 9)] == [0.0, 0.5, 1.0, 1.0]
     assert [Steps(1.0, {3: 0.5, "5": 0.1})(now) for now in (1, 2, 3, 4, 5, 6)] == [

@@ -232,7 +232,7 @@ def test_what_is_typed_is_laid_over_the_saved_configuration(
         "metric/single@metric.test=[accuracy,auroc]",
     )
     assert ran.code == 0, ran.err
-    assert "differs from the tested run: data.batch_size: 50 -> 32" in ran.out
+    assert "differs from the saved run: data.batch_size: 50 -> 32" in ran.out
     assert (
         len(
             ran.csv(

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from app.callbacks.callback import Callback, StepEnd
+from app.config.build import Build
 from app.config.errors import UserError
 from app.config.schema import Goal
 from app.data.loaders import load
@@ -24,6 +25,7 @@ from app.losses.term import Term, WeightedSum
 from app.metrics.selected import Selected
 from app.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.optimization import Optimization
+from app.parts import make_parts
 from app.plan import Plan
 from app.records import mean_of
 from app.run import execute
@@ -353,6 +355,12 @@ def test_a_term_that_does_not_fit_is_named(term: Term, message: str) -> None:
         task.eval_step("valid", (X[:10], Y[:10]))
 
 
+def test_outputs_of_several_parts_ask_for_one_of_them() -> None:
+    task = SupervisedTask(TwoInputs(), nn.CrossEntropyLoss(), inputs=["0", "0"])
+    with pytest.raises(UserError, match=r"loss\.main\.output names a part of the outputs"):
+        task.eval_step("valid", (X[:, :2], Y))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_losses_of_every_reduction(reduction: str) -> None:
     task = SupervisedTask(nn.Linear(4, 2), nn.CrossEntropyLoss(reduction=reduction))
@@ -408,6 +416,12 @@ class Doubled(SupervisedTask):
         return self.measure(stage, outputs, targets, self.factor * loss)
 
 
+class Noisy(SupervisedTask):
+    def __init__(self, noise: float, **parts) -> None:
+        super().__init__(**parts)
+        self.noise = noise
+
+
 class Broken(SupervisedTask):
     def eval_step(self, stage, batch):
         return {"a": 1}["b"]
@@ -431,6 +445,16 @@ def test_an_own_task_is_named_by_target_with_its_options(own_task: Path) -> None
     job = make_job(*FEW, "task=own", "goal.metric=loss", "goal.mode=min")
     assert plain is not None
     assert execute(job, own_task / "b") == pytest.approx(2 * plain, rel=1e-6)
+
+
+def test_an_own_task_may_pass_on_what_it_does_not_name(own_task: Path) -> None:
+    text = "defaults: [supervised, _self_]\n_target_: own_task.Noisy\nnoise: 0.5\n"
+    (own_task / "conf" / "task" / "noisy.yaml").write_text(text)
+    job = make_job(*FEW, "task=noisy", "trainer.precision=bf16")
+    parts = make_parts(job.config, Build(job.trusted), torch.device("cpu"))
+    assert parts.task.precision.name == "bf16"
+    assert list(parts.task.metrics["valid"].selected) == ["accuracy", "total_correct"]
+    assert vars(parts.task)["noise"] == 0.5
 
 
 def test_an_own_task_that_breaks_is_named_before_the_first_epoch(own_task: Path) -> None:

@@ -35,7 +35,7 @@ class Build:
             node: A plain value; dicts with `_target_` become objects, at any depth.
             *given: First positional arguments that the program adds (parameters, an optimizer).
             **offers: Further arguments that the program has, passed on where the target has a
-                parameter of that name.
+                parameter of that name, or takes any (`**kwargs`).
 
         Raises:
             UserError: The target cannot be found, or refuses its arguments.
@@ -60,7 +60,8 @@ class Build:
             raise UserError(f"{key}._target_={error}") from error
         positional = [*given, *children.pop(POSITIONAL, [])]
         wanted = parameters(target)
-        arguments = children | {k: v for k, v in offers.items() if k in wanted}
+        passes_on = any(one.kind is one.VAR_KEYWORD for one in wanted.values())
+        arguments = children | {k: v for k, v in offers.items() if k in wanted or passes_on}
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
         try:

@@ -109,6 +109,8 @@ def over_saved(
     (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
     merged = _merged(saved, before, after, "", differences)
+    options = ("predict.", "export.", "find.")  # of this command, not of what was trained
+    differences = [line for line in differences if not line.startswith(options)]
     fixed = [line for line in differences if line.startswith(("model.", "data.split."))]
     mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:

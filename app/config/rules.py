@@ -85,6 +85,13 @@ def _term_columns(plain: dict[str, Any]) -> set[str]:
     return {*terms, *(f"{name}_weight" for name in changing)}
 
 
+def _is_scheduled(plain: dict[str, Any], column: str) -> bool:
+    """Whether it is the weight of a term that only training knows."""
+    term = plain["loss"].get(column.removesuffix("_weight")) or {}
+    weight = term.get("weight") if column.endswith("_weight") else None
+    return isinstance(weight, dict) and str(weight.get("_target_")).endswith(".Scheduled")
+
+
 def _mode_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     mode, ckpt = plain["mode"], plain["ckpt"]
     if mode in USES_CKPT and ckpt is None:
@@ -180,7 +187,8 @@ def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator
         )
         return
     metrics = [n for n, node in plain["metric"][stage].items() if node]
-    measured = ["loss", *_term_columns(plain), *metrics]
+    own = [column for column in _term_columns(plain) if not _is_scheduled(plain, column)]
+    measured = ["loss", *own, *metrics]
     if plain["task"].get("_target_") == SUPERVISED and name not in measured:
         yield Mistake(
             key,

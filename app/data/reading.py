@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from app.data.order import Order
 from app.data.split import Samples, size
 from app.nested import map_tensors
 from app.seed import seed_host, seed_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,12 @@ class StreamLoader:
     ) -> None:
         if reading.persistent_workers and hasattr(dataset, "set_epoch"):
             reading = replace(reading, persistent_workers=False)  # else they never hear of it
+        if reading.num_workers > 1:
+            log.warning(
+                "each of %d workers reads the whole iterable dataset, unless it gives each its own "
+                "share by torch.utils.data.get_worker_info",
+                reading.num_workers,
+            )
         self.dataset, self.batch_size = dataset, batch_size
         self.ready, self.limit, self.seed = ready, limit, seed
         arguments = reading.arguments(ready.device, seed)

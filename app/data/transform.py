@@ -84,7 +84,8 @@ def channel_statistics(dataset: Samples, inputs: Key = 0) -> tuple[list[float], 
     """
     if not isinstance(dataset, TensorDataset):
         raise UserError(
-            "data.normalize=auto needs data that lies in memory; give data.normalize.mean and std"
+            "data.normalize=auto needs data that lies in memory; give data.normalize.mean and std, "
+            "or data.normalize=null"
         )
     x = pick(dataset.tensors, inputs)
     if not isinstance(x, Tensor):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -34,6 +35,10 @@ class Term:
     weight: float | Scheduled | Learned = 1.0
     output: Key = None
     target: Key = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weight, (int, float)) and not math.isfinite(self.weight):
+            raise ValueError(f"weight={self.weight} must be a finite number")
 
     def value(self, outputs: Nested, targets: Nested) -> Tensor:
         """Unweighted."""
@@ -94,9 +99,11 @@ class WeightedSum(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except (*REFUSALS, UserWarning) as error:  # a warning where warnings are made errors
+            whole = term.output is None and isinstance(outputs, (dict, tuple, list))
+            hint = f"; loss.{name}.output names a part of the outputs" if whole else ""
             raise UserError(
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
-                f"({describe(targets)}): {error}"
+                f"({describe(targets)}): {error}{hint}"
             ) from error
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(
