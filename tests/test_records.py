@@ -81,6 +81,7 @@ def test_counts_stay_whole_and_shares_are_exact() -> None:
     assert isinstance(correct, int)
     assert result.row["accuracy"] == correct / sum(SIZES)
     assert result.arrays["confusion"].dtype == np.int64
+    assert result.steps["total_correct"].dtype == np.int64
 
 
 def test_metrics_of_wide_or_listed_states_are_reported_per_stage_only() -> None:

@@ -66,7 +66,8 @@ class StepMetric:
                 found[place] = self._computed(states).item()
             except (ValueError, RuntimeError):  # too few samples, as R2 has of a single one
                 continue
-        return found
+        whole = self.is_count and not np.isnan(found).any()
+        return found.astype(np.int64) if whole else found
 
     def _states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
         sizes = [zero.numel() for zero in self.zeros.values()]
