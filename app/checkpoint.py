@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from app.config.errors import UserError, nearest, one_of
+from app.distributed import alone
 from app.files import write_whole
 from app.history import Row
+from app.parallel import put
 
 FORMAT = 2
 KEYS = {"format", "config", "template", "model", "task", "epoch", "history", "training"}
@@ -139,7 +141,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or foreign or shapes:
         raise UserError(f"{source} is of another architecture: {_unlike(own, state)}")
-    model.load_state_dict(state)
+    if alone():
+        model.load_state_dict(state)
+    else:
+        put(state, model)
 
 
 def _unlike(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME
 from app.config.errors import ConfigError, Mistake, UserError
+from app.config.schema import Job
 from app.files import write_text
 from app.job import job_of, jobs_of
+from app.launch.choose import check_world, ranks_wanted
+from app.launch.console import errors_to_stderr
+from app.launch.failure import RankFailed
 from app.launch.inline import launch_inline
+from app.launch.joined import Leader, follow
+from app.launch.local import launch_local
+from app.launch.world import World, joined
+from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Stopped
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
-MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes
 
 
 def main() -> None:
@@ -32,14 +41,62 @@ def main() -> None:
     parser = get_args_parser()
     parser.prog = "app"
     args = parser.parse_args()
+    runs, world = is_a_run(args), None
     try:
-        if is_a_run(args):
-            preflight(args)
-        hydra_main()
+        world = joined(args.overrides, os.environ)
     except UserError as error:
         _leave(str(error), MISTAKE)
+    if world is None:
+        sys.exit(lead(args, None))
+    if world.rank > 0:
+        _end(obey(world) if runs else 0)
+    leader, code = Leader(world), FAILURE
+    try:
+        code = lead(args, leader)
+    finally:
+        if runs:
+            leader.leave(code)
+    _end(code)
+
+
+def lead(args: argparse.Namespace, leader: Leader | None) -> int:
+    """All jobs, from the process that talks to Hydra; gives the exit code."""
+    try:
+        if is_a_run(args):
+            preflight(args, leader)
+        return FAILURE if run_jobs(leader) else 0
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return MISTAKE
     except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED)
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def obey(world: World) -> int:
+    """What rank 0 tells; gives the exit code."""
+    try:
+        return follow(world)
+    except Stopped as stopped:
+        return stopped.code
+    except Exception as error:  # noqa: BLE001 - rank 0 has said it, where it still can
+        sys.stderr.write(f"rank {world.rank} ends: {type(error).__name__}: {error}\n")
+        return FAILURE
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    sys.exit(code)
+
+
+def _end(code: int) -> NoReturn:
+    """At once: what a failed rank has left of its connections may hold it up for long."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def is_a_run(args: argparse.Namespace) -> bool:
@@ -48,12 +105,7 @@ def is_a_run(args: argparse.Namespace) -> bool:
     return not shows and args.experimental_rerun is None
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{message}\n")
-    sys.exit(code)
-
-
-def preflight(args: argparse.Namespace) -> None:
+def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
     """Looks for mistakes in every job before the first starts and before any file is written.
 
     Raises:
@@ -64,7 +116,10 @@ def preflight(args: argparse.Namespace) -> None:
         mode = job.config.mode
         if mode != "check":
             _check_folder(composed, args.multirun)
-            _check_accelerator(job.config.trainer.accelerator)
+            if leader is None:
+                ranks_wanted(job.config, args.multirun)
+            else:
+                check_world(job.config, leader.world)
     if mode == "check":
         sys.stdout.write("no mistake in the configuration\n")
         sys.exit(0)
@@ -82,46 +137,74 @@ def _check_folder(composed: DictConfig, multirun: bool) -> None:
         raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
 
 
-def _check_accelerator(name: str) -> None:
-    from app.device import choose_device
-
-    choose_device(name)
-
-
 def _is_writable(folder: Path) -> bool:
-    import os
-
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-def _errors_to_stderr() -> None:
-    """Of the two consoles that the logging configuration makes, each gets its own lines."""
-    for handler in logging.getLogger().handlers:
-        if getattr(handler, "stream", None) is sys.stdout:
-            handler.addFilter(lambda record: record.levelno < logging.ERROR)
+def run_jobs(leader: Leader | None) -> int:
+    """All jobs, by Hydra; gives how many of several have failed."""
+    failed: list[Path] = []
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)
+    def run_job(composed: DictConfig) -> float | None:
+        folder = Path(HydraConfig.get().runtime.output_dir)
+        with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
+        assert isinstance(with_hydra, DictConfig)
+        errors_to_stderr()
+        logging.captureWarnings(True)
+        try:
+            return start(with_hydra, folder, leader)
+        except JobFailed:
+            goes_on = HydraConfig.get().mode == RunMode.MULTIRUN and leader is None
+            if not goes_on:
+                sys.exit(FAILURE)
+            failed.append(folder)
+            return None
+
+    run_job()
+    return len(failed)
 
 
-@hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)
-def hydra_main(composed: DictConfig) -> float | None:
-    """One job."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
-    assert isinstance(with_hydra, DictConfig)
-    _errors_to_stderr()
-    logging.captureWarnings(True)
+class JobFailed(Exception):  # noqa: N818
+    """A job has ended as it should not, and its log says why."""
+
+
+def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | None:
+    """One job.
+
+    Raises:
+        JobFailed: It has.
+    """
     try:
-        job = job_of(with_hydra)
+        job = job_of(composed)
         write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
         for difference in job.differences:
             log.info("differs from the saved run: %s", difference)
-        return launch_inline(job, folder)
+        return launch(job, folder, leader, composed.hydra)
     except UserError as error:
         log.error("%s", error)
         log.debug("it came from", exc_info=error)
-        sys.exit(FAILURE)
+        raise JobFailed from error
+    except RankFailed as error:
+        log.error("the run failed: %s\n%s", error, error.failure.trace)
+        raise JobFailed from error
+    except Stopped as stopped:
+        log.warning("%s", stopped)
+        sys.exit(stopped.code)
     except KeyboardInterrupt:
         log.warning("interrupted")
         sys.exit(INTERRUPTED)
     except Exception as error:
         log.exception("the run failed: %s: %s", type(error).__name__, error)
-        sys.exit(FAILURE)
+        raise JobFailed from error
+
+
+def launch(job: Job, folder: Path, leader: Leader | None, hydra_node: DictConfig) -> float | None:
+    """Runs a job on its devices; gives the goal's best value."""
+    if leader is not None:
+        return leader.launch(job, folder)
+    size = ranks_wanted(job.config, hydra_node.mode == RunMode.MULTIRUN)
+    if size == 0:
+        return launch_inline(job, folder)
+    logging_config: Any = OmegaConf.to_container(hydra_node.job_logging, resolve=True)
+    return launch_local(job, folder, size, logging_config)

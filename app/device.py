@@ -12,26 +12,68 @@ from torch import nn
 
 from app.config.errors import UserError
 
+Devices = int | str | list[int] | None  # a number, `auto`, ids; None is one
 
-def choose_device(accelerator: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `mps`.
+
+def choose_device(accelerator: str, devices: Devices = None, place: int = 0) -> torch.device:
+    """The device of a rank for `auto`, `cpu`, `cuda` or `mps`.
+
+    Args:
+        accelerator: Which kind.
+        devices: Those wanted of this machine.
+        place: The number of the rank on this machine.
 
     Raises:
-        UserError: That accelerator is not there.
+        UserError: It is not there.
     """
+    kind = _kind(accelerator)
+    if kind != "cuda":
+        return torch.device(kind)
+    found = torch.cuda.device_count()
+    if isinstance(devices, list):
+        index = devices[place] if place < len(devices) else place
+    else:
+        index = 0 if found == 1 else place  # SLURM may show each of its tasks a single one
+    if index >= found:
+        raise UserError(f"trainer.devices={devices!r}: there is no device {index}; it has {found}")
+    return torch.device("cuda", index)
+
+
+def count_devices(accelerator: str, devices: Devices) -> int:
+    """How many devices of this machine are wanted.
+
+    Raises:
+        UserError: They are not there.
+    """
+    kind = _kind(accelerator)
+    found = torch.cuda.device_count() if kind == "cuda" else 1
+    if devices is None or devices == "auto":
+        return found if devices == "auto" else 1
+    if kind != "cuda" and isinstance(devices, list):
+        raise UserError(f"trainer.devices={devices!r}: {kind} has no ids; allowed: a number")
+    highest = max(devices) + 1 if isinstance(devices, list) else int(devices)
+    if kind != "cpu" and highest > found:
+        raise UserError(
+            f"trainer.devices={devices!r}: this machine has {found} of {kind}; "
+            f"allowed: a number up to {found}, ids from 0 to {found - 1}, auto"
+        )
+    return len(devices) if isinstance(devices, list) else int(devices)
+
+
+def _kind(accelerator: str) -> str:
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
     if accelerator == "auto":
-        return torch.device(available[0])
+        return available[0]
     if accelerator not in available:
         raise UserError(
             f"trainer.accelerator={accelerator!r} is not on this machine; it has: "
             f"{', '.join(available)}"
         )
-    return torch.device(accelerator)
+    return accelerator
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,129 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+T = TypeVar("T")
 
 
-def _alone() -> bool:
+def alone() -> bool:
+    """Whether no other process trains with this one."""
     return not (dist.is_available() and dist.is_initialized())
 
 
 def rank() -> int:
     """The number of this process among those that train together; 0 when alone."""
-    return 0 if _alone() else dist.get_rank()
+    return 0 if alone() else dist.get_rank()
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return 1 if alone() else dist.get_world_size()
+
+
+def share(count: int) -> slice:
+    """Which of so many samples are this rank's: neighbours, ranks in order, some perhaps empty."""
+    mine = rank()
+    few, more = divmod(count, world_size())
+    start = mine * few + min(mine, more)
+    return slice(start, start + few + (mine < more))
 
 
 def sum_over_ranks(block: Tensor) -> Tensor:
     """The sum of every rank's tensor, on every rank; changes the tensor given."""
-    if not _alone():
+    if not alone():
         dist.all_reduce(block)
     return block
+
+
+def total_later(number: float) -> Callable[[], float]:
+    """Begins to add up every rank's number; the function given waits for the total."""
+    if alone():
+        return lambda: number
+    tensor = torch.tensor([number], dtype=torch.float64)
+    work = dist.all_reduce(tensor, async_op=True)
+
+    def total() -> float:
+        work.wait()
+        return tensor.item()
+
+    return total
+
+
+def from_first(value: T) -> T:
+    """Rank 0's value, on every rank; those of the others are lost."""
+    if alone():
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]  # type: ignore[no-any-return]
+
+
+def gathered(value: T) -> list[T]:
+    """Every rank's value, in rank 0; in the others nothing. Tensors must be on the host."""
+    if alone():
+        return [value]
+    found: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, found)
+    return found or []
+
+
+@contextmanager
+def first_before_others() -> Iterator[None]:
+    """Rank 0 goes through it alone, then all others: a download happens once."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and not alone():
+        dist.barrier()
+
+
+def copy_from_first(tensors: list[Tensor]) -> None:
+    """Rank 0's values, put into every rank's tensors."""
+    if not alone():
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), 0)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor, through which gradients find their way."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        return sum_over_ranks(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        return sum_over_ranks(gradient.clone())
+
+
+class Agreement:
+    """The largest of all ranks' numbers, told one call late, so that nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, mine: int) -> int:
+        """What all ranks said at the call before; when alone, `mine`."""
+        if alone():
+            return mine
+        before = self.settle()
+        tensor = torch.tensor([mine])
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+        self.pending = work, tensor
+        return before
+
+    def settle(self) -> int:
+        """What all ranks said at the last call; 0 where it was told already."""
+        if self.pending is None:
+            return 0
+        (work, tensor), self.pending = self.pending, None
+        work.wait()
+        return int(tensor)

@@ -11,21 +11,40 @@ from app.averaging import Averaging
 from app.config.build import Build
 from app.config.check import fill_auto, has_auto, optimizer_nodes
 from app.config.errors import UserError, nearest, one_of
+from app.config.rules import seconds_of
 from app.config.schema import Config
+from app.distributed import alone
 from app.learning import ONLY, Learning
 from app.optimization import Optimization
+from app.parallel import Parallel, Replicated, Sharded
 from app.parts import Parts
 from app.plan import Plan
 from app.schedule import Schedule
 
 
-def make_learning(config: Config, build: Build, parts: Parts, scheduled: bool = True) -> Learning:
+def make_parallel(config: Config, parts: Parts) -> Parallel:
+    """How several ranks learn as one; from now on the task trains through it."""
+    task, trainer = parts.task, config.trainer
+    if alone():
+        return Parallel(task.model)
+    if trainer.strategy == "fsdp":
+        return Sharded(task.model)
+    single = len(optimizer_nodes(config.optimizer)) == 1
+    found = Replicated(task.model, parts.device, single, trainer.find_unused_parameters)
+    task.trained = found
+    return found
+
+
+def make_learning(
+    config: Config, build: Build, parts: Parts, parallel: Parallel, scheduled: bool = True
+) -> Learning:
     """An optimizer of all parameters that learn, or one for each part of the model it names.
 
     Args:
         config: The whole configuration.
         build: Of nodes.
         parts: The task, the batches of training, what is frozen.
+        parallel: Brings the gradients of several ranks together.
         scheduled: Whether learning rates follow the schedule.
 
     Raises:
@@ -43,10 +62,9 @@ def make_learning(config: Config, build: Build, parts: Parts, scheduled: bool = 
         for key, name in names.items()
     }
     _check_groups(groups, learnable, names)
-    alone = len(nodes) == 1
     return Learning(
         {
-            names[key]: _optimization(config, build, parts, key, groups[key], alone, scheduled)
+            names[key]: _optimization(config, build, parts, parallel, key, groups[key], scheduled)
             for key in nodes
         }
     )
@@ -77,9 +95,9 @@ def _optimization(
     config: Config,
     build: Build,
     parts: Parts,
+    parallel: Parallel,
     key: str,
     parameters: list[nn.Parameter],
-    alone: bool,
     scheduled: bool,
 ) -> Optimization:
     trainer = config.trainer
@@ -101,9 +119,10 @@ def _optimization(
         trainer.accumulate_grad_batches,
         trainer.gradient_clip_norm,
         trainer.gradient_clip_value,
-        alone,
+        len(optimizer_nodes(config.optimizer)) == 1,
         trainer.gradient_norm,
         trainer.zero_non_finite_gradients,
+        parallel,
     )
 
 
@@ -149,5 +168,6 @@ def make_plan(config: Config) -> Plan:
         valid_every_n_epochs=trainer.valid_every_n_epochs,
         save_every_n_epochs=config.checkpoint.every_n_epochs,
         sanity_valid_batches=trainer.sanity_valid_batches,
+        max_seconds=seconds_of(trainer.max_time),
         stop_at_non_finite_loss=trainer.stop_at_non_finite_loss,
     )

@@ -46,6 +46,12 @@ class Learning:
         """Batches to one step."""
         return next(iter(self.optimizations.values())).accumulate
 
+    @property
+    def completes(self) -> bool:
+        """Whether the next batch makes a step, if it is learned from once."""
+        first = next(iter(self.optimizations.values()))
+        return first.batches + 1 >= first.accumulate
+
     def rates(self) -> dict[str, float]:
         """The learning rates of the next step: `lr`, or `lr_<name>` of each."""
         return {column("lr", name): one.lr for name, one in self.optimizations.items()}

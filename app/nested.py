@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from app.config.errors import UserError, nearest, one_of
@@ -78,6 +79,36 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
             return type(nested)(*parts) if hasattr(nested, "_fields") else tuple(parts)
         return parts
     return nested
+
+
+def cut(nested: Nested, part: slice, count: int) -> Nested:
+    """Some samples of a batch of so many: of its tensors, and of lists of names and the like."""
+    if isinstance(nested, list) and len(nested) == count and not any(True for _ in tensors(nested)):
+        return nested[part]
+    if isinstance(nested, Tensor):
+        return nested[part] if nested.ndim and len(nested) == count else nested
+    if isinstance(nested, dict):
+        return {name: cut(inner, part, count) for name, inner in nested.items()}
+    if isinstance(nested, (tuple, list)):
+        parts = [cut(inner, part, count) for inner in nested]
+        if isinstance(nested, tuple):
+            return type(nested)(*parts) if hasattr(nested, "_fields") else tuple(parts)
+        return parts
+    return nested
+
+
+def joined(parts: list[Nested]) -> Nested:
+    """Batches as one, whatever their form; single numbers of batches in a row."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(parts) if first.ndim else torch.stack(parts)
+    if first is None:
+        return None
+    if isinstance(first, dict):
+        return {name: joined([part[name] for part in parts]) for name in first}
+    if isinstance(first, list) and not any(True for _ in tensors(first)):
+        return [name for part in parts for name in part]
+    return tuple(joined(list(group)) for group in zip(*parts, strict=True))
 
 
 def tensors(nested: Nested) -> Iterator[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from app.config.errors import UserError
+from app.distributed import total_later
+from app.parallel import Parallel, alike, total_norm
 from app.schedule import Schedule
 
 
@@ -27,6 +29,7 @@ class Optimization:
         alone: Its parameters are all that learn; else gradients reach no others than them.
         tracks_norm: Keeps the norm of the gradients, before clipping.
         zero_non_finite: Gradients that are no numbers become 0, before clipping.
+        parallel: Brings the gradients of several ranks together; None where there is one.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Optimization:
         alone: bool = True,
         tracks_norm: bool = False,
         zero_non_finite: bool = False,
+        parallel: Parallel | None = None,
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule or Schedule(optimizer)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
@@ -48,8 +52,12 @@ class Optimization:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.alone, self.tracks_norm = alone, tracks_norm
         self.zero_non_finite = zero_non_finite
+        self.parallel = parallel or Parallel(torch.nn.Module())
+        self.weighted = accumulate > 1 or self.parallel.several  # samples weigh, not batches
         self.norm: Tensor | None = None  # of the step just made
         self.steps = self.batches = self.samples = 0
+        self.latest = 0  # samples of the last batch
+        self.total: Callable[[], float] | None = None  # samples of all ranks, once known
 
     @property
     def lr(self) -> float:
@@ -58,9 +66,11 @@ class Optimization:
 
     def step(self, loss: Tensor, num_samples: int) -> None:
         """Learns from the mean loss of so many samples; changes the weights when it is time to."""
-        self.backward(loss, num_samples)
         self.batches += 1
-        self.samples += num_samples
+        self.samples += 0 if self.parallel.lent else num_samples
+        if self.batches == self.accumulate:
+            self.total = total_later(self.samples)  # ranks tell while gradients are computed
+        self.backward(loss, num_samples)
         if self.batches == self.accumulate:
             self.update()
 
@@ -75,8 +85,9 @@ class Optimization:
             return
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any parameter that learns")
-        if self.accumulate > 1:
-            loss = loss * (num_samples / self.full)
+        self.latest = 0 if self.parallel.lent else num_samples
+        if self.weighted:
+            loss = loss * (self.latest / self.full)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
             scaled.backward(inputs=None if self.alone else learning)
@@ -88,31 +99,36 @@ class Optimization:
 
     def update(self) -> None:
         """Changes the weights by the gradients that are there, and forgets these."""
+        total = (self.total or total_later(self.samples or self.latest))()
+        self.parallel.sum_gradients(self._parameters())
         if next(iter(self._gradients()), None) is not None:
-            self._learn()
-        self.optimizer.zero_grad(set_to_none=True)
+            self._learn(total)
+        self.parallel.forget_gradients(self._parameters())
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it holds the old weights until the step is over
         self.schedule.step_end()
         self.steps += 1
         self.batches = self.samples = 0
+        self.total = None
 
-    def _learn(self) -> None:
+    def _learn(self, total: float) -> None:
         changes = (self.clip_value, self.clip_norm, self.tracks_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(changes):
             self.scaler.unscale_(self.optimizer)
-        if self.accumulate > 1 and 0 < self.samples != self.full:
-            # Short groups: as one batch of just these samples.
-            torch._foreach_mul_(list(self._gradients()), self.full / self.samples)
+        factor = self.full * self.parallel.divisor / total if self.weighted and total else 1.0
+        if factor != 1.0:  # as one batch of just these samples
+            torch._foreach_mul_(list(self._gradients()), factor)
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
         if self.tracks_norm:
-            self.norm = torch.nn.utils.get_total_norm(list(self._gradients()))
+            self.norm = total_norm(list(self._gradients()))
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters(), self.clip_norm)
+            norm = total_norm(list(self._gradients()))
+            for same in alike(list(self._parameters())):
+                torch.nn.utils.clip_grads_with_norm_(same, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

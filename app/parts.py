@@ -18,11 +18,13 @@ from app.config.errors import UserError
 from app.config.schema import Config, Job
 from app.data.batch import Batches
 from app.device import Precision, memory_format
+from app.distributed import alone, first_before_others
 from app.freezing import Freezing
 from app.losses.term import Term, WeightedSum
 from app.metrics.measure import StageMetrics, as_metrics
 from app.metrics.selected import Selected
 from app.seed import seed_everything
+from app.sync_norm import synchronize_norms
 from app.task import Task
 from app.trial import try_on
 
@@ -52,7 +54,9 @@ def make_parts(config: Config, build: Build, device: torch.device) -> Parts:
     """
     model = make_model(config, build, device)
     format_ = memory_format(config.trainer.channels_last, model)
-    loaders = make_loaders(config, build, make_datasets(config, build), device, format_)
+    with first_before_others():
+        datasets = make_datasets(config, build)
+    loaders = make_loaders(config, build, datasets, device, format_)
     task = make_task(config, build, model, device)
     for stage, loader in loaders.items():
         try_on(task, stage, loader, config.data)
@@ -73,6 +77,8 @@ def make_model(config: Config, build: Build, device: torch.device) -> nn.Module:
     model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model['_target_']} is no torch.nn.Module")
+    if config.mode == "train" and config.trainer.sync_batchnorm and not alone():
+        model = synchronize_norms(model, device)
     format_ = memory_format(config.trainer.channels_last, model)
     return model.to(device=device, memory_format=format_)  # type: ignore[call-overload,no-any-return]
 

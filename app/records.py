@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.distributed import sum_over_ranks
+from app.distributed import from_first, rank, sum_over_ranks
 from app.history import Row
 from app.metrics.measure import StageMetrics, Sums
 
@@ -38,6 +38,16 @@ class Mean:
 
 StepValues = Mapping[str, Mean | Sums]
 Tick = float | torch.cuda.Event
+
+
+def nothing_of(values: StepValues) -> StepValues:
+    """The same row, counting nothing."""
+    return {
+        name: Mean(torch.zeros_like(value.value), 0)
+        if isinstance(value, Mean)
+        else tuple(torch.zeros_like(part) for part in value)
+        for name, value in values.items()
+    }
 
 
 def mean_of(value: Tensor, count: int) -> Mean:
@@ -142,8 +152,18 @@ class Rows:
             self.pending = []
 
     def result(self, stage: str, epoch: int) -> StageResult:
-        """All rows, added up."""
+        """All rows, added up; ranks other than 0 get the stage's row alone."""
         self.flush()
+        accumulated = self.metrics.accumulated()
+        if rank() > 0:
+            return StageResult(stage, epoch, from_first({}), pd.DataFrame(), {})
+        found = self._added_up(stage, epoch, accumulated)
+        from_first(found.row)
+        return found
+
+    def _added_up(
+        self, stage: str, epoch: int, accumulated: Mapping[str, np.ndarray]
+    ) -> StageResult:
         columns = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]}
         steps, totals, arrays = {}, {}, {}
         for name, sums in columns.items():
@@ -158,7 +178,7 @@ class Rows:
                 totals[name] = value.item()
             else:
                 arrays[name] = value
-        for name, value in self.metrics.accumulated().items():
+        for name, value in accumulated.items():
             if value.size == 1:
                 totals[name] = value.item()
             else:

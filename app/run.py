@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,16 +18,18 @@ from app.config.build import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
 from app.device import choose_device, describe_device, make_deterministic
-from app.distributed import rank
+from app.distributed import rank, world_size
 from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
-from app.learners import make_averaging, make_learning, make_plan
+from app.learners import make_averaging, make_learning, make_parallel, make_plan
 from app.losses.term import class_outputs
 from app.nested import Key, pick
+from app.parallel import Parallel
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.status import Status, versions
+from app.stopping import Stop
 from app.task import SupervisedTask, Task
 from app.trainer import PREDICT, Trainer
 
@@ -35,34 +37,40 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def execute(job: Job, folder: Path) -> float | None:
-    """Runs what the configuration says.
+def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) -> float | None:
+    """Runs what the configuration says; each rank its part.
 
     Args:
         job: The configuration, checked.
         folder: Of the run, there already.
+        stop: Who asks to end before the plan is over.
+        place: The number of this rank on its machine.
 
     Returns:
         The goal's best value, where training measured one.
 
     Raises:
         UserError: The user must put something right; `status.json` says so, too.
+        Stopped: It was asked to end, and did.
     """
     config, build = job.config, Build(job.trusted)
-    device = choose_device(config.trainer.accelerator)
+    device = choose_device(config.trainer.accelerator, config.trainer.devices, place)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
     about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
     status = Status(folder, about, config.goal, device)
-    with status.recorded():
+    with status.recorded() if rank() == 0 else nullcontext():
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode in FINDERS:
-            parts.task.learning = make_learning(config, build, parts, scheduled=False)
+            parallel = Parallel(parts.task.model)
+            parts.task.learning = make_learning(config, build, parts, parallel, scheduled=False)
             parts.freezing.apply(1)
             FINDERS[config.mode](config, parts, folder)
             return None
         with _watchers(job, build, parts, status, folder) as callbacks:
-            trainer = make_trainer(job, build, parts, callbacks, folder)
+            trainer = make_trainer(job, build, parts, callbacks, folder, stop)
             if config.mode == "train":
                 return train(trainer, parts)
             USES[config.mode](trainer, parts, config)
@@ -74,8 +82,11 @@ def _watchers(
     job: Job, build: Build, parts: Parts, status: Status, folder: Path
 ) -> Iterator[Callback]:
     """Those who watch, told of the end however it comes; nobody watches in ranks other than 0."""
+    if rank() > 0:
+        yield Callback()
+        return
     named = make_callbacks(job.config, build, folder, parts.task.model, job)
-    callbacks = Callbacks([status, *named] if rank() == 0 else [])
+    callbacks = Callbacks([status, *named])
     try:
         yield callbacks
     finally:
@@ -83,12 +94,18 @@ def _watchers(
 
 
 def make_trainer(
-    job: Job, build: Build, parts: Parts, callbacks: Callback, folder: Path
+    job: Job,
+    build: Build,
+    parts: Parts,
+    callbacks: Callback,
+    folder: Path,
+    stop: Stop | None = None,
 ) -> Trainer:
     """The loop around the parts; where it trains, with an optimizer and what goes with it."""
-    config, averaging = job.config, None
+    config, averaging, parallel = job.config, None, Parallel(parts.task.model)
     if config.mode == "train":
-        parts.task.learning = make_learning(config, build, parts)
+        parallel = make_parallel(config, parts)
+        parts.task.learning = make_learning(config, build, parts, parallel)
         averaging = make_averaging(config, build, parts.task.model)
     return Trainer(
         parts.task,
@@ -102,6 +119,8 @@ def make_trainer(
         parts.freezing,
         {name: monitor for name, monitor in config.checkpoint.monitors.items() if monitor},
         job,
+        parallel,
+        stop,
     )
 
 
@@ -202,7 +221,7 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
         "model": f"{config.model['_target_']}, {weights:,} parameters",
         "task": config.task["_target_"],
         "data": "; ".join(_described(s, parts.loaders.get(s)) for s in stages_run(config)),
-        "device": f"{describe_device(parts.device)}, {parts.task.precision.name}",
+        "device": f"{_several()}{describe_device(parts.device)}, {parts.task.precision.name}",
         "loss": ", ".join(config.loss),
         "metrics": "; ".join(
             f"{stage}: {', '.join(getattr(config.metric, stage)) or 'none'}"
@@ -221,6 +240,10 @@ def report(config: Config, parts: Parts, folder: Path) -> None:
     log.info(
         "%s", "\n".join(f"{name:9} {text}" for name, text in lines.items() if str(text).strip())
     )
+
+
+def _several() -> str:
+    return f"{world_size()} x " if world_size() > 1 else ""
 
 
 def _given(named: dict[str, T | None]) -> list[tuple[str, T]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.averaging import Averaging
 from app.checkpoint import (
@@ -20,9 +20,11 @@ from app.checkpoint import (
 )
 from app.config.errors import UserError
 from app.config.schema import Job
+from app.distributed import from_first, rank
 from app.files import write_whole
 from app.history import Row
-from app.nested import map_tensors
+from app.nested import Nested, map_tensors
+from app.parallel import whole
 from app.task import Task
 
 
@@ -46,12 +48,13 @@ class TrainState:
     def save_best(self) -> None:
         """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
         checkpoint = self._checkpoint(None)
-        save_checkpoint(self.folder / "checkpoints" / BEST, checkpoint)
-        write_whole(self.folder / "model.pt", lambda file: torch.save(checkpoint.model, file))
+        self._save(BEST, checkpoint)
+        if rank() == 0:
+            write_whole(self.folder / "model.pt", lambda file: torch.save(checkpoint.model, file))
 
     def save_monitored(self, name: str) -> None:
         """The weights, as `best-<name>.pt`."""
-        save_checkpoint(self.folder / "checkpoints" / monitored(name), self._checkpoint(None))
+        self._save(monitored(name), self._checkpoint(None))
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
@@ -61,7 +64,7 @@ class TrainState:
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
         }
-        save_checkpoint(self.folder / "checkpoints" / LAST, self._checkpoint(training))
+        self._save(LAST, self._checkpoint(on_host(training)))
 
     def restore(self, file: Path) -> int:
         """Takes the weights of a checkpoint, and what the task has beside the model.
@@ -75,7 +78,8 @@ class TrainState:
         Raises:
             UserError: They are damaged, or those of another model or loss.
         """
-        checkpoint = load_checkpoint(file)
+        checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
+        assert checkpoint is not None
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
@@ -87,19 +91,28 @@ class TrainState:
         """Takes the best weights so far; gives their epoch."""
         return self.restore(self.folder / "checkpoints" / BEST)
 
+    def _save(self, name: str, checkpoint: Checkpoint) -> None:
+        if rank() == 0:
+            save_checkpoint(self.folder / "checkpoints" / name, checkpoint)
+
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
         return Checkpoint(
             config=job.plain if job else None,
             template=job.template if job else None,
-            model=on_host(self.task.model),
-            task=map_tensors(Tensor.cpu, self.task.state_dict()),
+            model=on_host(self.task.model.state_dict()),
+            task=on_host(self.task.state_dict()),
             epoch=self.epoch,
             history=self.history,
             training=training,
         )
 
 
-def on_host(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict on the host, in the usual memory format."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+def on_host(nested: Nested) -> Nested:
+    """Whole tensors on the host, in the usual memory format; every rank must ask, one gets them."""
+
+    def held(tensor: Tensor) -> Tensor:
+        tensor = whole(tensor.detach())
+        return tensor.cpu().contiguous() if rank() == 0 else tensor
+
+    return map_tensors(held, nested)

@@ -16,12 +16,14 @@ import torch
 from app.callbacks.callback import Callback
 from app.config.schema import Goal
 from app.device import describe_device, peak_memory
+from app.distributed import world_size
 from app.files import write_json
 from app.history import History, best, is_measured
 from app.records import StageResult
+from app.stopping import Stopped
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
-State = Literal["running", "completed", "failed", "interrupted"]
+State = Literal["running", "completed", "failed", "interrupted", "preempted"]
 
 
 class Status(Callback):
@@ -51,6 +53,9 @@ class Status(Callback):
         except KeyboardInterrupt:
             self.write("interrupted")
             raise
+        except Stopped as stopped:
+            self.write(stopped.state)
+            raise
         except BaseException as error:
             self.write("failed", f"{type(error).__name__}: {error}")
             raise
@@ -74,7 +79,9 @@ class Status(Callback):
             "metrics": {str(row["stage"]): row for row in self.history},
             "device": describe_device(self.device),
             **peak_memory(self.device),
+            "ranks": world_size(),
             "error": error,
+            "rank": None,  # that failed; whoever watches over all of them knows
             "versions": versions(),
         }
         write_json(self.path, content)

@@ -65,6 +65,7 @@ class Task:
         precision: Precision | None = None,
     ) -> None:
         self.model = model
+        self.trained: Callable[..., Any] = model  # what a training step calls, see `app.parallel`
         self.precision = precision or Precision("fp32", "cpu")
         given = metrics or {}
         self.metrics = {
@@ -226,14 +227,17 @@ class SupervisedTask(Task):
     def forward(self, inputs: Nested) -> Nested:
         """The model's outputs; several inputs are its arguments.
 
+        While it trains it is called as `trained`, so that several ranks learn as one.
+
         Raises:
             UserError: It cannot take them.
         """
+        model = self.trained if self.model.training else self.model
         try:
             if isinstance(inputs, dict):
-                return self.model(**inputs)
-            return self.model(*inputs) if isinstance(inputs, tuple) else self.model(inputs)
-        except torch.OutOfMemoryError:
+                return model(**inputs)
+            return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+        except (torch.OutOfMemoryError, UserError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             name = type(self.model).__name__

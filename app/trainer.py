@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
 
@@ -19,18 +19,22 @@ from app.callbacks.tables import summary_table
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.data.batch import Batch, Batches
+from app.distributed import Agreement, alone, from_first, gathered, rank, world_size
 from app.freezing import Freezing
 from app.history import best, goal_value, loss_is_lost, measured
 from app.history import reason_to_stop as stop_by
 from app.learning import Learning
-from app.nested import Nested, count_samples, map_tensors
+from app.nested import Nested, count_samples, joined, map_tensors
+from app.parallel import Parallel
 from app.plan import Plan
-from app.records import Rows, StageResult
+from app.records import Rows, StageResult, nothing_of
 from app.seed import seed_everything
 from app.state import TrainState
+from app.stopping import Reason, Stop, Stopped
 from app.task import Step, Task, sound
 
 log = logging.getLogger(__name__)
+Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
 TRAIN_LOSS, CPU = Goal("train/loss", "min"), torch.device("cpu")
 PREDICT = "predict"  # what watchers are told in place of a stage
 
@@ -50,6 +54,8 @@ class Trainer:
         freezing: Of some of them.
         monitors: Further meanings of best, by name.
         job: Its configuration goes into each checkpoint.
+        parallel: How several ranks learn as one.
+        stop: Who asks to end before the plan is over.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Trainer:
         freezing: Freezing | None = None,
         monitors: Mapping[str, Monitor] | None = None,
         job: Job | None = None,
+        parallel: Parallel | None = None,
+        stop: Stop | None = None,
     ) -> None:
         self.task, self.plan, self.goal = task, plan, goal
         self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
@@ -72,13 +80,27 @@ class Trainer:
         self.freezing = freezing or Freezing(task.model, {})
         self.monitors = dict(monitors or {})
         self.state = TrainState(task, self.averaging, folder, job)
+        self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
+        self.agreement, self.asked = Agreement(), Reason.NONE
         self.trained_batches = 0  # in the last epoch
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
 
         Leaves `best.pt` and `last.pt`, and gives the summary: a line for each stage.
+
+        Raises:
+            Stopped: It was asked to end before its time; `last.pt` has what there is.
         """
+        with self.stop.between_steps(self.plan.max_seconds):
+            try:
+                return self.fit_epochs(train, valid)
+            except Stopped:
+                self.state.save_last()
+                raise
+
+    def fit_epochs(self, train: Batches, valid: Batches | None) -> pd.DataFrame:
+        """Epoch after epoch."""
         began = time.monotonic()
         if self.plan.is_over(self.state.epoch, self.learning.steps):
             log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
@@ -88,7 +110,7 @@ class Trainer:
             self.run_stage("train", epoch, train, learns=True)
             self.state.epoch = epoch
             self.averaging.after_epoch(epoch)
-            last = self.plan.is_over(epoch, self.learning.steps)
+            last = self.plan.is_over(epoch, self.learning.steps) or bool(self.asked)
 
             with self.averaged(train, epoch):
                 if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
@@ -111,57 +133,99 @@ class Trainer:
     ) -> StageResult:
         """One pass over the batches; its row joins the history, the watchers hear of it.
 
-        What is drawn in it depends on the seed, the stage and the epoch alone.
+        What is drawn in it depends on the seed, the stage, the epoch and the rank alone.
+
+        Raises:
+            Stopped: In the midst of it.
         """
-        seed_everything(self.seed, stage, epoch)
-        sizes = batches.num_batches, batches.num_samples
-        self.callbacks.on_stage_start(StageStart(stage, epoch, *sizes))
+        start = self.starts(stage, epoch, batches)
         rows = Rows(self.task.metrics[stage], self.device)
-        data = batches.epoch(epoch)
-        steps = self.train_steps(data, epoch) if learns else self.eval_steps(data, stage)
-        for batch, step, numbers in steps:
-            rows.add(step.values, numbers)
-            end = StepEnd(stage, epoch, step.num_samples, batch, step.outputs)
-            self.callbacks.on_step_end(end)
+        whole = from_first(self.callbacks.watches_all(start))
+        run = self.train_steps if learns else self.eval_steps
+        with self.stop.between_steps():
+            for batch, step, numbers in run(batches, stage, epoch):
+                rows.add(step.values, numbers)
+                self.tell(start, batch, step, whole)
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
+        stopped = self.asked > Reason.TIME
+        if stopped and not learns:
+            raise Stopped(self.asked)
         result = rows.result(stage, epoch)
-        self.state.history.append(result.row)
-        self.callbacks.on_stage_end(result, self.state.history)
+        history = [*self.state.history, result.row]
+        self.callbacks.on_stage_end(result, history)
+        if stopped:
+            raise Stopped(self.asked)  # the stage is not over, and not part of the history
+        self.state.history = history
         return result
 
-    def train_steps(
-        self, batches: Iterator[Batch], epoch: int
-    ) -> Iterator[tuple[Batch, Step, dict[str, float]]]:
+    def starts(self, stage: str, epoch: int, batches: Batches) -> StageStart:
+        """A stage begins: seeds, and the watchers hear of it."""
+        seed_everything(self.seed, stage, epoch, *([rank()] if rank() else []))
+        start = StageStart(stage, epoch, batches.num_batches, batches.num_samples)
+        self.callbacks.on_stage_start(start)
+        return start
+
+    def train_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Learns from each batch, until there are enough steps."""
         task, learning = self.task, self.learning
         task.model.train()
         self.freezing.apply(epoch)
+        self.parallel.begin()
         self.trained_batches = 0
-        for batch in batches:
+        for batch, lent in lending(batches, epoch):
             self.trained_batches += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
             rates = learning.rates()
-            with task.precision.autocast():
-                step = sound(task, "train", task.train_step(batch))
+            with self.counting(stage, lent), self.parallel.step(lent, learning.completes):
+                step = sound(task, stage, task.train_step(batch))
             self.averaging.after_step(epoch, learning.steps)
-            values = {**step.values, **learning.norms(step.num_samples)}
+            row = {**step.values, **learning.norms(step.num_samples)}
+            values = nothing_of(row) if lent else row
             yield batch, Step(values, step.outputs), {**step.numbers, **rates}
-            if self.plan.max_steps is not None and learning.steps >= self.plan.max_steps:
+            enough = self.plan.max_steps is not None and learning.steps >= self.plan.max_steps
+            if enough or self.hears():
                 break
         learning.finish()
         self.averaging.after_step(epoch, learning.steps)
+        self.parallel.end()
+        self.settles()
 
-    def eval_steps(
-        self, batches: Iterator[Batch], stage: str
-    ) -> Iterator[tuple[Batch, Step, dict[str, float]]]:
+    def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Measures each batch."""
         self.task.model.eval()
-        for batch in batches:
-            with torch.no_grad(), self.task.precision.autocast():
+        for batch, lent in lending(batches, epoch):
+            with torch.no_grad(), self.counting(stage, lent):
                 step = sound(self.task, stage, self.task.eval_step(stage, batch))
-            yield batch, step, {}
+            yield batch, Step(nothing_of(step.values), step.outputs) if lent else step, {}
+            if self.hears() > Reason.TIME:
+                break
+        self.settles()
+
+    @contextmanager
+    def counting(self, stage: str, lent: bool) -> Iterator[None]:
+        """In the precision of the forward pass; a lent batch counts nothing."""
+        muted = self.task.metrics[stage].muted() if lent else nullcontext()
+        with muted, self.task.precision.autocast():
+            yield
+
+    def tell(self, start: StageStart, batch: Batch, step: Step, whole: bool) -> None:
+        """The watchers hear of a step; where they want so, of all ranks' parts of it."""
+        parts = of_all_ranks((batch, step.outputs), not step.num_samples) if whole else []
+        if parts or not whole:
+            told = joined(parts) if parts else (batch, step.outputs)
+            count = step.num_samples * world_size()
+            self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, count, *told))
+
+    def hears(self) -> Reason:
+        """Why to stop after this step, the same in all ranks."""
+        self.asked = Reason(max(self.asked, self.agreement(self.stop.reason())))
+        return self.asked
+
+    def settles(self) -> None:
+        """No further step comes: what was last said counts now."""
+        self.asked = Reason(max(self.asked, self.agreement.settle()))
 
     def evaluate(
         self, batches: Batches, stage: str = "test", epoch: int | None = None
@@ -178,31 +242,42 @@ class Trainer:
 
     def predict(self, batches: Batches) -> Nested:
         """The outputs for all samples, on the host, in the form in which the task gives them."""
-        return concatenated(
+        return joined(
             [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
         )
 
     def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
-        """Each batch with its outputs; the watchers hear of them."""
-        seed_everything(self.seed, PREDICT, self.state.epoch)
-        sizes = batches.num_batches, batches.num_samples
-        self.callbacks.on_stage_start(StageStart(PREDICT, self.state.epoch, *sizes))
+        """Each batch with its outputs; the watchers hear of them. Rank 0 has all ranks' shares.
+
+        Raises:
+            Stopped: In the midst of it.
+        """
+        epoch = self.state.epoch
+        start = self.starts(PREDICT, epoch, batches)
         self.task.model.eval()
-        for batch in batches.epoch(self.state.epoch):
-            with torch.no_grad(), self.task.precision.autocast():
-                outputs = self.task.predict_step(batch)
-            samples = count_samples(outputs)
-            end = StepEnd(PREDICT, self.state.epoch, samples, batch, outputs)
-            self.callbacks.on_step_end(end)
-            yield batch, outputs
+        with self.stop.between_steps():
+            for batch, lent in lending(batches, epoch):
+                with torch.no_grad(), self.task.precision.autocast():
+                    outputs = self.task.predict_step(batch)
+                parts = of_all_ranks((batch, outputs), lent)
+                if parts:
+                    told = joined(parts) if len(parts) > 1 else parts[0]
+                    end = StepEnd(start.stage, epoch, count_samples(told[1]), *told)
+                    self.callbacks.on_step_end(end)
+                    yield told
+                if self.hears() > Reason.TIME:
+                    break
+            self.settles()
+        if self.asked > Reason.TIME:
+            raise Stopped(self.asked)
 
     def sanity_check(self, valid: Batches | None) -> None:
         """Validates a few batches, to fail before the first epoch rather than after it."""
         if valid is None or self.plan.sanity_valid_batches == 0:
             return
         rows = Rows(self.task.metrics["valid"], self.device)
-        few = islice(valid.epoch(0), self.plan.sanity_valid_batches)
-        for _, step, _ in self.eval_steps(few, "valid"):
+        steps = self.eval_steps(valid, "valid", 0)
+        for _, step, _ in islice(steps, self.plan.sanity_valid_batches):
             rows.add(step.values)
         if not rows.is_empty:
             row = rows.result("valid", 0).row
@@ -215,17 +290,19 @@ class Trainer:
         """The average of the weights stands in for them, where there is one."""
         with self.averaging.applied():
             if self.averaging.average and self.averaging.measures_batches:
-                self.measure_batches(islice(train.epoch(epoch), self.trained_batches))
+                self.measure_batches(train, epoch)
             yield
 
     @torch.no_grad()
-    def measure_batches(self, batches: Iterator[Batch]) -> None:
+    def measure_batches(self, train: Batches, epoch: int) -> None:
         """Finds the statistics of batch normalisation anew, where it is not frozen."""
         self.task.model.eval()
         with measured_anew(self.task.model) as found:
-            for batch in batches if found else ():
-                with self.task.precision.autocast():
+            batches = islice(lending(train, epoch), self.trained_batches if found else 0)
+            for batch, lent in batches:
+                with self.parallel.step(lent, True), self.task.precision.autocast():
                     self.task.forward_step(batch)
+        self.parallel.end()
 
     def save_best(self, epoch: int) -> None:
         """Keeps the weights where this epoch is the best by the goal, or by a monitor."""
@@ -271,13 +348,19 @@ class Trainer:
         )
 
 
-def concatenated(parts: list[Nested]) -> Nested:
-    """Batches of outputs as one, whatever their form; single numbers of batches in a row."""
-    first = parts[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(parts) if first.ndim else torch.stack(parts)
-    if first is None:
-        return None
-    if isinstance(first, dict):
-        return {name: concatenated([part[name] for part in parts]) for name in first}
-    return tuple(concatenated(list(group)) for group in zip(*parts, strict=True))
+def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
+    """The batches of this rank, and whether it is only lent: it has no sample of the whole one.
+
+    All ranks make every step together, so a rank without a part in it gets something to go through
+    the motions with.
+    """
+    for batch in batches.epoch(epoch):
+        yield (batches.first(2), True) if batch is None else (batch, False)
+
+
+def of_all_ranks(mine: Nested, lent: bool) -> list[Nested]:
+    """What every rank has, on the host, in rank 0; nothing in the others."""
+    if alone():
+        return [mine]
+    parts = gathered(None if lent else map_tensors(torch.Tensor.cpu, mine))
+    return [part for part in parts if part is not None]

@@ -26,7 +26,8 @@ FLOORS = [
     ["app.task"],
     ["app.learning", "app.checkpoint"],
     ["app.optimization", "app.averaging", "app.freezing", "app.predictions", "app.export"],
-    ["app.schedule", "app.records"],
+    ["app.schedule", "app.records", "app.parallel"],
+    ["app.sync_norm"],
     ["app.data", "app.models", "app.losses", "app.metrics", "app.schedules"],
     [
         "app.device",
@@ -37,7 +38,7 @@ FLOORS = [
         "app.plan",
         "app.figures",
     ],
-    ["app.files"],
+    ["app.files", "app.stopping"],
     ["app.config"],
     ["app"],
 ]

@@ -28,10 +28,12 @@ class StageStart:
 class StepEnd:
     """A batch has been given to the device; tensors are there, and reading one waits for it.
 
+    With several ranks, batch and outputs are those of rank 0's share, unless `watches_all`.
+
     Attributes:
         stage: `train`, `valid`, `test` or `predict`.
         epoch: Counted from 1.
-        num_samples: In the batch.
+        num_samples: In the batch; with several ranks about so many, all shares together.
         batch: As the model got it.
         outputs: What the model gave; None where the task does not tell.
     """
@@ -74,6 +76,10 @@ class Callback:
     def on_stage_start(self, start: StageStart) -> None:
         """A stage begins."""
 
+    def watches_all(self, start: StageStart) -> bool:  # noqa: ARG002
+        """Whether its steps in this stage are to be those of all ranks together, on the host."""
+        return False
+
     def on_step_end(self, step: StepEnd) -> None:
         """A batch has been given to the device."""
 
@@ -100,6 +106,9 @@ class Callbacks(Callback):
     def on_stage_start(self, start: StageStart) -> None:
         for callback in self.callbacks:
             callback.on_stage_start(start)
+
+    def watches_all(self, start: StageStart) -> bool:
+        return any(callback.watches_all(start) for callback in self.callbacks)
 
     def on_step_end(self, step: StepEnd) -> None:
         for callback in self.callbacks:

@@ -56,6 +56,9 @@ class PredictionWriter(Callback):
             folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
             self.files = Predictions(folder, class_outputs(self.config), self.format)
 
+    def watches_all(self, start: StageStart) -> bool:  # noqa: ARG002
+        return self.files is not None
+
     def on_step_end(self, step: StepEnd) -> None:
         if self.files is not None and step.outputs is not None:
             self.files.add(step.outputs, targets_of(step.batch, self.config))

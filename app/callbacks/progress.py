@@ -46,10 +46,12 @@ class Progress(Callback):
             )
 
     def on_step_end(self, step: StepEnd) -> None:
+        total = self.start.num_samples
+        before, self.done = self.done, self.done + step.num_samples
+        self.done = self.done if total is None else min(self.done, total)
         if self.bar is not None:
-            self.bar.update(step.num_samples)
+            self.bar.update(self.done - before)
             return
-        self.done += step.num_samples
         if time.monotonic() >= self.next_line:
             self.next_line += self.seconds
             rate = self.done / (time.monotonic() - self.began)

@@ -17,7 +17,8 @@ from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]
-NOW = ("mode", "ckpt", "name", "tags", "notes", "trusted_targets")  # of this command, never saved
+# Of this command, never saved.
+NOW = ("mode", "ckpt", "launch", "name", "tags", "notes", "trusted_targets")
 
 
 def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:

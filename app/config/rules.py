@@ -39,6 +39,8 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
         _input_mistakes: ("data.inputs", "data.normalize"),
         _monitor_mistakes: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
+        _time_mistakes: ("trainer.max_time",),
+        _device_mistakes: ("trainer.devices", "trainer.strategy", "trainer.precision", "data"),
         _name_mistakes: ("name", "metric", "loss", "task"),
         _find_mistakes: ("mode", "find"),
         _scheduler_mistakes: ("scheduler",),
@@ -51,6 +53,39 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
 def _length_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if plain["trainer"]["max_epochs"] is None and plain["trainer"]["max_steps"] is None:
         yield Mistake("trainer.max_epochs", "=None and trainer.max_steps=None: one must be given")
+
+
+def _time_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    value = plain["trainer"]["max_time"]
+    if isinstance(value, str) and seconds_of(value) is None:
+        allowed = "allowed: seconds, HH:MM:SS or DD:HH:MM:SS"
+        yield Mistake("trainer.max_time", f"={value!r} is no time; {allowed}")
+
+
+def seconds_of(time: str | float | None) -> float | None:
+    """Seconds in a time such as `01:30:00` or `2:00:00:00`, days first; None where it is none."""
+    if not isinstance(time, str):
+        return time
+    found = re.fullmatch(r"(?:(\d+):)?(\d+):([0-5]?\d):([0-5]?\d)", time)
+    if found is None:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
+
+
+def _device_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    trainer, data = plain["trainer"], plain["data"]
+    devices, key = trainer["devices"], "trainer.devices"
+    if isinstance(devices, list) and (not devices or len({*devices}) < len(devices)):
+        yield Mistake(key, f"={devices!r}: allowed: ids, each once")
+    count = len(devices) if isinstance(devices, list) else devices
+    smallest = min(data["batch_size"], data["eval_batch_size"] or data["batch_size"])
+    if isinstance(count, int) and smallest < count:
+        problem = f"={smallest} is for all devices together, and fewer than the {count} of {key}"
+        yield Mistake("data.batch_size", problem)
+    if trainer["strategy"] == "fsdp" and trainer["precision"] == "fp16":
+        problem = "='fp16' does not go with trainer.strategy='fsdp'; allowed: auto, fp32, bf16"
+        yield Mistake("trainer.precision", problem)
 
 
 def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:

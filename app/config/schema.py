@@ -181,7 +181,14 @@ class Trainer:
     limit_test_batches: Limit
     overfit_batches: Count
     fast_dev_run: bool | Positive
+    max_time: str | Annotated[float, Range(0.0, above=True)] | None
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    devices: Literal["auto"] | Positive | list[Count] | None
+    strategy: Literal["ddp", "fsdp"]
+    sync_batchnorm: bool
+    find_unused_parameters: bool
+    timeout: Annotated[float, Range(0.0, above=True)]
+    requeue: bool
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: Literal["auto"] | bool
     compile: bool
@@ -203,6 +210,7 @@ class Config:
 
     mode: Mode
     ckpt: str | None
+    launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Count
     name: str
     tags: list[str]

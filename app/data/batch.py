@@ -18,6 +18,8 @@ Transform = Callable[[Tensor], Tensor]
 class Batches(Protocol):
     """What the loop asks of data.
 
+    With several ranks each gets its share of every batch; all else is of whole batches.
+
     Attributes:
         num_samples: In an epoch; None where that is not known.
         num_batches: Likewise.
@@ -30,7 +32,7 @@ class Batches(Protocol):
     def num_batches(self) -> int | None: ...
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of that epoch, on the training device."""
+        """The batches of that epoch, on the training device; None for an empty share of one."""
 
     def first(self, count: int) -> Batch:
         """The first samples of the dataset as a batch."""

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from app.data.batch import Batch, Batches, Ready, Transform
 from app.data.order import Order
 from app.data.reading import GivenLoader, Reading, SampleLoader, StreamLoader
 from app.data.split import Samples, size
+from app.distributed import share
 
 
 class TensorLoader:
@@ -39,14 +41,20 @@ class TensorLoader:
         self.num_batches = -(-order.count // batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
+        for index in self._indices(epoch):
+            empty = index.start == index.stop if isinstance(index, slice) else not len(index)
+            yield None if empty else self.ready(tuple(tensor[index] for tensor in self.tensors))
+
+    def _indices(self, epoch: int) -> Iterator[slice | Tensor]:
+        """Of this rank's share of each batch."""
         if self.order.is_plain:
             for start in range(0, self.num_samples, self.batch_size):
-                stop = min(start + self.batch_size, self.num_samples)
-                yield self.ready(tuple(tensor[start:stop] for tensor in self.tensors))
+                mine = share(min(self.batch_size, self.num_samples - start))
+                yield slice(start + mine.start, start + mine.stop)
         else:
             indices = self.order.indices(epoch).to(self.tensors[0].device)
             for index in indices.split(self.batch_size):
-                yield self.ready(tuple(tensor[index] for tensor in self.tensors))
+                yield index[share(len(index))]
 
     def first(self, count: int) -> Batch:
         return self.ready(tuple(tensor[:count] for tensor in self.tensors))

@@ -18,7 +18,8 @@ from app.config.errors import UserError
 from app.data.batch import Batch, Ready
 from app.data.order import Order
 from app.data.split import Samples, size
-from app.nested import map_tensors
+from app.distributed import alone, share
+from app.nested import count_samples, cut, map_tensors
 from app.seed import seed_host, seed_of
 
 log = logging.getLogger(__name__)
@@ -73,21 +74,21 @@ class SampleLoader:
         seed: int,
         reading: Reading,
     ) -> None:
-        self.sampler, self.ready = _EpochSampler(order), ready
+        self.sampler, self.ready = _EpochSampler(order, batch_size), ready
         self.num_samples = order.count
         self.loader = DataLoader(
             _SeededSamples(dataset, seed),
-            batch_size=batch_size,
-            sampler=self.sampler,
+            batch_sampler=self.sampler,
+            collate_fn=_collate,
             **reading.arguments(ready.device, seed),
         )
-        self.num_batches = len(self.loader)
+        self.num_batches = len(self.sampler)
         self.names: list[str] | None = None  # of the samples, where they have some
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.sampler.epoch = epoch
         for batch in self.loader:
-            yield self.ready(batch)
+            yield None if batch is None else self.ready(batch)
 
     def first(self, count: int) -> Batch:
         dataset = self.loader.dataset
@@ -97,6 +98,8 @@ class SampleLoader:
 
 class StreamLoader:
     """Batches of an iterable dataset, in the order in which it gives its samples.
+
+    Every rank reads all of it, and keeps its share of each batch.
 
     Args:
         dataset: Gives samples of any form. Where it has `set_epoch(epoch)`, it is told the epoch;
@@ -147,7 +150,8 @@ class StreamLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self._start(epoch)
         for batch in islice(self.loader, self.limit):
-            yield self.ready(batch)
+            mine = own_share(batch)
+            yield None if mine is None else self.ready(mine)
 
     def first(self, count: int) -> Batch:
         self._start(0)
@@ -183,23 +187,38 @@ class GivenLoader:
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
         for batch in self.loader:
-            yield self.ready(batch)
+            mine = own_share(batch)
+            yield None if mine is None else self.ready(mine)
 
     def first(self, count: int) -> Batch:
         return map_tensors(lambda tensor: tensor[:count], self.ready(next(iter(self.loader))))
 
 
-class _EpochSampler(Sampler[tuple[int, int]]):
-    """Gives (epoch, index): the workers learn the epoch with each sample."""
+def own_share(batch: Batch) -> Batch:
+    """This rank's part of a batch that every rank has read; None where it is empty."""
+    if alone():
+        return batch
+    count = count_samples(batch)
+    mine = share(count)
+    return None if mine.start == mine.stop else cut(batch, mine, count)
 
-    def __init__(self, order: Order) -> None:
-        self.order, self.epoch = order, 0
+
+class _EpochSampler(Sampler[list[tuple[int, int]]]):
+    """Gives this rank's (epoch, index) of each batch: the workers learn the epoch from them."""
+
+    def __init__(self, order: Order, batch_size: int) -> None:
+        self.order, self.batch_size, self.epoch = order, batch_size, 0
 
     def __len__(self) -> int:
-        return self.order.count
+        return -(-self.order.count // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        return ((self.epoch, index) for index in self.order.indices(self.epoch).tolist())
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for indices in self.order.indices(self.epoch).split(self.batch_size):
+            yield [(self.epoch, index) for index in indices[share(len(indices))].tolist()]
+
+
+def _collate(samples: list[Any]) -> Batch:
+    return default_collate(samples) if samples else None
 
 
 class _SeededSamples(Dataset[Any]):

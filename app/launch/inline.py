@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.config.schema import Job
+from app.stopping import Stop
 
 
 def launch_inline(job: Job, folder: Path) -> float | None:
     """Runs it here; gives what `app.run.execute` gives."""
     from app.run import execute
 
-    return execute(job, folder)
+    stop = Stop()
+    with stop.listening():
+        return execute(job, folder, stop)

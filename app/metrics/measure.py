@@ -14,9 +14,10 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_sum
 
 from app.config.errors import UserError
+from app.distributed import alone, gathered, rank
 from app.metrics.function import FunctionMetric
 from app.metrics.selected import Selected
-from app.nested import Nested, describe, pick
+from app.nested import Nested, describe, map_tensors, pick
 
 Sums = tuple[Tensor, ...]
 NARROW = 512  # numbers of state up to which a metric is kept step by step
@@ -46,6 +47,10 @@ class StepMetric:
         vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.zeros.items()})
         type(self.metric).update(self.metric, outputs, targets)
         return tuple(getattr(self.metric, name) for name in self.zeros)
+
+    def nothing(self) -> Sums:
+        """The states after no batch."""
+        return tuple(torch.zeros_like(zero) for zero in self.zeros.values())
 
     def value(self, sums: Tensor) -> np.ndarray:
         """The metric from a host float64 vector of all states, one after the other.
@@ -104,6 +109,9 @@ class StageMetrics:
         self.by_step = {n: StepMetric(m) for n, m in plain.items() if has_narrow_sums(m)}
         self.by_stage = {n: m for n, m in plain.items() if n not in self.by_step}
         self.collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name in self.collecting:  # collected from all ranks, not to be synchronised again
+            self.by_stage[name].distributed_available_fn = lambda: False
+        self.counts = True
 
     def to(self, device: torch.device) -> StageMetrics:
         """The same, on that device."""
@@ -124,9 +132,23 @@ class StageMetrics:
             for metric in lax:
                 metric.validate_args = False
 
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Batches count nothing."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
+
+    @property
+    def collecting(self) -> list[str]:
+        """Those that are updated when the stage ends."""
+        return [name for name, metric in self.by_stage.items() if collects(metric)]
+
     def reset(self) -> None:
         """Forgets what has accumulated; a stage begins."""
-        self.collected = {n: [] for n, m in self.by_stage.items() if collects(m)}
+        self.collected = {name: [] for name in self.collecting}
         for metric in self.by_stage.values():
             metric.reset()
 
@@ -141,11 +163,14 @@ class StageMetrics:
             try:
                 fed = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.by_step:
-                    found[name] = self.by_step[name].sums(*fed)
+                    step = self.by_step[name]
+                    found[name] = step.sums(*fed) if self.counts else step.nothing()
                 elif name in self.collected:
-                    self.collected[name].append(fed)
-                else:
+                    self.collected[name].append(fed if self.counts else map_tensors(_none_of, fed))
+                elif self.counts:
                     self.by_stage[name].update(*fed)
+                else:
+                    _update_by_nothing(self.by_stage[name], fed)
             except torch.OutOfMemoryError:
                 raise
             except _REFUSALS as error:
@@ -164,17 +189,19 @@ class StageMetrics:
             raise UserError(f"{self._key(name)}: {error}") from error
 
     def accumulated(self) -> dict[str, np.ndarray]:
-        """The values of those that accumulated; they agree over ranks here."""
+        """The values of those that accumulated, over all ranks; rank 0 has all of them."""
         values: dict[str, np.ndarray] = {}
         for name, metric in self.by_stage.items():
-            fed = self.collected.get(name)
-            if fed:
-                try:
-                    metric.update(*(torch.cat(parts) for parts in zip(*fed, strict=True)))
-                except _REFUSALS as error:
-                    outputs, targets = map(describe, fed[0])
-                    raise self._refusal(name, outputs, targets, error) from error
+            if name in self.collected:
+                fed = _from_all_ranks(self.collected[name], metric.device)
                 self.collected[name] = []
+                if rank() > 0:
+                    continue
+                try:
+                    metric.update(*fed)
+                except _REFUSALS as error:
+                    outputs, targets = map(describe, fed)
+                    raise self._refusal(name, outputs, targets, error) from error
             try:
                 values |= _arrays(name, metric.compute())
             except _REFUSALS as error:
@@ -188,6 +215,30 @@ class StageMetrics:
         return UserError(
             f"{self._key(name)}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
         )
+
+
+def _none_of(tensor: Tensor) -> Tensor:
+    return tensor[:0]
+
+
+def _from_all_ranks(fed: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
+    """Outputs and targets of all batches and ranks, in rank 0."""
+    mine = [torch.cat(parts) for parts in zip(*fed, strict=True)]
+    if alone():
+        return mine
+    ranks = gathered([tensor.cpu() for tensor in mine])
+    return [torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)]
+
+
+def _update_by_nothing(metric: Metric, fed: tuple[Tensor, Tensor]) -> None:
+    """Lists of states become as long as in other ranks, by what holds no sample."""
+    kept = {name: getattr(metric, name) for name in metric._defaults}
+    kept = {n: list(s) if isinstance(s, list) else s.clone() for n, s in kept.items()}
+    metric.update(*fed)
+    for name, state in kept.items():
+        if isinstance(state, list):
+            state += [_none_of(part) for part in getattr(metric, name)[len(state) :]]
+        setattr(metric, name, state)
 
 
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)

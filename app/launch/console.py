@@ -1,0 +1,13 @@
+"""What the terminal shows."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def errors_to_stderr() -> None:
+    """Of the two consoles that the logging configuration makes, each gets its own lines."""
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(lambda record: record.levelno < logging.ERROR)

@@ -1,0 +1,155 @@
+"""What became of the ranks of a run: who failed first, and why."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from app.config.errors import UserError
+from app.files import write_json
+from app.stopping import Reason, Stopped
+
+Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
+LOST = (  # what gloo and NCCL say where another rank is gone
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Socket closed",
+    "Connection refused",
+    "Software caused connection abort",
+    "remote process exited",
+)
+TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
+
+
+class RankFailed(Exception):  # noqa: N818
+    """A rank has ended as it should not.
+
+    Args:
+        failure: Of the rank with which it began.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(f"rank {failure.rank}: {failure.error}")
+        self.failure = failure
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a rank failed.
+
+    Attributes:
+        rank: Its number.
+        kind: `lost` and `timeout` follow from the failure of another.
+        error: In a line.
+        trace: Where it happened.
+        reason: Why it stopped, where it did.
+        when: In seconds, on a clock of all ranks of a machine.
+    """
+
+    rank: int
+    kind: Kind
+    error: str
+    trace: str = ""
+    reason: int = Reason.NONE
+    when: float = field(default_factory=time.time)
+
+    @classmethod
+    def of(cls, rank: int, error: BaseException) -> Failure:
+        """Of an exception that has ended the rank."""
+        reason = error.reason if isinstance(error, Stopped) else Reason.NONE
+        trace = "".join(traceback.format_exception(error))
+        return cls(rank, kind_of(error), in_a_line(error), trace, reason)
+
+    @classmethod
+    def by_exit(cls, rank: int, code: int | None) -> Failure:
+        """Of a rank that is gone without a word."""
+        if code is not None and code < 0:
+            name = signal.Signals(-code).name
+            hint = " (out of memory?)" if name == "SIGKILL" else ""
+            return cls(rank, "died", f"it was killed by {name}{hint}")
+        return cls(rank, "died", f"it ended with exit code {code}")
+
+    def raised(self) -> BaseException:
+        """As an exception."""
+        if self.kind == "user":
+            return UserError(self.error)
+        if self.kind == "stopped":
+            return Stopped(Reason(self.reason))
+        return KeyboardInterrupt() if self.kind == "interrupted" else RankFailed(self)
+
+
+def in_a_line(error: BaseException) -> str:
+    """The error as one reads it in `status.json`."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Whether an exception is a cause, or follows from the end of another rank."""
+    if isinstance(error, Stopped):
+        return "stopped"
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__
+    talks = [str(one) for one in chain if _is_of_collectives(one)]
+    if any(word in text for text in talks for word in LOST):
+        return "lost"
+    if any(word in text for text in talks for word in TIMEOUT):
+        return "timeout"
+    return "user" if isinstance(error, UserError) else "error"
+
+
+def _is_of_collectives(error: BaseException) -> bool:
+    """Raised where ranks talk to each other."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = ("distributed", "sync_norm.py", "fsdp")
+    return type(error).__name__.startswith("Dist") or any(
+        place in frame.filename for frame in frames for place in places
+    )
+
+
+def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
+    """The failure with which it began.
+
+    Args:
+        failures: Of the ranks that told, or died.
+        size: How many ranks there are.
+        timeout: After which they no longer wait for one another.
+    """
+    first = sorted(failures, key=lambda failure: failure.when)
+    causes = [failure for failure in first if failure.kind not in ("lost", "timeout")]
+    if causes:
+        return causes[0]
+    silent = sorted({*range(size)} - {failure.rank for failure in failures})
+    waited = [failure for failure in first if failure.kind == "timeout"]
+    if waited and silent:
+        names = ", ".join(map(str, silent))
+        error = f"it has not answered for {timeout:g} s (trainer.timeout); silent: rank {names}"
+        return Failure(silent[0], "timeout", error, waited[0].trace)
+    return (waited or first)[0]
+
+
+def record(folder: Path, failure: Failure) -> None:
+    """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
+    path = folder / "status.json"
+    if not path.exists():
+        return
+    content = json.loads(path.read_text())
+    state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
+    if failure.kind == "stopped":
+        state = Stopped(Reason(failure.reason)).state
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    error = f"rank {failure.rank}: {failure.error}" if state == "failed" else None
+    rank = failure.rank if state == "failed" else None
+    write_json(path, {**content, "status": state, "updated": now, "error": error, "rank": rank})

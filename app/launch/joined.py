@@ -1,0 +1,164 @@
+"""Ranks that torchrun or srun has started: rank 0 alone talks to Hydra, and tells the others."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from app.config.errors import UserError
+from app.config.schema import Config, Job
+from app.config.typed import structured
+from app.launch.failure import Failure, cause, record
+from app.launch.world import World
+from app.stopping import Stop
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
+log = logging.getLogger(__name__)
+log.setLevel(logging.DEBUG)
+JOB, END, SEEN, FAILED = "job", "end", "seen", "failed"
+MEETING = timedelta(minutes=10)  # until the last rank has come
+PATIENCE = 3.0  # seconds in which the cause of a lost connection becomes known
+
+
+class Leader:
+    """Rank 0: tells the others each job, and in the end to leave.
+
+    Args:
+        world: All of them.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world, self.jobs = world, 0
+        self.store: Store | None = None
+
+    def launch(self, job: Job, folder: Path) -> float | None:
+        """Runs a job on all ranks; gives what `app.run.execute` gives.
+
+        Raises:
+            RankFailed: Another rank failed first.
+        """
+        self.store = self.store or meet(self.world)
+        self.jobs += 1
+        self.store.set(f"{JOB}{self.jobs}", as_text(job, folder))
+        return take_part(self.world, self.store, self.jobs, job, folder)
+
+    def leave(self, code: int) -> None:
+        """No further job comes: the others end with that code."""
+        if self.world.size == 1:
+            return
+        self.store = self.store or meet(self.world)
+        self.store.set(f"{JOB}{self.jobs + 1}", f"{END}{code}")
+        until = time.monotonic() + PATIENCE
+        while self.world.hosts and time.monotonic() < until:  # the store goes with this process
+            if int(self.store.add(SEEN, 0)) == self.world.size - 1:
+                break
+            time.sleep(0.05)
+
+
+def follow(world: World) -> int:
+    """Any other rank: runs what rank 0 tells, until it is told to leave; gives the exit code."""
+    store, number = meet(world), 0
+    while True:
+        number += 1
+        text = _wait_for(store, f"{JOB}{number}")
+        if text.startswith(END):
+            store.add(SEEN, 1)
+            return int(text.removeprefix(END))
+        take_part(world, store, number, *from_text(text))
+
+
+def meet(world: World) -> Store:
+    """Where ranks find each other.
+
+    Raises:
+        UserError: Rank 0 cannot open the port.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    try:
+        return TCPStore(
+            world.address,
+            world.port,
+            world.size,
+            is_master=world.hosts and world.rank == 0,
+            timeout=MEETING,
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"launch={world.launcher}: the ranks cannot meet at {world.address}:{world.port} "
+            f"({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT name another place"
+        ) from error
+
+
+def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -> float | None:
+    """This rank's part of a job; when it fails, the first to fail is known to all."""
+    from app.launch.rank import run_rank
+
+    stop = Stop(insists=False)
+    with stop.listening():
+        try:
+            return run_rank(world, job, folder, store, stop, number)
+        except BaseException as error:
+            log.debug("rank %d ends with", world.rank, exc_info=error)
+            failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
+            record(folder, failure)
+            if failure.rank == world.rank:
+                raise
+            raise failure.raised() from error
+
+
+def first_failure(world: World, store: Store, number: int, mine: Failure, job: Job) -> Failure:
+    """The one with which it began, as far as the ranks have told each other."""
+    _try(lambda: store.set(f"{FAILED}{number}/{mine.rank}", json.dumps(vars(mine))))
+    until = time.monotonic() + PATIENCE
+    while True:
+        told = [_failure(store, number, rank) for rank in range(world.size) if rank != mine.rank]
+        known = [mine, *(failure for failure in told if failure is not None)]
+        follows = all(failure.kind in ("lost", "timeout") for failure in known)
+        if not follows or time.monotonic() > until:
+            return cause(known, world.size, job.config.trainer.timeout)
+        time.sleep(0.05)
+
+
+def _failure(store: Store, number: int, rank: int) -> Failure | None:
+    key = f"{FAILED}{number}/{rank}"
+    text = _try(lambda: store.get(key).decode() if store.check([key]) else None)
+    return None if text is None else Failure(**json.loads(text))
+
+
+def _try(ask: Callable[[], Any]) -> Any:
+    """None where the store is gone with its rank; the failure at hand is told all the same."""
+    try:
+        return ask()
+    except RuntimeError as error:
+        log.debug("the ranks no longer reach each other", exc_info=error)
+        return None
+
+
+def _wait_for(store: Store, key: str) -> str:
+    """Looks again and again, so that signals are heard meanwhile."""
+    while not store.check([key]):
+        time.sleep(0.05)
+    text: str = store.get(key).decode()
+    return text
+
+
+def as_text(job: Job, folder: Path) -> str:
+    """A job in plain words: whoever reaches the port can say nothing that would be executed."""
+    plain = {name: value for name, value in vars(job).items() if name != "config"}
+    return json.dumps({"job": plain, "folder": str(folder)})
+
+
+def from_text(text: str) -> tuple[Job, Path]:
+    """What `as_text` has written."""
+    content = json.loads(text)
+    job = content["job"]
+    return Job(structured(job["plain"], Config), **job), Path(content["folder"])

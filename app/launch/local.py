@@ -1,0 +1,268 @@
+"""Ranks on this machine: a process for each device, watched until the last has ended."""
+
+from __future__ import annotations
+
+import logging
+import logging.config
+import multiprocessing as mp
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from app.config.schema import Job
+from app.launch.console import errors_to_stderr
+from app.launch.failure import Failure, cause, record
+from app.launch.world import World
+from app.stopping import AT_ONCE, REASONS, Reason, Stop
+
+log = logging.getLogger(__name__)
+log.setLevel(logging.DEBUG)
+GRACE = 5.0  # seconds that the others have after the first failure
+FAREWELL = 60.0  # seconds that the others have after rank 0 is done
+LOOPBACK = "127.0.0.1"
+PRELOADED = ["app.cli", "app.launch.rank", "torchvision", "pandas", "tqdm"]
+
+
+def launch_local(
+    job: Job, folder: Path, size: int, logging_config: Mapping[str, Any]
+) -> float | None:
+    """Runs a job on so many ranks.
+
+    Args:
+        job: The same for all.
+        folder: Of the run.
+        size: How many ranks.
+        logging_config: Of rank 0, as `logging.config.dictConfig` takes it.
+
+    Returns:
+        What `app.run.execute` gives in rank 0.
+
+    Raises:
+        RankFailed: A rank failed; all have ended.
+        UserError: The user must put something right.
+        Stopped: It was asked to end, and did.
+    """
+    crew = Crew(job, folder, size, logging_config)
+    try:
+        return crew.run()
+    finally:
+        crew.kill()
+
+
+class Crew:
+    """The processes of one job.
+
+    Args:
+        job: The same for all.
+        folder: Of the run.
+        size: How many.
+        logging_config: Of rank 0.
+    """
+
+    def __init__(
+        self, job: Job, folder: Path, size: int, logging_config: Mapping[str, Any]
+    ) -> None:
+        self.job, self.folder, self.size = job, folder, size
+        self.logging_config = dict(logging_config)
+        self.processes: list[BaseProcess] = []
+        self.pipes: dict[Connection, int] = {}
+        self.done: dict[int, float | None] = {}
+        self.failures: dict[int, Failure] = {}
+        self.store: object = None  # its port is taken as long as it lives
+        self.asked, self.first_asked, self.first_done = Reason.NONE, 0.0, 0.0
+
+    def run(self) -> float | None:
+        """To the end."""
+        with self._signals_passed_on():
+            self._start()
+            self._watch()
+        if not self.failures:
+            return self.done[0]
+        failure = self._cause()
+        self.kill()
+        record(self.folder, failure)
+        error = failure.raised()
+        log.debug("rank %d: %s\n%s", failure.rank, failure.error, failure.trace)
+        raise error
+
+    def _start(self) -> None:
+        from torch._C._distributed_c10d import TCPStore
+
+        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        self.store, context = store, _context()
+        for rank in range(self.size):
+            world = World("local", rank, self.size, rank, self.size, LOOPBACK, store.port)
+            mine, its = context.Pipe(duplex=False)
+            process = context.Process(  # type: ignore[attr-defined]
+                target=work,
+                args=(world, self.job, self.folder, its, dict(os.environ), self.logging_config),
+                name=f"rank {rank}",
+            )
+            process.start()
+            its.close()
+            self.processes.append(process)
+            self.pipes[mine] = rank
+
+    def _watch(self) -> None:
+        """Until every rank has ended, or the grace of those that should have is over."""
+        sentinels = {process.sentinel: rank for rank, process in enumerate(self.processes)}
+        while sentinels and not self._is_overdue():
+            for ready in wait([*self.pipes, *sentinels], timeout=0.2):
+                if isinstance(ready, Connection):
+                    self._hear(ready)
+                else:
+                    assert isinstance(ready, int)
+                    self._miss(sentinels.pop(ready))
+
+    def _hear(self, pipe: Connection) -> None:
+        rank = self.pipes[pipe]
+        try:
+            told = pipe.recv()
+        except (EOFError, OSError):
+            del self.pipes[pipe]
+            return
+        if isinstance(told, Failure):
+            self.failures.setdefault(rank, told)
+        else:
+            self.done[rank] = told
+            self.first_done = self.first_done or time.monotonic()
+
+    def _miss(self, rank: int) -> None:
+        """A rank has ended; it should have told how."""
+        for pipe in [pipe for pipe, number in self.pipes.items() if number == rank]:
+            while pipe in self.pipes and pipe.poll():
+                self._hear(pipe)
+        if rank not in self.done and rank not in self.failures:
+            process = self.processes[rank]
+            process.join()
+            self.failures[rank] = Failure.by_exit(rank, process.exitcode)
+
+    def _is_overdue(self) -> bool:
+        if self.failures:
+            first = min(failure.when for failure in self.failures.values())
+            return time.time() - first > GRACE
+        return 0 in self.done and time.monotonic() - self.first_done > FAREWELL
+
+    def _cause(self) -> Failure:
+        failures = list(self.failures.values())
+        found = cause(failures, self.size, self.job.config.trainer.timeout)
+        stopped = next((one for one in failures if one.kind == "stopped"), None)
+        if self.asked and (stopped or found.kind == "died"):
+            return stopped or Failure(found.rank, "stopped", found.error, reason=self.asked)
+        return found
+
+    @contextmanager
+    def _signals_passed_on(self) -> Iterator[None]:
+        """What this process is told, all ranks are told; they are not in its group."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        names = [name for name in REASONS if hasattr(signal, name)]
+        before = {name: signal.signal(getattr(signal, name), self._pass_on) for name in names}
+        try:
+            yield
+        finally:
+            for name, handler in before.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        reason, now = REASONS[signal.Signals(number).name], time.monotonic()
+        again = self.asked == reason and now - self.first_asked > AT_ONCE
+        if again and reason is Reason.INTERRUPTED:
+            self.kill()
+            record(self.folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.first_asked = now
+            hint = "; Ctrl-C again ends it at once" if reason is Reason.INTERRUPTED else ""
+            sys.stderr.write(f"\nstopping after this step{hint}\n")
+        self.asked = max(self.asked, reason)
+        for process in self.processes:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def kill(self) -> None:
+        """Ends every rank and what it has started, at once."""
+        for process in self.processes:
+            if process.pid is not None:
+                with suppress(ProcessLookupError, PermissionError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                if process.is_alive():
+                    process.kill()
+        for process in self.processes:
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self.pipes, self.store = {}, None
+
+
+def _context() -> BaseContext:
+    """Where processes can be made from one that has torch already, they start in no time."""
+    if "forkserver" not in mp.get_all_start_methods() or sys.platform == "darwin":
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def work(
+    world: World,
+    job: Job,
+    folder: Path,
+    pipe: Connection,
+    environment: dict[str, str],
+    logging_config: dict[str, Any],
+) -> None:
+    """The process of one rank."""
+    os.setpgid(0, 0)  # signals come from the parent alone, and the end comes to its workers, too
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    stop, code = Stop(insists=False), 1
+    with stop.listening():
+        try:
+            pipe.send(_run(world, job, folder, stop, logging_config))
+            code = 0
+        except BaseException as error:
+            log.debug("it ends with", exc_info=error)
+            pipe.send(Failure.of(world.rank, error))
+    pipe.close()
+    logging.shutdown()
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the others have the word; nothing may hold it up
+
+
+def _run(
+    world: World, job: Job, folder: Path, stop: Stop, logging_config: dict[str, Any]
+) -> float | None:
+    from torch._C._distributed_c10d import TCPStore
+
+    from app.launch.rank import run_rank, share_threads
+
+    share_threads(world.local_size)
+    if world.rank == 0:
+        logging.config.dictConfig(logging_config)
+        errors_to_stderr()
+        logging.captureWarnings(True)
+    store = TCPStore(world.address, world.port, is_master=False)
+    return run_rank(world, job, folder, store, stop)
+
+
+def _die_with_parent() -> None:
+    parent = mp.parent_process()
+    assert parent is not None
+    parent.join()
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,126 @@
+"""What every rank does around a job: find the others, keep a log, leave nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from app.config.schema import Job
+from app.launch.world import World
+from app.run import execute
+from app.stopping import Stop
+
+log = logging.getLogger(__name__)
+MARKED = "rank %d: %%(message)s"
+DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+def run_rank(
+    world: World, job: Job, folder: Path, store: Store, stop: Stop, number: int = 0
+) -> float | None:
+    """This rank's part of a job.
+
+    Args:
+        world: Which rank it is, and of how many.
+        job: The same for all.
+        folder: Of the run.
+        store: In which ranks find each other.
+        stop: Who asks to end before the plan is over.
+        number: Of the job, among those of this store.
+
+    Returns:
+        What `app.run.execute` gives.
+    """
+    with ExitStack() as stack:
+        if world.rank > 0:
+            stack.enter_context(own_log(world.rank, folder))
+        if world.size > 1:
+            stack.enter_context(meeting(world, store, number, job.config.trainer.timeout))
+        return execute(job, folder, stop, world.local_rank)
+
+
+@contextmanager
+def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator[None]:
+    """All ranks know each other: tensors of the host go over gloo, of CUDA devices over NCCL.
+
+    After an error the process ends, and what is left of the meeting with it.
+    """
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo",
+        store=PrefixStore(f"job{number}", store),
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout),
+    )
+    yield
+    dist.destroy_process_group()
+
+
+@contextmanager
+def own_log(rank: int, folder: Path) -> Iterator[None]:
+    """This rank's log and whatever is printed go to `logs/`; warnings to the console, marked."""
+    path = folder / "logs" / f"rank{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        console = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w"))
+        stack.enter_context(_printed_to(path))
+        file = logging.FileHandler(path)
+        file.setFormatter(logging.Formatter(DATED))
+        handlers = [file]
+        for handler in (logging.StreamHandler(console), logging.FileHandler(folder / "run.log")):
+            handler.setLevel(logging.WARNING)
+            dated = isinstance(handler, logging.FileHandler)
+            words = (DATED if dated else "%(message)s").replace("%(message)s", MARKED % rank)
+            handler.setFormatter(logging.Formatter(words))
+            handlers.append(handler)  # type: ignore[arg-type]
+        root, before = logging.getLogger(), logging.getLogger().handlers
+        root.handlers, level = list(handlers), root.level
+        root.setLevel(logging.INFO)
+        logging.captureWarnings(True)
+        try:
+            yield
+        finally:
+            root.handlers = before
+            root.setLevel(level)
+            for handler in handlers:
+                handler.flush()
+
+
+@contextmanager
+def _printed_to(path: Path) -> Iterator[None]:
+    """Standard output and errors of this process, whoever writes them."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in zip((1, 2), kept, strict=True):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+
+
+def share_threads(local_size: int) -> None:
+    """The cores of this machine, shared out over its ranks, unless `OMP_NUM_THREADS` says else."""
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = max(1, (cores or 1) // local_size)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)

@@ -1,0 +1,276 @@
+"""How several ranks learn as one: who calls the model, and where gradients come together.
+
+Each rank gives the gradients of its samples' losses, weighted by how many they are of all; the sum
+over ranks is then the gradient of the mean over all samples, whatever their shares.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from app.config.errors import UserError
+from app.distributed import copy_from_first, sum_over_ranks, world_size
+from app.sync_norm import SyncNorm
+
+UNFINISHED = "Expected to have finished reduction"  # torch's words for a parameter without use
+
+
+class Parallel:
+    """One rank: the model as it is, gradients as they are.
+
+    Args:
+        model: That is trained.
+
+    Attributes:
+        several: Whether gradients of several ranks come together.
+        lent: Whether the batch under way is lent to this rank, and counts nothing.
+    """
+
+    several = False
+    divisor = 1  # by which the way of summing divides
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.lent = model, False
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The model, as a step of training calls it."""
+        return self.model(*inputs, **named)
+
+    def begin(self) -> None:
+        """An epoch of training begins; other parameters may learn than before."""
+
+    def end(self) -> None:
+        """It is over."""
+
+    @contextmanager
+    def step(self, lent: bool, completes: bool) -> Iterator[None]:  # noqa: ARG002
+        """A batch is learned from.
+
+        Args:
+            lent: This rank has no sample of it.
+            completes: Gradients are used after it, not kept for the batches to come.
+        """
+        self.lent = lent
+        yield
+        self.lent = False
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Those of all ranks, put in place of this rank's."""
+
+    def forget_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """They have been used."""
+        for parameter in parameters:
+            parameter.grad = None
+
+
+class Replicated(Parallel):
+    """Every rank has the whole model; torch's `DistributedDataParallel` sums gradients.
+
+    It does so while they are still being computed, for the parameters that took part in the first
+    step; what a task does beside the model, or without calling it as a whole, is summed when
+    gradients are used.
+
+    Args:
+        model: That is trained.
+        device: That it is on.
+        single: A single optimizer has all its parameters.
+        find_unused: Other parameters take part from step to step.
+    """
+
+    several = True
+
+    def __init__(
+        self, model: nn.Module, device: torch.device, single: bool, find_unused: bool
+    ) -> None:
+        super().__init__(model)
+        self.device, self.single, self.find_unused = device, single, find_unused
+        self.ddp: DistributedDataParallel | None = None
+        self.summed: set[Tensor] = set()  # by DDP, since gradients were last used
+        self.learning: list[Tensor] = []
+        self.calls = 0
+        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
+        copy_from_first([*model.parameters(), *model.buffers()])
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        self.calls += 1
+        try:
+            return (self.ddp or self.model)(*inputs, **named)
+        except RuntimeError as error:
+            if UNFINISHED not in str(error):
+                raise
+            raise UserError(
+                "trainer.find_unused_parameters=False, but not all parameters take part in every "
+                "step; allowed: true"
+            ) from error
+
+    def begin(self) -> None:
+        learning: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if [*map(id, learning)] != [*map(id, self.learning)]:
+            self.learning, self.ddp = learning, None
+
+    def end(self) -> None:
+        copy_from_first(list(self.model.buffers()))
+
+    @contextmanager
+    def step(self, lent: bool, completes: bool) -> Iterator[None]:
+        for norm in self.norms:
+            norm.counts = not lent
+        with ExitStack() as stack:
+            if self.ddp is not None and not completes:
+                stack.enter_context(self.ddp.no_sync())
+            stack.enter_context(super().step(lent, completes))
+            yield
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        every = [p for p in parameters if p.requires_grad]
+        rest = [p for p in every if p not in self.summed]
+        used = _used_anywhere(rest)
+        _sum(used)
+        if self.ddp is None and self.single and self.calls:
+            self._wrap({*used, *self.summed})
+        self.calls = 0
+
+    def forget_gradients(self, parameters: Iterable[Tensor]) -> None:
+        """Those that are views into DDP's buckets stay there, as zeros."""
+        every = list(parameters)
+        views = [p.grad for p in every if p in self.summed and p.grad is not None]
+        if views:
+            torch._foreach_zero_(views)
+        super().forget_gradients(p for p in every if p not in self.summed)
+        self.summed.clear()
+
+    def _wrap(self, used: set[Tensor]) -> None:
+        """Gives the parameters that take part to DDP."""
+        idle = [p for p in self.learning if p not in used]
+        for parameter in idle:
+            parameter.requires_grad_(False)  # DDP leaves them alone
+        try:
+            self.ddp = DistributedDataParallel(
+                self.model,
+                device_ids=[self.device] if self.device.type == "cuda" else None,
+                find_unused_parameters=self.find_unused,
+                gradient_as_bucket_view=True,
+                **_no_buffers(),  # type: ignore[arg-type]
+            )
+        finally:
+            for parameter in idle:
+                parameter.requires_grad_(True)
+
+        def sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ARG001
+            self.summed.update(bucket.parameters())
+            work = dist.all_reduce(bucket.buffer(), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        self.ddp.register_comm_hook(None, sum_bucket)
+
+
+def _no_buffers() -> dict[str, bool]:
+    """Running statistics are brought together when an epoch ends; the option's name has changed."""
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return {name: False}
+
+
+def _used_anywhere(parameters: list[Tensor]) -> list[Tensor]:
+    """Those that have a gradient in some rank; where they have none here it becomes zeros."""
+    if not parameters:
+        return []
+    mask = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
+    used = [p for p, n in zip(parameters, sum_over_ranks(mask).tolist(), strict=True) if n]
+    for parameter in used:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return used
+
+
+def _sum(parameters: list[Tensor]) -> None:
+    """Their gradients over all ranks, in one collective for each type."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        flat = sum_over_ranks(torch.cat([gradient.reshape(-1) for gradient in same]))
+        parts = flat.split([gradient.numel() for gradient in same])
+        views = [part.view(g.shape) for part, g in zip(parts, same, strict=True)]
+        torch._foreach_copy_(same, views)
+
+
+class Sharded(Parallel):
+    """Every rank has a part of each weight (FSDP2); gradients come together in each backward.
+
+    Each module inside a `Sequential` or `ModuleList` is a unit that is put together as it is used;
+    the rest of the model is another.
+
+    Args:
+        model: That is trained; its parameters become distributed tensors.
+    """
+
+    several = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.divisor = world_size()
+        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
+        copy_from_first([*model.parameters(), *model.buffers()])
+        for module in list(model.modules()):
+            if isinstance(module, (nn.Sequential, nn.ModuleList)):
+                for unit in module:
+                    if any(True for _ in unit.parameters()):
+                        fully_shard(unit)
+        fully_shard(model)
+
+    def end(self) -> None:
+        copy_from_first(list(self.model.buffers()))
+
+    @contextmanager
+    def step(self, lent: bool, completes: bool) -> Iterator[None]:
+        for norm in self.norms:
+            norm.counts = not lent
+        with super().step(lent, completes):
+            yield
+
+    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+        beside = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        used = _used_anywhere(beside)
+        _sum(used)
+        for parameter in used:  # they have not been divided
+            assert parameter.grad is not None
+            parameter.grad /= self.divisor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that ranks have parts of; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def alike(tensors: list[Tensor]) -> list[list[Tensor]]:
+    """Those that ranks have parts of, and the others."""
+    parts: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [same for same in (others, parts) if same]
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of all of them together, over all ranks' parts."""
+    norms = [whole(torch.nn.utils.get_total_norm(same)) for same in alike(tensors)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+
+
+@torch.no_grad()
+def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """A whole state dict into a model, each rank taking its part."""
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, DTensor):
+            given = state[name].to(tensor.device, tensor.dtype)
+            tensor.copy_(distribute_tensor(given, tensor.device_mesh, tensor.placements))
+        else:
+            tensor.copy_(state[name])
