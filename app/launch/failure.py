@@ -17,7 +17,8 @@ from app.files import write_json
 from app.stopping import Reason, Stopped
 
 Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
-LOST = (  # what gloo and NCCL say where another rank is gone
+TRANSPORTS = ("gloo", "NCCL", "distributed")  # in what is said where ranks talk to each other
+LOST = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -26,7 +27,11 @@ LOST = (  # what gloo and NCCL say where another rank is gone
     "Software caused connection abort",
     "remote process exited",
 )
-TIMEOUT = ("Timed out", "timed out", "Timeout", "timeout")
+TIMEOUT = (
+    "Application timeout caused pair closure",
+    "Timed out waiting",
+    "collective operation timeout",
+)
 
 
 class RankFailed(Exception):  # noqa: N818
@@ -102,21 +107,17 @@ def kind_of(error: BaseException) -> Kind:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__
-    talks = [str(one) for one in chain if _is_of_collectives(one)]
-    if any(word in text for text in talks for word in LOST):
-        return "lost"
-    if any(word in text for text in talks for word in TIMEOUT):
+    texts = [str(one) for one in chain]
+    if any(word in text for text in texts for word in TIMEOUT):
         return "timeout"
+    if any(word in text and _is_of_ranks(text) for text in texts for word in LOST):
+        return "lost"
     return "user" if isinstance(error, UserError) else "error"
 
 
-def _is_of_collectives(error: BaseException) -> bool:
-    """Raised where ranks talk to each other."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = ("distributed", "sync_norm.py", "fsdp")
-    return type(error).__name__.startswith("Dist") or any(
-        place in frame.filename for frame in frames for place in places
-    )
+def _is_of_ranks(text: str) -> bool:
+    """Not of a file or a server that a user's own code has lost."""
+    return any(transport in text for transport in TRANSPORTS)
 
 
 def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:

@@ -107,7 +107,6 @@ def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -
         try:
             return run_rank(world, job, folder, store, stop, number)
         except BaseException as error:
-            log.debug("rank %d ends with", world.rank, exc_info=error)
             failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
             record(folder, failure)
             if failure.rank == world.rank:

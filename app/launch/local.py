@@ -235,7 +235,6 @@ def work(
             pipe.send(_run(world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:
-            log.debug("it ends with", exc_info=error)
             pipe.send(Failure.of(world.rank, error))
     pipe.close()
     logging.shutdown()

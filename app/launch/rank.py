@@ -20,6 +20,7 @@ from app.run import execute
 from app.stopping import Stop
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.DEBUG)  # where errors came from is for the files alone
 MARKED = "rank %d: %%(message)s"
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
@@ -45,7 +46,11 @@ def run_rank(
             stack.enter_context(own_log(world.rank, folder))
         if world.size > 1:
             stack.enter_context(meeting(world, store, number, job.config.trainer.timeout))
-        return execute(job, folder, stop, world.local_rank)
+        try:
+            return execute(job, folder, stop, world.local_rank)
+        except BaseException as error:
+            log.debug("rank %d ends with", world.rank, exc_info=error)
+            raise
 
 
 @contextmanager
