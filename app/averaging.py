@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from app.parallel import part_of
+
 
 class Averaging:
     """No average: the weights themselves. Subclasses say when and how one is taken.
@@ -51,6 +53,14 @@ class Averaging:
         """Tensors and plain values."""
         return {"average": self.average, "count": self.count}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        own, self.count = weights(self.model), state["count"]
+        self.average = {
+            name: part_of(tensor.to(own[name].device), own[name])
+            for name, tensor in state["average"].items()
+        }
+
     def _add(self, add: Any) -> None:
         """Takes the weights of now into the average, by a function of torch's `swa_utils`."""
         now = weights(self.model)
@@ -87,6 +97,13 @@ class ExponentialMovingAverage(Averaging):
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps, self.counted = every_n_steps, 0
         self.add = get_ema_multi_avg_fn(decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "counted": self.counted}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.counted = state["counted"]
 
     def after_step(self, epoch: int, steps: int) -> None:
         due = steps != self.counted and steps % self.every_n_steps == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -28,8 +29,9 @@ from app.launch.failure import RankFailed
 from app.launch.inline import launch_inline
 from app.launch.joined import Leader, follow
 from app.launch.local import launch_local
+from app.launch.requeue import requeue
 from app.launch.world import World, joined
-from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Stopped
+from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
@@ -115,7 +117,7 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
     for composed, job in jobs_of(args):
         mode = job.config.mode
         if mode != "check":
-            _check_folder(composed, args.multirun)
+            _check_folder(composed, args.multirun, job.config.resume is not None)
             if leader is None:
                 ranks_wanted(job.config, args.multirun)
             else:
@@ -125,11 +127,15 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
         sys.exit(0)
 
 
-def _check_folder(composed: DictConfig, multirun: bool) -> None:
+def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:
     """The run folder can be made, and is not that of another run."""
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(str(OmegaConf.select(composed, key))).absolute()
-    if (folder / "status.json").exists():
+    status = folder / "status.json"
+    if resumes and json.loads(status.read_text())["status"] == "completed":
+        sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
+        sys.exit(0)
+    if status.exists() and not resumes and composed.resume != "auto":
         raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir() or not _is_writable(nearest):
@@ -177,6 +183,10 @@ def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | 
     """
     try:
         job = job_of(composed)
+    except UserError as error:
+        log.error("%s", error)
+        raise JobFailed from error
+    try:
         write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
         for difference in job.differences:
             log.info("differs from the saved run: %s", difference)
@@ -190,6 +200,8 @@ def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | 
         raise JobFailed from error
     except Stopped as stopped:
         log.warning("%s", stopped)
+        if stopped.reason is Reason.PREEMPTED and job.config.trainer.requeue:
+            requeue()
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         log.warning("interrupted")

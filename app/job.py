@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.check import checked
@@ -18,6 +19,8 @@ from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
 from app.config.targets import trusted_by_environment
+
+LAST = "last.pt"  # as in `app.checkpoint`, which needs torch
 
 
 def jobs_of(args: argparse.Namespace) -> list[tuple[DictConfig, Job]]:
@@ -60,8 +63,15 @@ def job_of(composed: DictConfig) -> Job:
     (plain, mistakes), template = freeze(composed), template_of(composed)
     mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
+    if plain.get("mode") == "train" and plain.get("resume") is not None:
+        plain["resume"] = to_resume(composed, str(plain["resume"]))
+        if plain["resume"] is not None:
+            saved, its_template = _saved_config("resume", plain["resume"])
+            resumed = plain["resume"]
+            plain, template, differences = over_saved(saved, its_template, composed, overrides)
+            plain["resume"] = resumed
     if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
-        saved, its_template = _saved_config(plain["ckpt"])
+        saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
     config = checked(plain, trusted, mistakes)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
@@ -74,15 +84,38 @@ def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> lis
     return [Mistake("trusted_targets", problem)]
 
 
-def _saved_config(ckpt: str) -> tuple[dict[str, Any], DictConfig]:
+def to_resume(composed: DictConfig, resume: str) -> str | None:
+    """The checkpoint from which a run goes on; None where it has yet to begin.
+
+    Raises:
+        ConfigError: There is none, or the folder would be another each time.
+    """
+    if composed.hydra.mode == RunMode.MULTIRUN:
+        raise ConfigError([Mistake("resume", f"={resume!r} is for a single run, not for a sweep")])
+    if resume == "auto":
+        raw = OmegaConf.to_container(composed.hydra.run, resolve=False)
+        assert isinstance(raw, dict)
+        if "${now:" in raw["dir"]:
+            problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
+            raise ConfigError([Mistake("resume", problem)])
+    folder = Path(str(composed.hydra.run.dir)).expanduser().absolute()
+    last = folder / "checkpoints" / LAST
+    if last.exists():
+        return str(last)
+    if resume == "auto":
+        return None
+    raise ConfigError([Mistake("resume", f"={resume!r} holds no run to go on: no {last}")])
+
+
+def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
     if not Path(ckpt).exists():
-        raise ConfigError([Mistake("ckpt", f"={ckpt!r} does not exist")])
+        raise ConfigError([Mistake(key, f"={ckpt!r} does not exist")])
     from app.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(Path(ckpt))
     if checkpoint.config is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
-        raise ConfigError([Mistake("ckpt", problem)])
+        raise ConfigError([Mistake(key, problem)])
     template = OmegaConf.create(checkpoint.template)
     assert isinstance(template, DictConfig)
     return checkpoint.config, template

@@ -47,6 +47,11 @@ class Learning:
         return next(iter(self.optimizations.values())).accumulate
 
     @property
+    def is_between_steps(self) -> bool:
+        """Whether no gradients wait for further batches."""
+        return not any(one.batches for one in self.optimizations.values())
+
+    @property
     def completes(self) -> bool:
         """Whether the next batch makes a step, if it is learned from once."""
         first = next(iter(self.optimizations.values()))
@@ -77,6 +82,11 @@ class Learning:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
         return {name: one.state_dict() for name, one in self.optimizations.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        for name, one in self.optimizations.items():
+            one.load_state_dict(state[name])
 
 
 def _norm(one: Optimization, count: int) -> Mean:

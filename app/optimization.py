@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from app.config.errors import UserError
 from app.distributed import total_later
-from app.parallel import Parallel, alike, total_norm
+from app.parallel import Parallel, alike, part_of, total_norm
 from app.schedule import Schedule
 
 
@@ -140,6 +140,18 @@ class Optimization:
             "scaler": self.scaler.state_dict(),
             "steps": self.steps,
         }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        whole, parameters = state["optimizer"], list(self._parameters())
+        parts = {
+            number: {n: part_of(value, parameters[number]) for n, value in values.items()}
+            for number, values in whole["state"].items()
+        }
+        self.optimizer.load_state_dict({**whole, "state": parts})
+        self.schedule.load_state_dict(state["schedule"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.steps = state["steps"]
 
     @property
     def device(self) -> torch.device:

@@ -265,12 +265,18 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
+def part_of(value: Any, like: Tensor) -> Any:
+    """This rank's part of a whole tensor, as it has one of another; all else stays."""
+    is_part = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
+    if not is_part:
+        return value
+    assert isinstance(like, DTensor)
+    given = value.to(like.device, value.dtype)
+    return distribute_tensor(given, like.device_mesh, like.placements)
+
+
 @torch.no_grad()
 def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
     """A whole state dict into a model, each rank taking its part."""
     for name, tensor in model.state_dict().items():
-        if isinstance(tensor, DTensor):
-            given = state[name].to(tensor.device, tensor.dtype)
-            tensor.copy_(distribute_tensor(given, tensor.device_mesh, tensor.placements))
-        else:
-            tensor.copy_(state[name])
+        tensor.copy_(part_of(state[name], tensor))

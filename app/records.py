@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,6 +88,8 @@ class Clock:
         self.on_cuda = device.type == "cuda"
         self.started = time.perf_counter()
         self.ticks = [self._now()]
+        self.before: list[float] = []  # of steps before the run was taken up again
+        self.elapsed_before = 0.0
 
     def _now(self) -> Tick:
         if not self.on_cuda:
@@ -101,11 +104,12 @@ class Clock:
 
     def step_times(self) -> list[float]:
         """Seconds between ticks; to be asked once the device is done."""
-        return [_seconds(a, b) for a, b in zip(self.ticks[:-1], self.ticks[1:], strict=True)]
+        pairs = zip(self.ticks[:-1], self.ticks[1:], strict=True)
+        return [*self.before, *(_seconds(a, b) for a, b in pairs)]
 
     def elapsed(self) -> float:
         """Seconds since the start."""
-        return time.perf_counter() - self.started
+        return self.elapsed_before + time.perf_counter() - self.started
 
 
 def _seconds(before: Tick, after: Tick) -> float:
@@ -150,6 +154,21 @@ class Rows:
         if self.pending:
             self.blocks.append(to_host(self.pending))
             self.pending = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values of what has come in; every rank must ask."""
+        self.flush()
+        return {
+            "blocks": self.blocks,
+            "numbers": self.numbers,
+            "times": self.clock.step_times(),
+            "elapsed": self.clock.elapsed(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self.blocks, self.numbers = list(state["blocks"]), dict(state["numbers"])
+        self.clock.before, self.clock.elapsed_before = state["times"], state["elapsed"]
 
     def result(self, stage: str, epoch: int) -> StageResult:
         """All rows, added up; ranks other than 0 get the stage's row alone."""

@@ -30,11 +30,16 @@ class Schedule:
         per_epoch: bool = False,
         warmup_steps: int = 0,
     ) -> None:
-        self.groups = optimizer.param_groups
+        self.optimizer = optimizer
         self.lr_scheduler, self.per_epoch = lr_scheduler, per_epoch
         self.warmup_steps, self.steps = warmup_steps, 0
         self.rates = [float(group["lr"]) for group in self.groups]
         self._apply()
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups of parameters."""
+        return self.optimizer.param_groups
 
     @property
     def lr(self) -> float:
@@ -82,3 +87,9 @@ class Schedule:
         """Plain values and tensors."""
         inner = self.lr_scheduler.state_dict() if self.lr_scheduler else None
         return {"steps": self.steps, "rates": self.rates, "lr_scheduler": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave; the optimizer has its own rates back already."""
+        self.steps, self.rates = state["steps"], list(state["rates"])
+        if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])

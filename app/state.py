@@ -41,8 +41,11 @@ class TrainState:
     def __init__(self, task: Task, averaging: Averaging, folder: Path, job: Job | None) -> None:
         self.task, self.averaging = task, averaging
         self.folder, self.job = folder, job
-        self.epoch = 0
+        self.epoch = 0  # the last whose batches have all been learned from
+        self.is_over = True  # whether all that follows from it, as its validation, is done
         self.batches = 0  # of training so far
+        self.trained = 0  # of them, in the epoch under way or the last
+        self.under_way: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
         self.history: list[Row] = []
 
     def save_best(self) -> None:
@@ -63,6 +66,9 @@ class TrainState:
             "learning": self.task.learning.state_dict(),
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
+            "trained": self.trained,
+            "is_over": self.is_over,
+            "under_way": self.under_way,
         }
         self._save(LAST, self._checkpoint(on_host(training)))
 
@@ -78,14 +84,40 @@ class TrainState:
         Raises:
             UserError: They are damaged, or those of another model or loss.
         """
-        checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
-        assert checkpoint is not None
+        checkpoint = self._read(file)
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
         except (RuntimeError, KeyError) as error:
             raise UserError(f"{file} is of another task or loss: {error}") from error
         return checkpoint.epoch
+
+    def take_up(self, file: Path) -> None:
+        """Takes everything of a `last.pt`, to go on from there.
+
+        Raises:
+            UserError: It is of another model, loss or optimizer, or was not saved to go on from.
+        """
+        self.epoch = self.restore(file)
+        checkpoint = self._read(file)
+        training = checkpoint.training
+        if training is None or "is_over" not in training:
+            raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
+        assert self.task.learning is not None
+        try:
+            self.task.learning.load_state_dict(training["learning"])
+            self.averaging.load_state_dict(training["averaging"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{file} is of another optimizer or average: {error}") from error
+        self.batches, self.trained = training["batches"], training["trained"]
+        self.is_over, self.under_way = training["is_over"], training["under_way"]
+        self.history = checkpoint.history
+
+    def _read(self, file: Path) -> Checkpoint:
+        """Rank 0 reads, the others hear of it."""
+        checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
+        assert checkpoint is not None
+        return checkpoint
 
     def restore_best(self) -> int:
         """Takes the best weights so far; gives their epoch."""

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -28,7 +29,7 @@ from app.nested import Nested, count_samples, joined, map_tensors
 from app.parallel import Parallel
 from app.plan import Plan
 from app.records import Rows, StageResult, nothing_of
-from app.seed import seed_everything
+from app.seed import random_state, seed_everything, set_random_state
 from app.state import TrainState
 from app.stopping import Reason, Stop, Stopped
 from app.task import Step, Task, sound
@@ -82,7 +83,6 @@ class Trainer:
         self.state = TrainState(task, self.averaging, folder, job)
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.agreement, self.asked = Agreement(), Reason.NONE
-        self.trained_batches = 0  # in the last epoch
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
@@ -102,14 +102,15 @@ class Trainer:
     def fit_epochs(self, train: Batches, valid: Batches | None) -> pd.DataFrame:
         """Epoch after epoch."""
         began = time.monotonic()
-        if self.plan.is_over(self.state.epoch, self.learning.steps):
+        if self.state.is_over and self.plan.is_over(self.state.epoch, self.learning.steps):
             log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
             return summary_table(self.state.history)
         self.sanity_check(valid)
-        for epoch in count(self.state.epoch + 1):
-            self.run_stage("train", epoch, train, learns=True)
-            self.state.epoch = epoch
-            self.averaging.after_epoch(epoch)
+        for epoch in count(self.state.epoch + self.state.is_over):
+            if self.state.is_over:
+                self.run_stage("train", epoch, train, learns=True)
+                self.state.epoch, self.state.is_over = epoch, False
+                self.averaging.after_epoch(epoch)
             last = self.plan.is_over(epoch, self.learning.steps) or bool(self.asked)
 
             with self.averaged(train, epoch):
@@ -117,6 +118,7 @@ class Trainer:
                     self.run_stage("valid", epoch, valid)
                 self.save_best(epoch)
             self.learning.epoch_end(self.goal_value_of(epoch))
+            self.state.is_over = True
             reason = self.reason_to_stop()
             if last or reason or epoch % self.plan.save_every_n_epochs == 0:
                 self.state.save_last()
@@ -140,6 +142,8 @@ class Trainer:
         """
         start = self.starts(stage, epoch, batches)
         rows = Rows(self.task.metrics[stage], self.device)
+        if learns and self.state.under_way:
+            self.take_up(rows)
         whole = from_first(self.callbacks.watches_all(start))
         run = self.train_steps if learns else self.eval_steps
         with self.stop.between_steps():
@@ -151,6 +155,8 @@ class Trainer:
         stopped = self.asked > Reason.TIME
         if stopped and not learns:
             raise Stopped(self.asked)
+        if stopped:
+            self.state.under_way = self.position(rows)
         result = rows.result(stage, epoch)
         history = [*self.state.history, result.row]
         self.callbacks.on_stage_end(result, history)
@@ -166,15 +172,44 @@ class Trainer:
         self.callbacks.on_stage_start(start)
         return start
 
+    def position(self, rows: Rows) -> dict[str, Any]:
+        """Where in an epoch of training all ranks are; tensors and plain values."""
+        mine = {"random": random_state(), "metrics": rows.metrics.state_dict()}
+        return {"rows": rows.state_dict(), "ranks": gathered(mine)}
+
+    def take_up(self, rows: Rows) -> None:
+        """The rows that an epoch had when it was cut."""
+        assert self.state.under_way is not None
+        ranks = self.state.under_way["ranks"]
+        rows.load_state_dict(self.state.under_way["rows"])
+        if len(ranks) == world_size():
+            rows.metrics.load_state_dict(ranks[rank()]["metrics"])
+            return
+        log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
+        for part in ranks if rank() == 0 else []:
+            rows.metrics.add_state_dict(part["metrics"])
+
+    def left(self, batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
+        """The batches of an epoch; of one that was cut what is left, with its randomness."""
+        steps, before = lending(batches, epoch), self.state.under_way
+        if before is not None:
+            for _ in islice(steps, self.state.trained):
+                pass
+            if len(before["ranks"]) == world_size():
+                set_random_state(before["ranks"][rank()]["random"])
+            self.state.under_way = None
+        else:
+            self.state.trained = 0
+        return steps
+
     def train_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Learns from each batch, until there are enough steps."""
         task, learning = self.task, self.learning
         task.model.train()
         self.freezing.apply(epoch)
         self.parallel.begin()
-        self.trained_batches = 0
-        for batch, lent in lending(batches, epoch):
-            self.trained_batches += 1
+        for batch, lent in self.left(batches, epoch):
+            self.state.trained += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
             rates = learning.rates()
@@ -185,7 +220,7 @@ class Trainer:
             values = nothing_of(row) if lent else row
             yield batch, Step(values, step.outputs), {**step.numbers, **rates}
             enough = self.plan.max_steps is not None and learning.steps >= self.plan.max_steps
-            if enough or self.hears():
+            if (self.hears() or enough) and learning.is_between_steps:
                 break
         learning.finish()
         self.averaging.after_step(epoch, learning.steps)
@@ -298,7 +333,7 @@ class Trainer:
         """Finds the statistics of batch normalisation anew, where it is not frozen."""
         self.task.model.eval()
         with measured_anew(self.task.model) as found:
-            batches = islice(lending(train, epoch), self.trained_batches if found else 0)
+            batches = islice(lending(train, epoch), self.state.trained if found else 0)
             for batch, lent in batches:
                 with self.parallel.step(lent, True), self.task.precision.autocast():
                     self.task.forward_step(batch)

@@ -18,7 +18,7 @@ from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]
 # Of this command, never saved.
-NOW = ("mode", "ckpt", "launch", "name", "tags", "notes", "trusted_targets")
+NOW = ("mode", "ckpt", "resume", "launch", "name", "tags", "notes", "trusted_targets")
 
 
 def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:

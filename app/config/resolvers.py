@@ -14,6 +14,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("path", _path, replace=True)
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 
 
 def _first_given(*values: object) -> object:
@@ -37,3 +38,8 @@ def _run_name(mode: str, ckpt: str | None, model: str, data: str) -> str:
     path = Path(ckpt)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"
+
+
+def _run_folder(resume: str | None, fresh: str) -> str:
+    """That of the run which is to go on, else a new one."""
+    return fresh if resume in (None, "auto") else _path(str(resume))

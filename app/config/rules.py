@@ -38,6 +38,7 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
         _stage_mistakes: ("mode", "predict", *data),
         _input_mistakes: ("data.inputs", "data.normalize"),
         _monitor_mistakes: ("goal", "checkpoint", "task", "metric", "loss", *data),
+        _resume_mistakes: ("mode", "resume", "trainer.requeue"),
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
         _time_mistakes: ("trainer.max_time",),
         _device_mistakes: ("trainer.devices", "trainer.strategy", "trainer.precision", "data"),
@@ -53,6 +54,15 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
 def _length_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if plain["trainer"]["max_epochs"] is None and plain["trainer"]["max_steps"] is None:
         yield Mistake("trainer.max_epochs", "=None and trainer.max_steps=None: one must be given")
+
+
+def _resume_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    resume, mode = plain["resume"], plain["mode"]
+    if resume is not None and mode != "train":
+        yield Mistake("resume", f"={resume!r} has no use in mode={mode}; allowed: mode=train")
+    if plain["trainer"]["requeue"] and resume is None and mode == "train":
+        problem = "=True starts the job again, which would begin anew; give resume=auto, too"
+        yield Mistake("trainer.requeue", problem)
 
 
 def _time_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:

@@ -210,6 +210,7 @@ class Config:
 
     mode: Mode
     ckpt: str | None
+    resume: str | None
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Count
     name: str

@@ -234,7 +234,7 @@ def work(
         try:
             pipe.send(_run(world, job, folder, stop, logging_config))
             code = 0
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - the parent raises it
             pipe.send(Failure.of(world.rank, error))
     pipe.close()
     logging.shutdown()

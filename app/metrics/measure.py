@@ -152,6 +152,39 @@ class StageMetrics:
         for metric in self.by_stage.values():
             metric.reset()
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has accumulated in this rank: tensors on the host."""
+        states = {
+            name: {state: getattr(metric, state) for state in metric._defaults}
+            for name, metric in self.by_stage.items()
+        }
+        kept: dict[str, Any] = map_tensors(Tensor.cpu, {"states": states, "fed": self.collected})
+        return kept
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        for name, states in kept["states"].items():
+            metric = self.by_stage[name]
+            for state, value in states.items():
+                setattr(metric, state, map_tensors(lambda t: t.to(metric.device), value))  # noqa: B023
+            metric._update_count = 1  # else it warns that nothing has been measured
+        self.collected = {
+            n: map_tensors(lambda t: t.to(self.by_stage[n].device), fed)  # noqa: B023
+            for n, fed in kept["fed"].items()
+        }
+
+    def add_state_dict(self, kept: dict[str, Any]) -> None:
+        """Takes in what another rank had accumulated."""
+        for name, states in kept["states"].items():
+            metric = self.by_stage[name]
+            for state, value in states.items():
+                mine = getattr(metric, state)
+                value = map_tensors(lambda t: t.to(metric.device), value)  # noqa: B023
+                setattr(metric, state, mine + value)
+            metric._update_count = 1
+        for name, fed in kept["fed"].items():
+            self.collected[name] += fed
+
     def sums(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
         """What this batch adds to each metric that is kept step by step.
 
