@@ -117,7 +117,7 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
     for composed, job in jobs_of(args):
         mode = job.config.mode
         if mode != "check":
-            _check_folder(composed, args.multirun, job.config.resume is not None)
+            _check_folder(composed, args.multirun, job.config.resume not in (None, "auto"))
             if leader is None:
                 ranks_wanted(job.config, args.multirun)
             else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.check import checked
@@ -20,6 +19,7 @@ from app.config.rules import USES_CKPT
 from app.config.schema import Job
 from app.config.targets import trusted_by_environment
 
+AUTO = "auto"
 LAST = "last.pt"  # as in `app.checkpoint`, which needs torch
 
 
@@ -36,6 +36,10 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[DictConfig, Job]]:
     mistakes: list[Mistake] = []
     for composed, refused in compositions(args):
         mistakes += refused
+        if args.multirun and composed.get("resume") is not None:
+            problem = f"={composed.resume!r} is for a single run, not for a sweep"
+            mistakes.append(Mistake("resume", problem))
+            continue
         try:
             jobs.append((composed, job_of(composed)))
         except ConfigError as error:
@@ -64,12 +68,11 @@ def job_of(composed: DictConfig) -> Job:
     mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
     if plain.get("mode") == "train" and plain.get("resume") is not None:
-        plain["resume"] = to_resume(composed, str(plain["resume"]))
-        if plain["resume"] is not None:
-            saved, its_template = _saved_config("resume", plain["resume"])
-            resumed = plain["resume"]
+        last = to_resume(composed, str(plain["resume"]))
+        if last is not None:
+            saved, its_template = _saved_config("resume", last)
             plain, template, differences = over_saved(saved, its_template, composed, overrides)
-            plain["resume"] = resumed
+            plain["resume"] = last
     if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
@@ -90,9 +93,7 @@ def to_resume(composed: DictConfig, resume: str) -> str | None:
     Raises:
         ConfigError: There is none, or the folder would be another each time.
     """
-    if composed.hydra.mode == RunMode.MULTIRUN:
-        raise ConfigError([Mistake("resume", f"={resume!r} is for a single run, not for a sweep")])
-    if resume == "auto":
+    if resume == AUTO:
         raw = OmegaConf.to_container(composed.hydra.run, resolve=False)
         assert isinstance(raw, dict)
         if "${now:" in raw["dir"]:
@@ -102,7 +103,7 @@ def to_resume(composed: DictConfig, resume: str) -> str | None:
     last = folder / "checkpoints" / LAST
     if last.exists():
         return str(last)
-    if resume == "auto":
+    if resume == AUTO:
         return None
     raise ConfigError([Mistake("resume", f"={resume!r} holds no run to go on: no {last}")])
 

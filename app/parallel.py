@@ -141,13 +141,14 @@ class Replicated(Parallel):
         self.calls = 0
 
     def forget_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Those that are views into DDP's buckets stay there, as zeros."""
+        """Those that are views into DDP's buckets stay there, as zeros, if all are used always."""
+        kept = set() if self.find_unused else self.summed
         every = list(parameters)
-        views = [p.grad for p in every if p in self.summed and p.grad is not None]
+        views = [p.grad for p in every if p in kept and p.grad is not None]
         if views:
             torch._foreach_zero_(views)
-        super().forget_gradients(p for p in every if p not in self.summed)
-        self.summed.clear()
+        super().forget_gradients(p for p in every if p not in kept)
+        self.summed = set()
 
     def _wrap(self, used: set[Tensor]) -> None:
         """Gives the parameters that take part to DDP."""
@@ -167,7 +168,7 @@ class Replicated(Parallel):
                 parameter.requires_grad_(True)
 
         def sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ARG001
-            self.summed.update(bucket.parameters())
+            self.summed |= {*bucket.parameters()}
             work = dist.all_reduce(bucket.buffer(), async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 

@@ -72,8 +72,8 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
         with _watchers(job, build, parts, status, folder) as callbacks:
             trainer = make_trainer(job, build, parts, callbacks, folder, stop)
             if config.mode == "train":
-                if config.resume is not None:
-                    trainer.state.take_up(Path(config.resume))
+                if config.resume not in (None, "auto"):
+                    trainer.state.take_up(Path(str(config.resume)))
                 return train(trainer, parts)
             USES[config.mode](trainer, parts, config)
             return None

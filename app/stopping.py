@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
@@ -61,6 +62,26 @@ class Stopped(BaseException):
         return EXIT_CODES[self.reason]
 
 
+@contextmanager
+def heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Signals that ask to stop go there meanwhile, but for those that this process is to ignore.
+
+    Only a process's main thread can hear them.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    there = [getattr(signal, name) for name in REASONS if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in there if signal.getsignal(n) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
 class Stop:
     """Hears of signals: at once where nothing is lost, else at the end of the step.
 
@@ -74,20 +95,13 @@ class Stop:
         self.when = 0.0
         self.at_steps = False
         self.deadline: float | None = None
+        self.process = os.getpid()
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Signals come here meanwhile. Only a process's main thread can hear them."""
-        if threading.current_thread() is not threading.main_thread():
+        """Signals come here meanwhile."""
+        with heard(self._hear):
             yield
-            return
-        names = [name for name in REASONS if hasattr(signal, name)]
-        before = {name: signal.signal(getattr(signal, name), self._hear) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
 
     @contextmanager
     def between_steps(self, seconds: float | None = None) -> Iterator[None]:
@@ -112,6 +126,8 @@ class Stop:
         return Reason.TIME
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if os.getpid() != self.process:
+            return  # forked from the one that listens: a reader of data ends with it
         reason, now = REASONS[signal.Signals(number).name], time.monotonic()
         soon, again = now - self.when < AT_ONCE, self.asked == reason
         self.asked, first = max(self.asked, reason), not self.asked

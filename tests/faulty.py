@@ -6,15 +6,17 @@ import os
 import signal
 import time
 import warnings
+from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset
 
 from app.callbacks.callback import Callback, EpochEnd
 from app.distributed import rank
 from app.nested import Nested
 from app.task import Step, SupervisedTask
 
-FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage
+FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage, or once:rank:step:file
 
 
 class FaultyTask(SupervisedTask):
@@ -32,22 +34,39 @@ class FaultyTask(SupervisedTask):
 
     def at(self, stage: str) -> None:
         kind, where, step, *rest = os.environ[FAULT].split(":")
+        if kind == "once":
+            kind, rest = ("none" if Path(rest[0]).exists() else "raise"), []
         if stage != (rest[0] if rest else "train"):
             return
         self.done += 1
         if "MARK" in os.environ and rank() == 0:
-            with open(os.environ["MARK"], "a") as file:
+            with Path(os.environ["MARK"]).open("a") as file:
                 file.write(f"{stage} {self.done}\n")
         if kind == "slow":
             time.sleep(float(step))
         elif rank() == int(where) and self.done == int(step):
+            if os.environ[FAULT].startswith("once"):
+                Path(os.environ[FAULT].split(":")[3]).touch()
             do(kind)
+
+
+class Numbered(Dataset[tuple[torch.Tensor, int]]):
+    """Samples that are read one by one."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.rand(4), index % 2
 
 
 class FaultyCallback(Callback):
     """Fails in rank 0, where the others do not look."""
 
-    def on_epoch_end(self, end: EpochEnd) -> None:
+    def on_epoch_end(self, end: EpochEnd) -> None:  # noqa: ARG002
         raise RuntimeError("the watcher broke")
 
 

@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -23,14 +23,14 @@ from app.config.schema import Job
 from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, cause, record
 from app.launch.world import World
-from app.stopping import AT_ONCE, REASONS, Reason, Stop
+from app.stopping import AT_ONCE, REASONS, Reason, Stop, heard
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
 GRACE = 5.0  # seconds that the others have after the first failure
 FAREWELL = 60.0  # seconds that the others have after rank 0 is done
 LOOPBACK = "127.0.0.1"
-PRELOADED = ["app.cli", "app.launch.rank", "torchvision", "pandas", "tqdm"]
+PRELOADED = ["app.launch.apart", "app.cli", "app.launch.rank", "torchvision", "pandas", "tqdm"]
 
 
 def launch_local(
@@ -83,7 +83,7 @@ class Crew:
 
     def run(self) -> float | None:
         """To the end."""
-        with self._signals_passed_on():
+        with heard(self._pass_on):
             self._start()
             self._watch()
         if not self.failures:
@@ -161,21 +161,8 @@ class Crew:
             return stopped or Failure(found.rank, "stopped", found.error, reason=self.asked)
         return found
 
-    @contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        """What this process is told, all ranks are told; they are not in its group."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        names = [name for name in REASONS if hasattr(signal, name)]
-        before = {name: signal.signal(getattr(signal, name), self._pass_on) for name in names}
-        try:
-            yield
-        finally:
-            for name, handler in before.items():
-                signal.signal(getattr(signal, name), handler)
-
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """What this process is told, all ranks are told; they are not in its group."""
         reason, now = REASONS[signal.Signals(number).name], time.monotonic()
         again = self.asked == reason and now - self.first_asked > AT_ONCE
         if again and reason is Reason.INTERRUPTED:
@@ -229,6 +216,8 @@ def work(
     os.environ.clear()
     os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    for name in REASONS:
+        signal.signal(getattr(signal, name), signal.SIG_DFL)  # not as where it was forked from
     stop, code = Stop(insists=False), 1
     with stop.listening():
         try:

@@ -1,0 +1,646 @@
+"""Ranks that are started and watched: every failure is provoked for real, and leaves nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import Ran, make_job, mistakes_in, run_app
+
+from app.config.errors import ConfigError, UserError
+from app.launch.choose import check_world
+from app.launch.failure import Failure, RankFailed, cause
+from app.launch.local import launch_local
+from app.launch.world import World, first_host, joined
+from app.stopping import Reason, Stopped
+
+TESTS = str(Path(__file__).parent)
+SHORT = (
+    "model=mlp",
+    "trainer.max_epochs=2",
+    "trainer.limit_train_batches=12",
+    "trainer.limit_valid_batches=4",
+    "trainer.limit_test_batches=2",
+    "~callbacks.plots",
+)
+TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+FAULTY = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
+SILENT: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "root": {"level": "INFO", "handlers": []},
+}
+
+
+def status_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "status.json").read_text())
+    return content
+
+
+def descendants(pid: int) -> list[int]:
+    """Of a process, as the system tells."""
+    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
+    pairs = [tuple(map(int, line.split())) for line in told.stdout.splitlines()]
+    found, todo = [], [pid]
+    while todo:
+        parent = todo.pop()
+        children = [child for child, its in pairs if its == parent]
+        found += children
+        todo += children
+    return found
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Those that still run; a dead one that nobody has asked for is dead."""
+    states = [Path(f"/proc/{pid}/stat") for pid in pids]
+    return [
+        pid
+        for pid, state in zip(pids, states, strict=True)
+        if state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
+    ]
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    """Whether all have ended by then."""
+    until = time.monotonic() + seconds
+    while alive(pids) and time.monotonic() < until:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs two ranks in which something goes wrong; gives the run folder."""
+    monkeypatch.syspath_prepend(TESTS)
+
+    def run(fault: str, *words: str, size: int = 2) -> Path:
+        monkeypatch.setenv("FAULT", fault)
+        job = make_job(*SHORT, *FAULTY, f"trainer.devices={size}", *words)
+        launch_local(job, tmp_path, size, SILENT)
+        return tmp_path
+
+    return run
+
+
+def own_processes() -> list[int]:
+    """What still runs below this one, but for multiprocessing's own servants."""
+    return [pid for pid in alive(descendants(os.getpid())) if not _serves(pid)]
+
+
+def _serves(pid: int) -> bool:
+    words = Path(f"/proc/{pid}/cmdline")
+    text = words.read_bytes().decode() if words.exists() else "tracker"
+    return "tracker" in text or ("forkserver" in text and not _is_rank(pid))
+
+
+def _is_rank(pid: int) -> bool:
+    """Forked, it has the words of the one it comes from."""
+    told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(told[1]) != os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "error"),
+    [
+        ("raise:1:3", 1, "RuntimeError: the rank broke"),
+        ("raise:0:3", 0, "RuntimeError: the rank broke"),
+        ("raise:1:4:valid", 1, "RuntimeError: the rank broke"),
+        ("memory:1:3", 1, "can't allocate memory"),
+        ("kill:1:3", 1, "it was killed by SIGKILL"),
+        ("kill:0:3", 0, "it was killed by SIGKILL"),
+        ("exit:1:3", 1, "it ended with exit code 7"),
+    ],
+)
+def test_the_rank_that_failed_is_named(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
+) -> None:
+    with pytest.raises(RankFailed) as failed:
+        ranks(fault)
+    assert failed.value.failure.rank == rank
+    assert error in str(failed.value)
+    status = status_of(tmp_path)
+    assert (status["status"], status["rank"]) == ("failed", rank)
+    assert error in status["error"]
+    assert not own_processes()
+
+
+@pytest.mark.parametrize(("fault", "rank"), [("stop:1:3", 1), ("hang:0:3", 0), ("hang:2:3", 2)])
+def test_a_silent_rank_is_named_after_the_timeout(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
+) -> None:
+    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 3 s"):
+        ranks(fault, "trainer.timeout=3", size=3)
+    assert status_of(tmp_path)["rank"] == rank
+    assert not own_processes()
+
+
+def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="rank 0: RuntimeError: the watcher broke"):
+        ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
+    assert status_of(tmp_path)["status"] == "failed"
+
+
+def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
+        ranks("none:0:0")
+    assert status_of(tmp_path)["rank"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "reason"),
+    [
+        ("SIGTERM:1:5", "preempted", Reason.PREEMPTED),
+        ("SIGUSR1:0:5", "preempted", Reason.PREEMPTED),
+        ("SIGINT:1:5", "interrupted", Reason.INTERRUPTED),
+        ("SIGTERM:1:4:valid", "preempted", Reason.PREEMPTED),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: Reason
+) -> None:
+    with pytest.raises(Stopped) as stopped:
+        ranks(fault)
+    assert stopped.value.reason == reason
+    assert status_of(tmp_path)["status"] == state
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    training = checkpoint["training"]
+    if "valid" in fault:
+        assert (checkpoint["epoch"], training["is_over"]) == (1, False)
+    else:
+        rows = pd.read_csv(tmp_path / "epoch_details" / "epoch001_train.csv")
+        assert 5 <= len(rows) < 12
+        assert training["trained"] == len(rows) == training["learning"][""]["steps"]
+
+
+def test_warnings_of_other_ranks_are_marked(tmp_path: Path) -> None:
+    words = (*SHORT, *FAULTY, "trainer.devices=2")
+    ran = run_app(tmp_path, *words, FAULT="warn:1:3", PYTHONPATH=TESTS)
+    assert ran.code == 0, ran.err
+    for console in (ran.err, (ran.folder / "run.log").read_text()):
+        assert console.count("the rank is uneasy") == 1
+        assert "rank 1: " in console
+    own = (ran.folder / "logs" / "rank1.log").read_text()
+    assert "the rank is uneasy" in own
+    assert "2 x cpu" in own
+    assert not (ran.folder / "logs" / "rank0.log").exists()
+    assert ran.out.count("best accuracy") == 2  # of rank 0 alone, in each epoch
+
+
+def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    """The port of the store, and processes; the next run in the same process finds all it needs."""
+    with pytest.raises(RankFailed):
+        ranks("kill:1:3")
+    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
+    assert f"pid={os.getpid()}," not in listening.stdout
+    ranks("none:0:0")
+    assert status_of(tmp_path)["status"] == "completed"
+
+
+# Whole commands
+
+
+def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Popen[str]:
+    """A command under way, at its second step of training or later."""
+    mark = cwd / "mark"
+    environment = {"FAULT": fault, "MARK": str(mark), "PYTHONPATH": TESTS}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", *SHORT, *FAULTY, "hydra.run.dir=run", *words],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not (mark.exists() and len(mark.read_text().splitlines()) > 1):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return process
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_ctrl_c_saves_and_ends(tmp_path: Path, devices: int) -> None:
+    process = started(tmp_path, f"trainer.devices={devices}")
+    pids = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert out.count("stopping after this step; Ctrl-C again ends it at once") == 1
+    assert "Traceback" not in out
+    assert status_of(tmp_path / "run")["status"] == "interrupted"
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert gone(pids)
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
+    process = started(tmp_path, f"trainer.devices={devices}", fault="slow:0:3")
+    pids = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.8)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert status_of(tmp_path / "run")["status"] == "interrupted"
+    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert gone(pids)
+
+
+@pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "all"), ("SIGUSR1", "one")])
+def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> None:
+    process = started(tmp_path, "trainer.devices=2")
+    pids = descendants(process.pid)
+    send = os.killpg if whom == "all" else os.kill
+    send(process.pid, getattr(signal, number))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert status_of(tmp_path / "run")["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert gone(pids)
+
+
+def test_nobody_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+    workers = ("data=numbered", "data.loader.num_workers=2", "--config-dir", str(tmp_path / "conf"))
+    write_numbered(tmp_path / "conf")
+    process = started(tmp_path, "trainer.devices=2", *workers[:2], *workers[2:])
+    pids = descendants(process.pid)
+    assert len(alive(pids)) >= 2 + 4  # ranks, and the readers of each
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(pids)
+
+
+def write_numbered(conf: Path) -> None:
+    """Data that is read sample by sample."""
+    (conf / "data").mkdir(parents=True)
+    source = "{_target_: faulty.Numbered, count: %d}"
+    (conf / "data" / "numbered.yaml").write_text(
+        "defaults: [base/arrays@_here_, _self_]\n"
+        "name: numbered\npath: null\nnum_classes: 2\ninput_shape: [4]\n"
+        "channels: null\nimage_size: null\nbatch_size: 8\nnormalize: null\n"
+        f"source:\n  train: {source % 400}\n  valid: {source % 40}\n  test: {source % 40}\n"
+    )
+
+
+def test_a_sweep_on_two_ranks_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
+    ran = run_app(tmp_path, "-m", "optimizer.lr=0.1,0.01", "trainer.devices=2", *SHORT)
+    assert ran.code == 0, ran.err + ran.out
+    assert_two_jobs(tmp_path)
+
+
+def assert_two_jobs(cwd: Path) -> None:
+    folders = sorted((cwd / "outputs").glob("sweeps/*/*/*/"))
+    assert [folder.name[:2] for folder in folders] == ["0_", "1_"]
+    assert [status_of(folder)["status"] for folder in folders] == ["completed"] * 2
+    assert [status_of(folder)["ranks"] for folder in folders] == [2, 2]
+    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
+    assert [config["optimizer"]["lr"] for config in configs] == [0.1, 0.01]
+
+
+def test_a_job_of_a_sweep_goes_on_after_one_that_failed(tmp_path: Path) -> None:
+    words = [*SHORT, *FAULTY, "trainer.devices=2", "seed=0,1"]
+    once = tmp_path / "once"
+    ran = run_app(tmp_path, "-m", *words, FAULT=f"once:1:3:{once}", PYTHONPATH=TESTS)
+    assert ran.code == 1
+    folders = sorted((tmp_path / "outputs").glob("sweeps/*/*/*/"))
+    assert [status_of(folder)["status"] for folder in folders] == ["failed", "completed"]
+    log = (folders[0] / "run.log").read_text()
+    assert "the run failed: rank 1: RuntimeError: the rank broke" in log
+    assert "in do\n    raise RuntimeError" in log
+
+
+def torchrun(cwd: Path, *words: str, fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*TORCHRUN_2, "--master-port", str(free_port()), "-m", "app", *words],
+        cwd=cwd,
+        env=os.environ | {"FAULT": fault, "PYTHONPATH": TESTS},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_torchrun_sweeps(tmp_path: Path) -> None:
+    ran = torchrun(tmp_path, "-m", "optimizer.lr=0.1,0.01", "trainer.devices=2", *SHORT)
+    assert ran.returncode == 0, ran.stderr
+    assert_two_jobs(tmp_path)
+
+
+def test_torchrun_says_a_mistake_once(tmp_path: Path) -> None:
+    ran = torchrun(tmp_path, "model=mlpp")
+    assert ran.returncode != 0
+    assert (ran.stderr + ran.stdout).count("1 mistake in the configuration") == 1
+    assert "Traceback" not in ran.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_names_the_rank_that_failed(tmp_path: Path) -> None:
+    words = (*SHORT, *FAULTY, "hydra.run.dir=run")
+    ran = torchrun(tmp_path, *words, fault="raise:1:3")
+    assert ran.returncode != 0
+    status = status_of(tmp_path / "run")
+    assert (status["status"], status["rank"]) == ("failed", 1)
+    assert (
+        "the run failed: rank 1: RuntimeError: the rank broke"
+        in (tmp_path / "run" / "run.log").read_text()
+    )
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "3",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_STEP_TASKS_PER_NODE": "2",
+}
+
+
+def srun(cwd: Path, *words: str, **environment: str) -> list[tuple[int, str]]:
+    """What srun does: a task for each rank, told by variables which it is."""
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "app", *words],
+            cwd=cwd,
+            env=os.environ
+            | SLURM
+            | {"MASTER_PORT": str(port), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+            | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for port in [free_port()]
+        for rank in range(2)
+    ]
+    told = [task.communicate(timeout=200)[0] for task in tasks]
+    return [(task.returncode, text) for task, text in zip(tasks, told, strict=True)]
+
+
+def test_srun_joins_its_tasks_for_a_sweep(tmp_path: Path) -> None:
+    told = srun(tmp_path, "-m", "optimizer.lr=0.1,0.01", "trainer.devices=2", *SHORT)
+    assert [code for code, _ in told] == [0, 0], told
+    assert told[1][1] == ""  # one console
+    assert_two_jobs(tmp_path)
+
+
+def test_devices_that_disagree_with_what_was_started_are_one_error(tmp_path: Path) -> None:
+    told = srun(tmp_path, "trainer.devices=3", *SHORT)
+    assert [code for code, _ in told] == [2, 2]
+    assert told[0][1] == ("trainer.devices=3, but srun has started 2 ranks; allowed: 2, null\n")
+    assert told[1][1] == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_ends_all_ranks(tmp_path: Path) -> None:
+    told = srun(tmp_path, "--help")
+    assert [code for code, _ in told] == [0, 0]
+    assert "Groups" in told[0][1]
+    assert told[1][1] == ""
+
+
+def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -> None:
+    with socket.socket() as taken:  # the port that torch would take
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if taken.connect_ex(("127.0.0.1", 29500)) != 0:
+            taken = socket.socket()
+            taken.bind(("127.0.0.1", 29500))
+            taken.listen()
+        both = [
+            subprocess.Popen(
+                [sys.executable, "-m", "app", *SHORT, "trainer.devices=2"],
+                cwd=tmp_path,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        told = [one.communicate(timeout=200)[0] for one in both]
+    assert [one.returncode for one in both] == [0, 0], told
+    ran = Ran(0, "", "", tmp_path)
+    assert len(ran.folders) == 2
+    assert [status_of(folder)["status"] for folder in ran.folders] == ["completed"] * 2
+
+
+# Going on
+
+
+def test_preempted_and_started_again_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    """By the same command, in the same folder; SLURM was asked to start it again."""
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (bin_ / "scontrol").chmod(0o755)
+    words = (*SHORT, *FAULTY, "trainer.devices=2", "resume=auto", "trainer.requeue=true")
+    environment = {
+        "PYTHONPATH": TESTS,
+        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "4711",
+    }
+    cut = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="SIGUSR1:1:17", **environment)
+    assert cut.code == 143, cut.out + cut.err
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    again = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
+    assert again.code == 0, again.out + again.err
+    whole = run_app(tmp_path, *words, "hydra.run.dir=whole", FAULT="none:0:0", **environment)
+    assert whole.code == 0, whole.out + whole.err
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+    complete = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
+    assert complete.code == 0
+    assert "is complete: there is nothing to go on with" in complete.out
+
+
+def assert_equal_runs(wanted: Path, found: Path) -> None:
+    """But for times."""
+    one, other = (torch.load(folder / "model.pt", weights_only=True) for folder in (wanted, found))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    files = {path.relative_to(wanted) for path in wanted.rglob("*.csv")}
+    assert files == {path.relative_to(found) for path in found.rglob("*.csv")}
+    times = ["iter_time", "epoch_time", "samples/s"]
+    for file in files:
+        tables = [
+            pd.read_csv(f / file).drop(columns=times, errors="ignore") for f in (wanted, found)
+        ]
+        pd.testing.assert_frame_equal(*tables, check_exact=True)
+
+
+def test_time_ends_training_and_the_best_is_tested(tmp_path: Path) -> None:
+    ran = run_app(
+        tmp_path,
+        *SHORT,
+        *FAULTY,
+        "trainer.devices=2",
+        "trainer.max_time=00:00:01",
+        "trainer.max_epochs=1000",
+        FAULT="slow:0:0.2",
+        PYTHONPATH=TESTS,
+    )
+    assert ran.code == 0, ran.out + ran.err
+    assert ran.status["status"] == "completed"
+    assert len(ran.csv("epoch_details/epoch001_train.csv")) < 12
+    assert list(ran.csv("summary_table.csv")["stage"]) == ["train", "valid", "test"]
+
+
+def test_a_run_of_sharded_weights_is_tested_on_one_device(tmp_path: Path) -> None:
+    words = (*SHORT, "trainer.devices=2", "trainer.strategy=fsdp", "hydra.run.dir=run")
+    assert run_app(tmp_path, *words).code == 0
+    tested = run_app(tmp_path, "mode=test", "ckpt=run", "trainer.devices=1", "hydra.run.dir=tested")
+    assert tested.code == 0, tested.err
+    one, two = (
+        pd.read_csv(tmp_path / folder / "test_summary_table.csv") for folder in ("run", "tested")
+    )
+    assert one["accuracy"][0] == two["accuracy"][0]
+    assert one["loss_mean"][0] == pytest.approx(two["loss_mean"][0], abs=1e-6)
+    plain = torch.load(tmp_path / "run" / "model.pt", weights_only=True)
+    assert all(type(tensor) is torch.Tensor for tensor in plain.values())
+
+
+def test_predictions_of_several_ranks_are_those_of_one(tmp_path: Path) -> None:
+    words = (*SHORT[:-2], "callbacks/single@callbacks=[predictions]", "data.batch_size=300")
+    assert run_app(tmp_path, *words, "trainer.devices=2", "hydra.run.dir=run").code == 0
+    for devices in (1, 3):
+        predicted = run_app(
+            tmp_path,
+            "mode=predict",
+            "ckpt=run",
+            f"trainer.devices={devices}",
+            f"hydra.run.dir=by{devices}",
+        )
+        assert predicted.code == 0, predicted.err
+    one, three = (pd.read_csv(tmp_path / by / "predictions.csv") for by in ("by1", "by3"))
+    pd.testing.assert_frame_equal(one, three, atol=1e-6)
+    assert len(one) == 10_000
+    (written,) = (tmp_path / "run" / "predictions").glob("*_test/predictions.csv")
+    pd.testing.assert_frame_equal(pd.read_csv(written), one, atol=1e-6)
+
+
+# What is chosen, and what is refused
+
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_torchrun_is_known_by_all_of_its_variables() -> None:
+    world = joined([], TORCHRUN)
+    assert world == World("torchrun", 3, 4, 1, 2, "node1", 29500, hosts=True)
+    for name in set(TORCHRUN) - {"LOCAL_WORLD_SIZE"}:
+        assert joined([], {k: v for k, v in TORCHRUN.items() if k != name}) is None
+
+
+def test_srun_is_known_inside_a_step_of_several_tasks() -> None:
+    environment = SLURM | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
+    world = joined([], environment)
+    assert world is not None
+    assert (world.launcher, world.rank, world.size, world.address) == ("srun", 1, 2, "localhost")
+    assert joined([], environment | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
+    assert joined([], batch) is None
+
+
+def test_steps_of_one_job_do_not_meet() -> None:
+    environment = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    ports = {joined([], environment | {"SLURM_STEP_ID": str(n)}).port for n in range(20)}  # type: ignore[union-attr]
+    assert len(ports) == 20
+    assert all(1024 < port < 65536 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("localhost", "localhost"),
+        ("node[03-05,9],other", "node03"),
+        ("gpu-a12,gpu-b1", "gpu-a12"),
+        ("rack[1,3]-n", "rack1-n"),
+    ],
+)
+def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
+    assert first_host(nodes) == first
+
+
+def test_what_is_typed_wins() -> None:
+    assert joined(["launch=inline"], TORCHRUN) is None
+    assert joined(["launch=local"], SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
+    with pytest.raises(ConfigError, match="launch='torchrun', but torchrun has not started this"):
+        joined(["launch=torchrun"], {"RANK": "0"})
+
+
+def test_a_launcher_that_did_not_start_it_is_refused() -> None:
+    world = World("torchrun", 0, 2, 0, 2, "x", 1)
+    with pytest.raises(UserError, match="launch='local', but torchrun has started this"):
+        check_world(make_job("launch=local").config, world)
+    with pytest.raises(UserError, match=r"mode='find_lr' runs on one device"):
+        check_world(make_job("mode=find_lr").config, world)
+    with pytest.raises(UserError, match=r"data.batch_size=1 is for all devices together"):
+        check_world(make_job("data.batch_size=1").config, world)
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        (["trainer.devices=0"], "trainer.devices=0"),
+        (["trainer.devices=many"], "trainer.devices='many'"),
+        (["trainer.devices=[1,1]"], "trainer.devices=[1, 1]: allowed: ids, each once"),
+        (["trainer.devices=4", "data.batch_size=2"], "fewer than the 4 of trainer.devices"),
+        (["trainer.strategy=fsdp", "trainer.precision=fp16"], "does not go with trainer.strategy"),
+        (["trainer.strategy=dp"], "trainer.strategy='dp'"),
+        (["launch=mpi"], "launch='mpi'"),
+        (["trainer.max_time=soon"], "trainer.max_time='soon' is no time"),
+        (["trainer.max_time='1:99:00'"], "is no time"),
+        (["trainer.requeue=true"], "give resume=auto, too"),
+        (["resume=auto"], "needs a folder that stays the same"),
+        (["resume=nowhere"], "holds no run to go on"),
+        (["-m", "resume=auto", "hydra.run.dir=x", "seed=0,1"], "for a single run"),
+    ],
+)
+def test_wrong_devices_and_launchers_are_named(words: list[str], mistake: str) -> None:
+    assert any(mistake in found for found in mistakes_in(*words)), mistakes_in(*words)
+
+
+def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path: Path) -> None:
+    for words, told in (
+        (["trainer.devices=[0,1]", "trainer.accelerator=cpu"], "cpu has no ids; allowed: a number"),
+        (["launch=inline", "trainer.devices=2"], "launch='inline' is one device"),
+    ):
+        ran = run_app(tmp_path, "model=mlp", *words)
+        assert ran.code == 2
+        assert told in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_who_is_the_cause() -> None:
+    lost = Failure(0, "lost", "gone", when=1.0)
+    late = Failure(0, "timeout", "waited", "where", when=2.0)
+    died = Failure(1, "died", "killed", when=3.0)
+    broke = Failure(2, "error", "broke", when=2.5)
+    assert cause([lost, died, broke], 3, 9) is broke
+    assert cause([lost, died], 3, 9) is died
+    silent = cause([lost, late], 3, 9)
+    assert (silent.rank, silent.trace) == (1, "where")
+    assert cause([lost], 2, 9) is lost
