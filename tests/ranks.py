@@ -45,6 +45,7 @@ def in_ranks(size: int, function: Callable[..., Any], *given: Any) -> list[Any]:
 def _rank(
     rank: int, size: int, port: int, pipe: Connection, function: Callable[..., Any], given: Any
 ) -> None:
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)

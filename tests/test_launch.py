@@ -190,7 +190,7 @@ def test_warnings_of_other_ranks_are_marked(tmp_path: Path) -> None:
     ran = run_app(tmp_path, *words, FAULT="warn:1:3", PYTHONPATH=TESTS)
     assert ran.code == 0, ran.err
     for console in (ran.err, (ran.folder / "run.log").read_text()):
-        assert console.count("the rank is uneasy") == 1
+        assert console.count("UserWarning: the rank is uneasy") == 1
         assert "rank 1: " in console
     own = (ran.folder / "logs" / "rank1.log").read_text()
     assert "the rank is uneasy" in own
@@ -535,6 +535,37 @@ def test_predictions_of_several_ranks_are_those_of_one(tmp_path: Path) -> None:
     pd.testing.assert_frame_equal(pd.read_csv(written), one, atol=1e-6)
 
 
+SRUN = """#!{python}
+import os, subprocess, sys
+words = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+tasks = [
+    subprocess.Popen(words, env=os.environ | {{"SLURM_PROCID": rank, "SLURM_LOCALID": rank}})
+    for rank in "01"
+]
+sys.exit(max(task.wait() for task in tasks))
+"""
+
+
+def test_the_batch_script_runs(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text(SRUN.format(python=sys.executable))
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    script = Path(__file__).parents[1] / "examples" / "slurm.sbatch"
+    path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = SLURM | {"PATH": path, "SLURM_CPUS_PER_TASK": "1"}
+    done = subprocess.run(
+        ["bash", script, *SHORT],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    status = status_of(tmp_path / "outputs" / "slurm" / "4711")
+    assert (status["status"], status["ranks"]) == ("completed", 2)
+
+
 # What is chosen, and what is refused
 
 TORCHRUN = {
@@ -616,7 +647,6 @@ def test_a_launcher_that_did_not_start_it_is_refused() -> None:
         (["trainer.requeue=true"], "give resume=auto, too"),
         (["resume=auto"], "needs a folder that stays the same"),
         (["resume=nowhere"], "holds no run to go on"),
-        (["-m", "resume=auto", "hydra.run.dir=x", "seed=0,1"], "for a single run"),
     ],
 )
 def test_wrong_devices_and_launchers_are_named(words: list[str], mistake: str) -> None:
@@ -627,8 +657,9 @@ def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path: P
     for words, told in (
         (["trainer.devices=[0,1]", "trainer.accelerator=cpu"], "cpu has no ids; allowed: a number"),
         (["launch=inline", "trainer.devices=2"], "launch='inline' is one device"),
+        (["-m", "resume=auto", "hydra.run.dir=x"], "resume='auto' is for a single run"),
     ):
-        ran = run_app(tmp_path, "model=mlp", *words)
+        ran = run_app(tmp_path, *words, "model=mlp")
         assert ran.code == 2
         assert told in ran.err
     assert not list(tmp_path.iterdir())

@@ -213,6 +213,7 @@ def work(
     """The process of one rank."""
     os.setpgid(0, 0)  # signals come from the parent alone, and the end comes to its workers, too
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # as anywhere else: for readers
     os.environ.clear()
     os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
