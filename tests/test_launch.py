@@ -261,6 +261,25 @@ def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
     assert gone(pids)
 
 
+def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "app", *SHORT, "trainer.devices=2", "hydra.run.dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not (tmp_path / "run" / "config.yaml").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert not (tmp_path / "run" / "epoch_details").exists()
+
+
 @pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "all"), ("SIGUSR1", "one")])
 def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> None:
     process = started(tmp_path, "trainer.devices=2")
@@ -353,6 +372,14 @@ def test_torchrun_says_a_mistake_once(tmp_path: Path) -> None:
     assert (ran.stderr + ran.stdout).count("1 mistake in the configuration") == 1
     assert "Traceback" not in ran.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_kills_and_the_status_says_so(tmp_path: Path) -> None:
+    ran = torchrun(tmp_path, *SHORT, *FAULTY, "hydra.run.dir=run", fault="kill:0:3")
+    assert ran.returncode != 0
+    status = status_of(tmp_path / "run")
+    assert (status["status"], status["rank"]) == ("failed", 0)
+    assert status["error"] == "rank 0: it is gone without a word"
 
 
 def test_torchrun_names_the_rank_that_failed(tmp_path: Path) -> None:
@@ -674,4 +701,5 @@ def test_who_is_the_cause() -> None:
     assert cause([lost, died], 3, 9) is died
     silent = cause([lost, late], 3, 9)
     assert (silent.rank, silent.trace) == (1, "where")
-    assert cause([lost], 2, 9) is lost
+    assert cause([lost], 1, 9) is lost
+    assert cause([lost], 2, 9).rank == 1

@@ -30,6 +30,7 @@ LOST = (
 TIMEOUT = (
     "Application timeout caused pair closure",
     "Timed out waiting",
+    "wait timeout after",
     "collective operation timeout",
 )
 
@@ -138,15 +139,15 @@ def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
         names = ", ".join(map(str, silent))
         error = f"it has not answered for {timeout:g} s (trainer.timeout); silent: rank {names}"
         return Failure(silent[0], "timeout", error, waited[0].trace)
+    if silent:
+        return Failure(silent[0], "died", "it is gone without a word", first[0].trace)
     return (waited or first)[0]
 
 
 def record(folder: Path, failure: Failure) -> None:
     """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
     path = folder / "status.json"
-    if not path.exists():
-        return
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text()) if path.exists() else {}
     state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
     if failure.kind == "stopped":
         state = Stopped(Reason(failure.reason)).state

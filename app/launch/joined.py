@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -107,8 +108,9 @@ def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -
         try:
             return run_rank(world, job, folder, store, stop, number)
         except BaseException as error:
-            failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
-            record(folder, failure)
+            with stop.between_steps():  # whoever started the ranks may already be ending them
+                failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
+                record(folder, failure)
             if failure.rank == world.rank:
                 raise
             raise failure.raised() from error
@@ -119,7 +121,8 @@ def first_failure(world: World, store: Store, number: int, mine: Failure, job: J
     _try(lambda: store.set(f"{FAILED}{number}/{mine.rank}", json.dumps(vars(mine))))
     until = time.monotonic() + PATIENCE
     while True:
-        told = [_failure(store, number, rank) for rank in range(world.size) if rank != mine.rank]
+        others = (rank for rank in range(world.size) if rank != mine.rank)
+        told = [_failure(store, number, r) for r in others if time.monotonic() < until]
         known = [mine, *(failure for failure in told if failure is not None)]
         follows = all(failure.kind in ("lost", "timeout") for failure in known)
         if not follows or time.monotonic() > until:
@@ -134,12 +137,19 @@ def _failure(store: Store, number: int, rank: int) -> Failure | None:
 
 
 def _try(ask: Callable[[], Any]) -> Any:
-    """None where the store is gone with its rank; the failure at hand is told all the same."""
-    try:
-        return ask()
-    except RuntimeError as error:
-        log.debug("the ranks no longer reach each other", exc_info=error)
-        return None
+    """None where the store is gone, or silent; the failure at hand is told all the same."""
+    told: list[Any] = []
+
+    def hear() -> None:
+        try:
+            told.append(ask())
+        except RuntimeError as error:
+            log.debug("the ranks no longer reach each other", exc_info=error)
+
+    asking = threading.Thread(target=hear, daemon=True)  # a lost network is found out only late
+    asking.start()
+    asking.join(PATIENCE)
+    return told[0] if told else None
 
 
 def _wait_for(store: Store, key: str) -> str:

@@ -30,6 +30,7 @@ log.setLevel(logging.DEBUG)
 GRACE = 5.0  # seconds that the others have after the first failure
 FAREWELL = 60.0  # seconds that the others have after rank 0 is done
 LOOPBACK = "127.0.0.1"
+LISTENS = "listens"  # what a rank says once signals reach it
 PRELOADED = ["app.launch.apart", "app.cli", "app.launch.rank", "torchvision", "pandas", "tqdm"]
 
 
@@ -78,8 +79,10 @@ class Crew:
         self.pipes: dict[Connection, int] = {}
         self.done: dict[int, float | None] = {}
         self.failures: dict[int, Failure] = {}
+        self.listening: list[int] = []
         self.store: object = None  # its port is taken as long as it lives
-        self.asked, self.first_asked, self.first_done = Reason.NONE, 0.0, 0.0
+        self.signals: list[int] = []  # asked to stop by
+        self.first_asked = self.first_done = 0.0
 
     def run(self) -> float | None:
         """To the end."""
@@ -133,6 +136,9 @@ class Crew:
             return
         if isinstance(told, Failure):
             self.failures.setdefault(rank, told)
+        elif told == LISTENS:
+            self.listening.append(rank)
+            self._pass_on_to(rank)  # what came before it could hear
         else:
             self.done[rank] = told
             self.first_done = self.first_done or time.monotonic()
@@ -157,26 +163,30 @@ class Crew:
         failures = list(self.failures.values())
         found = cause(failures, self.size, self.job.config.trainer.timeout)
         stopped = next((one for one in failures if one.kind == "stopped"), None)
-        if self.asked and (stopped or found.kind == "died"):
-            return stopped or Failure(found.rank, "stopped", found.error, reason=self.asked)
+        if self.signals and (stopped or found.kind == "died"):
+            reason = max(_reason(number) for number in self.signals)
+            return stopped or Failure(found.rank, "stopped", found.error, reason=reason)
         return found
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """What this process is told, all ranks are told; they are not in its group."""
-        reason, now = REASONS[signal.Signals(number).name], time.monotonic()
-        again = self.asked == reason and now - self.first_asked > AT_ONCE
-        if again and reason is Reason.INTERRUPTED:
+        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
+        if again and number == signal.SIGINT:
             self.kill()
             record(self.folder, Failure(0, "interrupted", "KeyboardInterrupt"))
             raise KeyboardInterrupt
-        if not self.asked:
-            self.first_asked = now
-            hint = "; Ctrl-C again ends it at once" if reason is Reason.INTERRUPTED else ""
+        if not self.signals:
+            self.first_asked = time.monotonic()
+            hint = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             sys.stderr.write(f"\nstopping after this step{hint}\n")
-        self.asked = max(self.asked, reason)
-        for process in self.processes:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, number)
+        self.signals.append(number)
+        for rank in self.listening:
+            self._pass_on_to(rank)
+
+    def _pass_on_to(self, rank: int) -> None:
+        process = self.processes[rank]
+        if self.signals and process.pid is not None and process.is_alive():
+            os.kill(process.pid, self.signals[-1])
 
     def kill(self) -> None:
         """Ends every rank and what it has started, at once."""
@@ -191,6 +201,10 @@ class Crew:
         for pipe in self.pipes:
             pipe.close()
         self.pipes, self.store = {}, None
+
+
+def _reason(number: int) -> Reason:
+    return REASONS[signal.Signals(number).name]
 
 
 def _context() -> BaseContext:
@@ -222,6 +236,7 @@ def work(
     stop, code = Stop(insists=False), 1
     with stop.listening():
         try:
+            pipe.send(LISTENS)
             pipe.send(_run(world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
+from app.config.errors import UserError
 from app.config.schema import Job
 from app.launch.world import World
 from app.run import execute
@@ -59,13 +60,21 @@ def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator
 
     After an error the process ends, and what is left of the meeting with it.
     """
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo",
-        store=PrefixStore(f"job{number}", store),
-        rank=world.rank,
-        world_size=world.size,
-        timeout=timedelta(seconds=timeout),
-    )
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo",
+            store=PrefixStore(f"job{number}", store),
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timedelta(seconds=timeout),
+        )
+    except RuntimeError as error:
+        if "connectFullMesh" not in str(error):
+            raise
+        raise UserError(
+            "the ranks cannot reach each other; set GLOO_SOCKET_IFNAME to the network interface "
+            f"by which they can, as GLOO_SOCKET_IFNAME=eth0 ({error})"
+        ) from error
     yield
     dist.destroy_process_group()
 
