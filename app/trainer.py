@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
@@ -19,8 +18,9 @@ from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
+from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
-from app.distributed import Agreement, alone, from_first, gathered, rank, world_size
+from app.distributed import from_first, rank, world_size
 from app.freezing import Freezing
 from app.history import best, goal_value, loss_is_lost, measured
 from app.history import reason_to_stop as stop_by
@@ -29,10 +29,11 @@ from app.nested import Nested, count_samples, joined, map_tensors
 from app.parallel import Parallel
 from app.plan import Plan
 from app.records import Rows, StageResult, nothing_of
-from app.seed import random_state, seed_everything, set_random_state
+from app.seed import seed_everything
 from app.state import TrainState
-from app.stopping import Reason, Stop, Stopped
+from app.stopping import Stop, Stopped
 from app.task import Step, Task, sound
+from app.together import Asked, lending, of_all_ranks
 
 log = logging.getLogger(__name__)
 Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
@@ -82,7 +83,7 @@ class Trainer:
         self.monitors = dict(monitors or {})
         self.state = TrainState(task, self.averaging, folder, job)
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
-        self.agreement, self.asked = Agreement(), Reason.NONE
+        self.asked = Asked(self.stop)
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
@@ -111,7 +112,7 @@ class Trainer:
                 self.run_stage("train", epoch, train, learns=True)
                 self.state.epoch, self.state.is_over = epoch, False
                 self.averaging.after_epoch(epoch)
-            last = self.plan.is_over(epoch, self.learning.steps) or bool(self.asked)
+            last = self.plan.is_over(epoch, self.learning.steps) or bool(self.asked.reason)
 
             with self.averaged(train, epoch):
                 if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
@@ -143,7 +144,7 @@ class Trainer:
         start = self.starts(stage, epoch, batches)
         rows = Rows(self.task.metrics[stage], self.device)
         if learns and self.state.under_way:
-            self.take_up(rows)
+            take_up(rows, self.state.under_way)
         whole = from_first(self.callbacks.watches_all(start))
         run = self.train_steps if learns else self.eval_steps
         with self.stop.between_steps():
@@ -152,16 +153,15 @@ class Trainer:
                 self.tell(start, batch, step, whole)
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
-        stopped = self.asked > Reason.TIME
-        if stopped and not learns:
-            raise Stopped(self.asked)
-        if stopped:
-            self.state.under_way = self.position(rows)
+        if self.asked.by_signal and not learns:
+            raise Stopped(self.asked.reason)
+        if self.asked.by_signal:
+            self.state.under_way = position(rows, self.state.trained)
         result = rows.result(stage, epoch)
         history = [*self.state.history, result.row]
         self.callbacks.on_stage_end(result, history)
-        if stopped:
-            raise Stopped(self.asked)  # the stage is not over, and not part of the history
+        if self.asked.by_signal:
+            raise Stopped(self.asked.reason)  # the stage is not over, and not part of the history
         self.state.history = history
         return result
 
@@ -172,43 +172,15 @@ class Trainer:
         self.callbacks.on_stage_start(start)
         return start
 
-    def position(self, rows: Rows) -> dict[str, Any]:
-        """Where in an epoch of training all ranks are; tensors and plain values."""
-        mine = {"random": random_state(), "metrics": rows.metrics.state_dict()}
-        return {"rows": rows.state_dict(), "ranks": gathered(mine)}
-
-    def take_up(self, rows: Rows) -> None:
-        """The rows that an epoch had when it was cut."""
-        assert self.state.under_way is not None
-        ranks = self.state.under_way["ranks"]
-        rows.load_state_dict(self.state.under_way["rows"])
-        if len(ranks) == world_size():
-            rows.metrics.load_state_dict(ranks[rank()]["metrics"])
-            return
-        log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
-        for part in ranks if rank() == 0 else []:
-            rows.metrics.add_state_dict(part["metrics"])
-
-    def left(self, batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
-        """The batches of an epoch; of one that was cut what is left, with its randomness."""
-        steps, before = lending(batches, epoch), self.state.under_way
-        if before is not None:
-            for _ in islice(steps, self.state.trained):
-                pass
-            if len(before["ranks"]) == world_size():
-                set_random_state(before["ranks"][rank()]["random"])
-            self.state.under_way = None
-        else:
-            self.state.trained = 0
-        return steps
-
     def train_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Learns from each batch, until there are enough steps."""
         task, learning = self.task, self.learning
         task.model.train()
         self.freezing.apply(epoch)
         self.parallel.begin()
-        for batch, lent in self.left(batches, epoch):
+        before, self.state.under_way = self.state.under_way, None
+        self.state.trained = before["batches"] if before else 0
+        for batch, lent in left(batches, epoch, before):
             self.state.trained += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
@@ -220,12 +192,12 @@ class Trainer:
             values = nothing_of(row) if lent else row
             yield batch, Step(values, step.outputs), {**step.numbers, **rates}
             enough = self.plan.max_steps is not None and learning.steps >= self.plan.max_steps
-            if (self.hears() or enough) and learning.is_between_steps:
+            if (self.asked.after_step() or enough) and learning.is_between_steps:
                 break
         learning.finish()
         self.averaging.after_step(epoch, learning.steps)
         self.parallel.end()
-        self.settles()
+        self.asked.settle()
 
     def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Measures each batch."""
@@ -234,9 +206,10 @@ class Trainer:
             with torch.no_grad(), self.counting(stage, lent):
                 step = sound(self.task, stage, self.task.eval_step(stage, batch))
             yield batch, Step(nothing_of(step.values), step.outputs) if lent else step, {}
-            if self.hears() > Reason.TIME:
+            self.asked.after_step()
+            if self.asked.by_signal:
                 break
-        self.settles()
+        self.asked.settle()
 
     @contextmanager
     def counting(self, stage: str, lent: bool) -> Iterator[None]:
@@ -252,15 +225,6 @@ class Trainer:
             told = joined(parts) if parts else (batch, step.outputs)
             count = step.num_samples * world_size()
             self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, count, *told))
-
-    def hears(self) -> Reason:
-        """Why to stop after this step, the same in all ranks."""
-        self.asked = Reason(max(self.asked, self.agreement(self.stop.reason())))
-        return self.asked
-
-    def settles(self) -> None:
-        """No further step comes: what was last said counts now."""
-        self.asked = Reason(max(self.asked, self.agreement.settle()))
 
     def evaluate(
         self, batches: Batches, stage: str = "test", epoch: int | None = None
@@ -300,11 +264,12 @@ class Trainer:
                     end = StepEnd(start.stage, epoch, count_samples(told[1]), *told)
                     self.callbacks.on_step_end(end)
                     yield told
-                if self.hears() > Reason.TIME:
+                self.asked.after_step()
+                if self.asked.by_signal:
                     break
-            self.settles()
-        if self.asked > Reason.TIME:
-            raise Stopped(self.asked)
+            self.asked.settle()
+        if self.asked.by_signal:
+            raise Stopped(self.asked.reason)
 
     def sanity_check(self, valid: Batches | None) -> None:
         """Validates a few batches, to fail before the first epoch rather than after it."""
@@ -381,21 +346,3 @@ class Trainer:
             valid_every=self.plan.valid_every_n_epochs,
             elapsed=elapsed,
         )
-
-
-def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
-    """The batches of this rank, and whether it is only lent: it has no sample of the whole one.
-
-    All ranks make every step together, so a rank without a part in it gets something to go through
-    the motions with.
-    """
-    for batch in batches.epoch(epoch):
-        yield (batches.first(2), True) if batch is None else (batch, False)
-
-
-def of_all_ranks(mine: Nested, lent: bool) -> list[Nested]:
-    """What every rank has, on the host, in rank 0; nothing in the others."""
-    if alone():
-        return [mine]
-    parts = gathered(None if lent else map_tensors(torch.Tensor.cpu, mine))
-    return [part for part in parts if part is not None]

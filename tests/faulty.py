@@ -60,6 +60,8 @@ class Numbered(Dataset[tuple[torch.Tensor, int]]):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if os.environ[FAULT] == f"data:{rank()}:{index}":
+            raise OSError("the file broke")
         return torch.rand(4), index % 2
 
 

@@ -9,7 +9,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +148,41 @@ def test_a_silent_rank_is_named_after_the_timeout(
     assert not own_processes()
 
 
+def test_data_that_one_rank_cannot_read_ends_all(
+    ranks: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_numbered(tmp_path / "conf")
+    words = ("data=numbered", "trainer.sanity_valid_batches=0")
+    with pytest.raises(RankFailed, match="rank 1: OSError: the file broke"):
+        ranks("data:1:9", "--config-dir", str(tmp_path / "conf"), *words)
+    assert status_of(tmp_path)["rank"] == 1
+
+
+def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(TESTS)
+    words = ("trainer.max_epochs=1", "trainer.limit_test_batches=1", "trainer.devices=2")
+    job = make_job(
+        *SHORT, *words, "trainer.limit_train_batches=2", "trainer.sanity_valid_batches=0"
+    )
+    folders = [tmp_path / str(number) for number in range(16)]
+    for folder in folders:
+        folder.mkdir()
+    with port_taken(29500), ThreadPoolExecutor(len(folders)) as pool:
+        values = list(pool.map(lambda folder: launch_local(job, folder, 2, SILENT), folders))
+    assert len({*values}) == 1
+    assert [status_of(folder)["status"] for folder in folders] == ["completed"] * len(folders)
+
+
+@contextmanager
+def port_taken(port: int) -> Iterator[None]:
+    """The one that torch would take; by this test, or by whoever has it already."""
+    with socket.socket() as taken:
+        with suppress(OSError):
+            taken.bind(("127.0.0.1", port))
+            taken.listen()
+        yield
+
+
 def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
     with pytest.raises(RankFailed, match="rank 0: RuntimeError: the watcher broke"):
         ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
@@ -213,11 +250,13 @@ def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_pat
 
 
 def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Popen[str]:
-    """A command under way, at its second step of training or later."""
+    """A command under way, at its second step of training or later; with readers of data."""
     mark = cwd / "mark"
+    write_numbered(cwd / "conf")
+    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
     environment = {"FAULT": fault, "MARK": str(mark), "PYTHONPATH": TESTS}
     process = subprocess.Popen(
-        [sys.executable, "-m", "app", *SHORT, *FAULTY, "hydra.run.dir=run", *words],
+        [sys.executable, "-m", "app", *readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words],
         cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -294,9 +333,7 @@ def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> 
 
 
 def test_nobody_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
-    workers = ("data=numbered", "data.loader.num_workers=2", "--config-dir", str(tmp_path / "conf"))
-    write_numbered(tmp_path / "conf")
-    process = started(tmp_path, "trainer.devices=2", *workers[:2], *workers[2:])
+    process = started(tmp_path, "trainer.devices=2")
     pids = descendants(process.pid)
     assert len(alive(pids)) >= 2 + 4  # ranks, and the readers of each
     process.kill()
@@ -447,12 +484,7 @@ def test_help_ends_all_ranks(tmp_path: Path) -> None:
 
 
 def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -> None:
-    with socket.socket() as taken:  # the port that torch would take
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if taken.connect_ex(("127.0.0.1", 29500)) != 0:
-            taken = socket.socket()
-            taken.bind(("127.0.0.1", 29500))
-            taken.listen()
+    with port_taken(29500):
         both = [
             subprocess.Popen(
                 [sys.executable, "-m", "app", *SHORT, "trainer.devices=2"],

@@ -1,0 +1,47 @@
+"""An epoch of training that was cut, and goes on where it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from app.data.batch import Batch, Batches
+from app.distributed import gathered, rank, world_size
+from app.records import Rows
+from app.seed import random_state, set_random_state
+from app.together import lending
+
+log = logging.getLogger(__name__)
+UnderWay = dict[str, Any]  # tensors and plain values
+
+
+def position(rows: Rows, batches: int) -> UnderWay:
+    """Where in an epoch of training all ranks are: rows, what metrics hold, randomness."""
+    mine = {"random": random_state(), "metrics": rows.metrics.state_dict()}
+    return {"batches": batches, "rows": rows.state_dict(), "ranks": gathered(mine)}
+
+
+def take_up(rows: Rows, under_way: UnderWay) -> None:
+    """The rows and metrics go on from there."""
+    ranks = under_way["ranks"]
+    rows.load_state_dict(under_way["rows"])
+    if len(ranks) == world_size():
+        rows.metrics.load_state_dict(ranks[rank()]["metrics"])
+        return
+    log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
+    for part in ranks if rank() == 0 else []:
+        rows.metrics.add_state_dict(part["metrics"])
+
+
+def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[tuple[Batch, bool]]:
+    """The batches of an epoch; of one that was cut what is left, with its randomness."""
+    steps = lending(batches, epoch)
+    if under_way is None:
+        return steps
+    for _ in islice(steps, under_way["batches"]):
+        pass
+    if len(under_way["ranks"]) == world_size():
+        set_random_state(under_way["ranks"][rank()]["random"])
+    return steps
