@@ -87,9 +87,9 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     """Runs two ranks in which something goes wrong; gives the run folder."""
     monkeypatch.syspath_prepend(TESTS)
 
-    def run(fault: str, *words: str, size: int = 2) -> Path:
+    def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
         monkeypatch.setenv("FAULT", fault)
-        job = make_job(*SHORT, *FAULTY, f"trainer.devices={size}", *words)
+        job = make_job(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
         launch_local(job, tmp_path, size, SILENT)
         return tmp_path
 
@@ -142,8 +142,8 @@ def test_the_rank_that_failed_is_named(
 def test_a_silent_rank_is_named_after_the_timeout(
     ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
 ) -> None:
-    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 3 s"):
-        ranks(fault, "trainer.timeout=3", size=3)
+    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 6 s"):
+        ranks(fault, "trainer.timeout=6", size=3)
     assert status_of(tmp_path)["rank"] == rank
     assert not own_processes()
 
@@ -154,7 +154,7 @@ def test_data_that_one_rank_cannot_read_ends_all(
     write_numbered(tmp_path / "conf")
     words = ("data=numbered", "trainer.sanity_valid_batches=0")
     with pytest.raises(RankFailed, match="rank 1: OSError: the file broke"):
-        ranks("data:1:9", "--config-dir", str(tmp_path / "conf"), *words)
+        ranks("data:1:9", *words, flags=("--config-dir", str(tmp_path / "conf")))
     assert status_of(tmp_path)["rank"] == 1
 
 
