@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 T = TypeVar("T")
+PERIOD = 0.2  # seconds, about, from one agreement to the next
 
 
 def alone() -> bool:
@@ -106,25 +108,49 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class Agreement:
-    """The largest of all ranks' numbers, told one call late, so that nobody waits for it."""
+    """The largest of all ranks' numbers, told late, so that nobody waits for it.
+
+    Ranks ask at every step and all make the same steps; they tell each other but some times a
+    second, however short a step is, since each time costs as much as a very small step.
+    """
 
     def __init__(self) -> None:
         self.pending: tuple[dist.Work, Tensor] | None = None
+        self.began, self.calls, self.every = time.monotonic(), 0, 1
 
     def __call__(self, mine: int) -> int:
-        """What all ranks said at the call before; when alone, `mine`."""
+        """What all ranks said when they last told; when alone, `mine`."""
         if alone():
             return mine
-        before = self.settle()
-        tensor = torch.tensor([mine])
-        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
-        self.pending = work, tensor
+        self.calls += 1
+        if self.calls < self.every:
+            return 0
+        before = self._heard()
+        self._tell(mine)
         return before
 
-    def settle(self) -> int:
-        """What all ranks said at the last call; 0 where it was told already."""
+    def settle(self, mine: int) -> int:
+        """What all ranks say now, and have not heard yet; for once it is waited for."""
+        if alone():
+            return mine
+        before = self._heard()
+        self._tell(mine)
+        found = max(before, self._heard())
+        self.every = 1  # steps of the next stage may be long
+        return found
+
+    def _tell(self, mine: int) -> None:
+        seconds = (time.monotonic() - self.began) / max(1, self.calls)
+        tensor = torch.tensor([float(mine), seconds], dtype=torch.float64)
+        work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
+        self.pending = work, tensor
+        self.began, self.calls = time.monotonic(), 0
+
+    def _heard(self) -> int:
         if self.pending is None:
             return 0
         (work, tensor), self.pending = self.pending, None
         work.wait()
-        return int(tensor)
+        reason, seconds = tensor.tolist()
+        self.every = max(1, min(1000, int(PERIOD / max(seconds, 1e-6))))
+        return int(reason)

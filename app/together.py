@@ -33,7 +33,7 @@ class Asked:
 
     def settle(self) -> Reason:
         """No further step comes: what was last said counts now."""
-        self.reason = Reason(max(self.reason, self.agreement.settle()))
+        self.reason = Reason(max(self.reason, self.agreement.settle(self.stop.reason())))
         return self.reason
 
     @property

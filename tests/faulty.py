@@ -39,6 +39,7 @@ class FaultyTask(SupervisedTask):
         if stage != (rest[0] if rest else "train"):
             return
         self.done += 1
+        time.sleep(float(os.environ.get("SLOW", "0")))
         if "MARK" in os.environ and rank() == 0:
             with Path(os.environ["MARK"]).open("a") as file:
                 file.write(f"{stage} {self.done}\n")

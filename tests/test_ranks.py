@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -450,13 +451,34 @@ def test_evaluation_on_any_number_of_ranks_is_the_same(count: int, batch_size: i
         assert told[0][2] == labels
 
 
-def agreed(votes: list[list[int]]) -> list[int]:
+def last_word(voter: int) -> int:
     agreement = Agreement()
-    mine = votes[rank()]
-    return [*(agreement(vote) for vote in mine), agreement.settle(), agreement.settle()]
+    for _ in range(3):
+        agreement(0)
+    return agreement.settle(3 if rank() == voter else 0)
 
 
-def test_ranks_agree_one_step_late() -> None:
-    told = in_ranks(2, agreed, [[0, 0, 2, 0], [0, 1, 0, 0]])
-    assert told[0] == told[1] == [0, 0, 1, 2, 0, 0]
-    assert agreed([[0, 3]]) == [0, 3, 0, 0]
+def test_ranks_hear_of_a_vote_at_the_same_step() -> None:
+    told = in_ranks(3, hears_lasting_vote, 1, 40)
+    assert len({*told}) == 1
+    number, heard = told[0]
+    assert heard == 2
+    assert number >= 40
+    assert hears_lasting_vote(0, 3) == (3, 2)  # alone it is heard at once
+
+
+def hears_lasting_vote(voter: int, step: int) -> tuple[int, int]:
+    """A rank that wants to stop says so from that step on."""
+    agreement = Agreement()
+    for number in itertools.count():
+        heard = agreement(2 if rank() == voter and number >= step else 0)
+        if heard:
+            agreement.settle(0)
+            return number, heard
+        time.sleep(0.001 * (rank() + 1))
+    raise AssertionError
+
+
+def test_the_last_word_is_heard() -> None:
+    assert in_ranks(2, last_word, 1) == [3, 3]
+    assert last_word(0) == 3
