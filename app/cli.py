@@ -132,7 +132,7 @@ def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(str(OmegaConf.select(composed, key))).absolute()
     status = folder / "status.json"
-    if resumes and json.loads(status.read_text())["status"] == "completed":
+    if resumes and status.exists() and json.loads(status.read_text())["status"] == "completed":
         sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
         sys.exit(0)
     if status.exists() and not resumes and composed.resume != "auto":

@@ -19,7 +19,7 @@ from app.config.build import Build
 from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.batch import Batches
-from app.device import choose_device, make_deterministic
+from app.device import choose_device, count_devices, make_deterministic
 from app.files import write_text
 from app.job import jobs_of
 from app.nested import Nested, describe
@@ -45,7 +45,7 @@ class Experiment:
 
     def __init__(self, job: Job, folder: Path) -> None:
         build, self.config, self.folder = Build(job.trusted), job.config, folder
-        device = choose_device(self.config.trainer.accelerator)
+        device = choose_device(self.config.trainer.accelerator, self.config.trainer.devices)
         make_deterministic(self.config.trainer.deterministic)
         parts = make_parts(self.config, build, device)
         about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
@@ -58,6 +58,8 @@ class Experiment:
         self.trainer = make_trainer(job, build, parts, self._callbacks, folder)
         if self.config.ckpt is not None:
             restore_from(self.trainer, self.config)
+        if self.config.resume not in (None, "auto"):
+            self.trainer.state.take_up(Path(str(self.config.resume)))
 
     def __enter__(self) -> Experiment:
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
@@ -117,7 +119,13 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
     composed, job = jobs[0]
     if job.config.mode == "check":
         raise UserError("mode='check' is for the command line: composing has checked already")
+    trainer = job.config.trainer
+    if count_devices(trainer.accelerator, trainer.devices) > 1:
+        raise UserError(
+            f"trainer.devices={trainer.devices!r}: several devices are for the command line; "
+            "allowed here: null, 1, or one id"
+        )
     where = Path(folder or str(OmegaConf.select(composed, "hydra.run.dir"))).absolute()
-    if (where / "status.json").exists():
+    if (where / "status.json").exists() and job.config.resume is None:
         raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")
     return Experiment(job, where)

@@ -71,7 +71,9 @@ def job_of(composed: DictConfig) -> Job:
         last = to_resume(composed, str(plain["resume"]))
         if last is not None:
             saved, its_template = _saved_config("resume", last)
-            plain, template, differences = over_saved(saved, its_template, composed, overrides)
+            plain, template, differences = over_saved(
+                saved, its_template, composed, overrides, resumes=True
+            )
             plain["resume"] = last
     if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])

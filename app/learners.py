@@ -20,6 +20,7 @@ from app.parallel import Parallel, Replicated, Sharded
 from app.parts import Parts
 from app.plan import Plan
 from app.schedule import Schedule
+from app.task import SupervisedTask
 
 
 def make_parallel(config: Config, parts: Parts) -> Parallel:
@@ -27,6 +28,12 @@ def make_parallel(config: Config, parts: Parts) -> Parallel:
     task, trainer = parts.task, config.trainer
     if alone():
         return Parallel(task.model)
+    for module in task.loss.modules() if isinstance(task, SupervisedTask) else ():
+        if getattr(module, "reduction", "mean") == "sum":
+            raise UserError(
+                f"loss: {type(module).__name__} with reduction='sum' depends on how many devices "
+                "there are; allowed on several: mean"
+            )
     if trainer.strategy == "fsdp":
         return Sharded(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1

@@ -22,8 +22,6 @@ from app.config.errors import UserError
 from app.distributed import copy_from_first, sum_over_ranks, world_size
 from app.sync_norm import SyncNorm
 
-UNFINISHED = "Expected to have finished reduction"  # torch's words for a parameter without use
-
 
 class Parallel:
     """One rank: the model as it is, gradients as they are.
@@ -98,25 +96,20 @@ class Replicated(Parallel):
         self.summed: set[Tensor] = set()  # by DDP, since gradients were last used
         self.learning: list[Tensor] = []
         self.calls = 0
+        self.sums = False  # whether DDP is to sum in the step under way
+        self.given: set[Tensor] = set()  # parameters that DDP sums
         self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
         copy_from_first([*model.parameters(), *model.buffers()])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         self.calls += 1
-        try:
-            return (self.ddp or self.model)(*inputs, **named)
-        except RuntimeError as error:
-            if UNFINISHED not in str(error):
-                raise
-            raise UserError(
-                "trainer.find_unused_parameters=False, but not all parameters take part in every "
-                "step; allowed: true"
-            ) from error
+        return (self.ddp or self.model)(*inputs, **named)
 
     def begin(self) -> None:
         learning: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         if [*map(id, learning)] != [*map(id, self.learning)]:
             self.learning, self.ddp = learning, None
+            super().forget_gradients(self.model.parameters())  # zeros would move what is frozen
 
     def end(self) -> None:
         copy_from_first(list(self.model.buffers()))
@@ -129,10 +122,17 @@ class Replicated(Parallel):
             if self.ddp is not None and not completes:
                 stack.enter_context(self.ddp.no_sync())
             stack.enter_context(super().step(lent, completes))
+            self.sums = self.ddp is not None and completes
             yield
+            self.sums = False
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         every = [p for p in parameters if p.requires_grad]
+        if self.sums and self.calls and not self.find_unused and not self.given <= self.summed:
+            raise UserError(  # before any rank waits for what never comes
+                "trainer.find_unused_parameters=False, but not all parameters take part in every "
+                "step; allowed: true"
+            )
         rest = [p for p in every if p not in self.summed]
         used = _used_anywhere(rest)
         _sum(used)
@@ -152,6 +152,7 @@ class Replicated(Parallel):
 
     def _wrap(self, used: set[Tensor]) -> None:
         """Gives the parameters that take part to DDP."""
+        self.given = used & {*self.learning}
         idle = [p for p in self.learning if p not in used]
         for parameter in idle:
             parameter.requires_grad_(False)  # DDP leaves them alone
@@ -222,7 +223,7 @@ class Sharded(Parallel):
         self.divisor = world_size()
         self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
         copy_from_first([*model.parameters(), *model.buffers()])
-        for module in list(model.modules()):
+        for module in reversed(list(model.modules())):  # the innermost first
             if isinstance(module, (nn.Sequential, nn.ModuleList)):
                 for unit in module:
                     if any(True for _ in unit.parameters()):

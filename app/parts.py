@@ -53,7 +53,7 @@ def make_parts(config: Config, build: Build, device: torch.device) -> Parts:
         UserError: A part cannot be built, or they do not fit together.
     """
     model = make_model(config, build, device)
-    format_ = memory_format(config.trainer.channels_last, model)
+    format_ = _format(config, model)
     with first_before_others():
         datasets = make_datasets(config, build)
     loaders = make_loaders(config, build, datasets, device, format_)
@@ -79,8 +79,15 @@ def make_model(config: Config, build: Build, device: torch.device) -> nn.Module:
         raise UserError(f"model: {config.model['_target_']} is no torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and not alone():
         model = synchronize_norms(model, device)
-    format_ = memory_format(config.trainer.channels_last, model)
+    format_ = _format(config, model)
     return model.to(device=device, memory_format=format_)  # type: ignore[call-overload,no-any-return]
+
+
+def _format(config: Config, model: nn.Module) -> torch.memory_format:
+    """Parts of weights must be contiguous."""
+    if config.trainer.strategy == "fsdp":
+        return torch.contiguous_format
+    return memory_format(config.trainer.channels_last, model)
 
 
 def make_task(config: Config, build: Build, model: nn.Module, device: torch.device) -> Task:

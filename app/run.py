@@ -259,7 +259,7 @@ def _frozen(freeze: Freeze) -> str:
 
 def _length(config: Config) -> str:
     plan = make_plan(config)
-    bounds = {"epochs": plan.max_epochs, "steps": plan.max_steps}
+    bounds = {"epochs": plan.max_epochs, "steps": plan.max_steps, "seconds": plan.max_seconds}
     return " or ".join(f"{count} {name}" for name, count in bounds.items() if count is not None)
 
 

@@ -43,6 +43,7 @@ class TrainState:
         self.folder, self.job = folder, job
         self.epoch = 0  # the last whose batches have all been learned from
         self.is_over = True  # whether all that follows from it, as its validation, is done
+        self.time_is_up = False  # training has ended by the clock
         self.batches = 0  # of training so far
         self.trained = 0  # of them, in the epoch under way or the last
         self.under_way: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
@@ -68,6 +69,7 @@ class TrainState:
             "batches": self.batches,
             "trained": self.trained,
             "is_over": self.is_over,
+            "time_is_up": self.time_is_up,
             "under_way": self.under_way,
         }
         self._save(LAST, self._checkpoint(on_host(training)))
@@ -111,6 +113,7 @@ class TrainState:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
         self.batches, self.trained = training["batches"], training["trained"]
         self.is_over, self.under_way = training["is_over"], training["under_way"]
+        self.time_is_up = training["time_is_up"]
         self.history = checkpoint.history
 
     def _read(self, file: Path) -> Checkpoint:

@@ -98,12 +98,13 @@ class Trainer:
                 return self.fit_epochs(train, valid)
             except Stopped:
                 self.state.save_last()
+                from_first(None)  # no rank leaves before it is saved
                 raise
 
     def fit_epochs(self, train: Batches, valid: Batches | None) -> pd.DataFrame:
         """Epoch after epoch."""
         began = time.monotonic()
-        if self.state.is_over and self.plan.is_over(self.state.epoch, self.learning.steps):
+        if self.is_over():
             log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
             return summary_table(self.state.history)
         self.sanity_check(valid)
@@ -112,7 +113,8 @@ class Trainer:
                 self.run_stage("train", epoch, train, learns=True)
                 self.state.epoch, self.state.is_over = epoch, False
                 self.averaging.after_epoch(epoch)
-            last = self.plan.is_over(epoch, self.learning.steps) or bool(self.asked.reason)
+            self.state.time_is_up = bool(self.asked.reason)
+            last = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
 
             with self.averaged(train, epoch):
                 if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
@@ -130,6 +132,12 @@ class Trainer:
             if last or reason:
                 break
         return summary_table(self.state.history)
+
+    def is_over(self) -> bool:
+        """Whether training has come to its end already, in a run that goes on."""
+        epoch, ended = self.state.epoch, self.state.is_over
+        by_plan = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
+        return ended and (by_plan or (epoch > 0 and self.reason_to_stop() is not None))
 
     def run_stage(
         self, stage: str, epoch: int, batches: Batches, learns: bool = False
@@ -240,10 +248,12 @@ class Trainer:
         return summary_table([row])
 
     def predict(self, batches: Batches) -> Nested:
-        """The outputs for all samples, on the host, in the form in which the task gives them."""
-        return joined(
-            [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
-        )
+        """The outputs for all samples, on the host, in the form in which the task gives them.
+
+        Ranks other than 0 get None.
+        """
+        parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
+        return joined(parts) if parts or rank() == 0 else None
 
     def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
         """Each batch with its outputs; the watchers hear of them. Rank 0 has all ranks' shares.

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from app.callbacks.callback import Callback, EpochEnd
 from app.distributed import rank
+from app.history import History
 from app.nested import Nested
 from app.task import Step, SupervisedTask
 
@@ -71,6 +72,17 @@ class FaultyCallback(Callback):
 
     def on_epoch_end(self, end: EpochEnd) -> None:  # noqa: ARG002
         raise RuntimeError("the watcher broke")
+
+
+class SlowEnd(Callback):
+    """Takes its time in the end."""
+
+    def __init__(self, folder: Path, seconds: float) -> None:
+        self.folder, self.seconds = folder, seconds
+
+    def on_run_end(self, history: History) -> None:  # noqa: ARG002
+        time.sleep(self.seconds)
+        (self.folder / "ended").touch()
 
 
 def do(kind: str) -> None:

@@ -503,6 +503,20 @@ def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -
     assert [status_of(folder)["status"] for folder in ran.folders] == ["completed"] * 2
 
 
+def test_a_slow_save_is_waited_for(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowEnd, seconds: 7}")
+    assert (tmp_path / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "ended").exists()
+
+
+def test_a_save_that_fails_is_no_clean_end(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
+        ranks("SIGTERM:1:5")
+    assert status_of(tmp_path)["status"] == "failed"
+
+
 # Going on
 
 
@@ -601,13 +615,17 @@ def test_predictions_of_several_ranks_are_those_of_one(tmp_path: Path) -> None:
 
 
 SRUN = """#!{python}
-import os, subprocess, sys
-words = [word for word in sys.argv[1:] if not word.startswith("--kill")]
+import os, subprocess, sys, time
+assert sys.argv[1] == "--kill-on-bad-exit=1"
 tasks = [
-    subprocess.Popen(words, env=os.environ | {{"SLURM_PROCID": rank, "SLURM_LOCALID": rank}})
-    for rank in "01"
+    subprocess.Popen(sys.argv[2:], env=os.environ | {{"SLURM_PROCID": r, "SLURM_LOCALID": r}})
+    for r in "01"
 ]
-sys.exit(max(task.wait() for task in tasks))
+while all(task.poll() is None for task in tasks):
+    time.sleep(0.01)
+if any(task.poll() for task in tasks):
+    [task.kill() for task in tasks]
+sys.exit(max(map(abs, (task.wait() for task in tasks))))
 """
 
 
@@ -615,20 +633,29 @@ def test_the_batch_script_runs(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text(SRUN.format(python=sys.executable))
     (tmp_path / "bin" / "srun").chmod(0o755)
+    (tmp_path / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "bin" / "scontrol").chmod(0o755)
     script = Path(__file__).parents[1] / "examples" / "slurm.sbatch"
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = SLURM | {"PATH": path, "SLURM_CPUS_PER_TASK": "1"}
-    done = subprocess.run(
-        ["bash", script, *SHORT],
-        cwd=tmp_path,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    status = status_of(tmp_path / "outputs" / "slurm" / "4711")
-    assert (status["status"], status["ranks"]) == ("completed", 2)
+    environment = SLURM | {"PATH": path, "SLURM_CPUS_PER_TASK": "1", "PYTHONPATH": TESTS}
+
+    def submitted(fault: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", script, "experiment=mnist_alexnet_sgd", *SHORT, *FAULTY],
+            cwd=tmp_path,
+            env=os.environ | environment | {"FAULT": fault, "SLOW": "0.05"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    cut, folder = submitted("SIGUSR1:1:3"), tmp_path / "outputs" / "slurm" / "4711"
+    assert status_of(folder)["status"] == "preempted", cut.stdout + cut.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    again = submitted("none:0:0")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert (status_of(folder)["status"], status_of(folder)["ranks"]) == ("completed", 2)
+    assert len(pd.read_csv(folder / "train_summary_table.csv")) == 2
 
 
 # What is chosen, and what is refused
@@ -706,6 +733,11 @@ def test_a_launcher_that_did_not_start_it_is_refused() -> None:
         (["trainer.devices=4", "data.batch_size=2"], "fewer than the 4 of trainer.devices"),
         (["trainer.strategy=fsdp", "trainer.precision=fp16"], "does not go with trainer.strategy"),
         (["trainer.strategy=dp"], "trainer.strategy='dp'"),
+        (
+            ["trainer.strategy=fsdp", "trainer.channels_last=true"],
+            "trainer.channels_last=True",
+        ),
+        (["trainer.strategy=fsdp", "experiment=shapes_patches"], "task.patches does not go with"),
         (["launch=mpi"], "launch='mpi'"),
         (["trainer.max_time=soon"], "trainer.max_time='soon' is no time"),
         (["trainer.max_time='1:99:00'"], "is no time"),
@@ -728,6 +760,35 @@ def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path: P
         assert ran.code == 2
         assert told in ran.err
     assert not list(tmp_path.iterdir())
+
+
+def test_threads_are_shared_out_unless_somebody_has_said_how_many() -> None:
+    code = (
+        "import os, torch; from app.launch.rank import share_threads;"
+        "cores = len(os.sched_getaffinity(0)); share_threads(cores);"
+        "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
+    )
+    for given, threads in (({}, "1 1"), ({"OMP_NUM_THREADS": "3"}, "3 3")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | given
+        told = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert told.stdout.strip() == threads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cuda_devices_learn_what_one_does(tmp_path: Path) -> None:
+    for devices in ("1", "[0,1]"):
+        words = (*SHORT, f"trainer.devices={devices}", f"hydra.run.dir={len(devices)}")
+        ran = run_app(tmp_path, *words, "trainer.precision=fp32")
+        assert ran.code == 0, ran.err
+    one, two = (pd.read_csv(path) for path in sorted(tmp_path.glob("*/summary_table.csv")))
+    assert list(one["loss_mean"]) == pytest.approx(list(two["loss_mean"]), rel=1e-4)
 
 
 def test_who_is_the_cause() -> None:

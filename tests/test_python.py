@@ -177,3 +177,21 @@ def test_a_folder_of_a_run_is_not_composed_into_again(trained: Ran) -> None:
         app.compose(["model=mlp"], str(trained.folder))
     with pytest.raises(UserError, match="mode='check' is for the command line"):
         app.compose(["mode=check"])
+
+
+def test_several_devices_are_for_the_command_line(elsewhere: Path) -> None:
+    with pytest.raises(UserError, match=r"trainer.devices=2: several devices are for the command"):
+        app.compose(["model=mlp", "trainer.devices=2"])
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_that_was_cut_goes_on_from_python() -> None:
+    short = ["trainer.limit_train_batches=3", "trainer.limit_valid_batches=1"]
+    words = ["model=mlp", "trainer.max_epochs=1", "scheduler=constant", *short]
+    with app.compose(words, folder="run") as first:
+        first.fit()
+    going_on = ["resume=run", "trainer.max_epochs=2"]
+    with app.compose(going_on, folder="run") as second:
+        summary = second.fit()
+    assert list(summary["epoch"]) == [1, 1, 2, 2]

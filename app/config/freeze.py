@@ -20,6 +20,17 @@ Plain = dict[str, Any]
 # Of this command, never saved.
 NOW = ("mode", "ckpt", "resume", "launch", "name", "tags", "notes", "trusted_targets")
 
+ALL_OVER = ("experiment", "debug", "local")  # groups that set keys anywhere
+FIXED = ("model.", "data.split.")
+LEARNS_WITH = ("optimizer.", "scheduler.", "average", "task.", "loss.")
+LENGTH = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.accumulate_grad_batches",
+    "trainer.limit_train_batches",
+    "data.batch_size",
+)
+
 
 def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
     """All interpolations resolved, all paths absolute; and every interpolation that is wrong."""
@@ -79,7 +90,11 @@ def template_of(config: DictConfig) -> DictConfig:
 
 
 def over_saved(
-    saved: Plain, template: DictConfig, today: DictConfig, overrides: Sequence[Override]
+    saved: Plain,
+    template: DictConfig,
+    today: DictConfig,
+    overrides: Sequence[Override],
+    resumes: bool = False,
 ) -> tuple[Plain, DictConfig, list[str]]:
     """A saved run's configuration with what was typed now laid over it.
 
@@ -91,6 +106,7 @@ def over_saved(
         template: The same with its interpolations.
         today: What was composed now.
         overrides: What was typed.
+        resumes: Its training goes on; then what it learns with cannot be changed either.
 
     Returns:
         The configuration, its template, and a line for each difference to the saved one.
@@ -102,7 +118,10 @@ def over_saved(
     raw = OmegaConf.to_container(today, resolve=False)
     for override in overrides:
         key = override.package or override.key_or_group
-        if key in ("experiment", "debug", "local"):
+        if key in ALL_OVER and resumes:
+            typed = template_of(today)  # the same command gives the same
+            break
+        if key in ALL_OVER:
             problem = " sets keys all over and cannot be laid over a saved run; type the keys"
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
@@ -112,12 +131,18 @@ def over_saved(
     merged = _merged(saved, before, after, "", differences)
     options = ("predict.", "export.", "find.")  # of this command, not of what was trained
     differences = [line for line in differences if not line.startswith(options)]
-    fixed = [line for line in differences if line.startswith(("model.", "data.split."))]
+    names = FIXED + (LEARNS_WITH + LENGTH * _has_auto(saved)) * resumes
+    fixed = [line for line in differences if line.startswith(names)]
     mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:
         raise ConfigError(mistakes)
     filled = _filled(merged, now, Config, "", differences)
     return filled | {name: now[name] for name in NOW}, typed, differences
+
+
+def _has_auto(saved: Plain) -> bool:
+    """Whether the schedule was made for the length of the run."""
+    return "auto" in (saved["scheduler"]["lr_scheduler"] or {}).values()
 
 
 def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str]) -> Plain:

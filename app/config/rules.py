@@ -41,7 +41,7 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
         _resume_mistakes: ("mode", "resume", "trainer.requeue"),
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
         _time_mistakes: ("trainer.max_time",),
-        _device_mistakes: ("trainer.devices", "trainer.strategy", "trainer.precision", "data"),
+        _device_mistakes: ("trainer", "task", "callbacks", "data"),
         _name_mistakes: ("name", "metric", "loss", "task"),
         _find_mistakes: ("mode", "find"),
         _scheduler_mistakes: ("scheduler",),
@@ -89,13 +89,29 @@ def _device_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
     if isinstance(devices, list) and (not devices or len({*devices}) < len(devices)):
         yield Mistake(key, f"={devices!r}: allowed: ids, each once")
     count = len(devices) if isinstance(devices, list) else devices
-    smallest = min(data["batch_size"], data["eval_batch_size"] or data["batch_size"])
-    if isinstance(count, int) and smallest < count:
-        problem = f"={smallest} is for all devices together, and fewer than the {count} of {key}"
-        yield Mistake("data.batch_size", problem)
+    for name in ("batch_size", "eval_batch_size"):
+        size = data[name]
+        if isinstance(count, int) and size is not None and size < count:
+            problem = f"={size} is for all devices together, and fewer than the {count} of {key}"
+            yield Mistake(f"data.{name}", problem)
+    if trainer["strategy"] == "fsdp":
+        yield from _sharding_mistakes(plain)
     if trainer["strategy"] == "fsdp" and trainer["precision"] == "fp16":
         problem = "='fp16' does not go with trainer.strategy='fsdp'; allowed: auto, fp32, bf16"
         yield Mistake("trainer.precision", problem)
+
+
+def _sharding_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    """What needs whole weights, or calls the model more often in one rank than in another."""
+    alone = "does not go with trainer.strategy='fsdp'; allowed: trainer.strategy=ddp"
+    if plain["trainer"]["channels_last"] is True:
+        yield Mistake("trainer.channels_last", f"=True {alone}, auto, false")
+    if plain["task"].get("patches"):
+        yield Mistake("task.patches", f" {alone}")
+    for name, node in plain["callbacks"].items():
+        for option in ("graph", "histograms_every_n_epochs"):
+            if isinstance(node, dict) and node.get(option):
+                yield Mistake(f"callbacks.{name}.{option}", f"={node[option]!r} {alone}")
 
 
 def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:

@@ -149,7 +149,8 @@ class StreamLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self._start(epoch)
-        for batch in islice(self.loader, self.limit):
+        batches = drawn_alike(self.loader, self.seed, "stream", epoch)
+        for batch in islice(batches, self.limit):
             mine = own_share(batch)
             yield None if mine is None else self.ready(mine)
 
@@ -192,6 +193,26 @@ class GivenLoader:
 
     def first(self, count: int) -> Batch:
         return map_tensors(lambda tensor: tensor[:count], self.ready(next(iter(self.loader))))
+
+
+def drawn_alike(loader: DataLoader[Any], *seed: int | str) -> Iterator[Batch]:
+    """What a stream draws in this process is the same in all ranks, whatever else they draw."""
+    if alone():
+        yield from loader
+        return
+    with _own_randomness():
+        seed_host(*seed)
+        batches = iter(loader)  # a stream may draw its order now
+        state = _host_state()
+    nothing = object()
+    while True:
+        with _own_randomness():
+            _set_host_state(state)
+            batch = next(batches, nothing)
+            state = _host_state()
+        if batch is nothing:
+            return
+        yield batch
 
 
 def own_share(batch: Batch) -> Batch:
@@ -239,10 +260,18 @@ class _SeededSamples(Dataset[Any]):
 
 @contextmanager
 def _own_randomness() -> Iterator[None]:
-    python, numpy, tensor = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state = _host_state()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(tensor)
+        _set_host_state(state)
+
+
+def _host_state() -> tuple[Any, Any, torch.Tensor]:
+    return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def _set_host_state(state: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from app.config.schema import Config, Job
 from app.config.typed import structured
 from app.launch.failure import Failure, cause, record
 from app.launch.world import World
-from app.stopping import Stop
+from app.stopping import Stop, Stopped
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
 JOB, END, SEEN, FAILED = "job", "end", "seen", "failed"
 MEETING = timedelta(minutes=10)  # until the last rank has come
+FAREWELL = 60.0  # seconds that rank 0 has when all others have stopped
 PATIENCE = 3.0  # seconds in which the cause of a lost connection becomes known
 
 
@@ -107,6 +109,10 @@ def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -
     with stop.listening():
         try:
             return run_rank(world, job, folder, store, stop, number)
+        except Stopped:
+            if world.rank > 0:
+                _wait_for_the_end(store, number + 1)
+            raise
         except BaseException as error:
             with stop.between_steps():  # whoever started the ranks may already be ending them
                 failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
@@ -160,6 +166,14 @@ def _wait_for(store: Store, key: str) -> str:
     return text
 
 
+def _wait_for_the_end(store: Store, number: int) -> None:
+    """Rank 0 is still to write and to ask for what it needs; whoever leaves may end it."""
+    until = time.monotonic() + FAREWELL
+    while time.monotonic() < until and not _try(lambda: store.check([f"{JOB}{number}"])):
+        time.sleep(0.05)
+    _try(lambda: store.add(SEEN, 1))
+
+
 def as_text(job: Job, folder: Path) -> str:
     """A job in plain words: whoever reaches the port can say nothing that would be executed."""
     plain = {name: value for name, value in vars(job).items() if name != "config"}
@@ -170,4 +184,6 @@ def from_text(text: str) -> tuple[Job, Path]:
     """What `as_text` has written."""
     content = json.loads(text)
     job = content["job"]
+    if job["trusted"] and (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)  # as rank 0 has done
     return Job(structured(job["plain"], Config), **job), Path(content["folder"])

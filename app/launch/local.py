@@ -155,14 +155,19 @@ class Crew:
 
     def _is_overdue(self) -> bool:
         if self.failures:
-            first = min(failure.when for failure in self.failures.values())
-            return time.time() - first > GRACE
+            told = self.failures.values()
+            graces = (FAREWELL if one.kind == "stopped" else GRACE for one in told)
+            ends = (one.when + grace for one, grace in zip(told, graces, strict=True))
+            return time.time() > min(ends)
         return 0 in self.done and time.monotonic() - self.first_done > FAREWELL
 
     def _cause(self) -> Failure:
         failures = list(self.failures.values())
         found = cause(failures, self.size, self.job.config.trainer.timeout)
         stopped = next((one for one in failures if one.kind == "stopped"), None)
+        broke = [one for one in failures if one.kind in ("error", "user")]
+        if broke:  # rank 0 could not save, say; it is no clean end
+            return cause(broke, self.size, self.job.config.trainer.timeout)
         if self.signals and (stopped or found.kind == "died"):
             reason = max(_reason(number) for number in self.signals)
             return stopped or Failure(found.rank, "stopped", found.error, reason=reason)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_sum
+from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from app.config.errors import UserError
 from app.distributed import alone, gathered, rank
@@ -154,36 +154,35 @@ class StageMetrics:
 
     def state_dict(self) -> dict[str, Any]:
         """What has accumulated in this rank: tensors on the host."""
-        states = {
-            name: {state: getattr(metric, state) for state in metric._defaults}
-            for name, metric in self.by_stage.items()
-        }
+        states = {name: states_of(metric) for name, metric in self.by_stage.items()}
         kept: dict[str, Any] = map_tensors(Tensor.cpu, {"states": states, "fed": self.collected})
         return kept
 
     def load_state_dict(self, kept: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         for name, states in kept["states"].items():
-            metric = self.by_stage[name]
-            for state, value in states.items():
-                setattr(metric, state, map_tensors(lambda t: t.to(metric.device), value))  # noqa: B023
-            metric._update_count = 1  # else it warns that nothing has been measured
-        self.collected = {
-            n: map_tensors(lambda t: t.to(self.by_stage[n].device), fed)  # noqa: B023
-            for n, fed in kept["fed"].items()
-        }
+            set_states(self.by_stage[name], states)
+        self.collected = {name: self._fed(name, kept) for name in kept["fed"]}
 
     def add_state_dict(self, kept: dict[str, Any]) -> None:
-        """Takes in what another rank had accumulated."""
+        """Takes in what another rank had accumulated.
+
+        Raises:
+            UserError: A metric's states cannot be put together.
+        """
         for name, states in kept["states"].items():
-            metric = self.by_stage[name]
-            for state, value in states.items():
-                mine = getattr(metric, state)
-                value = map_tensors(lambda t: t.to(metric.device), value)  # noqa: B023
-                setattr(metric, state, mine + value)
-            metric._update_count = 1
-        for name, fed in kept["fed"].items():
-            self.collected[name] += fed
+            try:
+                add_states(self.by_stage[name], states)
+            except TypeError as error:
+                problem = "cannot go on on another number of devices in the midst of an epoch"
+                raise UserError(f"{self._key(name)}: it {problem}") from error
+        for name in kept["fed"]:
+            self.collected[name] += self._fed(name, kept)
+
+    def _fed(self, name: str, kept: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        device = self.by_stage[name].device
+        fed: list[tuple[Tensor, Tensor]] = map_tensors(lambda t: t.to(device), kept["fed"][name])
+        return fed
 
     def sums(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
         """What this batch adds to each metric that is kept step by step.
@@ -265,15 +264,67 @@ def _from_all_ranks(fed: list[tuple[Tensor, Tensor]], device: torch.device) -> l
 
 def _update_by_nothing(metric: Metric, fed: tuple[Tensor, Tensor]) -> None:
     """Lists of states become as long as in other ranks, by what holds no sample."""
-    kept = {name: getattr(metric, name) for name in metric._defaults}
-    kept = {n: list(s) if isinstance(s, list) else s.clone() for n, s in kept.items()}
+    before = states_of(metric)
     metric.update(*fed)
-    for name, state in kept.items():
+    after = states_of(metric)
+    for name, state in before.items():
         if isinstance(state, list):
-            state += [_none_of(part) for part in getattr(metric, name)[len(state) :]]
-        setattr(metric, name, state)
+            state += [_none_of(part) for part in after[name][len(state) :]]
+    set_states(metric, before)
 
 
+def _parts(metric: Metric) -> dict[str, Metric]:
+    """The metric, and those that it wraps, by their paths."""
+    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
+
+
+def states_of(metric: Metric) -> dict[str, Tensor | list[Tensor]]:
+    """Copies of all that it has accumulated, by path."""
+    return {
+        f"{path}:{name}": list(state) if isinstance(state, list) else state.clone()
+        for path, part in _parts(metric).items()
+        for name in part._defaults
+        for state in [getattr(part, name)]
+    }
+
+
+def set_states(metric: Metric, states: Mapping[str, Tensor | list[Tensor]]) -> None:
+    """Puts back what `states_of` gave."""
+    parts = _parts(metric)
+    for key, state in states.items():
+        path, _, name = key.rpartition(":")
+        setattr(parts[path], name, map_tensors(lambda t: t.to(metric.device), state))
+        parts[path]._update_count = max(1, parts[path]._update_count)  # else it warns
+
+
+def add_states(metric: Metric, states: Mapping[str, Tensor | list[Tensor]]) -> None:
+    """Takes in what the same metric of another rank had accumulated.
+
+    Raises:
+        TypeError: They cannot be put together.
+    """
+    parts, own = _parts(metric), states_of(metric)
+    for key, state in states.items():
+        path, _, name = key.rpartition(":")
+        reduction, theirs = parts[path]._reductions[name], map_tensors(_to(metric), state)
+        if isinstance(theirs, list):
+            own[key] += theirs  # type: ignore[operator]
+        elif reduction in MERGES:
+            own[key] = MERGES[reduction](own[key], theirs)
+        else:
+            raise TypeError(f"{key} is not a sum, a maximum, a minimum or a list")
+    set_states(metric, own)
+
+
+def _to(metric: Metric) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(metric.device)
+
+
+MERGES: dict[Any, Callable[..., Tensor]] = {
+    dim_zero_sum: torch.add,
+    dim_zero_max: torch.maximum,
+    dim_zero_min: torch.minimum,
+}
 _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
 
