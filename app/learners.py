@@ -35,6 +35,12 @@ def make_parallel(config: Config, parts: Parts) -> Parallel:
                 "there are; allowed on several: mean"
             )
     if trainer.strategy == "fsdp":
+        single = len(optimizer_nodes(config.optimizer)) == 1
+        if not (isinstance(task, SupervisedTask) and single):
+            raise UserError(
+                "trainer.strategy='fsdp' needs a task that calls the model as a whole, as "
+                "app.task.SupervisedTask does, and a single optimizer; allowed here: ddp"
+            )
         return Sharded(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1
     found = Replicated(task.model, parts.device, single, trainer.find_unused_parameters)

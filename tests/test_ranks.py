@@ -157,6 +157,26 @@ def test_sharded_weights_learn_the_same() -> None:
         assert_same(one, in_ranks(size, fit, *words, "trainer.strategy=fsdp")[0], **ROUNDING)
 
 
+def refused(*words: str) -> str:
+    try:
+        fit(*words)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["experiment=mnist_dcgan", "trainer.strategy=fsdp"], "needs a task that calls the model"),
+        (["+loss.cross_entropy.function.reduction=sum"], "CrossEntropyLoss with reduction='sum'"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(words: list[str], told: str) -> None:
+    found = in_ranks(2, refused, "trainer.limit_train_batches=2", *words)
+    assert all(told in text for text in found), found
+
+
 def test_compiled_ranks_learn_the_same() -> None:
     words = [*SHORT, "model=mlp", "trainer.compile=true"]
     assert_same(fit(*words), in_ranks(2, fit, *words)[0], **ROUNDING)
