@@ -15,12 +15,14 @@ import pandas as pd
 import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
+from processes import FAULTY, SHORT, SILENT, TESTS
 
 from app.config import resolvers
 from app.config.compose import compositions
 from app.config.errors import ConfigError
 from app.config.schema import Job
 from app.job import job_of
+from app.launch.local import launch_local
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
 
@@ -114,3 +116,17 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory of the test's own."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Runs two ranks in which something goes wrong; gives the run folder."""
+    monkeypatch.syspath_prepend(TESTS)
+
+    def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
+        monkeypatch.setenv("FAULT", fault)
+        job = make_job(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
+        launch_local(job, tmp_path, size, SILENT)
+        return tmp_path
+
+    return run

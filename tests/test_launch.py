@@ -1,161 +1,33 @@
-"""Ranks that are started and watched: every failure is provoked for real, and leaves nobody."""
+"""Who starts the ranks: this program, torchrun or srun; what is chosen, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import yaml
 from conftest import Ran, make_job, mistakes_in, run_app
+from processes import (
+    FAULTY,
+    SHORT,
+    SILENT,
+    TESTS,
+    assert_two_jobs,
+    free_port,
+    port_taken,
+    status_of,
+    torchrun,
+)
 
 from app.config.errors import ConfigError, UserError
 from app.launch.choose import check_world
-from app.launch.failure import Failure, RankFailed, cause
 from app.launch.local import launch_local
 from app.launch.world import World, first_host, joined
-from app.stopping import Reason, Stopped
-
-TESTS = str(Path(__file__).parent)
-SHORT = (
-    "model=mlp",
-    "trainer.max_epochs=2",
-    "trainer.limit_train_batches=12",
-    "trainer.limit_valid_batches=4",
-    "trainer.limit_test_batches=2",
-    "~callbacks.plots",
-)
-TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
-FAULTY = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
-SILENT: dict[str, Any] = {
-    "version": 1,
-    "disable_existing_loggers": False,
-    "root": {"level": "INFO", "handlers": []},
-}
-
-
-def status_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "status.json").read_text())
-    return content
-
-
-def descendants(pid: int) -> list[int]:
-    """Of a process, as the system tells."""
-    told = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in told.stdout.splitlines()]
-    found, todo = [], [pid]
-    while todo:
-        parent = todo.pop()
-        children = [child for child, its in pairs if its == parent]
-        found += children
-        todo += children
-    return found
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Those that still run; a dead one that nobody has asked for is dead."""
-    states = [Path(f"/proc/{pid}/stat") for pid in pids]
-    return [
-        pid
-        for pid, state in zip(pids, states, strict=True)
-        if state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z"
-    ]
-
-
-def gone(pids: list[int], seconds: float = 5.0) -> bool:
-    """Whether all have ended by then."""
-    until = time.monotonic() + seconds
-    while alive(pids) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not alive(pids)
-
-
-@pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs two ranks in which something goes wrong; gives the run folder."""
-    monkeypatch.syspath_prepend(TESTS)
-
-    def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
-        monkeypatch.setenv("FAULT", fault)
-        job = make_job(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
-        launch_local(job, tmp_path, size, SILENT)
-        return tmp_path
-
-    return run
-
-
-def own_processes() -> list[int]:
-    """What still runs below this one, but for multiprocessing's own servants."""
-    return [pid for pid in alive(descendants(os.getpid())) if not _serves(pid)]
-
-
-def _serves(pid: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline")
-    text = words.read_bytes().decode() if words.exists() else "tracker"
-    return "tracker" in text or ("forkserver" in text and not _is_rank(pid))
-
-
-def _is_rank(pid: int) -> bool:
-    """Forked, it has the words of the one it comes from."""
-    told = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(told[1]) != os.getpid()
-
-
-@pytest.mark.parametrize(
-    ("fault", "rank", "error"),
-    [
-        ("raise:1:3", 1, "RuntimeError: the rank broke"),
-        ("raise:0:3", 0, "RuntimeError: the rank broke"),
-        ("raise:1:4:valid", 1, "RuntimeError: the rank broke"),
-        ("memory:1:3", 1, "can't allocate memory"),
-        ("kill:1:3", 1, "it was killed by SIGKILL"),
-        ("kill:0:3", 0, "it was killed by SIGKILL"),
-        ("exit:1:3", 1, "it ended with exit code 7"),
-    ],
-)
-def test_the_rank_that_failed_is_named(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
-) -> None:
-    with pytest.raises(RankFailed) as failed:
-        ranks(fault)
-    assert failed.value.failure.rank == rank
-    assert error in str(failed.value)
-    status = status_of(tmp_path)
-    assert (status["status"], status["rank"]) == ("failed", rank)
-    assert error in status["error"]
-    assert not own_processes()
-
-
-@pytest.mark.parametrize(("fault", "rank"), [("stop:1:3", 1), ("hang:0:3", 0), ("hang:2:3", 2)])
-def test_a_silent_rank_is_named_after_the_timeout(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
-) -> None:
-    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 6 s"):
-        ranks(fault, "trainer.timeout=6", size=3)
-    assert status_of(tmp_path)["rank"] == rank
-    assert not own_processes()
-
-
-def test_data_that_one_rank_cannot_read_ends_all(
-    ranks: Callable[..., Path], tmp_path: Path
-) -> None:
-    write_numbered(tmp_path / "conf")
-    words = ("data=numbered", "trainer.sanity_valid_batches=0")
-    with pytest.raises(RankFailed, match="rank 1: OSError: the file broke"):
-        ranks("data:1:9", *words, flags=("--config-dir", str(tmp_path / "conf")))
-    assert status_of(tmp_path)["rank"] == 1
 
 
 def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,55 +45,6 @@ def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monke
     assert [status_of(folder)["status"] for folder in folders] == ["completed"] * len(folders)
 
 
-@contextmanager
-def port_taken(port: int) -> Iterator[None]:
-    """The one that torch would take; by this test, or by whoever has it already."""
-    with socket.socket() as taken:
-        with suppress(OSError):
-            taken.bind(("127.0.0.1", port))
-            taken.listen()
-        yield
-
-
-def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match="rank 0: RuntimeError: the watcher broke"):
-        ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
-    assert status_of(tmp_path)["status"] == "failed"
-
-
-def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
-        ranks("none:0:0")
-    assert status_of(tmp_path)["rank"] == 0
-
-
-@pytest.mark.parametrize(
-    ("fault", "state", "reason"),
-    [
-        ("SIGTERM:1:5", "preempted", Reason.PREEMPTED),
-        ("SIGUSR1:0:5", "preempted", Reason.PREEMPTED),
-        ("SIGINT:1:5", "interrupted", Reason.INTERRUPTED),
-        ("SIGTERM:1:4:valid", "preempted", Reason.PREEMPTED),
-    ],
-)
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: Reason
-) -> None:
-    with pytest.raises(Stopped) as stopped:
-        ranks(fault)
-    assert stopped.value.reason == reason
-    assert status_of(tmp_path)["status"] == state
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
-    training = checkpoint["training"]
-    if "valid" in fault:
-        assert (checkpoint["epoch"], training["is_over"]) == (1, False)
-    else:
-        rows = pd.read_csv(tmp_path / "epoch_details" / "epoch001_train.csv")
-        assert 5 <= len(rows) <= 12
-        assert training["trained"] == len(rows) == training["learning"][""]["steps"]
-
-
 def test_warnings_of_other_ranks_are_marked(tmp_path: Path) -> None:
     words = (*SHORT, *FAULTY, "trainer.devices=2")
     ran = run_app(tmp_path, *words, FAULT="warn:1:3", PYTHONPATH=TESTS)
@@ -236,137 +59,10 @@ def test_warnings_of_other_ranks_are_marked(tmp_path: Path) -> None:
     assert ran.out.count("best accuracy") == 2  # of rank 0 alone, in each epoch
 
 
-def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    """The port of the store, and processes; the next run in the same process finds all it needs."""
-    with pytest.raises(RankFailed):
-        ranks("kill:1:3")
-    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
-    assert f"pid={os.getpid()}," not in listening.stdout
-    ranks("none:0:0")
-    assert status_of(tmp_path)["status"] == "completed"
-
-
-# Whole commands
-
-
-def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Popen[str]:
-    """A command under way, at its second step of training or later; with readers of data."""
-    mark = cwd / "mark"
-    write_numbered(cwd / "conf")
-    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
-    environment = {"FAULT": fault, "MARK": str(mark), "PYTHONPATH": TESTS}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words],
-        cwd=cwd,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 120
-    while not (mark.exists() and len(mark.read_text().splitlines()) > 1):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
-    return process
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_ctrl_c_saves_and_ends(tmp_path: Path, devices: int) -> None:
-    process = started(tmp_path, f"trainer.devices={devices}")
-    pids = descendants(process.pid)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert out.count("stopping after this step; Ctrl-C again ends it at once") == 1
-    assert "Traceback" not in out
-    assert status_of(tmp_path / "run")["status"] == "interrupted"
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-    assert len(pd.read_csv(tmp_path / "run" / "epoch_details" / "epoch001_train.csv")) < 12
-    assert gone(pids)
-
-
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
-    process = started(tmp_path, f"trainer.devices={devices}", fault="slow:0:3")
-    pids = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.8)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, out
-    assert status_of(tmp_path / "run")["status"] == "interrupted"
-    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-    assert gone(pids)
-
-
-def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *SHORT, "trainer.devices=2", "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    until = time.monotonic() + 120
-    while not (tmp_path / "run" / "config.yaml").exists():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert not (tmp_path / "run" / "epoch_details").exists()
-
-
-@pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "all"), ("SIGUSR1", "one")])
-def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> None:
-    process = started(tmp_path, "trainer.devices=2")
-    pids = descendants(process.pid)
-    send = os.killpg if whom == "all" else os.kill
-    send(process.pid, getattr(signal, number))
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, out
-    assert status_of(tmp_path / "run")["status"] == "preempted"
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-    assert gone(pids)
-
-
-def test_nobody_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
-    process = started(tmp_path, "trainer.devices=2")
-    pids = descendants(process.pid)
-    assert len(alive(pids)) >= 2 + 4  # ranks, and the readers of each
-    process.kill()
-    process.communicate(timeout=30)
-    assert gone(pids)
-
-
-def write_numbered(conf: Path) -> None:
-    """Data that is read sample by sample."""
-    (conf / "data").mkdir(parents=True)
-    source = "{_target_: faulty.Numbered, count: %d}"
-    (conf / "data" / "numbered.yaml").write_text(
-        "defaults: [base/arrays@_here_, _self_]\n"
-        "name: numbered\npath: null\nnum_classes: 2\ninput_shape: [4]\n"
-        "channels: null\nimage_size: null\nbatch_size: 8\nnormalize: null\n"
-        f"source:\n  train: {source % 400}\n  valid: {source % 40}\n  test: {source % 40}\n"
-    )
-
-
 def test_a_sweep_on_two_ranks_leaves_a_folder_for_each_job(tmp_path: Path) -> None:
     ran = run_app(tmp_path, "-m", "optimizer.lr=0.1,0.01", "trainer.devices=2", *SHORT)
     assert ran.code == 0, ran.err + ran.out
     assert_two_jobs(tmp_path)
-
-
-def assert_two_jobs(cwd: Path) -> None:
-    folders = sorted((cwd / "outputs").glob("sweeps/*/*/*/"))
-    assert [folder.name[:2] for folder in folders] == ["0_", "1_"]
-    assert [status_of(folder)["status"] for folder in folders] == ["completed"] * 2
-    assert [status_of(folder)["ranks"] for folder in folders] == [2, 2]
-    configs = [yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders]
-    assert [config["optimizer"]["lr"] for config in configs] == [0.1, 0.01]
 
 
 def test_a_job_of_a_sweep_goes_on_after_one_that_failed(tmp_path: Path) -> None:
@@ -379,23 +75,6 @@ def test_a_job_of_a_sweep_goes_on_after_one_that_failed(tmp_path: Path) -> None:
     log = (folders[0] / "run.log").read_text()
     assert "the run failed: rank 1: RuntimeError: the rank broke" in log
     assert "in do\n    raise RuntimeError" in log
-
-
-def torchrun(cwd: Path, *words: str, fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TORCHRUN_2, "--master-port", str(free_port()), "-m", "app", *words],
-        cwd=cwd,
-        env=os.environ | {"FAULT": fault, "PYTHONPATH": TESTS},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def test_torchrun_sweeps(tmp_path: Path) -> None:
@@ -503,84 +182,6 @@ def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -
     assert [status_of(folder)["status"] for folder in ran.folders] == ["completed"] * 2
 
 
-def test_a_slow_save_is_waited_for(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowEnd, seconds: 7}")
-    assert (tmp_path / "checkpoints" / "last.pt").exists()
-    assert (tmp_path / "ended").exists()
-
-
-def test_a_save_that_fails_is_no_clean_end(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where a folder should be")
-    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
-        ranks("SIGTERM:1:5")
-    assert status_of(tmp_path)["status"] == "failed"
-
-
-# Going on
-
-
-def test_preempted_and_started_again_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """By the same command, in the same folder; SLURM was asked to start it again."""
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    (bin_ / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (bin_ / "scontrol").chmod(0o755)
-    words = (*SHORT, *FAULTY, "trainer.devices=2", "resume=auto", "trainer.requeue=true")
-    words = (*words, "trainer.limit_train_batches=40", "metric/single@metric.train=[auroc]")
-    environment = {
-        "PYTHONPATH": TESTS,
-        "PATH": f"{bin_}:{os.environ['PATH']}",
-        "SLURM_JOB_ID": "4711",
-        "SLOW": "0.02",
-    }
-    cut = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="SIGUSR1:1:45", **environment)
-    assert cut.code == 143, cut.out + cut.err
-    last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
-    assert (last["epoch"], last["training"]["is_over"]) == (1, True)
-    assert 5 <= last["training"]["under_way"]["batches"] < 40
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    again = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
-    assert again.code == 0, again.out + again.err
-    whole = run_app(tmp_path, *words, "hydra.run.dir=whole", FAULT="none:0:0", **environment)
-    assert whole.code == 0, whole.out + whole.err
-    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
-    complete = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
-    assert complete.code == 0
-    assert "is complete: there is nothing to go on with" in complete.out
-
-
-def assert_equal_runs(wanted: Path, found: Path) -> None:
-    """But for times."""
-    one, other = (torch.load(folder / "model.pt", weights_only=True) for folder in (wanted, found))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    files = {path.relative_to(wanted) for path in wanted.rglob("*.csv")}
-    assert files == {path.relative_to(found) for path in found.rglob("*.csv")}
-    times = ["iter_time", "epoch_time", "samples/s"]
-    for file in files:
-        tables = [
-            pd.read_csv(f / file).drop(columns=times, errors="ignore") for f in (wanted, found)
-        ]
-        pd.testing.assert_frame_equal(*tables, check_exact=True)
-
-
-def test_time_ends_training_and_the_best_is_tested(tmp_path: Path) -> None:
-    ran = run_app(
-        tmp_path,
-        *SHORT,
-        *FAULTY,
-        "trainer.devices=2",
-        "trainer.max_time=00:00:01",
-        "trainer.max_epochs=1000",
-        FAULT="slow:0:0.2",
-        PYTHONPATH=TESTS,
-    )
-    assert ran.code == 0, ran.out + ran.err
-    assert ran.status["status"] == "completed"
-    assert len(ran.csv("epoch_details/epoch001_train.csv")) < 12
-    assert list(ran.csv("summary_table.csv")["stage"]) == ["train", "valid", "test"]
-
-
 def test_a_run_of_sharded_weights_is_tested_on_one_device(tmp_path: Path) -> None:
     words = (*SHORT, "trainer.devices=2", "trainer.strategy=fsdp", "hydra.run.dir=run")
     assert run_app(tmp_path, *words).code == 0
@@ -657,8 +258,6 @@ def test_the_batch_script_runs(tmp_path: Path) -> None:
     assert (status_of(folder)["status"], status_of(folder)["ranks"]) == ("completed", 2)
     assert len(pd.read_csv(folder / "train_summary_table.csv")) == 2
 
-
-# What is chosen, and what is refused
 
 TORCHRUN = {
     "RANK": "3",
@@ -789,16 +388,3 @@ def test_two_cuda_devices_learn_what_one_does(tmp_path: Path) -> None:
         assert ran.code == 0, ran.err
     one, two = (pd.read_csv(path) for path in sorted(tmp_path.glob("*/summary_table.csv")))
     assert list(one["loss_mean"]) == pytest.approx(list(two["loss_mean"]), rel=1e-4)
-
-
-def test_who_is_the_cause() -> None:
-    lost = Failure(0, "lost", "gone", when=1.0)
-    late = Failure(0, "timeout", "waited", "where", when=2.0)
-    died = Failure(1, "died", "killed", when=3.0)
-    broke = Failure(2, "error", "broke", when=2.5)
-    assert cause([lost, died, broke], 3, 9) is broke
-    assert cause([lost, died], 3, 9) is died
-    silent = cause([lost, late], 3, 9)
-    assert (silent.rank, silent.trace) == (1, "where")
-    assert cause([lost], 1, 9) is lost
-    assert cause([lost], 2, 9).rank == 1

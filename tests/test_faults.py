@@ -1,0 +1,141 @@
+"""What goes wrong in one rank ends all, is named, and leaves nobody; each is provoked for real."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from processes import (
+    own_processes,
+    status_of,
+    write_numbered,
+)
+
+from app.launch.failure import Failure, RankFailed, cause
+from app.stopping import Reason, Stopped
+
+
+@pytest.mark.parametrize(
+    ("fault", "rank", "error"),
+    [
+        ("raise:1:3", 1, "RuntimeError: the rank broke"),
+        ("raise:0:3", 0, "RuntimeError: the rank broke"),
+        ("raise:1:4:valid", 1, "RuntimeError: the rank broke"),
+        ("memory:1:3", 1, "can't allocate memory"),
+        ("kill:1:3", 1, "it was killed by SIGKILL"),
+        ("kill:0:3", 0, "it was killed by SIGKILL"),
+        ("exit:1:3", 1, "it ended with exit code 7"),
+    ],
+)
+def test_the_rank_that_failed_is_named(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
+) -> None:
+    with pytest.raises(RankFailed) as failed:
+        ranks(fault)
+    assert failed.value.failure.rank == rank
+    assert error in str(failed.value)
+    status = status_of(tmp_path)
+    assert (status["status"], status["rank"]) == ("failed", rank)
+    assert error in status["error"]
+    assert not own_processes()
+
+
+@pytest.mark.parametrize(("fault", "rank"), [("stop:1:3", 1), ("hang:0:3", 0), ("hang:2:3", 2)])
+def test_a_silent_rank_is_named_after_the_timeout(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
+) -> None:
+    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 6 s"):
+        ranks(fault, "trainer.timeout=6", size=3)
+    assert status_of(tmp_path)["rank"] == rank
+    assert not own_processes()
+
+
+def test_data_that_one_rank_cannot_read_ends_all(
+    ranks: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_numbered(tmp_path / "conf")
+    words = ("data=numbered", "trainer.sanity_valid_batches=0")
+    with pytest.raises(RankFailed, match="rank 1: OSError: the file broke"):
+        ranks("data:1:9", *words, flags=("--config-dir", str(tmp_path / "conf")))
+    assert status_of(tmp_path)["rank"] == 1
+
+
+def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RankFailed, match="rank 0: RuntimeError: the watcher broke"):
+        ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
+    assert status_of(tmp_path)["status"] == "failed"
+
+
+def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
+        ranks("none:0:0")
+    assert status_of(tmp_path)["rank"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "state", "reason"),
+    [
+        ("SIGTERM:1:5", "preempted", Reason.PREEMPTED),
+        ("SIGUSR1:0:5", "preempted", Reason.PREEMPTED),
+        ("SIGINT:1:5", "interrupted", Reason.INTERRUPTED),
+        ("SIGTERM:1:4:valid", "preempted", Reason.PREEMPTED),
+    ],
+)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: Reason
+) -> None:
+    with pytest.raises(Stopped) as stopped:
+        ranks(fault)
+    assert stopped.value.reason == reason
+    assert status_of(tmp_path)["status"] == state
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    training = checkpoint["training"]
+    if "valid" in fault:
+        assert (checkpoint["epoch"], training["is_over"]) == (1, False)
+    else:
+        rows = pd.read_csv(tmp_path / "epoch_details" / "epoch001_train.csv")
+        assert 5 <= len(rows) <= 12
+        assert training["trained"] == len(rows) == training["learning"][""]["steps"]
+
+
+def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    """The port of the store, and processes; the next run in the same process finds all it needs."""
+    with pytest.raises(RankFailed):
+        ranks("kill:1:3")
+    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
+    assert f"pid={os.getpid()}," not in listening.stdout
+    ranks("none:0:0")
+    assert status_of(tmp_path)["status"] == "completed"
+
+
+def test_a_slow_save_is_waited_for(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowEnd, seconds: 7}")
+    assert (tmp_path / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "ended").exists()
+
+
+def test_a_save_that_fails_is_no_clean_end(ranks: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(RankFailed, match="rank 0: FileExistsError"):
+        ranks("SIGTERM:1:5")
+    assert status_of(tmp_path)["status"] == "failed"
+
+
+def test_who_is_the_cause() -> None:
+    lost = Failure(0, "lost", "gone", when=1.0)
+    late = Failure(0, "timeout", "waited", "where", when=2.0)
+    died = Failure(1, "died", "killed", when=3.0)
+    broke = Failure(2, "error", "broke", when=2.5)
+    assert cause([lost, died, broke], 3, 9) is broke
+    assert cause([lost, died], 3, 9) is died
+    silent = cause([lost, late], 3, 9)
+    assert (silent.rank, silent.trace) == (1, "where")
+    assert cause([lost], 1, 9) is lost
+    assert cause([lost], 2, 9).rank == 1
