@@ -16,7 +16,7 @@ from processes import (
     write_numbered,
 )
 
-from app.launch.failure import Failure, RankFailed, cause
+from app.launch.failure import Failure, RankFailed, cause, underlying
 from app.stopping import Reason, Stopped
 
 
@@ -139,3 +139,16 @@ def test_who_is_the_cause() -> None:
     assert (silent.rank, silent.trace) == (1, "where")
     assert cause([lost], 1, 9) is lost
     assert cause([lost], 2, 9).rank == 1
+
+
+def test_a_signal_in_the_midst_of_a_failure_does_not_hide_it() -> None:
+    broke = OSError("the disk broke")
+    try:
+        try:
+            raise broke
+        finally:
+            raise Stopped(Reason.PREEMPTED)
+    except Stopped as stopped:
+        assert underlying(stopped) is broke
+    alone = Stopped(Reason.PREEMPTED)
+    assert underlying(alone) is alone

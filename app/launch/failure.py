@@ -92,6 +92,12 @@ class Failure:
         return KeyboardInterrupt() if self.kind == "interrupted" else RankFailed(self)
 
 
+def underlying(error: BaseException) -> BaseException:
+    """What had gone wrong already when whoever starts ranks asked the others to stop."""
+    before = error.__context__
+    return before if isinstance(error, Stopped) and isinstance(before, Exception) else error
+
+
 def in_a_line(error: BaseException) -> str:
     """The error as one reads it in `status.json`."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

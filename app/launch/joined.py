@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from app.config.errors import UserError
 from app.config.schema import Config, Job
 from app.config.typed import structured
-from app.launch.failure import Failure, cause, record
+from app.launch.failure import Failure, cause, record, underlying
 from app.launch.world import World
 from app.stopping import Stop, Stopped
 
@@ -109,16 +109,17 @@ def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -
     with stop.listening():
         try:
             return run_rank(world, job, folder, store, stop, number)
-        except Stopped:
-            if world.rank > 0:
-                _wait_for_the_end(store, number + 1)
-            raise
-        except BaseException as error:
+        except BaseException as raised:
+            error = underlying(raised)
+            if isinstance(error, Stopped):
+                if world.rank > 0:
+                    _wait_for_the_end(store, number + 1)
+                raise
             with stop.between_steps():  # whoever started the ranks may already be ending them
                 failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
                 record(folder, failure)
             if failure.rank == world.rank:
-                raise
+                raise error from None
             raise failure.raised() from error
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from app.config.schema import Job
 from app.launch.console import errors_to_stderr
-from app.launch.failure import Failure, cause, record
+from app.launch.failure import Failure, cause, record, underlying
 from app.launch.world import World
 from app.stopping import AT_ONCE, REASONS, Reason, Stop, heard
 
@@ -245,7 +245,7 @@ def work(
             pipe.send(_run(world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
-            pipe.send(Failure.of(world.rank, error))
+            pipe.send(Failure.of(world.rank, underlying(error)))
     pipe.close()
     logging.shutdown()
     if code:
