@@ -39,6 +39,8 @@ class Parallel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.lent = model, False
+        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
+        copy_from_first([*model.parameters(), *model.buffers()])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model, as a step of training calls it."""
@@ -48,7 +50,8 @@ class Parallel:
         """An epoch of training begins; other parameters may learn than before."""
 
     def end(self) -> None:
-        """It is over."""
+        """It is over; buffers that ranks have changed apart are those of rank 0 again."""
+        copy_from_first(list(self.model.buffers()))
 
     @contextmanager
     def step(self, lent: bool, completes: bool) -> Iterator[None]:  # noqa: ARG002
@@ -59,6 +62,8 @@ class Parallel:
             completes: Gradients are used after it, not kept for the batches to come.
         """
         self.lent = lent
+        for norm in self.norms:
+            norm.counts = not lent
         yield
         self.lent = False
 
@@ -98,8 +103,6 @@ class Replicated(Parallel):
         self.calls = 0
         self.sums = False  # whether DDP is to sum in the step under way
         self.given: set[Tensor] = set()  # parameters that DDP sums
-        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
-        copy_from_first([*model.parameters(), *model.buffers()])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         self.calls += 1
@@ -111,13 +114,8 @@ class Replicated(Parallel):
             self.learning, self.ddp = learning, None
             super().forget_gradients(self.model.parameters())  # zeros would move what is frozen
 
-    def end(self) -> None:
-        copy_from_first(list(self.model.buffers()))
-
     @contextmanager
     def step(self, lent: bool, completes: bool) -> Iterator[None]:
-        for norm in self.norms:
-            norm.counts = not lent
         with ExitStack() as stack:
             if self.ddp is not None and not completes:
                 stack.enter_context(self.ddp.no_sync())
@@ -221,24 +219,12 @@ class Sharded(Parallel):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.divisor = world_size()
-        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
-        copy_from_first([*model.parameters(), *model.buffers()])
         for module in reversed(list(model.modules())):  # the innermost first
             if isinstance(module, (nn.Sequential, nn.ModuleList)):
                 for unit in module:
                     if any(True for _ in unit.parameters()):
                         fully_shard(unit)
         fully_shard(model)
-
-    def end(self) -> None:
-        copy_from_first(list(self.model.buffers()))
-
-    @contextmanager
-    def step(self, lent: bool, completes: bool) -> Iterator[None]:
-        for norm in self.norms:
-            norm.counts = not lent
-        with super().step(lent, completes):
-            yield
 
     def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
         beside = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
