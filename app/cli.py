@@ -7,31 +7,34 @@ import json
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from app import report
 from app.config import resolvers
-from app.config.compose import CONF, CONFIG_NAME
+from app.config.compose import CONF, CONFIG_NAME, composer
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Job
-from app.files import write_text
-from app.job import job_of, jobs_of
+from app.job import jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
-from app.launch.failure import RankFailed
+from app.launch.failure import Failure, RankFailed
 from app.launch.inline import launch_inline
 from app.launch.joined import Leader, follow
 from app.launch.local import launch_local
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
+from app.sweep.check import check_sweep
+from app.sweep.folder import SweepFolder
+from app.sweep.outcome import record_failure
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
@@ -39,10 +42,12 @@ log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
 
 def main() -> None:
     """The console script `app`, and `python -m app`."""
+    if sys.argv[1:2] == [report.COMMAND]:
+        sys.exit(report.main(sys.argv[2:]))
     resolvers.register()
     parser = get_args_parser()
     parser.prog = "app"
-    args = parser.parse_args()
+    args = with_saved_words(parser.parse_args())
     runs, world = is_a_run(args), None
     try:
         world = joined(args.overrides, os.environ)
@@ -61,12 +66,24 @@ def main() -> None:
     _end(code)
 
 
+def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
+    """Where nothing but `sweep.resume` is typed, the sweep's own words are meant."""
+    typed = dict(word.partition("=")[::2] for word in args.overrides)
+    if "sweep.resume" in typed and all(key.startswith("sweep.") for key in typed):
+        saved = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser()).words
+        added = [word for word in saved if word.partition("=")[0] not in typed]
+        sys.argv += added  # from there Hydra reads them
+        args.overrides += added
+    return args
+
+
 def lead(args: argparse.Namespace, leader: Leader | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
         if is_a_run(args):
             preflight(args, leader)
-        return FAILURE if run_jobs(leader) else 0
+        run_jobs(leader)
+        return 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return MISTAKE
@@ -113,18 +130,20 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
     Raises:
         UserError: All that was found.
     """
-    mode = None
-    for composed, job in jobs_of(args):
-        mode = job.config.mode
-        if mode != "check":
-            _check_folder(composed, args.multirun, job.config.resume not in (None, "auto"))
-            if leader is None:
-                ranks_wanted(job.config, args.multirun)
-            else:
-                check_world(job.config, leader.world)
-    if mode == "check":
-        sys.stdout.write("no mistake in the configuration\n")
-        sys.exit(0)
+    with composer(args) as composing:
+        jobs = jobs_of(composing)
+        if jobs[0][1].config.mode == "check":
+            sys.stdout.write("no mistake in the configuration\n")
+            sys.exit(0)
+        if composing.sweeps:
+            check_sweep(composing, jobs[0][0], leader is None)
+    for composed, job in jobs:
+        resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
+        _check_folder(composed, composing.sweeps, resumes)
+        if leader is None:
+            ranks_wanted(job.config, composing.sweeps)
+        else:
+            check_world(job.config, leader.world)
 
 
 def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:
@@ -137,6 +156,9 @@ def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:
         sys.exit(0)
     if status.exists() and not resumes and composed.resume != "auto":
         raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
+    if SweepFolder(folder).exists and not resumes:
+        problem = f"={str(folder)!r} holds a sweep; sweep.resume={folder} goes on with it"
+        raise ConfigError([Mistake(key, problem)])
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir() or not _is_writable(nearest):
         reason = f"{str(nearest)!r} is no folder that can be written to"
@@ -147,28 +169,38 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-def run_jobs(leader: Leader | None) -> int:
-    """All jobs, by Hydra; gives how many of several have failed."""
-    failed: list[Path] = []
+def run_jobs(leader: Leader | None) -> None:
+    """All jobs, by Hydra."""
+    task = run_job if leader is None else partial(run_job, leader=leader)
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)(task)()
 
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)
-    def run_job(composed: DictConfig) -> float | None:
-        folder = Path(HydraConfig.get().runtime.output_dir)
-        with_hydra = OmegaConf.merge({"hydra": HydraConfig.get()}, composed)
-        assert isinstance(with_hydra, DictConfig)
-        errors_to_stderr()
-        logging.captureWarnings(True)
-        try:
-            return start(with_hydra, folder, leader)
-        except JobFailed:
-            goes_on = HydraConfig.get().mode == RunMode.MULTIRUN and leader is None
-            if not goes_on:
-                sys.exit(FAILURE)
-            failed.append(folder)
-            return None
 
-    run_job()
-    return len(failed)
+def run_job(composed: DictConfig, leader: Leader | None = None) -> float | None:
+    """One job, in the process that Hydra has chosen for it; what went wrong is in its folder."""
+    resolvers.register()  # in a process of another launcher nobody else has
+    hydra_node = HydraConfig.get()
+    folder, multirun = Path(hydra_node.runtime.output_dir), hydra_node.mode == RunMode.MULTIRUN
+    sweep = SweepFolder(Path(str(hydra_node.sweep.dir)).absolute())
+    with_hydra = OmegaConf.merge({"hydra": hydra_node}, composed)
+    assert isinstance(with_hydra, DictConfig)
+    if multirun and sweep.is_marked:
+        return None
+    errors_to_stderr()
+    logging.captureWarnings(True)
+    try:
+        return start(with_hydra, folder, leader)
+    except JobFailed as failed:
+        record_failure(folder, Failure.of(0, failed.__cause__ or failed), says=False)
+        if not multirun or leader is not None:
+            sys.exit(FAILURE)
+        if composed.sweep.on_error == "stop":
+            sweep.mark(stopped=True)
+        return None
+    finally:
+        if multirun:
+            from app.sweep.finish import refresh
+
+            refresh(sweep.path)
 
 
 class JobFailed(Exception):  # noqa: N818
@@ -182,14 +214,11 @@ def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | 
         JobFailed: It has.
     """
     try:
-        job = job_of(composed)
+        job = prepared(composed, folder)
     except UserError as error:
         log.error("%s", error)
         raise JobFailed from error
     try:
-        write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
-        for difference in job.differences:
-            log.info("differs from the saved run: %s", difference)
         return launch(job, folder, leader, composed.hydra)
     except UserError as error:
         log.error("%s", error)

@@ -16,6 +16,7 @@ from app.callbacks.callback import Callbacks
 from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.build import Build
+from app.config.compose import composer
 from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.batch import Batches
@@ -113,9 +114,10 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
         UserError: Whatever is wrong with it.
     """
     resolvers.register()
-    jobs = jobs_of(get_args_parser().parse_args(list(overrides)))
-    if len(jobs) != 1:
-        raise UserError("several jobs at once: a sweep belongs on the command line")
+    with composer(get_args_parser().parse_args(list(overrides))) as composing:
+        if composing.sweeps:
+            raise UserError("several jobs at once: a sweep belongs on the command line")
+        jobs = jobs_of(composing)
     composed, job = jobs[0]
     if job.config.mode == "check":
         raise UserError("mode='check' is for the command line: composing has checked already")

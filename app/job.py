@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.check import checked
-from app.config.compose import compositions, parse_overrides
+from app.config.compose import Composer
 from app.config.errors import ConfigError, Mistake
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
+from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
+from app.files import write_text
+
+log = logging.getLogger(__name__)
 
 AUTO = "auto"
 LAST = "last.pt"  # as in `app.checkpoint`, which needs torch
 
 
-def jobs_of(args: argparse.Namespace) -> list[tuple[DictConfig, Job]]:
-    """Every job of a command line, with what Hydra composed for it.
+def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
+    """The job of a command line, or those of a sweep that have each value once.
 
     Args:
-        args: As Hydra parses them.
+        composing: What composes their configurations.
+
+    Returns:
+        Each with what Hydra composed for it.
 
     Raises:
         UserError: All that is wrong with any of them.
     """
     jobs: list[tuple[DictConfig, Job]] = []
     mistakes: list[Mistake] = []
-    for composed, refused in compositions(args):
+    for composed, refused in composing.compositions():
         mistakes += refused
-        if args.multirun and composed.get("resume") is not None:
-            problem = f"={composed.resume!r} is for a single run, not for a sweep"
+        if composing.sweeps and composed.get("resume") is not None:
+            problem = f"={composed.resume!r} is for a single run; a sweep has sweep.resume"
             mistakes.append(Mistake("resume", problem))
             continue
         try:
@@ -49,11 +58,12 @@ def jobs_of(args: argparse.Namespace) -> list[tuple[DictConfig, Job]]:
     return jobs
 
 
-def job_of(composed: DictConfig) -> Job:
+def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     """What is to be run.
 
     Args:
         composed: By Hydra, its own node included.
+        folder: Of a job of a sweep; where it holds a run that was cut, that one goes on.
 
     Raises:
         UserError: All that is wrong with it.
@@ -67,8 +77,8 @@ def job_of(composed: DictConfig) -> Job:
     (plain, mistakes), template = freeze(composed), template_of(composed)
     mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
-    if plain.get("mode") == "train" and plain.get("resume") is not None:
-        last = to_resume(composed, str(plain["resume"]))
+    if plain.get("mode") == "train":
+        last = to_resume(composed, plain.get("resume"), folder)
         if last is not None:
             saved, its_template = _saved_config("resume", last)
             plain, template, differences = over_saved(
@@ -82,6 +92,23 @@ def job_of(composed: DictConfig) -> Job:
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
 
 
+def prepared(composed: DictConfig, folder: Path) -> Job:
+    """What is to be run in a folder, which says so from now on.
+
+    Args:
+        composed: By Hydra, its own node included.
+        folder: Of the run, there already.
+
+    Raises:
+        UserError: All that is wrong with it.
+    """
+    job = job_of(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
+    write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
+    for difference in job.differences:
+        log.info("differs from the saved run: %s", difference)
+    return job
+
+
 def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
     if not plain.get("trusted_targets") or typed_trust(overrides):
         return []
@@ -89,12 +116,14 @@ def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> lis
     return [Mistake("trusted_targets", problem)]
 
 
-def to_resume(composed: DictConfig, resume: str) -> str | None:
+def to_resume(composed: DictConfig, resume: str | None, folder: Path | None) -> str | None:
     """The checkpoint from which a run goes on; None where it has yet to begin.
 
     Raises:
         ConfigError: There is none, or the folder would be another each time.
     """
+    if resume is None:
+        return str(folder / "checkpoints" / LAST) if folder and _was_cut(folder) else None
     if resume == AUTO:
         raw = OmegaConf.to_container(composed.hydra.run, resolve=False)
         assert isinstance(raw, dict)
@@ -108,6 +137,10 @@ def to_resume(composed: DictConfig, resume: str) -> str | None:
     if resume == AUTO:
         return None
     raise ConfigError([Mistake("resume", f"={resume!r} holds no run to go on: no {last}")])
+
+
+def _was_cut(folder: Path) -> bool:
+    return (folder / "checkpoints" / LAST).exists()
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:

@@ -28,6 +28,7 @@ from app.nested import Key, pick
 from app.parallel import Parallel
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
+from app.pruning import Pruning
 from app.status import Status, versions
 from app.stopping import Stop
 from app.task import SupervisedTask, Task
@@ -74,7 +75,9 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
             if config.mode == "train":
                 if config.resume not in (None, "auto"):
                     trainer.state.take_up(Path(str(config.resume)))
-                return train(trainer, parts)
+                value = train(trainer, parts)
+                status.at_end = "pruned" if trainer.is_hopeless else "completed"
+                return value
             USES[config.mode](trainer, parts, config)
             return None
 
@@ -123,6 +126,7 @@ def make_trainer(
         job,
         parallel,
         stop,
+        Pruning(config.sweep.trial, config.goal),
     )
 
 
@@ -135,7 +139,7 @@ def train(trainer: Trainer, parts: Parts) -> float | None:
         log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
     log.info("the best weights are those of epoch %d", found.epoch if found else state.epoch)
-    if "test" in parts.loaders:
+    if "test" in parts.loaders and not trainer.is_hopeless:
         trainer.evaluate(parts.loaders["test"], "test", state.restore_best())
     log.info("everything is in %s", state.folder)
     return found.value if found else None

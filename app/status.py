@@ -23,7 +23,7 @@ from app.records import StageResult
 from app.stopping import Stopped
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
-State = Literal["running", "completed", "failed", "interrupted", "preempted"]
+State = Literal["running", "completed", "pruned", "failed", "interrupted", "preempted"]
 
 
 class Status(Callback):
@@ -43,6 +43,7 @@ class Status(Callback):
         self.goal, self.device = goal, device
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
+        self.at_end: State = "completed"
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -59,7 +60,7 @@ class Status(Callback):
         except BaseException as error:
             self.write("failed", f"{type(error).__name__}: {error}")
             raise
-        self.write("completed")
+        self.write(self.at_end)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         self.history = history

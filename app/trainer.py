@@ -28,6 +28,7 @@ from app.learning import Learning
 from app.nested import Nested, count_samples, joined, map_tensors
 from app.parallel import Parallel
 from app.plan import Plan
+from app.pruning import Pruning
 from app.records import Rows, StageResult, nothing_of
 from app.seed import seed_everything
 from app.state import TrainState
@@ -58,6 +59,7 @@ class Trainer:
         job: Its configuration goes into each checkpoint.
         parallel: How several ranks learn as one.
         stop: Who asks to end before the plan is over.
+        pruning: What a search thinks of the run.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Trainer:
         job: Job | None = None,
         parallel: Parallel | None = None,
         stop: Stop | None = None,
+        pruning: Pruning | None = None,
     ) -> None:
         self.task, self.plan, self.goal = task, plan, goal
         self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
@@ -84,6 +87,7 @@ class Trainer:
         self.state = TrainState(task, self.averaging, folder, job)
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.asked = Asked(self.stop)
+        self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
@@ -122,6 +126,7 @@ class Trainer:
                 self.save_best(epoch)
             self.learning.epoch_end(self.goal_value_of(epoch))
             self.state.is_over = True
+            self.is_hopeless = self.pruning.is_hopeless(self.state.history) and not last
             reason = self.reason_to_stop()
             if last or reason or epoch % self.plan.save_every_n_epochs == 0:
                 self.state.save_last()
@@ -324,6 +329,8 @@ class Trainer:
 
     def reason_to_stop(self) -> str | None:
         """Why training ends before its last epoch, in words; None where it goes on."""
+        if self.is_hopeless:
+            return "the search takes it for hopeless"
         lost = self.plan.stop_at_non_finite_loss and loss_is_lost(self.state.history)
         return "the training loss is no number" if lost else stop_by(self.state.history, self.goal)
 

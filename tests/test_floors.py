@@ -13,7 +13,8 @@ APP = Path(__file__).parents[1] / "app"
 
 # From the top down; a module may import those of its own floor and of floors below it.
 FLOORS = [
-    ["app.__main__", "app.cli", "app.experiment"],
+    ["app.__main__", "app.cli", "app.experiment", "app.report"],
+    ["app.sweep"],
     ["app.job"],
     ["app.launch"],
     ["app.run"],
@@ -26,7 +27,7 @@ FLOORS = [
     ["app.task", "app.together"],
     ["app.learning", "app.checkpoint"],
     ["app.optimization", "app.averaging", "app.freezing", "app.predictions", "app.export"],
-    ["app.schedule", "app.records", "app.parallel"],
+    ["app.schedule", "app.records", "app.parallel", "app.pruning"],
     ["app.sync_norm"],
     ["app.data", "app.models", "app.losses", "app.metrics", "app.schedules"],
     [

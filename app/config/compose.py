@@ -6,8 +6,9 @@ Hydra stops at the first wrong override and names no alternative; here all are f
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -18,7 +19,6 @@ from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -26,64 +26,98 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.errors import ConfigError, Mistake, nearest, one_of
+from app.config.swept import Space, line_of, parse_overrides, space_of
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 CONFIG_NAME = "config"
 
 
-def parse_overrides(words: Sequence[str]) -> list[Override]:
-    """The overrides as Hydra reads them; a `ConfigError` names each that it cannot read."""
-    mistakes, parsed = [], []
-    parser = OverridesParser.create()
-    for word in words:
-        try:
-            parsed += parser.parse_overrides([word])
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            mistakes.append(Mistake(word, f" cannot be read as key=value: {reason}"))
-    if mistakes:
-        raise ConfigError(mistakes)
-    return parsed
+@contextmanager
+def composer(args: argparse.Namespace) -> Iterator[Composer]:
+    """What composes the configurations of a command line.
+
+    Args:
+        args: What Hydra's own argument parser made of it.
+    """
+    try:
+        hydra = Hydra.create_main_hydra2("app", _search_path(args))
+        yield Composer(hydra, args.config_name or CONFIG_NAME, args.overrides, args.multirun)
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[Mistake]]]:
-    """The configuration of the job, or of each job that differs in one swept value.
+    """As `Composer.compositions`."""
+    with composer(args) as composing:
+        yield from composing.compositions()
+
+
+class Composer:
+    """Composes one command line, as a job or as the jobs of a sweep.
 
     Args:
-        args: What Hydra's own argument parser made of the command line.
-
-    Yields:
-        What can be composed, and a mistake for every override that had to be left out.
-
-    Raises:
-        ConfigError: Nothing can be composed.
+        hydra: Which has found the configuration files.
+        name: Of the first of them.
+        words: As typed.
+        multirun: Whether that is typed, too; else the configuration says.
     """
-    with _hydra(args) as hydra:
-        name = args.config_name or CONFIG_NAME
-        for words in _single_jobs(args):
-            composed, mistakes = _composed(hydra, name, words)
+
+    def __init__(self, hydra: Hydra, name: str, words: Sequence[str], multirun: bool) -> None:
+        self.hydra, self.name, self.words, self.multirun = hydra, name, list(words), multirun
+        self.known: dict[tuple[str, ...], tuple[DictConfig, list[Mistake]]] = {}
+
+    @cached_property
+    def sweeps(self) -> bool:
+        """Whether it is a sweep."""
+        return self.multirun or self._unswept.hydra.mode == RunMode.MULTIRUN
+
+    @cached_property
+    def space(self) -> Space:
+        """What is typed, and what of it is swept."""
+        params = self._unswept.hydra.sweeper.get("params") if self.sweeps else None
+        return space_of(self.words, params or {}, self.hydra.config_loader)
+
+    @cached_property
+    def base(self) -> DictConfig:
+        """What all jobs of a sweep share: the configuration without what is swept.
+
+        Raises:
+            HydraException: It is none.
+        """
+        return self._compose(self.space.fixed)
+
+    @cached_property
+    def _unswept(self) -> DictConfig:
+        """Whatever can be composed of the typed words, to see what is swept, and how."""
+        composed, _ = self._composed(space_of(self.words, {}, self.hydra.config_loader).fixed)
+        return composed
+
+    def compositions(self) -> Iterator[tuple[DictConfig, list[Mistake]]]:
+        """The configuration of the job, or of jobs that have each swept value once.
+
+        Yields:
+            What can be composed, and a mistake for every override that had to be left out.
+
+        Raises:
+            ConfigError: Nothing can be composed.
+        """
+        for words in self.space.probes() if self.sweeps else [self.words]:
+            composed, mistakes = self._composed(words)
             HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
             yield composed, mistakes
 
+    def _composed(self, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
+        if tuple(words) not in self.known:
+            try:
+                found: tuple[DictConfig, list[Mistake]] = self._compose(words), []
+            except HydraException:
+                found = _diagnose(self._compose, self.hydra.config_loader, words)
+            self.known[tuple(words)] = found
+        return self.known[tuple(words)]
 
-def _composed(hydra: Hydra, name: str, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
-    try:
-        return _compose(hydra, name, words), []
-    except HydraException:
-        return _diagnose(hydra, name, words)
-
-
-def _compose(hydra: Hydra, name: str, words: list[str]) -> DictConfig:
-    return hydra.compose_config(name, words, RunMode.RUN, False, from_shell=False)
-
-
-@contextmanager
-def _hydra(args: argparse.Namespace) -> Iterator[Hydra]:
-    try:
-        yield Hydra.create_main_hydra2("app", _search_path(args))
-    finally:
-        GlobalHydra.instance().clear()
+    def _compose(self, words: list[str]) -> DictConfig:
+        return self.hydra.compose_config(self.name, words, RunMode.RUN, False, from_shell=False)
 
 
 def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
@@ -97,44 +131,22 @@ def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
     return path
 
 
-def _single_jobs(args: argparse.Namespace) -> Iterator[list[str]]:
-    """The overrides with each swept value once, the other sweeps at their first value."""
-    overrides = parse_overrides(args.overrides)
-    choices = [_choices(override) if args.multirun else [_line(override)] for override in overrides]
-    first = [words[0] for words in choices]
-    yield first
-    for position, words in enumerate(choices):
-        for word in words[1:]:
-            yield [*first[:position], word, *first[position + 1 :]]
-
-
-def _line(override: Override) -> str:
-    assert override.input_line is not None
-    return override.input_line
-
-
-def _choices(override: Override) -> list[str]:
-    if not override.is_sweep_override() or not override.is_discrete_sweep():
-        return [_line(override)]
-    key = override.get_key_element()
-    return [f"{key}={value}" for value in override.sweep_string_iterator()]
-
-
-def _diagnose(hydra: Hydra, name: str, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
+def _diagnose(
+    compose: Callable[[list[str]], DictConfig], loader: ConfigLoader, words: list[str]
+) -> tuple[DictConfig, list[Mistake]]:
     """What can be composed without the refused overrides, and what is wrong with those."""
-    loader = hydra.config_loader
     overrides = parse_overrides(words)
     groups = [o for o in overrides if not o.is_hydra_override() and _options(loader, o)]
     wrong = [(o, found) for o in groups if (found := _group_mistakes(loader, o))]
     refused = [o for o, _ in wrong]
-    sound = [_line(o) for o in groups if o not in refused]
+    sound = [line_of(o) for o in groups if o not in refused]
     try:
-        config = _compose(hydra, name, sound)
+        config = compose(sound)
         keys = [*dotted_keys(config), *loader.list_groups("")]
         values = [o for o in overrides if o not in groups and not o.is_hydra_override()]
         wrong += [(o, found) for o in values if (found := [*_value_mistakes(config, o, keys)])]
         refused = [o for o, _ in wrong]
-        composed = _compose(hydra, name, [_line(o) for o in overrides if o not in refused])
+        composed = compose([line_of(o) for o in overrides if o not in refused])
     except HydraException as error:
         raise ConfigError(
             [*(m for _, found in wrong for m in found), _as_mistake(error)]

@@ -18,7 +18,17 @@ from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]
 # Of this command, never saved.
-NOW = ("mode", "ckpt", "resume", "launch", "name", "tags", "notes", "trusted_targets")
+NOW = (
+    "mode",
+    "ckpt",
+    "resume",
+    "launch",
+    "name",
+    "tags",
+    "notes",
+    "trusted_targets",
+    "sweep",
+)
 
 ALL_OVER = ("experiment", "debug", "local")  # groups that set keys anywhere
 FIXED = ("model.", "data.split.")

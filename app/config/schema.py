@@ -205,6 +205,28 @@ class Metric:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """Which trial of a search a job is, so that it can be told to end where it is hopeless."""
+
+    storage: str
+    study: str
+    number: Count
+    pruner: Node
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """How a sweep goes on, and what it varies together."""
+
+    resume: str | None
+    force: bool
+    on_error: Literal["continue", "stop"]
+    max_retries: Count
+    together: list[list[str]]
+    trial: Trial | None
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole configuration, checked."""
 
@@ -222,6 +244,7 @@ class Config:
     predict: Predict
     export: Export
     find: Find
+    sweep: Sweep
     freeze: dict[str, Freeze | None]
     trainer: Trainer
     data: Data

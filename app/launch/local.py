@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -68,14 +68,24 @@ class Crew:
         folder: Of the run.
         size: How many.
         logging_config: Of rank 0.
+        environment: Variables of theirs beside those of this process.
+        quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
     """
 
     def __init__(
-        self, job: Job, folder: Path, size: int, logging_config: Mapping[str, Any]
+        self,
+        job: Job,
+        folder: Path,
+        size: int,
+        logging_config: Mapping[str, Any],
+        environment: Mapping[str, str] | None = None,
+        quiet: bool = False,
     ) -> None:
         self.job, self.folder, self.size = job, folder, size
-        self.logging_config = dict(logging_config)
+        self.logging_config, self.quiet = dict(logging_config), quiet
+        self.environment = {**os.environ, **(environment or {})}
         self.processes: list[BaseProcess] = []
+        self.sentinels: dict[int, int] = {}  # of those that have not ended, and their ranks
         self.pipes: dict[Connection, int] = {}
         self.done: dict[int, float | None] = {}
         self.failures: dict[int, Failure] = {}
@@ -87,8 +97,31 @@ class Crew:
     def run(self) -> float | None:
         """To the end."""
         with heard(self._pass_on):
-            self._start()
-            self._watch()
+            self.start()
+            while not self.is_over:
+                self.attend(wait(self.awaited, timeout=0.2))
+        return self.result()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether every rank has ended, or the grace of those that should have is over."""
+        return not self.sentinels or self._is_overdue()
+
+    @property
+    def awaited(self) -> list[Any]:
+        """What `multiprocessing.connection.wait` is to wait for."""
+        return [*self.pipes, *self.sentinels]
+
+    def attend(self, ready: Sequence[Any]) -> None:
+        """Hears what ranks have told, and which have ended."""
+        for one in ready:
+            if one in self.sentinels:
+                self._miss(self.sentinels.pop(one))
+            elif one in self.pipes:
+                self._hear(one)
+
+    def result(self) -> float | None:
+        """What `app.run.execute` gave in rank 0; raises the failure with which it began."""
         if not self.failures:
             return self.done[0]
         failure = self._cause()
@@ -98,34 +131,25 @@ class Crew:
         log.debug("rank %d: %s\n%s", failure.rank, failure.error, failure.trace)
         raise error
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """All ranks, without waiting for them."""
         from torch._C._distributed_c10d import TCPStore
 
         store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-        self.store, context = store, _context()
+        self.store, context, config = store, _context(), self.logging_config
         for rank in range(self.size):
             world = World("local", rank, self.size, rank, self.size, LOOPBACK, store.port)
             mine, its = context.Pipe(duplex=False)
             process = context.Process(  # type: ignore[attr-defined]
                 target=work,
-                args=(world, self.job, self.folder, its, dict(os.environ), self.logging_config),
+                args=(world, self.job, self.folder, its, self.environment, config, self.quiet),
                 name=f"rank {rank}",
             )
             process.start()
             its.close()
             self.processes.append(process)
+            self.sentinels[process.sentinel] = rank
             self.pipes[mine] = rank
-
-    def _watch(self) -> None:
-        """Until every rank has ended, or the grace of those that should have is over."""
-        sentinels = {process.sentinel: rank for rank, process in enumerate(self.processes)}
-        while sentinels and not self._is_overdue():
-            for ready in wait([*self.pipes, *sentinels], timeout=0.2):
-                if isinstance(ready, Connection):
-                    self._hear(ready)
-                else:
-                    assert isinstance(ready, int)
-                    self._miss(sentinels.pop(ready))
 
     def _hear(self, pipe: Connection) -> None:
         rank = self.pipes[pipe]
@@ -184,6 +208,10 @@ class Crew:
             self.first_asked = time.monotonic()
             hint = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             sys.stderr.write(f"\nstopping after this step{hint}\n")
+        self.ask(number)
+
+    def ask(self, number: int) -> None:
+        """Asks all ranks to stop, by a signal."""
         self.signals.append(number)
         for rank in self.listening:
             self._pass_on_to(rank)
@@ -228,6 +256,7 @@ def work(
     pipe: Connection,
     environment: dict[str, str],
     logging_config: dict[str, Any],
+    quiet: bool,
 ) -> None:
     """The process of one rank."""
     os.setpgid(0, 0)  # signals come from the parent alone, and the end comes to its workers, too
@@ -242,7 +271,8 @@ def work(
     with stop.listening():
         try:
             pipe.send(LISTENS)
-            pipe.send(_run(world, job, folder, stop, logging_config))
+            with _printed(folder) if quiet and world.rank == 0 else nullcontext():
+                pipe.send(_run(world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
             pipe.send(Failure.of(world.rank, underlying(error)))
@@ -252,6 +282,12 @@ def work(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the others have the word; nothing may hold it up
+
+
+def _printed(folder: Path) -> AbstractContextManager[None]:
+    from app.launch.rank import printed_to
+
+    return printed_to(folder / "logs" / "rank0.log")
 
 
 def _run(

@@ -83,10 +83,9 @@ def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator
 def own_log(rank: int, folder: Path) -> Iterator[None]:
     """This rank's log and whatever is printed go to `logs/`; warnings to the console, marked."""
     path = folder / "logs" / f"rank{rank}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         console = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w"))
-        stack.enter_context(_printed_to(path))
+        stack.enter_context(printed_to(path))
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter(DATED))
         handlers = [file]
@@ -110,8 +109,9 @@ def own_log(rank: int, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _printed_to(path: Path) -> Iterator[None]:
+def printed_to(path: Path) -> Iterator[None]:
     """Standard output and errors of this process, whoever writes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     kept = os.dup(1), os.dup(2)

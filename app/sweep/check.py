@@ -1,0 +1,136 @@
+"""Mistakes in a sweep, found before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from app.config.build import node_mistakes
+from app.config.compose import Composer
+from app.config.errors import ConfigError, Mistake
+from app.config.freeze import freeze
+from app.config.schema import Monitor
+from app.config.swept import grid_mistakes
+from app.config.typed import mistakes_of
+from app.sweep.folder import SweepFolder
+from app.sweep.options import GRID as GRID_SAMPLER
+from app.sweep.options import NO_PRUNER, PRUNERS, SAMPLERS
+
+GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
+SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
+POOL = "hydra_plugins.app_sweeps.pool.PoolLauncher"
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+
+def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
+    """Looks for mistakes.
+
+    Args:
+        composing: What is typed.
+        first: Its first job.
+        alone: Whether neither torchrun nor srun has started this.
+
+    Raises:
+        ConfigError: All that was found.
+    """
+    mistakes: list[Mistake] = []
+    if first.hydra.sweeper._target_ == GRID:
+        mistakes += grid_mistakes(composing.space, first.sweep.together)
+    elif first.hydra.sweeper._target_ == SEARCH:
+        mistakes += _search_mistakes(composing, first)
+    launcher = first.hydra.launcher
+    if not alone and launcher._target_ != BASIC:
+        problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
+        mistakes.append(Mistake("hydra/launcher", problem))
+    if launcher._target_ == POOL:
+        mistakes += _pool_mistakes(first)
+    if first.sweep.resume is not None:
+        mistakes += _resume_mistakes(composing, first)
+    if mistakes:
+        raise ConfigError(mistakes)
+
+
+def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[Mistake]:
+    if find_spec("optuna") is None:
+        install = 'pip install "torch-experiment-app[optuna]"'
+        yield Mistake("hydra/sweeper", f"=optuna needs the library optuna: {install}")
+        return
+    from app.sweep.distributions import distribution_mistakes
+
+    sweeper: Any = OmegaConf.to_container(first.hydra.sweeper, resolve=True)
+    space, goal = composing.space, first.goal
+    yield from distribution_mistakes(space.swept)
+    if not space.swept:
+        yield Mistake("hydra/sweeper", "=optuna has nothing to search: no key has several values")
+    if first.sweep.together:
+        yield Mistake("sweep.together", " is for hydra/sweeper=grid")
+    if sweeper["direction"] not in (None, goal.mode):
+        problem = f"={sweeper['direction']!r}, but goal.mode={goal.mode!r}; allowed: {goal.mode}"
+        yield Mistake("hydra.sweeper.direction", problem)
+    for key in ("n_trials", "n_jobs"):
+        value = sweeper[key]
+        if not (type(value) is int and value > 0) and not (key == "n_jobs" and value == "auto"):
+            auto = " or auto" if key == "n_jobs" else ""
+            yield Mistake(f"hydra.sweeper.{key}", f"={value!r}; allowed: a number from 1 on{auto}")
+    if sweeper["n_jobs"] == "auto" and first.hydra.launcher._target_ not in (BASIC, POOL):
+        problem = "='auto': this launcher does not say how many run at once; give a number"
+        yield Mistake("hydra.sweeper.n_jobs", problem)
+    if sweeper["storage"] not in ("sqlite", "journal") and "://" not in sweeper["storage"]:
+        problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, the address of a database"
+        yield Mistake("hydra.sweeper.storage", problem)
+    yield from _study_mistakes(composing, sweeper)
+
+
+def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Mistake]:
+    for name, objective in sweeper["objectives"].items():
+        yield from mistakes_of(f"hydra.sweeper.objectives.{name}", objective, Monitor)
+    if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
+        problem = "=none is all there is where there are several objectives"
+        yield Mistake("hydra/sweeper/pruner", problem)
+    if sweeper["sampler"]["_target_"] == GRID_SAMPLER:
+        uneven = [key for key, one in composing.space.swept.items() if not one.is_discrete_sweep()]
+        for key in uneven:
+            yield Mistake(key, " is an interval; hydra/sweeper/sampler=grid needs lists of values")
+    for key, prefix in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+        yield from node_mistakes(f"hydra.sweeper.{key}", sweeper[key], [prefix])
+
+
+def _pool_mistakes(first: DictConfig) -> list[Mistake]:
+
+    launcher = first.hydra.launcher
+    if first.launch not in ("auto", "local"):
+        problem = f"={first.launch!r}: the pool starts a process for each job; allowed: auto, local"
+        return [Mistake("launch", problem)]
+    for key in ("slots", "timeout"):
+        value = launcher[key]
+        least = 1 if key == "slots" else 0
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value not in ("auto", None) and not (number and value >= least):
+            problem = f"={value!r}; allowed: a number from {least} on, auto, null"
+            return [Mistake(f"hydra.launcher.{key}", problem)]
+    return []
+
+
+def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
+    path = Path(str(first.sweep.resume)).expanduser().absolute()
+    folder = SweepFolder(path)
+    if not folder.exists:
+        return [
+            Mistake("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
+        ]
+    with folder.locked():
+        pass
+    base = composing.base
+    HydraConfig.instance().set_config(base)
+    plain, _ = freeze(base)
+    if first.sweep.force:
+        return []
+    return [
+        Mistake(line, ": the sweep was begun so; sweep.force=true goes on with what is typed now")
+        for line in folder.differences(plain)
+    ]

@@ -1,0 +1,65 @@
+"""The jobs of a grid: every combination of the swept values, less those that are over."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+
+from app.config.swept import Space, grid
+from app.sweep.drive import Streams
+from app.sweep.folder import SweepFolder
+from app.sweep.job import SweepJob
+from app.sweep.outcome import FAILED, Outcome, outcome_of
+from app.sweep.run import Sweep
+
+log = logging.getLogger(__name__)
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+
+class Combinations:
+    """Gives the jobs of a grid in their order.
+
+    Args:
+        sweep: What was asked for.
+        folder: Knows the jobs of earlier goes.
+        space: What is swept.
+    """
+
+    def __init__(self, sweep: Sweep, folder: SweepFolder, space: Space) -> None:
+        self.sweep, self.folder = sweep, folder
+        values = grid(space, sweep.config.sweep.together)
+        known = [folder.job_with(one) for one in values]
+        jobs = [
+            job or folder.add(one, space.words(one)) for job, one in zip(known, values, strict=True)
+        ]
+        folder.save()
+        self.left = deque(job for job in jobs if self._is_to_run(job))
+        done = len(jobs) - len(self.left)
+        log.info(
+            "%d jobs%s in %s", len(jobs), f", {done} of them over" if done else "", folder.path
+        )
+
+    def _is_to_run(self, job: SweepJob) -> bool:
+        status = outcome_of(self.folder.of(job))
+        limit = self.sweep.config.sweep.max_retries
+        if status.status == FAILED and job.failures > limit:
+            words = "job %d has failed %d times and is left alone (sweep.max_retries=%d)"
+            log.warning(words, job.number, job.failures, limit)
+            return False
+        return not status.is_over
+
+    def take(self) -> SweepJob | None:
+        """The next job; None where there is none."""
+        return self.left.popleft() if self.left else None
+
+    def words(self, job: SweepJob) -> list[str]:  # noqa: ARG002
+        """Nothing else."""
+        return []
+
+    def ended(self, job: SweepJob, outcome: Outcome) -> None:
+        """Nothing depends on it."""
+
+    def at_once(self, launcher: object) -> int:
+        """One by one in this process; any other launcher gets all of them."""
+        basic = self.sweep.config.hydra.launcher._target_ == BASIC
+        return 1 if basic or isinstance(launcher, Streams) else max(1, len(self.left))

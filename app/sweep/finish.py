@@ -1,0 +1,116 @@
+"""What a sweep leaves: tables, pictures, the page, and a few lines on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from filelock import FileLock
+
+from app.figures import save_figure
+from app.files import write_csv, write_text
+from app.sweep.folder import INSIDE, SweepFolder
+from app.sweep.results import Results
+from app.sweep.table import best_run, by_config, collect, ranked, runs_of
+
+log = logging.getLogger(__name__)
+SHOWN = 20  # lines of the leaderboard on the terminal
+TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.html", "plots"
+
+
+def refresh(folder: Path) -> Results:
+    """The tables as they stand now; several processes may do so at once."""
+    (folder / INSIDE).mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / INSIDE / "table.lock"):
+        results = collect(folder.name, runs_of(folder), folder)
+        write_tables(results, folder)
+    return results
+
+
+def finish(folder: Path) -> Results:
+    """Everything, at the end of a sweep."""
+    results = refresh(folder)
+    write_pictures(results, folder, figures_in(SweepFolder(folder)))
+    told = [leaderboard(results, folder), f"everything is in {folder}; the page is {PAGE}"]
+    log.info("%s", "\n".join(told))
+    return results
+
+
+def figures_in(folder: SweepFolder) -> dict[str, str]:
+    """Optuna's own, where it was a search: by heading, plotly's JSON."""
+    study = folder.study
+    if study is None:
+        return {}
+    if find_spec("optuna") is None:
+        log.warning("the library optuna is not installed: the page is without its pictures")
+        return {}
+    from app.sweep.figures import figures_of
+
+    storage = folder.storage_name(study["storage"])
+    return figures_of(storage, study["name"], study["objectives"])
+
+
+def write_tables(results: Results, folder: Path) -> None:
+    """`sweep.csv`, and `sweep_by_config.csv` over seeds."""
+    write_csv(folder / TABLE, results.table)
+    write_csv(folder / BY_CONFIG, by_config(results))
+
+
+def write_pictures(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
+    """`sweep.html`, and `plots/` for papers."""
+    from app.sweep.page import page
+    from app.sweep.plots import pictures
+
+    write_text(folder / PAGE, page(results, figures))
+    for name, figure in pictures(results).items():
+        save_figure(folder / PICTURES / name, figure)
+
+
+def leaderboard(results: Results, folder: Path) -> str:
+    """The best runs, and how to test the best of them."""
+    if results.table.empty:
+        return "no run yet"
+    values = [f"{kind}_{goal.metric}" for goal in results.goals for kind in ("best", "last")]
+    test = [name for name in results.table.columns if name.startswith("test/")][:2]
+    columns = ["job", "status", *results.keys, *values, *test, "seconds"]
+    shown = ranked(results)[columns].map(_brief)
+    lines = [shown.head(SHOWN).to_string(index=False)]
+    if len(shown) > SHOWN:
+        lines.append(f"... and {len(shown) - SHOWN} more in {TABLE}")
+    best = best_run(results)
+    if best is not None:
+        column = f"best_{results.goals[0].metric}"
+        ckpt = folder / str(best["folder"])
+        lines.append(f"best: {column}={best[column]:.6g} in {ckpt.name}; to test it:")
+        lines.append(f"  python -m app mode=test {shlex.quote(f'ckpt={_typed(ckpt)}')}")
+    return "\n".join(lines)
+
+
+def _typed(path: Path) -> str:
+    """As Hydra reads it: in quotes where it has more than plain characters."""
+    text = str(_short(path))
+    plain = all(letter.isalnum() or letter in "/._-" for letter in text)
+    return text if plain else "'{}'".format(text.replace("'", "\\'"))
+
+
+def _short(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _brief(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def exit_code(folder: SweepFolder, failure: int) -> int:
+    """0 where every job is over, `failure` where one has failed."""
+    runs = runs_of(folder.path)
+    return 0 if all(run.outcome.is_over for run in runs) else failure

@@ -1,0 +1,23 @@
+"""What `hydra/sweeper=optuna` is told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SAMPLERS, PRUNERS = "optuna.samplers", "optuna.pruners"
+NO_PRUNER, GRID = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keys of `conf/hydra/sweeper/optuna.yaml`, where their meaning stands."""
+
+    n_trials: int
+    n_jobs: int | Literal["auto"]
+    direction: Literal["max", "min"] | None
+    objectives: dict[str, dict[str, Any]]
+    storage: str
+    study_name: str | None
+    sampler: dict[str, Any]
+    pruner: dict[str, Any]

@@ -1,0 +1,70 @@
+"""How a run has ended, from its folder; and saying so where the run itself no longer could."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.launch.failure import Failure, record
+
+PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
+OVER = (COMPLETED, PRUNED)  # there is nothing left to do
+DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands.
+
+    Attributes:
+        status: As in `status.json`; `pending` where there is none.
+        value: The goal's best so far.
+        error: In a line, where it failed.
+        content: All of `status.json`.
+    """
+
+    status: str = PENDING
+    value: float | None = None
+    error: str | None = None
+    content: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.status in OVER
+
+
+def outcome_of(folder: Path) -> Outcome:
+    """How the run in that folder stands."""
+    path = folder / "status.json"
+    if not path.exists():
+        return Outcome()
+    content = json.loads(path.read_text())
+    best = content.get("best") or {}
+    return Outcome(content["status"], best.get("value"), content.get("error"), content)
+
+
+def record_failure(folder: Path, failure: Failure, says: bool = True) -> None:
+    """The run's own log and `status.json` say how it failed, whatever it could still say.
+
+    Args:
+        folder: Of the run.
+        failure: Its own.
+        says: In the log, too; else it stands there already.
+    """
+    if outcome_of(folder).status in (PENDING, RUNNING):
+        record(folder, failure)
+    if says:
+        _write_in_log(folder, failure)
+
+
+def _write_in_log(folder: Path, failure: Failure) -> None:
+    handler = logging.FileHandler(folder / "run.log")
+    handler.setFormatter(logging.Formatter(DATED))
+    trace = "" if failure.kind == "user" else f"\n{failure.trace}"
+    told = ("the run failed: %s%s", (failure.error, trace), None)
+    handler.emit(logging.LogRecord(__name__, logging.ERROR, __file__, 0, *told))
+    handler.close()

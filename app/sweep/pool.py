@@ -1,0 +1,235 @@
+"""Jobs side by side on this machine, each in a fresh process, with devices of its own."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import _save_config, env_override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
+
+from app.config.errors import UserError
+from app.job import prepared
+from app.launch.failure import Failure, RankFailed, record
+from app.launch.local import Crew
+from app.stopping import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.sweep.outcome import record_failure
+from app.sweep.slots import Slot, make_slots, ranks_of
+
+log = logging.getLogger(__name__)
+Take = Callable[[], tuple[int, Sequence[str]] | None]
+PATIENCE = 30.0  # seconds in which a job that was asked to stop is to save what it has
+
+
+@dataclass
+class Busy:
+    """A slot, and the job in it."""
+
+    slot: Slot
+    number: int
+    folder: Path
+    crew: Crew
+    began: float
+    is_late: bool = False
+
+
+class Pool:
+    """Runs jobs in slots.
+
+    Args:
+        config: Of the sweep, as Hydra composed it.
+        loader: Composes the jobs'.
+        slots: One job at a time in each.
+        timeout: Seconds that a job may take; None for ever.
+    """
+
+    def __init__(
+        self, config: DictConfig, loader: ConfigLoader, slots: Sequence[Slot], timeout: float | None
+    ) -> None:
+        self.config, self.loader = config, loader
+        self.slots, self.timeout = list(slots), timeout
+        self.busy: list[Busy] = []
+        self.signals: list[int] = []
+        self.first_asked = 0.0
+        self.values: dict[int, float | None] = {}
+
+    def run(self, take: Take, ended: Callable[[int], None]) -> None:
+        """Until there is no job left.
+
+        Args:
+            take: Gives the number and the words of the next job; None where there is none now.
+            ended: Is told the number of each job that has ended, in whatever way.
+
+        Raises:
+            Stopped: It was asked to end; all jobs have.
+            KeyboardInterrupt: Asked twice.
+        """
+        try:
+            with heard(self._hear):
+                while self._fill(take, ended) or self.busy:
+                    self._attend(ended)
+        finally:
+            for busy in self.busy:
+                busy.crew.kill()
+        if self.signals:
+            raise Stopped(max(REASONS[signal.Signals(one).name] for one in self.signals))
+
+    def _fill(self, take: Take, ended: Callable[[int], None]) -> bool:
+        """Begins jobs while there are slots and jobs; whether one could not even begin."""
+        used = [busy.slot for busy in self.busy]
+        for slot in [slot for slot in self.slots if slot not in used]:
+            job = None if self.signals else take()
+            if job is None:
+                return False
+            if not self._begin(slot, *job):
+                ended(job[0])
+                return True
+        return False
+
+    def _begin(self, slot: Slot, number: int, words: Sequence[str]) -> bool:
+        folder = None
+        try:
+            config = self._compose(number, words)
+            folder = Path(config.hydra.runtime.output_dir)
+            with env_override(config.hydra.job.env_set):
+                crew = self._crew(slot, config, folder)
+            crew.start()
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            folder = folder or _folder_of(self.config, words)
+            folder.mkdir(parents=True, exist_ok=True)
+            record_failure(folder, Failure.of(0, error))
+            return False
+        self.busy.append(Busy(slot, number, folder, crew, time.monotonic()))
+        log.info("job %d begins: %s", number, folder.name)
+        return True
+
+    def _compose(self, number: int, words: Sequence[str]) -> DictConfig:
+        """As `hydra.core.utils.run_job` does, but for the logging of this process."""
+        config = self.loader.load_sweep_config(self.config, list(words))
+        with read_write(config), open_dict(config):
+            config.hydra.job.id, config.hydra.job.num = str(number), number
+            folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
+            config.hydra.runtime.output_dir = str(folder.absolute())
+        HydraConfig.instance().set_config(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        task = copy.deepcopy(config)
+        with read_write(task), open_dict(task):
+            del task["hydra"]
+        own = OmegaConf.create({"hydra": copy.deepcopy(config.hydra)})
+        inside = folder / str(config.hydra.output_subdir)
+        _save_config(task, "config.yaml", inside)
+        _save_config(own, "hydra.yaml", inside)
+        _save_config(config.hydra.overrides.task, "overrides.yaml", inside)
+        return config
+
+    def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> Crew:
+        job = prepared(config, folder)
+        ranks = ranks_of(job.config.trainer.devices, len(slot.gpus))
+        if slot.gpus and ranks > len(slot.gpus):
+            devices = job.config.trainer.devices
+            raise UserError(f"trainer.devices={devices!r}, but the slot has {len(slot.gpus)} GPUs")
+        logging_config: Any = OmegaConf.to_container(config.hydra.job_logging, resolve=True)
+        return Crew(job, folder, ranks, logging_config, slot.environment(ranks), quiet=True)
+
+    def _attend(self, ended: Callable[[int], None]) -> None:
+        awaited = [one for busy in self.busy for one in busy.crew.awaited]
+        ready = wait(awaited, timeout=0.2)
+        for busy in list(self.busy):
+            busy.crew.attend([one for one in ready if one in busy.crew.awaited])
+            self._watch_clock(busy)
+            if busy.crew.is_over:
+                self._end(busy)
+                ended(busy.number)
+
+    def _watch_clock(self, busy: Busy) -> None:
+        """A job that takes too long is asked to stop, then ended."""
+        taken = time.monotonic() - busy.began
+        if self.timeout is None or taken < self.timeout:
+            return
+        if not busy.is_late:
+            busy.is_late = True
+            busy.crew.ask(signal.SIGTERM)
+        elif taken > self.timeout + PATIENCE:
+            busy.crew.kill()
+            busy.crew.sentinels.clear()
+            busy.crew.failures.setdefault(0, Failure(0, "died", "it did not stop"))
+
+    def _end(self, busy: Busy) -> None:
+        """What became of a job stands in its folder."""
+        self.busy.remove(busy)
+        failure = None
+        try:
+            self.values[busy.number] = busy.crew.result()
+        except RankFailed as error:
+            failure = error.failure
+        except (UserError, KeyboardInterrupt) as error:
+            failure = Failure.of(0, error)
+        except Stopped:
+            pass  # its folder says so
+        finally:
+            busy.crew.kill()
+        if busy.is_late and busy.number not in self.values:
+            key = "hydra.launcher.timeout"
+            failure = Failure(0, "user", f"it took more than {self.timeout:g} s ({key})")
+            record(busy.folder, failure)
+        if failure is not None:
+            record_failure(busy.folder, failure)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """All jobs stop, and no further one begins; the second Ctrl-C ends them at once."""
+        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
+        if again and REASONS[signal.Signals(number).name] is Reason.INTERRUPTED:
+            for busy in self.busy:
+                busy.crew.kill()
+                record(busy.folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+            raise KeyboardInterrupt
+        if not self.signals:
+            self.first_asked = time.monotonic()
+            sys.stderr.write("\nall jobs stop after this step; Ctrl-C again ends them at once\n")
+        self.signals.append(number)
+        for busy in self.busy:
+            busy.crew.ask(number)
+
+
+def pool_of(
+    config: DictConfig,
+    loader: ConfigLoader,
+    slots: int | Literal["auto"],
+    gpus: Sequence[int] | Literal["auto"],
+    timeout: float | None,
+) -> Pool:
+    """A pool as the configuration of the sweep says.
+
+    Raises:
+        ConfigError: The machine cannot be shared out so.
+    """
+    devices: Any = OmegaConf.to_container(config)["trainer"]["devices"]  # type: ignore[index,call-overload]
+    made = make_slots(config.trainer.accelerator, devices, slots, gpus)
+    told = "; ".join(f"{one.number}: {_described(one)}" for one in made)
+    log.info("%d slots (%s)", len(made), told)
+    return Pool(config, loader, made, timeout)
+
+
+def _described(slot: Slot) -> str:
+    gpus = f"GPU {', '.join(slot.gpus)}, " if slot.gpus else ""
+    return f"{gpus}{slot.threads} threads"
+
+
+def _folder_of(config: DictConfig, words: Sequence[str]) -> Path:
+    """Where a job that cannot be composed would have been."""
+    key = "hydra.sweep.subdir="
+    name = next(word.removeprefix(key) for word in words if word.startswith(key))
+    return Path(str(config.hydra.sweep.dir)).absolute() / name.strip("'")

@@ -1,0 +1,142 @@
+"""A sweep from its first job to its page: what a sweeper of Hydra's does."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from app.config.errors import UserError
+from app.config.freeze import freeze
+from app.config.swept import Space, space_of
+from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
+from app.sweep.drive import Drive, Source, logged
+from app.sweep.finish import exit_code, finish
+from app.sweep.folder import SweepFolder
+
+log = logging.getLogger(__name__)
+NOT_KEPT = ("sweep.resume", "sweep.force")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweeper knows.
+
+    Attributes:
+        config: As Hydra composed it.
+        context: How Hydra composes.
+        task: Runs a job.
+        arguments: What was typed, less what is Hydra's own.
+        params: Likewise from the configuration.
+    """
+
+    config: DictConfig
+    context: HydraContext
+    task: TaskFunction
+    arguments: list[str]
+    params: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Of the sweep."""
+        return Path(str(self.config.hydra.sweep.dir)).absolute()
+
+
+class Search(Source, Protocol):
+    """A source of jobs that knows how many go together."""
+
+    def at_once(self, launcher: object) -> int:
+        """How many jobs a launcher that runs them together is given."""
+
+
+class MakeSearch(Protocol):
+    """Makes the source of jobs, once there is a folder."""
+
+    def __call__(self, sweep: Sweep, folder: SweepFolder, space: Space) -> Search: ...
+
+
+def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
+    """All of it; ends the process where not all went well."""
+    folder = SweepFolder(sweep.folder)
+    try:
+        with folder.locked(), logged(folder):
+            code = _run(sweep, folder, make_search)
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(MISTAKE)
+    if code:
+        sys.exit(code)
+
+
+def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
+    loader = _begin(sweep, folder)
+    space = space_of(sweep.arguments, sweep.params, loader)
+    context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
+    search = make_search(sweep, folder, space)
+    launcher = Plugins.instance().instantiate_launcher(
+        hydra_context=context, task_function=sweep.task, config=sweep.config
+    )
+    on_error = sweep.config.sweep.on_error
+    drive = Drive(folder, search, launcher, on_error, sweep.config, loader)
+    try:
+        with Stop().listening():
+            drive.run(search.at_once(launcher))
+        return exit_code(folder, FAILURE)
+    except Stopped as stopped:
+        log.warning("the sweep was %s", stopped)
+        return stopped.code
+    except KeyboardInterrupt:
+        log.warning("the sweep was interrupted")
+        return INTERRUPTED
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else FAILURE
+    finally:
+        folder.save()
+        finish(folder.path)
+        if exit_code(folder, FAILURE):
+            log.info("to go on: python -m app -m sweep.resume=%s", folder.path)
+
+
+def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
+    """The configuration files as they were when the sweep began, or are taken now."""
+    own = sweep.context.config_loader
+    fresh = not folder.exists or sweep.config.sweep.force
+    if fresh:
+        folder.freeze(own)
+    loader = folder.frozen(own)
+    if fresh:
+        space = space_of(sweep.arguments, sweep.params, loader)
+        folder.keep_base(base_of(loader.load_sweep_config(sweep.config, space.fixed)))
+        folder.keys = list(space.swept)
+        folder.words = typed(sweep.config)
+        goal = sweep.config.goal
+        folder.goal = {"metric": goal.metric, "mode": goal.mode}
+        folder.save()
+    OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
+    return loader
+
+
+def base_of(config: DictConfig) -> dict[str, Any]:
+    """What all jobs share, plainly."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        return freeze(config)[0]
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+def typed(config: DictConfig) -> list[str]:
+    """The command line of the sweep, with which it can be gone on with."""
+    words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+    left_out = (*NOT_KEPT, "hydra.mode", "hydra.sweep.dir")
+    return [word for word in words if word.partition("=")[0].lstrip("+") not in left_out]

@@ -1,0 +1,198 @@
+"""The jobs of a search: trials that a study of Optuna's asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from omegaconf import DictConfig
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from app.config.build import Build
+from app.config.errors import ConfigError, Mistake
+from app.config.schema import Monitor
+from app.config.swept import Space
+from app.history import Row, goal_value
+from app.pruning import storage_of
+from app.sweep.distributions import searched
+from app.sweep.folder import SweepFolder
+from app.sweep.job import SweepJob
+from app.sweep.options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, Options
+from app.sweep.outcome import COMPLETED, FAILED, PRUNED, Outcome
+from app.sweep.run import Sweep
+
+log = logging.getLogger(__name__)
+DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
+RETRY_OF = "retry_of"
+
+
+class Trials:
+    """Asks a study for trials, and tells it what became of them.
+
+    Args:
+        sweep: What was asked for.
+        folder: Knows the jobs of earlier goes.
+        space: What is searched.
+        options: How.
+    """
+
+    def __init__(self, sweep: Sweep, folder: SweepFolder, space: Space, options: Options) -> None:
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
+        self.searched = searched(space.swept)
+        self.objectives = objectives_of(sweep.config, options)
+        self.storage = folder.storage_name(options.storage)
+        self.name = options.study_name or folder.path.name
+        self.study = self._study()
+        folder.study = {
+            "storage": options.storage,
+            "name": self.name,
+            "objectives": list(self.objectives),
+        }
+        folder.save()
+        self.again = deque(self._cut())
+        self._retry()
+
+    def _study(self) -> Study:
+        storage = storage_of(self.storage)
+        known = self.name in optuna.get_all_study_names(storage)
+        directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
+        study = optuna.create_study(
+            study_name=self.name,
+            storage=storage,
+            directions=directions,
+            load_if_exists=True,
+        )
+        if study.directions != directions:
+            there, here = (", ".join(one.name for one in d) for d in (study.directions, directions))
+            problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
+            raise ConfigError([Mistake("hydra.sweeper.study_name", problem)])
+        node = sampler_node(self.options.sampler, self.searched.distributions, len(study.trials))
+        study.sampler = Build([SAMPLERS])("hydra.sweeper.sampler", node)
+        study.pruner = Build([PRUNERS])("hydra.sweeper.pruner", self.options.pruner)
+        if known:
+            log.info("the study %s has %d trials", self.name, len(study.trials))
+        return study
+
+    def _cut(self) -> list[SweepJob]:
+        """Those of this folder that were under way when it ended."""
+        trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
+        return [job for job in self.folder.jobs if trials[job.number].state is TrialState.RUNNING]
+
+    def _retry(self) -> None:
+        """Failed trials are drawn again, unless they have been often enough."""
+        trials = self.study.get_trials(deepcopy=False)
+        own = {job.number: job for job in self.folder.jobs}
+        retried = [trial.user_attrs.get(RETRY_OF) for trial in trials]
+        for trial in trials:
+            failed = trial.number in own and trial.state is TrialState.FAIL
+            if failed and trial.number not in retried:
+                self._draw_again(trial, own[trial.number].failures)
+
+    def _draw_again(self, trial: FrozenTrial, failures: int) -> None:
+        limit = self.sweep.config.sweep.max_retries
+        if failures > limit:
+            words = "trial %d has failed %d times and is left alone (sweep.max_retries=%d)"
+            log.warning(words, trial.number, failures, limit)
+        else:
+            attributes = {RETRY_OF: trial.number, "failures": failures}
+            self.study.enqueue_trial(trial.params, user_attrs=attributes)
+
+    def take(self) -> SweepJob | None:
+        """The next trial; None where there are enough."""
+        if self.again:
+            return self.again.popleft()
+        counted = [
+            trial
+            for trial in self.study.get_trials(deepcopy=False)
+            if trial.state is not TrialState.WAITING and RETRY_OF not in trial.user_attrs
+        ]
+        waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if len(counted) >= self.options.n_trials and not waiting:
+            return None
+        trial = self.study.ask(self.searched.distributions)
+        values = self.searched.typed(trial.params)
+        job = self.folder.add(values, self.space.words(values), trial.number)
+        job.failures = trial.user_attrs.get("failures", 0)
+        self.folder.save()
+        return job
+
+    def words(self, job: SweepJob) -> list[str]:
+        """Which trial it is, where it may be pruned."""
+        if self.options.pruner["_target_"] == NO_PRUNER:
+            return []
+        trial = {
+            "storage": self.storage,
+            "study": self.name,
+            "number": job.number,
+            "pruner": self.options.pruner,
+        }
+        return [f"sweep.trial={in_words(trial)}"]
+
+    def ended(self, job: SweepJob, outcome: Outcome) -> None:
+        """The study hears of it; what was cut stays under way."""
+        if outcome.status == COMPLETED:
+            values = objective_values(self.folder.of(job), outcome, self.objectives)
+            if any(math.isnan(value) for value in values):
+                log.warning("trial %d has no value of %s", job.number, ", ".join(self.objectives))
+                self.study.tell(job.number, state=TrialState.FAIL)
+            else:
+                self.study.tell(job.number, values)
+        elif outcome.status in (PRUNED, FAILED):
+            states = {PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+            self.study.tell(job.number, state=states[outcome.status])
+
+    def at_once(self, launcher: object) -> int:  # noqa: ARG002
+        """As many as are asked for; one by one in this process, and the pool fills its slots."""
+        return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
+
+
+def objectives_of(config: DictConfig, options: Options) -> dict[str, Monitor]:
+    """By name the goal, and what else is searched for."""
+    goal = Monitor(config.goal.metric, config.goal.mode)
+    return {goal.metric: goal} | {name: Monitor(**one) for name, one in options.objectives.items()}
+
+
+def objective_values(folder: Path, outcome: Outcome, objectives: dict[str, Monitor]) -> list[float]:
+    """The goal's best value, and those of the others in the epoch that had it."""
+    _, *others = objectives.values()
+    best = outcome.content.get("best") or {}
+    values = [outcome.value if outcome.value is not None else math.nan]
+    if others:
+        table = pd.read_csv(folder / "summary_table.csv")
+        for monitor in others:
+            rows = table[table["stage"] == monitor.stage]
+            rows = rows if monitor.stage == "test" else rows[rows["epoch"] == best.get("epoch")]
+            row: Row = {str(k): v for k, v in rows.iloc[-1].items()} if len(rows) else {}
+            values.append(goal_value(row, monitor) if row else math.nan)
+    return values
+
+
+def sampler_node(
+    node: dict[str, Any], distributions: dict[str, Any], trials: int
+) -> dict[str, Any]:
+    """The sampler, with what it needs to know; going on, it must not draw the same again."""
+    seed = node.get("seed")
+    node = node | ({"seed": seed + trials} if isinstance(seed, int) else {})
+    if node["_target_"] == GRID:
+        return node | {"search_space": {k: list(d.choices) for k, d in distributions.items()}}
+    return node
+
+
+def in_words(value: Any) -> str:
+    """A value as Hydra reads it from a command line."""
+    if isinstance(value, dict):
+        return "{{{}}}".format(",".join(f"{key}:{in_words(one)}" for key, one in value.items()))
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(in_words, value))}]"
+    if isinstance(value, str):
+        return "'{}'".format(value.replace("\\", "\\\\").replace("'", "\\'"))
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(value)
