@@ -33,6 +33,7 @@ from app.launch.requeue import requeue
 from app.launch.world import World, joined
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import check_sweep
+from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import record_failure
 
@@ -171,12 +172,20 @@ def _is_writable(folder: Path) -> bool:
 
 def run_jobs(leader: Leader | None) -> None:
     """All jobs, by Hydra."""
-    task = run_job if leader is None else partial(run_job, leader=leader)
+    task = partial(run_job, leader=leader, driver=this_process())
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)(task)()
 
 
-def run_job(composed: DictConfig, leader: Leader | None = None) -> float | None:
-    """One job, in the process that Hydra has chosen for it; what went wrong is in its folder."""
+def run_job(
+    composed: DictConfig, leader: Leader | None = None, driver: Process | None = None
+) -> float | None:
+    """One job, in the process that Hydra has chosen for it; what went wrong is in its folder.
+
+    Args:
+        composed: By Hydra.
+        leader: Where torchrun or srun has started this.
+        driver: The process that was typed.
+    """
     resolvers.register()  # in a process of another launcher nobody else has
     hydra_node = HydraConfig.get()
     folder, multirun = Path(hydra_node.runtime.output_dir), hydra_node.mode == RunMode.MULTIRUN
@@ -188,7 +197,9 @@ def run_job(composed: DictConfig, leader: Leader | None = None) -> float | None:
     errors_to_stderr()
     logging.captureWarnings(True)
     try:
-        return start(with_hydra, folder, leader)
+        if driver in (None, this_process()):
+            return start(with_hydra, folder, leader)
+        return run_elsewhere(partial(start, with_hydra, folder, leader, quiet=True), sweep, folder)
     except JobFailed as failed:
         record_failure(folder, Failure.of(0, failed.__cause__ or failed), says=False)
         if not multirun or leader is not None:
@@ -207,8 +218,10 @@ class JobFailed(Exception):  # noqa: N818
     """A job has ended as it should not, and its log says why."""
 
 
-def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | None:
-    """One job.
+def start(
+    composed: DictConfig, folder: Path, leader: Leader | None, quiet: bool = False
+) -> float | None:
+    """One job; a quiet one writes to `logs/` what it would show on the terminal.
 
     Raises:
         JobFailed: It has.
@@ -219,7 +232,7 @@ def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | 
         log.error("%s", error)
         raise JobFailed from error
     try:
-        return launch(job, folder, leader, composed.hydra)
+        return launch(job, folder, leader, composed.hydra, quiet)
     except UserError as error:
         log.error("%s", error)
         log.debug("it came from", exc_info=error)
@@ -240,7 +253,9 @@ def start(composed: DictConfig, folder: Path, leader: Leader | None) -> float | 
         raise JobFailed from error
 
 
-def launch(job: Job, folder: Path, leader: Leader | None, hydra_node: DictConfig) -> float | None:
+def launch(
+    job: Job, folder: Path, leader: Leader | None, hydra_node: DictConfig, quiet: bool
+) -> float | None:
     """Runs a job on its devices; gives the goal's best value."""
     if leader is not None:
         return leader.launch(job, folder)
@@ -248,4 +263,4 @@ def launch(job: Job, folder: Path, leader: Leader | None, hydra_node: DictConfig
     if size == 0:
         return launch_inline(job, folder)
     logging_config: Any = OmegaConf.to_container(hydra_node.job_logging, resolve=True)
-    return launch_local(job, folder, size, logging_config)
+    return launch_local(job, folder, size, logging_config, quiet)

@@ -60,7 +60,8 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
     about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
-    status = Status(folder, about, config.goal, device)
+    goes_on = config.resume not in (None, "auto")
+    status = Status(folder, about, config.goal, device, goes_on)
     with status.recorded() if rank() == 0 else nullcontext():
         parts = make_parts(config, build, device)
         report(config, parts, folder)
@@ -73,7 +74,7 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
         with _watchers(job, build, parts, status, folder) as callbacks:
             trainer = make_trainer(job, build, parts, callbacks, folder, stop)
             if config.mode == "train":
-                if config.resume not in (None, "auto"):
+                if goes_on:
                     trainer.state.take_up(Path(str(config.resume)))
                 value = train(trainer, parts)
                 status.at_end = "pruned" if trainer.is_hopeless else "completed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import time
 from collections.abc import Iterator
@@ -34,16 +35,24 @@ class Status(Callback):
         about: What is known from the start, as its name and tags.
         goal: What best means.
         device: On which it runs.
+        goes_on: It is a run that was cut: its seconds count, too.
     """
 
     def __init__(
-        self, folder: Path, about: dict[str, Any], goal: Goal, device: torch.device
+        self,
+        folder: Path,
+        about: dict[str, Any],
+        goal: Goal,
+        device: torch.device,
+        goes_on: bool = False,
     ) -> None:
         self.path, self.about = folder / "status.json", about
         self.goal, self.device = goal, device
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
         self.at_end: State = "completed"
+        if goes_on and self.path.exists():
+            self.began -= json.loads(self.path.read_text()).get("seconds", 0.0)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

@@ -49,6 +49,7 @@ from app.records import StepValues, mean_of, to_host
 Pair = tuple[float, float]  # with several ranks, and without
 STEPS = 79  # in which the program goes through the 10,000 test images
 REPEATS = 20  # in a round, of what takes milliseconds
+BASIC = "hydra/sweeper=basic"  # names folders as it is told to
 PLAIN = ("trainer.accelerator=cpu", "trainer.precision=fp32", "~callbacks.plots")
 SHORT = ("trainer.max_epochs=1", "trainer.limit_train_batches=2", "trainer.limit_valid_batches=2")
 TASK = """
@@ -95,7 +96,7 @@ def by_devices(
     for number in range(rounds):
         runs, order = Path(tempfile.mkdtemp(dir=folder)), "2,1" if number % 2 else "1,2"
         places = (f"hydra.sweep.dir={runs}", "hydra.sweep.subdir=${trainer.devices}")
-        run(folder, "-m", *words, *places, "launch=local", f"trainer.devices={order}")
+        run(folder, "-m", BASIC, *words, *places, "launch=local", f"trainer.devices={order}")
         pairs.append((read(runs / "2"), read(runs / "1")))
     return medians(pairs)
 
@@ -149,7 +150,7 @@ def waits(folder: Path, start: str) -> tuple[float, float]:
     places = (f"hydra.sweep.dir={runs}", "hydra.sweep.subdir=${seed}")
     task = ("task._target_=first_step.Noted", "trusted_targets=[first_step]")
     began = time.time()
-    run(folder, "-m", "seed=0,1", "model=mlp", start, *SHORT, *PLAIN, *task, *places)
+    run(folder, "-m", BASIC, "seed=0,1", "model=mlp", start, *SHORT, *PLAIN, *task, *places)
     first, second = first_steps(folder / "first_steps.csv")
     return first - began, second - (runs / "0" / "status.json").stat().st_mtime
 

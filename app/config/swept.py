@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,7 +97,7 @@ def grid(space: Space, together: Sequence[Sequence[str]]) -> list[Values]:
     lists = {key: choices_of(override) for key, override in space.swept.items()}
     axes: list[list[Values]] = []
     for key, values in lists.items():
-        group = next((list(keys) for keys in together if key in keys), [key])
+        group = next((keys for keys in _typed_so(space, together) if key in keys), [key])
         if key == group[0]:
             rows = zip(*(lists[one] for one in group), strict=True)
             axes.append([dict(zip(group, row, strict=True)) for row in rows])
@@ -120,6 +121,7 @@ def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[Mista
         if not override.is_discrete_sweep()
     ]
     seen: list[str] = []
+    together = _typed_so(space, together)
     for group in together:
         for key in group:
             if key not in space.swept:
@@ -132,6 +134,12 @@ def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[Mista
     if not mistakes:
         mistakes += [m for group in together for m in _uneven(space, group)]
     return mistakes
+
+
+def _typed_so(space: Space, together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """With the `+` that a key was typed with."""
+    typed = {key.lstrip("+"): key for key in space.swept}
+    return [[typed.get(key.lstrip("+"), key) for key in group] for group in together]
 
 
 def _uneven(space: Space, group: Sequence[str]) -> list[Mistake]:
@@ -154,6 +162,12 @@ def choices_of(override: Override) -> list[str]:
 def _probed(override: Override) -> list[str]:
     values = choices_of(override)
     return [values[0], values[-1]] if isinstance(override.value(), RangeSweep) else values
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra reads it, whatever is in it."""
+    doubled = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
+    return f"'{doubled}'"
 
 
 def line_of(override: Override) -> str:

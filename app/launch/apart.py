@@ -10,5 +10,5 @@ import os
 import signal
 
 os.setpgid(0, 0)
-for name in ("SIGTERM", "SIGUSR1", "SIGHUP"):
+for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
     signal.signal(getattr(signal, name), signal.SIG_IGN)

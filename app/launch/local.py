@@ -35,7 +35,7 @@ PRELOADED = ["app.launch.apart", "app.cli", "app.launch.rank", "torchvision", "p
 
 
 def launch_local(
-    job: Job, folder: Path, size: int, logging_config: Mapping[str, Any]
+    job: Job, folder: Path, size: int, logging_config: Mapping[str, Any], quiet: bool = False
 ) -> float | None:
     """Runs a job on so many ranks.
 
@@ -44,6 +44,7 @@ def launch_local(
         folder: Of the run.
         size: How many ranks.
         logging_config: Of rank 0, as `logging.config.dictConfig` takes it.
+        quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
 
     Returns:
         What `app.run.execute` gives in rank 0.
@@ -53,7 +54,7 @@ def launch_local(
         UserError: The user must put something right.
         Stopped: It was asked to end, and did.
     """
-    crew = Crew(job, folder, size, logging_config)
+    crew = Crew(job, folder, size, logging_config, quiet=quiet)
     try:
         return crew.run()
     finally:

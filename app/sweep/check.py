@@ -20,6 +20,7 @@ from app.config.typed import mistakes_of
 from app.sweep.folder import SweepFolder
 from app.sweep.options import GRID as GRID_SAMPLER
 from app.sweep.options import NO_PRUNER, PRUNERS, SAMPLERS
+from app.sweep.slots import make_slots
 
 GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
 SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
@@ -43,6 +44,8 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
         mistakes += grid_mistakes(composing.space, first.sweep.together)
     elif first.hydra.sweeper._target_ == SEARCH:
         mistakes += _search_mistakes(composing, first)
+    if first.hydra.sweeper._target_ in (GRID, SEARCH):
+        mistakes += _folder_mistakes(first)
     launcher = first.hydra.launcher
     if not alone and launcher._target_ != BASIC:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
@@ -100,6 +103,14 @@ def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Mi
         yield from node_mistakes(f"hydra.sweeper.{key}", sweeper[key], [prefix])
 
 
+def _folder_mistakes(first: DictConfig) -> Iterator[Mistake]:
+    key = "hydra.sweep.subdir"
+    for word in first.hydra.overrides.hydra:
+        if word.partition("=")[0].lstrip("+") == key:
+            problem = ": the sweep names its jobs' folders itself; hydra/sweeper=basic does not"
+            yield Mistake(word, problem)
+
+
 def _pool_mistakes(first: DictConfig) -> list[Mistake]:
 
     launcher = first.hydra.launcher
@@ -113,6 +124,11 @@ def _pool_mistakes(first: DictConfig) -> list[Mistake]:
         if value not in ("auto", None) and not (number and value >= least):
             problem = f"={value!r}; allowed: a number from {least} on, auto, null"
             return [Mistake(f"hydra.launcher.{key}", problem)]
+    trainer: Any = OmegaConf.to_container(first.trainer, resolve=True)
+    try:
+        make_slots(trainer["accelerator"], trainer["devices"], launcher.slots, launcher.gpus)
+    except ConfigError as error:
+        return error.mistakes
     return []
 
 

@@ -27,13 +27,14 @@ class Combinations:
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, space: Space) -> None:
         self.sweep, self.folder = sweep, folder
-        values = grid(space, sweep.config.sweep.together)
-        known = [folder.job_with(one) for one in values]
-        jobs = [
-            job or folder.add(one, space.words(one)) for job, one in zip(known, values, strict=True)
-        ]
+        jobs = {}
+        for values in grid(space, sweep.config.sweep.together):
+            job = folder.job_with(values) or folder.add(values, space.words(values))
+            if job.number in jobs:
+                log.warning("the values of job %d are there twice; they are run once", job.number)
+            jobs[job.number] = job
         folder.save()
-        self.left = deque(job for job in jobs if self._is_to_run(job))
+        self.left = deque(job for job in jobs.values() if self._is_to_run(job))
         done = len(jobs) - len(self.left)
         log.info(
             "%d jobs%s in %s", len(jobs), f", {done} of them over" if done else "", folder.path

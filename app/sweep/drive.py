@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from hydra.core.config_loader import ConfigLoader
@@ -14,13 +20,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from app.launch.failure import Failure
+from app.config.swept import quoted
+from app.launch.failure import Failure, in_a_line, record
+from app.stopping import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.sweep.elsewhere import end, is_running
 from app.sweep.finish import refresh
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.outcome import FAILED, PENDING, RUNNING, Outcome, outcome_of, record_failure
 
 log = logging.getLogger(__name__)
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process
+LOOKS = 2.0  # seconds after which it is seen which jobs have ended elsewhere
 
 
 class Source(Protocol):
@@ -81,7 +92,10 @@ class Drive:
         self.folder, self.source, self.launcher = folder, source, launcher
         self.on_error, self.config, self.loader = on_error, config, loader
         self.taken: dict[int, SweepJob] = {}
+        self.told: set[int] = set()  # jobs whose end is in the log
         self.is_stopped = False
+        self.signals: list[int] = []  # asked to stop by, while jobs run elsewhere
+        self.first_asked = 0.0
 
     def run(self, at_once: int) -> None:
         """All jobs.
@@ -113,21 +127,85 @@ class Drive:
             yield job
 
     def _words(self, job: SweepJob) -> list[str]:
-        return [*job.words, *self.source.words(job), f"hydra.sweep.subdir='{job.folder}'"]
+        """All that a job is told; the folder is this one, whatever its own words would make it."""
+        path = quoted(str(self.folder.path))
+        where = [f"hydra.sweep.dir={path}", f"hydra.sweep.subdir={quoted(job.folder)}"]
+        return [*job.words, *self.source.words(job), *where]
 
     def _launch(self, jobs: list[SweepJob]) -> None:
         """Through Hydra's own interface; a job that cannot be composed fails alone."""
         sound = [job for job in jobs if self._composes(job)]
         results: Sequence[JobReturn] = []
         if sound:
-            words = [self._words(job) for job in sound]
-            results = self.launcher.launch(words, initial_job_idx=sound[0].number)
-        for job, result in zip(sound, results, strict=True):
-            status = outcome_of(self.folder.of(job)).status
-            if status == RUNNING or (status == PENDING and not self.folder.is_marked):
-                record_failure(self._made(job), _failure(result))
+            results = self._results(sound)
+        for job, result in zip_longest(sound, results):
+            self._settle(job, result)
         for job in jobs:
             self._ended(job.number)
+        if self.signals:
+            raise Stopped(max(REASONS[signal.Signals(one).name] for one in self.signals))
+
+    def _results(self, jobs: list[SweepJob]) -> Sequence[JobReturn]:
+        words, first = [self._words(job) for job in jobs], jobs[0].number
+        if self.config.hydra.launcher._target_ == BASIC:
+            return self.launcher.launch(words, initial_job_idx=first)  # type: ignore[no-any-return]
+        with heard(self._hear), self._telling(jobs):
+            try:
+                return self.launcher.launch(words, initial_job_idx=first)  # type: ignore[no-any-return]
+            except KeyboardInterrupt:
+                for job in jobs:
+                    self._settle(job, None)
+                raise
+            except (Exception, SystemExit) as error:  # of whichever library it is
+                log.error("the launcher gave up: %s", in_a_line(error).splitlines()[0])
+                log.debug("it came from", exc_info=error)
+                self.is_stopped = True
+                end(self.folder)
+                while any(is_running(self.folder, self.folder.of(job)) for job in jobs):
+                    time.sleep(0.2)
+        return []
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Jobs elsewhere learn it from the folder; the second Ctrl-C does not wait for them."""
+        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
+        if again and REASONS[signal.Signals(number).name] is Reason.INTERRUPTED:
+            raise KeyboardInterrupt
+        if not self.signals:
+            self.first_asked = time.monotonic()
+            sys.stderr.write("\nall jobs stop after this step; Ctrl-C again does not wait for it\n")
+        self.signals.append(number)
+        end(self.folder)
+
+    @contextmanager
+    def _telling(self, jobs: list[SweepJob]) -> Iterator[None]:
+        """The log says which jobs have ended as soon as they have."""
+        over = threading.Event()
+        thread = threading.Thread(target=self._tell_of, args=(jobs, over), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _tell_of(self, jobs: list[SweepJob], over: threading.Event) -> None:
+        earlier = {job.number: outcome_of(self.folder.of(job)) for job in jobs}
+        while not over.wait(LOOKS):
+            for job in [job for job in jobs if job.number not in self.told]:
+                outcome = outcome_of(self.folder.of(job))
+                if outcome.status not in (PENDING, RUNNING) and outcome != earlier[job.number]:
+                    self._tell(job, outcome)
+
+    def _settle(self, job: SweepJob, result: JobReturn | None) -> None:
+        """What a job no longer said itself stands in its folder."""
+        folder = self.folder.of(job)
+        status = outcome_of(folder).status
+        if status not in (PENDING, RUNNING) or is_running(self.folder, folder):
+            return
+        if status == RUNNING and self.signals:
+            record(folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+        elif status == RUNNING or not self.folder.is_marked:
+            record_failure(self._made(job), _failure(result))
 
     def _composes(self, job: SweepJob) -> bool:
         try:
@@ -148,15 +226,23 @@ class Drive:
         if outcome.status == FAILED:
             job.failures += 1
             self.is_stopped = self.is_stopped or self.on_error == "stop"
-            log.error("job %d failed: %s; see %s", number, outcome.error, self.folder.of(job))
-        else:
-            log.info("job %d %s: %s", number, outcome.status, _told(outcome))
+        if number not in self.told:
+            self._tell(job, outcome)
         self.source.ended(job, outcome)
         self.folder.save()
         refresh(self.folder.path)
 
+    def _tell(self, job: SweepJob, outcome: Outcome) -> None:
+        self.told.add(job.number)
+        if outcome.status == FAILED:
+            log.error("job %d failed: %s; see %s", job.number, outcome.error, self.folder.of(job))
+        else:
+            log.info("job %d %s: %s", job.number, outcome.status, _told(outcome))
 
-def _failure(result: JobReturn) -> Failure:
+
+def _failure(result: JobReturn | None) -> Failure:
+    if result is None:
+        return Failure(0, "died", "it is gone without a word")
     if result.status is JobStatus.FAILED and isinstance(result._return_value, BaseException):
         return Failure.of(0, result._return_value)
     return Failure(0, "died", "it is gone without a word")

@@ -13,9 +13,11 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from app.config.swept import quoted
 from app.figures import save_figure
 from app.files import write_csv, write_text
 from app.sweep.folder import INSIDE, SweepFolder
+from app.sweep.outcome import outcome_of
 from app.sweep.results import Results
 from app.sweep.table import best_run, by_config, collect, ranked, runs_of
 
@@ -37,7 +39,11 @@ def finish(folder: Path) -> Results:
     """Everything, at the end of a sweep."""
     results = refresh(folder)
     write_pictures(results, folder, figures_in(SweepFolder(folder)))
-    told = [leaderboard(results, folder), f"everything is in {folder}; the page is {PAGE}"]
+    told = [
+        "the runs, best first:",
+        leaderboard(results, folder),
+        f"everything is in {folder}; the page is {PAGE}",
+    ]
     log.info("%s", "\n".join(told))
     return results
 
@@ -96,7 +102,7 @@ def _typed(path: Path) -> str:
     """As Hydra reads it: in quotes where it has more than plain characters."""
     text = str(_short(path))
     plain = all(letter.isalnum() or letter in "/._-" for letter in text)
-    return text if plain else "'{}'".format(text.replace("'", "\\'"))
+    return text if plain else quoted(text)
 
 
 def _short(path: Path) -> Path:
@@ -111,6 +117,7 @@ def _brief(value: Any) -> str:
 
 
 def exit_code(folder: SweepFolder, failure: int) -> int:
-    """0 where every job is over, `failure` where one has failed."""
-    runs = runs_of(folder.path)
-    return 0 if all(run.outcome.is_over for run in runs) else failure
+    """0 where every job, or its repetition, is over; else `failure`."""
+    over = [job for job in folder.jobs if outcome_of(folder.of(job)).is_over]
+    done = {job.number for job in over} | {job.retry_of for job in over}
+    return 0 if all(job.number in done for job in folder.jobs) else failure

@@ -38,8 +38,6 @@ class SweepFolder:
         self.path, self.inside = path, path / INSIDE
         self.jobs: list[SweepJob] = []
         self.words: list[str] = []
-        self.keys: list[str] = []
-        self.goal: dict[str, str] = {}
         self.study: dict[str, Any] | None = None  # of a search: storage, name, objectives
         if self.exists:
             self._read()
@@ -53,8 +51,7 @@ class SweepFolder:
         file = self.inside / "sweep.json"
         try:
             content = json.loads(file.read_text())
-            self.words, self.keys, self.goal = content["words"], content["keys"], content["goal"]
-            self.study = content["study"]
+            self.words, self.study = content["words"], content["study"]
             self.jobs = [SweepJob(**job) for job in content["jobs"]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from error
@@ -64,8 +61,6 @@ class SweepFolder:
         content = {
             "format": FORMAT,
             "words": self.words,
-            "keys": self.keys,
-            "goal": self.goal,
             "study": self.study,
             "jobs": [asdict(job) for job in self.jobs],
         }

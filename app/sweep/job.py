@@ -24,6 +24,7 @@ class SweepJob:
         words: Its whole command line, less what is Hydra's own.
         folder: Its name inside the sweep's.
         failures: How often it has failed.
+        retry_of: The number of the failed job that it repeats, in a search.
     """
 
     number: int
@@ -31,6 +32,7 @@ class SweepJob:
     words: list[str]
     folder: str
     failures: int = 0
+    retry_of: int | None = None
 
     @property
     def hash(self) -> str:

@@ -66,10 +66,11 @@ class MakeSearch(Protocol):
 
 def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
     """All of it; ends the process where not all went well."""
-    folder = SweepFolder(sweep.folder)
     try:
-        with folder.locked(), logged(folder):
-            code = _run(sweep, folder, make_search)
+        with SweepFolder(sweep.folder).locked():
+            folder = SweepFolder(sweep.folder)  # nobody else changes it from now on
+            with logged(folder):
+                code = _run(sweep, folder, make_search)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(MISTAKE)
@@ -113,14 +114,11 @@ def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
     if fresh:
         folder.freeze(own)
     loader = folder.frozen(own)
+    space = space_of(sweep.arguments, sweep.params, loader)
     if fresh:
-        space = space_of(sweep.arguments, sweep.params, loader)
         folder.keep_base(base_of(loader.load_sweep_config(sweep.config, space.fixed)))
-        folder.keys = list(space.swept)
-        folder.words = typed(sweep.config)
-        goal = sweep.config.goal
-        folder.goal = {"metric": goal.metric, "mode": goal.mode}
-        folder.save()
+    folder.words = typed(sweep.config)
+    folder.save()
     OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
     return loader
 

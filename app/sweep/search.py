@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from app.config.build import Build
 from app.config.errors import ConfigError, Mistake
 from app.config.schema import Monitor
-from app.config.swept import Space
+from app.config.swept import Space, quoted
 from app.history import Row, goal_value
 from app.pruning import storage_of
 from app.sweep.distributions import searched
@@ -120,6 +120,7 @@ class Trials:
         values = self.searched.typed(trial.params)
         job = self.folder.add(values, self.space.words(values), trial.number)
         job.failures = trial.user_attrs.get("failures", 0)
+        job.retry_of = trial.user_attrs.get(RETRY_OF)
         self.folder.save()
         return job
 
@@ -192,7 +193,7 @@ def in_words(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(in_words, value))}]"
     if isinstance(value, str):
-        return "'{}'".format(value.replace("\\", "\\\\").replace("'", "\\'"))
+        return quoted(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)

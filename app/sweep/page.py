@@ -1,0 +1,122 @@
+"""One HTML page that shows a sweep: its table, its curves, and what its keys did."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+from typing import TypeAlias
+
+import pandas as pd
+from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+
+from app.sweep.plots import is_number, labels, scale, text
+from app.sweep.results import Results
+
+Value: TypeAlias = str | int | float | bool | None  # what JSON has
+Curves: TypeAlias = dict[str, dict[str, list[Value]]]  # by stage, then by quantity
+
+NOT_DRAWN = {"stage", "loss_std", "total_samples", "total_correct"}
+
+
+def page(results: Results, figures: Mapping[str, str]) -> str:
+    """A page that needs nothing beside itself, and may load nothing.
+
+    Args:
+        results: Its texts may hold anything: they are shown, never run.
+        figures: By heading: Plotly figures as JSON, drawn at the end.
+    """
+    scripts = {"plotly": get_plotlyjs(), "script": _read("page.js")}
+    return Template(_read("page.html")).substitute(
+        scripts,
+        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts.values()),
+        title=html.escape(results.title),
+        style=_read("page.css"),
+        content=_embedded(_content(results, figures)),
+    )
+
+
+def _read(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def _embedded(content: Mapping[str, object]) -> str:
+    """JSON for inside a script element, which only a `<` could end."""
+    return json.dumps(content, allow_nan=False).replace("<", r"\u003c")
+
+
+def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
+    table = results.table
+    folders = table.reindex(columns=["folder"])["folder"]
+    return {
+        "columns": [str(column) for column in table.columns],
+        "rows": [[_value(cell) for cell in row] for row in table.to_dict("split")["data"]],
+        "labels": labels(results),
+        "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
+        "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
+        "goals": [
+            {
+                "metric": goal.metric,
+                "mode": goal.mode,
+                "column": f"best_{goal.metric}",
+                "quantity": f"{goal.stage}/{goal.name}",
+            }
+            for goal in results.goals
+        ],
+        "figures": {
+            heading: json.loads(figure, parse_constant=lambda _: None)
+            for heading, figure in figures.items()
+        },
+    }
+
+
+def _value(cell: object) -> Value:
+    if isinstance(cell, bool | str):
+        return cell
+    if isinstance(cell, int | float):
+        return cell if math.isfinite(cell) else None
+    return None if text(cell) == "null" else str(cell)
+
+
+def _axis(values: list[object]) -> dict[str, object]:
+    """A key's scale, and for each run its place there."""
+    kind = scale(values)
+    numbers: list[Value] = [value if is_number(value) else None for value in values]
+    words: list[Value] = [text(value) for value in values]
+    return {"scale": kind, "values": words if kind == "category" else numbers}
+
+
+def _curves(history: pd.DataFrame) -> Curves:
+    if history.empty:
+        return {}
+    names = {
+        str(column): "loss" if column == "loss_mean" else str(column)
+        for column in history.select_dtypes("number").columns
+        if column not in NOT_DRAWN
+    }
+    return {
+        str(stage): {
+            name: [_short(value) for value in rows[column].tolist()]
+            for column, name in names.items()
+            if rows[column].notna().any()
+        }
+        for stage, rows in history.groupby("stage", sort=False)
+    }
+
+
+def _short(value: float) -> Value:
+    """No more digits than a curve can show: the page of many runs stays small."""
+    return (
+        float(f"{value:.6g}")
+        if isinstance(value, float) and math.isfinite(value)
+        else _value(value)
+    )

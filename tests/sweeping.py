@@ -1,0 +1,53 @@
+"""Jobs of a sweep in which things go wrong for real, as long as the file `BROKEN` is there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.nested import Nested
+from app.task import Step, SupervisedTask
+
+
+class SweepTask(SupervisedTask):
+    """Does at one of its steps what it is told.
+
+    Args:
+        does: nothing | raise | memory | kill | hang.
+        at: The step of training, counted from 1 over all epochs.
+        slow: Seconds that each step takes longer.
+        **parts: As those of the task it is made from.
+    """
+
+    def __init__(
+        self, does: str = "nothing", at: int = 15, slow: float = 0.0, **parts: Any
+    ) -> None:
+        super().__init__(**parts)
+        self.does, self.at, self.slow = does, at, slow
+        self.done = 0
+
+    def train_step(self, batch: Nested) -> Step:
+        self.done += 1
+        time.sleep(self.slow)
+        if "MARK" in os.environ:
+            with Path(os.environ["MARK"]).open("a") as file:
+                file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+        if self.done == self.at and Path(os.environ.get("BROKEN", "/nowhere")).exists():
+            do(self.does)
+        return super().train_step(batch)
+
+
+def do(what: str) -> None:
+    if what == "raise":
+        raise RuntimeError("the step broke")
+    if what == "memory":
+        torch.empty(2**50)
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while what == "hang":
+        time.sleep(1)

@@ -1,0 +1,481 @@
+"""The page and the pictures of a sweep: the page as a real browser shows it."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from app.config.schema import Monitor
+from app.sweep.page import page
+from app.sweep.plots import pictures, scale
+from app.sweep.results import Results
+
+HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
+ACCURACY = Monitor("accuracy", "max")
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+QUIETER = "--disable-component-update --disable-sync"
+Show = Callable[..., Any]
+
+
+def curves(*accuracies: float) -> pd.DataFrame:
+    """What a run with these validation accuracies has in its summary."""
+    return pd.DataFrame(
+        [
+            {"epoch": epoch, "stage": stage, "loss_mean": 1 - value, "accuracy": value}
+            for epoch, value in enumerate(accuracies, start=1)
+            for stage in ("train", "valid")
+        ]
+    )
+
+
+def run(job: int, status: str, best: float | None, **swept: object) -> dict[str, object]:
+    """A line of the table."""
+    measured = {"best_accuracy": best, "seconds": 12.3456, "peak_memory_bytes": 2**30}
+    return {"job": job, "status": status, **swept, **measured, "folder": f"runs/{job}"}
+
+
+def results(*runs: dict[str, object], keys: tuple[str, ...] = ("optimizer.lr", "model")) -> Results:
+    """A sweep of these runs; those with a best value have curves of two epochs."""
+    drawn = {
+        str(each["folder"]): curves(best / 2, best)
+        for each in runs
+        if isinstance(best := each["best_accuracy"], float) and math.isfinite(best)
+    }
+    return Results("a sweep", pd.DataFrame(list(runs)), list(keys), [ACCURACY], drawn)
+
+
+SWEEP = results(
+    run(0, "completed", 0.9, **{"optimizer.lr": 0.001, "model": "mlp"}),
+    run(1, "failed", None, **{"optimizer.lr": 0.01, "model": "mlp"}),
+    run(2, "completed", 0.98, **{"optimizer.lr": 0.1, "model": "cnn"}),
+    run(10, "pruned", 0.7, **{"optimizer.lr": 0.01, "model": "cnn"}),
+)
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("there is no Chromium")
+    with sync_api.sync_playwright() as playwright:
+        arguments = f"{QUIET} {QUIETER}".split()
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
+    """Opens a page, and sees at the end that it loaded nothing and complained of nothing."""
+    file = tmp_path / "page.html"
+    tab = chromium.new_page(viewport={"width": 1200, "height": 900})
+    tab.set_default_timeout(20_000)
+    requests: list[str] = []
+    messages: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: messages.append(message.text))
+    tab.on("pageerror", lambda error: messages.append(str(error)))
+
+    def shown(of: Results, **figures: str) -> Any:
+        file.write_text(page(of, figures), encoding="utf-8")
+        tab.goto(file.as_uri())
+        return tab
+
+    yield shown
+    tab.wait_for_timeout(200)
+    tab.close()
+    assert requests == [file.as_uri()]
+    assert messages == []
+
+
+def column(tab: Any, name: str) -> list[str]:
+    """The column's texts, of the rows in sight, from the top."""
+    names = tab.locator("#table th").evaluate_all("all => all.map(each => each.dataset.column)")
+    cells = f"#table tbody tr:not([hidden]) td:nth-child({names.index(name) + 1})"
+    texts: list[str] = tab.locator(cells).all_inner_texts()
+    return texts
+
+
+def header(tab: Any, name: str) -> Any:
+    return tab.locator(f'#table th[data-column="{name}"]')
+
+
+def visible(tab: Any) -> list[str]:
+    """The names of the runs whose curves are in sight, in the order of drawing."""
+    script = "node => node.data.filter(each => each.visible).map(each => each.name.split(',')[0])"
+    names: list[str] = tab.locator("#curves").evaluate(script)
+    return names
+
+
+def test_the_best_run_is_named_and_comes_first(show: Show) -> None:
+    tab = show(SWEEP)
+    assert column(tab, "job") == ["2", "0", "10", "1"]
+    assert column(tab, "best_accuracy") == ["0.9800", "0.9000", "0.7000", ""]
+    assert "job=2, optimizer.lr=0.1, model=cnn" in tab.locator("#best").inner_text()
+    assert tab.locator("#counts").inner_text().split("\n") == [
+        "4 runs", "2 completed", "1 failed", "1 pruned",
+    ]  # fmt: skip
+    assert column(tab, "peak_memory_bytes")[0] == "1 GiB"
+    assert tab.locator("#table td[title='12.3456']").count() == 4
+    assert tab.locator("#table td a").first.get_attribute("href") == "./runs/2"
+
+
+def test_with_a_goal_to_be_low_the_lowest_is_first(show: Show) -> None:
+    low = Results(SWEEP.title, SWEEP.table, SWEEP.keys, [Monitor("accuracy", "min")], SWEEP.curves)
+    tab = show(low)
+    assert column(tab, "job") == ["10", "0", "2", "1"]
+    assert "job=10," in tab.locator("#best").inner_text()
+
+
+def test_a_column_sorts_both_ways_with_missing_values_last(show: Show) -> None:
+    tab = show(SWEEP)
+    assert header(tab, "best_accuracy").get_attribute("aria-sort") == "descending"
+    header(tab, "best_accuracy").locator("button").click()
+    assert column(tab, "best_accuracy") == ["0.7000", "0.9000", "0.9800", ""]
+    assert header(tab, "best_accuracy").get_attribute("aria-sort") == "ascending"
+    header(tab, "job").locator("button").click()
+    assert column(tab, "job") == ["0", "1", "2", "10"]
+    assert header(tab, "best_accuracy").get_attribute("aria-sort") == "none"
+    header(tab, "job").locator("button").focus()
+    tab.keyboard.press("Enter")
+    assert column(tab, "job") == ["10", "2", "1", "0"]
+
+
+def test_the_filter_hides_rows(show: Show) -> None:
+    tab = show(SWEEP)
+    for words, jobs in {
+        "FAILED": ["1"],
+        "status:prun": ["10"],
+        "model=cnn": ["2", "10"],
+        "model=cn": [],
+        "lr=1e-2 model=mlp": ["1"],
+        "runs/10": ["10"],
+        "ValueError: x": [],
+        "": ["2", "0", "10", "1"],
+    }.items():
+        tab.locator("#filter").fill(words)
+        assert column(tab, "job") == jobs
+        assert tab.locator("#shown").inner_text() == f"{len(jobs)} of 4"
+        points = tab.locator("#scatter").evaluate("node => node.hidden ? 0 : node.data[0].y.length")
+        assert points == len([job for job in jobs if job != "1"])
+
+
+def test_a_checkbox_toggles_its_run(show: Show) -> None:
+    tab = show(SWEEP)
+    assert visible(tab) == ["job=10", "job=0", "job=2"]  # the best last, on top
+    tab.get_by_label("curve of job=0,").uncheck()
+    assert visible(tab) == ["job=10", "job=2"]
+    assert tab.get_by_label("curve of job=1,").is_disabled()
+    tab.locator("#none").click()
+    assert visible(tab) == []
+    tab.locator("#filter").fill("cnn")
+    tab.locator("#all").click()
+    assert visible(tab) == ["job=10", "job=2"]
+
+
+def test_the_ten_best_are_drawn_first(show: Show) -> None:
+    many = [
+        run(job, "completed", 0.5 + job / 100, **{"optimizer.lr": 0.1, "model": "mlp"})
+        for job in range(15)
+    ]
+    tab = show(results(*many))
+    best = [f"job={job}" for job in range(5, 15)]
+    assert visible(tab) == best
+    tab.locator("#all").click()
+    assert len(visible(tab)) == 15
+    tab.locator("#best10").click()
+    assert visible(tab) == best
+
+
+def test_another_quantity_is_drawn(show: Show) -> None:
+    tab = show(SWEEP)
+    assert tab.locator("#quantity").input_value() == "valid/accuracy"
+    assert tab.locator("#curves .ytitle").text_content() == "valid/accuracy"
+    options = tab.locator("#quantity option").all_inner_texts()
+    assert options == ["train/loss", "train/accuracy", "valid/loss", "valid/accuracy"]
+    tab.locator("#quantity").select_option("train/loss")
+    assert tab.locator("#curves .ytitle").text_content() == "train/loss"
+    last = tab.locator("#curves").evaluate("node => node.data.at(-1).y")
+    assert last == pytest.approx([0.51, 0.02], abs=1e-6)  # six digits
+
+
+def test_hovering_names_the_run(show: Show) -> None:
+    tab = show(SWEEP)
+    tab.locator("#curves .points path").last.hover(force=True)
+    text = tab.locator("#curves .hoverlayer").text_content()
+    assert "job=2, optimizer.lr=0.1, model=cnn" in text
+    assert "0.98" in text
+
+
+def test_keys_have_the_axes_of_their_values(show: Show) -> None:
+    tab = show(SWEEP)
+    axis = "node => [node.layout.xaxis.type, node.data[0].x]"
+    assert tab.locator("#scatter").evaluate(axis) == ["log", [0.001, 0.1, 0.01]]
+    tab.locator("#key").select_option("model")
+    assert tab.locator("#scatter").evaluate(axis) == ["category", ["mlp", "cnn", "cnn"]]
+    # The worst first: of the keys and the metric, each from 0 to 1.
+    lines = tab.locator("#parallel").evaluate("node => node.data.map(each => each.y)")
+    assert lines == [
+        [pytest.approx(0.5), 1, 0],
+        [0, 0, pytest.approx(0.2 / 0.28)],
+        [1, 1, 1],
+    ]
+    colors = tab.locator("#parallel").evaluate("node => node.data.map(each => each.line.color)")
+    assert len(set(colors)) == 3
+    marks = tab.locator("#parallel").evaluate("node => node.layout.annotations")
+    texts = [[mark["text"] for mark in marks if mark["x"] == axis] for axis in range(3)]
+    assert texts[:2] == [["0.001", "0.1", "0.01"], ["mlp", "cnn"]]
+    assert [texts[2][0], texts[2][-1]] == ["0.7000", "0.9800"]
+
+
+def test_a_dark_page_has_dark_plots(show: Show) -> None:
+    tab = show(SWEEP)
+    paper = "node => node._fullLayout.paper_bgcolor"
+    light = tab.locator("#curves").evaluate(paper)
+    tab.emulate_media(color_scheme="dark")
+    assert tab.locator("#curves").evaluate(paper) != light
+    assert tab.locator("#parallel").evaluate(paper) != light
+
+
+def test_a_narrow_page_does_not_scroll_sideways(show: Show) -> None:
+    tab = show(SWEEP)
+    tab.set_viewport_size({"width": 360, "height": 700})
+    # Waits inside the page: its policy forbids what `wait_for_function` does.
+    width = tab.locator("#curves svg").first.evaluate(
+        """async (node) => {
+          for (let frame = 0; node.clientWidth >= 360 && frame < 300; frame += 1)
+            await new Promise(requestAnimationFrame);
+          return node.clientWidth;
+        }"""
+    )
+    assert width < 360
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 360
+
+
+def test_nothing_that_users_wrote_is_run(show: Show) -> None:
+    line = run(0, HOSTILE, 0.9, **{HOSTILE: HOSTILE, "model": "mlp"}) | {"error": HOSTILE}
+    line["folder"] = "javascript:window.hacked=3"
+    other = run(1, "completed", 0.8, **{HOSTILE: "b", "model": "cnn"})
+    made = results(line, other, keys=(HOSTILE, "model"))
+    made.curves["javascript:window.hacked=3"]["loss_mean"] = 1.0
+    hostile = Results(HOSTILE, made.table, made.keys, [ACCURACY], made.curves)
+    figure = go.Figure(go.Bar(x=[HOSTILE, "b"], y=[1, 2], name=HOSTILE, showlegend=True))
+    tab = show(hostile, **{HOSTILE: figure.to_json()})
+    for link in tab.locator("main a, header a").all():
+        assert link.evaluate("node => node.protocol") == "file:"
+    tab.locator("#key").select_option("model")
+    tab.locator("#filter").fill("<img")
+    tab.locator("#curves .points path").last.hover(force=True)
+    tab.wait_for_timeout(300)
+    assert tab.evaluate("window.hacked") is None
+    assert tab.locator("img").count() == 0
+    assert tab.title() == HOSTILE
+    assert tab.locator("h1").inner_text() == HOSTILE
+    assert tab.locator("#figures h3").inner_text() == HOSTILE
+    assert column(tab, "error") == [HOSTILE]
+    # Plotly would read its own few tags: the texts must stand there as they were written.
+    assert f"job=0, {HOSTILE}"[:44] in tab.locator("#curves .legend").text_content()
+    assert f"job=0, {HOSTILE}={HOSTILE}" in tab.locator("#curves .hoverlayer").text_content()
+    assert HOSTILE[:44] in tab.locator("#parallel").text_content()
+
+
+def test_the_policy_lets_nothing_else_run_or_load(chromium: Any, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(page(SWEEP, {}), encoding="utf-8")
+    tab = chromium.new_page()
+    tab.goto((tmp_path / "page.html").as_uri())
+    refused = tab.evaluate(
+        """async () => {
+          const refused = [];
+          document.addEventListener("securitypolicyviolation",
+            (event) => refused.push(event.effectiveDirective));
+          const image = '<img src="https://localhost:9/x" onerror="window.hacked=1">';
+          document.body.insertAdjacentHTML("beforeend", image);
+          document.body.append(Object.assign(document.createElement("script"),
+            { textContent: "window.hacked = 2" }));
+          await fetch("https://localhost:9/x").catch(() => {});
+          await new Promise((resolve) => setTimeout(resolve, 300));
+          return refused;
+        }"""
+    )
+    assert tab.evaluate("window.hacked") is None
+    assert set(refused) == {"img-src", "script-src-elem", "script-src-attr", "connect-src"}
+    tab.close()
+
+
+def test_numbers_that_json_does_not_have_are_missing(show: Show) -> None:
+    keys = {"optimizer.lr": math.nan, "model": None}
+    lines = [run(0, "completed", math.inf, **keys), run(1, "failed", math.nan, **keys)]
+    made = results(*lines, run(2, "completed", 0.5, **{"optimizer.lr": 0.1, "model": "mlp"}))
+    made.curves["runs/0"] = curves(0.1, math.nan, -math.inf)
+    tab = show(made, broken='{"data": [{"y": [1, NaN, Infinity]}], "layout": {}}')
+    assert column(tab, "job")[0] == "2"
+    assert column(tab, "best_accuracy") == ["0.5000", "", ""]
+    ys = tab.locator("#curves").evaluate("node => node.data.map(each => each.y)")
+    assert [0.1, None, None] in ys
+    assert tab.locator("#figure-0").evaluate("node => node.data[0].y") == [1, None, None]
+
+
+@pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[:0]])
+def test_an_empty_sweep_says_so(show: Show, table: pd.DataFrame) -> None:
+    tab = show(Results("nothing", table, ["model"], [ACCURACY], {}))
+    assert tab.locator("#table-note").is_visible()
+    assert tab.locator("#curves-note").is_visible()
+    assert tab.locator("#keys-note").is_visible()
+    assert tab.locator(".js-plotly-plot").count() == 0
+
+
+def test_runs_without_a_value_say_so(show: Show) -> None:
+    tab = show(results(run(3, "pending", None, **{"optimizer.lr": 0.1, "model": "mlp"})))
+    assert column(tab, "job") == ["3"]
+    assert tab.locator("#curves-note").is_visible()
+    assert tab.locator("#keys-note").is_visible()
+
+
+def test_a_sweep_of_one_run_is_drawn(show: Show) -> None:
+    tab = show(results(run(0, "running", 0.9, **{"optimizer.lr": 0.1, "model": "mlp"})))
+    assert tab.locator("#counts").inner_text().startswith("1 run\n")
+    assert visible(tab) == ["job=0"]
+    assert tab.locator("#scatter .points path").count() == 1
+    assert not tab.locator("#keys-note").is_visible()
+
+
+def test_a_sweep_of_several_goals_is_drawn_against_each(show: Show) -> None:
+    table = SWEEP.table.assign(**{"best_train/loss": [0.3, None, 0.2, 0.1]})
+    goals = [ACCURACY, Monitor("train/loss", "min")]
+    tab = show(Results("two goals", table, SWEEP.keys, goals, SWEEP.curves))
+    assert "job=10," in tab.locator("#best .card").nth(1).inner_text()
+    tab.locator("#goal").select_option("train/loss")
+    assert tab.locator("#scatter").evaluate("node => node.data[0].y") == [0.3, 0.2, 0.1]
+
+
+def test_a_sweep_without_a_goal_still_has_a_table(show: Show) -> None:
+    tab = show(Results("no goal", SWEEP.table, SWEEP.keys, [], SWEEP.curves))
+    assert column(tab, "job") == ["0", "1", "2", "10"]
+    assert visible(tab) != []
+
+
+def test_given_figures_are_drawn_at_the_end(show: Show) -> None:
+    figure = go.Figure(go.Scatter(x=[0, 1, 2], y=[0.1, 0.5, 0.7], mode="markers"))
+    tab = show(SWEEP, history=figure.to_json())
+    assert tab.locator("#figures h3").all_inner_texts() == ["history"]
+    assert tab.locator("#figures .points path").count() == 3
+
+
+SEEDS = results(
+    *(
+        run(place, status, best, **{"optimizer.lr": lr, "model": "mlp", "seed": seed})
+        for place, (status, best, lr, seed) in enumerate(
+            [
+                ("completed", 0.8, 0.001, 1),
+                ("completed", 0.9, 0.001, 2),
+                ("completed", 0.95, 0.1, 1),
+                ("pruned", 0.2, 0.1, 2),
+                ("failed", None, 0.1, 3),
+            ]
+        )
+    ),
+    keys=("optimizer.lr", "model", "seed"),
+)
+
+
+def test_pictures_are_the_curves_and_one_for_each_key() -> None:
+    drawn = pictures(SEEDS)
+    assert list(drawn) == ["curves.png", "by_optimizer.lr.png", "by_model.png", "by_seed.png"]
+
+
+def test_pictures_have_names_that_are_files() -> None:
+    lines = run(0, "completed", 0.9, **{"+a/b c": 1}), run(1, "completed", 0.8, **{"+a/b c": 2})
+    assert list(pictures(results(*lines, keys=("+a/b c",)))) == ["curves.png", "by_+a_b_c.png"]
+
+
+@pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[1:2]])
+def test_nothing_finished_gives_no_pictures(table: pd.DataFrame) -> None:
+    assert pictures(Results("nothing", table, ["model"], [ACCURACY], {})) == {}
+
+
+def test_the_picture_of_the_curves_has_a_line_for_each_run() -> None:
+    axes = pictures(SWEEP)["curves.png"].axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [
+        [0.45, 0.9], [0.49, 0.98], [0.35, 0.7],
+    ]  # fmt: skip
+    assert [line.get_linewidth() for line in axes.lines] == [1.0, 2.5, 1.0]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_texts()[1].get_text() == "job=2, optimizer.lr=0.1, model=cnn (best)"
+
+
+def test_many_curves_have_no_legend() -> None:
+    many = [run(job, "completed", 0.5, model="mlp") for job in range(13)]
+    assert pictures(results(*many, keys=("model",)))["curves.png"].axes[0].get_legend() is None
+
+
+def test_points_stand_at_their_values_and_means_are_of_completed_runs() -> None:
+    axes = pictures(SEEDS)["by_optimizer.lr.png"].axes[0]
+    completed, others, means, *_ = [line.get_xydata().tolist() for line in axes.lines]
+    assert axes.get_xscale() == "log"
+    assert completed == [[0.001, 0.8], [0.001, 0.9], [0.1, 0.95]]
+    assert others == [[0.1, 0.2]]
+    assert means == [[0.001, pytest.approx(0.85)], [0.1, 0.95]]
+    (bars,) = axes.containers[0].lines[2]
+    low, high = bars.get_segments()[0][:, 1]
+    assert (high - low) / 2 == pytest.approx(0.1 / math.sqrt(2))
+
+
+def test_categories_stand_beside_each_other_and_seeds_have_no_mean() -> None:
+    by_model = pictures(SWEEP)["by_model.png"].axes[0]
+    assert [label.get_text() for label in by_model.get_xticklabels()] == ["mlp", "cnn"]
+    assert by_model.lines[0].get_xydata().tolist() == [[0, 0.9], [1, 0.98]]
+    assert len(pictures(SEEDS)["by_seed.png"].axes[0].containers) == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_single_run_and_missing_values_are_drawn() -> None:
+    lines = run(0, "running", 0.9, clip=None, model=True), run(1, "failed", None, clip=1, model=1)
+    for figure in pictures(results(*lines, keys=("clip", "model"))).values():
+        figure.draw_without_rendering()
+    one = pictures(results(lines[0], keys=("clip",)))["by_clip.png"]
+    assert [label.get_text() for label in one.axes[0].get_xticklabels()] == ["null"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_pictures_need_no_curves_and_no_completed_run() -> None:
+    line = run(0, "running", 0.9, model="mlp", seed=1)
+    without = Results("a sweep", pd.DataFrame([line]), ["model", "seed"], [ACCURACY], {})
+    for figure in pictures(without).values():
+        figure.draw_without_rendering()
+
+
+def test_dollars_in_a_value_are_no_formula() -> None:
+    line = run(0, "completed", 0.9, **{"data.root": r"$\oops{$" + 100 * "long"})
+    for figure in pictures(results(line, keys=("data.root",))).values():
+        figure.draw_without_rendering()
+    (tick,) = figure.axes[0].get_xticklabels()
+    assert tick.get_text() == r"\$\oops{\$" + 12 * "long" + "lon…"
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([1, 2, 3], "linear"),
+        ([0.001, 0.1], "log"),
+        ([0.001, 0.099], "linear"),
+        ([0, 1, 1000], "linear"),
+        (["a", "b"], "category"),
+        ([True, False], "category"),
+        ([1, "a"], "category"),
+        ([None, 1, 5], "category"),
+        ([None, *range(20)], "linear"),
+        ([math.nan, math.nan], "category"),
+    ],
+)
+def test_the_scale_of_a_key(values: list[object], kind: str) -> None:
+    assert scale(values) == kind
