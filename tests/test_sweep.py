@@ -215,7 +215,7 @@ def test_hydras_sweeps_are_optunas_distributions() -> None:
     assert found.distributions == {key: one for key, (one, _) in words.items()}
     drawn = {"a": 0.1 + 0.2, "d": 3, "f": None, "g": "[64,64]"}
     assert found.typed(drawn) == {"a": repr(0.1 + 0.2), "d": "3", "f": "null", "g": "[64,64]"}
-    assert found.typed({"f": True})["f"] == "true"
+    assert found.typed({"f": True})["f"] == "True"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import run_app
-from processes import SHORT, alive, assert_equal_runs, descendants, gone, status_of
+from processes import alive, assert_equal_runs, descendants, gone, status_of
 from sweeps import (
     POOL,
     SWEEPING,
@@ -190,7 +190,7 @@ def test_a_pool_survives_whatever_happens_to_its_jobs(sweep: Sweeps, tmp_path: P
 
 
 def test_the_pools_jobs_run_side_by_side(sweep: Sweeps, tmp_path: Path) -> None:
-    words = (POOL, "hydra.launcher.slots=2", *SWEEPING, "+task.slow=0.02", "seed=0,1,2")
+    words = (POOL, "hydra.launcher.slots=2", *SWEEPING, "+task.slow=0.1", "seed=0,1,2")
     assert sweep(*words) == 0
     pids = steps(tmp_path)
     assert len({*pids}) == 3  # a fresh process for each job

@@ -132,8 +132,9 @@ def test_trials_on_two_ranks_are_pruned_together(sweep: Sweeps, tmp_path: Path) 
         "hydra/sweeper/sampler=grid",
         "optimizer.lr=0.1,1e-7",
     )
-    assert sweep(*trials(2, *words)) == 0
+    assert sweep(*trials(9, *words)) == 0
     folder = folder_of(tmp_path)
+    assert len(study_of(folder).trials) == 2  # there is nothing else to try
     table = table_of(folder).sort_values("optimizer.lr")
     assert [status_of(job)["ranks"] for job in jobs_in(folder)] == [2, 2]
     assert table["status"].iloc[1] == "completed"

@@ -100,7 +100,8 @@ def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Mi
         for key in uneven:
             yield Mistake(key, " is an interval; hydra/sweeper/sampler=grid needs lists of values")
     for key, prefix in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-        yield from node_mistakes(f"hydra.sweeper.{key}", sweeper[key], [prefix])
+        node = sweeper[key]
+        yield from node_mistakes(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
 
 
 def _folder_mistakes(first: DictConfig) -> Iterator[Mistake]:

@@ -7,6 +7,7 @@ it runs, and looks there whether it is to stop.
 from __future__ import annotations
 
 import logging
+import multiprocessing as mp
 import os
 import platform
 import signal
@@ -54,6 +55,7 @@ def run_elsewhere(
         log.warning("%s is being run by another process", folder)
         return None
     asked: list[int] = []
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib has one of its own
     try:
         if outcome_of(folder).is_over:
             return outcome_of(folder).value

@@ -8,10 +8,16 @@ from typing import Any
 
 import optuna
 from optuna import visualization
-from optuna.study import Study
+from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
 from app.pruning import storage_of
+
+PLOTS: dict[str, Callable[..., Any]] = {
+    "History": visualization.plot_optimization_history,
+    "Parallel coordinates": visualization.plot_parallel_coordinate,
+    "Slices": visualization.plot_slice,
+}
 
 
 def figures_of(storage: str, name: str, objectives: Sequence[str]) -> dict[str, str]:
@@ -35,27 +41,22 @@ def _drawn(study: Study, names: Sequence[str]) -> dict[str, str]:
         of_name: dict[str, Any] = {"target_name": name}
         if len(names) > 1:
             of_name["target"] = partial(_value, place)
-        drawn |= {
-            f"{title}, {name}": draw(study, **of_name).to_json()
-            for title, draw in _plots(done, place).items()
-        }
+        plots = {title: draw(study, **of_name) for title, draw in PLOTS.items()}
+        if len({trial.values[place] for trial in done}) > 1:
+            if study.directions[place] is StudyDirection.MAXIMIZE and len(names) > 1:
+                of_name["target"] = partial(_negative, place)  # what makes it low is looked for
+            plots["Importance"] = visualization.plot_param_importances(study, **of_name)
+        drawn |= {f"{title}, {name}": figure.to_json() for title, figure in plots.items()}
     if 2 <= len(names) <= 3:
         front = visualization.plot_pareto_front(study, target_names=list(names))
         drawn["Pareto front"] = front.to_json()
     return drawn
 
 
-def _plots(done: Sequence[Any], place: int) -> dict[str, Callable[..., Any]]:
-    plots: dict[str, Callable[..., Any]] = {
-        "History": visualization.plot_optimization_history,
-        "Parallel coordinates": visualization.plot_parallel_coordinate,
-        "Slices": visualization.plot_slice,
-    }
-    if len({trial.values[place] for trial in done}) > 1:
-        plots["Importance"] = visualization.plot_param_importances
-    return plots
-
-
 def _value(place: int, trial: Any) -> float:
     value: float = trial.values[place]
     return value
+
+
+def _negative(place: int, trial: Any) -> float:
+    return -_value(place, trial)

@@ -32,6 +32,16 @@ DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 RETRY_OF = "retry_of"
 
 
+class AskedStudy(Study):
+    """One that is asked trial by trial: a sampler that has tried everything says so here."""
+
+    is_exhausted = False
+
+    def stop(self) -> None:
+        """There is nothing left to try."""
+        self.is_exhausted = True
+
+
 class Trials:
     """Asks a study for trials, and tells it what became of them.
 
@@ -59,16 +69,13 @@ class Trials:
         self.again = deque(self._cut())
         self._retry()
 
-    def _study(self) -> Study:
+    def _study(self) -> AskedStudy:
         storage = storage_of(self.storage)
         known = self.name in optuna.get_all_study_names(storage)
         directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
-        study = optuna.create_study(
-            study_name=self.name,
-            storage=storage,
-            directions=directions,
-            load_if_exists=True,
-        )
+        if not known:
+            optuna.create_study(study_name=self.name, storage=storage, directions=directions)
+        study = AskedStudy(study_name=self.name, storage=storage)
         if study.directions != directions:
             there, here = (", ".join(one.name for one in d) for d in (study.directions, directions))
             problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
@@ -114,7 +121,8 @@ class Trials:
             if trial.state is not TrialState.WAITING and RETRY_OF not in trial.user_attrs
         ]
         waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        if len(counted) >= self.options.n_trials and not waiting:
+        enough = len(counted) >= self.options.n_trials or self.study.is_exhausted
+        if enough and not waiting:
             return None
         trial = self.study.ask(self.searched.distributions)
         values = self.searched.typed(trial.params)
