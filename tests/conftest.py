@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
 from processes import FAULTY, SHORT, SILENT, TESTS
+from warm import run_warm
 
 from app.config import resolvers
 from app.config.compose import compositions
@@ -63,6 +65,14 @@ class Ran:
 
 def run_app(cwd: Path, *words: str, **environment: str) -> Ran:
     """`python -m app` with those words, in that folder."""
+    with tempfile.TemporaryDirectory() as text:
+        out, err = Path(text, "out"), Path(text, "err")
+        code = run_warm(cwd, list(words), os.environ | environment, out, err)
+        return Ran(code, out.read_text(), err.read_text(), cwd)
+
+
+def run_cold(cwd: Path, *words: str, **environment: str) -> Ran:
+    """The same from a shell, with all that Python has to import."""
     command = [sys.executable, "-m", "app", *words]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=280, env=os.environ | environment
@@ -84,7 +94,7 @@ def app(tmp_path: Path) -> Callable[..., Ran]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """An MLP trained for two short epochs and tested on all of MNIST."""
     cwd = tmp_path_factory.mktemp("trained")
-    ran = run_app(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
+    ran = run_cold(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
     assert ran.code == 0, ran.err + ran.out
     return ran
 

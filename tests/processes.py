@@ -132,7 +132,7 @@ def write_numbered(conf: Path) -> None:
 
 
 def assert_two_jobs(cwd: Path) -> None:
-    folders = sorted((cwd / "outputs").glob("sweeps/*/*/*/"))
+    folders = sorted((cwd / "outputs").glob("sweeps/*/*/[0-9]*/"))
     assert [folder.name[:2] for folder in folders] == ["0_", "1_"]
     assert [status_of(folder)["status"] for folder in folders] == ["completed"] * 2
     assert [status_of(folder)["ranks"] for folder in folders] == [2, 2]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -152,3 +155,19 @@ def test_a_signal_in_the_midst_of_a_failure_does_not_hide_it() -> None:
         assert underlying(stopped) is broke
     alone = Stopped(Reason.PREEMPTED)
     assert underlying(alone) is alone
+
+
+def test_what_a_library_deals_with_is_no_failure() -> None:
+    """A signal may come while it does."""
+
+    class Asked(logging.StreamHandler[Any]):
+        def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
+            raise Stopped(Reason.PREEMPTED)
+
+    closed = io.StringIO()
+    closed.close()
+    try:
+        Asked(closed).emit(logging.makeLogRecord({}))
+    except Stopped as stopped:
+        assert isinstance(stopped.__context__, ValueError)
+        assert underlying(stopped) is stopped

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sysconfig
 import time
 import traceback
 from collections.abc import Sequence
@@ -95,7 +96,21 @@ class Failure:
 def underlying(error: BaseException) -> BaseException:
     """What had gone wrong already when whoever starts ranks asked the others to stop."""
     before = error.__context__
-    return before if isinstance(error, Stopped) and isinstance(before, Exception) else error
+    if isinstance(error, Stopped) and isinstance(before, Exception) and not _was_at_home(before):
+        return before
+    return error
+
+
+def _was_at_home(error: Exception) -> bool:
+    """Whether it had not left the library that raised it, which may well have dealt with it."""
+    if error.__traceback__ is None:
+        return False
+    frame = error.__traceback__.tb_frame
+    if str(frame.f_globals.get("__name__")).startswith("app."):
+        return False
+    paths = sysconfig.get_paths()
+    homes = (paths["stdlib"], paths["purelib"], paths["platlib"], "<frozen")
+    return frame.f_code.co_filename.startswith(homes)
 
 
 def in_a_line(error: BaseException) -> str:
