@@ -70,9 +70,11 @@ def main() -> None:
 def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     """Where nothing but `sweep.resume` is typed, the sweep's own words are meant."""
     typed = dict(word.partition("=")[::2] for word in args.overrides)
-    if "sweep.resume" in typed and all(key.startswith("sweep.") for key in typed):
+    if "sweep.resume" in typed and all(key.startswith(("sweep.", "hydra")) for key in typed):
         saved = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser()).words
-        added = [word for word in saved if word.partition("=")[0] not in typed]
+        other = ("hydra.launcher.",) if "hydra/launcher" in typed else ()  # keys of the one before
+        keys = {word: word.partition("=")[0] for word in saved}
+        added = [w for w, key in keys.items() if key not in typed and not key.startswith(other)]
         sys.argv += added  # from there Hydra reads them
         args.overrides += added
     return args
@@ -133,11 +135,11 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
     """
     with composer(args) as composing:
         jobs = jobs_of(composing)
+        if composing.sweeps:
+            check_sweep(composing, jobs[0][0], leader is None)
         if jobs[0][1].config.mode == "check":
             sys.stdout.write("no mistake in the configuration\n")
             sys.exit(0)
-        if composing.sweeps:
-            check_sweep(composing, jobs[0][0], leader is None)
     for composed, job in jobs:
         resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
         _check_folder(composed, composing.sweeps, resumes)

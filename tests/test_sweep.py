@@ -138,6 +138,9 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
         (["seed=0,1", "sweep.together=[[seed],[seed]]"], "names 'seed' twice"),
         (["optimizer.lr=0.1,-1"], "optimizer"),
         (["model=mlp,alexnt"], "did you mean 'alexnet'?"),
+        (["seed=0,1", "hydra/launcher=poool"], "launcher='poool' does not exist; allowed: basic,"),
+        (["seed=0,1", "hydra/launcher=poool"], "did you mean 'pool'?"),
+        (["seed=0,1", "hydra/sweeper=gird"], "did you mean 'grid'?"),
         (["seed=0,1", "hydra.sweep.subdir=${seed}"], "names its jobs' folders itself"),
         (["seed=0,1", "resume=auto"], "is for a single run; a sweep has sweep.resume"),
         (["seed=0,1", "sweep.on_error=sotp"], "sweep.on_error='sotp'"),
@@ -176,7 +179,7 @@ SEARCH = "hydra/sweeper=optuna"
             "hydra.sweeper.storage='sqlit'; allowed: sql",
         ),
         (["optimizer.lr=interval(0.1,1)", "hydra/sweeper/sampler=grid"], "needs lists of values"),
-        (["seed=0,1", "hydra/sweeper/sampler=tpo"], "hydra/sweeper/sampler"),
+        (["seed=0,1", "hydra/sweeper/sampler=tpo"], "did you mean 'tpe'?"),
         (["seed=0,1", "hydra.sweeper.sampler._target_=os.system"], "os.system"),
         (["seed=0,1", "hydra.sweeper.pruner.n_startup=3"], "n_startup"),
         (

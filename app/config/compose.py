@@ -6,6 +6,7 @@ Hydra stops at the first wrong override and names no alternative; here all are f
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -31,6 +32,13 @@ from app.config.swept import Space, line_of, parse_overrides, space_of
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 CONFIG_NAME = "config"
+EXTRAS = {  # of this program, which bring plugins of Hydra's, by the option that these add
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_local": "submitit",
+    "hydra/launcher/submitit_slurm": "submitit",
+    "hydra/launcher/ray": "ray",
+}
+NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.*) Config search"
 
 
 @contextmanager
@@ -156,7 +164,19 @@ def _diagnose(
 
 def _as_mistake(error: HydraException) -> Mistake:
     reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
-    return Mistake("", " ".join(" ".join(reasons).split()))
+    absent = [o for o in EXTRAS if re.search(f"Could not (find|load) '{o}'", " ".join(reasons))]
+    if absent:
+        group, _, option = absent[0].rpartition("/")
+        install = f'pip install "torch-experiment-app[{EXTRAS[absent[0]]}]"'
+        return Mistake(group, f"={option} is not installed: {install}")
+    told = " ".join(" ".join(reasons).split())
+    if found := re.search(NO_OPTION, told):
+        group, option, options = found[1], found[2], found[3].split()
+        problem = (
+            f"={option!r} does not exist; allowed: {one_of(options)}{nearest(option, options)}"
+        )
+        return Mistake(group, problem)
+    return Mistake("", told)
 
 
 def _options(loader: ConfigLoader, override: Override) -> list[str]:

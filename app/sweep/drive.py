@@ -92,7 +92,7 @@ class Drive:
         self.folder, self.source, self.launcher = folder, source, launcher
         self.on_error, self.config, self.loader = on_error, config, loader
         self.taken: dict[int, SweepJob] = {}
-        self.told: set[int] = set()  # jobs whose end is in the log
+        self.told: dict[int, str] = {}  # how jobs have ended, where it is in the log already
         self.is_stopped = False
         self.signals: list[int] = []  # asked to stop by, while jobs run elsewhere
         self.first_asked = 0.0
@@ -191,7 +191,7 @@ class Drive:
     def _tell_of(self, jobs: list[SweepJob], over: threading.Event) -> None:
         earlier = {job.number: outcome_of(self.folder.of(job)) for job in jobs}
         while not over.wait(LOOKS):
-            for job in [job for job in jobs if job.number not in self.told]:
+            for job in jobs:
                 outcome = outcome_of(self.folder.of(job))
                 if outcome.status not in (PENDING, RUNNING) and outcome != earlier[job.number]:
                     self._tell(job, outcome)
@@ -226,14 +226,15 @@ class Drive:
         if outcome.status == FAILED:
             job.failures += 1
             self.is_stopped = self.is_stopped or self.on_error == "stop"
-        if number not in self.told:
-            self._tell(job, outcome)
+        self._tell(job, outcome)
         self.source.ended(job, outcome)
         self.folder.save()
         refresh(self.folder.path)
 
     def _tell(self, job: SweepJob, outcome: Outcome) -> None:
-        self.told.add(job.number)
+        if self.told.get(job.number) == outcome.status:
+            return
+        self.told[job.number] = outcome.status
         if outcome.status == FAILED:
             log.error("job %d failed: %s; see %s", job.number, outcome.error, self.folder.of(job))
         else:

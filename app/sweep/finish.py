@@ -26,18 +26,18 @@ SHOWN = 20  # lines of the leaderboard on the terminal
 TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.html", "plots"
 
 
-def refresh(folder: Path) -> Results:
+def refresh(folder: Path, curves: bool = False) -> Results:
     """The tables as they stand now; several processes may do so at once."""
     (folder / INSIDE).mkdir(parents=True, exist_ok=True)
     with FileLock(folder / INSIDE / "table.lock"):
-        results = collect(folder.name, runs_of(folder), folder)
+        results = collect(folder.name, runs_of(folder), folder, curves)
         write_tables(results, folder)
     return results
 
 
 def finish(folder: Path) -> Results:
     """Everything, at the end of a sweep."""
-    results = refresh(folder)
+    results = refresh(folder, curves=True)
     write_pictures(results, folder, figures_in(SweepFolder(folder)))
     told = [
         "the runs, best first:",

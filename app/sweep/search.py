@@ -15,7 +15,7 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from app.config.build import Build
-from app.config.errors import ConfigError, Mistake
+from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Monitor
 from app.config.swept import Space, quoted
 from app.history import Row, goal_value
@@ -90,6 +90,11 @@ class Trials:
     def _cut(self) -> list[SweepJob]:
         """Those of this folder that were under way when it ended."""
         trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
+        lost = [job.number for job in self.folder.jobs if job.number not in trials]
+        if lost:
+            raise UserError(
+                f"the study {self.name} in {self.storage} has no trial {lost[0]} any more"
+            )
         return [job for job in self.folder.jobs if trials[job.number].state is TrialState.RUNNING]
 
     def _retry(self) -> None:

@@ -78,20 +78,22 @@ def _plain(text: str) -> Any:
     return str(value) if isinstance(value, (dict, list)) else value
 
 
-def collect(title: str, runs: Sequence[Run], relative_to: Path) -> Results:
+def collect(title: str, runs: Sequence[Run], relative_to: Path, curves: bool = True) -> Results:
     """The table of runs, and their curves.
 
     Args:
         title: Of the page.
         runs: In the order of the table.
         relative_to: Their folders are given so.
+        curves: Are read, too; a table alone takes less time.
     """
     keys = _keys(runs)
     goals = _goals(runs)
     rows = [_row(run, keys, relative_to) for run in runs]
     table = pd.DataFrame({name: _column(rows, name) for name in _columns(rows, keys, goals)})
-    folders = [(run, str(row["folder"])) for run, row in zip(runs, rows, strict=True)]
-    return Results(title, table, keys, goals, {name: _curve(run.folder) for run, name in folders})
+    folders = {str(row["folder"]): run.folder for run, row in zip(runs, rows, strict=True)}
+    read = {name: _curve(folder) for name, folder in folders.items()} if curves else {}
+    return Results(title, table, keys, goals, read)
 
 
 def _keys(runs: Sequence[Run]) -> list[str]:
