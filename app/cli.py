@@ -28,11 +28,11 @@ from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, RankFailed
 from app.launch.inline import launch_inline
 from app.launch.joined import Leader, follow
-from app.launch.local import launch_local
+from app.launch.local import launch_local, warm_up
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
-from app.sweep.check import check_sweep
+from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import record_failure
@@ -83,8 +83,8 @@ def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
 def lead(args: argparse.Namespace, leader: Leader | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
-        if is_a_run(args):
-            preflight(args, leader)
+        if is_a_run(args) and preflight(args, leader) == POOL:
+            warm_up()
         run_jobs(leader)
         return 0
     except UserError as error:
@@ -127,8 +127,11 @@ def is_a_run(args: argparse.Namespace) -> bool:
     return not shows and args.experimental_rerun is None
 
 
-def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
+def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
     """Looks for mistakes in every job before the first starts and before any file is written.
+
+    Returns:
+        The launcher.
 
     Raises:
         UserError: All that was found.
@@ -147,6 +150,7 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> None:
             ranks_wanted(job.config, composing.sweeps)
         else:
             check_world(job.config, leader.world)
+    return str(jobs[0][0].hydra.launcher._target_)
 
 
 def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:

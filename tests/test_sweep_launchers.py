@@ -54,6 +54,7 @@ def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> 
     code, printed = ended(started(tmp_path, *words_of(launcher), *words))
     assert (code, states_of(folder_of(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
+    assert "gave up" not in printed
     assert printed.count("job 1 completed") == 1
     assert "loss_mean" not in printed  # several jobs at once: each has its own log
     for job in jobs_in(folder_of(tmp_path)):

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
@@ -248,6 +249,12 @@ def _context() -> BaseContext:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
+
+
+def warm_up() -> None:
+    """Begins the process that ranks are made from; it imports torch while this one goes on."""
+    if isinstance(_context(), mp.context.ForkServerContext):
+        forkserver.ensure_running()
 
 
 def work(
