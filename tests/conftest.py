@@ -17,6 +17,7 @@ import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
 from processes import FAULTY, SHORT, SILENT, TESTS
+from sweeps import Sweeps, in_this_process
 from warm import run_warm
 
 from app.config import resolvers
@@ -97,6 +98,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     ran = run_cold(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
     assert ran.code == 0, ran.err + ran.out
     return ran
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
+    """Runs sweeps of short jobs in a folder of the test's own; gives their exit codes."""
+    return in_this_process(tmp_path, monkeypatch)
 
 
 def make_job(*words: str) -> Job:

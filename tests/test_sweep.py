@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra._internal.utils import get_args_parser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -12,13 +16,16 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from app.config import resolvers
 from app.config.compose import composer
 from app.config.errors import ConfigError
+from app.config.schema import Monitor
 from app.config.swept import grid, parse_overrides, space_of
 from app.job import jobs_of
 from app.sweep.check import check_sweep
 from app.sweep.distributions import searched
 from app.sweep.job import hash_of, new_job, short_name
+from app.sweep.results import Results
 from app.sweep.search import in_words
 from app.sweep.slots import make_slots, ranks_of
+from app.sweep.table import best_run, by_config, ranked
 
 
 def mistakes_in(*words: str) -> str:
@@ -197,6 +204,27 @@ def test_mistakes_in_a_search_are_named(words: list[str], told: str) -> None:
     assert told in mistakes_in(SEARCH, *words)
 
 
+ROOT = Path(__file__).parents[1]
+BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
+
+
+def documented() -> list[str]:
+    """The sweeps that README and the page on sweeps show."""
+    pages = [(ROOT / name).read_text() for name in ("README.md", "docs/sweeps.md")]
+    blocks = [block for page in pages for block in BASH.findall(page)]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith("python -m app -m") and "resume" not in line]
+
+
+@pytest.mark.parametrize("command", documented())
+def test_what_the_pages_show_has_no_mistake(command: str) -> None:
+    assert subprocess.run(["bash", "-nc", command]).returncode == 0
+    words = shlex.split(command, comments=True)
+    if "hydra/launcher=ray" in words and find_spec("hydra_plugins.hydra_ray_launcher") is None:
+        pytest.skip("Ray is not installed")
+    assert mistakes_in(*words[4:]) == ""
+
+
 def test_no_mistake_is_no_mistake() -> None:
     assert mistakes_in("optimizer.lr=0.1,0.01", "seed=0,1", "sweep.together=[[seed]]") == ""
     assert mistakes_in(SEARCH, "optimizer.lr=tag(log,interval(0.1,1))", "model=mlp,lenet") == ""
@@ -250,6 +278,39 @@ def test_the_users_own_number_of_threads_counts(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     (slot,) = make_slots("cpu", None, 1, "auto")
     assert slot.environment(1) == {"OMP_NUM_THREADS": "3"}
+
+
+def test_only_completed_runs_are_averaged() -> None:
+    table = pd.DataFrame(
+        {
+            "job": [0, 1, 2, 3],
+            "status": ["completed", "completed", "failed", "pruned"],
+            "lr": [0.1, 0.1, 0.1, 0.2],
+            "seed": [0, 1, 2, 0],
+            "best_accuracy": [0.5, 0.7, 0.1, 0.9],
+            "seconds": [1.0, 3.0, 9.0, 9.0],
+            "samples/s": [1.0, 1.0, None, 1.0],
+        }
+    )
+    results = Results("", table, ["lr", "seed"], [Monitor("accuracy", "max")], {})
+    averages = by_config(results)
+    assert averages["lr"].tolist() == [0.1, 0.2]
+    assert averages["jobs"].tolist() == [3, 1]
+    assert averages["completed"].tolist() == [2, 0]
+    assert averages["best_accuracy_mean"][0] == pytest.approx(0.6)
+    assert averages["best_accuracy_std"][0] == pytest.approx(0.02**0.5)
+    assert averages["seconds_mean"][0] == 2.0
+    assert averages.loc[1, ["best_accuracy_mean", "best_accuracy_std"]].isna().all()
+
+
+def test_the_best_stand_first_and_those_without_a_value_last() -> None:
+    table = pd.DataFrame({"job": [0, 1, 2], "best_loss": [0.5, None, 0.2]})
+    results = Results("", table, [], [Monitor("loss", "min")], {})
+    assert ranked(results)["job"].tolist() == [2, 0, 1]
+    best = best_run(results)
+    assert best is not None
+    assert best["job"] == 2
+    assert best_run(Results("", table.assign(best_loss=None), [], results.goals, {})) is None
 
 
 def test_frozen_configuration_files_are_those_of_the_beginning(tmp_path: Path) -> None:

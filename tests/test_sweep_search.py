@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,20 +17,17 @@ from sweeps import (
     SWEEPING,
     Sweeps,
     folder_of,
-    in_this_process,
     jobs_in,
     started,
     states_of,
+    steps,
     table_of,
 )
 
+from app.sweep.folder import SweepFolder
+
 SEARCH = "hydra/sweeper=optuna"
 LR = "optimizer.lr=tag(log,interval(1e-4,0.1))"
-
-
-@pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
-    return in_this_process(tmp_path, monkeypatch)
 
 
 def study_of(folder: Path, storage: str | None = None) -> optuna.Study:
@@ -93,6 +91,23 @@ def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: Sweeps, tmp_pa
     assert len(set(rates)) == 4  # what follows is drawn anew
 
 
+def test_a_trial_that_ended_untold_is_not_run_again(sweep: Sweeps, tmp_path: Path) -> None:
+    """As where the command is killed between a job's end and the study's hearing of it."""
+    assert sweep(*trials(1, *SWEEPING, LR)) == 0
+    path = folder_of(tmp_path)
+    study, folder = study_of(path), SweepFolder(path)
+    trial = study.ask(study.trials[0].distributions)
+    values = {key: repr(value) for key, value in trial.params.items()}
+    job = folder.add(values, [*folder.jobs[0].words, *(f"{k}={v}" for k, v in values.items())], 1)
+    folder.save()
+    shutil.copytree(folder.of(folder.jobs[0]), folder.of(job))
+    made = len(steps(tmp_path))
+    assert sweep(f"sweep.resume={path}", "hydra.sweeper.n_trials=2", short=False) == 0
+    assert len(steps(tmp_path)) == made
+    assert [t.state for t in study_of(path).trials] == [TrialState.COMPLETE] * 2
+    assert study_of(path).trials[1].values == study.trials[0].values
+
+
 def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
     words = (
         "hydra/sweeper/pruner=median",
@@ -135,6 +150,8 @@ def test_trials_on_two_ranks_are_pruned_together(sweep: Sweeps, tmp_path: Path) 
     assert sweep(*trials(9, *words)) == 0
     folder = folder_of(tmp_path)
     assert len(study_of(folder).trials) == 2  # there is nothing else to try
+    assert sweep(f"sweep.resume={folder}", short=False) == 0
+    assert len(study_of(folder).trials) == 2
     table = table_of(folder).sort_values("optimizer.lr")
     assert [status_of(job)["ranks"] for job in jobs_in(folder)] == [2, 2]
     assert table["status"].iloc[1] == "completed"
@@ -165,8 +182,10 @@ def test_a_study_of_another_direction_is_refused(
     assert sweep(*trials(1, *words)) == 2
     told = capsys.readouterr().err
     assert "hydra.sweeper.study_name='mine' is there already, to MINIMIZE; the goals here" in told
-    assert sweep(*trials(1, *words, "goal.metric=loss", "goal.mode=min")) == 0
-    assert study_of(tmp_path, storage).trials[0].state is TrialState.COMPLETE
+    for count in (1, 2):  # several sweeps share it
+        assert sweep(*trials(1, *words, "goal.metric=loss", "goal.mode=min")) == 0
+        states = [trial.state for trial in study_of(tmp_path, storage).trials]
+        assert states == [TrialState.COMPLETE] * count
 
 
 def test_ctrl_c_leaves_a_trial_under_way(tmp_path: Path) -> None:

@@ -14,12 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import _save_config, env_override
-from hydra.errors import HydraException
+from hydra.core.utils import JobReturn, JobStatus, _save_config, env_override
+from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from app.config.errors import UserError
 from app.job import prepared
@@ -42,6 +40,7 @@ class Busy:
     number: int
     folder: Path
     crew: Crew
+    config: DictConfig
     began: float
     is_late: bool = False
 
@@ -51,15 +50,21 @@ class Pool:
 
     Args:
         config: Of the sweep, as Hydra composed it.
-        loader: Composes the jobs'.
+        context: How Hydra composes, and whom it tells of jobs.
+        task: What Hydra tells those of.
         slots: One job at a time in each.
         timeout: Seconds that a job may take; None for ever.
     """
 
     def __init__(
-        self, config: DictConfig, loader: ConfigLoader, slots: Sequence[Slot], timeout: float | None
+        self,
+        config: DictConfig,
+        context: HydraContext,
+        task: TaskFunction,
+        slots: Sequence[Slot],
+        timeout: float | None,
     ) -> None:
-        self.config, self.loader = config, loader
+        self.config, self.context, self.task = config, context, task
         self.slots, self.timeout = list(slots), timeout
         self.busy: list[Busy] = []
         self.signals: list[int] = []
@@ -106,19 +111,22 @@ class Pool:
             folder = Path(config.hydra.runtime.output_dir)
             with env_override(config.hydra.job.env_set):
                 crew = self._crew(slot, config, folder)
+            self.context.callbacks.on_job_start(config=config, task_function=self.task)
             crew.start()
-        except (UserError, HydraException, OmegaConfBaseException) as error:
+        except Exception as error:  # noqa: BLE001 - as of any job, it is in its log
             folder = folder or _folder_of(self.config, words)
             folder.mkdir(parents=True, exist_ok=True)
             record_failure(folder, Failure.of(0, error))
             return False
-        self.busy.append(Busy(slot, number, folder, crew, time.monotonic()))
+        self.busy.append(Busy(slot, number, folder, crew, config, time.monotonic()))
+        for signal_number in self.signals:  # that came while it began
+            crew.ask(signal_number)
         log.info("job %d begins: %s", number, folder.name)
         return True
 
     def _compose(self, number: int, words: Sequence[str]) -> DictConfig:
         """As `hydra.core.utils.run_job` does, but for the logging of this process."""
-        config = self.loader.load_sweep_config(self.config, list(words))
+        config = self.context.config_loader.load_sweep_config(self.config, list(words))
         with read_write(config), open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(number), number
             folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
@@ -187,6 +195,14 @@ class Pool:
             record(busy.folder, failure)
         if failure is not None:
             record_failure(busy.folder, failure)
+        self.context.callbacks.on_job_end(config=busy.config, job_return=self.result(busy.number))
+
+    def result(self, number: int) -> JobReturn:
+        """Of a job that has ended, as Hydra knows it."""
+        result, done = JobReturn(), number in self.values
+        result.status = JobStatus.COMPLETED if done else JobStatus.FAILED
+        result.return_value = self.values[number] if done else RuntimeError("its log says why")
+        return result
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """All jobs stop, and no further one begins; the second Ctrl-C ends them at once."""
@@ -206,7 +222,8 @@ class Pool:
 
 def pool_of(
     config: DictConfig,
-    loader: ConfigLoader,
+    context: HydraContext,
+    task: TaskFunction,
     slots: int | Literal["auto"],
     gpus: Sequence[int] | Literal["auto"],
     timeout: float | None,
@@ -220,7 +237,7 @@ def pool_of(
     made = make_slots(config.trainer.accelerator, devices, slots, gpus)
     told = "; ".join(f"{one.number}: {_described(one)}" for one in made)
     log.info("%d slots (%s)", len(made), told)
-    return Pool(config, loader, made, timeout)
+    return Pool(config, context, task, made, timeout)
 
 
 def _described(slot: Slot) -> str:

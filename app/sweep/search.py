@@ -24,22 +24,25 @@ from app.sweep.distributions import searched
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, Options
-from app.sweep.outcome import COMPLETED, FAILED, PRUNED, Outcome
+from app.sweep.outcome import COMPLETED, FAILED, PRUNED, Outcome, outcome_of
 from app.sweep.run import Sweep
 
 log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-RETRY_OF = "retry_of"
+RETRY_OF, EXHAUSTED = "retry_of", "exhausted"
 
 
 class AskedStudy(Study):
     """One that is asked trial by trial: a sampler that has tried everything says so here."""
 
-    is_exhausted = False
-
     def stop(self) -> None:
         """There is nothing left to try."""
-        self.is_exhausted = True
+        self.set_user_attr(EXHAUSTED, True)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it has said so, now or in an earlier go."""
+        return bool(self.user_attrs.get(EXHAUSTED))
 
 
 class Trials:
@@ -95,7 +98,12 @@ class Trials:
             raise UserError(
                 f"the study {self.name} in {self.storage} has no trial {lost[0]} any more"
             )
-        return [job for job in self.folder.jobs if trials[job.number].state is TrialState.RUNNING]
+        running = [j for j in self.folder.jobs if trials[j.number].state is TrialState.RUNNING]
+        outcomes = {job.number: outcome_of(self.folder.of(job)) for job in running}
+        for job in running:  # the study had no time to hear of these
+            self.ended(job, outcomes[job.number])
+        ended = (COMPLETED, PRUNED, FAILED)
+        return [job for job in running if outcomes[job.number].status not in ended]
 
     def _retry(self) -> None:
         """Failed trials are drawn again, unless they have been often enough."""
@@ -120,13 +128,9 @@ class Trials:
         """The next trial; None where there are enough."""
         if self.again:
             return self.again.popleft()
-        counted = [
-            trial
-            for trial in self.study.get_trials(deepcopy=False)
-            if trial.state is not TrialState.WAITING and RETRY_OF not in trial.user_attrs
-        ]
         waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        enough = len(counted) >= self.options.n_trials or self.study.is_exhausted
+        own = sum(job.retry_of is None for job in self.folder.jobs)
+        enough = own >= self.options.n_trials or self.study.is_exhausted
         if enough and not waiting:
             return None
         trial = self.study.ask(self.searched.distributions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from hydra.core.utils import JobReturn, JobStatus
+from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -53,21 +53,10 @@ class PoolLauncher(Launcher):
         jobs = iter(list(enumerate(job_overrides, initial_job_idx)))
         pool = self._pool()
         pool.run(lambda: next(jobs, None), lambda _: None)
-        return [
-            _result(words, pool, number)
-            for number, words in enumerate(job_overrides, initial_job_idx)
-        ]
+        return [pool.result(number) for number, _ in enumerate(job_overrides, initial_job_idx)]
 
     def _pool(self) -> Pool:
         from app.sweep.pool import pool_of
 
-        loader = self.hydra_context.config_loader
-        return pool_of(self.config, loader, self.slots, self.gpus, self.timeout)
-
-
-def _result(words: Sequence[str], pool: Pool, number: int) -> JobReturn:
-    done = number in pool.values
-    result = JobReturn(overrides=list(words))
-    result.status = JobStatus.COMPLETED if done else JobStatus.FAILED
-    result.return_value = pool.values[number] if done else RuntimeError("see the log of the job")
-    return result
+        context, task = self.hydra_context, self.task_function
+        return pool_of(self.config, context, task, self.slots, self.gpus, self.timeout)
