@@ -208,6 +208,11 @@ def test_another_quantity_is_drawn(show: Show) -> None:
     assert last == pytest.approx([0.51, 0.02], abs=1e-6)  # six digits
 
 
+def test_epochs_are_whole(show: Show) -> None:
+    tab = show(SWEEP)
+    assert tab.locator("#curves .xtick text").all_text_contents() == ["1", "2"]
+
+
 def test_hovering_names_the_run(show: Show) -> None:
     tab = show(SWEEP)
     tab.locator("#curves .points path").last.hover(force=True)

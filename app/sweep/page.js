@@ -285,8 +285,10 @@ function drawCurves() {
   }));
   const named = traces.filter((trace) => trace.visible).length <= FEW && window.innerWidth > 900;
   element("curves-note").hidden = traces.length > 0;
+  const last = Math.max(0, ...traces.map((trace) => trace.x.at(-1) ?? 0));
+  const ticks = last <= 20 ? { dtick: 1 } : {}; // there is no half an epoch
   show("curves", traces.length > 0, traces, {
-    xaxis: { title: { text: "epoch" }, tickformat: "d" },
+    xaxis: { title: { text: "epoch" }, tickformat: "d", ...ticks },
     yaxis: { title: { text: plain(quantity) }, type },
     showlegend: named,
     legend: { traceorder: "reversed", itemclick: false, itemdoubleclick: false },
