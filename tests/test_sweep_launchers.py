@@ -61,6 +61,7 @@ def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> 
         assert "run       mlp_mnist" in (job / "logs" / "rank0.log").read_text()
 
 
+@pytest.mark.long
 def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     assert f"python -m app -m sweep.resume={sweep}" in printed
 
 
+@pytest.mark.long
 def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
