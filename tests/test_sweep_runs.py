@@ -138,10 +138,13 @@ def test_a_failed_job_does_not_end_the_sweep(sweep: Sweeps, tmp_path: Path) -> N
     assert table_of(folder)["attempts"].tolist() == [1, 2, 1]
 
 
-def test_a_failed_job_ends_the_sweep_where_it_is_to(sweep: Sweeps, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [(), (POOL, "hydra.launcher.slots=1")])
+def test_a_failed_job_ends_the_sweep_where_it_is_to(
+    sweep: Sweeps, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
     (tmp_path / "broken").touch()
     words = (*SWEEPING, "+task.does=raise,nothing", "+task.at=1", "sweep.on_error=stop")
-    assert sweep(*words) == 1
+    assert sweep(*words, *launcher) == 1
     assert states_of(folder_of(tmp_path)) == ["failed", "pending"]
 
 
