@@ -207,9 +207,10 @@ def run_job(
             return start(with_hydra, folder, leader)
         return run_elsewhere(partial(start, with_hydra, folder, leader, quiet=True), sweep, folder)
     except JobFailed as failed:
-        record_failure(folder, Failure.of(0, failed.__cause__ or failed), says=False)
+        failure = Failure.of(0, failed.__cause__ or failed)
+        record_failure(folder, failure, says=False)
         if not multirun or leader is not None:
-            sys.exit(FAILURE)
+            sys.exit(failure.code)
         if composed.sweep.on_error == "stop":
             sweep.mark(stopped=True)
         return None

@@ -10,6 +10,23 @@ from dataclasses import dataclass
 class UserError(ValueError):
     """Something only the user can put right; shown without a stack trace."""
 
+    exit_code = 1  # of a run that it ends
+
+
+class StorageError(UserError):
+    """Files cannot be written: the disk is full, the folder is gone, a permission is lost."""
+
+    exit_code = 74  # as `EX_IOERR` of sysexits.h
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient is no number."""
+
+    exit_code = 65  # as `EX_DATAERR` of sysexits.h
+
+
+KINDS = {kind.exit_code: kind for kind in (UserError, StorageError, NonFiniteError)}
+
 
 @dataclass(frozen=True)
 class Mistake:

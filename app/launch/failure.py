@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from app.config.errors import UserError
+from app.config.errors import KINDS, UserError
 from app.files import write_json
 from app.stopping import Reason, Stopped
 
@@ -59,6 +59,7 @@ class Failure:
         trace: Where it happened.
         reason: Why it stopped, where it did.
         when: In seconds, on a clock of all ranks of a machine.
+        code: The exit code that a user's mistake ends with.
     """
 
     rank: int
@@ -67,13 +68,15 @@ class Failure:
     trace: str = ""
     reason: int = Reason.NONE
     when: float = field(default_factory=time.time)
+    code: int = UserError.exit_code
 
     @classmethod
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Of an exception that has ended the rank."""
         reason = error.reason if isinstance(error, Stopped) else Reason.NONE
         trace = "".join(traceback.format_exception(error))
-        return cls(rank, kind_of(error), in_a_line(error), trace, reason)
+        code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+        return cls(rank, kind_of(error), in_a_line(error), trace, reason, code=code)
 
     @classmethod
     def by_exit(cls, rank: int, code: int | None) -> Failure:
@@ -87,7 +90,7 @@ class Failure:
     def raised(self) -> BaseException:
         """As an exception."""
         if self.kind == "user":
-            return UserError(self.error)
+            return KINDS[self.code](self.error)
         if self.kind == "stopped":
             return Stopped(Reason(self.reason))
         return KeyboardInterrupt() if self.kind == "interrupted" else RankFailed(self)
