@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from app.distributed import alone
 from app.files import write_whole
 from app.history import Row
 from app.parallel import put
+from app.seal import Seal, check_seal, write_sealed
+from app.states import FOLDER, LAST, States, states_in
 
-FORMAT = 2
+FORMAT = 3
 KEYS = {"format", "config", "template", "model", "task", "epoch", "history", "training"}
-BEST, LAST = "best.pt", "last.pt"
+BEST = "best.pt"
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Checkpoint:
         task: What the task has beside the model, as learned weights of the loss.
         epoch: The last one whose learning is in it; counted from 1.
         history: Rows of the stages so far.
-        training: States of the optimizer, schedule and scaler; None in the best checkpoint.
+        training: States of the optimizer, schedule and scaler; None where it is weights alone.
+        number: Of a state among those of the run.
     """
 
     config: dict[str, Any] | None
@@ -44,10 +47,23 @@ class Checkpoint:
     epoch: int
     history: list[Row]
     training: dict[str, Any] | None
+    number: int = 0
+
+    @property
+    def seal(self) -> Seal:
+        """What can be known of it without reading it."""
+        kind: Literal["state", "weights"] = "weights" if self.training is None else "state"
+        return Seal(kind, self.epoch, self.number)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes it whole and durably."""
+def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = None) -> None:
+    """Writes it whole, durably and with a checksum.
+
+    Args:
+        path: The file, for weights alone.
+        checkpoint: What is saved.
+        states: Where it is one to go on from: those that are there already.
+    """
     content = {
         "format": FORMAT,
         "config": json.dumps(checkpoint.config),
@@ -58,12 +74,24 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "history": json.dumps(checkpoint.history),
         "training": checkpoint.training,
     }
-    write_whole(path, lambda file: torch.save(content, file))
+
+    def write(file: BinaryIO) -> None:
+        write_sealed(file, path.name, checkpoint.seal, lambda inner: torch.save(content, inner))
+
+    if states is None:
+        write_whole(path, write)
+    else:
+        states.write(write)
 
 
 def monitored(name: str) -> str:
     """The file of the best checkpoint by a further monitor."""
     return f"best-{name}.pt"
+
+
+def of_epoch(epoch: int) -> str:
+    """The file of the weights of an epoch that is among the best."""
+    return f"epoch{epoch:03d}.pt"
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -74,10 +102,10 @@ def find_checkpoint(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    candidates = [path / "checkpoints" / name for name in (BEST, LAST)]
+    candidates = [path / FOLDER / BEST, *states_in(path)]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UserError(f"ckpt={str(path)!r} holds no checkpoint: no checkpoints/{BEST} or {LAST}")
+        raise UserError(f"ckpt={str(path)!r} holds no checkpoint: no {FOLDER}/{BEST} or {LAST}")
     return found
 
 
@@ -91,6 +119,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: It is missing, damaged, holds code, or is no checkpoint of this program.
     """
     file = find_checkpoint(path)
+    check_seal(file)
     content = _load_safely(file)
     if not isinstance(content, dict) or not content.keys() >= KEYS:
         raise UserError(f"{file} is no checkpoint of this program")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,7 +22,8 @@ from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Job
-from app.job import jobs_of, prepared
+from app.files import remove_partial
+from app.job import is_longer, jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, RankFailed
@@ -31,11 +32,12 @@ from app.launch.joined import Leader, follow
 from app.launch.local import launch_local, warm_up
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
+from app.lock import FolderInUse, check_free, owned
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
-from app.sweep.outcome import record_failure
+from app.sweep.outcome import COMPLETED, outcome_of, record_failure
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
@@ -144,8 +146,7 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
             sys.stdout.write("no mistake in the configuration\n")
             sys.exit(0)
     for composed, job in jobs:
-        resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
-        _check_folder(composed, composing.sweeps, resumes)
+        _check_folder(composed, composing.sweeps, job)
         if leader is None:
             ranks_wanted(job.config, composing.sweeps)
         else:
@@ -153,12 +154,14 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
     return str(jobs[0][0].hydra.launcher._target_)
 
 
-def _check_folder(composed: DictConfig, multirun: bool, resumes: bool) -> None:
+def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
     """The run folder can be made, and is not that of another run."""
     key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
     folder = Path(str(OmegaConf.select(composed, key))).absolute()
     status = folder / "status.json"
-    if resumes and status.exists() and json.loads(status.read_text())["status"] == "completed":
+    resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
+    check_free(folder)
+    if resumes and outcome_of(folder).status == COMPLETED and not is_longer(job):
         sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
         sys.exit(0)
     if status.exists() and not resumes and composed.resume != "auto":
@@ -233,7 +236,23 @@ def start(
     Raises:
         JobFailed: It has.
     """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(owned(folder))
+        except FolderInUse as error:  # what stands in the folder is the other's
+            sys.stderr.write(f"{error}\n")
+            sys.exit(FAILURE)
+        return started(composed, folder, leader, quiet)
+
+
+def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bool) -> float | None:
+    """One job, in a folder that is its own.
+
+    Raises:
+        JobFailed: It has.
+    """
     try:
+        remove_partial(folder)
         job = prepared(composed, folder)
     except UserError as error:
         log.error("%s", error)

@@ -23,6 +23,7 @@ from app.data.batch import Batches
 from app.device import choose_device, count_devices, make_deterministic
 from app.files import write_text
 from app.job import jobs_of
+from app.lock import owned
 from app.nested import Nested, describe
 from app.parts import make_callbacks, make_parts
 from app.predictions import table
@@ -60,9 +61,10 @@ class Experiment:
         if self.config.ckpt is not None:
             restore_from(self.trainer, self.config)
         if self.config.resume not in (None, "auto"):
-            self.trainer.state.take_up(Path(str(self.config.resume)))
+            self.trainer.go_on_from(Path(str(self.config.resume)))
 
     def __enter__(self) -> Experiment:
+        self._stack.enter_context(owned(self.folder))
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
         self._stack.enter_context(self._status.recorded())
         self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))

@@ -5,30 +5,83 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
 
+from app.config.errors import StorageError
+from app.faults import reach
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+PARTIAL = ".part"
+
+
+def write_whole(
+    path: Path,
+    write: Callable[[BinaryIO], object],
+    make_room: Callable[[], object] | None = None,
+) -> None:
     """Writes under a temporary name beside `path`, makes it durable, and renames it.
 
     Args:
         path: Its folder is made where it is missing.
         write: Given the open file.
+        make_room: Called when the new content is safe, before it takes the name.
+
+    Raises:
+        StorageError: It cannot be written; what was there before is still there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
+    partial, size = path.with_name(f".{path.name}{PARTIAL}"), 0
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("wb") as file:
+                reach("opened", path.name)
+                write(file)
+                size = file.tell()
+                reach("before_fsync", path.name)
+                file.flush()
+                os.fsync(file.fileno())
+            reach("after_fsync", path.name)
+            if make_room is not None:
+                make_room()
+            reach("before_rename", path.name)
+            partial.replace(path)
+            reach("after_rename", path.name)
+            _make_names_durable(path.parent)
+        finally:
+            with suppress(OSError):  # what went wrong is told, not that nothing is left to tidy
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise _not_written(path, size, error) from error
+
+
+def _make_names_durable(folder: Path) -> None:
+    """What has been renamed in a folder stays so even when the power fails."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        partial.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _not_written(path: Path, size: int, error: OSError) -> StorageError:
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    written = f" ({size:,} bytes)" if size else ""
+    reason = error.strerror or str(error)
+    return StorageError(f"{path}{written} cannot be written: {reason}; {free:,} bytes are free")
+
+
+def remove_partial(folder: Path) -> None:
+    """Takes away what a process has left behind that was killed while it wrote."""
+    for partial in folder.rglob(f".*{PARTIAL}"):
+        partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -58,6 +58,13 @@ def best(history: History, goal: Monitor) -> Best | None:
     return choose(values, key=lambda found: found.value) if values else None
 
 
+def best_epochs(history: History, goal: Monitor, count: int) -> list[int]:
+    """So many epochs of the best values, the best first; -1: all that have one."""
+    sign = -1 if goal.mode == "max" else 1
+    ranked = sorted(measured(history, goal), key=lambda found: (sign * found.value, found.epoch))
+    return [found.epoch for found in ranked][: None if count < 0 else count]
+
+
 def waited(history: History, goal: Goal) -> int:
     """Measurements since the last that was better than all before it by more than `min_delta`."""
     rows = [row for row in history if row["stage"] == goal.stage]

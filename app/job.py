@@ -15,18 +15,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.check import checked
 from app.config.compose import Composer
-from app.config.errors import ConfigError, Mistake
+from app.config.errors import ConfigError, Mistake, UserError
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
 from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
 from app.files import write_text
+from app.seal import check_seal
+from app.states import FOLDER, LAST, newest_sound
 
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-LAST = "last.pt"  # as in `app.checkpoint`, which needs torch
 
 
 def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
@@ -77,19 +78,20 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     (plain, mistakes), template = freeze(composed), template_of(composed)
     mistakes += _trust_mistakes(plain, overrides)
     differences: list[str] = []
+    damaged: list[str] = []
     if plain.get("mode") == "train":
-        last = to_resume(composed, plain.get("resume"), folder)
+        last, damaged = to_resume(composed, plain.get("resume"), folder)
         if last is not None:
-            saved, its_template = _saved_config("resume", last)
+            saved, its_template = _saved_config("resume", str(last))
             plain, template, differences = over_saved(
                 saved, its_template, composed, overrides, resumes=True
             )
-            plain["resume"] = last
+            plain["resume"] = str(last)
     if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
     config = checked(plain, trusted, mistakes)
-    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
+    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
 
 
 def prepared(composed: DictConfig, folder: Path) -> Job:
@@ -104,9 +106,17 @@ def prepared(composed: DictConfig, folder: Path) -> Job:
     """
     job = job_of(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
     write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
+    for problem in job.damaged:
+        log.warning("%s; going on from %s", problem, job.config.resume)
     for difference in job.differences:
-        log.info("differs from the saved run: %s", difference)
+        log.warning("differs from the saved run: %s", difference)
     return job
+
+
+def is_longer(job: Job) -> bool:
+    """Whether a run that goes on has another length than it had."""
+    keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal.")
+    return any(line.startswith(keys) for line in job.differences)
 
 
 def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
@@ -116,14 +126,24 @@ def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> lis
     return [Mistake("trusted_targets", problem)]
 
 
-def to_resume(composed: DictConfig, resume: str | None, folder: Path | None) -> str | None:
-    """The checkpoint from which a run goes on; None where it has yet to begin.
+def to_resume(
+    composed: DictConfig, resume: str | None, folder: Path | None
+) -> tuple[Path | None, list[str]]:
+    """The state from which a run goes on; None where it has yet to begin.
+
+    Args:
+        composed: By Hydra.
+        resume: As typed: a run folder, a state in one, `auto`.
+        folder: Of a job of a sweep.
+
+    Returns:
+        Its file, and what is wrong with newer ones.
 
     Raises:
         ConfigError: There is none, or the folder would be another each time.
     """
     if resume is None:
-        return str(folder / "checkpoints" / LAST) if folder and _was_cut(folder) else None
+        return _newest(folder) if folder else (None, [])
     if resume == AUTO:
         raw = OmegaConf.to_container(composed.hydra.run, resolve=False)
         assert isinstance(raw, dict)
@@ -131,16 +151,36 @@ def to_resume(composed: DictConfig, resume: str | None, folder: Path | None) -> 
             problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
             raise ConfigError([Mistake("resume", problem)])
     folder = Path(str(composed.hydra.run.dir)).expanduser().absolute()
-    last = folder / "checkpoints" / LAST
-    if last.exists():
-        return str(last)
-    if resume == AUTO:
-        return None
-    raise ConfigError([Mistake("resume", f"={resume!r} holds no run to go on: no {last}")])
+    if resume.endswith(".pt"):
+        return _chosen(resume, folder), []
+    last, damaged = _newest(folder)
+    if last is None and resume != AUTO:
+        problem = f"={resume!r} holds no run to go on: no {folder / FOLDER / LAST}"
+        raise ConfigError([Mistake("resume", problem)])
+    return last, damaged
 
 
-def _was_cut(folder: Path) -> bool:
-    return (folder / "checkpoints" / LAST).exists()
+def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+    last, damaged = newest_sound(folder)
+    if last is None and damaged:
+        raise ConfigError([Mistake("resume", f": {problem}") for problem in damaged])
+    return last, damaged
+
+
+def _chosen(resume: str, folder: Path) -> Path:
+    """A state that the user has named himself."""
+    file = Path(resume).expanduser().absolute()
+    if file.parent != folder / FOLDER:
+        problem = f"={resume!r} is no state of the run in {folder}: it lies elsewhere"
+        raise ConfigError([Mistake("resume", problem)])
+    try:
+        kind = check_seal(file).kind
+    except UserError as error:
+        raise ConfigError([Mistake("resume", f": {error}")]) from error
+    if kind != "state":
+        problem = f"={resume!r} holds weights alone; training goes on from a {LAST}"
+        raise ConfigError([Mistake("resume", problem)])
+    return file
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:

@@ -12,13 +12,13 @@ from app.config.build import Build
 from app.config.check import fill_auto, has_auto, optimizer_nodes
 from app.config.errors import UserError, nearest, one_of
 from app.config.rules import seconds_of
-from app.config.schema import Config
+from app.config.schema import Checkpoint, Config
 from app.distributed import alone
 from app.learning import ONLY, Learning
 from app.optimization import Optimization
 from app.parallel import Parallel, Replicated, Sharded
 from app.parts import Parts
-from app.plan import Plan
+from app.plan import Plan, Saving
 from app.schedule import Schedule
 from app.task import SupervisedTask
 
@@ -179,8 +179,19 @@ def make_plan(config: Config) -> Plan:
         max_epochs=1 if trainer.fast_dev_run else trainer.max_epochs,
         max_steps=trainer.max_steps,
         valid_every_n_epochs=trainer.valid_every_n_epochs,
-        save_every_n_epochs=config.checkpoint.every_n_epochs,
+        saving=_saving(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=seconds_of(trainer.max_time),
         stop_at_non_finite_loss=trainer.stop_at_non_finite_loss,
+    )
+
+
+def _saving(checkpoint: Checkpoint) -> Saving:
+    return Saving(
+        every_n_epochs=checkpoint.every_n_epochs,
+        every_n_steps=checkpoint.every_n_steps,
+        every_n_minutes=checkpoint.every_n_minutes,
+        keep_last=checkpoint.keep_last,
+        save_top_k=checkpoint.save_top_k,
+        in_background=checkpoint.asynchronous,
     )

@@ -83,10 +83,10 @@ class Learning:
         """Tensors and plain values."""
         return {name: one.state_dict() for name, one in self.optimizations.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+        """Goes on from what `state_dict` gave; `anew` as in `Optimization.load_state_dict`."""
         for name, one in self.optimizations.items():
-            one.load_state_dict(state[name])
+            one.load_state_dict(state[name], anew)
 
 
 def _norm(one: Optimization, count: int) -> Mean:

@@ -141,15 +141,26 @@ class Optimization:
             "steps": self.steps,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
+    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+        """Goes on from what `state_dict` gave.
+
+        Args:
+            state: As given.
+            anew: With the rates, the schedule and the other settings that it has now; of the
+                schedule as much is over as of the one that was saved.
+        """
         whole, parameters = state["optimizer"], list(self._parameters())
         parts = {
             number: {n: part_of(value, parameters[number]) for n, value in values.items()}
             for number, values in whole["state"].items()
         }
+        if anew:
+            whole = {**whole, "param_groups": self.optimizer.state_dict()["param_groups"]}
         self.optimizer.load_state_dict({**whole, "state": parts})
-        self.schedule.load_state_dict(state["schedule"])
+        if anew:
+            self.schedule.go_to(state["steps"])
+        else:
+            self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 

@@ -7,6 +7,27 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Saving:
+    """When the state of training is written, and what of it stays.
+
+    Attributes:
+        every_n_epochs: And after the last.
+        every_n_steps: Of the optimizer, in the midst of epochs, too; None: not by steps.
+        every_n_minutes: Likewise by the clock.
+        keep_last: How many of the newest states stay.
+        save_top_k: The weights of how many of the best epochs stay; -1 of all.
+        in_background: Files are written while training goes on.
+    """
+
+    every_n_epochs: int = 1
+    every_n_steps: int | None = None
+    every_n_minutes: float | None = None
+    keep_last: int = 2
+    save_top_k: int = 1
+    in_background: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """How long to train, and what comes when.
 
@@ -14,7 +35,7 @@ class Plan:
         max_epochs: None where `max_steps` ends it.
         max_steps: Of the optimizer; None where `max_epochs` ends it.
         valid_every_n_epochs: And after the last.
-        save_every_n_epochs: And after the last.
+        saving: When the state is written, and what of it stays.
         sanity_valid_batches: Validated before training.
         max_seconds: Of training; None where only the others end it.
         stop_at_non_finite_loss: An epoch whose mean loss of training is no number is the last.
@@ -23,7 +44,7 @@ class Plan:
     max_epochs: int | None
     max_steps: int | None = None
     valid_every_n_epochs: int = 1
-    save_every_n_epochs: int = 1
+    saving: Saving = Saving()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
     stop_at_non_finite_loss: bool = True

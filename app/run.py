@@ -13,6 +13,7 @@ import torch
 from app.averaging import Averaging
 from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
+from app.callbacks.tables import drop_after
 from app.checkpoint import find_checkpoint
 from app.config.build import Build
 from app.config.schema import Config, Freeze, Job
@@ -75,7 +76,9 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
             trainer = make_trainer(job, build, parts, callbacks, folder, stop)
             if config.mode == "train":
                 if goes_on:
-                    trainer.state.take_up(Path(str(config.resume)))
+                    trainer.go_on_from(Path(str(config.resume)))
+                if rank() == 0:
+                    drop_after(folder, trainer.state.history)
                 value = train(trainer, parts)
                 status.at_end = "pruned" if trainer.is_hopeless else "completed"
                 return value
@@ -139,9 +142,15 @@ def train(trainer: Trainer, parts: Parts) -> float | None:
     if found is None:
         log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
-    log.info("the best weights are those of epoch %d", found.epoch if found else state.epoch)
+    elif not state.has_best:
+        log.warning("best.pt is gone or damaged: the last weights are kept in place of the best")
+        state.save_best()
+    epoch = state.restore_best()
+    if found and epoch != found.epoch:
+        log.warning("the best epoch was %d, but its weights are lost", found.epoch)
+    log.info("the best weights are those of epoch %d", epoch)
     if "test" in parts.loaders and not trainer.is_hopeless:
-        trainer.evaluate(parts.loaders["test"], "test", state.restore_best())
+        trainer.evaluate(parts.loaders["test"], "test", epoch)
     log.info("everything is in %s", state.folder)
     return found.value if found else None
 

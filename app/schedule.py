@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -62,6 +63,13 @@ class Schedule:
             self._advance()
         elif goal_value is not None:
             self._advance(goal_value)
+
+    def go_to(self, steps: int) -> None:
+        """Where it would be after so many steps; epochs are told by `epoch_end`."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            for _ in range(steps):
+                self.step_end()
 
     def _advance(self, *value: float) -> None:
         assert self.lr_scheduler is not None

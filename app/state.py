@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,21 +14,36 @@ from torch import Tensor
 from app.averaging import Averaging
 from app.checkpoint import (
     BEST,
-    LAST,
     Checkpoint,
     load_checkpoint,
     load_weights,
     monitored,
+    of_epoch,
     save_checkpoint,
 )
 from app.config.errors import UserError
+from app.config.freeze import learns_otherwise
 from app.config.schema import Job
 from app.distributed import from_first, rank
 from app.files import write_whole
 from app.history import Row
 from app.nested import Nested, map_tensors
 from app.parallel import whole
+from app.plan import Saving
+from app.seal import check_seal
+from app.states import FOLDER, LAST, States, remove
 from app.task import Task
+from app.writer import Writer
+
+log = logging.getLogger(__name__)
+
+
+class Stateful(Protocol):
+    """Something whose state goes into a checkpoint: tensors and plain values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class TrainState:
@@ -36,11 +54,23 @@ class TrainState:
         averaging: Of the weights.
         folder: Of the run.
         job: Its configuration goes into each checkpoint; None where there is none.
+        watchers: Their states do, too; in rank 0.
+        saving: How many states stay, and whether they are written in the background.
     """
 
-    def __init__(self, task: Task, averaging: Averaging, folder: Path, job: Job | None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        averaging: Averaging,
+        folder: Path,
+        job: Job | None,
+        watchers: Stateful | None = None,
+        saving: Saving = Saving(),  # noqa: B008
+    ) -> None:
         self.task, self.averaging = task, averaging
-        self.folder, self.job = folder, job
+        self.folder, self.job, self.watchers = folder, job, watchers
+        self.states, self.writer = States(folder, saving.keep_last), Writer(saving.in_background)
+        self.saves = 0  # of states
         self.epoch = 0  # the last whose batches have all been learned from
         self.is_over = True  # whether all that follows from it, as its validation, is done
         self.time_is_up = False  # training has ended by the clock
@@ -48,21 +78,33 @@ class TrainState:
         self.trained = 0  # of them, in the epoch under way or the last
         self.under_way: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
         self.history: list[Row] = []
+        self.anew = False  # whether the schedule is another than that of the state it went on from
 
     def save_best(self) -> None:
         """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
         checkpoint = self._checkpoint(None)
         self._save(BEST, checkpoint)
         if rank() == 0:
-            write_whole(self.folder / "model.pt", lambda file: torch.save(checkpoint.model, file))
+            path, model = self.folder / "model.pt", checkpoint.model
+            self.writer.write(lambda: write_whole(path, lambda file: torch.save(model, file)))
 
     def save_monitored(self, name: str) -> None:
         """The weights, as `best-<name>.pt`."""
         self._save(monitored(name), self._checkpoint(None))
 
+    def save_among_best(self, epochs: list[int]) -> None:
+        """The weights, as `epoch<number>.pt`; those of epochs that are not among these go."""
+        if self.epoch in epochs:
+            self._save(of_epoch(self.epoch), self._checkpoint(None))
+        kept = [of_epoch(epoch) for epoch in epochs]
+        for path in (self.folder / FOLDER).glob("epoch*.pt") if rank() == 0 else ():
+            if path.name not in kept:
+                remove(path)
+
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
         assert self.task.learning is not None
+        self.saves += 1
         training = {
             "learning": self.task.learning.state_dict(),
             "averaging": self.averaging.state_dict(),
@@ -71,8 +113,21 @@ class TrainState:
             "is_over": self.is_over,
             "time_is_up": self.time_is_up,
             "under_way": self.under_way,
+            "watchers": self.watchers.state_dict() if self.watchers else {},
+            "saves": self.saves,
         }
-        self._save(LAST, self._checkpoint(on_host(training)))
+        checkpoint = self._checkpoint(self._kept(training))
+        if rank() == 0:
+            path = self.folder / FOLDER / LAST
+            self.writer.write(lambda: save_checkpoint(path, checkpoint, self.states), True)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """What is saved inside is on the disk in the end, however it comes."""
+        try:
+            yield
+        finally:
+            self.writer.wait()
 
     def restore(self, file: Path) -> int:
         """Takes the weights of a checkpoint, and what the task has beside the model.
@@ -86,7 +141,9 @@ class TrainState:
         Raises:
             UserError: They are damaged, or those of another model or loss.
         """
-        checkpoint = self._read(file)
+        return self._restore(file, self._read(file))
+
+    def _restore(self, file: Path, checkpoint: Checkpoint) -> int:
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
@@ -95,52 +152,87 @@ class TrainState:
         return checkpoint.epoch
 
     def take_up(self, file: Path) -> None:
-        """Takes everything of a `last.pt`, to go on from there.
+        """Takes everything of a state, to go on from there.
 
         Raises:
             UserError: It is of another model, loss or optimizer, or was not saved to go on from.
         """
-        self.epoch = self.restore(file)
         checkpoint = self._read(file)
+        self.epoch = self._restore(file, checkpoint)
         training = checkpoint.training
         if training is None or "is_over" not in training:
             raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
         assert self.task.learning is not None
         try:
-            self.task.learning.load_state_dict(training["learning"])
+            self.anew = self._learns_otherwise(checkpoint.config)
+            self.task.learning.load_state_dict(training["learning"], self.anew)
             self.averaging.load_state_dict(training["averaging"])
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
         self.batches, self.trained = training["batches"], training["trained"]
         self.is_over, self.under_way = training["is_over"], training["under_way"]
-        self.time_is_up = training["time_is_up"]
-        self.history = checkpoint.history
+        self.time_is_up = training["time_is_up"] and not self._has_more_time(checkpoint.config)
+        self.history, self.saves = checkpoint.history, training["saves"]
+        self.states.go_on_from(file)
+        if self.watchers is not None:
+            self.watchers.load_state_dict(training["watchers"])
+
+    def _learns_otherwise(self, saved: dict[str, Any] | None) -> bool:
+        return (
+            saved is not None and self.job is not None and learns_otherwise(saved, self.job.plain)
+        )
+
+    def _has_more_time(self, saved: dict[str, Any] | None) -> bool:
+        if saved is None or self.job is None:
+            return False
+        max_time: bool = saved["trainer"]["max_time"] != self.job.config.trainer.max_time
+        return max_time
 
     def _read(self, file: Path) -> Checkpoint:
         """Rank 0 reads, the others hear of it."""
+        self.writer.wait()
         checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
         assert checkpoint is not None
         return checkpoint
 
+    @property
+    def has_best(self) -> bool:
+        """Whether `best.pt` is there, and whole; the same in all ranks."""
+        self.writer.wait()
+        problem = None
+        if rank() == 0:
+            try:
+                check_seal(self.folder / FOLDER / BEST)
+            except UserError as error:
+                problem = str(error)
+        return from_first(problem) is None
+
     def restore_best(self) -> int:
         """Takes the best weights so far; gives their epoch."""
-        return self.restore(self.folder / "checkpoints" / BEST)
+        return self.restore(self.folder / FOLDER / BEST)
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
-            save_checkpoint(self.folder / "checkpoints" / name, checkpoint)
+            path = self.folder / FOLDER / name
+            self.writer.write(lambda: save_checkpoint(path, checkpoint))
 
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
         return Checkpoint(
             config=job.plain if job else None,
             template=job.template if job else None,
-            model=on_host(self.task.model.state_dict()),
-            task=on_host(self.task.state_dict()),
+            model=self._kept(self.task.model.state_dict()),
+            task=self._kept(self.task.state_dict()),
             epoch=self.epoch,
             history=self.history,
             training=training,
+            number=self.saves,
         )
+
+    def _kept(self, nested: Nested) -> Nested:
+        """On the host; a copy where it is written while training goes on."""
+        kept = on_host(nested)
+        return map_tensors(torch.clone, kept) if self.writer.in_background else kept
 
 
 def on_host(nested: Nested) -> Nested:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -40,6 +41,33 @@ class Asked:
     def by_signal(self) -> bool:
         """Whether nothing more is to be begun; when time is up, the best is still tested."""
         return self.reason > Reason.TIME
+
+
+class Due:
+    """When to save in the midst of an epoch: after the same step in all ranks.
+
+    Args:
+        every_n_steps: Of the optimizer; None: not by steps.
+        every_n_minutes: Since it was last saved; None: not by the clock.
+    """
+
+    def __init__(self, every_n_steps: int | None, every_n_minutes: float | None) -> None:
+        self.every_n_steps = every_n_steps
+        self.seconds = None if every_n_minutes is None else 60 * every_n_minutes
+        self.agreement = Agreement()
+        self.since, self.steps = time.monotonic(), 0
+
+    def saved(self, steps: int) -> None:
+        """It has been, after so many steps."""
+        self.since, self.steps = time.monotonic(), steps
+
+    def after_step(self, steps: int) -> bool:
+        """Whether it is time to, after so many steps; every rank must ask."""
+        is_late = False
+        if self.seconds is not None:
+            is_late = bool(self.agreement(int(time.monotonic() - self.since >= self.seconds)))
+        by_steps = self.every_n_steps is not None and steps % self.every_n_steps == 0
+        return (by_steps or is_late) and steps != self.steps
 
 
 def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:

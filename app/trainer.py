@@ -22,7 +22,7 @@ from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
 from app.distributed import from_first, rank, world_size
 from app.freezing import Freezing
-from app.history import best, goal_value, loss_is_lost, measured
+from app.history import best, best_epochs, goal_value, loss_is_lost, measured
 from app.history import reason_to_stop as stop_by
 from app.learning import Learning
 from app.nested import Nested, count_samples, joined, map_tensors
@@ -34,7 +34,7 @@ from app.seed import seed_everything
 from app.state import TrainState
 from app.stopping import Stop, Stopped
 from app.task import Step, Task, sound
-from app.together import Asked, lending, of_all_ranks
+from app.together import Asked, Due, lending, of_all_ranks
 
 log = logging.getLogger(__name__)
 Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
@@ -84,7 +84,8 @@ class Trainer:
         self.averaging = averaging or Averaging(task.model)
         self.freezing = freezing or Freezing(task.model, {})
         self.monitors = dict(monitors or {})
-        self.state = TrainState(task, self.averaging, folder, job)
+        self.state = TrainState(task, self.averaging, folder, job, self.callbacks, plan.saving)
+        self.due = Due(plan.saving.every_n_steps, plan.saving.every_n_minutes)
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
@@ -97,11 +98,12 @@ class Trainer:
         Raises:
             Stopped: It was asked to end before its time; `last.pt` has what there is.
         """
-        with self.stop.between_steps(self.plan.max_seconds):
+        with self.stop.between_steps(self.plan.max_seconds), self.state.written():
             try:
                 return self.fit_epochs(train, valid)
             except Stopped:
-                self.state.save_last()
+                self.save_last()
+                self.state.writer.wait()
                 from_first(None)  # no rank leaves before it is saved
                 raise
 
@@ -128,8 +130,8 @@ class Trainer:
             self.state.is_over = True
             self.is_hopeless = self.pruning.is_hopeless(self.state.history) and not last
             reason = self.reason_to_stop()
-            if last or reason or epoch % self.plan.save_every_n_epochs == 0:
-                self.state.save_last()
+            if last or reason or epoch % self.plan.saving.every_n_epochs == 0:
+                self.save_last()
 
             self.callbacks.on_epoch_end(self.epoch_end(epoch, train, time.monotonic() - began))
             if reason:
@@ -164,6 +166,8 @@ class Trainer:
             for batch, step, numbers in run(batches, stage, epoch):
                 rows.add(step.values, numbers)
                 self.tell(start, batch, step, whole)
+                if learns and self.is_time_to_save():
+                    self.save_under_way(rows)
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
         if self.asked.by_signal and not learns:
@@ -319,8 +323,41 @@ class Trainer:
                     self.task.forward_step(batch)
         self.parallel.end()
 
+    def save_last(self) -> None:
+        """Keeps all that is needed to go on."""
+        self.state.save_last()
+        self.due.saved(self.learning.steps)
+
+    def is_time_to_save(self) -> bool:
+        """Whether all is to be kept now, in the midst of an epoch; every rank must ask."""
+        return self.due.after_step(self.learning.steps) and self.learning.is_between_steps
+
+    def save_under_way(self, rows: Rows) -> None:
+        """Keeps all that is needed to go on after the step just made."""
+        self.state.under_way = position(rows, self.state.trained)
+        self.save_last()
+        self.state.under_way = None
+
+    def go_on_from(self, file: Path) -> None:
+        """Takes up a run that was cut, where that state was saved.
+
+        Raises:
+            UserError: It is damaged, or of another model, loss or optimizer.
+        """
+        self.state.take_up(file)
+        for epoch in range(1, self.state.epoch + self.state.is_over) if self.state.anew else ():
+            self.learning.epoch_end(self.goal_value_of(epoch))
+        found = best(self.state.history, self.goal)
+        is_last = found is not None and self.state.is_over and found.epoch == self.state.epoch
+        if is_last and not self.state.has_best:
+            with self.averaging.applied():
+                self.state.save_best()
+
     def save_best(self, epoch: int) -> None:
         """Keeps the weights where this epoch is the best by the goal, or by a monitor."""
+        if self.plan.saving.save_top_k != 1:
+            epochs = best_epochs(self.state.history, self.goal, self.plan.saving.save_top_k)
+            self.state.save_among_best(epochs)
         if self.is_best(epoch, self.goal):
             self.state.save_best()
         for name, monitor in self.monitors.items():
@@ -342,7 +379,7 @@ class Trainer:
     def goal_value_of(self, epoch: int) -> float | None:
         """The goal's value in this epoch; None where it was not measured."""
         values = measured(self.state.history, self.goal)
-        return values[-1].value if values and values[-1].epoch == epoch else None
+        return next((found.value for found in values if found.epoch == epoch), None)
 
     @property
     def learning(self) -> Learning:

@@ -39,7 +39,10 @@ FLOORS = [
         "app.plan",
         "app.figures",
     ],
+    ["app.states"],
+    ["app.seal", "app.writer", "app.lock"],
     ["app.files", "app.stopping"],
+    ["app.faults"],
     ["app.config"],
     ["app"],
 ]

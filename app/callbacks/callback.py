@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from app.config.schema import Goal
 from app.history import History
@@ -73,6 +74,13 @@ class Callback:
     run), `model` (to be looked at), `config` (the resolved configuration, a plain dict).
     """
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values that it needs to go on when the run does."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes back what `state_dict` gave."""
+
     def on_stage_start(self, start: StageStart) -> None:
         """A stage begins."""
 
@@ -102,6 +110,22 @@ class Callbacks(Callback):
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
+
+    @property
+    def named(self) -> dict[str, Callback]:
+        """By kind and number among those of a kind."""
+        kinds = [type(callback).__qualname__ for callback in self.callbacks]
+        earlier = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
+        names = [f"{kind}-{count}" for kind, count in zip(kinds, earlier, strict=True)]
+        return dict(zip(names, self.callbacks, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: state for name, one in self.named.items() if (state := one.state_dict())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        named = self.named
+        for name in state.keys() & named.keys():
+            named[name].load_state_dict(state[name])
 
     def on_stage_start(self, start: StageStart) -> None:
         for callback in self.callbacks:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +14,12 @@ import pandas as pd
 import torch
 
 from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.files import write_csv
+from app.files import write_csv, write_whole
 from app.history import History
 from app.nested import Nested, tensors
 from app.records import StageResult
 
+log = logging.getLogger(__name__)
 STAGES = ("train", "valid", "test")
 TIMES = ("epoch_time", "samples/s")
 
@@ -48,16 +52,47 @@ class Tables(Callback):
         write_csv(details / f"{name}.csv", self._with_usage(result.steps))
         for metric, value in result.arrays.items():
             write_csv(details / f"{name}_{metric}.csv", as_table(value))
-        summary = summary_table(history)
-        write_csv(self.folder / "summary_table.csv", summary)
-        own = summary[summary["stage"] == result.stage].dropna(axis="columns", how="all")
-        write_csv(self.folder / f"{result.stage}_summary_table.csv", own)
+        write_summaries(self.folder, history, [result.stage])
 
     def _with_usage(self, steps: pd.DataFrame) -> pd.DataFrame:
         """A frame of its own: that of the result belongs to all who watch."""
         if self.throughput:
             steps = steps.assign(**{"samples/s": steps["num_samples"] / steps["iter_time"]})
         return steps.assign(memory_mb=self.taken) if self.memory else steps
+
+
+def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> None:
+    """The table of all stages, and one for each of those."""
+    summary = summary_table(history)
+    write_csv(folder / "summary_table.csv", summary)
+    for stage in stages:
+        own = summary[summary["stage"] == stage].dropna(axis="columns", how="all")
+        write_csv(folder / f"{stage}_summary_table.csv", own)
+
+
+def drop_after(folder: Path, history: History) -> None:
+    """Takes away what a run had written that now goes on from before it, or begins anew."""
+    kept = {(int(row["epoch"]), str(row["stage"])) for row in history}
+    for path in (folder / "epoch_details").glob("epoch*.csv"):
+        found = re.fullmatch(r"epoch(\d+)_(train|valid|test)(_.*)?", path.stem)
+        if found is not None and (int(found[1]), found[2]) not in kept:
+            path.unlink()
+        elif found is not None:
+            mend(path)
+    there = [stage for stage in STAGES if (folder / f"{stage}_summary_table.csv").exists()]
+    if there and history:
+        write_summaries(folder, history, [s for s in there if any(s == stage for _, stage in kept)])
+    for stage in there:
+        if not any(stage == one for _, one in kept):
+            (folder / f"{stage}_summary_table.csv").unlink()
+
+
+def mend(path: Path) -> None:
+    """Takes away a last line that was cut off."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        log.warning("%s was cut off: its last line is dropped", path)
+        write_whole(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
 
 
 def megabytes(batch: Nested) -> float:

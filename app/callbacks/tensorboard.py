@@ -74,6 +74,12 @@ class TensorBoard(Callback):
         self.samples = Samples(config, 0)
         self.traced = Samples(config, 2 if graph else 0)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"iterations": dict(self.done)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = Counter(state["iterations"])
+
     @cached_property
     def writer(self) -> SummaryWriter:
         """Made when there is something to write, which is in the rank alone that is watched."""

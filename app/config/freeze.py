@@ -32,7 +32,7 @@ NOW = (
 
 ALL_OVER = ("experiment", "debug", "local")  # groups that set keys anywhere
 FIXED = ("model.", "data.split.")
-LEARNS_WITH = ("optimizer.", "scheduler.", "average", "task.", "loss.")
+LEARNS_WITH = ("average", "task.", "loss.")
 LENGTH = (
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -141,8 +141,8 @@ def over_saved(
     merged = _merged(saved, before, after, "", differences)
     options = ("predict.", "export.", "find.")  # of this command, not of what was trained
     differences = [line for line in differences if not line.startswith(options)]
-    names = FIXED + (LEARNS_WITH + LENGTH * _has_auto(saved)) * resumes
-    fixed = [line for line in differences if line.startswith(names)]
+    names = FIXED + LEARNS_WITH * resumes
+    fixed = [line for line in differences if line.startswith(names) or _is_other_optimizer(line)]
     mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
     if mistakes:
         raise ConfigError(mistakes)
@@ -150,9 +150,15 @@ def over_saved(
     return filled | {name: now[name] for name in NOW}, typed, differences
 
 
-def _has_auto(saved: Plain) -> bool:
-    """Whether the schedule was made for the length of the run."""
-    return "auto" in (saved["scheduler"]["lr_scheduler"] or {}).values()
+def _is_other_optimizer(line: str) -> bool:
+    return line.startswith("optimizer.") and "_target_: " in line
+
+
+def learns_otherwise(saved: Plain, now: Plain) -> bool:
+    """Whether a run that goes on learns by another rate or schedule from now on."""
+    by_length = "auto" in (now["scheduler"]["lr_scheduler"] or {}).values()
+    keys = ("optimizer", "scheduler", *(LENGTH * by_length))
+    return any(_select(saved, key) != _select(now, key) for key in keys)
 
 
 def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str]) -> Plain:

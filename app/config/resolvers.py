@@ -41,5 +41,8 @@ def _run_name(mode: str, ckpt: str | None, model: str, data: str) -> str:
 
 
 def _run_folder(resume: str | None, fresh: str) -> str:
-    """That of the run which is to go on, else a new one."""
-    return fresh if resume in (None, "auto") else _path(str(resume))
+    """That of the run which is to go on, or whose checkpoint that is; else a new one."""
+    if resume in (None, "auto"):
+        return fresh
+    path = Path(_path(str(resume)))
+    return str(path.parent.parent if path.suffix == ".pt" else path)

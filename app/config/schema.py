@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from app.config.typed import Range
@@ -46,9 +46,14 @@ class Goal(Monitor):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the state is written, and what else is kept as best."""
+    """When the state is written, and what is kept."""
 
     every_n_epochs: Positive
+    every_n_steps: Positive | None
+    every_n_minutes: Annotated[float, Range(0.0, above=True)] | None
+    keep_last: Positive
+    save_top_k: Annotated[int, Range(-1)]
+    asynchronous: bool
     monitors: dict[str, Monitor | None]
 
 
@@ -267,7 +272,8 @@ class Job:
         plain: The same as a dict; the truth about the run.
         template: The same as YAML with its interpolations, for laying other values over it.
         trusted: Modules outside this program that the user named himself.
-        differences: To the tested run, a line each.
+        differences: To the run that is tested or goes on, a line each.
+        damaged: What is wrong with states newer than the one that it goes on from, a line each.
     """
 
     config: Config
@@ -275,3 +281,4 @@ class Job:
     template: str
     trusted: list[str]
     differences: list[str]
+    damaged: list[str] = field(default_factory=list)

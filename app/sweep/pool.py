@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,9 +21,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.config.errors import UserError
+from app.files import remove_partial
 from app.job import prepared
 from app.launch.failure import Failure, RankFailed, record
 from app.launch.local import Crew
+from app.lock import FolderInUse, owned
 from app.stopping import AT_ONCE, REASONS, Reason, Stopped, heard
 from app.sweep.outcome import record_failure
 from app.sweep.slots import Slot, make_slots, ranks_of
@@ -42,6 +45,7 @@ class Busy:
     crew: Crew
     config: DictConfig
     began: float
+    lock: ExitStack
     is_late: bool = False
 
 
@@ -89,6 +93,7 @@ class Pool:
         finally:
             for busy in self.busy:
                 busy.crew.kill()
+                busy.lock.close()
         if self.signals:
             raise Stopped(max(REASONS[signal.Signals(one).name] for one in self.signals))
 
@@ -105,20 +110,26 @@ class Pool:
         return False
 
     def _begin(self, slot: Slot, number: int, words: Sequence[str]) -> bool:
-        folder = None
+        folder, lock = None, ExitStack()
         try:
             config = self._compose(number, words)
             folder = Path(config.hydra.runtime.output_dir)
+            lock.enter_context(owned(folder))
+            remove_partial(folder)
             with env_override(config.hydra.job.env_set):
                 crew = self._crew(slot, config, folder)
             self.context.callbacks.on_job_start(config=config, task_function=self.task)
             crew.start()
+        except FolderInUse as error:
+            log.error("job %d: %s", number, error)
+            return False
         except Exception as error:  # noqa: BLE001 - as of any job, it is in its log
             folder = folder or _folder_of(self.config, words)
             folder.mkdir(parents=True, exist_ok=True)
             record_failure(folder, Failure.of(0, error))
+            lock.close()
             return False
-        self.busy.append(Busy(slot, number, folder, crew, config, time.monotonic()))
+        self.busy.append(Busy(slot, number, folder, crew, config, time.monotonic(), lock))
         for signal_number in self.signals:  # that came while it began
             crew.ask(signal_number)
         log.info("job %d begins: %s", number, folder.name)
@@ -195,6 +206,7 @@ class Pool:
             record(busy.folder, failure)
         if failure is not None:
             record_failure(busy.folder, failure)
+        busy.lock.close()
         self.context.callbacks.on_job_end(config=busy.config, job_return=self.result(busy.number))
 
     def result(self, number: int) -> JobReturn:

@@ -1,0 +1,113 @@
+"""The states of a run that training can go on from: `last.pt`, and those before it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from app.config.errors import UserError
+from app.faults import reach
+from app.files import write_whole
+from app.seal import check_seal, read_seal
+
+log = logging.getLogger(__name__)
+FOLDER = "checkpoints"
+LAST = "last.pt"
+
+
+def before(number: int) -> str:
+    """`last-1.pt` is the state before `last.pt`."""
+    return f"last-{number}.pt" if number else LAST
+
+
+def states_in(folder: Path) -> list[Path]:
+    """The files of a run folder that may hold a state, the newest first."""
+    return sorted(_files(folder), key=lambda path: (-_number(path), len(path.name), path.name))
+
+
+def _files(folder: Path) -> list[Path]:
+    every = (folder / FOLDER).glob("last*.pt")
+    return [path for path in every if re.fullmatch(r"last(-\d+)?", path.stem)]
+
+
+def _number(path: Path) -> int:
+    """Which of the states it is; what is damaged comes where its name is, before all others."""
+    try:
+        seal = read_seal(path)
+    except UserError:
+        return 1 << 62
+    return seal.number if seal.kind == "state" else -1
+
+
+def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest state that is whole.
+
+    Args:
+        folder: Of the run.
+
+    Returns:
+        Its file, None where there is none; and what is wrong with those that are newer.
+    """
+    problems: list[str] = []
+    for path in states_in(folder):
+        try:
+            if check_seal(path).kind == "state":
+                return path, problems
+            problems.append(f"{path} holds weights alone")
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+class States:
+    """Keeps the newest states.
+
+    Args:
+        folder: Of the run.
+        keep: How many.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder / FOLDER, keep
+        self.sound: list[Path] = []  # the newest first
+
+    def go_on_from(self, file: Path) -> None:
+        """A run goes on from there: it stays, and what is older; what is newer has its day."""
+        every = states_in(self.folder.parent)
+        older = every[every.index(file) + 1 :] if file in every else []
+        self.sound = [file, *older] if file in every else []
+
+    def write(self, write: Callable[[BinaryIO], object]) -> None:
+        """A further state; the one that was the newest is now the one before."""
+        write_whole(self.folder / LAST, write, self._make_room)
+        self.sound = [self.folder / LAST, *self.sound]
+        for path in _files(self.folder.parent):
+            if path not in self.sound:
+                reach("before_old_goes", path.name)
+                remove(path)
+
+    def _make_room(self) -> None:
+        """From the oldest on each takes the name of the one before it."""
+        moved: list[Path] = []
+        kept = self.sound[: self.keep - 1]
+        for number, path in reversed(list(enumerate(kept, start=1))):
+            older = self.folder / before(number)
+            reach("before_old_moves", path.name)
+            try:
+                path.replace(older)
+            except OSError as error:
+                log.warning("%s cannot be kept as %s: %s", path, older.name, error.strerror)
+            else:
+                moved.insert(0, older)
+        self.sound = moved
+
+
+def remove(path: Path) -> None:
+    """A file that has had its day; training goes on where that cannot be."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.warning("%s cannot be removed: %s", path, error.strerror)
