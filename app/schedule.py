@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 from torch.optim import Optimizer
@@ -66,10 +65,9 @@ class Schedule:
 
     def go_to(self, steps: int) -> None:
         """Where it would be after so many steps; epochs are told by `epoch_end`."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            for _ in range(steps):
-                self.step_end()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that was cut
+        for _ in range(steps):
+            self.step_end()
 
     def _advance(self, *value: float) -> None:
         assert self.lr_scheduler is not None

@@ -24,22 +24,34 @@ def before(number: int) -> str:
 
 
 def states_in(folder: Path) -> list[Path]:
-    """The files of a run folder that may hold a state, the newest first."""
-    return sorted(_files(folder), key=lambda path: (-_number(path), len(path.name), path.name))
+    """The files of a run folder that may hold a state, the newest first.
+
+    They say themselves which they are, since files can be swapped; where one does not, because it
+    is damaged, its name does.
+    """
+    numbers: dict[Path, float] = {}
+    before_it = 0.0
+    for path in sorted(_files(folder), key=_place, reverse=True):
+        before_it = numbers[path] = _number(path) or before_it + 0.5
+    return sorted(numbers, key=lambda path: -numbers[path])
 
 
 def _files(folder: Path) -> list[Path]:
     every = (folder / FOLDER).glob("last*.pt")
-    return [path for path in every if re.fullmatch(r"last(-\d+)?", path.stem)]
+    return [path for path in every if re.fullmatch(r"last(-\d+)?", path.stem) and path.is_file()]
 
 
-def _number(path: Path) -> int:
-    """Which of the states it is; what is damaged comes where its name is, before all others."""
+def _place(path: Path) -> int:
+    return int(path.stem.removeprefix("last-")) if "-" in path.stem else 0
+
+
+def _number(path: Path) -> int | None:
+    """Which of the run's states it is; None where it does not say."""
     try:
         seal = read_seal(path)
     except UserError:
-        return 1 << 62
-    return seal.number if seal.kind == "state" else -1
+        return None
+    return seal.number if seal.kind == "state" else None
 
 
 def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from app.callbacks.callback import Callback, EpochEnd
+from app.callbacks.callback import Callback, EpochEnd, StepEnd
 from app.distributed import rank
 from app.history import History
 from app.nested import Nested
@@ -65,6 +67,36 @@ class Numbered(Dataset[tuple[torch.Tensor, int]]):
         if os.environ[FAULT] == f"data:{rank()}:{index}":
             raise OSError("the file broke")
         return torch.rand(4), index % 2
+
+
+class Indexed(Dataset[tuple[torch.Tensor, int]]):
+    """Samples that begin with their own number and go on at random."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.cat([torch.tensor([float(index)]), torch.rand(3)]), index % 2
+
+
+class RecordedTask(FaultyTask):
+    """Writes down which samples it learns from, into the file that `IDS` names."""
+
+    def train_step(self, batch: Nested) -> Step:
+        step = super().train_step(batch)
+        with Path(f"{os.environ['IDS']}{rank()}").open("a") as file:
+            file.write(f"{' '.join(map(str, batch[0][:, 0].long().tolist()))}\n")
+        return step
+
+
+class Drawing(Callback):
+    """Draws random numbers where the run does, too."""
+
+    def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
+        self.drawn = (random.random(), np.random.rand(), torch.rand(1))
 
 
 class FaultyCallback(Callback):

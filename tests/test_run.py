@@ -27,6 +27,8 @@ from app.data.split import split
 
 FOLDER = {
     ".hydra",
+    ".lock",
+    ".owner.json",
     "checkpoints",
     "config.yaml",
     "epoch_details",
@@ -64,6 +66,7 @@ def test_the_folder_says_everything(trained: Ran) -> None:
     assert {path.name for path in (trained.folder / "checkpoints").iterdir()} == {
         "best.pt",
         "last.pt",
+        "last-1.pt",
     }
 
 

@@ -1,0 +1,76 @@
+"""Short runs in this process that a fault ends, and that go on."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import make_job
+from processes import SILENT, TESTS
+
+from app.launch.failure import RankFailed
+from app.launch.inline import launch_inline
+from app.launch.local import launch_local
+
+TINY = (  # five steps in each epoch
+    "data=indexed",
+    "model=mlp",
+    "task._target_=faulty.RecordedTask",
+    "trusted_targets=[faulty]",
+    "trainer.max_epochs=4",
+    "trainer.accelerator=cpu",
+    "checkpoint.every_n_steps=1",
+    "~callbacks.plots",
+)
+Cut = Callable[..., Path]
+
+
+def write_indexed(conf: Path) -> None:
+    """Data whose samples say who they are."""
+    (conf / "data").mkdir(parents=True)
+    source = "{_target_: faulty.Indexed, count: %d}"
+    (conf / "data" / "indexed.yaml").write_text(
+        "defaults: [base/arrays@_here_, _self_]\n"
+        "name: indexed\npath: null\nnum_classes: 2\ninput_shape: [4]\n"
+        "channels: null\nimage_size: null\nbatch_size: 8\nnormalize: null\n"
+        f"source:\n  train: {source % 36}\n  valid: {source % 12}\n  test: {source % 8}\n"
+    )
+
+
+@contextlib.contextmanager
+def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
+    """What runs a job until a fault ends it, or to its end, and gives the run folder."""
+    if writes:
+        write_indexed(home / "conf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS)
+
+        def run(name: str, fault: str, *words: str, size: int = 1) -> Path:
+            folder = home / name
+            patch.setenv("FAULT", fault)
+            patch.setenv("IDS", str(folder / "ids"))
+            where = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
+            job = make_job(*where, *TINY, f"trainer.devices={size}", *words)
+            folder.mkdir(exist_ok=True)
+            try:
+                launch_local(job, folder, size, SILENT) if size > 1 else launch_inline(job, folder)
+            except (RuntimeError, RankFailed) as error:
+                assert "the rank broke" in str(error), error
+            return folder
+
+        yield run
+
+
+def trained_on(folder: Path, ranks: int = 1) -> list[str]:
+    """The samples of each step."""
+    lines = [(folder / f"ids{rank}").read_text().splitlines() for rank in range(ranks)]
+    return [" ".join(parts) for parts in zip(*lines, strict=True)]
+
+
+def column(folder: Path, stage: str, name: str) -> list[float]:
+    """Of the iterations of all epochs."""
+    files = sorted((folder / "epoch_details").glob(f"epoch*_{stage}.csv"))
+    return [value for file in files for value in pd.read_csv(file)[name]]

@@ -1,0 +1,181 @@
+"""Runs that are cut somewhere and go on: each ends as the one that was left alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import FEW, run_app
+from cutting import Cut, column, cutting, trained_on
+from processes import assert_equal_runs, status_of
+
+from app.config.errors import ConfigError
+
+SCHEDULES = {
+    "warm-up": ("scheduler.warmup_steps=12",),
+    "milestone": ("scheduler=multistep", "scheduler.lr_scheduler.milestones=[2,3]"),
+    "plateau": (
+        "scheduler=plateau",
+        "scheduler.lr_scheduler.patience=0",
+        "optimizer.lr=1e-5",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def shared(home: Path) -> Iterator[Cut]:
+    """Runs that several tests look at have names of their own."""
+    with cutting(home) as cut:
+        yield cut
+
+
+@pytest.fixture
+def cut(tmp_path: Path) -> Iterator[Cut]:
+    with cutting(tmp_path) as cut:
+        yield cut
+
+
+@pytest.fixture(scope="module", params=SCHEDULES)
+def scheduled(request: pytest.FixtureRequest, shared: Cut) -> tuple[str, tuple[str, ...], Path]:
+    """A run with a schedule that nobody has cut."""
+    words = SCHEDULES[request.param]
+    whole = shared(f"whole-{request.param}", "none:0:0", *words)
+    assert len({*column(whole, "train", "lr")}) > 1, "or nothing is tested"
+    return request.param, words, whole
+
+
+@pytest.mark.parametrize("step", [3, 7, 9, 12])  # counted from the trial, which is no step
+def test_wherever_it_is_cut_the_rates_are_the_same(
+    shared: Cut, scheduled: tuple[str, tuple[str, ...], Path], step: int
+) -> None:
+    """Behind the first step, behind an epoch's last one, in warm-up, at a milestone, in a wait."""
+    name, words, whole = scheduled
+    folder = shared(f"{name}-{step}", f"raise:0:{step}", *words)
+    shared(f"{name}-{step}", "none:0:0", *words)
+    assert_equal_runs(whole, folder)
+    assert trained_on(folder) == trained_on(whole)
+
+
+def test_cut_before_the_validation_and_after_it_each_comes_once(cut: Cut) -> None:
+    whole = cut("whole", "none:0:0")
+    for name, fault in (("before", "raise:0:4:valid"), ("after", "raise:0:7")):
+        folder = cut(name, fault)
+        state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+        epochs = [row["epoch"] for row in _history(state) if row["stage"] == "valid"]
+        assert epochs == ([] if name == "before" else [1])
+        cut(name, "none:0:0")
+        assert_equal_runs(whole, folder)
+        assert trained_on(folder) == trained_on(whole)
+        table = pd.read_csv(folder / "summary_table.csv")
+        assert table.groupby(["epoch", "stage"]).size().max() == 1
+
+
+def _history(state: dict[str, str]) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = json.loads(state["history"])
+    return rows
+
+
+@pytest.mark.parametrize("step", [7, 12])
+def test_patience_goes_on_counting_and_the_best_stays(cut: Cut, step: int) -> None:
+    words = ("optimizer.lr=1e-9", "goal.patience=2", "trainer.max_epochs=9")
+    whole = cut("whole", "none:0:0", *words)
+    folder = cut("run", f"raise:0:{step}", *words)
+    cut("run", "none:0:0", *words)
+    assert_equal_runs(whole, folder)
+    epochs = pd.read_csv(folder / "valid_summary_table.csv")["epoch"]
+    assert len(epochs) < 9, "it stops early, at the same epoch"
+    best = [torch.load(f / "checkpoints" / "best.pt", weights_only=True) for f in (whole, folder)]
+    assert best[0]["epoch"] == best[1]["epoch"] < len(epochs)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_stream_of_samples_is_the_same(cut: Cut, workers: int) -> None:
+    """With samples drawn at random in workers, and a watcher that draws in between."""
+    words = (f"data.loader.num_workers={workers}", "+callbacks.draws._target_=faulty.Drawing")
+    words = (*words, "trainer.max_epochs=2", "model.dropout=0.3")
+    whole = cut("whole", "none:0:0", *words)
+    folder = cut("run", "raise:0:9", *words)
+    cut("run", "none:0:0", *words)
+    assert_equal_runs(whole, folder)
+    assert trained_on(folder) == trained_on(whole)
+
+
+def test_another_number_of_ranks_takes_the_same_samples(cut: Cut) -> None:
+    whole = cut("whole", "none:0:0", "trainer.max_epochs=2")
+    folder = cut("run", "raise:0:5", "trainer.max_epochs=2")
+    alone = trained_on(folder)
+    (folder / "ids0").unlink()
+    cut("run", "none:0:0", "trainer.max_epochs=2", size=2)
+    found = [*alone, *trained_on(folder, 2)]
+    assert [sorted(step.split()) for step in found] == [
+        sorted(step.split()) for step in trained_on(whole)
+    ]
+    log = (folder / "logs" / "rank1.log").read_text()
+    assert "the run was cut on 1 ranks and goes on on 2" in log
+    assert status_of(folder)["status"] == "completed"
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
+    words = ("model=mlp", "trainer.max_epochs=1", "hydra.run.dir=run", "resume=auto", *FEW)
+    words = (*words, "trainer.limit_test_batches=2")
+    assert run_app(tmp_path, *words).code == 0
+    before = _digests(tmp_path)
+    for again in (words, ("resume=run",)):
+        ran = run_app(tmp_path, *again)
+        assert ran.code == 0, ran.err
+        assert "is complete: there is nothing to go on with" in ran.out
+    assert _digests(tmp_path) == before
+
+
+def _digests(folder: Path) -> dict[Path, str]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_finished_run_can_be_made_longer(cut: Cut) -> None:
+    words = ("scheduler=constant",)
+    whole = cut("whole", "none:0:0", *words)
+    folder = cut("run", "none:0:0", *words, "trainer.max_epochs=2")
+    cut("run", "none:0:0", *words)
+    assert trained_on(folder) == trained_on(whole)
+    one, other = (torch.load(f / "model.pt", weights_only=True) for f in (whole, folder))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_another_rate_is_taken_and_said(cut: Cut) -> None:
+    words = ("scheduler=multistep", "scheduler.lr_scheduler.milestones=[1,3]")
+    folder = cut("run", "raise:0:13", *words, "optimizer.lr=0.01")
+    cut("run", "none:0:0", *words, "optimizer.lr=0.02")
+    rates = column(folder, "train", "lr")
+    assert rates == pytest.approx([0.01] * 5 + [0.001] * 5 + [0.001] + [0.002] * 4 + [2e-4] * 5)
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+    assert state["training"]["learning"][""]["steps"] == 20
+    assert len(state["training"]["learning"][""]["optimizer"]["state"]) == 4, "momenta stay"
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("model.hidden=[7]", "model.hidden: [128] -> [7]"),
+        ("model=lenet", "model._target_"),
+        ("optimizer=sgd", "optimizer._target_"),
+        ("data.split.seed=4", "data.split.seed"),
+    ],
+)
+def test_another_architecture_is_refused(shared: Cut, home: Path, word: str, named: str) -> None:
+    if not (home / "other").exists():
+        shared("other", "raise:0:3")
+    with pytest.raises(ConfigError) as refused:
+        shared("other", "none:0:0", word)
+    assert named in str(refused.value)
+    assert "the run was trained so, and cannot be changed" in str(refused.value)

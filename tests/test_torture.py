@@ -1,0 +1,92 @@
+"""Killed at any moment and started again, a run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import pytest
+from torture import (
+    Kill,
+    assert_as_if_nothing_had_been,
+    assert_readable,
+    command,
+    kills,
+    two_ranks,
+)
+
+Run = Callable[[Path, Iterable[str], Kill | None], int]
+AGAIN = ("resume=auto", "hydra.run.dir=run")
+RUNS: dict[int, tuple[Run, tuple[str, ...]]] = {
+    1: (command, AGAIN),
+    2: (two_ranks, ("resume=auto",)),
+}
+ENDS = (-signal.SIGKILL, -signal.SIGTERM, 143)  # SIGTERM before anybody listened, or heard
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def undisturbed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
+    """The run that nobody disturbs, and on how many ranks."""
+    cwd = tmp_path_factory.mktemp("whole")
+    run, words = RUNS[request.param]
+    assert run(cwd, words, None) == 0
+    return request.param, cwd / "run"
+
+
+def survive(cwd: Path, ranks: int, planned: list[Kill]) -> int:
+    """Starts it again until it ends; gives how often it was ended before."""
+    run, words = RUNS[ranks]
+    survived = 0
+    for kill in planned:
+        code = run(cwd, words, kill)
+        if code == 0:
+            break
+        assert code in ENDS, (kill, code, _told(cwd))
+        survived += 1
+        assert_readable(cwd / "run")
+    code = run(cwd, words, None)
+    assert code == 0, _told(cwd)
+    return survived
+
+
+def _told(cwd: Path) -> str:
+    return (cwd / "told").read_text()[-3000:] if (cwd / "told").exists() else ""
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_killed_again_and_again(undisturbed: tuple[int, Path], tmp_path: Path, seed: int) -> None:
+    ranks, whole = undisturbed
+    planned = kills(16, seed)
+    survived = survive(tmp_path, ranks, planned if ranks == 1 else [k for k in planned if k.fault])
+    assert survived >= 3
+    assert_as_if_nothing_had_been(whole, tmp_path / "run")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(7200)
+def test_killed_two_hundred_times(
+    undisturbed: tuple[int, Path], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    ranks, whole = undisturbed
+    survived, seed = 0, 0
+    while survived < int(os.environ.get("KILLS", "200")):
+        seed += 1
+        cwd = tmp_path / str(seed)
+        cwd.mkdir()
+        planned = [kill for kill in kills(40, seed) if ranks == 1 or kill.fault]
+        survived += survive(cwd, ranks, planned)
+        assert_as_if_nothing_had_been(whole, cwd / "run")
+    record_property("kills survived", survived)
+
+
+def test_preempted_again_and_again(undisturbed: tuple[int, Path], tmp_path: Path) -> None:
+    ranks, whole = undisturbed
+    if ranks > 1:
+        pytest.skip("signals to several ranks have tests of their own")
+    survived = survive(tmp_path, ranks, kills(5, 3, signal.SIGTERM))
+    assert survived >= 2
+    assert_as_if_nothing_had_been(whole, tmp_path / "run")
