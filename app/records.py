@@ -66,6 +66,7 @@ class StageResult:
         row: Its row of the history.
         steps: A line for each iteration.
         arrays: Values of metrics that are no single number.
+        is_whole: Whether it has come to its end; what was cut is told again when the run goes on.
     """
 
     stage: str
@@ -73,6 +74,7 @@ class StageResult:
     row: Row
     steps: pd.DataFrame
     arrays: dict[str, np.ndarray]
+    is_whole: bool = True
 
 
 class Clock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from app.callbacks.callback import Callback
+from app.config.errors import StorageError
 from app.config.schema import Goal
 from app.device import describe_device, peak_memory
 from app.distributed import world_size
@@ -23,6 +25,7 @@ from app.history import History, best, is_measured
 from app.records import StageResult
 from app.stopping import Stopped
 
+log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
 State = Literal["running", "completed", "pruned", "failed", "interrupted", "preempted"]
 
@@ -67,7 +70,10 @@ class Status(Callback):
             self.write(stopped.state)
             raise
         except BaseException as error:
-            self.write("failed", f"{type(error).__name__}: {error}")
+            try:
+                self.write("failed", f"{type(error).__name__}: {error}")
+            except StorageError as full:  # what it ended by is what has to be said
+                log.error("%s", full)
             raise
         self.write(self.at_end)
 

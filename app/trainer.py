@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
 
@@ -176,6 +177,7 @@ class Trainer:
             self.state.under_way = position(rows, self.state.trained)
         result = rows.result(stage, epoch)
         history = [*self.state.history, result.row]
+        result = replace(result, is_whole=not self.asked.by_signal)
         self.callbacks.on_stage_end(result, history)
         if self.asked.by_signal:
             raise Stopped(self.asked.reason)  # the stage is not over, and not part of the history

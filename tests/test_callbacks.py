@@ -216,6 +216,21 @@ def test_mlflow_has_settings_numbers_tags_and_files(
     assert "plots/loss.png" in plots
 
 
+@pytest.mark.parametrize("kind", [MLflow, WeightsAndBiases])
+def test_a_run_that_goes_on_is_the_same_run(
+    elsewhere: Path, config: dict[str, Any], kind: type[MLflow] | type[WeightsAndBiases]
+) -> None:
+    first = kind(elsewhere, config)
+    first.on_stage_start(StageStart("train", 1, 1, 1))
+    again = kind(elsewhere, config)
+    again.load_state_dict(first.state_dict())
+    first.on_run_end([])
+    again.on_stage_start(StageStart("train", 2, 1, 1))
+    assert again.state_dict() == first.state_dict()
+    assert again.state_dict()["run"]
+    again.on_run_end([])
+
+
 def test_mlflow_leaves_no_run_active(elsewhere: Path, config: dict[str, Any]) -> None:
     import mlflow
 

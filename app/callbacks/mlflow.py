@@ -56,10 +56,21 @@ class MLflow(Callback):
         """Begins the run with the first stage, since only then is it known to be watched."""
         if self.client is None:
             self.client = self.connect()
-            self.run_id = self._begun()
+            if self.run_id:
+                self.client.update_run(self.run_id, status="RUNNING")
+            else:
+                self.run_id = self._begun()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.run_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The run that was cut goes on as the same."""
+        self.run_id = state["run"]
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
-        self._log_metrics(numbers(result.row), result.epoch)
+        if result.is_whole:
+            self._log_metrics(numbers(result.row), result.epoch)
 
     def on_run_end(self, history: History) -> None:
         if self.client is None:

@@ -94,6 +94,8 @@ class TensorBoard(Callback):
         self.traced.add(step)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        if not result.is_whole:
+            return
         for name, value in numbers(result.row).items():
             self.writer.add_scalar(name, value, result.epoch)
         if self.steps:

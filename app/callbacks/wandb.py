@@ -57,6 +57,14 @@ class WeightsAndBiases(Callback):
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run: Run | None = None
+        self.id: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The run that was cut goes on as the same."""
+        self.id = state["run"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
         """Begins the run with the first stage, since only then is it known to be watched."""
@@ -68,12 +76,16 @@ class WeightsAndBiases(Callback):
                 tags=self.config["tags"],
                 notes=self.config["notes"],
                 reinit="create_new",
+                id=self.id,
+                resume="allow" if self.id else None,
             )
+            self.id = self.run.id
             self.run.define_metric("*", step_metric="epoch")
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         assert self.run is not None
-        self.run.log({"epoch": result.epoch, **numbers(result.row)})
+        if result.is_whole:
+            self.run.log({"epoch": result.epoch, **numbers(result.row)})
 
     def on_run_end(self, history: History) -> None:
         if self.run is not None:

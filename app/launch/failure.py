@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sysconfig
 import time
@@ -13,10 +14,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from app.config.errors import KINDS, UserError
+from app.config.errors import KINDS, StorageError, UserError
 from app.files import write_json
 from app.stopping import Reason, Stopped
 
+log = logging.getLogger(__name__)
 Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
 TRANSPORTS = ("gloo", "NCCL", "distributed")  # in what is said where ranks talk to each other
 LOST = (
@@ -178,4 +180,8 @@ def record(folder: Path, failure: Failure) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     error = f"rank {failure.rank}: {failure.error}" if state == "failed" else None
     rank = failure.rank if state == "failed" else None
-    write_json(path, {**content, "status": state, "updated": now, "error": error, "rank": rank})
+    content |= {"status": state, "updated": now, "error": error, "rank": rank}
+    try:
+        write_json(path, content)
+    except StorageError as full:  # what it ended by is what has to be said
+        log.error("%s", full)

@@ -1,0 +1,212 @@
+"""The disk fills up, folders go, permissions are lost, two want the same folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FEW, run_app
+from processes import TESTS, assert_equal_runs, started, status_of
+from torture import WORDS, assert_readable, wait_until
+
+from app.config.errors import StorageError
+from app.files import remove_partial, write_text
+from app.lock import FolderInUse, check_free, owned
+from app.states import newest_sound
+
+STORAGE = 74
+TASK = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
+ENVIRONMENT = {"PYTHONPATH": TESTS, "FAULT": "none:0:0"}
+RUN = (*WORDS, "hydra.run.dir=small/run", "resume=auto")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a few megabytes."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no small disk can be made here: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("free", [0, 300_000, 1_500_000])
+def test_a_full_disk_is_named_and_nothing_is_lost(small: Path, tmp_path: Path, free: int) -> None:
+    """It fills up after the first state is there, so that a state or a table finds no room."""
+    cut = started_on(tmp_path, small / "run" / "checkpoints" / "last.pt")
+    fill(small, free)
+    out, _ = cut.communicate(timeout=120)
+    assert cut.returncode == STORAGE, out
+    line = next(line for line in out.splitlines() if "No space left on device" in line)
+    assert "small/run" in line
+    assert "bytes are free" in line
+    assert "Traceback" not in out
+    assert_readable(small / "run")
+    assert newest_sound(small / "run")[0] is not None
+    (small / "filler").unlink()
+    again = run_app(tmp_path, *RUN, *TASK, **ENVIRONMENT)
+    assert again.code == 0, again.out + again.err
+    whole = run_app(tmp_path, *WORDS, "hydra.run.dir=whole")
+    assert whole.code == 0
+    assert_equal_runs(tmp_path / "whole", small / "run")
+
+
+def started_on(cwd: Path, first: Path) -> subprocess.Popen[str]:
+    """A command that has just written its first state, and goes on slowly."""
+    process = subprocess.Popen(
+        ["python", "-m", "app", *RUN, *TASK],
+        cwd=cwd,
+        env=os.environ | ENVIRONMENT | {"SLOW": "0.3"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(first)
+    return process
+
+
+def fill(disk: Path, free: int) -> None:
+    """Leaves so many bytes."""
+    left = shutil.disk_usage(disk).free - free
+    (disk / "filler").write_bytes(bytes(max(0, left)))
+
+
+def test_a_folder_that_is_gone_ends_it_with_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    cut = started_on(tmp_path, tmp_path / "small" / "run" / "checkpoints" / "last.pt")
+    (tmp_path / "small" / "run").rename(tmp_path / "small" / "moved")
+    (tmp_path / "small" / "run").write_text("no folder")
+    out, _ = cut.communicate(timeout=120)
+    assert cut.returncode == STORAGE, out
+    assert "cannot be written: " in out
+    assert "Traceback" not in out
+    assert newest_sound(tmp_path / "small" / "moved")[0] is not None
+
+
+def test_what_is_not_written_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "a.txt"
+    write_text(path, "first")
+    with pytest.raises(StorageError) as refused:
+        limited(path)
+    assert str(path) in str(refused.value)
+    assert "File too large" in str(refused.value)
+    assert path.read_text() == "first"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def limited(path: Path) -> None:
+    """Files may not grow beyond 1000 bytes meanwhile."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        write_text(path, "x" * 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, heard)
+
+
+def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / ".last.pt.part"
+    left.parent.mkdir()
+    left.write_text("half")
+    (tmp_path / "checkpoints" / "mine.part").write_text("not ours")
+    remove_partial(tmp_path)
+    assert [path.name for path in left.parent.iterdir()] == ["mine.part"]
+
+
+# ---- one owner
+
+
+def test_a_folder_has_one_owner(tmp_path: Path) -> None:
+    context = mp.get_context("fork")
+    holds, lets_go = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(tmp_path, holds, lets_go))
+    process.start()
+    assert holds.wait(30)
+    with pytest.raises(FolderInUse, match=rf"is in use.*process {process.pid}"):
+        check_free(tmp_path)
+    with pytest.raises(FolderInUse), owned(tmp_path):
+        pass
+    process.kill()
+    process.join()
+    check_free(tmp_path)  # a dead owner has none
+    with owned(tmp_path):
+        assert json.loads((tmp_path / ".owner.json").read_text())["process"] == os.getpid()
+
+
+def _hold(folder: Path, holds: object, lets_go: object) -> None:
+    with owned(folder):
+        holds.set()  # type: ignore[attr-defined]
+        lets_go.wait(60)  # type: ignore[attr-defined]
+
+
+def test_a_second_resumer_is_refused(tmp_path: Path) -> None:
+    """By its command, before anything is touched; the first ends as if nothing had been."""
+    process = started(tmp_path, fault="slow:0:0.5")
+    folder = tmp_path / "run"
+    before = (folder / "config.yaml").stat().st_mtime_ns
+    second = run_app(tmp_path, "model=mlp", "resume=auto", "hydra.run.dir=run")
+    assert second.code == 2
+    assert "is in use: a run goes on there" in second.err
+    assert f"process {process.pid}" in second.err
+    assert "Traceback" not in second.err
+    assert (folder / "config.yaml").stat().st_mtime_ns == before
+    assert status_of(folder)["status"] == "running"
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    check_free(folder)
+
+
+# ---- saving in the background
+
+
+def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
+    words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "checkpoint.keep_last=2")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        ["python", "-m", "app", *WORDS, *words, "hydra.run.dir=run", "trainer.max_epochs=100"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wait_until(tmp_path / "run" / "checkpoints" / ".last.pt.part")
+    process.terminate()
+    asked = time.monotonic()
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - asked < 10, "as the row of the faults wants it"
+    assert process.returncode == 143, out
+    assert_readable(tmp_path / "run")
+    state, problems = newest_sound(tmp_path / "run")
+    assert state == tmp_path / "run" / "checkpoints" / "last.pt"
+    assert not problems
+    training = torch.load(state, weights_only=True)["training"]
+    assert training["under_way"] is not None or training["is_over"]
+    assert not [*(tmp_path / "run").rglob("*.part")]
+
+
+def test_the_end_waits_for_what_is_in_flight(tmp_path: Path) -> None:
+    ran = run_app(
+        tmp_path,
+        *("model=mlp", "model.hidden=[2000,2000]", "trainer.max_epochs=1", *FEW),
+        *("trainer.limit_test_batches=2", "checkpoint.asynchronous=true", "hydra.run.dir=run"),
+    )
+    assert ran.code == 0, ran.err
+    assert_readable(tmp_path / "run")
+    assert newest_sound(tmp_path / "run") == (tmp_path / "run" / "checkpoints" / "last.pt", [])
