@@ -34,7 +34,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     """A disk of a few megabytes."""
     folder = tmp_path / "small"
     folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    words = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no small disk can be made here: {done.stderr.strip()}")
@@ -42,7 +42,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 300_000, 1_500_000])
+@pytest.mark.parametrize("free", [0, 300_000, 2_000_000])
 def test_a_full_disk_is_named_and_nothing_is_lost(small: Path, tmp_path: Path, free: int) -> None:
     """It fills up after the first state is there, so that a state or a table finds no room."""
     cut = started_on(tmp_path, small / "run" / "checkpoints" / "last.pt")
