@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from warm import WarmCommand
 
 TESTS = str(Path(__file__).parent)
 
@@ -96,14 +97,15 @@ def _is_rank(pid: int) -> bool:
     return int(told[1]) != os.getpid()
 
 
-def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Popen[str]:
-    """A command under way, at its second step of training or later; with readers of data."""
-    mark = cwd / "mark"
-    write_numbered(cwd / "conf")
-    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
-    environment = {"FAULT": fault, "MARK": str(mark), "PYTHONPATH": TESTS}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words],
+Command = subprocess.Popen[str] | WarmCommand
+
+
+def begun(cwd: Path, words: Sequence[str], cold: bool = False, **environment: str) -> Command:
+    """`python -m app` with those words; what it says of errors is among the rest."""
+    if not cold:
+        return WarmCommand(cwd, words, environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "app", *words],
         cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -111,11 +113,25 @@ def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Pop
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for_lines(process: Command, file: Path, count: int) -> None:
+    """Until it has written so many."""
     until = time.monotonic() + 120
-    while not (mark.exists() and len(mark.read_text().splitlines()) > 1):
+    while not (file.exists() and len(file.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def started(cwd: Path, *words: str, fault: str = "slow:0:0.3", cold: bool = False) -> Command:
+    """A command under way, at its second step of training or later; with readers of data."""
+    mark = cwd / "mark"
+    write_numbered(cwd / "conf")
+    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
+    words = (*readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words)
+    process = begun(cwd, words, cold, FAULT=fault, MARK=str(mark), PYTHONPATH=TESTS)
+    wait_for_lines(process, mark, 2)
     return process
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import slurm
 from conftest import Ran, run_cold
-from processes import TESTS, descendants, gone, status_of, write_numbered
+from processes import TESTS, Command, descendants, gone, status_of, write_numbered
 from sweeps import folder_of, jobs_in, started, states_of, steps
 
 RAY = "hydra_plugins.hydra_ray_launcher"
@@ -37,7 +36,7 @@ def words_of(launcher: str) -> list[str]:
     return [f"hydra/launcher={launcher}", *words]
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Command) -> tuple[int, str]:
     """Its exit code, and what it has printed; whatever is left of it is ended."""
     try:
         printed, _ = process.communicate(timeout=120)
