@@ -99,7 +99,7 @@ def app(tmp_path: Path) -> Callable[..., Ran]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """An MLP trained for two short epochs and tested on all of MNIST."""
     cwd = tmp_path_factory.mktemp("trained")
-    ran = run_cold(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
+    ran = run_app(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
     assert ran.code == 0, ran.err + ran.out
     return ran
 

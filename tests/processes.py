@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,9 +30,6 @@ SHORT = (
     "trainer.limit_test_batches=2",
     "~callbacks.plots",
 )
-
-
-TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 FAULTY = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
@@ -157,14 +155,17 @@ def assert_two_jobs(cwd: Path) -> None:
 
 
 def torchrun(cwd: Path, *words: str, fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TORCHRUN_2, "--master-port", str(free_port()), "-m", "app", *words],
-        cwd=cwd,
-        env=os.environ | {"FAULT": fault, "PYTHONPATH": TESTS},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    """Itself warm; the ranks that it starts are cold, as it gives them a Python of their own."""
+    environment = {"FAULT": fault, "PYTHONPATH": TESTS}
+    with tempfile.NamedTemporaryFile("r") as err:
+        command = ["--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "app", *words]
+        agent = WarmCommand(cwd, command, environment, Path(err.name), "torch.distributed.run")
+        try:
+            out, _ = agent.communicate(200)
+        finally:
+            agent.kill()
+        assert agent.returncode is not None
+        return subprocess.CompletedProcess(command, agent.returncode, out, err.read())
 
 
 def free_port() -> int:

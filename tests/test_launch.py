@@ -18,6 +18,7 @@ from processes import (
     SILENT,
     TESTS,
     assert_two_jobs,
+    begun,
     free_port,
     port_taken,
     status_of,
@@ -122,20 +123,16 @@ SLURM = {
 
 def srun(cwd: Path, *words: str, **environment: str) -> list[tuple[int, str]]:
     """What srun does: a task for each rank, told by variables which it is."""
+    port = str(free_port())
     tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "app", *words],
-            cwd=cwd,
-            env=os.environ
-            | SLURM
-            | {"MASTER_PORT": str(port), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-            | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        begun(
+            cwd,
+            words,
+            **SLURM,
+            **{"MASTER_PORT": port, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            **environment,
         )
-        for port in [free_port()]
-        for rank in range(2)
+        for rank in "01"
     ]
     told = [task.communicate(timeout=200)[0] for task in tasks]
     return [(task.returncode, text) for task, text in zip(tasks, told, strict=True)]
@@ -165,16 +162,7 @@ def test_help_ends_all_ranks(tmp_path: Path) -> None:
 
 def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -> None:
     with port_taken(29500):
-        both = [
-            subprocess.Popen(
-                [sys.executable, "-m", "app", *SHORT, "trainer.devices=2"],
-                cwd=tmp_path,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for _ in range(2)
-        ]
+        both = [begun(tmp_path, (*SHORT, "trainer.devices=2")) for _ in range(2)]
         told = [one.communicate(timeout=200)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0], told
     ran = Ran(0, "", "", tmp_path)

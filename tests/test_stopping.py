@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from processes import (
     TESTS,
     alive,
     assert_equal_runs,
+    begun,
     descendants,
     gone,
     started,
@@ -56,13 +55,8 @@ def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
 
 
 def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *SHORT, "trainer.devices=2", "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = (*SHORT, "trainer.devices=2", "hydra.run.dir=run")
+    process = begun(tmp_path, words, cold=True)
     until = time.monotonic() + 120
     while not (tmp_path / "run" / "config.yaml").exists():
         assert time.monotonic() < until

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing as mp
 import os
+import runpy
 import select
 import signal
 import subprocess
@@ -31,6 +32,7 @@ class WarmCommand:
         words: What follows `python -m app`.
         environment: Variables beside those of this process.
         err: The file for what it says of errors; None where that goes with the rest.
+        module: What Python runs, instead of `app`.
     """
 
     def __init__(
@@ -39,12 +41,13 @@ class WarmCommand:
         words: Sequence[str],
         environment: Mapping[str, str],
         err: Path | None = None,
+        module: str = "app",
     ) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self.words, self.told = words, b""
         self.pipe, its = context.Pipe(duplex=False)
-        given = (cwd, words, {**os.environ, **environment}, its, err)
+        given = (cwd, module, words, {**os.environ, **environment}, its, err)
         self.process = context.Process(target=_work, args=given)
         self.process.start()
         its.close()
@@ -84,22 +87,25 @@ class WarmCommand:
 
 
 def _work(
-    cwd: Path, words: Sequence[str], environment: dict[str, str], out: Connection, err: Path | None
+    cwd: Path,
+    module: str,
+    words: Sequence[str],
+    environment: dict[str, str],
+    out: Connection,
+    err: Path | None,
 ) -> None:
     os.setsid()
     _as_by_a_shell(cwd, environment)
     _write_to(out, err)
-    sys.argv = ["app", *words]
+    sys.argv = [module, *words]
     sys.path[:0] = [str(cwd), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     if "OMP_NUM_THREADS" in environment:
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     lend_forkserver()
-    from app.cli import main
-
     try:
-        main()
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
         sys.stdout.flush()
