@@ -175,7 +175,8 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bar(trained: Ran) -> No
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "app", "model=mlp", "trainer.max_epochs=1"]
+    words = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=1000", "~callbacks.plots")
+    command = [sys.executable, "-m", "app", *words]
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     with subprocess.Popen(command, cwd=tmp_path, stdout=child, stderr=child) as process:
