@@ -18,7 +18,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from processes import FAULTY, SHORT, SILENT, TESTS
 from sweeps import Sweeps, in_this_process
-from warm import run_warm
+from warm import WarmCommand
 
 from app.config import resolvers
 from app.config.compose import compositions
@@ -67,9 +67,13 @@ class Ran:
 def run_app(cwd: Path, *words: str, **environment: str) -> Ran:
     """`python -m app` with those words, in that folder."""
     with tempfile.TemporaryDirectory() as text:
-        out, err = Path(text, "out"), Path(text, "err")
-        code = run_warm(cwd, list(words), os.environ | environment, out, err)
-        return Ran(code, out.read_text(), err.read_text(), cwd)
+        process = WarmCommand(cwd, words, environment, err=Path(text, "err"))
+        try:
+            out, _ = process.communicate(280)
+        finally:
+            process.kill()
+        assert process.returncode is not None
+        return Ran(process.returncode, out, Path(text, "err").read_text(), cwd)
 
 
 def run_cold(cwd: Path, *words: str, **environment: str) -> Ran:
@@ -95,7 +99,7 @@ def app(tmp_path: Path) -> Callable[..., Ran]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     """An MLP trained for two short epochs and tested on all of MNIST."""
     cwd = tmp_path_factory.mktemp("trained")
-    ran = run_cold(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
+    ran = run_app(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
     assert ran.code == 0, ran.err + ran.out
     return ran
 

@@ -7,8 +7,9 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import pandas as pd
 import torch
 import yaml
+from warm import WarmCommand
 
 TESTS = str(Path(__file__).parent)
 
@@ -28,9 +30,6 @@ SHORT = (
     "trainer.limit_test_batches=2",
     "~callbacks.plots",
 )
-
-
-TORCHRUN_2 = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2")
 
 
 FAULTY = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
@@ -96,14 +95,15 @@ def _is_rank(pid: int) -> bool:
     return int(told[1]) != os.getpid()
 
 
-def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Popen[str]:
-    """A command under way, at its second step of training or later; with readers of data."""
-    mark = cwd / "mark"
-    write_numbered(cwd / "conf")
-    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
-    environment = {"FAULT": fault, "MARK": str(mark), "PYTHONPATH": TESTS}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words],
+Command = subprocess.Popen[str] | WarmCommand
+
+
+def begun(cwd: Path, words: Sequence[str], cold: bool = False, **environment: str) -> Command:
+    """`python -m app` with those words; what it says of errors is among the rest."""
+    if not cold:
+        return WarmCommand(cwd, words, environment)
+    return subprocess.Popen(
+        [sys.executable, "-m", "app", *words],
         cwd=cwd,
         env=os.environ | environment,
         stdout=subprocess.PIPE,
@@ -111,11 +111,25 @@ def started(cwd: Path, *words: str, fault: str = "slow:0:0.3") -> subprocess.Pop
         text=True,
         start_new_session=True,
     )
+
+
+def wait_for_lines(process: Command, file: Path, count: int) -> None:
+    """Until it has written so many."""
     until = time.monotonic() + 120
-    while not (mark.exists() and len(mark.read_text().splitlines()) > 1):
+    while not (file.exists() and len(file.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def started(cwd: Path, *words: str, fault: str = "slow:0:0.3", cold: bool = False) -> Command:
+    """A command under way, at its second step of training or later; with readers of data."""
+    mark = cwd / "mark"
+    write_numbered(cwd / "conf")
+    readers = ("--config-dir", str(cwd / "conf"), "data=numbered", "data.loader.num_workers=2")
+    words = (*readers, *SHORT, *FAULTY, "hydra.run.dir=run", *words)
+    process = begun(cwd, words, cold, FAULT=fault, MARK=str(mark), PYTHONPATH=TESTS)
+    wait_for_lines(process, mark, 2)
     return process
 
 
@@ -141,14 +155,17 @@ def assert_two_jobs(cwd: Path) -> None:
 
 
 def torchrun(cwd: Path, *words: str, fault: str = "none:0:0") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*TORCHRUN_2, "--master-port", str(free_port()), "-m", "app", *words],
-        cwd=cwd,
-        env=os.environ | {"FAULT": fault, "PYTHONPATH": TESTS},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    """Itself warm; the ranks that it starts are cold, as it gives them a Python of their own."""
+    environment = {"FAULT": fault, "PYTHONPATH": TESTS}
+    with tempfile.NamedTemporaryFile("r") as err:
+        command = ["--nproc-per-node", "2", "--master-port", str(free_port()), "-m", "app", *words]
+        agent = WarmCommand(cwd, command, environment, Path(err.name), "torch.distributed.run")
+        try:
+            out, _ = agent.communicate(200)
+        finally:
+            agent.kill()
+        assert agent.returncode is not None
+        return subprocess.CompletedProcess(command, agent.returncode, out, err.read())
 
 
 def free_port() -> int:

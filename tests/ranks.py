@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from app.launch.local import PRELOADED
+
 TIMEOUT = 60
 
 
@@ -22,7 +24,7 @@ def in_ranks(size: int, function: Callable[..., Any], *given: Any) -> list[Any]:
     if size == 1:
         return [function(*given)]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["app.run", "torchvision"])
+    context.set_forkserver_preload(PRELOADED)  # commands of other tests come from there, too
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from processes import SHORT, TESTS, status_of
+from processes import SHORT, TESTS, Command, begun, status_of, wait_for_lines
 
 from app import cli
 from app.config import resolvers
@@ -46,26 +43,14 @@ def in_this_process(cwd: Path, patch: pytest.MonkeyPatch) -> Sweeps:
 
 
 def started(
-    cwd: Path, *words: str, marks: int = 1, flags: tuple[str, ...] = ()
-) -> subprocess.Popen[str]:
+    cwd: Path, *words: str, marks: int = 1, flags: tuple[str, ...] = (), cold: bool = False
+) -> Command:
     """A sweep under way in a process of its own; so many steps have been made in it."""
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
     known = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": TESTS}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", "-m", *flags, *SHORT, *SWEEPING, *words],
-        cwd=cwd,
-        env=os.environ | known,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 120
-    while not (mark.exists() and len(mark.read_text().splitlines()) >= marks):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    process = begun(cwd, ["-m", *flags, *SHORT, *SWEEPING, *words], cold, **known)
+    wait_for_lines(process, mark, marks)
     return process
 
 

@@ -18,6 +18,7 @@ from processes import (
     SILENT,
     TESTS,
     assert_two_jobs,
+    begun,
     free_port,
     port_taken,
     status_of,
@@ -36,7 +37,7 @@ def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monke
     job = make_job(
         *SHORT, *words, "trainer.limit_train_batches=2", "trainer.sanity_valid_batches=0"
     )
-    folders = [tmp_path / str(number) for number in range(16)]
+    folders = [tmp_path / str(number) for number in range(8)]
     for folder in folders:
         folder.mkdir()
     with port_taken(29500), ThreadPoolExecutor(len(folders)) as pool:
@@ -122,20 +123,16 @@ SLURM = {
 
 def srun(cwd: Path, *words: str, **environment: str) -> list[tuple[int, str]]:
     """What srun does: a task for each rank, told by variables which it is."""
+    port = str(free_port())
     tasks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "app", *words],
-            cwd=cwd,
-            env=os.environ
-            | SLURM
-            | {"MASTER_PORT": str(port), "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
-            | environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        begun(
+            cwd,
+            words,
+            **SLURM,
+            **{"MASTER_PORT": port, "SLURM_PROCID": rank, "SLURM_LOCALID": rank},
+            **environment,
         )
-        for port in [free_port()]
-        for rank in range(2)
+        for rank in "01"
     ]
     told = [task.communicate(timeout=200)[0] for task in tasks]
     return [(task.returncode, text) for task, text in zip(tasks, told, strict=True)]
@@ -165,16 +162,7 @@ def test_help_ends_all_ranks(tmp_path: Path) -> None:
 
 def test_commands_at_the_same_instant_get_folders_of_their_own(tmp_path: Path) -> None:
     with port_taken(29500):
-        both = [
-            subprocess.Popen(
-                [sys.executable, "-m", "app", *SHORT, "trainer.devices=2"],
-                cwd=tmp_path,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for _ in range(2)
-        ]
+        both = [begun(tmp_path, (*SHORT, "trainer.devices=2")) for _ in range(2)]
         told = [one.communicate(timeout=200)[0] for one in both]
     assert [one.returncode for one in both] == [0, 0], told
     ran = Ran(0, "", "", tmp_path)
@@ -363,20 +351,21 @@ def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path: P
 
 def test_threads_are_shared_out_unless_somebody_has_said_how_many() -> None:
     code = (
-        "import os, torch; from app.launch.rank import share_threads;"
-        "cores = len(os.sched_getaffinity(0)); share_threads(cores);"
-        "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])"
+        "import os, torch; from app.launch.rank import share_threads\n"
+        "cores = len(os.sched_getaffinity(0))\n"
+        "for said in (True, False):\n"
+        "    said or os.environ.pop('OMP_NUM_THREADS')\n"
+        "    share_threads(cores)\n"
+        "    print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'])\n"
     )
-    for given, threads in (({}, "1 1"), ({"OMP_NUM_THREADS": "3"}, "3 3")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | given
-        told = subprocess.run(
-            [sys.executable, "-c", code],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert told.stdout.strip() == threads
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"OMP_NUM_THREADS": "3"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.splitlines() == ["3 3", "1 1"]
 
 
 @pytest.mark.gpu

@@ -31,6 +31,10 @@ from app.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=100")
+SEGMENTATION = (
+    *("data=shapes", "data.image_size=32", "data.batch_size=16", "model=unet", "model.width=4"),
+    *("metric=segmentation", "goal.metric=dice"),
+)
 
 
 class Listener(Callback):
@@ -119,14 +123,11 @@ class Unreadable(Tensor):
         ("trainer.gradient_clip_value=1.0", "scheduler=onecycle"),
         ("trainer.gradient_norm=true", "trainer.zero_non_finite_gradients=true", "average=ema"),
         ("task=mixup", "loss.cross_entropy.weight={_target_: app.losses.weights.Learned}"),
-        ("data=shapes", "model=unet", "loss=dice_ce", "metric=segmentation", "goal.metric=dice"),
+        (*SEGMENTATION, "loss=dice_ce"),
         (
+            *SEGMENTATION,
             "loss=focal",
-            "metric=segmentation",
             "metric/single@metric.train=[hd95,dice_per_class]",
-            "data=shapes",
-            "model=unet",
-            "goal.metric=dice",
         ),
     ],
 )

@@ -176,6 +176,14 @@ def test_two_nodes_learn_what_one_process_learns(nodes: list[Ran], alone: Ran) -
     assert list(found["total_samples"]) == list(wanted["total_samples"])
 
 
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(on_loopback, id="loopback"),
+        pytest.param(in_namespaces, id="namespaces", marks=pytest.mark.long),  # the words are those
+    ],
+    indirect=True,
+)
 def test_a_mistake_is_said_once_and_ends_both_nodes(network: Network, tmp_path: Path) -> None:
     ran = run_nodes(network, tmp_path, "model=mlpp")
     assert all(node.code != 0 for node in ran)

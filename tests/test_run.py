@@ -178,7 +178,8 @@ def test_without_a_terminal_there_are_plain_lines_and_no_bar(trained: Ran) -> No
 
 
 def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "app", "model=mlp", "trainer.max_epochs=1"]
+    words = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=1000", "~callbacks.plots")
+    command = [sys.executable, "-m", "app", *words]
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     with subprocess.Popen(command, cwd=tmp_path, stdout=child, stderr=child) as process:
@@ -288,7 +289,8 @@ def test_a_typed_key_reaches_what_is_made_of_it(tmp_path: Path, app: Callable[..
     ],
 )
 def test_ways_of_computing(app: Callable[..., Ran], words: tuple[str, ...]) -> None:
-    ran = app("model=mlp", "trainer.max_epochs=1", "trainer.limit_test_batches=2", *FEW, *words)
+    short = ("trainer.max_epochs=1", "trainer.limit_test_batches=2", "~callbacks.plots", *FEW)
+    ran = app("model=mlp", *short, *words)
     assert ran.code == 0, ran.err + ran.out
     assert ran.csv("train_summary_table.csv")["loss_mean"][0] < 3
     keys = torch.load(ran.folder / "model.pt", weights_only=True).keys()
@@ -310,13 +312,13 @@ def test_bf16_computes_in_bf16(tmp_path: Path, app: Callable[..., Ran]) -> None:
         "        return y\n"
     )
     words = ("model=own_file", "model._target_=spy.Net", "trusted_targets=[spy]", "debug=fast")
-    assert app(*words, "trainer.precision=bf16").code == 0
+    assert app(*words, "trainer.precision=bf16", "~callbacks.plots").code == 0
     assert (tmp_path / "dtype").read_text() == "torch.bfloat16"
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(app: Callable[..., Ran]) -> None:
     for seed in (0, 0, 1):
-        ran = app("model=cnn", "debug=fast", f"seed={seed}")
+        ran = app("model=cnn", "debug=fast", "~callbacks.plots", f"seed={seed}")
         assert ran.code == 0, ran.err
     first, second, third = (
         torch.load(folder / "model.pt", weights_only=True) for folder in ran.folders

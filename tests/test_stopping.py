@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from processes import (
     TESTS,
     alive,
     assert_equal_runs,
+    begun,
     descendants,
     gone,
     started,
@@ -28,7 +27,7 @@ from processes import (
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_ctrl_c_saves_and_ends(tmp_path: Path, devices: int) -> None:
-    process = started(tmp_path, f"trainer.devices={devices}")
+    process = started(tmp_path, f"trainer.devices={devices}", cold=devices == 2)
     pids = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = process.communicate(timeout=60)
@@ -56,13 +55,8 @@ def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
 
 
 def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *SHORT, "trainer.devices=2", "hydra.run.dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = (*SHORT, "trainer.devices=2", "hydra.run.dir=run")
+    process = begun(tmp_path, words, cold=True)
     until = time.monotonic() + 120
     while not (tmp_path / "run" / "config.yaml").exists():
         assert time.monotonic() < until
@@ -76,7 +70,7 @@ def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "all"), ("SIGUSR1", "one")])
 def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> None:
-    process = started(tmp_path, "trainer.devices=2")
+    process = started(tmp_path, "trainer.devices=2", cold=number == "SIGTERM")
     pids = descendants(process.pid)
     send = os.killpg if whom == "all" else os.kill
     send(process.pid, getattr(signal, number))
@@ -88,7 +82,7 @@ def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> 
 
 
 def test_nobody_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
-    process = started(tmp_path, "trainer.devices=2")
+    process = started(tmp_path, "trainer.devices=2", cold=True)
     pids = descendants(process.pid)
     assert len(alive(pids)) >= 2 + 4  # ranks, and the readers of each
     process.kill()

@@ -1,11 +1,13 @@
-"""Sweeps by the launchers of others: joblib, submitit (SLURM by a stand-in), Ray."""
+"""Sweeps by the launchers of others: joblib, submitit (SLURM by a stand-in), Ray.
+
+joblib ends its processes in Python's own order of shutting down, so it is driven by a cold command.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,7 +17,7 @@ from pathlib import Path
 import pytest
 import slurm
 from conftest import Ran, run_cold
-from processes import TESTS, descendants, gone, status_of, write_numbered
+from processes import TESTS, Command, descendants, gone, status_of, write_numbered
 from sweeps import folder_of, jobs_in, started, states_of, steps
 
 RAY = "hydra_plugins.hydra_ray_launcher"
@@ -37,7 +39,7 @@ def words_of(launcher: str) -> list[str]:
     return [f"hydra/launcher={launcher}", *words]
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+def ended(process: Command) -> tuple[int, str]:
     """Its exit code, and what it has printed; whatever is left of it is ended."""
     try:
         printed, _ = process.communicate(timeout=120)
@@ -70,7 +72,7 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweeping,faulty]")
     words = (*readers, "trainer.devices=1,2", "+task.slow=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
-    process = started(tmp_path, *words_of("joblib"), *words, flags=flags)
+    process = started(tmp_path, *words_of("joblib"), *words, flags=flags, cold=True)
     pids = descendants(process.pid)
     os.kill(steps(tmp_path)[0], signal.SIGKILL)
     code, printed = ended(process)
@@ -89,7 +91,7 @@ def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     launcher: str, tmp_path: Path
 ) -> None:
     words = ("seed=0,1,2", "+task.slow=0.3")
-    process = started(tmp_path, *words_of(launcher), *words, marks=6)
+    process = started(tmp_path, *words_of(launcher), *words, marks=6, cold=True)
     pids = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)  # not to the jobs; on another machine they hear nothing
     code, printed = ended(process)
@@ -113,7 +115,7 @@ def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
     monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(here))
     words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.slow=0.3")
-    process = started(tmp_path, *words, *SHORTER, marks=1)
+    process = started(tmp_path, *words, *SHORTER, marks=1, cold=True)
     until = time.monotonic() + 100
     while len(set(steps(tmp_path))) < 3:  # job 0, and both ranks of job 1
         assert time.monotonic() < until

@@ -85,7 +85,7 @@ def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: Sweeps) -> No
     """In job 1 of 3; job 0 is not run again."""
     words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.slow=0.05")
     slots = ("hydra.launcher.slots=1",) if launcher == "pool" else ()
-    process = started(tmp_path, *words, *slots, marks=24 + 5)
+    process = started(tmp_path, *words, *slots, marks=24 + 5, cold=launcher == "pool")
     pids = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = process.communicate(timeout=60)

@@ -106,17 +106,16 @@ def test_a_report_makes_all_anew(swept: Path) -> None:
 
 def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: Sweeps, tmp_path: Path) -> None:
     assert sweep("optimizer.lr=0.05", "hydra.run.dir=single", "trainer.max_epochs=1", flags=()) == 0
-    command = [sys.executable, "-m", "app", "report", str(swept), "single", "--to", "joined"]
-    assert subprocess.run(command, cwd=tmp_path).returncode == 0
+    assert run_app(tmp_path, "report", str(swept), "single", "--to", "joined").code == 0
     table = table_of(tmp_path / "joined")
     assert len(table) == 5
     assert sorted(table["optimizer.lr"]) == [0.01, 0.01, 0.05, 0.1, 0.1]
     assert table["seed"].tolist() == [0, 1, 0, 1, 0]
     assert table["trainer.max_epochs"].tolist() == [2, 2, 2, 2, 1]
     assert (tmp_path / "joined" / table["folder"].iloc[-1] / "status.json").exists()
-    done = subprocess.run([*command[:4], "nowhere"], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no folder" in done.stderr
+    done = run_app(tmp_path, "report", "nowhere")
+    assert (done.code, done.out) == (2, "")
+    assert "no folder" in done.err
 
 
 def test_a_failed_job_does_not_end_the_sweep(sweep: Sweeps, tmp_path: Path) -> None:
