@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
 import os
 import random
 import signal
@@ -14,13 +13,13 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-import warm
 from conftest import make_job
 from processes import SILENT, assert_equal_runs, status_of
+from warm import WarmCommand
 
 from app.faults import VARIABLE
 from app.launch.failure import RankFailed
-from app.launch.local import PRELOADED, launch_local
+from app.launch.local import launch_local
 from app.seal import check_seal
 
 WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
@@ -98,23 +97,14 @@ def kills(count: int, seed: int, number: int = signal.SIGKILL) -> list[Kill]:
 
 def command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs `python -m app` with those words; gives how the process has ended."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
-    environment = {**os.environ, **fault, "OMP_NUM_THREADS": "1"}
-    told = cwd / "told"
-    process = context.Process(
-        target=warm._work, args=(cwd, [*WORDS, *words], environment, told, told)
-    )
-    process.start()
+    running = WarmCommand(cwd, [*WORDS, *words], {**fault, "OMP_NUM_THREADS": "1"})
     if kill and kill.seconds:
-        process.join(kill.seconds)
-        if process.is_alive():
-            assert process.pid is not None
-            os.kill(process.pid, kill.number)
-    process.join(120)
-    assert process.exitcode is not None, told.read_text()
-    return process.exitcode
+        running.process.join(kill.seconds)
+        running.send_signal(kill.number)
+    (cwd / "told").write_text(running.communicate(120)[0])
+    assert running.returncode is not None
+    return running.returncode
 
 
 def two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
