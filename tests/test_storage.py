@@ -17,6 +17,7 @@ import torch
 from conftest import FEW, run_app
 from processes import TESTS, assert_equal_runs, started, status_of
 from torture import WORDS, assert_readable, wait_until
+from warm import WarmCommand
 
 from app.config.errors import StorageError
 from app.files import remove_partial, write_text
@@ -170,6 +171,16 @@ def test_a_second_resumer_is_refused(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     check_free(folder)
+
+
+@pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.long)])
+def test_so_many_commands_at_once_have_as_many_folders(tmp_path: Path, count: int) -> None:
+    words = ("model=mlp", "trainer.fast_dev_run=true", "~callbacks.plots")
+    running = [WarmCommand(tmp_path, words, {"OMP_NUM_THREADS": "1"}) for _ in range(count)]
+    told = [one.communicate(250)[0] for one in running]
+    assert [one.returncode for one in running] == [0] * count, told
+    statuses = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/*/*/status.json")]
+    assert [status["status"] for status in statuses] == ["completed"] * count
 
 
 # ---- saving in the background
