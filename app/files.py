@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from app.config.errors import StorageError
+from app.config.errors import StorageError, UserError
 from app.faults import reach
 
 PARTIAL = ".part"
@@ -92,6 +92,23 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """A JSON file, indented; numbers that JSON does not have (NaN, infinity) become null."""
     write_text(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing where there is none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def _finite(content: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -14,7 +13,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from app.config.errors import UserError
-from app.files import write_json
+from app.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 LOCK, OWNER = ".lock", ".owner.json"
@@ -69,7 +68,6 @@ def check_free(folder: Path) -> None:
 
 
 def _taken(folder: Path) -> str:
-    path = folder / OWNER
-    owner = json.loads(path.read_text()) if path.exists() else {}
+    owner = read_json(folder / OWNER)
     by = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
     return f"{folder} is in use: a run goes on there ({by}); it is not disturbed"

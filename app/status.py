@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import platform
 import time
@@ -20,7 +19,7 @@ from app.config.errors import StorageError
 from app.config.schema import Goal
 from app.device import describe_device, peak_memory
 from app.distributed import world_size
-from app.files import write_json
+from app.files import read_json, write_json
 from app.history import History, best, is_measured
 from app.records import StageResult
 from app.stopping import Stopped
@@ -54,8 +53,8 @@ class Status(Callback):
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
         self.at_end: State = "completed"
-        if goes_on and self.path.exists():
-            self.began -= json.loads(self.path.read_text()).get("seconds", 0.0)
+        if goes_on:
+            self.began -= float(read_json(self.path).get("seconds") or 0.0)
 
     @contextmanager
     def recorded(self) -> Iterator[None]:

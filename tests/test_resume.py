@@ -135,6 +135,10 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
         assert ran.code == 0, ran.err
         assert "is complete: there is nothing to go on with" in ran.out
     assert _digests(tmp_path) == before
+    longer = run_app(tmp_path, "resume=run", "trainer.max_epochs=2")
+    assert longer.code == 0, longer.err
+    assert pd.read_csv(tmp_path / "run/valid_summary_table.csv")["epoch"].tolist() == [1, 2]
+    assert "differs from the saved run: trainer.max_epochs: 1 -> 2" in longer.out
 
 
 def _digests(folder: Path) -> dict[Path, str]:

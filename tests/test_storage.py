@@ -19,10 +19,11 @@ from processes import TESTS, assert_equal_runs, started, status_of
 from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
-from app.config.errors import StorageError
+from app.config.errors import StorageError, UserError
 from app.files import remove_partial, write_text
 from app.lock import FolderInUse, check_free, owned
 from app.states import newest_sound
+from app.sweep.outcome import outcome_of
 
 STORAGE = 74
 TASK = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
@@ -128,6 +129,13 @@ def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "mine.part").write_text("not ours")
     remove_partial(tmp_path)
     assert [path.name for path in left.parent.iterdir()] == ["mine.part"]
+
+
+def test_a_damaged_status_is_one_clear_error(tmp_path: Path) -> None:
+    for content in ("{", "[]", "[" * 100_000, '{"status": 3}'):
+        (tmp_path / "status.json").write_text(content)
+        with pytest.raises(UserError, match=r"status\.json is damaged"):
+            outcome_of(tmp_path)
 
 
 # ---- one owner

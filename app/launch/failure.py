@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import sysconfig
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.config.errors import KINDS, StorageError, UserError
-from app.files import write_json
+from app.files import read_json, write_json
 from app.stopping import Reason, Stopped
 
 log = logging.getLogger(__name__)
@@ -173,7 +172,7 @@ def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
 def record(folder: Path, failure: Failure) -> None:
     """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
     path = folder / "status.json"
-    content = json.loads(path.read_text()) if path.exists() else {}
+    content = read_json(path)
     state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
     if failure.kind == "stopped":
         state = Stopped(Reason(failure.reason)).state

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app.config.errors import UserError
+from app.files import read_json
 from app.launch.failure import Failure, record
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
@@ -39,12 +40,13 @@ class Outcome:
 
 def outcome_of(folder: Path) -> Outcome:
     """How the run in that folder stands."""
-    path = folder / "status.json"
-    if not path.exists():
+    content = read_json(folder / "status.json")
+    if not content:
         return Outcome()
-    content = json.loads(path.read_text())
-    best = content.get("best") or {}
-    return Outcome(content["status"], best.get("value"), content.get("error"), content)
+    best, status = content.get("best") or {}, content.get("status")
+    if not isinstance(status, str) or not isinstance(best, dict):
+        raise UserError(f"{folder / 'status.json'} is damaged: it does not say how the run stands")
+    return Outcome(status, best.get("value"), content.get("error"), content)
 
 
 def record_failure(folder: Path, failure: Failure, says: bool = True) -> None:
