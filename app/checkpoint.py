@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from app.distributed import alone
 from app.files import write_whole
 from app.history import Row
 from app.parallel import put
+from app.plain_archive import load_plain
 
 FORMAT = 2
 KEYS = {"format", "config", "template", "model", "task", "epoch", "history", "training"}
@@ -112,22 +111,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def _load_safely(file: Path) -> Any:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"{file} is truncated or no checkpoint: {error}") from error
-    if damaged is not None:
-        raise UserError(f"{file} is damaged: {damaged} does not have its checksum")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} holds more than tensors and plain values; refused: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    return load_plain(file)
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
