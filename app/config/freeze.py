@@ -152,7 +152,8 @@ def over_saved(
 
 def _has_auto(saved: Plain) -> bool:
     """Whether the schedule was made for the length of the run."""
-    return "auto" in (saved["scheduler"]["lr_scheduler"] or {}).values()
+    node = _select(saved, "scheduler.lr_scheduler")
+    return isinstance(node, dict) and "auto" in node.values()
 
 
 def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str]) -> Plain:
@@ -170,7 +171,11 @@ def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str
 
 def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:
     if not delete:
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        try:
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        except (ValueError, IndexError, OmegaConfBaseException) as error:
+            problem = f" has no place in the saved run: {str(error).splitlines()[0]}"
+            raise ConfigError([Mistake(key, problem)]) from error
         return
     parent = OmegaConf.select(config, key.rpartition(".")[0])
     if isinstance(parent, DictConfig):
