@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,28 @@ def test_code_is_refused_by_name_and_not_run(elsewhere: Path, name: str) -> None
     assert not Path("was_here").exists()
 
 
+@pytest.mark.parametrize(
+    ("pickled", "said"),
+    [
+        (named("torch.FloatStorage") + b")R", "a call of torch.FloatStorage with unknown"),
+        (named("collections.OrderedDict") + b"]" + b"\x85R", "a call of collections.OrderedDict"),
+        (b"])R", "a call of a value"),
+        (b"]" + named("torch.uint16") + b"a", "torch.uint16"),
+        (text("storage") + b"Q", "a persistent id that is no storage"),
+    ],
+)
+def test_calls_and_names_elsewhere_than_in_tensors(
+    tmp_path: Path, pickled: bytes, said: str
+) -> None:
+    assert f"refused: {said}" in refused(tmp_path, archive(whole(pickled)))
+
+
+def test_pickles_are_not_endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.plain_pickle.OPCODES", 100)
+    assert loaded(tmp_path, archive(whole(b"]" + b"Na" * 48))) == [None] * 48
+    assert "more than 100 opcodes" in refused(tmp_path, archive(whole(b"]" + b"Na" * 50)))
+
+
 class Sly:
     """What pickle would run."""
 
@@ -326,15 +349,15 @@ def test_what_an_error_names_is_not_spelled_out(tmp_path: Path) -> None:
 def entry(name: str, **more: int) -> bytes:
     """An archive with one entry more, unlike those of a checkpoint."""
     file = io.BytesIO(archive(whole(b"N")))
-    with zipfile.ZipFile(file, "a") as written:
-        info = zipfile.ZipInfo(name)
-        for field, value in more.items():
-            setattr(info, field, value)
+    info = zipfile.ZipInfo(name)
+    for field, value in more.items():
+        setattr(info, field, value)
+    with zipfile.ZipFile(file, "a") as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that are there already
         written.writestr(info, b"content")
     return file.getvalue()
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(
     ("content", "said"),
     [
