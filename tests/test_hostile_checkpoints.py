@@ -369,7 +369,7 @@ def entry(name: str, **more: int) -> bytes:
         (entry("a/b", compress_type=zipfile.ZIP_LZMA), "a/b is compressed"),
         (
             entry("a/b").replace(b"\x14\x03\x14\x00\x00\x00", b"\x14\x03\x14\x00\x01\x00"),
-            "encrypted",
+            "a/data.pkl is encrypted",
         ),
         (archive(b"", **{"0": b""}).replace(b"data.pkl", b"date.pkl"), "it has no data.pkl"),
     ],
