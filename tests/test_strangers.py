@@ -203,6 +203,7 @@ GROWING = {
         "a0: {b: {}}", "x_THIS: ${LAST}\nTHIS: {b: ['${x_THIS.b}', 1]}"
     ),
     "twice a last item": laughs("a0: [[1]]", "THIS: [['${LAST.-1}', '${LAST.-1}']]"),
+    "broad": "a0: ha\n" + "\n".join(f"a{n}: {f'${{a{n - 1}}}' * 20}" for n in range(1, 9)),
     "a chain": "\n".join(f"a{n}: ${{a{n + 1}}}" for n in range(900)),
     "a chain the other way": laughs("a0: ha", "THIS: ${LAST}"),
     "deeper and deeper": laughs("a0: ha", "THIS: [[[[['${LAST}']]]]]"),
@@ -379,6 +380,11 @@ def test_parts_that_run_or_write_what_they_are_told_are_refused(name: str) -> No
     with pytest.raises(TargetError, match="is not allowed"):
         locate(name)
     assert callable(locate(name, [name]))
+
+
+def test_what_a_part_has_borrowed_is_no_part() -> None:
+    with pytest.raises(TargetError, match=r"belongs to 'torch\.nn\.functional'"):
+        locate("app.callbacks.pictures.interpolate")
 
 
 def test_parts_are_located() -> None:
