@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -12,16 +10,18 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
+from app.config.bounded import load_json
 from app.config.errors import UserError, nearest, one_of
+from app.content import check_content
 from app.distributed import alone
 from app.files import write_whole
 from app.history import Row
 from app.parallel import put
+from app.plain_archive import load_plain, refuse_distributed
 from app.seal import Seal, check_seal, write_sealed
 from app.states import FOLDER, LAST, States, states_in
 
 FORMAT = 3
-KEYS = {"format", "config", "template", "model", "task", "epoch", "history", "training"}
 BEST = "best.pt"
 
 
@@ -118,45 +118,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     Raises:
         UserError: It is missing, damaged, holds code, or is no checkpoint of this program.
     """
+    refuse_distributed(path)
     file = find_checkpoint(path)
     check_seal(file)
-    content = _load_safely(file)
-    if not isinstance(content, dict) or not content.keys() >= KEYS:
+    content = load_plain(file)
+    if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{file} is no checkpoint of this program")
     if content["format"] != FORMAT:
         raise UserError(f"{file} has format {content['format']!r}; this program reads {FORMAT}")
-    try:
-        config, history = json.loads(content["config"]), json.loads(content["history"])
-    except (TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    check_content(file, content)
     return Checkpoint(
-        config=config,
+        config=load_json(content["config"], f"{file}: config"),
         template=content["template"],
         model=content["model"],
         task=content["task"],
         epoch=content["epoch"],
-        history=history,
+        history=load_json(content["history"], f"{file}: history"),
         training=content["training"],
     )
-
-
-def _load_safely(file: Path) -> Any:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise UserError(f"{file} is truncated or no checkpoint: {error}") from error
-    if damaged is not None:
-        raise UserError(f"{file} is damaged: {damaged} does not have its checksum")
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{file} holds more than tensors and plain values; refused: {reason}"
-        ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> None:

@@ -19,8 +19,10 @@ from app.config.errors import ConfigError, Mistake, UserError
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
+from app.config.strangers import refuse_strangers
 from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
+from app.config.template import safe_template
 from app.files import write_text
 from app.seal import check_seal
 from app.states import FOLDER, LAST, newest_sound
@@ -87,9 +89,11 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
                 saved, its_template, composed, overrides, resumes=True
             )
             plain["resume"] = str(last)
+            refuse_strangers(str(last), plain, trusted)
     if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
+        refuse_strangers(plain["ckpt"], plain, trusted)
     config = checked(plain, trusted, mistakes)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
 
@@ -187,11 +191,11 @@ def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
     if not Path(ckpt).exists():
         raise ConfigError([Mistake(key, f"={ckpt!r} does not exist")])
     from app.checkpoint import load_checkpoint
+    from app.plain_archive import refuse_distributed
 
+    refuse_distributed(Path(ckpt))
     checkpoint = load_checkpoint(Path(ckpt))
     if checkpoint.config is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([Mistake(key, problem)])
-    template = OmegaConf.create(checkpoint.template)
-    assert isinstance(template, DictConfig)
-    return checkpoint.config, template
+    return checkpoint.config, safe_template(checkpoint.template, checkpoint.config, ckpt)

@@ -24,6 +24,7 @@ from app.checkpoint import (
 from app.config.errors import UserError
 from app.config.freeze import learns_otherwise
 from app.config.schema import Job
+from app.content import check_savable
 from app.distributed import from_first, rank
 from app.files import write_whole
 from app.history import Row
@@ -36,6 +37,7 @@ from app.task import Task
 from app.writer import Writer
 
 log = logging.getLogger(__name__)
+UNLIKE = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # of others
 
 
 class Stateful(Protocol):
@@ -147,7 +149,7 @@ class TrainState:
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
-        except (RuntimeError, KeyError) as error:
+        except UNLIKE as error:
             raise UserError(f"{file} is of another task or loss: {error}") from error
         return checkpoint.epoch
 
@@ -167,7 +169,7 @@ class TrainState:
             self.anew = self._learns_otherwise(checkpoint.config)
             self.task.learning.load_state_dict(training["learning"], self.anew)
             self.averaging.load_state_dict(training["averaging"])
-        except (ValueError, KeyError, RuntimeError) as error:
+        except UNLIKE as error:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
         self.batches, self.trained = training["batches"], training["trained"]
         self.is_over, self.under_way = training["is_over"], training["under_way"]
@@ -218,11 +220,15 @@ class TrainState:
 
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
+        task = self._kept(self.task.state_dict())
+        if rank() == 0:
+            check_savable("task", task)
+            check_savable("training", training)
         return Checkpoint(
             config=job.plain if job else None,
             template=job.template if job else None,
             model=self._kept(self.task.model.state_dict()),
-            task=self._kept(self.task.state_dict()),
+            task=task,
             epoch=self.epoch,
             history=self.history,
             training=training,

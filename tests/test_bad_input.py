@@ -193,14 +193,14 @@ def test_a_strangers_config_cannot_name_what_is_not_allowed(
     torch.save(content, tmp_path / "sly.pt")
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
-    assert "model._target_='os.system' is not allowed" in ran.err
+    assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
     content["config"] = content["config"].replace(
         '"trusted_targets": []', '"trusted_targets": ["os"]'
     )
     torch.save(content, tmp_path / "sly.pt")
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
-    assert "'os.system' is not allowed" in ran.err
+    assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
 
 
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"format": 99}])

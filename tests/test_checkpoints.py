@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -18,8 +19,9 @@ from processes import TESTS, assert_equal_runs
 from app.callbacks.tables import mend
 from app.checkpoint import load_checkpoint
 from app.config.errors import ConfigError, UserError
+from app.content import check_savable
 from app.seal import Seal, check_seal, read_seal, write_sealed
-from app.states import newest_sound, states_in
+from app.states import States, newest_sound, states_in
 from app.writer import Writer
 
 KEEP = ("checkpoint.keep_last=3", "trainer.max_epochs=2")
@@ -222,6 +224,32 @@ def test_any_byte_counts(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(UserError):
             check_seal(path)
+
+
+def test_the_state_that_a_run_goes_on_from_stays_until_there_are_others(tmp_path: Path) -> None:
+    def save(states: States, number: int) -> None:
+        seal = Seal("state", 1, number)
+        states.write(lambda file: write_sealed(file, "", seal, lambda f: torch.save(number, f)))
+
+    first = States(tmp_path, keep=3)
+    for number in (1, 2, 3):
+        save(first, number)
+    flipped(tmp_path / "checkpoints" / "last.pt")
+    again = States(tmp_path, keep=3)
+    again.go_on_from(tmp_path / "checkpoints" / "last-1.pt")
+    save(again, 3)
+    assert [check_seal(path).number for path in states_in(tmp_path)] == [3, 2, 1]
+    fewer = States(tmp_path, keep=2)
+    fewer.go_on_from(tmp_path / "checkpoints" / "last.pt")
+    save(fewer, 4)
+    assert [check_seal(path).number for path in states_in(tmp_path)] == [4, 3]
+
+
+def test_what_could_not_be_read_again_is_not_saved() -> None:
+    check_savable("task", {"a": [torch.ones(1), 1, 0.5, "x", None, (True,)]})
+    for value in ({1}, b"x", np.float64(1), {("a", 1): 2}, [1j]):
+        with pytest.raises(UserError, match=r"task\.a.*cannot be saved; allowed"):
+            check_savable("task", {"a": value})
 
 
 def test_states_are_ordered_by_what_they_are(stopped: tuple[Path, Path], tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ FLOORS = [
     ["app.state", "app.tasks", "app.cut"],
     ["app.task", "app.together"],
     ["app.learning", "app.checkpoint"],
+    ["app.content", "app.plain_archive", "app.plain_pickle", "app.plain_tensor"],
     ["app.optimization", "app.averaging", "app.freezing", "app.predictions", "app.export"],
     ["app.schedule", "app.records", "app.parallel", "app.pruning"],
     ["app.sync_norm"],

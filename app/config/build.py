@@ -105,6 +105,9 @@ def node_mistakes(
         yield from node_mistakes(f"{key}.{name}", child, trusted)
     if TARGET not in node:
         return
+    if not isinstance(node.get(POSITIONAL, []), list):
+        yield Mistake(f"{key}.{POSITIONAL}", f"={node[POSITIONAL]!r} is no list of arguments")
+        return
     try:
         target = locate(node[TARGET], trusted)
     except TargetError as error:

@@ -176,7 +176,11 @@ def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str
 
 def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:
     if not delete:
-        OmegaConf.update(config, key, value, merge=False, force_add=True)
+        try:
+            OmegaConf.update(config, key, value, merge=False, force_add=True)
+        except (ValueError, IndexError, OmegaConfBaseException) as error:
+            problem = f" has no place in the saved run: {str(error).splitlines()[0]}"
+            raise ConfigError([Mistake(key, problem)]) from error
         return
     parent = OmegaConf.select(config, key.rpartition(".")[0])
     if isinstance(parent, DictConfig):

@@ -31,6 +31,14 @@ LIBRARIES = (
     "torchvision.models.",
     "torchvision.transforms.",
 )
+# Offered by those, but they run or write what their arguments name.
+DENIED = (
+    "app.data.vision.fetch",  # downloads anything to anywhere
+    "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
+    "torchmetrics.multimodal.clip_score.",
+    "torchvision.datasets.lsun.",  # unpickles a file of the working directory
+    "torchvision.datasets.utils.",  # downloads and unpacks anything to anywhere
+)
 # In the libraries a class is a part; a function only where functions are what is offered.
 FUNCTIONS = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
 TRUST_VARIABLE = "APP_TRUSTED_TARGETS"
@@ -50,6 +58,15 @@ def is_trusted(name: str, trusted: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in trusted)
 
 
+def is_allowed(name: object, trusted: Sequence[str] = ()) -> bool:
+    """Whether the name alone allows that `locate` imports what it names."""
+    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return is_trusted(name, trusted) or (
+        name.startswith(PARTS + LIBRARIES) and not any(p.startswith("_") for p in name.split("."))
+    )
+
+
 def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """The class or function of that dotted name.
 
@@ -62,7 +79,7 @@ def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
-    if not is_trusted(name, trusted):
+    if not is_allowed(name, trusted):
         _refuse_strangers(name)
     target: Callable[..., Any] = _walk(name)
     if not callable(target):
@@ -73,21 +90,26 @@ def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
 
 
 def _refuse_strangers(name: str) -> None:
-    if not name.startswith(PARTS + LIBRARIES) or any(p.startswith("_") for p in name.split(".")):
-        allowed = ", ".join(f"{prefix}*" for prefix in PARTS + LIBRARIES)
-        module = name.rpartition(".")[0] or name
-        raise TargetError(
-            f"{name!r} is not allowed; allowed: {allowed}; if the code is yours, "
-            f"add trusted_targets=[{module}] to the command line"
-        )
+    allowed = ", ".join(f"{prefix}*" for prefix in PARTS + LIBRARIES)
+    module = name.rpartition(".")[0] or name
+    raise TargetError(
+        f"{name!r} is not allowed; allowed: {allowed}; if the code is yours, "
+        f"add trusted_targets=[{module}] to the command line"
+    )
 
 
 def _refuse_borrowed(name: str, target: Callable[..., Any]) -> None:
     """An allowed module may have imported something else: the home of the object counts."""
     home = f"{getattr(target, '__module__', None)}."
+    if f"{home}{getattr(target, '__qualname__', '')}".startswith(DENIED):
+        raise TargetError(
+            f"{name!r} is not allowed: it can run code or write files that its arguments name; "
+            f"trusted_targets=[{name}] on the command line allows it"
+        )
     if name.startswith("torch.nn.functional.") and inspect.isbuiltin(target):
         return  # some of them live in torch itself, as cosine_similarity
-    if not home.startswith(PARTS + LIBRARIES + ("torch._C._nn.",)):
+    homes = PARTS if name.startswith(PARTS) else (*LIBRARIES, "torch._C._nn.")
+    if not home.startswith(homes):
         raise TargetError(f"{name!r} is not allowed: it belongs to {home[:-1]!r}")
     if not inspect.isclass(target) and not name.startswith(PARTS + FUNCTIONS):
         raise TargetError(f"{name!r} is not allowed: only the classes of that module are")

@@ -1,0 +1,86 @@
+"""Tensors from what a file claims of them, if its storages have that."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LARGEST = 2**60  # of a size or stride
+DIMENSIONS = 64
+STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
+    "torch.LongStorage": torch.int64,
+    "torch.IntStorage": torch.int32,
+    "torch.ShortStorage": torch.int16,
+    "torch.CharStorage": torch.int8,
+    "torch.ByteStorage": torch.uint8,
+    "torch.BoolStorage": torch.bool,
+    "torch.ComplexFloatStorage": torch.complex64,
+    "torch.ComplexDoubleStorage": torch.complex128,
+    "torch.storage.UntypedStorage": torch.uint8,
+}
+DTYPES = {  # of tensors whose storage does not tell
+    f"torch.{name}": getattr(torch, name)
+    for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
+}
+
+
+class RefusedError(ValueError):
+    """More than tensors and plain values."""
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes, and what they are said to be: elements of a dtype, as many as counted."""
+
+    record: Tensor
+    dtype: torch.dtype
+    count: int
+
+
+def tensor_of(
+    dtype: torch.dtype,
+    storage: Storage,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+) -> Tensor:
+    """A view of the storage; the arguments as in `torch._utils._rebuild_tensor_v2`.
+
+    Raises:
+        RefusedError: It is more than values.
+        ValueError: It does not lie in the storage, or has more elements than that.
+    """
+    kinds = [type(part) for part in (size, stride, grad, hooks)]
+    if kinds != [tuple, tuple, bool, OrderedDict] or (grad and not dtype.is_floating_point):
+        raise RefusedError("a tensor with more than values")
+    if len(size) != len(stride) or len(size) > DIMENSIONS:
+        raise ValueError(f"a tensor of {len(size)} sizes and {len(stride)} strides")
+    numbers = (offset, *size, *stride)
+    if any(type(number) is not int or not 0 <= number < LARGEST for number in numbers):
+        raise ValueError("a tensor with a size, stride or offset that no tensor has")
+    has = storage.count * storage.dtype.itemsize // dtype.itemsize
+    wanted = math.prod(size)
+    end = offset + sum((n - 1) * by for n, by in zip(size, stride, strict=True)) + 1
+    if wanted > has or (end if wanted else offset) > has:
+        raise ValueError(f"a tensor of size {brief(size)}, its storage has {has} elements")
+    inside = torch.empty(0, dtype=dtype).set_(
+        storage.record.untyped_storage(), offset, size, stride
+    )
+    return inside.requires_grad_(grad)
+
+
+def brief(value: object) -> str:
+    """At most some 100 letters of it, on one line."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
