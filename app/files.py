@@ -11,6 +11,8 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet begins to compute
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes under a temporary name beside `path`, makes it durable, and renames it.
@@ -50,5 +52,21 @@ def _finite(content: Any) -> Any:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """A CSV file with a header and no index."""
-    write_whole(path, lambda file: table.to_csv(file, index=False))
+    """A CSV file with a header and no index; no text in it is a formula to a spreadsheet."""
+    harmless = table.set_axis([_harmless(name) for name in table.columns], axis=1)
+    for number, kind in enumerate(table.dtypes):
+        if not pd.api.types.is_numeric_dtype(kind):
+            cells = [_harmless(cell) for cell in table.iloc[:, number]]
+            harmless.isetitem(number, pd.Series(cells, index=table.index, dtype=kind))
+    write_whole(path, lambda file: harmless.to_csv(file, index=False))
+
+
+def _harmless(cell: Any) -> Any:
+    """With an apostrophe where a spreadsheet would compute it, as OWASP recommends."""
+    if not isinstance(cell, str) or not cell.startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -18,9 +18,11 @@ from app.config.compose import Composer
 from app.config.errors import ConfigError, Mistake
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
-from app.config.schema import Job
+from app.config.schema import Config, Job
+from app.config.secrets import shown
 from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
+from app.config.typed import structured
 from app.files import write_text
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,8 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
     config = checked(plain, trusted, mistakes)
+    if (given := shown(plain)) != plain:  # only the run itself is told secrets
+        config = structured(given, Config)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
 
 

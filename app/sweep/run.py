@@ -104,7 +104,9 @@ def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
         folder.save()
         finish(folder.path)
         if exit_code(folder, FAILURE):
-            log.info("to go on: python -m app -m sweep.resume=%s", folder.path)
+            names = ",".join(sweep.config.trusted_targets)
+            trust = f" trusted_targets=[{names}]" if names else ""
+            log.info("to go on: python -m app -m sweep.resume=%s%s", folder.path, trust)
 
 
 def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
