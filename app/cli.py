@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Job
+from app.config.secrets import unsaid
 from app.job import jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
@@ -263,8 +265,8 @@ def start(
     try:
         return launch(job, folder, leader, composed.hydra, quiet)
     except UserError as error:
-        log.error("%s", error)
-        log.debug("it came from", exc_info=error)
+        log.error("%s", unsaid(str(error)))
+        log.debug("it came from\n%s", unsaid("".join(traceback.format_exception(error))))
         raise JobFailed from error
     except RankFailed as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
@@ -278,7 +280,8 @@ def start(
         log.warning("interrupted")
         sys.exit(INTERRUPTED)
     except Exception as error:
-        log.exception("the run failed: %s: %s", type(error).__name__, error)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        log.error(unsaid(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
         raise JobFailed from error
 
 

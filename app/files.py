@@ -54,16 +54,22 @@ def _finite(content: Any) -> Any:
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """A CSV file with a header and no index; no text in it is a formula to a spreadsheet."""
     harmless = table.set_axis([_harmless(name) for name in table.columns], axis=1)
-    for number, kind in enumerate(table.dtypes):
-        if not pd.api.types.is_numeric_dtype(kind):
-            cells = [_harmless(cell) for cell in table.iloc[:, number]]
-            harmless.isetitem(number, pd.Series(cells, index=table.index, dtype=kind))
+    texts = [n for n, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
+    for number in texts:
+        before = table.iloc[:, number].tolist()
+        cells = [_harmless(cell) for cell in before]
+        if any(cell is not was for cell, was in zip(cells, before, strict=True)):
+            harmless.isetitem(number, pd.Series(cells, index=table.index, dtype=object))
     write_whole(path, lambda file: harmless.to_csv(file, index=False))
 
 
 def _harmless(cell: Any) -> Any:
     """With an apostrophe where a spreadsheet would compute it, as OWASP recommends."""
-    if not isinstance(cell, str) or not cell.startswith(FORMULA):
+    if not isinstance(cell, str):
+        return cell
+    if "\r" in cell:  # alone it would begin a line, as pandas puts it in no quotes
+        cell = cell.replace("\r\n", "\n").replace("\r", "\n")
+    if not cell.startswith(FORMULA):
         return cell
     try:
         float(cell)

@@ -28,6 +28,7 @@ from app.files import write_text
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
+SAID = ("name", "tags", "notes")  # to people alone
 LAST = "last.pt"  # as in `app.checkpoint`, which needs torch
 
 
@@ -92,7 +93,7 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
     config = checked(plain, trusted, mistakes)
     if (given := shown(plain)) != plain:  # only the run itself is told secrets
-        config = structured(given, Config)
+        config = structured(given | {key: plain[key] for key in SAID}, Config)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences)
 
 

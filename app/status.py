@@ -16,6 +16,7 @@ import torch
 
 from app.callbacks.callback import Callback
 from app.config.schema import Goal
+from app.config.secrets import unsaid
 from app.device import describe_device, peak_memory
 from app.distributed import world_size
 from app.files import write_json
@@ -67,7 +68,7 @@ class Status(Callback):
             self.write(stopped.state)
             raise
         except BaseException as error:
-            self.write("failed", f"{type(error).__name__}: {error}")
+            self.write("failed", unsaid(f"{type(error).__name__}: {error}"))
             raise
         self.write(self.at_end)
 

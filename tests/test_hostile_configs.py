@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Ran, mistakes_in
+from sweeps import Sweeps, folder_of, in_this_process
 
 from app.config.errors import ConfigError
 from app.config.limits import DEEPEST
@@ -251,3 +254,84 @@ def test_what_is_long_but_bearable_is_read(stranger: Path) -> None:
     path.parent.mkdir()
     path.write_text(text)
     assert mistakes_in("--config-dir", "conf", "experiment=fine") == []
+
+
+# ---- the folder of a stranger's sweep
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of one job."""
+    cwd = tmp_path_factory.mktemp("ended")
+    with pytest.MonkeyPatch.context() as patch:
+        assert in_this_process(cwd, patch)("seed=0", "trainer.max_epochs=1") == 0
+    return folder_of(cwd)
+
+
+@pytest.fixture
+def swept(ended: Path, tmp_path: Path) -> Path:
+    """The same, whose job is to run again."""
+    folder = Path(shutil.copytree(ended, tmp_path / "swept"))
+    (job,) = (path for path in folder.iterdir() if path.name.startswith("0_"))
+    shutil.rmtree(job)
+    return folder
+
+
+def changed(folder: Path, name: str, change: Callable[[str], str]) -> None:
+    path = folder / ".sweep" / name
+    path.write_text(change(path.read_text()))
+
+
+def with_word(word: str) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        content = json.loads(text)
+        content["words"].append(word)
+        content["jobs"][0]["words"].append(word)
+        return json.dumps(content)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("sweep.json", with_word("trusted_targets=[os]"), "begun with trusted_targets=[os]"),
+        ("sweep.json", with_word("+hydra.job.env_set.A=b"), "begun with +hydra.job.env_set.A=b"),
+        ("sweep.json", with_word("hydra.searchpath=[pkg://a]"), "begun with hydra.searchpath"),
+        ("sweep.json", lambda text: text.replace('"folder": "', '"folder": "../../'), "no folder"),
+        ("sweep.json", lambda text: text[:50], "is damaged"),
+        (
+            "conf/1/model/alexnet.yaml",
+            lambda text: text.replace("app.models.alexnet.AlexNet", "os.system"),
+            "'os.system' is not allowed",
+        ),
+        (
+            "conf/1/hydra/job_logging/app.yaml",
+            lambda text: text.replace("logging.FileHandler", "os.system"),
+            "'os.system' is not allowed",
+        ),
+        ("conf/1/config.yaml", lambda text: f"{text}\nbomb: {'[' * 500}", "inside one another"),
+    ],
+)
+def test_a_strangers_sweep_is_refused(
+    swept: Path,
+    sweep: Sweeps,
+    capfd: pytest.CaptureFixture[str],
+    name: str,
+    change: Callable[[str], str],
+    said: str,
+) -> None:
+    changed(swept, name, change)
+    before = sorted(swept.rglob("*"))
+    capfd.readouterr()
+    assert sweep(f"sweep.resume={swept}", short=False) == 2
+    err = capfd.readouterr().err
+    assert said in err
+    assert "Traceback" not in err
+    assert before == sorted(swept.rglob("*"))
+
+
+def test_ones_own_sweep_goes_on(swept: Path, sweep: Sweeps) -> None:
+    changed(swept, "sweep.json", with_word("trusted_targets=[sweeping]"))
+    words = (f"sweep.resume={swept}", "trusted_targets=[sweeping]")
+    assert sweep(*words, short=False) == 0

@@ -76,6 +76,12 @@ def hidden_in(text: str, secrets: Mapping[str, str]) -> str:
     return text
 
 
+def unsaid(text: str) -> str:
+    """A message or a trace without the values of any variable whose name looks secret."""
+    secrets = {name: value for name, value in os.environ.items() if looks_secret(name)}
+    return hidden_in(text, {name: value for name, value in secrets.items() if len(value) >= LONG})
+
+
 def shown(plain: dict[str, Any]) -> dict[str, Any]:
     """What a run is given: the values instead of their names.
 
