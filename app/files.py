@@ -59,7 +59,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         before = table.iloc[:, number].tolist()
         cells = [_harmless(cell) for cell in before]
         if any(cell is not was for cell, was in zip(cells, before, strict=True)):
-            harmless.isetitem(number, pd.Series(cells, index=table.index, dtype=object))
+            harmless.isetitem(number, cells)
     write_whole(path, lambda file: harmless.to_csv(file, index=False))
 
 

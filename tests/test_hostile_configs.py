@@ -278,7 +278,7 @@ def swept(ended: Path, tmp_path: Path) -> Path:
 
 
 def changed(folder: Path, name: str, change: Callable[[str], str]) -> None:
-    path = folder / ".sweep" / name
+    (path,) = (folder / ".sweep").glob(name)
     path.write_text(change(path.read_text()))
 
 
@@ -301,16 +301,16 @@ def with_word(word: str) -> Callable[[str], str]:
         ("sweep.json", lambda text: text.replace('"folder": "', '"folder": "../../'), "no folder"),
         ("sweep.json", lambda text: text[:50], "is damaged"),
         (
-            "conf/1/model/alexnet.yaml",
+            "conf/*/model/alexnet.yaml",
             lambda text: text.replace("app.models.alexnet.AlexNet", "os.system"),
             "'os.system' is not allowed",
         ),
         (
-            "conf/1/hydra/job_logging/app.yaml",
+            "conf/*/hydra/job_logging/app.yaml",
             lambda text: text.replace("logging.FileHandler", "os.system"),
             "'os.system' is not allowed",
         ),
-        ("conf/1/config.yaml", lambda text: f"{text}\nbomb: {'[' * 500}", "inside one another"),
+        ("conf/*/config.yaml", lambda text: f"{text}\nbomb: {'[' * 500}", "inside one another"),
     ],
 )
 def test_a_strangers_sweep_is_refused(

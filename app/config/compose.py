@@ -22,7 +22,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +43,16 @@ EXTRAS = {  # of this program, which bring plugins of Hydra's, by the option tha
     "hydra/launcher/submitit_slurm": "submitit",
     "hydra/launcher/ray": "ray",
 }
+# What Hydra and OmegaConf raise where a configuration is not at all as they expect.
+NOT_EXPECTED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    RecursionError,
+)
 NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.*) Config search"
 
 
@@ -78,9 +88,15 @@ class CheckedLoader(ConfigLoaderImpl):
             ConfigError: The configuration is refused.
         """
         trusted = [*typed_trust(parse_overrides(overrides)), *trusted_by_environment()]
-        composed = super().load_configuration(
-            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-        )
+        try:
+            composed = super().load_configuration(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+        except HydraException:
+            raise
+        except NOT_EXPECTED as error:
+            told = " ".join(f"{error}".split()) or type(error).__name__
+            raise ConfigCompositionException(f"it cannot be composed: {told}") from error
         # Only what does not grow is looked at, as that resolves it.
         mistakes = list(expansion_mistakes(composed))
         mistakes = mistakes or list(hydra_mistakes(composed, overrides, trusted))

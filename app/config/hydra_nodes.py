@@ -55,6 +55,9 @@ def hydra_mistakes(
     raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     own = raw["hydra"]
     look = _Look(raw, trusted)
+    for name in ("launcher", "sweeper"):
+        if not (isinstance(own.get(name), dict) and own[name].get("_target_")):
+            yield Mistake(f"hydra/{name}", f"={own.get(name)!r}; Hydra cannot do without one")
     for name in BUILT:
         yield from look.at_parts(f"hydra.{name}", own.get(name))
     for name in LOGGING:
