@@ -10,6 +10,7 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,7 +144,7 @@ def test_an_array_that_is_not_as_big_as_it_says(tmp_path: Path, shape: tuple[int
             said = {"descr": "<f8", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(header, said)
             archive.writestr(f"{name}.npy", header.getvalue() + bytes(64))
-    with pytest.raises(UserError, match=r"a\.npz"):
+    with pytest.raises(UserError, match=r"a\.npz: 'x\.npy' says it has .*; refused"):
         npz(str(tmp_path / "a.npz"), "x", "y")
 
 
@@ -199,13 +200,21 @@ def test_an_image_bomb_is_refused(tmp_path: Path) -> None:
 
 
 @contextmanager
-def serving(content: bytes, cut: int = 0) -> Iterator[tuple[str, list[str]]]:
-    """A server of one file, and what was asked of it; it hangs up early the first `cut` times."""
+def serving(
+    content: bytes, cut: int = 0, after: threading.Event | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """A server of one file, and what was asked of it.
+
+    It hangs up early the first `cut` times, and says nothing until a second `after` the event.
+    """
     asked: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             asked.append(self.path)
+            if after is not None:
+                after.wait(200)
+                time.sleep(1)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -242,19 +251,22 @@ def test_a_download_with_another_hash_is_not_kept(tmp_path: Path) -> None:
 
 
 def fetched(folder: Path, url: str, md5: str, told: Any) -> None:
+    told.put("begins")
     fetch(folder, [url], [("a.gz", md5)])
     told.put((folder / "a.gz").stat().st_size)
 
 
 def test_of_several_processes_one_downloads(tmp_path: Path) -> None:
-    content = os.urandom(3_000_000)
-    with serving(content) as (url, asked):
+    content, both = os.urandom(3_000_000), threading.Event()
+    with serving(content, after=both) as (url, asked):
         context = mp.get_context("spawn")
         told = context.Queue()
         arguments = (tmp_path, url, md5_of(content), told)
         processes = [context.Process(target=fetched, args=arguments) for _ in range(2)]
         for process in processes:
             process.start()
+        assert [told.get(timeout=200) for _ in processes] == ["begins"] * 2
+        both.set()
         assert [told.get(timeout=200) for _ in processes] == [len(content)] * 2
         for process in processes:
             process.join()
