@@ -301,8 +301,8 @@ def with_word(word: str) -> Callable[[str], str]:
         ("sweep.json", lambda text: text.replace('"folder": "', '"folder": "../../'), "no folder"),
         ("sweep.json", lambda text: text[:50], "is damaged"),
         (
-            "conf/*/model/alexnet.yaml",
-            lambda text: text.replace("app.models.alexnet.AlexNet", "os.system"),
+            "conf/*/model/mlp.yaml",
+            lambda text: text.replace("app.models.mlp.MLP", "os.system"),
             "'os.system' is not allowed",
         ),
         (

@@ -154,7 +154,9 @@ class SweepFolder:
 
 
 def _sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
-    return [(one.provider, one.path) for one in loader.get_search_path().get_path()]
+    """Those of folders begin with `file://`, which Hydra does not ask for."""
+    found = [(one.provider, one.path) for one in loader.get_search_path().get_path()]
+    return [(name, path if "://" in path else f"{LOCAL}{path}") for name, path in found]
 
 
 def _shared(plain: dict[str, Any]) -> dict[str, Any]:
