@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Job
+from app.config.secrets import unsaid
 from app.files import remove_partial
 from app.job import is_longer, jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
@@ -38,6 +40,7 @@ from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, outcome_of, record_failure
+from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
@@ -50,9 +53,10 @@ def main() -> None:
     resolvers.register()
     parser = get_args_parser()
     parser.prog = "app"
-    args = with_saved_words(parser.parse_args())
+    args = parser.parse_args()
     runs, world = is_a_run(args), None
     try:
+        args = with_saved_words(args)
         world = joined(args.overrides, os.environ)
     except UserError as error:
         _leave(str(error), MISTAKE)
@@ -70,10 +74,18 @@ def main() -> None:
 
 
 def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
-    """Where nothing but `sweep.resume` is typed, the sweep's own words are meant."""
+    """Where nothing but `sweep.resume` is typed, the sweep's own words are meant.
+
+    Raises:
+        UserError: The folder is damaged, or words of its have to be typed.
+    """
     typed = dict(word.partition("=")[::2] for word in args.overrides)
-    if "sweep.resume" in typed and all(key.startswith(("sweep.", "hydra")) for key in typed):
-        saved = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser()).words
+    own = ("sweep.", "hydra", "trusted_targets")
+    if "sweep.resume" in typed and all(key.startswith(own) for key in typed):
+        folder = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser())
+        saved, mistakes = folder.words, list(trust_mistakes(folder, args.overrides))
+        if mistakes:
+            raise ConfigError(mistakes)
         other = ("hydra.launcher.",) if "hydra/launcher" in typed else ()  # keys of the one before
         keys = {word: word.partition("=")[0] for word in saved}
         added = [w for w, key in keys.items() if key not in typed and not key.startswith(other)]
@@ -85,7 +97,9 @@ def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
 def lead(args: argparse.Namespace, leader: Leader | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
-        if is_a_run(args) and preflight(args, leader) == POOL:
+        if not is_a_run(args):
+            _check_what_is_shown(args)
+        elif preflight(args, leader) == POOL:
             warm_up()
         run_jobs(leader)
         return 0
@@ -97,6 +111,16 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
         return INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+def _check_what_is_shown(args: argparse.Namespace) -> None:
+    """Hydra resolves what it prints, and a saved job that it is to run again is a pickle."""
+    if args.experimental_rerun is not None:
+        problem = f"={args.experimental_rerun!r} would run the code in a pickle; use resume=FOLDER"
+        raise ConfigError([Mistake("--experimental-rerun", problem)])
+    if args.help or args.cfg or args.info:
+        with composer(args) as composing:
+            list(composing.compositions())
 
 
 def obey(world: World) -> int:
@@ -260,8 +284,8 @@ def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bo
     try:
         return launch(job, folder, leader, composed.hydra, quiet)
     except UserError as error:
-        log.error("%s", error)
-        log.debug("it came from", exc_info=error)
+        log.error("%s", unsaid(str(error)))
+        log.debug("it came from\n%s", unsaid("".join(traceback.format_exception(error))))
         raise JobFailed from error
     except RankFailed as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
@@ -275,7 +299,8 @@ def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bo
         log.warning("interrupted")
         sys.exit(INTERRUPTED)
     except Exception as error:
-        log.exception("the run failed: %s: %s", type(error).__name__, error)
+        trace = "".join(traceback.format_exception(error)).rstrip()
+        log.error(unsaid(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
         raise JobFailed from error
 
 

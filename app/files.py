@@ -16,6 +16,9 @@ import pandas as pd
 from app.config.errors import StorageError, UserError
 from app.faults import reach
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet begins to compute
+
+
 PARTIAL = ".part"
 
 
@@ -120,5 +123,27 @@ def _finite(content: Any) -> Any:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """A CSV file with a header and no index."""
-    write_whole(path, lambda file: table.to_csv(file, index=False))
+    """A CSV file with a header and no index; no text in it is a formula to a spreadsheet."""
+    harmless = table.set_axis([_harmless(name) for name in table.columns], axis=1)
+    texts = [n for n, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
+    for number in texts:
+        before = table.iloc[:, number].tolist()
+        cells = [_harmless(cell) for cell in before]
+        if any(cell is not was for cell, was in zip(cells, before, strict=True)):
+            harmless.isetitem(number, cells)
+    write_whole(path, lambda file: harmless.to_csv(file, index=False))
+
+
+def _harmless(cell: Any) -> Any:
+    """With an apostrophe where a spreadsheet would compute it, as OWASP recommends."""
+    if not isinstance(cell, str):
+        return cell
+    if "\r" in cell:  # alone it would begin a line, as pandas puts it in no quotes
+        cell = cell.replace("\r\n", "\n").replace("\r", "\n")
+    if not cell.startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell

@@ -17,6 +17,7 @@ import torch
 from app.callbacks.callback import Callback
 from app.config.errors import StorageError
 from app.config.schema import Goal
+from app.config.secrets import unsaid
 from app.device import describe_device, peak_memory
 from app.distributed import world_size
 from app.files import read_json, write_json
@@ -70,7 +71,7 @@ class Status(Callback):
             raise
         except BaseException as error:
             try:
-                self.write("failed", f"{type(error).__name__}: {error}")
+                self.write("failed", unsaid(f"{type(error).__name__}: {error}"))
             except StorageError as full:  # what it ended by is what has to be said
                 log.error("%s", full)
             raise

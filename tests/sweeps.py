@@ -28,6 +28,7 @@ def in_this_process(cwd: Path, patch: pytest.MonkeyPatch) -> Sweeps:
     patch.syspath_prepend(TESTS)
     patch.setenv("BROKEN", str(cwd / "broken"))
     patch.setenv("MARK", str(cwd / "mark"))
+    patch.setenv("APP_TRUSTED_TARGETS", "sweeping,faulty")  # a sweep's folder is not to be trusted
     resolvers.register()
 
     def run(*words: str, short: bool = True, flags: tuple[str, ...] = ("-m",)) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -21,13 +22,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.errors import ConfigError, Mistake, nearest, one_of
+from app.config.errors import ConfigError, Mistake, UserError, nearest, one_of
+from app.config.freeze import typed_trust
+from app.config.hydra_nodes import hydra_mistakes
+from app.config.limits import expansion_mistakes
 from app.config.swept import Space, line_of, parse_overrides, space_of
+from app.config.targets import trusted_by_environment
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
@@ -38,6 +43,16 @@ EXTRAS = {  # of this program, which bring plugins of Hydra's, by the option tha
     "hydra/launcher/submitit_slurm": "submitit",
     "hydra/launcher/ray": "ray",
 }
+# What Hydra and OmegaConf raise where a configuration is not at all as they expect.
+NOT_EXPECTED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    OSError,
+    RecursionError,
+)
 NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.*) Config search"
 
 
@@ -49,10 +64,45 @@ def composer(args: argparse.Namespace) -> Iterator[Composer]:
         args: What Hydra's own argument parser made of it.
     """
     try:
-        hydra = Hydra.create_main_hydra2("app", _search_path(args))
+        hydra = Hydra("app", CheckedLoader(_search_path(args)))
+        GlobalHydra.instance().initialize(hydra)
         yield Composer(hydra, args.config_name or CONFIG_NAME, args.overrides, args.multirun)
     finally:
         GlobalHydra.instance().clear()
+
+
+class CheckedLoader(ConfigLoaderImpl):
+    """Composes nothing that would grow without end, or make Hydra act for a stranger."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """As Hydra's.
+
+        Raises:
+            ConfigError: The configuration is refused.
+        """
+        trusted = [*typed_trust(parse_overrides(overrides)), *trusted_by_environment()]
+        try:
+            composed = super().load_configuration(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+        except HydraException:
+            raise
+        except NOT_EXPECTED as error:
+            told = " ".join(f"{error}".split()) or type(error).__name__
+            raise ConfigCompositionException(f"it cannot be composed: {told}") from error
+        # Only what does not grow is looked at, as that resolves it.
+        mistakes = list(expansion_mistakes(composed))
+        mistakes = mistakes or list(hydra_mistakes(composed, overrides, trusted))
+        if mistakes:
+            raise ConfigError(mistakes)
+        return composed
 
 
 def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[Mistake]]]:
@@ -119,6 +169,8 @@ class Composer:
         if tuple(words) not in self.known:
             try:
                 found: tuple[DictConfig, list[Mistake]] = self._compose(words), []
+            except UserError:
+                raise
             except HydraException:
                 found = _diagnose(self._compose, self.hydra.config_loader, words)
             self.known[tuple(words)] = found

@@ -13,6 +13,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from app.config.errors import ConfigError, Mistake
 from app.config.schema import Config
+from app.config.secrets import hidden, secrets_of
 from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
@@ -43,7 +44,10 @@ LENGTH = (
 
 
 def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
-    """All interpolations resolved, all paths absolute; and every interpolation that is wrong."""
+    """All interpolations resolved, all paths absolute; and every interpolation that is wrong.
+
+    Secrets of the environment stay as they are written, see `app.config.secrets`.
+    """
     mistakes: list[Mistake] = []
     names = [name for name in config if name != "hydra"]
     plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
@@ -51,7 +55,10 @@ def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
         plain["ckpt"] = _absolute(plain["ckpt"])
     if isinstance(plain.get("data"), dict):
         _absolute_sources(plain["data"].get("source"))
-    return plain, mistakes
+    raw = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(raw, dict)
+    secrets = secrets_of({name: value for name, value in raw.items() if name != "hydra"})
+    return hidden(plain, secrets), mistakes
 
 
 def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:

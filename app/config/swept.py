@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from app.config.errors import ConfigError, Mistake, nearest, one_of
+from app.config.limits import word_problem
 
 Values = dict[str, str]  # by swept key, as they would be typed
 
@@ -77,6 +78,9 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) ->
     mistakes, parsed = [], []
     parser = OverridesParser.create(config_loader=loader)
     for word in words:
+        if (problem := word_problem(word)) is not None:
+            mistakes.append(Mistake(f"{word[:40]}...", problem))
+            continue
         try:
             parsed += parser.parse_overrides([word])
         except HydraException as error:

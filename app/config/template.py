@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.config.bounded import DEPTH, load_yaml
 from app.config.errors import UserError
+from app.config.secrets import KEPT
 
 # These give what they are given; others, as `oc.env`, look around on this machine.
 CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
@@ -60,7 +61,9 @@ def _kept(node: Any, saved: Any) -> Any:
 
 
 def _escaped(saved: Any) -> str | None:
-    """A saved value is a value, whatever it looks like."""
+    """A saved value is a value, whatever it looks like; the name of a secret stays one."""
+    if isinstance(saved, str) and KEPT.fullmatch(saved):
+        return f"\\{saved}"
     return saved.replace("${", "") if isinstance(saved, str) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from app.config.errors import UserError, nearest, one_of
+from app.data.archives import check_npz
+
+# What NumPy and zipfile raise for files with wrong bits, or with sizes that are not true.
+DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, NotImplementedError)
 
 
 def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> TensorDataset:
@@ -39,17 +44,18 @@ def _load(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     if not Path(path).is_file():
         raise UserError(f"{path!r} is not a file")
     try:
+        check_npz(Path(path))
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file]
             if missing:
                 close = nearest(missing[0], file)
                 raise UserError(f"{path}: no array {missing[0]!r}; it has: {one_of(file)}{close}")
             return {name: file[name] for name in names}
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except DAMAGES as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except (ValueError, AttributeError, SyntaxError) as error:
         raise UserError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 

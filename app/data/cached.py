@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from app.config.errors import UserError
+from app.data.archives import check_npz
 from app.data.split import Samples, size
 from app.files import write_whole
 
@@ -25,6 +27,9 @@ DAMAGES = (
     ValueError,
     TypeError,
     RuntimeError,
+    MemoryError,
+    SyntaxError,
+    zlib.error,
 )
 
 
@@ -98,8 +103,11 @@ def _save(path: Path, tensors: tuple[Tensor, ...]) -> None:
 
 def _load(path: Path, count: int) -> tuple[Tensor, ...]:
     try:
+        check_npz(path)
         with np.load(path, allow_pickle=False) as file:
             tensors = tuple(torch.from_numpy(file[name]) for name in ARRAYS)
+    except UserError:
+        raise
     except DAMAGES as error:
         raise UserError(f"{path} is damaged: {error}; delete it to read the data anew") from error
     for name, tensor in zip(ARRAYS, tensors, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -14,24 +15,47 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.config.errors import UserError
 
+UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError)
 
-def image_folder(root: str, transforms: dict[str, Callable[[Tensor], Tensor]]) -> ImageFolder:
+
+def image_folder(
+    root: str, transforms: dict[str, Callable[[Tensor], Tensor]], follow_links: bool = False
+) -> ImageFolder:
     """Images in a sub-folder for each class; a sample is (uint8 of shape (3, H, W), label).
 
     Args:
         root: The folder that holds the classes' folders; classes are numbered by name.
         transforms: Named, applied to each decoded image in turn; they must end in one size.
+        follow_links: Also those that lead out of the folder.
 
     Raises:
-        UserError: There is no such folder, or a class without images.
+        UserError: There is no such folder, a class without images, or a link that is not followed.
     """
     if not Path(root).is_dir():
         raise UserError(f"{root!r} is not a folder")
+    _check_links(Path(root), follow_links)
     try:
         steps = v2.Compose(list(transforms.values())) if transforms else None
         return ImageFolder(root, transform=steps, loader=decode)
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
+
+
+def _check_links(root: Path, follow: bool) -> None:
+    """Links to folders may also lead in circles, in which the search for images never ends."""
+    home = root.resolve()
+    for folder, folders, files in os.walk(root):
+        for path in (Path(folder, name) for name in (*folders, *files)):
+            if not path.is_symlink():
+                continue
+            target = path.resolve()
+            if not follow and not target.is_relative_to(home):
+                raise UserError(
+                    f"{path} is a link out of the folder, to {target}; if it is yours, "
+                    "add follow_links=true to the source"
+                )
+            if path.is_dir() and path.parent.resolve().is_relative_to(target):
+                raise UserError(f"{path} is a link back to {target}, which holds it")
 
 
 def decode(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
@@ -43,6 +67,6 @@ def decode(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
     try:
         with Image.open(path) as image:
             pixels: Tensor = pil_to_tensor(image.convert(mode))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UserError(f"{path} cannot be read as an image: {error}") from error
     return pixels

@@ -106,7 +106,7 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
         inputs, targets = self.columns
         try:
             row = self.rows[index]
-        except OSError as error:  # Pillow's errors are among these
+        except (OSError, Image.DecompressionBombError) as error:  # Pillow's others are OSErrors
             raise UserError(f"sample {index} cannot be read: {error}") from error
         x = self._input(f"sample {index}, column {inputs!r}", row[inputs])
         return x, _target(f"sample {index}, column {targets!r}", row[targets])

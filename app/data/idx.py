@@ -14,6 +14,7 @@ from torch import Tensor
 from app.config.errors import UserError
 
 UNSIGNED_BYTE = 8
+LARGEST = 2**30  # bytes that a file may become; the largest set of this kind has 550 million
 
 
 def read_idx(path: Path, md5: str | None = None) -> Tensor:
@@ -30,11 +31,14 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
         UserError: The file is missing, damaged, or not IDX.
     """
     try:
-        content = gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            content = file.read(LARGEST + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}") from error
+    if len(content) > LARGEST:
+        raise UserError(f"{path} would become more than {LARGEST:,} bytes; refused")
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if md5 is not None and found != md5:
         raise UserError(f"{path} is damaged: its content has MD5 {found}, expected {md5}")

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
 import torchvision.datasets as datasets
+from filelock import FileLock
 from torch.utils.data import TensorDataset
-from torchvision.datasets.utils import check_md5, download_url
+from torchvision.datasets.utils import check_integrity, check_md5, download_url
 
 from app.config.errors import UserError
+from app.data.archives import unpack
 from app.data.idx import read_idx
 
 IDX_SETS = ("FashionMNIST", "KMNIST")
 ARCHIVES = ("CIFAR10", "CIFAR100")
+BATCH = 500_000_000  # bytes that a file in an archive may have; the largest has 155 million
 
 
 def vision(name: str, train: bool, root: str) -> TensorDataset:
@@ -41,12 +45,15 @@ def vision(name: str, train: bool, root: str) -> TensorDataset:
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1)
         return TensorDataset(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").long())
     if name in ARCHIVES:
-        found = _downloaded(name, root, train=train)
+        found = _unpacked(name, root, train)
         images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
         return TensorDataset(images, torch.tensor(found.targets))
     if name == "SVHN":
         _require_scipy()
-        found = _downloaded(name, root, split="train" if train else "test")
+        split = "train" if train else "test"
+        url, file, md5 = datasets.SVHN.split_list[split]
+        fetch(Path(root), [url.removesuffix(file)], [(file, md5)])
+        found = datasets.SVHN(root, split)
         return TensorDataset(torch.from_numpy(found.data), torch.from_numpy(found.labels).long())
     raise UserError(
         f"name={name!r} is not known; allowed: {', '.join((*IDX_SETS, *ARCHIVES))}, SVHN"
@@ -56,15 +63,41 @@ def vision(name: str, train: bool, root: str) -> TensorDataset:
 def fetch(folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]) -> None:
     """Downloads what is missing of (file name, MD5), and checks all of it.
 
+    Of several processes one downloads, and the others wait for it.
+
     Raises:
         UserError: A file is there with another MD5, or is missing and no mirror answers.
     """
+    if all((folder / name).exists() for name, _ in files):
+        _fetch_alone(folder, mirrors, files)
+        return
+    with _alone(folder):
+        _fetch_alone(folder, mirrors, files)
+
+
+def _fetch_alone(folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]) -> None:
     for name, md5 in files:
         path = folder / name
         if not path.exists():
             _download(path, mirrors, md5)
         elif not check_md5(str(path), md5):
             raise UserError(f"{path} is damaged: its MD5 is not {md5}; delete it")
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process does the same in that folder; a lock ends with its process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".download.lock")
+        lock.acquire()
+    except OSError:  # a folder of others, which cannot be written to, has all or is of no use
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _download(path: Path, mirrors: Sequence[str], md5: str) -> None:
@@ -86,22 +119,20 @@ def _download(path: Path, mirrors: Sequence[str], md5: str) -> None:
     )
 
 
-def _downloaded(name: str, root: str, **which: Any) -> Any:
-    source = getattr(datasets, name)
+def _unpacked(name: str, root: str, train: bool) -> Any:
+    """Its batches are pickles: torchvision reads none whose MD5 is not the known one."""
+    source, folder = getattr(datasets, name), Path(root)
+    parts = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    files = {f"{source.base_folder}/{file}": md5 for file, md5 in parts}
+    with _alone(folder):
+        if not all(check_integrity(str(folder / file), md5) for file, md5 in files.items()):
+            mirror = source.url.removesuffix(source.filename)
+            _fetch_alone(folder, [mirror], [(source.filename, source.tgz_md5)])
+            unpack(folder / source.filename, folder, files, BATCH)
     try:
-        return source(root, download=True, **which)
-    except (URLError, RuntimeError, OSError) as error:
-        raise UserError(
-            f"{name} cannot be downloaded or is damaged ({error}); put {_what(source, which)} "
-            f"into {root}, unpacked"
-        ) from error
-
-
-def _what(source: Any, which: dict[str, Any]) -> str:
-    if hasattr(source, "split_list"):
-        url, file, md5 = source.split_list[which["split"]]
-        return f"{file} (from {url}, MD5 {md5})"
-    return f"{source.filename} (from {source.url}, MD5 {source.tgz_md5})"
+        return source(root, train=train)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{folder / source.base_folder} is damaged ({error}); delete it") from error
 
 
 def _require_scipy() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from app.config.errors import KINDS, StorageError, UserError
+from app.config.secrets import unsaid
 from app.files import read_json, write_json
 from app.stopping import Reason, Stopped
 
@@ -75,9 +76,9 @@ class Failure:
     def of(cls, rank: int, error: BaseException) -> Failure:
         """Of an exception that has ended the rank."""
         reason = error.reason if isinstance(error, Stopped) else Reason.NONE
-        trace = "".join(traceback.format_exception(error))
+        trace = unsaid("".join(traceback.format_exception(error)))
         code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-        return cls(rank, kind_of(error), in_a_line(error), trace, reason, code=code)
+        return cls(rank, kind_of(error), unsaid(in_a_line(error)), trace, reason, code=code)
 
     @classmethod
     def by_exit(cls, rank: int, code: int | None) -> Failure:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -41,6 +43,7 @@ def pretrained(name: str, num_classes: int, weights: str | None = "DEFAULT") -> 
 def _with_weights(name: str, weights: str) -> nn.Module:
     chosen = _chosen(name, weights)
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(chosen.url).name
+    _check_hash(file)
     try:
         model: nn.Module = models.get_model(name, weights=chosen)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -51,6 +54,18 @@ def _with_weights(name: str, weights: str) -> nn.Module:
             f"{file.parent}, or give weights=null"
         ) from error
     return model
+
+
+def _check_hash(file: Path) -> None:
+    """It is a pickle, and torch.hub looks at the hash in its name only when it downloads it."""
+    expected = re.search(r"-([0-9a-f]{8,})\.", file.name)
+    if file.is_file() and expected:
+        with file.open("rb") as content:
+            found = hashlib.file_digest(content, "sha256").hexdigest()
+        if not found.startswith(expected[1]):
+            raise ValueError(
+                f"{file} is damaged or another: its SHA-256 begins with {found[:8]}; delete it"
+            )
 
 
 def _chosen(name: str, weights: str) -> WeightsEnum:

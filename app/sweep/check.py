@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.build import node_mistakes
@@ -17,10 +18,12 @@ from app.config.freeze import freeze
 from app.config.schema import Monitor
 from app.config.swept import grid_mistakes
 from app.config.typed import mistakes_of
+from app.job import job_of
 from app.sweep.folder import SweepFolder
 from app.sweep.options import GRID as GRID_SAMPLER
 from app.sweep.options import NO_PRUNER, PRUNERS, SAMPLERS
 from app.sweep.slots import make_slots
+from app.sweep.trust import trust_mistakes
 
 GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
 SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
@@ -140,8 +143,13 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
         return [
             Mistake("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
         ]
+    mistakes = list(trust_mistakes(folder, composing.words))
+    if mistakes:
+        return mistakes
     with folder.locked():
         pass
+    if not first.sweep.force:
+        _check_frozen(composing, folder)
     base = composing.base
     HydraConfig.instance().set_config(base)
     plain, _ = freeze(base)
@@ -151,3 +159,12 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
         Mistake(line, ": the sweep was begun so; sweep.force=true goes on with what is typed now")
         for line in folder.differences(plain)
     ]
+
+
+def _check_frozen(composing: Composer, folder: SweepFolder) -> None:
+    """Jobs are composed of the copies that the folder has, which may be a stranger's."""
+    frozen = folder.frozen(composing.hydra.config_loader)
+    for words in composing.space.probes():
+        composed = frozen.load_configuration(composing.name, words, RunMode.RUN, from_shell=False)
+        HydraConfig.instance().set_config(composed)
+        job_of(composed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 
+from app.config.compose import CheckedLoader
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.freeze import NOW
 from app.config.swept import Values
@@ -53,6 +54,9 @@ class SweepFolder:
             content = json.loads(file.read_text())
             self.words, self.study = content["words"], content["study"]
             self.jobs = [SweepJob(**job) for job in content["jobs"]]
+            outside = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
+            if outside:
+                raise ValueError(f"{outside[0]!r} is no folder of a job")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from error
 
@@ -146,11 +150,13 @@ class SweepFolder:
             copied = self.inside / "conf" / str(number)
             local = path.startswith(LOCAL)
             search.append(provider, f"{LOCAL}{copied}" if local else path)
-        return ConfigLoaderImpl(config_search_path=search)
+        return CheckedLoader(config_search_path=search)
 
 
 def _sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
-    return [(one.provider, one.path) for one in loader.get_search_path().get_path()]
+    """Those of folders begin with `file://`, which Hydra does not ask for."""
+    found = [(one.provider, one.path) for one in loader.get_search_path().get_path()]
+    return [(name, path if "://" in path else f"{LOCAL}{path}") for name, path in found]
 
 
 def _shared(plain: dict[str, Any]) -> dict[str, Any]:

@@ -104,7 +104,9 @@ def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
         folder.save()
         finish(folder.path)
         if exit_code(folder, FAILURE):
-            log.info("to go on: python -m app -m sweep.resume=%s", folder.path)
+            names = ",".join(sweep.config.trusted_targets)
+            trust = f" trusted_targets=[{names}]" if names else ""
+            log.info("to go on: python -m app -m sweep.resume=%s%s", folder.path, trust)
 
 
 def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
@@ -135,6 +137,7 @@ def base_of(config: DictConfig) -> dict[str, Any]:
 
 def typed(config: DictConfig) -> list[str]:
     """The command line of the sweep, with which it can be gone on with."""
-    words = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+    words = [*overrides["hydra"], *overrides["task"]]
     left_out = (*NOT_KEPT, "hydra.mode", "hydra.sweep.dir")
     return [word for word in words if word.partition("=")[0].lstrip("+") not in left_out]

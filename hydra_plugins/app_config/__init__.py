@@ -1,0 +1,1 @@
+"""Where Hydra reads configurations from, with limits."""
