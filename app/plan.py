@@ -17,7 +17,6 @@ class Plan:
         save_every_n_epochs: And after the last.
         sanity_valid_batches: Validated before training.
         max_seconds: Of training; None where only the others end it.
-        stop_at_non_finite_loss: An epoch whose mean loss of training is no number is the last.
     """
 
     max_epochs: int | None
@@ -26,7 +25,6 @@ class Plan:
     save_every_n_epochs: int = 1
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
-    stop_at_non_finite_loss: bool = True
 
     def epochs(self, steps_per_epoch: int | None) -> int | None:
         """Epochs at most, the last one perhaps cut short; None where that is not known."""

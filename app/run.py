@@ -73,11 +73,12 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
             return None
         with _watchers(job, build, parts, status, folder) as callbacks:
             trainer = make_trainer(job, build, parts, callbacks, folder, stop)
+            status.nonfinite = trainer.nonfinite.record
             if config.mode == "train":
                 if goes_on:
                     trainer.state.take_up(Path(str(config.resume)))
                 value = train(trainer, parts)
-                status.at_end = "pruned" if trainer.is_hopeless else "completed"
+                status.at_end = trainer.end
                 return value
             USES[config.mode](trainer, parts, config)
             return None

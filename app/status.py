@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from app.bad_steps import Record
 from app.callbacks.callback import Callback
 from app.config.schema import Goal
 from app.device import describe_device, peak_memory
@@ -24,7 +25,7 @@ from app.records import StageResult
 from app.stopping import Stopped
 
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
-State = Literal["running", "completed", "pruned", "failed", "interrupted", "preempted"]
+State = Literal["running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"]
 
 
 class Status(Callback):
@@ -51,8 +52,11 @@ class Status(Callback):
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
         self.at_end: State = "completed"
+        self.before: dict[str, Any] = {}
         if goes_on and self.path.exists():
-            self.began -= json.loads(self.path.read_text()).get("seconds", 0.0)
+            self.before = json.loads(self.path.read_text())
+            self.began -= self.before.get("seconds", 0.0)
+        self.nonfinite = Record()  # who trains puts its own in place
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -90,6 +94,7 @@ class Status(Callback):
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
+            "nonfinite": self.nonfinite.on_top_of(self.before.get("nonfinite")),
             "error": error,
             "rank": None,  # that failed; whoever watches over all of them knows
             "versions": versions(),

@@ -7,6 +7,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -52,6 +53,20 @@ class FaultyTask(SupervisedTask):
             do(kind)
 
 
+class Greedy(SupervisedTask):
+    """Needs more memory than there is for batches above a size, and some time for any."""
+
+    def __init__(self, *given: Any, largest: int = 10**6, pause: float = 0.0, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.largest, self.pause = largest, pause
+
+    def forward(self, inputs: Nested) -> Nested:
+        time.sleep(self.pause)
+        if len(inputs) > self.largest:
+            torch.empty(1 << 50)
+        return super().forward(inputs)
+
+
 class Numbered(Dataset[tuple[torch.Tensor, int]]):
     """Samples that are read one by one."""
 
@@ -65,6 +80,22 @@ class Numbered(Dataset[tuple[torch.Tensor, int]]):
         if os.environ[FAULT] == f"data:{rank()}:{index}":
             raise OSError("the file broke")
         return torch.rand(4), index % 2
+
+
+class Tainted(Dataset[tuple[torch.Tensor, int]]):
+    """Samples of which one may be no number."""
+
+    def __init__(self, count: int, bad: int | None) -> None:
+        self.inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+        self.targets = (self.inputs[:, 0] > 0).long().tolist()
+        if bad is not None:
+            self.inputs[bad] = torch.nan
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.inputs[index], self.targets[index]
 
 
 class FaultyCallback(Callback):

@@ -11,7 +11,8 @@ from typing import Any
 from app.launch.failure import Failure, record
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
-OVER = (COMPLETED, PRUNED)  # there is nothing left to do
+DIVERGED = "diverged"
+OVER = (COMPLETED, PRUNED, DIVERGED)  # there is nothing left to do
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
