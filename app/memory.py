@@ -70,5 +70,5 @@ class Memory:
         return (
             f"data.batch_size={max(1, data.batch_size // 2)} with "
             f"trainer.accumulate_grad_batches={2 * trainer.accumulate_grad_batches}, "
-            "trainer.precision=bf16 or mode=find_batch_size"
+            "trainer.precision=bf16, mode=find_batch_size or trainer.batch_size_finder=true"
         )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from app.averaging import Averaging
+from app.batch_size import with_found_size
 from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
 from app.checkpoint import find_checkpoint
@@ -63,6 +64,9 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
     goes_on = config.resume not in (None, "auto")
     status = Status(folder, about, config.goal, device, goes_on)
     with status.recorded() if rank() == 0 else nullcontext():
+        if config.mode == "train" and config.trainer.batch_size_finder and not goes_on:
+            job = with_found_size(job, device, folder)
+            config = job.config
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode in FINDERS:

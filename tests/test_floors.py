@@ -18,6 +18,7 @@ FLOORS = [
     ["app.job"],
     ["app.launch"],
     ["app.run"],
+    ["app.batch_size"],
     ["app.learners"],
     ["app.parts"],
     ["app.trial", "app.batches", "app.finders"],

@@ -71,3 +71,67 @@ def test_in_a_sweep_that_job_alone_fails(sweep: Sweeps, tmp_path: Path) -> None:
     log = next((tmp_path / "s").glob("0_*")) / "run.log"
     assert "can't allocate memory" in log.read_text()
     assert "Traceback" in log.read_text()
+
+
+# ---- the batch size that is found
+
+
+def found_by(job: Job, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
+    execute(job, folder)
+    config: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text())
+    return config
+
+
+def test_training_runs_with_the_size_found_as_if_nothing_had_been_tried(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = (*SHORT, *SEARCHED, "data.batch_size=8")
+    searched = (*words, "trainer.batch_size_finder=true")
+    with caplog.at_level(logging.INFO):
+        config = found_by(make_job(*searched), tmp_path / "searched")
+    tried = pd.read_csv(tmp_path / "searched" / "find_batch_size.csv")
+    size = config["data"]["batch_size"]
+    assert tried["batch_size"].tolist() == [8, 16, 32]  # 64 does not fit
+    assert size == tried["batch_size"][tried["samples/s"].argmax()] > 8
+    assert f"training runs with data.batch_size={size}" in caplog.text
+    rows = pd.read_csv(tmp_path / "searched" / "epoch_details" / "epoch001_train.csv")
+    assert rows["num_samples"].tolist() == [size] * 8
+
+    last = load_checkpoint(tmp_path / "searched" / "checkpoints" / "last.pt")
+    assert last.config is not None
+    assert last.config["data"]["batch_size"] == size
+    assert yaml.safe_load(str(last.template))["data"]["batch_size"] == size
+
+    execute(make_job(*words, f"data.batch_size={size}"), tmp_path / "plain")
+    (tmp_path / "searched" / "find_batch_size.csv").unlink()
+    assert_equal_runs(tmp_path / "plain", tmp_path / "searched")
+
+
+def test_a_run_that_goes_on_keeps_the_size_and_does_not_search_again(
+    app: Callable[..., Ran], tmp_path: Path
+) -> None:
+    words = (*SHORT, *SEARCHED, "data.batch_size=8", "trainer.batch_size_finder=true")
+    words = (*words, "scheduler=constant", "resume=auto", "hydra.run.dir=run")
+    assert app(*words, "find.batch_size_to=16").code == 0
+    folder = tmp_path / "run"
+    size = yaml.safe_load((folder / "config.yaml").read_text())["data"]["batch_size"]
+    table = folder / "find_batch_size.csv"
+    before = table.read_text()
+    (folder / "status.json").unlink()  # else it is complete
+    assert app(*words, "find.batch_size_to=16", "trainer.max_epochs=3").code == 0
+    assert table.read_text() == before
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["batch_size"] == size
+    rows = pd.read_csv(folder / "epoch_details" / "epoch003_train.csv")
+    assert rows["num_samples"].tolist() == [size] * 8
+
+
+def test_a_size_that_does_not_fit_at_all(tmp_path: Path) -> None:
+    words = (*SHORT, "+task.largest=4", "data.batch_size=8", "trainer.batch_size_finder=true")
+    with pytest.raises(UserError, match=r"data\.batch_size=8 does not fit into memory"):
+        execute(make_job(*words), tmp_path)
+
+
+def test_several_devices_are_refused() -> None:
+    (mistake,) = mistakes_in("trainer.batch_size_finder=true", "trainer.devices=2")
+    assert mistake.startswith("trainer.batch_size_finder=True searches on one device, but")

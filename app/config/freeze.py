@@ -136,6 +136,8 @@ def over_saved(
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
             _lay(typed, key, _select(raw, key), override.is_delete())
+    if resumes and saved["trainer"].get("batch_size_finder"):  # what was typed was where to begin
+        OmegaConf.update(typed, "data.batch_size", saved["data"]["batch_size"])
     (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
     merged = _merged(saved, before, after, "", differences)
@@ -148,6 +150,17 @@ def over_saved(
         raise ConfigError(mistakes)
     filled = _filled(merged, now, Config, "", differences)
     return filled | {name: now[name] for name in NOW}, typed, differences
+
+
+def with_value(
+    plain: Plain, template: DictConfig, key: str, value: object
+) -> tuple[Plain, DictConfig]:
+    """A configuration and its template with another value, and all that is made of it."""
+    changed = copy.deepcopy(template)
+    OmegaConf.update(changed, key, value)
+    (before, _), (after, _) = freeze(template), freeze(changed)
+    merged: Plain = _merged(plain, before, after, "", [])
+    return merged, changed
 
 
 def _has_auto(saved: Plain) -> bool:

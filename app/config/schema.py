@@ -176,6 +176,7 @@ class Trainer:
     gradient_norm: bool
     zero_non_finite_gradients: bool
     on_nonfinite: Literal["stop", "skip", "raise"]
+    batch_size_finder: bool
     limit_train_batches: Limit
     limit_valid_batches: Limit
     limit_test_batches: Limit
