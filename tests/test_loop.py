@@ -137,10 +137,11 @@ def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> No
     assert trainer.learning.guard is not None
     trainer.learning.guard.reads = False  # as on a CUDA device
     trainer.task.model.train()
-    trainer.task.train_step(parts.loaders["train"].first(100))  # the very first step is read
+    batches = parts.loaders["train"].epoch(1)
+    trainer.task.train_step(next(batches))  # the very first step is read
     rows, progress = Rows(trainer.task.metrics["train"], CPU), Progress()
     progress.on_stage_start(StageStart("train", 1, 3, 300))
-    for x, y in parts.loaders["train"].epoch(1):
+    for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         step = trainer.task.train_step(batch)
         assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
