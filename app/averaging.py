@@ -21,6 +21,7 @@ class Averaging:
         start_epoch: The first whose weights count; from 1.
     """
 
+    follows_steps = False  # whether it takes the weights after steps of the optimizer
     measures_batches = False  # whether batch statistics must be found anew for the average
 
     def __init__(self, model: nn.Module, start_epoch: int = 1) -> None:
@@ -82,6 +83,8 @@ class ExponentialMovingAverage(Averaging):
         every_n_steps: Steps of the optimizer from one to the next.
         start_epoch: The first whose weights count; from 1.
     """
+
+    follows_steps = True
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from app import report
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
-from app.config.errors import ConfigError, Mistake, UserError
+from app.config.errors import ConfigError, Mistake, NonFiniteError, UserError
 from app.config.schema import Job
 from app.config.secrets import unsaid
 from app.files import remove_partial
@@ -39,7 +39,7 @@ from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
-from app.sweep.outcome import COMPLETED, outcome_of, record_failure
+from app.sweep.outcome import COMPLETED, DIVERGED, outcome_of, record_failure
 from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,10 @@ def run_job(
     logging.captureWarnings(True)
     try:
         if driver in (None, this_process()):
-            return start(with_hydra, folder, leader)
+            value = start(with_hydra, folder, leader)
+            if not multirun and outcome_of(folder).status == DIVERGED:
+                sys.exit(NonFiniteError.exit_code)
+            return value
         return run_elsewhere(partial(start, with_hydra, folder, leader, quiet=True), sweep, folder)
     except JobFailed as failed:
         failure = Failure.of(0, failed.__cause__ or failed)

@@ -146,6 +146,13 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     return peaks
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was too little memory; on the CPU torch says so in words alone."""
+    kinds = (torch.OutOfMemoryError, MemoryError)
+    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return told or isinstance(error, kinds)
+
+
 def describe_device(device: torch.device) -> str:
     """For instance `cuda (NVIDIA H200)` or `cpu (2 threads)`."""
     if device.type == "cuda":

@@ -58,6 +58,7 @@ class Experiment:
         self._epoch: int | None = None  # of the weights, where they are not the last
         self.job, self.task, self.loaders = job, parts.task, parts.loaders
         self.trainer = make_trainer(job, build, parts, self._callbacks, folder)
+        self._status.nonfinite = self.trainer.nonfinite.record
         if self.config.ckpt is not None:
             restore_from(self.trainer, self.config)
         if self.config.resume not in (None, "auto"):
@@ -81,6 +82,7 @@ class Experiment:
     def fit(self) -> pd.DataFrame:
         """Trains, puts the best weights back, and gives the summary: a line for each stage."""
         summary = self.trainer.fit(self._batches("train"), self.loaders.get("valid"))
+        self._status.at_end = self.trainer.end
         if (self.folder / "checkpoints" / BEST).exists():
             self._epoch = self.trainer.state.restore_best()
         return summary

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from app.config.errors import UserError
 from app.config.schema import Find
 from app.data.batch import Batch, Batches
-from app.device import peak_memory
+from app.device import is_out_of_memory, peak_memory
 from app.figures import save_figure
 from app.files import write_csv
 from app.nested import map_tensors
@@ -111,7 +111,9 @@ def find_batch_size(task: Task, train: Batches, start: int, find: Find, folder: 
     for size in _doubled(start, min(find.batch_size_to, train.num_samples or find.batch_size_to)):
         try:
             seconds = _seconds(task, train.first(size), find.batches)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             log.info("a batch of %d samples does not fit into memory", size)
             break
         rows.append({"batch_size": size, "samples/s": size * find.batches / seconds})

@@ -93,12 +93,6 @@ def reason_to_stop(history: History, goal: Goal) -> str | None:
     return None
 
 
-def loss_is_lost(history: History) -> bool:
-    """Whether the mean loss of the last epoch of training is no number."""
-    losses = [float(row["loss_mean"]) for row in history if row["stage"] == "train"]
-    return bool(losses) and not math.isfinite(losses[-1])
-
-
 def seconds_left(history: History, epochs_left: int, valid_every: int) -> float:
     """The expected time of the epochs to come, validation counted, by an exponential average."""
     train, valid = (_expected(history, stage) for stage in ("train", "valid"))

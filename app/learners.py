@@ -12,8 +12,9 @@ from app.config.build import Build
 from app.config.check import fill_auto, has_auto, optimizer_nodes
 from app.config.errors import UserError, nearest, one_of
 from app.config.rules import seconds_of
-from app.config.schema import Checkpoint, Config
+from app.config.schema import Checkpoint, Config, Node
 from app.distributed import alone
+from app.guard import FUSED
 from app.learning import ONLY, Learning
 from app.optimization import Optimization
 from app.parallel import Parallel, Replicated, Sharded
@@ -79,7 +80,8 @@ def make_learning(
         {
             names[key]: _optimization(config, build, parts, parallel, key, groups[key], scheduled)
             for key in nodes
-        }
+        },
+        config.trainer.on_nonfinite if scheduled else None,  # a search goes on, come what may
     )
 
 
@@ -114,7 +116,8 @@ def _optimization(
     scheduled: bool,
 ) -> Optimization:
     trainer = config.trainer
-    optimizer = build(key, optimizer_nodes(config.optimizer)[key], parameters)
+    node = optimizer_nodes(config.optimizer)[key]
+    optimizer = build(key, node, parameters, **_fused(config, node, parts))
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"{key} is no torch.optim.Optimizer")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
@@ -137,6 +140,15 @@ def _optimization(
         trainer.zero_non_finite_gradients,
         parallel,
     )
+
+
+def _fused(config: Config, node: Node, parts: Parts) -> dict[str, bool]:
+    """On a CUDA device one kernel for a step, which needs no waiting to be left out."""
+    own_choice = {"fused", "foreach", "differentiable", "capturable"} & node.keys()
+    known = node["_target_"] in {f"torch.optim.{name}" for name in FUSED}
+    sparse = any(getattr(module, "sparse", False) for module in parts.task.model.modules())
+    on_cuda = parts.device.type == "cuda" and config.trainer.strategy != "fsdp"
+    return {"fused": True} if on_cuda and known and not (own_choice or sparse) else {}
 
 
 def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int | None) -> Schedule:
@@ -182,7 +194,6 @@ def make_plan(config: Config) -> Plan:
         saving=_saving(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=seconds_of(trainer.max_time),
-        stop_at_non_finite_loss=trainer.stop_at_non_finite_loss,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from app.guard import Guard, Policy
 from app.optimization import Optimization
 from app.records import Mean
 
@@ -19,13 +20,22 @@ class Learning:
     Args:
         optimizations: By name; the names are those of parts of the model. A single one may be
             given as it is.
+        on_nonfinite: What follows a loss or gradients that are no numbers; None looks at neither.
     """
 
-    def __init__(self, optimizations: Mapping[str, Optimization] | Optimization) -> None:
+    def __init__(
+        self,
+        optimizations: Mapping[str, Optimization] | Optimization,
+        on_nonfinite: Policy | None = "stop",
+    ) -> None:
         alone = isinstance(optimizations, Optimization)
         self.optimizations: dict[str, Optimization] = (
             {ONLY: optimizations} if alone else dict(optimizations)  # type: ignore[dict-item, arg-type]
         )
+        first = next(iter(self.optimizations.values()))
+        self.guard = Guard(on_nonfinite, first.device) if on_nonfinite else None
+        for one in self.optimizations.values():
+            one.guard = self.guard
 
     def __getitem__(self, name: str) -> Optimization:
         return self.optimizations[name]
@@ -50,6 +60,11 @@ class Learning:
     def is_between_steps(self) -> bool:
         """Whether no gradients wait for further batches."""
         return not any(one.batches for one in self.optimizations.values())
+
+    @property
+    def has_refused(self) -> bool:
+        """Whether a step of the batch under way was not made, since something is no number."""
+        return self.guard is not None and self.guard.refused
 
     @property
     def completes(self) -> bool:
@@ -78,6 +93,15 @@ class Learning:
         """An epoch is over; `goal_value` is None where the goal was not measured in it."""
         for optimization in self.optimizations.values():
             optimization.schedule.epoch_end(goal_value)
+
+    def position(self) -> dict[str, Any]:
+        """How far all are."""
+        return {name: one.position() for name, one in self.optimizations.items()}
+
+    def put_back(self, position: dict[str, Any]) -> None:
+        """The steps since then have not been made."""
+        for name, one in self.optimizations.items():
+            one.put_back(position[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""

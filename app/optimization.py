@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from app.config.errors import UserError
-from app.distributed import total_later
+from app.distributed import sum_over_ranks, total_later
+from app.guard import Guard
 from app.parallel import Parallel, alike, part_of, total_norm
 from app.schedule import Schedule
 
@@ -30,6 +31,9 @@ class Optimization:
         tracks_norm: Keeps the norm of the gradients, before clipping.
         zero_non_finite: Gradients that are no numbers become 0, before clipping.
         parallel: Brings the gradients of several ranks together; None where there is one.
+
+    Attributes:
+        guard: Who looks at the loss and the gradients before each step; None where nobody does.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Optimization:
         self.zero_non_finite = zero_non_finite
         self.parallel = parallel or Parallel(torch.nn.Module())
         self.weighted = accumulate > 1 or self.parallel.several  # samples weigh, not batches
+        self.guard: Guard | None = None
+        self.losses: Tensor | None = None  # NaN where one since the last step was no number
         self.norm: Tensor | None = None  # of the step just made
         self.steps = self.batches = self.samples = 0
         self.latest = 0  # samples of the last batch
@@ -66,6 +72,9 @@ class Optimization:
 
     def step(self, loss: Tensor, num_samples: int) -> None:
         """Learns from the mean loss of so many samples; changes the weights when it is time to."""
+        if self.guard is not None and self.guard.replay is not None:
+            self.guard.replay(list(self._learning()), loss)
+            return
         self.batches += 1
         self.samples += 0 if self.parallel.lent else num_samples
         if self.batches == self.accumulate:
@@ -86,11 +95,25 @@ class Optimization:
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any parameter that learns")
         self.latest = 0 if self.parallel.lent else num_samples
+        begins = None if self.guard is None or self.parallel.lent else self._looked_at(loss)
         if self.weighted:
             loss = loss * (self.latest / self.full)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
-            scaled.backward(inputs=None if self.alone else learning)
+            scaled.backward(begins, inputs=None if self.alone else learning)
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether gradients may be no numbers: they are repaired, or the scaler sees to them."""
+        return self.zero_non_finite or self.scaler.is_enabled()
+
+    def _looked_at(self, loss: Tensor) -> Tensor | None:
+        """What the backward pass begins with; the gradients of a bad loss are NaN in all ranks."""
+        nothing = loss.detach() * 0  # NaN where the loss is infinite or NaN
+        if not self.by_loss:
+            return nothing + 1
+        self.losses = nothing if self.losses is None else self.losses + nothing
+        return None
 
     def finish(self) -> None:
         """Uses what has accumulated; an epoch ends."""
@@ -101,17 +124,22 @@ class Optimization:
         """Changes the weights by the gradients that are there, and forgets these."""
         total = (self.total or total_later(self.samples or self.latest))()
         self.parallel.sum_gradients(self._parameters())
+        made = True
         if next(iter(self._gradients()), None) is not None:
-            self._learn(total)
+            made = self._learn(total)
         self.parallel.forget_gradients(self._parameters())
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it holds the old weights until the step is over
-        self.schedule.step_end()
-        self.steps += 1
+        if made:
+            self.schedule.step_end()
+            self.steps += 1
         self.batches = self.samples = 0
-        self.total = None
+        self.total = self.losses = None
 
-    def _learn(self, total: float) -> None:
+    def _learn(self, total: float) -> bool:
+        """Makes the step, unless the guard is against it; gives whether."""
+        if self.guard is not None and self.by_loss and not self._allowed(self._losses()):
+            return False
         changes = (self.clip_value, self.clip_norm, self.tracks_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(changes):
             self.scaler.unscale_(self.optimizer)
@@ -121,16 +149,31 @@ class Optimization:
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
+        guarded = self.guard is not None and not self.by_loss
+        if guarded or self.tracks_norm or self.clip_norm is not None:
+            norm = total_norm(list(self._gradients()))
         if self.tracks_norm:
-            self.norm = total_norm(list(self._gradients()))
+            self.norm = norm
+        if guarded and not self._allowed(norm):
+            return False
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
         if self.clip_norm is not None:
-            norm = total_norm(list(self._gradients()))
+            if self.clip_value is not None:
+                norm = total_norm(list(self._gradients()))
             for same in alike(list(self._parameters())):
                 torch.nn.utils.clip_grads_with_norm_(same, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        return True
+
+    def _allowed(self, evidence: Tensor) -> bool:
+        return self.guard is None or self.guard.allows(evidence, self.optimizer, self.steps)
+
+    def _losses(self) -> Tensor:
+        """Those of all ranks, as evidence: they are in no gradient that could be looked at."""
+        mine = torch.zeros((), device=self.device) if self.losses is None else self.losses
+        return sum_over_ranks(mine.float())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values of the optimizer, the schedule and the scaler."""
@@ -140,6 +183,18 @@ class Optimization:
             "scaler": self.scaler.state_dict(),
             "steps": self.steps,
         }
+
+    def position(self) -> dict[str, Any]:
+        """How far it is: plain values, to be put back by `put_back`."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
+
+    def put_back(self, position: dict[str, Any]) -> None:
+        """The steps since then have not been made."""
+        self.steps = position["steps"]
+        self.schedule.load_state_dict(position["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, position["rates"], strict=True):
+            group["lr"] = rate
 
     def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
         """Goes on from what `state_dict` gave.

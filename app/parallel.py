@@ -249,7 +249,8 @@ def alike(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all of them together, over all ranks' parts."""
-    norms = [whole(torch.nn.utils.get_total_norm(same)) for same in alike(tensors)]
+    dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
+    norms = [whole(torch.nn.utils.get_total_norm(same)) for same in alike(dense)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 

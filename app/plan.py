@@ -38,7 +38,6 @@ class Plan:
         saving: When the state is written, and what of it stays.
         sanity_valid_batches: Validated before training.
         max_seconds: Of training; None where only the others end it.
-        stop_at_non_finite_loss: An epoch whose mean loss of training is no number is the last.
     """
 
     max_epochs: int | None
@@ -47,7 +46,6 @@ class Plan:
     saving: Saving = Saving()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
-    stop_at_non_finite_loss: bool = True
 
     def epochs(self, steps_per_epoch: int | None) -> int | None:
         """Epochs at most, the last one perhaps cut short; None where that is not known."""

@@ -7,6 +7,7 @@ the exact value of the stage, so the two cannot disagree.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,15 @@ class Rows:
             self.blocks.append(to_host(self.pending))
             self.pending = []
 
+    def void(self, count: int) -> None:
+        """The last so many steps count nothing; their cells are empty."""
+        late = min(count, len(self.pending))
+        if late:
+            self.pending[-late:] = map(nothing_of, self.pending[-late:])
+        if count > late:  # brought in already
+            for block in self.blocks[-1].values():
+                block[late - count :] = 0
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values of what has come in; every rank must ask."""
         self.flush()
@@ -237,7 +247,9 @@ class Rows:
     ) -> Row:
         samples, seconds = int(counts.sum()), self.clock.elapsed()
         mean = totals.pop("loss")
-        spread = float(np.sqrt(np.average((losses - mean) ** 2, weights=counts)))
+        some = counts > 0
+        squares = (losses[some] - mean) ** 2
+        spread = math.sqrt(np.average(squares, weights=counts[some])) if some.any() else math.nan
         return {
             "epoch": epoch,
             "stage": stage,

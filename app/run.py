@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from app.averaging import Averaging
+from app.batch_size import with_found_size
 from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
 from app.callbacks.tables import drop_after
@@ -64,6 +65,9 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
     goes_on = config.resume not in (None, "auto")
     status = Status(folder, about, config.goal, device, goes_on)
     with status.recorded() if rank() == 0 else nullcontext():
+        if config.mode == "train" and config.trainer.batch_size_finder and not goes_on:
+            job = with_found_size(job, device, folder)
+            config = job.config
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode in FINDERS:
@@ -74,13 +78,14 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
             return None
         with _watchers(job, build, parts, status, folder) as callbacks:
             trainer = make_trainer(job, build, parts, callbacks, folder, stop)
+            status.nonfinite = trainer.nonfinite.record
             if config.mode == "train":
                 if goes_on:
                     trainer.go_on_from(Path(str(config.resume)))
                 if rank() == 0:
                     drop_after(folder, trainer.state.history)
                 value = train(trainer, parts)
-                status.at_end = "pruned" if trainer.is_hopeless else "completed"
+                status.at_end = trainer.end
                 return value
             USES[config.mode](trainer, parts, config)
             return None

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 
+from app.bad_steps import Record
 from app.callbacks.callback import Callback
 from app.config.errors import StorageError
 from app.config.schema import Goal
@@ -27,7 +28,7 @@ from app.stopping import Stopped
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
-State = Literal["running", "completed", "pruned", "failed", "interrupted", "preempted"]
+State = Literal["running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"]
 
 
 class Status(Callback):
@@ -54,8 +55,11 @@ class Status(Callback):
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
         self.at_end: State = "completed"
+        self.before: dict[str, Any] = {}
         if goes_on:
-            self.began -= float(read_json(self.path).get("seconds") or 0.0)
+            self.before = read_json(self.path)
+            self.began -= float(self.before.get("seconds") or 0.0)
+        self.nonfinite = Record()  # who trains puts its own in place
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -96,6 +100,7 @@ class Status(Callback):
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
+            "nonfinite": self.nonfinite.on_top_of(self.before.get("nonfinite")),
             "error": error,
             "rank": None,  # that failed; whoever watches over all of them knows
             "versions": versions(),

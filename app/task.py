@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from app.config.errors import UserError
-from app.device import Precision
+from app.device import Precision, is_out_of_memory
 from app.learning import Learning
 from app.losses.term import Function, Term, WeightedSum, as_loss
 from app.metrics.measure import StageMetrics, as_metrics
@@ -136,7 +137,9 @@ class Task:
         means = {n: mean_of(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
         means["loss"] = mean_of(loss, count)  # whatever terms are called
         outputs = map_tensors(Tensor.detach, outputs)
-        with self.precision.off():
+        refused = stage == "train" and self.learning is not None and self.learning.has_refused
+        muted = self.metrics[stage].muted() if refused else nullcontext()
+        with self.precision.off(), muted:
             wide = map_tensors(self.precision.widened, (outputs, targets))
             sums = self.metrics[stage].sums(*wide)
         return Step({**means, **sums}, outputs)
@@ -237,9 +240,11 @@ class SupervisedTask(Task):
             if isinstance(inputs, dict):
                 return model(**inputs)
             return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-        except (torch.OutOfMemoryError, UserError):
+        except UserError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             name = type(self.model).__name__
             raise UserError(f"model: {name} cannot take {describe(inputs)}: {error}") from error
 

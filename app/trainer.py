@@ -23,16 +23,19 @@ from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
 from app.distributed import from_first, rank, world_size
 from app.freezing import Freezing
-from app.history import best, best_epochs, goal_value, loss_is_lost, measured
+from app.history import best, best_epochs, goal_value, measured
 from app.history import reason_to_stop as stop_by
 from app.learning import Learning
+from app.memory import Memory
 from app.nested import Nested, count_samples, joined, map_tensors
+from app.nonfinite import NonFinite
 from app.parallel import Parallel
 from app.plan import Plan
 from app.pruning import Pruning
 from app.records import Rows, StageResult, nothing_of
 from app.seed import seed_everything
 from app.state import TrainState
+from app.status import State
 from app.stopping import Stop, Stopped
 from app.task import Step, Task, sound
 from app.together import Asked, Due, lending, of_all_ranks
@@ -90,6 +93,8 @@ class Trainer:
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
+        self.nonfinite = NonFinite(task, waits=self.averaging.follows_steps)
+        self.memory = Memory(device, job.config if job else None)
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
@@ -122,6 +127,7 @@ class Trainer:
                 self.averaging.after_epoch(epoch)
             self.state.time_is_up = bool(self.asked.reason)
             last = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
+            last = last or self.nonfinite.has_diverged
 
             with self.averaged(train, epoch):
                 if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
@@ -166,9 +172,11 @@ class Trainer:
         with self.stop.between_steps():
             for batch, step, numbers in run(batches, stage, epoch):
                 rows.add(step.values, numbers)
+                rows.void(self.nonfinite.void_rows())
                 self.tell(start, batch, step, whole)
                 if learns and self.is_time_to_save():
                     self.save_under_way(rows)
+        rows.void(self.nonfinite.void_rows())
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
         if self.asked.by_signal and not learns:
@@ -176,6 +184,8 @@ class Trainer:
         if self.asked.by_signal:
             self.state.under_way = position(rows, self.state.trained)
         result = rows.result(stage, epoch)
+        if not learns:
+            self.nonfinite.measured(result)
         history = [*self.state.history, result.row]
         result = replace(result, is_whole=not self.asked.by_signal)
         self.callbacks.on_stage_end(result, history)
@@ -199,21 +209,32 @@ class Trainer:
         self.parallel.begin()
         before, self.state.under_way = self.state.under_way, None
         self.state.trained = before["batches"] if before else 0
+        self.nonfinite.begin(batches, epoch, self.state.trained)
         for batch, lent in left(batches, epoch, before):
             self.state.trained += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
             rates = learning.rates()
-            with self.counting(stage, lent), self.parallel.step(lent, learning.completes):
+            self.nonfinite.before(batch, lent, self.state.trained, self.state.batches)
+            with (
+                self.memory.watched(stage, epoch, self.state.trained),
+                self.counting(stage, lent),
+                self.parallel.step(lent, learning.completes),
+            ):
                 step = sound(task, stage, task.train_step(batch))
+            self.nonfinite.after()
             self.averaging.after_step(epoch, learning.steps)
             row = {**step.values, **learning.norms(step.num_samples)}
             values = nothing_of(row) if lent else row
             yield batch, Step(values, step.outputs), {**step.numbers, **rates}
             enough = self.plan.max_steps is not None and learning.steps >= self.plan.max_steps
-            if (self.asked.after_step() or enough) and learning.is_between_steps:
+            asked = self.asked.after_step()
+            if self.nonfinite.has_diverged:
+                break
+            if (asked or enough) and learning.is_between_steps:
                 break
         learning.finish()
+        self.nonfinite.settle()
         self.averaging.after_step(epoch, learning.steps)
         self.parallel.end()
         self.asked.settle()
@@ -221,8 +242,9 @@ class Trainer:
     def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Measures each batch."""
         self.task.model.eval()
-        for batch, lent in lending(batches, epoch):
-            with torch.no_grad(), self.counting(stage, lent):
+        for number, (batch, lent) in enumerate(lending(batches, epoch), start=1):
+            told = self.memory.watched(stage, epoch, number)
+            with told, torch.no_grad(), self.counting(stage, lent):
                 step = sound(self.task, stage, self.task.eval_step(stage, batch))
             yield batch, Step(nothing_of(step.values), step.outputs) if lent else step, {}
             self.asked.after_step()
@@ -276,8 +298,9 @@ class Trainer:
         start = self.starts(PREDICT, epoch, batches)
         self.task.model.eval()
         with self.stop.between_steps():
-            for batch, lent in lending(batches, epoch):
-                with torch.no_grad(), self.task.precision.autocast():
+            for number, (batch, lent) in enumerate(lending(batches, epoch), start=1):
+                told = self.memory.watched(PREDICT, epoch, number)
+                with told, torch.no_grad(), self.task.precision.autocast():
                     outputs = self.task.predict_step(batch)
                 parts = of_all_ranks((batch, outputs), lent)
                 if parts:
@@ -370,8 +393,14 @@ class Trainer:
         """Why training ends before its last epoch, in words; None where it goes on."""
         if self.is_hopeless:
             return "the search takes it for hopeless"
-        lost = self.plan.stop_at_non_finite_loss and loss_is_lost(self.state.history)
-        return "the training loss is no number" if lost else stop_by(self.state.history, self.goal)
+        return stop_by(self.state.history, self.goal)
+
+    @property
+    def end(self) -> State:
+        """What has become of the training, as in `status.json`."""
+        if self.nonfinite.has_diverged:
+            return "diverged"
+        return "pruned" if self.is_hopeless else "completed"
 
     def is_best(self, epoch: int, monitor: Monitor) -> bool:
         """Whether this epoch has the best value so far."""

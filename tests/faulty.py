@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,20 @@ class FaultyTask(SupervisedTask):
             do(kind)
 
 
+class Greedy(SupervisedTask):
+    """Needs more memory than there is for batches above a size, and some time for any."""
+
+    def __init__(self, *given: Any, largest: int = 10**6, pause: float = 0.0, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.largest, self.pause = largest, pause
+
+    def forward(self, inputs: Nested) -> Nested:
+        time.sleep(self.pause)
+        if len(inputs) > self.largest:
+            torch.empty(1 << 50)
+        return super().forward(inputs)
+
+
 class Numbered(Dataset[tuple[torch.Tensor, int]]):
     """Samples that are read one by one."""
 
@@ -97,6 +112,22 @@ class Drawing(Callback):
 
     def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
         self.drawn = (random.random(), np.random.rand(), torch.rand(1))
+
+
+class Tainted(Dataset[tuple[torch.Tensor, int]]):
+    """Samples of which one may be no number."""
+
+    def __init__(self, count: int, bad: int | None) -> None:
+        self.inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
+        self.targets = (self.inputs[:, 0] > 0).long().tolist()
+        if bad is not None:
+            self.inputs[bad] = torch.nan
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.inputs[index], self.targets[index]
 
 
 class FaultyCallback(Callback):

@@ -133,15 +133,25 @@ def started(cwd: Path, *words: str, fault: str = "slow:0:0.3", cold: bool = Fals
     return process
 
 
+def write_tainted(conf: Path) -> None:
+    """Data of which a single sample of training, number 13, is no number."""
+    source = "{_target_: faulty.Tainted, count: %d, bad: %s}"
+    _write_data(conf, "tainted", source % (40, 13), source % (16, "null"))
+
+
 def write_numbered(conf: Path) -> None:
     """Data that is read sample by sample."""
-    (conf / "data").mkdir(parents=True)
     source = "{_target_: faulty.Numbered, count: %d}"
-    (conf / "data" / "numbered.yaml").write_text(
+    _write_data(conf, "numbered", source % 400, source % 40)
+
+
+def _write_data(conf: Path, name: str, train: str, valid: str) -> None:
+    (conf / "data").mkdir(parents=True)
+    (conf / "data" / f"{name}.yaml").write_text(
         "defaults: [base/arrays@_here_, _self_]\n"
-        "name: numbered\npath: null\nnum_classes: 2\ninput_shape: [4]\n"
+        f"name: {name}\npath: null\nnum_classes: 2\ninput_shape: [4]\n"
         "channels: null\nimage_size: null\nbatch_size: 8\nnormalize: null\n"
-        f"source:\n  train: {source % 400}\n  valid: {source % 40}\n  test: {source % 40}\n"
+        f"source:\n  train: {train}\n  valid: {valid}\n  test: {valid}\n"
     )
 
 

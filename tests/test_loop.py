@@ -23,6 +23,7 @@ from app.data.split import split
 from app.history import History
 from app.learners import make_learning
 from app.optimization import Optimization
+from app.parallel import Parallel
 from app.parts import Parts, make_parts
 from app.records import Rows, StageResult
 from app.schedule import Schedule
@@ -132,12 +133,16 @@ class Unreadable(Tensor):
     ],
 )
 def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> None:
-    job = make_job(*SMALL, "trainer.limit_train_batches=3", *words)
+    job = make_job(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *words)
     trainer, parts = make_trainer(job, tmp_path)
+    assert trainer.learning.guard is not None
+    trainer.learning.guard.reads = False  # as on a CUDA device
     trainer.task.model.train()
+    batches = parts.loaders["train"].epoch(1)
+    trainer.task.train_step(next(batches))  # the very first step is read
     rows, progress = Rows(trainer.task.metrics["train"], CPU), Progress()
     progress.on_stage_start(StageStart("train", 1, 3, 300))
-    for x, y in parts.loaders["train"].epoch(1):
+    for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         step = trainer.task.train_step(batch)
         assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
@@ -155,7 +160,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     job = make_job("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
     parts = make_parts(job.config, Build(), cuda)
-    parts.task.learning = make_learning(job.config, Build(), parts)
+    parts.task.learning = make_learning(job.config, Build(), parts, Parallel(parts.task.model))
     rows = Rows(parts.task.metrics["train"], cuda)
     batches = parts.loaders["train"].epoch(1)
     rows.add(parts.task.train_step(next(batches)).values)

@@ -143,6 +143,8 @@ def over_saved(
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
             _lay(typed, key, _select(raw, key), override.is_delete())
+    if resumes and saved["trainer"].get("batch_size_finder"):  # what was typed was where to begin
+        OmegaConf.update(typed, "data.batch_size", saved["data"]["batch_size"])
     (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
     merged = _merged(saved, before, after, "", differences)
@@ -166,6 +168,17 @@ def learns_otherwise(saved: Plain, now: Plain) -> bool:
     by_length = "auto" in (now["scheduler"]["lr_scheduler"] or {}).values()
     keys = ("optimizer", "scheduler", *(LENGTH * by_length))
     return any(_select(saved, key) != _select(now, key) for key in keys)
+
+
+def with_value(
+    plain: Plain, template: DictConfig, key: str, value: object
+) -> tuple[Plain, DictConfig]:
+    """A configuration and its template with another value, and all that is made of it."""
+    changed = copy.deepcopy(template)
+    OmegaConf.update(changed, key, value)
+    (before, _), (after, _) = freeze(template), freeze(changed)
+    merged: Plain = _merged(plain, before, after, "", [])
+    return merged, changed
 
 
 def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str]) -> Plain:

@@ -41,7 +41,7 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
         _resume_mistakes: ("mode", "resume", "trainer.requeue"),
         _length_mistakes: ("trainer.max_epochs", "trainer.max_steps"),
         _time_mistakes: ("trainer.max_time",),
-        _device_mistakes: ("trainer", "task", "callbacks", "data"),
+        _device_mistakes: ("mode", "trainer", "task", "callbacks", "data"),
         _name_mistakes: ("name", "metric", "loss", "task"),
         _find_mistakes: ("mode", "find"),
         _scheduler_mistakes: ("scheduler",),
@@ -94,6 +94,13 @@ def _device_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
         if isinstance(count, int) and size is not None and size < count:
             problem = f"={size} is for all devices together, and fewer than the {count} of {key}"
             yield Mistake(f"data.{name}", problem)
+    if (
+        trainer["batch_size_finder"]
+        and plain["mode"] == "train"
+        and (count or 1) not in (1, "auto")
+    ):
+        problem = f"=True searches on one device, but {key}={devices!r}; allowed: 1, null"
+        yield Mistake("trainer.batch_size_finder", problem)
     if trainer["strategy"] == "fsdp":
         yield from _sharding_mistakes(plain)
     if trainer["strategy"] == "fsdp" and trainer["precision"] == "fp16":

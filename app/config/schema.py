@@ -180,7 +180,8 @@ class Trainer:
     gradient_clip_value: Annotated[float, Range(0.0, above=True)] | None
     gradient_norm: bool
     zero_non_finite_gradients: bool
-    stop_at_non_finite_loss: bool
+    on_nonfinite: Literal["stop", "skip", "raise"]
+    batch_size_finder: bool
     limit_train_batches: Limit
     limit_valid_batches: Limit
     limit_test_batches: Limit

@@ -56,6 +56,10 @@ class TensorLoader:
             for index in indices.split(self.batch_size):
                 yield index[share(len(index))]
 
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """Positions in the dataset of the samples of a batch, counted from 1."""
+        return self.order.of_batch(epoch, step, self.batch_size)
+
     def first(self, count: int) -> Batch:
         return self.ready(tuple(tensor[:count] for tensor in self.tensors))
 

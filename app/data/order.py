@@ -68,3 +68,7 @@ class Order:
             return draw(self.weights, self.count, seed)
         generator = torch.Generator().manual_seed(seed)
         return torch.randperm(self.total, generator=generator)[: self.count]
+
+    def of_batch(self, epoch: int, step: int, batch_size: int) -> Tensor:
+        """Those of one batch of the epoch, counted from 1; of all ranks together."""
+        return self.indices(epoch)[(step - 1) * batch_size : step * batch_size]

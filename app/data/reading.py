@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from app.config.errors import UserError
@@ -89,6 +90,10 @@ class SampleLoader:
         self.sampler.epoch = epoch
         for batch in self.loader:
             yield None if batch is None else self.ready(batch)
+
+    def indices(self, epoch: int, step: int) -> Tensor:
+        """Positions in the dataset of the samples of a batch, counted from 1."""
+        return self.sampler.order.of_batch(epoch, step, self.sampler.batch_size)
 
     def first(self, count: int) -> Batch:
         dataset = self.loader.dataset

@@ -20,6 +20,8 @@ def ranks_wanted(config: Config, multirun: bool) -> int:
     trainer = config.trainer
     size = count_devices(trainer.accelerator, trainer.devices)
     size = 1 if config.mode in ON_ONE else size
+    if size > 1:
+        _check_search(config, f"trainer.devices={trainer.devices!r} are {size}")
     if config.launch == "inline" and size > 1:
         raise UserError(
             f"launch='inline' is one device, but trainer.devices={trainer.devices!r}; "
@@ -54,7 +56,14 @@ def check_world(config: Config, world: World) -> None:
         )
     if world.size > 1 and config.mode in ON_ONE:
         raise UserError(f"mode={config.mode!r} runs on one device, but {started}")
+    if world.size > 1:
+        _check_search(config, started)
     if config.data.batch_size < world.size:
         raise UserError(
             f"data.batch_size={config.data.batch_size} is for all devices together, but {started}"
         )
+
+
+def _check_search(config: Config, several: str) -> None:
+    if config.mode == "train" and config.trainer.batch_size_finder:
+        raise UserError(f"trainer.batch_size_finder=True searches on one device, but {several}")

@@ -12,7 +12,8 @@ from app.files import read_json
 from app.launch.failure import Failure, record
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
-OVER = (COMPLETED, PRUNED)  # there is nothing left to do
+DIVERGED = "diverged"
+OVER = (COMPLETED, PRUNED, DIVERGED)  # there is nothing left to do
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 

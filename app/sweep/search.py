@@ -24,7 +24,7 @@ from app.sweep.distributions import searched
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, Options
-from app.sweep.outcome import COMPLETED, FAILED, PRUNED, Outcome, outcome_of
+from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, Outcome, outcome_of
 from app.sweep.run import Sweep
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Trials:
         outcomes = {job.number: outcome_of(self.folder.of(job)) for job in running}
         for job in running:  # the study had no time to hear of these
             self.ended(job, outcomes[job.number])
-        ended = (COMPLETED, PRUNED, FAILED)
+        ended = (COMPLETED, DIVERGED, PRUNED, FAILED)
         return [job for job in running if outcomes[job.number].status not in ended]
 
     def _retry(self) -> None:
@@ -162,8 +162,9 @@ class Trials:
                 self.study.tell(job.number, state=TrialState.FAIL)
             else:
                 self.study.tell(job.number, values)
-        elif outcome.status in (PRUNED, FAILED):
-            states = {PRUNED: TrialState.PRUNED, FAILED: TrialState.FAIL}
+        elif outcome.status in (PRUNED, DIVERGED, FAILED):
+            over = TrialState.PRUNED  # not to be drawn again, and no value to be proud of
+            states = {PRUNED: over, DIVERGED: over, FAILED: TrialState.FAIL}
             self.study.tell(job.number, state=states[outcome.status])
 
     def at_once(self, launcher: object) -> int:  # noqa: ARG002
