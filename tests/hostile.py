@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from app.seal import Seal, write_sealed
+
 WHOLE: dict[str, Any] = {
     "weights": torch.arange(12.0).reshape(3, 4),
     "turned": torch.arange(6).reshape(2, 3).t(),
@@ -42,6 +44,13 @@ def saved(value: Any) -> bytes:
     """As `torch.save` writes it."""
     file = io.BytesIO()
     torch.save(value, file)
+    return file.getvalue()
+
+
+def sealed(value: Any) -> bytes:
+    """As this program writes it; whoever wants to can make a checksum."""
+    file = io.BytesIO()
+    write_sealed(file, "", Seal("state", 1, 1), lambda inner: torch.save(value, inner))
     return file.getvalue()
 
 

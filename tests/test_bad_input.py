@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import Ran, make_job, mistakes_in
+from hostile import sealed
 from torch import nn
 
 from app.checkpoint import load_checkpoint, load_weights
-from app.config.errors import UserError
+from app.config.errors import StorageError, UserError
 from app.files import write_text, write_whole
 from app.run import execute
 
@@ -164,7 +165,7 @@ class Evil:
 
 
 def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(elsewhere: Path) -> None:
-    torch.save({"format": 1, "model": Evil()}, elsewhere / "evil.pt")
+    (elsewhere / "evil.pt").write_bytes(sealed({"format": 1, "model": Evil()}))
     with pytest.raises(UserError, match="holds more than tensors and plain values; refused"):
         load_checkpoint(elsewhere / "evil.pt")
     (elsewhere / "plain.pt").write_bytes(pickle.dumps(Evil()))
@@ -176,7 +177,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_not_run(elsewhere: Path) ->
 def test_a_strangers_checkpoint_on_the_command_line(
     app: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    (tmp_path / "evil.pt").write_bytes(sealed({"model": Evil()}))
     ran = app("mode=test", "ckpt=evil.pt")
     assert ran.code == 2
     assert len(lines(ran)) == 1
@@ -190,14 +191,14 @@ def test_a_strangers_config_cannot_name_what_is_not_allowed(
 ) -> None:
     content = torch.load(trained.folder / "checkpoints" / "best.pt", weights_only=True)
     content["config"] = content["config"].replace("app.models.mlp.MLP", "os.system")
-    torch.save(content, tmp_path / "sly.pt")
+    (tmp_path / "sly.pt").write_bytes(sealed(content))
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
     assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
     content["config"] = content["config"].replace(
         '"trusted_targets": []', '"trusted_targets": ["os"]'
     )
-    torch.save(content, tmp_path / "sly.pt")
+    (tmp_path / "sly.pt").write_bytes(sealed(content))
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
     assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
@@ -206,14 +207,17 @@ def test_a_strangers_config_cannot_name_what_is_not_allowed(
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"format": 99}])
 def test_a_file_of_another_program(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(UserError, match="is no checkpoint of this program"):
+    with pytest.raises(UserError, match="has no checksum: it is damaged, or not of this program"):
+        load_checkpoint(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(sealed(content))
+    with pytest.raises(UserError, match=r"is no checkpoint of this program|this program reads 3"):
         load_checkpoint(tmp_path / "a.pt")
 
 
 def test_a_zip_that_is_no_checkpoint(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
         archive.writestr("a.txt", "text")
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="has no checksum"):
         load_checkpoint(tmp_path / "a.pt")
 
 
@@ -251,7 +255,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         file.write(b"half of it")
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(StorageError, match="disk full"):
         write_whole(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]

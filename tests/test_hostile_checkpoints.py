@@ -412,7 +412,7 @@ def test_a_folder_of_torch_distributed_checkpoint(elsewhere: Path, name: str) ->
 # ---- what is plain, and yet no checkpoint
 
 CONTENT: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "config": json.dumps({"seed": 0}),
     "template": "seed: 0",
     "model": {"weight": torch.zeros(2)},
@@ -427,6 +427,8 @@ CONTENT: dict[str, Any] = {
         "is_over": True,
         "time_is_up": False,
         "under_way": {"batches": 1, "rows": {}, "ranks": []},
+        "watchers": {},
+        "saves": 1,
     },
 }
 

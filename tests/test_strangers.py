@@ -12,10 +12,11 @@ import pytest
 import torch
 import yaml
 from conftest import make_job
-from hostile import saved
+from hostile import sealed
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from app.checkpoint import FORMAT
 from app.config import resolvers
 from app.config.bounded import load_json, load_yaml
 from app.config.errors import UserError
@@ -31,7 +32,7 @@ MODES = ["test", "valid", "predict", "export"]
 def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
     """The last.pt of a run folder with that configuration."""
     content = {
-        "format": 2,
+        "format": FORMAT,
         "config": json.dumps(config),
         "template": template if isinstance(template, str) else yaml.safe_dump(template),
         "model": {},
@@ -42,7 +43,7 @@ def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
     }
     file = folder / "theirs" / "checkpoints" / "last.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(saved(content))
+    file.write_bytes(sealed(content))
     return file
 
 
@@ -389,3 +390,26 @@ def test_what_a_part_has_borrowed_is_no_part() -> None:
 
 def test_parts_are_located() -> None:
     assert locate("torch.nn.Linear") is torch.nn.Linear
+
+
+def test_a_saved_run_reads_no_variable_that_is_not_asked_for(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its address could be anybody's."""
+    monkeypatch.setenv("MY_TOKEN", "t0p-s3cret")
+    config, template = theirs()
+    address = "https://theirs.example/${oc.env:MY_TOKEN}"
+    config["callbacks"]["mlflow"] = {
+        "_target_": "app.callbacks.mlflow.MLflow",
+        "tracking_uri": address,
+    }
+    template["callbacks"]["mlflow"] = config["callbacks"]["mlflow"]
+    file = checkpoint(elsewhere, config, template)
+    key = "callbacks.mlflow.tracking_uri"
+    with pytest.raises(UserError) as refused:
+        make_job("mode=test", f"ckpt={file}")
+    assert f"{key}={address!r}: the saved run reads this variable" in str(refused.value)
+    assert "t0p" not in str(refused.value)
+    job = make_job("mode=test", f"ckpt={file}", f"+{key}='{address}'")
+    assert "t0p-s3cret" in job.config.callbacks["mlflow"]["tracking_uri"]  # type: ignore[index]
+    assert "t0p-s3cret" not in str(job.plain)

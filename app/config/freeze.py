@@ -143,7 +143,7 @@ def over_saved(
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
             _lay(typed, key, _select(raw, key), override.is_delete())
-    if resumes and saved["trainer"].get("batch_size_finder"):  # what was typed was where to begin
+    if resumes and _select(saved, "trainer.batch_size_finder"):  # what was typed was where to begin
         OmegaConf.update(typed, "data.batch_size", saved["data"]["batch_size"])
     (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
