@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,13 +16,18 @@ import torch
 from conftest import make_job, run_app
 from cutting import TINY, Cut, cutting, trained_on
 from processes import TESTS, assert_equal_runs
+from torch import nn
 
+from app.averaging import Averaging
 from app.callbacks.tables import mend
 from app.checkpoint import load_checkpoint
 from app.config.errors import ConfigError, UserError
 from app.content import check_savable
+from app.plan import Saving
 from app.seal import Seal, check_seal, read_seal, write_sealed
+from app.state import TrainState
 from app.states import States, newest_sound, states_in
+from app.task import SupervisedTask
 from app.writer import Writer
 
 KEEP = ("checkpoint.keep_last=3", "trainer.max_epochs=2")
@@ -196,6 +202,20 @@ def test_saved_in_the_background_it_is_the_same(cut: Cut) -> None:
         assert all(torch.equal(one.model[key], other.model[key]) for key in one.model)
         if one.training and other.training:
             assert one.training["batches"] == other.training["batches"]
+
+
+def test_what_changes_meanwhile_is_not_written(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    task = SupervisedTask(model, nn.MSELoss())
+    saving = Saving(in_background=True)
+    state = TrainState(task, Averaging(model), tmp_path, None, None, saving)
+    wanted, go_on = model.weight.detach().clone(), threading.Event()
+    state.writer.write(lambda: go_on.wait(60) and None)
+    state.save_best()
+    model.weight.data.zero_()
+    go_on.set()
+    state.writer.wait()
+    assert torch.equal(load_checkpoint(tmp_path).model["weight"], wanted)
 
 
 def test_what_fails_in_the_background_is_told() -> None:

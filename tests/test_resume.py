@@ -167,6 +167,27 @@ def test_another_rate_is_taken_and_said(cut: Cut) -> None:
     assert len(state["training"]["learning"][""]["optimizer"]["state"]) == 4, "momenta stay"
 
 
+def test_another_rate_is_taken_in_the_midst_of_a_schedule_by_steps(cut: Cut) -> None:
+    words = ("scheduler=constant", "scheduler.warmup_steps=20")
+    folder = cut("run", "raise:0:13", *words, "optimizer.lr=0.01")
+    cut("run", "none:0:0", *words, "optimizer.lr=0.02")
+    before = [0.01 * step / 20 for step in range(1, 12)]
+    after = [0.02 * step / 20 for step in range(12, 21)]
+    assert column(folder, "train", "lr") == pytest.approx(before + after)
+
+
+def test_tensorboard_goes_on_counting(cut: Cut) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = ("callbacks/single@callbacks=[tensorboard]", "callbacks.tensorboard.hparams=false")
+    folder = cut("run", "raise:0:9", *words)
+    cut("run", "none:0:0", *words)
+    drawn = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    drawn.Reload()
+    assert [point.step for point in drawn.Scalars("train_step/loss")] == list(range(1, 21))
+    assert [point.step for point in drawn.Scalars("train/loss_mean")] == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("word", "named"),
     [
