@@ -51,6 +51,7 @@ def scheduled(request: pytest.FixtureRequest, shared: Cut) -> tuple[str, tuple[s
     words = SCHEDULES[request.param]
     whole = shared(f"whole-{request.param}", "none:0:0", *words)
     assert len({*column(whole, "train", "lr")}) > 1, "or nothing is tested"
+    assert len(trained_on(whole)) == 20
     return request.param, words, whole
 
 
