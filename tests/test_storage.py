@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,8 +23,9 @@ from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
 from app.config.errors import StorageError, UserError
-from app.files import remove_partial, write_text
+from app.files import remove_partial, write_text, write_whole
 from app.lock import FolderInUse, check_free, owned
+from app.seal import Seal, write_sealed
 from app.states import newest_sound
 from app.sweep.outcome import outcome_of
 
@@ -68,7 +72,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(small: Path, tmp_path: Path, f
 def started_on(cwd: Path, first: Path) -> subprocess.Popen[str]:
     """A command that has just written its first state, and goes on slowly."""
     process = subprocess.Popen(
-        ["python", "-m", "app", *RUN, *TASK],
+        [sys.executable, "-m", "app", *RUN, *TASK],
         cwd=cwd,
         env=os.environ | ENVIRONMENT | {"SLOW": "0.3"},
         stdout=subprocess.PIPE,
@@ -97,26 +101,35 @@ def test_a_folder_that_is_gone_ends_it_with_one_clear_error(tmp_path: Path) -> N
     assert newest_sound(tmp_path / "small" / "moved")[0] is not None
 
 
-def test_what_is_not_written_leaves_what_was_there(tmp_path: Path) -> None:
+def write_state(path: Path) -> None:
+    """Through torch, which has an error of its own for a full disk."""
+    content = {"weights": torch.ones(1_000_000)}
+    seal = Seal("state", 1, 1)
+    write_whole(path, lambda f: write_sealed(f, path.name, seal, lambda g: torch.save(content, g)))
+
+
+@pytest.mark.parametrize("write", [lambda path: write_text(path, "x" * 100_000), write_state])
+def test_what_is_not_written_leaves_what_was_there(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
     path = tmp_path / "folder" / "a.txt"
     write_text(path, "first")
-    with pytest.raises(StorageError) as refused:
-        limited(path)
+    with pytest.raises(StorageError) as refused, limited():
+        write(path)
     assert str(path) in str(refused.value)
     assert "File too large" in str(refused.value)
     assert path.read_text() == "first"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
-def limited(path: Path) -> None:
+@contextmanager
+def limited() -> Iterator[None]:
     """Files may not grow beyond 1000 bytes meanwhile."""
-    import resource
-
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     heard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        write_text(path, "x" * 100_000)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, heard)
@@ -198,7 +211,15 @@ def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
     words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "checkpoint.keep_last=2")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        ["python", "-m", "app", *WORDS, *words, "hydra.run.dir=run", "trainer.max_epochs=100"],
+        [
+            sys.executable,
+            "-m",
+            "app",
+            *WORDS,
+            *words,
+            "hydra.run.dir=run",
+            "trainer.max_epochs=100",
+        ],
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
