@@ -208,7 +208,7 @@ def test_so_many_commands_at_once_have_as_many_folders(tmp_path: Path, count: in
 
 
 def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
-    words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "checkpoint.keep_last=2")
+    words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "trainer.max_epochs=100")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [
