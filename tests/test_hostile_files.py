@@ -423,10 +423,14 @@ def test_a_secret_is_used_and_never_saved(app: Callable[..., Ran], tmp_path: Pat
     assert saved is not None
     assert TOKEN not in str(saved)
     tested = (f"ckpt={ran.folder}", "mode=test", "trusted_targets=[told]")
+    unasked = app(*tested, MY_API_TOKEN="another-token", MY_URL="http://tracker")
+    assert unasked.code == 2
+    assert "the saved run reads this variable; if it may, type ++callbacks.told.api=" in unasked.err
+    tested = (*tested, "++callbacks.told.api=${oc.env:MY_API_TOKEN}")
     missing = app(*tested, MY_URL="http://tracker")
     assert missing.code == 2
     assert "callbacks.told.api" in missing.err
-    assert "the environment variable MY_API_TOKEN is not set" in missing.err
+    assert "'MY_API_TOKEN' not found" in missing.err
     again = app(*tested, MY_API_TOKEN="another-token", MY_URL="http://tracker")
     assert again.code == 0, again.err
     assert "another-token http://tracker" in (tmp_path / "told").read_text()

@@ -178,8 +178,8 @@ def test_pretrained_names_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monk
     file.parent.mkdir(parents=True)
     for content in (b"", b"text"):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=r"f37072fd\.pth is damaged or of another model"):
+        with pytest.raises(ValueError, match=r"f37072fd\.pth is damaged or another: its SHA"):
             pretrained("resnet18", 10)
     torch.save({"fc.weight": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match=r"f37072fd\.pth is damaged or of another model"):
+    with pytest.raises(ValueError, match=r"f37072fd\.pth is damaged or another: its SHA"):
         pretrained("resnet18", 10)

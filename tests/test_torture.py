@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def undisturbed(
     return request.param, cwd / "run"
 
 
+@pytest.fixture(scope="module")
+def length(undisturbed: tuple[int, Path]) -> float:
+    """Seconds that the run takes, from its process to its end."""
+    ranks, whole = undisturbed
+    run, _ = RUNS[ranks]
+    began = time.monotonic()
+    run(whole.parent, (f"hydra.run.dir={whole.parent / 'timed'}",), None)
+    return time.monotonic() - began
+
+
 def survive(cwd: Path, ranks: int, planned: list[Kill]) -> int:
     """Starts it again until it ends; gives how often it was ended before."""
     run, words = RUNS[ranks]
@@ -58,9 +69,11 @@ def _told(cwd: Path) -> str:
 
 
 @pytest.mark.parametrize("seed", [0])
-def test_killed_again_and_again(undisturbed: tuple[int, Path], tmp_path: Path, seed: int) -> None:
+def test_killed_again_and_again(
+    undisturbed: tuple[int, Path], length: float, tmp_path: Path, seed: int
+) -> None:
     ranks, whole = undisturbed
-    planned = kills(16, seed)
+    planned = kills(16, seed, length)
     survived = survive(tmp_path, ranks, planned if ranks == 1 else [k for k in planned if k.fault])
     assert survived >= 3
     assert_as_if_nothing_had_been(whole, tmp_path / "run")
@@ -69,7 +82,10 @@ def test_killed_again_and_again(undisturbed: tuple[int, Path], tmp_path: Path, s
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_killed_two_hundred_times(
-    undisturbed: tuple[int, Path], tmp_path: Path, record_property: Callable[[str, object], None]
+    undisturbed: tuple[int, Path],
+    length: float,
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     ranks, whole = undisturbed
     survived, seed = 0, 0
@@ -77,16 +93,18 @@ def test_killed_two_hundred_times(
         seed += 1
         cwd = tmp_path / str(seed)
         cwd.mkdir()
-        planned = [kill for kill in kills(40, seed) if ranks == 1 or kill.fault]
+        planned = [kill for kill in kills(40, seed, length) if ranks == 1 or kill.fault]
         survived += survive(cwd, ranks, planned)
         assert_as_if_nothing_had_been(whole, cwd / "run")
     record_property("kills survived", survived)
 
 
-def test_preempted_again_and_again(undisturbed: tuple[int, Path], tmp_path: Path) -> None:
+def test_preempted_again_and_again(
+    undisturbed: tuple[int, Path], length: float, tmp_path: Path
+) -> None:
     ranks, whole = undisturbed
     if ranks > 1:
         pytest.skip("signals to several ranks have tests of their own")
-    survived = survive(tmp_path, ranks, kills(5, 3, signal.SIGTERM))
+    survived = survive(tmp_path, ranks, kills(5, 3, length, signal.SIGTERM))
     assert survived >= 2
     assert_as_if_nothing_had_been(whole, tmp_path / "run")

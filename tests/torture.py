@@ -81,8 +81,15 @@ class Kill:
     number: int = signal.SIGKILL
 
 
-def kills(count: int, seed: int, number: int = signal.SIGKILL) -> list[Kill]:
-    """Half of them at fault points, all of which have their turn, half of them at any time."""
+def kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) -> list[Kill]:
+    """Half of them at fault points, all of which have their turn, half of them at any time.
+
+    Args:
+        count: How many.
+        seed: Of what is drawn.
+        length: Seconds that a run takes; a signal comes in the first two thirds of it.
+        number: Of the signal.
+    """
     draw, points = random.Random(seed), list(POINTS)
     draw.shuffle(points)
     found = []
@@ -91,7 +98,7 @@ def kills(count: int, seed: int, number: int = signal.SIGKILL) -> list[Kill]:
             point = points[place // 2 % len(points)]
             found.append(Kill(f"{point}:{draw.randint(1, 3)}"))
         else:
-            found.append(Kill(seconds=draw.uniform(0.3, 3.0), number=number))
+            found.append(Kill(seconds=draw.uniform(0.1, 2 / 3) * length, number=number))
     return found
 
 

@@ -102,7 +102,9 @@ def unasked(plain: Any, today: Any, key: str = "") -> Iterator[Mistake]:
             same = isinstance(today, list) and place < len(today)
             yield from unasked(part, today[place] if same else None, f"{inner}{place}")
     elif isinstance(plain, str) and KEPT.search(plain) and plain != today:
-        problem = f"={plain!r}: the saved run reads this variable; if it may, type {key}='{plain}'"
+        problem = (
+            f"={plain!r}: the saved run reads this variable; if it may, type ++{key}='{plain}'"
+        )
         yield Mistake(key, problem)
 
 
