@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,8 +47,19 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("free", [0, 300_000, 2_000_000])
-def test_a_full_disk_is_named_and_nothing_is_lost(small: Path, tmp_path: Path, free: int) -> None:
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that has a large disk."""
+    cwd = tmp_path_factory.mktemp("large")
+    ran = run_app(cwd, *WORDS, "hydra.run.dir=whole")
+    assert ran.code == 0, ran.err
+    return cwd / "whole"
+
+
+@pytest.mark.parametrize("free", [0, 2_000_000])
+def test_a_full_disk_is_named_and_nothing_is_lost(
+    small: Path, whole: Path, tmp_path: Path, free: int
+) -> None:
     """It fills up after the first state is there, so that a state or a table finds no room."""
     cut = started_on(tmp_path, small / "run" / "checkpoints" / "last.pt")
     fill(small, free)
@@ -64,21 +74,12 @@ def test_a_full_disk_is_named_and_nothing_is_lost(small: Path, tmp_path: Path, f
     (small / "filler").unlink()
     again = run_app(tmp_path, *RUN, *TASK, **ENVIRONMENT)
     assert again.code == 0, again.out + again.err
-    whole = run_app(tmp_path, *WORDS, "hydra.run.dir=whole")
-    assert whole.code == 0
-    assert_equal_runs(tmp_path / "whole", small / "run")
+    assert_equal_runs(whole, small / "run")
 
 
-def started_on(cwd: Path, first: Path) -> subprocess.Popen[str]:
+def started_on(cwd: Path, first: Path) -> WarmCommand:
     """A command that has just written its first state, and goes on slowly."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "app", *RUN, *TASK],
-        cwd=cwd,
-        env=os.environ | ENVIRONMENT | {"SLOW": "0.3"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = WarmCommand(cwd, [*RUN, *TASK], ENVIRONMENT | {"SLOW": "0.3"})
     wait_until(first)
     return process
 
@@ -209,25 +210,9 @@ def test_so_many_commands_at_once_have_as_many_folders(tmp_path: Path, count: in
 
 def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
     words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "trainer.max_epochs=100")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "app",
-            *WORDS,
-            *words,
-            "hydra.run.dir=run",
-            "trainer.max_epochs=100",
-        ],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    process = WarmCommand(tmp_path, [*WORDS, *words, "hydra.run.dir=run"], {"OMP_NUM_THREADS": "1"})
     wait_until(tmp_path / "run" / "checkpoints" / ".last.pt.part")
-    process.terminate()
+    process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     out, _ = process.communicate(timeout=60)
     assert time.monotonic() - asked < 10, "as the row of the faults wants it"
