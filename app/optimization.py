@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from app.config.errors import UserError
 from app.distributed import sum_over_ranks, total_later
 from app.guard import Guard
-from app.parallel import Parallel, alike, part_of, total_norm
+from app.parallel import Parallel, alike, evidence_of, part_of, total_norm
 from app.schedule import Schedule
 
 
@@ -150,11 +150,13 @@ class Optimization:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
         guarded = self.guard is not None and not self.by_loss
-        if guarded or self.tracks_norm or self.clip_norm is not None:
-            norm = total_norm(list(self._gradients()))
+        if self.tracks_norm or self.clip_norm is not None:
+            norm = evidence = total_norm(list(self._gradients()))
+        elif guarded:
+            evidence = evidence_of(list(self._gradients()))
         if self.tracks_norm:
             self.norm = norm
-        if guarded and not self._allowed(norm):
+        if guarded and not self._allowed(evidence):
             return False
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)

@@ -254,6 +254,15 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
+def evidence_of(tensors: list[Tensor]) -> Tensor:
+    """A scalar that is finite where all of them are; cheaper than `total_norm`."""
+    kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors}
+    (kind, layout, *_), *others = kinds
+    if others or kind is not Tensor or layout is not torch.strided:
+        return total_norm(tensors)
+    return torch.stack(torch._foreach_norm(tensors)).sum()
+
+
 def part_of(value: Any, like: Tensor) -> Any:
     """This rank's part of a whole tensor, as it has one of another; all else stays."""
     is_part = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
