@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import time
@@ -19,7 +18,7 @@ from warm import WarmCommand
 
 from app.faults import VARIABLE
 from app.launch.failure import RankFailed
-from app.launch.local import launch_local
+from app.launch.local import Crew
 from app.seal import check_seal
 
 WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
@@ -116,16 +115,16 @@ def command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
 
 def two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs it on two ranks; a fault point kills rank 0."""
-    if kill and kill.fault:
-        os.environ[VARIABLE] = kill.fault
     job = make_job(*WORDS, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
+    fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
+    crew = Crew(job, cwd / "run", 2, SILENT, fault)
     try:
-        launch_local(job, cwd / "run", 2, SILENT)
+        crew.run()
     except RankFailed as failed:
         assert "SIGKILL" in str(failed), failed.failure.trace
         return -signal.SIGKILL
     finally:
-        os.environ.pop(VARIABLE, None)
+        crew.kill()
     return 0
 
 
