@@ -50,11 +50,10 @@ class Record:
         self.count += count
         self.first = self.first or vars(bad)
 
-    def on_top_of(self, earlier: dict[str, Any] | None) -> dict[str, Any]:
-        """As plain values, with those of the run before it was cut."""
-        before = earlier or {"count": 0, "skipped": 0, "first": None}
-        return {
-            "count": before["count"] + self.count,
-            "skipped": before["skipped"] + self.skipped,
-            "first": before["first"] or self.first,
-        }
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return dict(vars(self))
+
+    def take_up(self, plain: dict[str, Any]) -> None:
+        """Goes on from what `plain` gave."""
+        self.count, self.skipped, self.first = plain["count"], plain["skipped"], plain["first"]

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from app.config.build import Build
 from app.config.errors import UserError
 from app.config.freeze import with_value
-from app.config.schema import Config, Job
-from app.config.typed import structured
+from app.config.schema import Job
+from app.config.secrets import told
 from app.distributed import world_size
 from app.files import write_text
 from app.finders import find_batch_size
@@ -71,5 +71,4 @@ def with_batch_size(job: Job, size: int) -> Job:
     template = OmegaConf.create(job.template)
     assert isinstance(template, DictConfig)
     plain, changed = with_value(job.plain, template, "data.batch_size", size)
-    config = structured(plain, Config)
-    return Job(config, plain, OmegaConf.to_yaml(changed), job.trusted, job.differences)
+    return Job(told(plain), plain, OmegaConf.to_yaml(changed), job.trusted, job.differences)

@@ -24,7 +24,7 @@ from app.config.compose import CONF, CONFIG_NAME, composer
 from app.config.errors import ConfigError, Mistake, NonFiniteError, UserError
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.files import remove_partial
+from app.files import read_status, remove_partial
 from app.job import is_longer, jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
@@ -39,7 +39,7 @@ from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
-from app.sweep.outcome import COMPLETED, DIVERGED, outcome_of, record_failure
+from app.sweep.outcome import COMPLETED, DIVERGED, OVER, outcome_of, record_failure
 from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,8 @@ def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
     status = folder / "status.json"
     resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
     check_free(folder)
-    if resumes and outcome_of(folder).status == COMPLETED and not is_longer(job):
+    over = resumes and str(read_status(folder).get("status"))
+    if (over == COMPLETED and not is_longer(job)) or (over in OVER and not job.differences):
         sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
         sys.exit(0)
     if status.exists() and not resumes and composed.resume != "auto":

@@ -31,6 +31,7 @@ TRAINING: dict[str, Kinds] = {
     "under_way": (dict, NoneType),
     "watchers": (dict,),
     "saves": (int,),
+    "nonfinite": (dict,),
 }
 UNDER_WAY: dict[str, Kinds] = {"batches": (int,), "rows": (dict,), "ranks": (list,)}
 SAVED = (str, int, float, bool, NoneType)

@@ -13,6 +13,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from app.callbacks.callback import Callbacks
+from app.callbacks.tables import drop_after
 from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.build import Build
@@ -21,7 +22,7 @@ from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.batch import Batches
 from app.device import choose_device, count_devices, make_deterministic
-from app.files import write_text
+from app.files import remove_partial, write_text
 from app.job import jobs_of
 from app.lock import owned
 from app.nested import Nested, describe
@@ -51,7 +52,8 @@ class Experiment:
         make_deterministic(self.config.trainer.deterministic)
         parts = make_parts(self.config, build, device)
         about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
-        self._status = Status(folder, about, self.config.goal, device)
+        self._goes_on = self.config.resume not in (None, "auto")
+        self._status = Status(folder, about, self.config.goal, device, self._goes_on)
         watchers = make_callbacks(self.config, build, folder, parts.task.model, job)
         self._callbacks = Callbacks([self._status, *watchers])
         self._stack = ExitStack()
@@ -61,11 +63,11 @@ class Experiment:
         self._status.nonfinite = self.trainer.nonfinite.record
         if self.config.ckpt is not None:
             restore_from(self.trainer, self.config)
-        if self.config.resume not in (None, "auto"):
-            self.trainer.go_on_from(Path(str(self.config.resume)))
 
     def __enter__(self) -> Experiment:
         self._stack.enter_context(owned(self.folder))
+        remove_partial(self.folder)
+        self._go_on()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
         self._stack.enter_context(self._status.recorded())
         self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))
@@ -79,8 +81,16 @@ class Experiment:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
+    def _go_on(self) -> None:
+        """Once, where it is a run that was cut."""
+        if self._goes_on:
+            self._goes_on = False
+            self.trainer.go_on_from(Path(str(self.config.resume)))
+            drop_after(self.folder, self.trainer.state.history)
+
     def fit(self) -> pd.DataFrame:
         """Trains, puts the best weights back, and gives the summary: a line for each stage."""
+        self._go_on()
         summary = self.trainer.fit(self._batches("train"), self.loaders.get("valid"))
         self._status.at_end = self.trainer.end
         if (self.folder / "checkpoints" / BEST).exists():
@@ -134,4 +144,7 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
     where = Path(folder or str(OmegaConf.select(composed, "hydra.run.dir"))).absolute()
     if (where / "status.json").exists() and job.config.resume is None:
         raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")
+    resume = job.config.resume
+    if resume not in (None, "auto") and Path(str(resume)).parent.parent != where:
+        raise UserError(f"folder={str(where)!r}: the run that goes on is in another, {resume}")
     return Experiment(job, where)

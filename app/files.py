@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -20,6 +21,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet beg
 
 
 PARTIAL = ".part"
+log = logging.getLogger(__name__)
 
 
 def write_whole(
@@ -83,8 +85,12 @@ def _not_written(path: Path, size: int, error: OSError) -> StorageError:
 
 def remove_partial(folder: Path) -> None:
     """Takes away what a process has left behind that was killed while it wrote."""
-    for partial in folder.rglob(f".*{PARTIAL}"):
-        partial.unlink()
+    inner = [path for path in folder.iterdir() if path.is_dir()]
+    own = [path for path in inner if not (path / "status.json").exists()]  # not those of other runs
+    found = [*folder.glob(f".*{PARTIAL}"), *(p for path in own for p in path.rglob(f".*{PARTIAL}"))]
+    for partial in found:
+        if partial.is_file():
+            partial.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -112,6 +118,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it holds no JSON object")
     return content
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """The `status.json` of a run that goes on; nothing where it is damaged, which is said."""
+    try:
+        return read_json(folder / "status.json")
+    except UserError as error:
+        log.warning("%s; it is written anew", error)
+        return {}
 
 
 def _finite(content: Any) -> Any:

@@ -43,17 +43,20 @@ class Guard:
         self.evidence: Tensor | None = None
         self.replay: Callable[[list[Tensor], Tensor], None] | None = None
 
-    def allows(self, evidence: Tensor, optimizer: Optimizer, steps: int) -> bool:
+    def allows(
+        self, evidence: Tensor, optimizer: Optimizer, steps: int, scaled: bool = False
+    ) -> bool:
         """Whether the optimizer may make its step now; all ranks must ask.
 
         Args:
             evidence: Of this step.
             optimizer: Whose step.
             steps: That it has made; the first is always read, for fused SGD has no momentum yet.
+            scaled: A scaler of gradients has a word in it, which uses what would be used here.
         """
         if self.is_over:
             return False
-        if not self.reads and steps and is_fused(optimizer):
+        if not (self.reads or scaled) and steps and is_fused(optimizer):
             self._leave_it_to_the_device(evidence, optimizer)
             return True
         if math.isfinite(evidence.item()):

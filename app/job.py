@@ -18,13 +18,12 @@ from app.config.compose import Composer
 from app.config.errors import ConfigError, Mistake, UserError
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
-from app.config.schema import Config, Job
-from app.config.secrets import shown, unasked
+from app.config.schema import Job
+from app.config.secrets import shown, told, unasked
 from app.config.strangers import refuse_strangers
 from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
 from app.config.template import safe_template
-from app.config.typed import structured
 from app.files import write_text
 from app.seal import check_seal
 from app.states import FOLDER, LAST, newest_sound
@@ -32,7 +31,6 @@ from app.states import FOLDER, LAST, newest_sound
 log = logging.getLogger(__name__)
 
 AUTO = "auto"
-SAID = ("name", "tags", "notes")  # to people alone
 SAID = ("name", "tags", "notes")  # to people alone
 
 
@@ -101,8 +99,8 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
         refuse_strangers(plain["ckpt"], plain, trusted)
     mistakes += unasked(plain, today)
     config = checked(plain, trusted, mistakes)
-    if (given := shown(plain)) != plain:  # only the run itself is told secrets
-        config = structured(given | {key: plain[key] for key in SAID}, Config)
+    if shown(plain) != plain:  # only the run itself is told secrets
+        config = told(plain)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
 
 

@@ -16,6 +16,7 @@ from app.config.errors import UserError
 from app.files import read_json, write_json
 
 log = logging.getLogger(__name__)
+WRITTEN = ("checkpoints", "epoch_details", "plots", "logs", "predictions", ".hydra", "tensorboard")
 LOCK, OWNER = ".lock", ".owner.json"
 
 
@@ -31,11 +32,14 @@ def owned(folder: Path) -> Iterator[None]:
         FolderInUse: It is another's, which is named.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    check_links(folder)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise FolderInUse(_taken(folder)) from error
+    except OSError as error:
+        raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
     except NotImplementedError:
         log.warning("%s is on a file system without locks: run nothing else there", folder)
         yield
@@ -55,6 +59,9 @@ def check_free(folder: Path) -> None:
     Raises:
         FolderInUse: Somebody does.
     """
+    if not folder.is_dir():
+        return
+    check_links(folder)
     if not (folder / LOCK).exists():
         return
     lock = FileLock(folder / LOCK)
@@ -62,9 +69,27 @@ def check_free(folder: Path) -> None:
         lock.acquire(timeout=0)
     except Timeout as error:
         raise FolderInUse(_taken(folder)) from error
+    except OSError as error:
+        raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
     except NotImplementedError:
         return
     lock.release()
+
+
+def check_links(folder: Path) -> None:
+    """What the program writes goes into the folder, and not where a stranger's link leads.
+
+    Raises:
+        UserError: There is one.
+    """
+    inner = [folder / name for name in WRITTEN if not (folder / name).is_symlink()]
+    places = [folder, *(path for path in inner if path.is_dir())]
+    for path in (path for place in places for path in place.iterdir()):
+        if path.is_symlink() and path.name != "wandb":
+            raise UserError(
+                f"{path} is a link; a run is written into files of its own: put there what the "
+                "link leads to"
+            )
 
 
 def _taken(folder: Path) -> str:

@@ -61,9 +61,22 @@ class NonFinite:
         self.indices: Callable[[int, int], Tensor | None] = _unknown
         self.buffers: list[Tensor] = []
 
-    def begin(self, batches: Batches, epoch: int, steps: int) -> None:
-        """An epoch of training begins, or goes on after so many of its batches."""
-        self.epoch, self.made, self.skipped = epoch, steps, 0
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        counts = {"made": self.made, "skipped": self.skipped}
+        return {**counts, "has_diverged": self.has_diverged, "record": self.record.plain()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what `state_dict` gave."""
+        self.made, self.skipped = state["made"], state["skipped"]
+        self.has_diverged = state["has_diverged"]
+        self.record.take_up(state["record"])
+
+    def begin(self, batches: Batches, epoch: int, goes_on: bool) -> None:
+        """An epoch of training begins, or goes on."""
+        self.epoch = epoch
+        if not goes_on:
+            self.made = self.skipped = 0
         self.has_diverged, self.moment, self.void = False, None, 0
         self.held.clear()
         self.indices = getattr(batches, "indices", _unknown)
@@ -113,13 +126,17 @@ class NonFinite:
     def settle(self) -> None:
         """The epoch is over: nothing stays open."""
         self.after()
-        while self.held and self.guard is not None:
-            self._look(self.guard)
+        self.look_at_all()
         if self.skipped:
             _say(f"epoch {self.epoch}: {self.skipped} steps were skipped")
         if self.skipped and not self.made and not self.has_diverged:
             self.has_diverged = True
             _say(f"training ends: no step of epoch {self.epoch} could be made")
+
+    def look_at_all(self) -> None:
+        """At all that the device has found out; waits for it."""
+        while self.held and self.guard is not None:
+            self._look(self.guard)
 
     def void_rows(self) -> int:
         """How many of the last rows are to count nothing; asked once for each."""

@@ -170,7 +170,9 @@ class Optimization:
         return True
 
     def _allowed(self, evidence: Tensor) -> bool:
-        return self.guard is None or self.guard.allows(evidence, self.optimizer, self.steps)
+        scaled = self.scaler.is_enabled()
+        guard, optimizer = self.guard, self.optimizer
+        return guard is None or guard.allows(evidence, optimizer, self.steps, scaled)
 
     def _losses(self) -> Tensor:
         """Those of all ranks, as evidence: they are in no gradient that could be looked at."""

@@ -163,9 +163,13 @@ class Rows:
         late = min(count, len(self.pending))
         if late:
             self.pending[-late:] = map(nothing_of, self.pending[-late:])
-        if count > late:  # brought in already
-            for block in self.blocks[-1].values():
-                block[late - count :] = 0
+        left = count - late
+        for block in reversed(self.blocks):  # brought in already
+            length = len(next(iter(block.values())))
+            taken = min(left, length)
+            for column in block.values():
+                column[length - taken :] = 0
+            left -= taken
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values of what has come in; every rank must ask."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class TrainState:
         self.folder, self.job, self.watchers = folder, job, watchers
         self.states, self.writer = States(folder, saving.keep_last), Writer(saving.in_background)
         self.saves = 0  # of states
+        self.nonfinite: Stateful | None = None  # what is known of steps that were no numbers
         self.epoch = 0  # the last whose batches have all been learned from
         self.is_over = True  # whether all that follows from it, as its validation, is done
         self.time_is_up = False  # training has ended by the clock
@@ -117,6 +118,7 @@ class TrainState:
             "under_way": self.under_way,
             "watchers": self.watchers.state_dict() if self.watchers else {},
             "saves": self.saves,
+            "nonfinite": self.nonfinite.state_dict() if self.nonfinite else {},
         }
         checkpoint = self._checkpoint(self._kept(training))
         if rank() == 0:
@@ -164,6 +166,7 @@ class TrainState:
         training = checkpoint.training
         if training is None or "is_over" not in training:
             raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
+        self._check_batches(file, checkpoint)
         assert self.task.learning is not None
         try:
             self.anew = self._learns_otherwise(checkpoint.config)
@@ -176,8 +179,22 @@ class TrainState:
         self.time_is_up = training["time_is_up"] and not self._has_more_time(checkpoint.config)
         self.history, self.saves = checkpoint.history, training["saves"]
         self.states.go_on_from(file)
+        if self.nonfinite is not None and training["nonfinite"]:
+            self.nonfinite.load_state_dict(training["nonfinite"])
         if self.watchers is not None:
             self.watchers.load_state_dict(training["watchers"])
+
+    def _check_batches(self, file: Path, checkpoint: Checkpoint) -> None:
+        """What is left of an epoch is left of the same batches."""
+        training = checkpoint.training or {}
+        if self.job is None or not checkpoint.config or not training["under_way"]:
+            return
+        before, now = checkpoint.config["data"]["batch_size"], self.job.config.data.batch_size
+        if before != now:
+            raise UserError(
+                f"data.batch_size: {before} -> {now}: {file} was saved in the midst of an epoch, "
+                f"whose batches cannot be changed; allowed: {before}, or a state from its end"
+            )
 
     def _learns_otherwise(self, saved: dict[str, Any] | None) -> bool:
         return (
@@ -200,14 +217,16 @@ class TrainState:
     @property
     def has_best(self) -> bool:
         """Whether `best.pt` is there, and whole; the same in all ranks."""
+        return self.epoch_of(BEST) is not None
+
+    def epoch_of(self, name: str) -> int | None:
+        """Whose weights a file has; None where it is gone or damaged; the same in all ranks."""
         self.writer.wait()
-        problem = None
+        epoch = None
         if rank() == 0:
-            try:
-                check_seal(self.folder / FOLDER / BEST)
-            except UserError as error:
-                problem = str(error)
-        return from_first(problem) is None
+            with suppress(UserError):  # who asks says what follows
+                epoch = check_seal(self.folder / FOLDER / name).epoch
+        return from_first(epoch)
 
     def restore_best(self) -> int:
         """Takes the best weights so far; gives their epoch."""

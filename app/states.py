@@ -83,12 +83,12 @@ class States:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder / FOLDER, keep
+        self.folder, self.keep = (folder / FOLDER).resolve(), keep
         self.sound: list[Path] = []  # the newest first
 
     def go_on_from(self, file: Path) -> None:
         """A run goes on from there: it stays, and what is older; what is newer has its day."""
-        every = states_in(self.folder.parent)
+        file, every = file.resolve(), states_in(self.folder.parent)
         older = every[every.index(file) + 1 :] if file in every else []
         self.sound = [file, *older] if file in every else []
 

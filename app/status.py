@@ -21,7 +21,7 @@ from app.config.schema import Goal
 from app.config.secrets import unsaid
 from app.device import describe_device, peak_memory
 from app.distributed import world_size
-from app.files import read_json, write_json
+from app.files import read_status, write_json
 from app.history import History, best, is_measured
 from app.records import StageResult
 from app.stopping import Stopped
@@ -55,10 +55,9 @@ class Status(Callback):
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
         self.at_end: State = "completed"
-        self.before: dict[str, Any] = {}
         if goes_on:
-            self.before = read_json(self.path)
-            self.began -= float(self.before.get("seconds") or 0.0)
+            seconds = read_status(folder).get("seconds")
+            self.began -= seconds if isinstance(seconds, (int, float)) else 0.0
         self.nonfinite = Record()  # who trains puts its own in place
 
     @contextmanager
@@ -100,7 +99,7 @@ class Status(Callback):
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
-            "nonfinite": self.nonfinite.on_top_of(self.before.get("nonfinite")),
+            "nonfinite": self.nonfinite.plain(),
             "error": error,
             "rank": None,  # that failed; whoever watches over all of them knows
             "versions": versions(),

@@ -17,6 +17,7 @@ import torch
 from app.averaging import Averaging, measured_anew
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
+from app.checkpoint import BEST, monitored
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
@@ -94,6 +95,7 @@ class Trainer:
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
         self.nonfinite = NonFinite(task, waits=self.averaging.follows_steps)
+        self.state.nonfinite = self.nonfinite
         self.memory = Memory(device, job.config if job else None)
 
     def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
@@ -149,8 +151,9 @@ class Trainer:
 
     def is_over(self) -> bool:
         """Whether training has come to its end already, in a run that goes on."""
-        epoch, ended = self.state.epoch, self.state.is_over
+        epoch, ended = self.state.epoch, self.state.is_over and self.state.under_way is None
         by_plan = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
+        by_plan = by_plan or self.nonfinite.has_diverged
         return ended and (by_plan or (epoch > 0 and self.reason_to_stop() is not None))
 
     def run_stage(
@@ -209,8 +212,8 @@ class Trainer:
         self.parallel.begin()
         before, self.state.under_way = self.state.under_way, None
         self.state.trained = before["batches"] if before else 0
-        self.nonfinite.begin(batches, epoch, self.state.trained)
-        for batch, lent in left(batches, epoch, before):
+        self.nonfinite.begin(batches, epoch, before is not None)
+        for batch, lent in left(batches, epoch, before) if not self.has_enough_steps else ():
             self.state.trained += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
@@ -227,11 +230,10 @@ class Trainer:
             row = {**step.values, **learning.norms(step.num_samples)}
             values = nothing_of(row) if lent else row
             yield batch, Step(values, step.outputs), {**step.numbers, **rates}
-            enough = self.plan.max_steps is not None and learning.steps >= self.plan.max_steps
             asked = self.asked.after_step()
             if self.nonfinite.has_diverged:
                 break
-            if (asked or enough) and learning.is_between_steps:
+            if (asked or self.has_enough_steps) and learning.is_between_steps:
                 break
         learning.finish()
         self.nonfinite.settle()
@@ -353,12 +355,21 @@ class Trainer:
         self.state.save_last()
         self.due.saved(self.learning.steps)
 
+    @property
+    def has_enough_steps(self) -> bool:
+        """Whether the optimizer has made all that the plan wants."""
+        return self.plan.max_steps is not None and self.learning.steps >= self.plan.max_steps
+
     def is_time_to_save(self) -> bool:
         """Whether all is to be kept now, in the midst of an epoch; every rank must ask."""
         return self.due.after_step(self.learning.steps) and self.learning.is_between_steps
 
     def save_under_way(self, rows: Rows) -> None:
-        """Keeps all that is needed to go on after the step just made."""
+        """Keeps all that is needed to go on after the step just made, if that one was good."""
+        self.nonfinite.look_at_all()
+        rows.void(self.nonfinite.void_rows())
+        if self.nonfinite.has_diverged:
+            return
         self.state.under_way = position(rows, self.state.trained)
         self.save_last()
         self.state.under_way = None
@@ -372,11 +383,19 @@ class Trainer:
         self.state.take_up(file)
         for epoch in range(1, self.state.epoch + self.state.is_over) if self.state.anew else ():
             self.learning.epoch_end(self.goal_value_of(epoch))
-        found = best(self.state.history, self.goal)
-        is_last = found is not None and self.state.is_over and found.epoch == self.state.epoch
-        if is_last and not self.state.has_best:
-            with self.averaging.applied():
+        if self.state.job is not None and self.state.job.differences:
+            self.nonfinite.has_diverged = False  # something is tried that may go better
+        with self.averaging.applied():
+            if self.has_lost(BEST, self.goal):
                 self.state.save_best()
+            for name, monitor in self.monitors.items():
+                if self.has_lost(monitored(name), monitor):
+                    self.state.save_monitored(name)
+
+    def has_lost(self, name: str, monitor: Monitor) -> bool:
+        """Whether the best weights are those of the state, and no longer in their file."""
+        is_last = self.state.is_over and self.is_best(self.state.epoch, monitor)
+        return is_last and self.state.epoch_of(name) != self.state.epoch
 
     def save_best(self, epoch: int) -> None:
         """Keeps the weights where this epoch is the best by the goal, or by a monitor."""

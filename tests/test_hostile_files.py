@@ -401,7 +401,10 @@ WORDS = (
     [
         *((name, True) for name in ("WANDB_API_KEY", "HF_TOKEN", "db_password", "AUTH", "secret")),
         *((name, True) for name in ("AWS_SECRET_ACCESS_KEY", "credentials", "key", "OPENAI-KEY")),
-        *((name, False) for name in ("APP_DATA", "HOME", "KEYBOARD", "author", "monkey", "path")),
+        *(
+            (name, False)
+            for name in ("APP_DATA", "HOME", "KEYBOARD", "author", "monkey", "path", "PWD")
+        ),
     ],
 )
 def test_what_looks_secret(name: str, secret: bool) -> None:

@@ -361,10 +361,14 @@ def test_the_optimizer_with_bad_gradients_makes_no_step(
 # ---- ends
 
 
-def test_a_run_that_has_stopped_goes_on_with_the_next_epoch(tmp_path: Path) -> None:
+def test_a_run_that_has_stopped_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
     make(tmp_path, epochs=3).fit(load(data(BAD), 8))
     trainer = make(tmp_path, "skip", epochs=3)
-    trainer.state.take_up(tmp_path / "checkpoints" / "last.pt")
+    trainer.go_on_from(tmp_path / "checkpoints" / "last.pt")
+    trainer.fit(load(data(BAD), 8))
+    assert [row["epoch"] for row in trainer.state.history] == [1]
+    assert trainer.end == "diverged"
+    trainer.nonfinite.has_diverged = False
     trainer.fit(load(data(BAD), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1, 2, 3]
     assert trainer.learning.steps == 2 + 5 + 5

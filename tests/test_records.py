@@ -174,3 +174,14 @@ def test_a_step_without_a_value_is_blank_and_a_stage_without_one_names_the_metri
     rows.add({"loss": mean_of(torch.zeros(()), 1), **sums})
     with pytest.raises(UserError, match=r"metric\.valid\.shy: too few"):
         rows.result("valid", 1)
+
+
+def test_steps_count_nothing_across_what_was_brought_in() -> None:
+    rows = Rows(StageMetrics({}), CPU)
+    for number in range(7):
+        rows.add({"loss": mean_of(torch.tensor(float(number)), 2)})
+        if number in (2, 4):
+            rows.flush()
+    rows.void(4)
+    assert rows.result("train", 1).steps["num_samples"].tolist() == [2, 2, 2, 0, 0, 0, 0]
+    assert rows.result("train", 1).row["loss_mean"] == 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,8 @@ from conftest import FEW, run_app
 from cutting import Cut, column, cutting, trained_on
 from processes import assert_equal_runs, status_of
 
-from app.config.errors import ConfigError
+from app.checkpoint import load_checkpoint, save_checkpoint
+from app.config.errors import ConfigError, UserError
 
 SCHEDULES = {
     "warm-up": ("scheduler.warmup_steps=12",),
@@ -145,6 +147,55 @@ def test_a_finished_run_is_left_as_it_is(tmp_path: Path) -> None:
 def _digests(folder: Path) -> dict[Path, str]:
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_cut_at_the_step_that_is_the_last_of_all(cut: Cut) -> None:
+    words = ("trainer.max_epochs=null", "trainer.max_steps=8")
+    whole = cut("whole", "none:0:0", *words)
+    folder = cut("run", "raise:0:5:valid", *words)
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["training"]
+    assert state["under_way"] is not None
+    cut("run", "none:0:0", *words)
+    assert_equal_runs(whole, folder)
+    assert trained_on(folder) == trained_on(whole)
+
+
+def test_columns_of_callbacks_go_on(cut: Cut) -> None:
+    words = ("callbacks.tables.memory=true",)
+    folder = cut("run", "raise:0:9", *words)
+    cut("run", "none:0:0", *words)
+    for epoch in (1, 2, 3, 4):
+        table = pd.read_csv(folder / f"epoch_details/epoch00{epoch}_train.csv")
+        assert table["memory_mb"].gt(0).all()
+
+
+def test_a_run_that_diverged_does_not_go_on_by_itself(tmp_path: Path) -> None:
+    words = ("model=mlp", "optimizer.lr=1e30", "trainer.max_epochs=3", "resume=auto", *FEW)
+    words = (*words, "hydra.run.dir=run", "trainer.limit_test_batches=2")
+    assert run_app(tmp_path, *words).code == 65
+    before = _digests(tmp_path)
+    again = run_app(tmp_path, *words)
+    assert (again.code, _digests(tmp_path)) == (0, before)
+    run_app(tmp_path, "resume=run", "optimizer.lr=0.001", "trainer.max_epochs=2")
+    assert pd.read_csv(tmp_path / "run/train_summary_table.csv")["epoch"].tolist() == [1, 2]
+
+
+def test_batches_cannot_change_in_the_midst_of_an_epoch(cut: Cut) -> None:
+    cut("run", "raise:0:9")
+    with pytest.raises(UserError, match=r"data\.batch_size: 8 -> 4: .*in the midst of an epoch"):
+        cut("run", "none:0:0", "data.batch_size=4")
+
+
+def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> None:
+    """The best epoch is the last one of the state; a later best had been written already."""
+    words = ("goal.metric=train/loss", "goal.mode=max", "checkpoint.every_n_steps=null")
+    folder = cut("run", "raise:0:7", *words)
+    best = folder / "checkpoints" / "best.pt"
+    state = load_checkpoint(best)
+    assert state.epoch == 1
+    save_checkpoint(best, replace(state, epoch=2))
+    cut("run", "raise:0:2", *words)
+    assert load_checkpoint(best).epoch == 1
 
 
 def test_a_finished_run_can_be_made_longer(cut: Cut) -> None:

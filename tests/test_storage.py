@@ -205,6 +205,25 @@ def test_so_many_commands_at_once_have_as_many_folders(tmp_path: Path, count: in
     assert [status["status"] for status in statuses] == ["completed"] * count
 
 
+@pytest.mark.parametrize("name", [".lock", "run.log", "checkpoints", "epoch_details/a.csv"])
+def test_a_link_in_a_run_folder_is_refused(tmp_path: Path, name: str) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    folder = tmp_path / "run"
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(victim)
+    for look in (check_free, lambda folder: owned(folder).__enter__()):
+        with pytest.raises(UserError, match="is a link"):
+            look(folder)
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(FolderInUse, match="cannot be locked"):
+        check_free(tmp_path)
+
+
 # ---- saving in the background
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -38,9 +39,16 @@ class Tables(Callback):
     def __init__(self, folder: Path, throughput: bool = False, memory: bool = False) -> None:
         self.folder, self.throughput, self.memory = folder, throughput, memory
         self.taken: list[float] = []
+        self.before: list[float] = []  # of a stage that was cut
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken} if self.taken else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.before = state["taken"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
-        self.taken = []
+        self.taken, self.before = self.before, []
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
@@ -53,6 +61,8 @@ class Tables(Callback):
         for metric, value in result.arrays.items():
             write_csv(details / f"{name}_{metric}.csv", as_table(value))
         write_summaries(self.folder, history, [result.stage])
+        if result.is_whole:
+            self.taken = []
 
     def _with_usage(self, steps: pd.DataFrame) -> pd.DataFrame:
         """A frame of its own: that of the result belongs to all who watch."""

@@ -11,9 +11,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from app.config.check import has_auto
 from app.config.errors import ConfigError, Mistake
 from app.config.schema import Config
-from app.config.secrets import hidden, secrets_of
+from app.config.secrets import SAID, hidden, secrets_of
 from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
@@ -156,7 +157,10 @@ def over_saved(
     if mistakes:
         raise ConfigError(mistakes)
     filled = _filled(merged, now, Config, "", differences)
-    return filled | {name: now[name] for name in NOW}, typed, differences
+    words = {override.key_or_group for override in overrides}
+    kept = [name for name in SAID if resumes and name in saved and name not in words]
+    filled |= {name: now[name] for name in NOW if name not in kept}
+    return filled, typed, differences
 
 
 def _is_other_optimizer(line: str) -> bool:
@@ -165,7 +169,7 @@ def _is_other_optimizer(line: str) -> bool:
 
 def learns_otherwise(saved: Plain, now: Plain) -> bool:
     """Whether a run that goes on learns by another rate or schedule from now on."""
-    by_length = "auto" in (now["scheduler"]["lr_scheduler"] or {}).values()
+    by_length = has_auto(now["scheduler"]["lr_scheduler"])
     keys = ("optimizer", "scheduler", *(LENGTH * by_length))
     return any(_select(saved, key) != _select(now, key) for key in keys)
 

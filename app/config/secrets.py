@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from app.config.errors import ConfigError, Mistake
+from app.config.schema import Config
+from app.config.typed import structured
 
 ENVIRONMENT = "oc.env:"
 READS = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)['\"]?\s*[,}]")
@@ -19,11 +21,15 @@ KEPT = re.compile(r"\$\{oc\.env:(\w+)\}")
 ANYWHERE = ("token", "secret", "passw", "passphrase", "credential", "apikey", "api_key")
 WORDS = ("auth", "oauth", "authorization", "pwd", "pat", "dsn")
 KEYS = ("key", "keys")  # as the last word: OPENAI_KEY, but not KEYBOARD or KEY_SIZE
+FOLDERS = ("PWD", "OLDPWD")  # of every shell
+SAID = ("name", "tags", "notes")  # to people alone
 LONG = 8  # characters; a shorter value is hidden only where it is all there is
 
 
 def looks_secret(name: str) -> bool:
     """Whether a variable or a key is called like a token, a key or a password."""
+    if name in FOLDERS:
+        return False
     name = name.lower()
     words = re.split(r"[^a-z0-9]+", name)
     return (
@@ -42,8 +48,8 @@ def secrets_of(raw: Any) -> dict[str, str]:
     reads = list(_reading(raw, ""))
     if not reads:
         return {}
-    by_key = [name for key, text in reads if looks_secret(key) for name in READS.findall(text)]
-    names = [*by_key, *filter(looks_secret, os.environ)]
+    read = [(key, name) for key, text in reads for name in READS.findall(text)]
+    names = [name for key, name in read if looks_secret(key) or looks_secret(name)]
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
@@ -80,6 +86,15 @@ def unsaid(text: str) -> str:
     """A message or a trace without the values of any variable whose name looks secret."""
     secrets = {name: value for name, value in os.environ.items() if looks_secret(name)}
     return hidden_in(text, {name: value for name, value in secrets.items() if len(value) >= LONG})
+
+
+def told(plain: dict[str, Any]) -> Config:
+    """What a run is given, typed: the values of secrets, but for what is said to people.
+
+    Raises:
+        ConfigError: Variables are not set.
+    """
+    return structured(shown(plain) | {key: plain[key] for key in SAID}, Config)
 
 
 def unasked(plain: Any, today: Any, key: str = "") -> Iterator[Mistake]:

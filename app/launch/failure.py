@@ -15,7 +15,7 @@ from typing import Literal
 
 from app.config.errors import KINDS, StorageError, UserError
 from app.config.secrets import unsaid
-from app.files import read_json, write_json
+from app.files import read_status, write_json
 from app.stopping import Reason, Stopped
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
 def record(folder: Path, failure: Failure) -> None:
     """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
     path = folder / "status.json"
-    content = read_json(path)
+    content = read_status(folder)
     state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
     if failure.kind == "stopped":
         state = Stopped(Reason(failure.reason)).state

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config.errors import UserError
-from app.config.schema import Config, Job
-from app.config.typed import structured
+from app.config.schema import Job
+from app.config.secrets import told
 from app.launch.failure import Failure, cause, record, underlying
 from app.launch.world import World
 from app.stopping import Stop, Stopped
@@ -187,4 +187,4 @@ def from_text(text: str) -> tuple[Job, Path]:
     job = content["job"]
     if job["trusted"] and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as rank 0 has done
-    return Job(structured(job["plain"], Config), **job), Path(content["folder"])
+    return Job(told(job["plain"]), **job), Path(content["folder"])
