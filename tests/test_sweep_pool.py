@@ -72,11 +72,11 @@ def test_the_pools_jobs_run_side_by_side(
 
 
 def test_a_job_that_takes_too_long_is_ended(sweep: Sweeps, tmp_path: Path) -> None:
-    words = (POOL, "hydra.launcher.timeout=3", *SWEEPING, "+task.slow=0,1")
+    words = (POOL, "hydra.launcher.timeout=6", *SWEEPING, "+task.slow=0,1")
     assert sweep(*words) == 1
     folder = folder_of(tmp_path)
     assert states_of(folder) == ["completed", "failed"]
-    assert "it took more than 3 s (hydra.launcher.timeout)" in table_of(folder)["error"][1]
+    assert "it took more than 6 s (hydra.launcher.timeout)" in table_of(folder)["error"][1]
     assert (jobs_in(folder)[1] / "checkpoints" / "last.pt").exists()  # it was asked first
 
 
