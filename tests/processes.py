@@ -86,7 +86,7 @@ def own_processes() -> list[int]:
 def _serves(pid: int) -> bool:
     words = Path(f"/proc/{pid}/cmdline")
     text = words.read_bytes().decode() if words.exists() else "tracker"
-    return "tracker" in text or ("forkserver" in text and not _is_rank(pid))
+    return "tracker" in text or "wandb" in text or ("forkserver" in text and not _is_rank(pid))
 
 
 def _is_rank(pid: int) -> bool:

@@ -124,6 +124,7 @@ def test_offline_says_what_to_put_where(
 ) -> None:
     if name == "SVHN":
         pytest.importorskip("scipy", reason="SVHN needs the extra svhn")
+    monkeypatch.setattr("urllib.request._opener", None)  # it remembers proxies
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nothing listens there
     with pytest.raises(UserError, match=r"cannot be downloaded.*put .*MD5 .*into") as caught:

@@ -364,6 +364,7 @@ def test_weights_that_cannot_be_had_are_named_with_their_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request._opener", None)  # it remembers proxies
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nothing listens there
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth cannot be downloaded") as caught:

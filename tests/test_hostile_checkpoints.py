@@ -429,6 +429,7 @@ CONTENT: dict[str, Any] = {
         "under_way": {"batches": 1, "rows": {}, "ranks": []},
         "watchers": {},
         "saves": 1,
+        "nonfinite": {},
     },
 }
 

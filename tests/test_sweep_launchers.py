@@ -86,6 +86,7 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     assert [status_of(job)["ranks"] for job in jobs_in(sweep)] == [1, 2]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
 def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     launcher: str, tmp_path: Path
