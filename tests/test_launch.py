@@ -218,6 +218,7 @@ sys.exit(max(map(abs, (task.wait() for task in tasks))))
 """
 
 
+@pytest.mark.long
 def test_the_batch_script_runs(tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "srun").write_text(SRUN.format(python=sys.executable))

@@ -49,6 +49,7 @@ def ended(process: Command) -> tuple[int, str]:
             os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
