@@ -34,7 +34,7 @@ from app.launch.joined import Leader, follow
 from app.launch.local import launch_local, warm_up
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
-from app.lock import FolderInUse, check_free, owned
+from app.lock import check_free, owned
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import POOL, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
@@ -267,9 +267,9 @@ def start(
     with ExitStack() as stack:
         try:
             stack.enter_context(owned(folder))
-        except FolderInUse as error:  # what stands in the folder is the other's
+        except UserError as error:  # what stands in the folder may be another's
             sys.stderr.write(f"{error}\n")
-            sys.exit(FAILURE)
+            sys.exit(error.exit_code)
         return started(composed, folder, leader, quiet)
 
 

@@ -30,17 +30,12 @@ def owned(folder: Path) -> Iterator[None]:
 
     Raises:
         FolderInUse: It is another's, which is named.
+        StorageError: It cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_links(folder)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FolderInUse(_taken(folder)) from error
-    except OSError as error:
-        raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
-    except NotImplementedError:
+    lock = _acquired(folder)
+    if lock is None:
         log.warning("%s is on a file system without locks: run nothing else there", folder)
         yield
         return
@@ -62,8 +57,12 @@ def check_free(folder: Path) -> None:
     if not folder.is_dir():
         return
     check_links(folder)
-    if not (folder / LOCK).exists():
-        return
+    if (folder / LOCK).exists() and (lock := _acquired(folder)) is not None:
+        lock.release()
+
+
+def _acquired(folder: Path) -> FileLock | None:
+    """The lock of a folder, held; None where the file system has none."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -72,8 +71,8 @@ def check_free(folder: Path) -> None:
     except OSError as error:
         raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
     except NotImplementedError:
-        return
-    lock.release()
+        return None
+    return lock
 
 
 def check_links(folder: Path) -> None:
