@@ -21,10 +21,10 @@ from omegaconf import DictConfig, OmegaConf
 from app import report
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
-from app.config.errors import ConfigError, Mistake, NonFiniteError, UserError
+from app.config.errors import ConfigError, Mistake, NonFiniteError, StorageError, UserError
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.files import read_status, remove_partial
+from app.files import check_room, read_status, remove_partial
 from app.job import is_longer, jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
@@ -105,7 +105,7 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
         return 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        return MISTAKE
+        return error.exit_code if isinstance(error, StorageError) else MISTAKE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return INTERRUPTED
@@ -198,6 +198,7 @@ def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
     if not nearest.is_dir() or not _is_writable(nearest):
         reason = f"{str(nearest)!r} is no folder that can be written to"
         raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
+    check_room(nearest)
 
 
 def _is_writable(folder: Path) -> bool:

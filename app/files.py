@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet beg
 
 
 PARTIAL = ".part"
+ROOM = 2**20  # bytes; the configuration and the log of a run are smaller
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,20 @@ def write_whole(
         raise _not_written(path, size, error) from error
 
 
+def check_room(folder: Path) -> None:
+    """Tries, in a file without a name, whether there is room for more than a few lines.
+
+    Raises:
+        StorageError: There is none: the disk is full, or a quota is used up.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+    except OSError as error:
+        head = f"{folder}: the {ROOM:,} bytes that any run needs"
+        raise StorageError(f"{head} {_refuses(folder, error)}") from error
+
+
 def _make_names_durable(folder: Path) -> None:
     """What has been renamed in a folder stays so even when the power fails."""
     if os.name != "posix":
@@ -77,10 +93,13 @@ def _make_names_durable(folder: Path) -> None:
 
 def _not_written(path: Path, size: int, error: OSError) -> StorageError:
     there = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(there).free
     written = f" ({size:,} bytes)" if size else ""
-    reason = error.strerror or str(error)
-    return StorageError(f"{path}{written} cannot be written: {reason}; {free:,} bytes are free")
+    return StorageError(f"{path}{written} {_refuses(there, error)}")
+
+
+def _refuses(folder: Path, error: OSError) -> str:
+    free = shutil.disk_usage(folder).free
+    return f"cannot be written: {error.strerror or error}; {free:,} bytes are free"
 
 
 def remove_partial(folder: Path) -> None:

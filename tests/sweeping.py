@@ -21,14 +21,20 @@ class SweepTask(SupervisedTask):
         does: nothing | raise | memory | kill | hang.
         at: The step of training, counted from 1 over all epochs.
         slow: Seconds that each step takes longer.
+        meets: Processes, this one among them, that must have begun before the first step ends.
         **parts: As those of the task it is made from.
     """
 
     def __init__(
-        self, does: str = "nothing", at: int = 15, slow: float = 0.0, **parts: Any
+        self,
+        does: str = "nothing",
+        at: int = 15,
+        slow: float = 0.0,
+        meets: int = 0,
+        **parts: Any,
     ) -> None:
         super().__init__(**parts)
-        self.does, self.at, self.slow = does, at, slow
+        self.does, self.at, self.slow, self.meets = does, at, slow, meets
         self.done = 0
 
     def train_step(self, batch: Nested) -> Step:
@@ -37,9 +43,25 @@ class SweepTask(SupervisedTask):
         if "MARK" in os.environ:
             with Path(os.environ["MARK"]).open("a") as file:
                 file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
+        if self.done == 1:
+            meet(self.meets)
         if self.done == self.at and Path(os.environ.get("BROKEN", "/nowhere")).exists():
             do(self.does)
         return super().train_step(batch)
+
+
+def meet(count: int, patience: float = 120) -> None:
+    """Waits for the first steps of other processes."""
+    end = time.monotonic() + patience
+    while count > 1 and len(begun()) < count:
+        if time.monotonic() > end:
+            raise RuntimeError(f"of {count} processes only {len(begun())} have begun")
+        time.sleep(0.02)
+
+
+def begun() -> set[str]:
+    """The processes that have made a step."""
+    return {line.split()[0] for line in Path(os.environ["MARK"]).read_text().splitlines()}
 
 
 def do(what: str) -> None:

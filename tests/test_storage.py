@@ -77,6 +77,20 @@ def test_a_full_disk_is_named_and_nothing_is_lost(
     assert_equal_runs(whole, small / "run")
 
 
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_disk_that_is_full_from_the_start_is_named_before_anything_is_written(
+    small: Path, tmp_path: Path, multirun: bool
+) -> None:
+    fill(small, 100_000)
+    words = ("-m", "hydra.sweep.dir=small/run") if multirun else ("hydra.run.dir=small/run",)
+    ran = run_app(tmp_path, *words, *WORDS)
+    assert ran.code == STORAGE
+    (line,) = ran.err.splitlines()
+    assert "small: the 1,048,576 bytes that any run needs cannot be written: No space" in line
+    assert "bytes are free" in line
+    assert [path.name for path in small.iterdir()] == ["filler"]
+
+
 def started_on(cwd: Path, first: Path) -> WarmCommand:
     """A command that has just written its first state, and goes on slowly."""
     process = WarmCommand(cwd, [*RUN, *TASK], ENVIRONMENT | {"SLOW": "0.3"})

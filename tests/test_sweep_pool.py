@@ -53,7 +53,7 @@ def test_the_pools_jobs_run_side_by_side(
     sweep: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = "+hydra.callbacks.told._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEPING, "+task.slow=0.1", "seed=0,1,2")
+    words = (POOL, "hydra.launcher.slots=2", *SWEEPING, "+task.meets=2", "seed=0,1,2")
     assert sweep(*words, told) == 0
     assert capsys.readouterr().out.count("Succeeded with return value: 0.") == 3
     pids = steps(tmp_path)
