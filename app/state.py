@@ -28,6 +28,7 @@ from app.content import check_savable
 from app.distributed import from_first, rank
 from app.files import write_whole
 from app.history import Row
+from app.learning import Learning
 from app.nested import Nested, map_tensors
 from app.parallel import whole
 from app.plan import Saving
@@ -106,10 +107,9 @@ class TrainState:
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
-        assert self.task.learning is not None
         self.saves += 1
         training = {
-            "learning": self.task.learning.state_dict(),
+            "learning": self.learning.state_dict(),
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
             "trained": self.trained,
@@ -167,10 +167,9 @@ class TrainState:
         if training is None or "is_over" not in training:
             raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
         self._check_batches(file, checkpoint)
-        assert self.task.learning is not None
         try:
             self.anew = self._learns_otherwise(checkpoint.config)
-            self.task.learning.load_state_dict(training["learning"], self.anew)
+            self.learning.load_state_dict(training["learning"], self.anew)
             self.averaging.load_state_dict(training["averaging"])
         except UNLIKE as error:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
@@ -213,6 +212,12 @@ class TrainState:
         checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
         assert checkpoint is not None
         return checkpoint
+
+    @property
+    def learning(self) -> Learning:
+        """How the weights change."""
+        assert self.task.learning is not None, "the task learns nothing: it has no optimizer"
+        return self.task.learning
 
     @property
     def has_best(self) -> bool:

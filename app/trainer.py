@@ -17,15 +17,15 @@ import torch
 from app.averaging import Averaging, measured_anew
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
-from app.checkpoint import BEST, monitored
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
 from app.distributed import from_first, rank, world_size
 from app.freezing import Freezing
-from app.history import best, best_epochs, goal_value, measured
+from app.history import goal_value, value_in
 from app.history import reason_to_stop as stop_by
+from app.keeping import Keeping
 from app.learning import Learning
 from app.memory import Memory
 from app.nested import Nested, count_samples, joined, map_tensors
@@ -39,7 +39,7 @@ from app.state import TrainState
 from app.status import State
 from app.stopping import Stop, Stopped
 from app.task import Step, Task, sound
-from app.together import Asked, Due, lending, of_all_ranks
+from app.together import Asked, lending, of_all_ranks
 
 log = logging.getLogger(__name__)
 Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
@@ -90,7 +90,7 @@ class Trainer:
         self.freezing = freezing or Freezing(task.model, {})
         self.monitors = dict(monitors or {})
         self.state = TrainState(task, self.averaging, folder, job, self.callbacks, plan.saving)
-        self.due = Due(plan.saving.every_n_steps, plan.saving.every_n_minutes)
+        self.keeping = Keeping(self.state, plan.saving, goal, self.monitors)
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
@@ -110,7 +110,7 @@ class Trainer:
             try:
                 return self.fit_epochs(train, valid)
             except Stopped:
-                self.save_last()
+                self.keeping.last()
                 self.state.writer.wait()
                 from_first(None)  # no rank leaves before it is saved
                 raise
@@ -134,13 +134,13 @@ class Trainer:
             with self.averaged(train, epoch):
                 if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
                     self.run_stage("valid", epoch, valid)
-                self.save_best(epoch)
-            self.learning.epoch_end(self.goal_value_of(epoch))
+                self.keeping.best(epoch)
+            self.learning.epoch_end(value_in(self.state.history, self.goal, epoch))
             self.state.is_over = True
             self.is_hopeless = self.pruning.is_hopeless(self.state.history) and not last
             reason = self.reason_to_stop()
             if last or reason or epoch % self.plan.saving.every_n_epochs == 0:
-                self.save_last()
+                self.keeping.last()
 
             self.callbacks.on_epoch_end(self.epoch_end(epoch, train, time.monotonic() - began))
             if reason:
@@ -177,7 +177,7 @@ class Trainer:
                 rows.add(step.values, numbers)
                 rows.void(self.nonfinite.void_rows())
                 self.tell(start, batch, step, whole)
-                if learns and self.is_time_to_save():
+                if learns and self.keeping.is_time():
                     self.save_under_way(rows)
         rows.void(self.nonfinite.void_rows())
         if rows.is_empty:
@@ -306,10 +306,10 @@ class Trainer:
                     outputs = self.task.predict_step(batch)
                 parts = of_all_ranks((batch, outputs), lent)
                 if parts:
-                    told = joined(parts) if len(parts) > 1 else parts[0]
-                    end = StepEnd(start.stage, epoch, count_samples(told[1]), *told)
+                    made = joined(parts) if len(parts) > 1 else parts[0]
+                    end = StepEnd(start.stage, epoch, count_samples(made[1]), *made)
                     self.callbacks.on_step_end(end)
-                    yield told
+                    yield made
                 self.asked.after_step()
                 if self.asked.by_signal:
                     break
@@ -350,29 +350,17 @@ class Trainer:
                     self.task.forward_step(batch)
         self.parallel.end()
 
-    def save_last(self) -> None:
-        """Keeps all that is needed to go on."""
-        self.state.save_last()
-        self.due.saved(self.learning.steps)
-
     @property
     def has_enough_steps(self) -> bool:
         """Whether the optimizer has made all that the plan wants."""
         return self.plan.max_steps is not None and self.learning.steps >= self.plan.max_steps
 
-    def is_time_to_save(self) -> bool:
-        """Whether all is to be kept now, in the midst of an epoch; every rank must ask."""
-        return self.due.after_step(self.learning.steps) and self.learning.is_between_steps
-
     def save_under_way(self, rows: Rows) -> None:
         """Keeps all that is needed to go on after the step just made, if that one was good."""
         self.nonfinite.look_at_all()
         rows.void(self.nonfinite.void_rows())
-        if self.nonfinite.has_diverged:
-            return
-        self.state.under_way = position(rows, self.state.trained)
-        self.save_last()
-        self.state.under_way = None
+        if not self.nonfinite.has_diverged:
+            self.keeping.under_way(rows)
 
     def go_on_from(self, file: Path) -> None:
         """Takes up a run that was cut, where that state was saved.
@@ -382,31 +370,11 @@ class Trainer:
         """
         self.state.take_up(file)
         for epoch in range(1, self.state.epoch + self.state.is_over) if self.state.anew else ():
-            self.learning.epoch_end(self.goal_value_of(epoch))
+            self.learning.epoch_end(value_in(self.state.history, self.goal, epoch))
         if self.state.job is not None and self.state.job.differences:
             self.nonfinite.has_diverged = False  # something is tried that may go better
         with self.averaging.applied():
-            if self.has_lost(BEST, self.goal):
-                self.state.save_best()
-            for name, monitor in self.monitors.items():
-                if self.has_lost(monitored(name), monitor):
-                    self.state.save_monitored(name)
-
-    def has_lost(self, name: str, monitor: Monitor) -> bool:
-        """Whether the best weights are those of the state, and no longer in their file."""
-        is_last = self.state.is_over and self.is_best(self.state.epoch, monitor)
-        return is_last and self.state.epoch_of(name) != self.state.epoch
-
-    def save_best(self, epoch: int) -> None:
-        """Keeps the weights where this epoch is the best by the goal, or by a monitor."""
-        if self.plan.saving.save_top_k != 1:
-            epochs = best_epochs(self.state.history, self.goal, self.plan.saving.save_top_k)
-            self.state.save_among_best(epochs)
-        if self.is_best(epoch, self.goal):
-            self.state.save_best()
-        for name, monitor in self.monitors.items():
-            if self.is_best(epoch, monitor):
-                self.state.save_monitored(name)
+            self.keeping.best_again()
 
     def reason_to_stop(self) -> str | None:
         """Why training ends before its last epoch, in words; None where it goes on."""
@@ -421,21 +389,10 @@ class Trainer:
             return "diverged"
         return "pruned" if self.is_hopeless else "completed"
 
-    def is_best(self, epoch: int, monitor: Monitor) -> bool:
-        """Whether this epoch has the best value so far."""
-        found = best(self.state.history, monitor)
-        return found is not None and found.epoch == epoch
-
-    def goal_value_of(self, epoch: int) -> float | None:
-        """The goal's value in this epoch; None where it was not measured."""
-        values = measured(self.state.history, self.goal)
-        return next((found.value for found in values if found.epoch == epoch), None)
-
     @property
     def learning(self) -> Learning:
         """How the weights change."""
-        assert self.task.learning is not None, "the task learns nothing: it has no optimizer"
-        return self.task.learning
+        return self.state.learning
 
     def epoch_end(self, epoch: int, train: Batches, elapsed: float) -> EpochEnd:
         """What the watchers are told."""

@@ -23,7 +23,7 @@ FLOORS = [
     ["app.parts"],
     ["app.trial", "app.batches", "app.finders"],
     ["app.trainer"],
-    ["app.nonfinite"],
+    ["app.nonfinite", "app.keeping"],
     ["app.origin"],
     ["app.status", "app.callbacks"],
     ["app.state", "app.tasks", "app.cut"],

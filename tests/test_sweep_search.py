@@ -69,7 +69,7 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: Sweeps, tmp_path: Path) 
 
 
 def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: Sweeps, tmp_path: Path) -> None:
-    process = started(tmp_path, *trials(4, POOL, LR, "+task.slow=0.05"), marks=2 * 24 + 2 * 12 + 6)
+    process = started(tmp_path, *trials(4, POOL, LR, "+task.slow=0.1"), marks=2 * 24 + 2 * 12 + 6)
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
@@ -189,7 +189,7 @@ def test_a_study_of_another_direction_is_refused(
 
 
 def test_ctrl_c_leaves_a_trial_under_way(tmp_path: Path) -> None:
-    process = started(tmp_path, *trials(3, LR, "+task.slow=0.05"), marks=30)
+    process = started(tmp_path, *trials(3, LR, "+task.slow=0.1"), marks=30)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
