@@ -187,8 +187,7 @@ def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
     check_free(folder)
     over = resumes and str(read_status(folder).get("status"))
     if (over == COMPLETED and not is_longer(job)) or (over in OVER and not job.differences):
-        sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
-        sys.exit(0)
+        _leave_it(folder, over)
     if status.exists() and not resumes and composed.resume != "auto":
         raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
     if SweepFolder(folder).exists and not resumes:
@@ -199,6 +198,18 @@ def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
         reason = f"{str(nearest)!r} is no folder that can be written to"
         raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
     check_room(nearest)
+
+
+def _leave_it(folder: Path, status: str) -> NoReturn:
+    """A run that is over does not go on, and ends as it has ended."""
+    if status == DIVERGED:
+        sys.stdout.write(
+            f"the run in {folder} has diverged: it goes on only with something changed, as "
+            "optimizer.lr, trainer.on_nonfinite=skip\n"
+        )
+        sys.exit(NonFiniteError.exit_code)
+    sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
+    sys.exit(0)
 
 
 def _is_writable(folder: Path) -> bool:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from app.config.errors import UserError
 from app.data.batch import Batch, Batches
 from app.distributed import gathered, rank, world_size
 from app.records import Rows
 from app.seed import random_state, set_random_state
+from app.state import UNLIKE
 from app.together import lending
 
 log = logging.getLogger(__name__)
@@ -26,13 +29,15 @@ def position(rows: Rows, batches: int) -> UnderWay:
 def take_up(rows: Rows, under_way: UnderWay) -> None:
     """The rows and metrics go on from there."""
     ranks = under_way["ranks"]
-    rows.load_state_dict(under_way["rows"])
-    if len(ranks) == world_size():
-        rows.metrics.load_state_dict(ranks[rank()]["metrics"])
-        return
-    log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
-    for part in ranks if rank() == 0 else []:
-        rows.metrics.add_state_dict(part["metrics"])
+    if len(ranks) != world_size():
+        log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
+    with _used():
+        rows.load_state_dict(under_way["rows"])
+        if len(ranks) == world_size():
+            rows.metrics.load_state_dict(ranks[rank()]["metrics"])
+        else:
+            for part in ranks if rank() == 0 else []:
+                rows.metrics.add_state_dict(part["metrics"])
 
 
 def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[tuple[Batch, bool]]:
@@ -43,5 +48,17 @@ def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[t
     for _ in islice(steps, under_way["batches"]):
         pass
     if len(under_way["ranks"]) == world_size():
-        set_random_state(under_way["ranks"][rank()]["random"])
+        with _used():
+            set_random_state(under_way["ranks"][rank()]["random"])
     return steps
+
+
+@contextmanager
+def _used() -> Iterator[None]:
+    try:
+        yield
+    except UNLIKE as error:
+        raise UserError(
+            f"what the state has of the epoch under way cannot be used, it is of other metrics or "
+            f"damaged: {error!r}"
+        ) from error

@@ -22,7 +22,7 @@ from app.checkpoint import (
     save_checkpoint,
 )
 from app.config.errors import UserError
-from app.config.freeze import learns_otherwise
+from app.config.freeze import difference, learns_otherwise, select
 from app.config.schema import Job
 from app.content import check_savable
 from app.distributed import from_first, rank
@@ -38,6 +38,7 @@ from app.task import Task
 from app.writer import Writer
 
 log = logging.getLogger(__name__)
+IN_AN_EPOCH = ("data.batch_size", "metric.train", "trainer.gradient_norm")
 UNLIKE = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # of others
 
 
@@ -166,33 +167,41 @@ class TrainState:
         training = checkpoint.training
         if training is None or "is_over" not in training:
             raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
-        self._check_batches(file, checkpoint)
+        self._check_under_way(file, checkpoint)
         try:
             self.anew = self._learns_otherwise(checkpoint.config)
             self.learning.load_state_dict(training["learning"], self.anew)
             self.averaging.load_state_dict(training["averaging"])
         except UNLIKE as error:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
+        try:
+            self._take_up_beside(training)
+        except UNLIKE as error:
+            raise UserError(f"{file} is of other callbacks: {error!r}") from error
         self.batches, self.trained = training["batches"], training["trained"]
         self.is_over, self.under_way = training["is_over"], training["under_way"]
         self.time_is_up = training["time_is_up"] and not self._has_more_time(checkpoint.config)
         self.history, self.saves = checkpoint.history, training["saves"]
         self.states.go_on_from(file)
+
+    def _take_up_beside(self, training: dict[str, Any]) -> None:
+        """What is beside the weights and what learns them."""
         if self.nonfinite is not None and training["nonfinite"]:
             self.nonfinite.load_state_dict(training["nonfinite"])
         if self.watchers is not None:
             self.watchers.load_state_dict(training["watchers"])
 
-    def _check_batches(self, file: Path, checkpoint: Checkpoint) -> None:
-        """What is left of an epoch is left of the same batches."""
+    def _check_under_way(self, file: Path, checkpoint: Checkpoint) -> None:
+        """What is left of an epoch has the batches and the columns of what is over."""
         training = checkpoint.training or {}
         if self.job is None or not checkpoint.config or not training["under_way"]:
             return
-        before, now = checkpoint.config["data"]["batch_size"], self.job.config.data.batch_size
-        if before != now:
+        before, now = checkpoint.config, self.job.plain
+        changes = (difference(select(before, key), select(now, key), key) for key in IN_AN_EPOCH)
+        for change in filter(None, changes):
             raise UserError(
-                f"data.batch_size: {before} -> {now}: {file} was saved in the midst of an epoch, "
-                f"whose batches cannot be changed; allowed: {before}, or a state from its end"
+                f"{change}: {file} was saved in the midst of an epoch, the rest of which cannot be "
+                "another; allowed: as it was, or a state from its end"
             )
 
     def _learns_otherwise(self, saved: dict[str, Any] | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -175,15 +176,51 @@ def test_a_run_that_diverged_does_not_go_on_by_itself(tmp_path: Path) -> None:
     assert run_app(tmp_path, *words).code == 65
     before = _digests(tmp_path)
     again = run_app(tmp_path, *words)
-    assert (again.code, _digests(tmp_path)) == (0, before)
+    assert (again.code, _digests(tmp_path)) == (65, before)
+    assert "has diverged: it goes on only with something changed" in again.out
     run_app(tmp_path, "resume=run", "optimizer.lr=0.001", "trainer.max_epochs=2")
     assert pd.read_csv(tmp_path / "run/train_summary_table.csv")["epoch"].tolist() == [1, 2]
 
 
-def test_batches_cannot_change_in_the_midst_of_an_epoch(cut: Cut) -> None:
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.batch_size=4", "data.batch_size: 8 -> 4"),
+        ("+metric/single@metric.train=[f1]", "metric.train.f1: None -> torchmetrics."),
+        ("~metric.train.accuracy", "metric.train.accuracy: torchmetrics."),
+        ("trainer.gradient_norm=true", "trainer.gradient_norm: False -> True"),
+    ],
+)
+def test_batches_and_columns_cannot_change_in_the_midst_of_an_epoch(
+    cut: Cut, word: str, told: str
+) -> None:
     cut("run", "raise:0:9")
-    with pytest.raises(UserError, match=r"data\.batch_size: 8 -> 4: .*in the midst of an epoch"):
-        cut("run", "none:0:0", "data.batch_size=4")
+    with pytest.raises(UserError, match=rf"^{re.escape(told)}.*in the midst of an epoch"):
+        cut("run", "none:0:0", word)
+    cut("run", "none:0:0")
+
+
+@pytest.mark.parametrize("part", ["nonfinite", "watchers", "rows", "ranks"])
+def test_a_state_with_something_else_in_it_is_one_clear_error(cut: Cut, part: str) -> None:
+    """Its checksum is right: somebody has made it so."""
+    folder = cut("run", "raise:0:9", "callbacks.tables.memory=true")
+    for file in (folder / "checkpoints").glob("last*.pt"):
+        state = load_checkpoint(file)
+        assert state.training is not None
+        inside = state.training if part in state.training else state.training["under_way"]
+        inside[part] = {"Tables-0": 3} if isinstance(inside[part], dict) else [3]
+        save_checkpoint(file, state)
+    with pytest.raises(UserError, match=r"is of other callbacks|is of other metrics or damaged"):
+        cut("run", "none:0:0")
+
+
+def test_a_column_of_a_callback_that_is_wanted_later_begins_there(cut: Cut) -> None:
+    folder = cut("run", "raise:0:9")
+    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["training"]
+    done = state["under_way"]["batches"]
+    cut("run", "none:0:0", "callbacks.tables.memory=true")
+    table = pd.read_csv(folder / "epoch_details" / f"epoch00{state['batches'] // 5 + 1}_train.csv")
+    assert table["memory_mb"].isna().tolist() == [place < done for place in range(len(table))]
 
 
 def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> None:

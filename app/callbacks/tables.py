@@ -42,7 +42,7 @@ class Tables(Callback):
         self.before: list[float] = []  # of a stage that was cut
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken} if self.taken else {}
+        return {"taken": self.taken} if self.memory and self.taken else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.before = state["taken"]
@@ -68,7 +68,10 @@ class Tables(Callback):
         """A frame of its own: that of the result belongs to all who watch."""
         if self.throughput:
             steps = steps.assign(**{"samples/s": steps["num_samples"] / steps["iter_time"]})
-        return steps.assign(memory_mb=self.taken) if self.memory else steps
+        if self.memory:
+            unknown = [math.nan] * (len(steps) - len(self.taken))  # before it was wanted
+            steps = steps.assign(memory_mb=[*unknown, *self.taken])
+        return steps
 
 
 def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> None:

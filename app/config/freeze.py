@@ -143,8 +143,8 @@ def over_saved(
             problem = " sets keys all over and cannot be laid over a saved run; type the keys"
             mistakes.append(Mistake(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
-            _lay(typed, key, _select(raw, key), override.is_delete())
-    if resumes and _select(saved, "trainer.batch_size_finder"):  # what was typed was where to begin
+            _lay(typed, key, select(raw, key), override.is_delete())
+    if resumes and select(saved, "trainer.batch_size_finder"):  # what was typed was where to begin
         OmegaConf.update(typed, "data.batch_size", saved["data"]["batch_size"])
     (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
     differences: list[str] = []
@@ -171,7 +171,7 @@ def learns_otherwise(saved: Plain, now: Plain) -> bool:
     """Whether a run that goes on learns by another rate or schedule from now on."""
     by_length = has_auto(now["scheduler"]["lr_scheduler"])
     keys = ("optimizer", "scheduler", *(LENGTH * by_length))
-    return any(_select(saved, key) != _select(now, key) for key in keys)
+    return any(select(saved, key) != select(now, key) for key in keys)
 
 
 def with_value(
@@ -235,7 +235,17 @@ def _brief(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _select(config: Any, key: str) -> Any:
+def difference(before: Any, now: Any, key: str) -> str | None:
+    """The first difference of two nodes at `key`, as `key: before -> now`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*before, *now])
+        inner = (difference(before.get(n), now.get(n), f"{key}.{n}") for n in names)
+        return next(filter(None, inner), None)
+    return None if before == now else f"{key}: {_brief(before)} -> {_brief(now)}"
+
+
+def select(config: Any, key: str) -> Any:
+    """What is at a dotted key; None where there is nothing."""
     for name in key.split("."):
         config = config.get(name) if isinstance(config, dict) else None
     return config
