@@ -161,9 +161,10 @@ def test_cut_at_the_step_that_is_the_last_of_all(cut: Cut) -> None:
     assert trained_on(folder) == trained_on(whole)
 
 
-def test_columns_of_callbacks_go_on(cut: Cut) -> None:
+@pytest.mark.parametrize("step", [6, 9], ids=["between epochs", "in an epoch"])
+def test_columns_of_callbacks_go_on(cut: Cut, step: int) -> None:
     words = ("callbacks.tables.memory=true",)
-    folder = cut("run", "raise:0:9", *words)
+    folder = cut("run", f"raise:0:{step}", *words)
     cut("run", "none:0:0", *words)
     for epoch in (1, 2, 3, 4):
         table = pd.read_csv(folder / f"epoch_details/epoch00{epoch}_train.csv")
@@ -226,13 +227,15 @@ def test_a_column_of_a_callback_that_is_wanted_later_begins_there(cut: Cut) -> N
 def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> None:
     """The best epoch is the last one of the state; a later best had been written already."""
     words = ("goal.metric=train/loss", "goal.mode=max", "checkpoint.every_n_steps=null")
+    words = (*words, "+checkpoint.monitors.worst={metric: train/loss, mode: max}")
     folder = cut("run", "raise:0:7", *words)
-    best = folder / "checkpoints" / "best.pt"
-    state = load_checkpoint(best)
-    assert state.epoch == 1
-    save_checkpoint(best, replace(state, epoch=2))
+    files = [folder / "checkpoints" / name for name in ("best.pt", "best-worst.pt")]
+    for file in files:
+        state = load_checkpoint(file)
+        assert state.epoch == 1
+        save_checkpoint(file, replace(state, epoch=2))
     cut("run", "raise:0:2", *words)
-    assert load_checkpoint(best).epoch == 1
+    assert [load_checkpoint(file).epoch for file in files] == [1, 1]
 
 
 def test_a_finished_run_can_be_made_longer(cut: Cut) -> None:
