@@ -154,8 +154,13 @@ def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     left.parent.mkdir()
     left.write_text("half")
     (tmp_path / "checkpoints" / "mine.part").write_text("not ours")
+    other = tmp_path / "other" / ".status.json.part"  # of a run inside, which may be under way
+    other.parent.mkdir()
+    other.touch()
+    (other.parent / "status.json").write_text("{}")
     remove_partial(tmp_path)
     assert [path.name for path in left.parent.iterdir()] == ["mine.part"]
+    assert other.exists()
 
 
 def test_a_damaged_status_is_one_clear_error(tmp_path: Path) -> None:
