@@ -263,6 +263,11 @@ def test_the_state_that_a_run_goes_on_from_stays_until_there_are_others(tmp_path
     fewer.go_on_from(tmp_path / "checkpoints" / "last.pt")
     save(fewer, 4)
     assert [check_seal(path).number for path in states_in(tmp_path)] == [4, 3]
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path, target_is_directory=True)  # another path to the same file
+    fewer.go_on_from(link / "checkpoints" / "last-1.pt")
+    save(fewer, 5)
+    assert [check_seal(path).number for path in states_in(tmp_path)] == [5, 3]
 
 
 def test_what_could_not_be_read_again_is_not_saved() -> None:

@@ -161,7 +161,7 @@ def test_cut_at_the_step_that_is_the_last_of_all(cut: Cut) -> None:
     assert trained_on(folder) == trained_on(whole)
 
 
-@pytest.mark.parametrize("step", [6, 9], ids=["between epochs", "in an epoch"])
+@pytest.mark.parametrize("step", [7, 9], ids=["between epochs", "in an epoch"])
 def test_columns_of_callbacks_go_on(cut: Cut, step: int) -> None:
     words = ("callbacks.tables.memory=true",)
     folder = cut("run", f"raise:0:{step}", *words)
@@ -246,6 +246,15 @@ def test_a_finished_run_can_be_made_longer(cut: Cut) -> None:
     assert trained_on(folder) == trained_on(whole)
     one, other = (torch.load(f / "model.pt", weights_only=True) for f in (whole, folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_what_was_said_of_a_run_stays_said(tmp_path: Path) -> None:
+    words = ("model=mlp", "name=mine", "tags=[a,b]", "notes=why", "trainer.max_epochs=1", *FEW)
+    assert run_app(tmp_path, *words, "hydra.run.dir=run").code == 0
+    again = run_app(tmp_path, "resume=run", "trainer.max_epochs=2", "notes=longer")
+    assert again.code == 0, again.err
+    status = status_of(tmp_path / "run")
+    assert [status[key] for key in ("name", "tags", "notes")] == ["mine", ["a", "b"], "longer"]
 
 
 def test_another_rate_is_taken_and_said(cut: Cut) -> None:
