@@ -18,7 +18,7 @@ from app.files import write_whole
 from app.history import Row
 from app.parallel import put
 from app.plain_archive import load_plain, refuse_distributed
-from app.seal import Seal, check_seal, write_sealed
+from app.seal import Seal, check_seal, write_archive, write_sealed
 from app.states import FOLDER, LAST, States, states_in
 
 FORMAT = 3
@@ -82,6 +82,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = 
         write_whole(path, write)
     else:
         states.write(write)
+
+
+def write_model(path: Path, model: dict[str, Tensor]) -> None:
+    """A state dict for torch alone."""
+    name = path.name
+    write_whole(
+        path, lambda file: write_archive(file, name, lambda inner: torch.save(model, inner))
+    )
 
 
 def monitored(name: str) -> str:

@@ -58,12 +58,6 @@ def best(history: History, goal: Monitor) -> Best | None:
     return choose(values, key=lambda found: found.value) if values else None
 
 
-def is_best(history: History, monitor: Monitor, epoch: int) -> bool:
-    """Whether this epoch has the best value so far."""
-    found = best(history, monitor)
-    return found is not None and found.epoch == epoch
-
-
 def value_in(history: History, goal: Monitor, epoch: int) -> float | None:
     """The goal's value in an epoch; None where it was not measured."""
     values = measured(history, goal)

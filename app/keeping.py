@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from app.checkpoint import BEST, monitored
+from app.checkpoint import BEST, monitored, of_epoch
 from app.config.schema import Goal, Monitor
 from app.cut import position
-from app.history import best_epochs, is_best
+from app.history import best, best_epochs
 from app.learning import Learning
 from app.plan import Saving
 from app.records import Rows
@@ -48,28 +48,43 @@ class Keeping:
 
     def best(self, epoch: int) -> None:
         """The weights, where this epoch is the best by the goal, or by a monitor."""
-        history = self.state.history
         if self.saving.save_top_k != 1:
-            self.state.save_among_best(best_epochs(history, self.goal, self.saving.save_top_k))
-        if is_best(history, self.goal, epoch):
-            self.state.save_best()
-        for name, monitor in self.monitors.items():
-            if is_best(history, monitor, epoch):
-                self.state.save_monitored(name)
+            self.state.remove_others(self._among_best())
+        for name, wanted in self.wanted().items():
+            if wanted == epoch:
+                self.save(name)
 
-    def best_again(self) -> None:
-        """The weights that training goes on from, where they are the best and their file is not."""
-        if self.has_lost(BEST, self.goal):
-            self.state.save_best()
-        for name, monitor in self.monitors.items():
-            if self.has_lost(monitored(name), monitor):
-                self.state.save_monitored(name)
+    def wanted(self) -> dict[str, int]:
+        """The epoch whose weights each file of the best is to have, as the history says."""
+        monitors = {BEST: self.goal, **{monitored(n): m for n, m in self.monitors.items()}}
+        found = {name: best(self.state.history, monitor) for name, monitor in monitors.items()}
+        top = self._among_best() if self.saving.save_top_k != 1 else []
+        return {of_epoch(epoch): epoch for epoch in top} | {
+            name: one.epoch for name, one in found.items() if one is not None
+        }
 
-    def has_lost(self, name: str, monitor: Monitor) -> bool:
-        """Whether the best weights are those of the state, and no longer in their file."""
-        epoch = self.state.epoch
-        is_last = self.state.is_over and is_best(self.state.history, monitor, epoch)
-        return is_last and self.state.epoch_of(name) != epoch
+    def lost(self, epoch: int | None = None) -> dict[str, int]:
+        """Of what is wanted, what is gone or damaged, or of an epoch that the run went back from.
+
+        Args:
+            epoch: Of the weights; None is any. All of these files are read, of others `best.pt`.
+        """
+        every = epoch is not None
+        return {
+            name: one
+            for name, one in self.wanted().items()
+            if epoch in (None, one) and self.state.epoch_of(name, every or name == BEST) != one
+        }
+
+    def save(self, name: str) -> None:
+        """The weights as they are now, as a file of the best."""
+        if name == BEST:
+            self.state.save_best()
+        else:
+            self.state.save_weights(name)
+
+    def _among_best(self) -> list[int]:
+        return best_epochs(self.state.history, self.goal, self.saving.save_top_k)
 
     @property
     def learning(self) -> Learning:

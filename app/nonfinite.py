@@ -76,8 +76,8 @@ class NonFinite:
         """An epoch of training begins, or goes on."""
         self.epoch = epoch
         if not goes_on:
-            self.made = self.skipped = 0
-        self.has_diverged, self.moment, self.void = False, None, 0
+            self.made, self.skipped, self.has_diverged = 0, 0, False
+        self.moment, self.void = None, 0
         self.held.clear()
         self.indices = getattr(batches, "indices", _unknown)
         self.buffers = norm_buffers(self.task.model)
@@ -123,13 +123,13 @@ class NonFinite:
             if len(self.held) > LAG:
                 self._look(guard)
 
-    def settle(self) -> None:
-        """The epoch is over: nothing stays open."""
+    def settle(self, is_whole: bool) -> None:
+        """No further step comes: nothing stays open. Only a whole epoch had no good step."""
         self.after()
         self.look_at_all()
         if self.skipped:
             _say(f"epoch {self.epoch}: {self.skipped} steps were skipped")
-        if self.skipped and not self.made and not self.has_diverged:
+        if is_whole and self.skipped and not self.made and not self.has_diverged:
             self.has_diverged = True
             _say(f"training ends: no step of epoch {self.epoch} could be made")
 

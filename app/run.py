@@ -147,12 +147,7 @@ def train(trainer: Trainer, parts: Parts) -> float | None:
     if found is None:
         log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
-    elif not state.has_best:
-        log.warning("best.pt is gone or damaged: the last weights are kept in place of the best")
-        state.save_best()
     epoch = state.restore_best()
-    if found and epoch != found.epoch:
-        log.warning("the best epoch was %d, but its weights are lost", found.epoch)
     log.info("the best weights are those of epoch %d", epoch)
     if "test" in parts.loaders and not trainer.is_hopeless:
         trainer.evaluate(parts.loaders["test"], "test", epoch)

@@ -77,6 +77,18 @@ def write_sealed(
         seal: What it is.
         write: Given a file to write to.
     """
+    sealed = write_archive(file, name, write)
+    comment = _comment(seal, sealed.digest)
+    file.seek(-2, 2)  # the length of the comment, until now none
+    file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def write_archive(file: BinaryIO, name: str, write: Callable[[BinaryIO], object]) -> SealedFile:
+    """Writes a zip file by torch, without a seal.
+
+    Raises:
+        OSError: It cannot be written; torch itself would say where in the zip file it was.
+    """
     sealed = SealedFile(file, name)
     try:
         write(cast(BinaryIO, sealed))
@@ -84,9 +96,7 @@ def write_sealed(
         if sealed.error is not None:
             raise sealed.error from None
         raise
-    comment = _comment(seal, sealed.digest)
-    file.seek(-2, 2)  # the length of the comment, until now none
-    file.write(len(comment).to_bytes(2, "little") + comment)
+    return sealed
 
 
 def read_seal(file: Path) -> Seal:

@@ -17,28 +17,33 @@ from app.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_weights,
-    monitored,
     of_epoch,
     save_checkpoint,
+    write_model,
 )
 from app.config.errors import UserError
 from app.config.freeze import difference, learns_otherwise, select
 from app.config.schema import Job
 from app.content import check_savable
 from app.distributed import from_first, rank
-from app.files import write_whole
 from app.history import Row
 from app.learning import Learning
 from app.nested import Nested, map_tensors
 from app.parallel import whole
 from app.plan import Saving
-from app.seal import check_seal
+from app.seal import check_seal, read_seal
 from app.states import FOLDER, LAST, States, remove
 from app.task import Task
 from app.writer import Writer
 
 log = logging.getLogger(__name__)
-IN_AN_EPOCH = ("data.batch_size", "metric.train", "trainer.gradient_norm")
+IN_AN_EPOCH = (  # cannot be changed in the midst of one
+    "seed",
+    "data.batch_size",
+    "data.sampling",
+    "metric.train",
+    "trainer.gradient_norm",
+)
 UNLIKE = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # of others
 
 
@@ -91,20 +96,23 @@ class TrainState:
         self._save(BEST, checkpoint)
         if rank() == 0:
             path, model = self.folder / "model.pt", checkpoint.model
-            self.writer.write(lambda: write_whole(path, lambda file: torch.save(model, file)))
+            self.writer.write(lambda: write_model(path, model))
 
-    def save_monitored(self, name: str) -> None:
-        """The weights, as `best-<name>.pt`."""
-        self._save(monitored(name), self._checkpoint(None))
+    def save_weights(self, name: str) -> None:
+        """The weights, as a checkpoint to test with."""
+        self._save(name, self._checkpoint(None))
 
-    def save_among_best(self, epochs: list[int]) -> None:
-        """The weights, as `epoch<number>.pt`; those of epochs that are not among these go."""
-        if self.epoch in epochs:
-            self._save(of_epoch(self.epoch), self._checkpoint(None))
+    def remove_others(self, epochs: list[int]) -> None:
+        """Those `epoch<number>.pt` go whose epochs are not among these."""
         kept = [of_epoch(epoch) for epoch in epochs]
         for path in (self.folder / FOLDER).glob("epoch*.pt") if rank() == 0 else ():
             if path.name not in kept:
                 remove(path)
+
+    def remove(self, name: str) -> None:
+        """A checkpoint that is not what its name says."""
+        if rank() == 0:
+            remove(self.folder / FOLDER / name)
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
@@ -228,18 +236,19 @@ class TrainState:
         assert self.task.learning is not None, "the task learns nothing: it has no optimizer"
         return self.task.learning
 
-    @property
-    def has_best(self) -> bool:
-        """Whether `best.pt` is there, and whole; the same in all ranks."""
-        return self.epoch_of(BEST) is not None
+    def epoch_of(self, name: str, whole: bool = True) -> int | None:
+        """Whose weights a file has; None where it is gone or damaged; the same in all ranks.
 
-    def epoch_of(self, name: str) -> int | None:
-        """Whose weights a file has; None where it is gone or damaged; the same in all ranks."""
+        Args:
+            name: Of a checkpoint.
+            whole: All of it is read, not what it says of itself alone.
+        """
         self.writer.wait()
         epoch = None
         if rank() == 0:
+            read = check_seal if whole else read_seal
             with suppress(UserError):  # who asks says what follows
-                epoch = check_seal(self.folder / FOLDER / name).epoch
+                epoch = read(self.folder / FOLDER / name).epoch
         return from_first(epoch)
 
     def restore_best(self) -> int:

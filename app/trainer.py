@@ -17,6 +17,7 @@ import torch
 from app.averaging import Averaging, measured_anew
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
+from app.checkpoint import BEST
 from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
@@ -84,13 +85,12 @@ class Trainer:
         stop: Stop | None = None,
         pruning: Pruning | None = None,
     ) -> None:
-        self.task, self.plan, self.goal = task, plan, goal
+        self.task, self.plan = task, plan
         self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
         self.averaging = averaging or Averaging(task.model)
         self.freezing = freezing or Freezing(task.model, {})
-        self.monitors = dict(monitors or {})
         self.state = TrainState(task, self.averaging, folder, job, self.callbacks, plan.saving)
-        self.keeping = Keeping(self.state, plan.saving, goal, self.monitors)
+        self.keeping = Keeping(self.state, plan.saving, goal, monitors or {})
         self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
@@ -108,12 +108,15 @@ class Trainer:
         """
         with self.stop.between_steps(self.plan.max_seconds), self.state.written():
             try:
-                return self.fit_epochs(train, valid)
+                self.keep_again(train)
+                summary = self.fit_epochs(train, valid)
+                self.stand_in(train)
             except Stopped:
                 self.keeping.last()
                 self.state.writer.wait()
                 from_first(None)  # no rank leaves before it is saved
                 raise
+        return summary
 
     def fit_epochs(self, train: Batches, valid: Batches | None) -> pd.DataFrame:
         """Epoch after epoch."""
@@ -213,7 +216,8 @@ class Trainer:
         before, self.state.under_way = self.state.under_way, None
         self.state.trained = before["batches"] if before else 0
         self.nonfinite.begin(batches, epoch, before is not None)
-        for batch, lent in left(batches, epoch, before) if not self.has_enough_steps else ():
+        is_over = self.has_enough_steps or self.nonfinite.has_diverged
+        for batch, lent in left(batches, epoch, before) if not is_over else ():
             self.state.trained += 1
             self.state.batches += 1
             task.starts(epoch, self.state.batches)
@@ -236,10 +240,10 @@ class Trainer:
             if (asked or self.has_enough_steps) and learning.is_between_steps:
                 break
         learning.finish()
-        self.nonfinite.settle()
+        self.asked.settle()
+        self.nonfinite.settle(is_whole=not self.asked.by_signal)
         self.averaging.after_step(epoch, learning.steps)
         self.parallel.end()
-        self.asked.settle()
 
     def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Measures each batch."""
@@ -327,7 +331,7 @@ class Trainer:
             rows.add(step.values)
         if not rows.is_empty:
             row = rows.result("valid", 0).row
-            for monitor in (self.goal, *self.monitors.values()):
+            for monitor in (self.goal, *self.keeping.monitors.values()):
                 if monitor.stage == "valid":
                     goal_value(row, monitor)
 
@@ -342,6 +346,7 @@ class Trainer:
     @torch.no_grad()
     def measure_batches(self, train: Batches, epoch: int) -> None:
         """Finds the statistics of batch normalisation anew, where it is not frozen."""
+        seed_everything(self.seed, "measured", epoch, *([rank()] if rank() else []))
         self.task.model.eval()
         with measured_anew(self.task.model) as found:
             batches = islice(lending(train, epoch), self.state.trained if found else 0)
@@ -373,8 +378,29 @@ class Trainer:
             self.learning.epoch_end(value_in(self.state.history, self.goal, epoch))
         if self.state.job is not None and self.state.job.differences:
             self.nonfinite.has_diverged = False  # something is tried that may go better
-        with self.averaging.applied():
-            self.keeping.best_again()
+
+    def keep_again(self, train: Batches) -> None:
+        """Writes what is lost of the best weights, where training goes on from just these."""
+        if not self.state.is_over or self.state.under_way:
+            return
+        lost = self.keeping.lost(self.state.epoch)
+        if lost:
+            with self.averaged(train, self.state.epoch):
+                for name in lost:
+                    self.keeping.save(name)
+
+    def stand_in(self, train: Batches) -> None:
+        """Says which of the best weights are lost; the last ones take the place of `best.pt`."""
+        for name, epoch in self.keeping.lost().items():
+            if name == BEST:
+                log.warning(
+                    "the best epoch was %d, but its weights are lost: the last stand in", epoch
+                )
+                with self.averaged(train, self.state.epoch):
+                    self.state.save_best()
+            else:
+                log.warning("%s is lost: the weights of epoch %d are gone", name, epoch)
+                self.state.remove(name)
 
     def reason_to_stop(self) -> str | None:
         """Why training ends before its last epoch, in words; None where it goes on."""
@@ -388,6 +414,11 @@ class Trainer:
         if self.nonfinite.has_diverged:
             return "diverged"
         return "pruned" if self.is_hopeless else "completed"
+
+    @property
+    def goal(self) -> Goal:
+        """What best means."""
+        return self.keeping.goal
 
     @property
     def learning(self) -> Learning:

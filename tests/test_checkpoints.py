@@ -150,29 +150,6 @@ def test_a_state_can_be_chosen(stopped: tuple[Path, Path], tmp_path: Path) -> No
     assert len(trained_on(folder)) == len(trained_on(whole)) + 2
 
 
-def test_a_lost_best_is_written_again_where_it_can_be(cut: Cut) -> None:
-    """The state stands right behind the best epoch, whose weights it has."""
-    whole = cut("whole", "none:0:0", *KEEP)
-    folder = cut("run", "raise:0:7", *KEEP)
-    best = folder / "checkpoints" / "best.pt"
-    flipped(best)
-    cut("run", "none:0:0", *KEEP)
-    assert_equal_runs(whole, folder)
-    assert load_checkpoint(best).epoch == load_checkpoint(whole / "checkpoints/best.pt").epoch
-
-
-def test_the_best_epochs_stay(cut: Cut) -> None:
-    folder = cut("run", "none:0:0", "checkpoint.save_top_k=2", "checkpoint.keep_last=1")
-    rows = pd.read_csv(folder / "valid_summary_table.csv")
-    ranked = rows.sort_values(["accuracy", "epoch"], ascending=[False, True])["epoch"][:2]
-    names = {path.name for path in (folder / "checkpoints").iterdir()}
-    assert names == {"best.pt", "last.pt", *(f"epoch{epoch:03d}.pt" for epoch in ranked)}
-    best, first = (folder / "checkpoints" / n for n in ("best.pt", f"epoch{ranked.iloc[0]:03d}.pt"))
-    one, other = (load_checkpoint(path) for path in (best, first))
-    assert one.epoch == other.epoch == ranked.iloc[0]
-    assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
-
-
 def test_what_cannot_be_removed_is_a_warning(cut: Cut, caplog: pytest.LogCaptureFixture) -> None:
     words = ("checkpoint.save_top_k=1", "checkpoint.keep_last=2", "trainer.max_epochs=1")
     in_the_way = cut("run", "raise:0:4") / "checkpoints" / "last-1.pt" / "full"

@@ -231,7 +231,8 @@ def test_the_average_is_what_is_validated_and_kept_and_learning_goes_on_without_
 
 def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_path: Path) -> None:
     model = net(norm=True)
-    trainer = make(tmp_path, model, 4, averaging=StochasticWeightAveraging(model, 2))
+    averaging = StochasticWeightAveraging(model, 2)
+    trainer = make(tmp_path, model, 4, averaging=averaging, goal=Goal("loss", "min"))
     ends: list[Tensor] = []
     after = trainer.averaging.after_epoch
 
@@ -240,7 +241,6 @@ def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_p
         after(epoch)
 
     trainer.averaging.after_epoch = remember  # type: ignore[method-assign]
-    trainer.goal = Goal("loss", "min")
     trainer.fit(load(DATA, 16), load(DATA, 16))
     expected = torch.stack(ends[1:]).mean(0)
     torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)

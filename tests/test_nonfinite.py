@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from app.averaging import ExponentialMovingAverage
-from app.callbacks.callback import Callback
+from app.callbacks.callback import Callback, StepEnd
 from app.checkpoint import load_checkpoint
 from app.config.errors import NonFiniteError
 from app.config.schema import Goal
+from app.data.batch import Batches
 from app.data.loaders import load
 from app.data.order import Order
 from app.guard import Policy
@@ -36,6 +38,7 @@ from app.origin import origin_of
 from app.plan import Plan
 from app.records import StageResult
 from app.schedule import Schedule
+from app.stopping import Stopped
 from app.task import Step, SupervisedTask, Task
 from app.trainer import Trainer
 
@@ -81,6 +84,7 @@ def make(
     fused: bool = False,
     averaged: bool = False,
     loss: Any = None,
+    goal: str = "train/loss",
     **options: Any,
 ) -> Trainer:
     model = model or net()
@@ -90,8 +94,7 @@ def make(
     one = Optimization(optimizer, Schedule(optimizer, scheduler, warmup_steps=2), **options)
     task.learning = Learning(one, policy)
     averaging = ExponentialMovingAverage(model, 0.5) if averaged else None
-    goal = Goal("train/loss", "min")
-    return Trainer(task, Plan(epochs), folder, goal, Kept(), averaging=averaging)
+    return Trainer(task, Plan(epochs), folder, Goal(goal, "min"), Kept(), averaging=averaging)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -375,6 +378,48 @@ def test_a_run_that_has_stopped_goes_on_where_it_is_told_to(tmp_path: Path) -> N
     assert trainer.end == "completed"
 
 
+class Signals(Kept):
+    """SIGTERM comes with a step of the first epoch."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step, self.steps = step, 0
+
+    def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
+        self.steps += 1
+        if self.steps == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
+def cut_at(step: int, trainer: Trainer, batches: Batches) -> None:
+    """Preempted there, with everything saved."""
+    trainer.callbacks = Signals(step)
+    with trainer.stop.listening(), pytest.raises(Stopped):
+        trainer.fit(batches)
+
+
+def test_cut_at_the_bad_step_it_has_diverged_when_it_goes_on(tmp_path: Path) -> None:
+    whole = make(tmp_path / "whole", epochs=3)
+    whole.fit(load(data(BAD), 8))
+    cut_at(3, make(tmp_path / "run", epochs=3), load(data(BAD), 8))
+    again = make(tmp_path / "run", epochs=3)
+    again.go_on_from(tmp_path / "run" / "checkpoints" / "last.pt")
+    again.fit(load(data(BAD), 8))
+    assert again.end == whole.end == "diverged"
+    assert_same(state_of(again), state_of(whole))
+    assert again.state.history[0]["loss_mean"] == whole.state.history[0]["loss_mean"]
+    assert again.nonfinite.record.plain() == whole.nonfinite.record.plain()
+
+
+def test_cut_after_bad_steps_alone_the_rest_of_the_epoch_is_tried(tmp_path: Path) -> None:
+    bad = (0, 8, 16)  # the first three batches
+    cut_at(2, make(tmp_path, "skip", epochs=1), load(data(*bad), 8))
+    again = make(tmp_path, "skip", epochs=1)
+    again.go_on_from(tmp_path / "checkpoints" / "last.pt")
+    again.fit(load(data(*bad), 8))
+    assert (again.end, again.learning.steps) == ("completed", 3)
+
+
 def test_an_epoch_without_a_step_is_the_last(tmp_path: Path) -> None:
     trainer = make(tmp_path, "skip", epochs=9)
     trainer.fit(load(data(*range(0, 48, 8)), 8))
@@ -386,8 +431,7 @@ def test_an_epoch_without_a_step_is_the_last(tmp_path: Path) -> None:
 def test_a_bad_batch_of_validation_is_named_and_is_never_best(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tmp_path, epochs=2)
-    trainer.goal = Goal("loss", "min")
+    trainer = make(tmp_path, epochs=2, goal="loss")
     with caplog.at_level(logging.WARNING):
         trainer.fit(load(data(), 8), load(data(BAD), 8))
     assert "the loss is no number in valid, epoch 1, step 3" in caplog.text

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -18,6 +17,7 @@ from processes import assert_equal_runs, status_of
 
 from app.checkpoint import load_checkpoint, save_checkpoint
 from app.config.errors import ConfigError, UserError
+from app.stopping import Stopped
 
 SCHEDULES = {
     "warm-up": ("scheduler.warmup_steps=12",),
@@ -171,6 +171,18 @@ def test_columns_of_callbacks_go_on(cut: Cut, step: int) -> None:
         assert table["memory_mb"].gt(0).all()
 
 
+def test_columns_of_callbacks_go_on_after_a_cut_in_validation(cut: Cut) -> None:
+    """Which begins anew, and so do they."""
+    words = ("callbacks.tables.memory=true",)
+    with pytest.raises(Stopped):
+        cut("run", "SIGTERM:0:3:valid", *words)
+    folder = cut("run", "none:0:0", *words)
+    for stage in ("train", "valid", "test"):
+        taken = column(folder, stage, "memory_mb")
+        assert taken
+        assert min(taken) > 0
+
+
 def test_a_run_that_diverged_does_not_go_on_by_itself(tmp_path: Path) -> None:
     words = ("model=mlp", "optimizer.lr=1e30", "trainer.max_epochs=3", "resume=auto", *FEW)
     words = (*words, "hydra.run.dir=run", "trainer.limit_test_batches=2")
@@ -222,20 +234,6 @@ def test_a_column_of_a_callback_that_is_wanted_later_begins_there(cut: Cut) -> N
     cut("run", "none:0:0", "callbacks.tables.memory=true")
     table = pd.read_csv(folder / "epoch_details" / f"epoch00{state['batches'] // 5 + 1}_train.csv")
     assert table["memory_mb"].isna().tolist() == [place < done for place in range(len(table))]
-
-
-def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> None:
-    """The best epoch is the last one of the state; a later best had been written already."""
-    words = ("goal.metric=train/loss", "goal.mode=max", "checkpoint.every_n_steps=null")
-    words = (*words, "+checkpoint.monitors.worst={metric: train/loss, mode: max}")
-    folder = cut("run", "raise:0:7", *words)
-    files = [folder / "checkpoints" / name for name in ("best.pt", "best-worst.pt")]
-    for file in files:
-        state = load_checkpoint(file)
-        assert state.epoch == 1
-        save_checkpoint(file, replace(state, epoch=2))
-    cut("run", "raise:0:2", *words)
-    assert [load_checkpoint(file).epoch for file in files] == [1, 1]
 
 
 def test_a_finished_run_can_be_made_longer(cut: Cut) -> None:

@@ -40,15 +40,17 @@ class Tables(Callback):
         self.folder, self.throughput, self.memory = folder, throughput, memory
         self.taken: list[float] = []
         self.before: list[float] = []  # of a stage that was cut
+        self.stage = ""  # the one under way
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken} if self.memory and self.taken else {}
+        goes_on = self.memory and self.stage == "train"  # others begin anew
+        return {"taken": self.taken} if goes_on and self.taken else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.before = state["taken"]
 
-    def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
-        self.taken, self.before = self.before, []
+    def on_stage_start(self, start: StageStart) -> None:
+        self.stage, self.taken, self.before = start.stage, self.before, []
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
