@@ -96,6 +96,7 @@ def test_what_is_lost_for_good_is_said_and_the_last_weights_stand_in(
 def test_an_average_has_the_same_statistics_of_batches_after_a_cut(cut: Cut, where: str) -> None:
     """They are measured on data that is random, too."""
     words = (*KEEP, "average=swa", "average.start_epoch=1", "model._target_=faulty.Normed")
+    words = (*words, "+data.augment.noise._target_=torch.nn.Dropout")
     words = (*words, "goal.metric=train/loss", "goal.mode=min")
     whole = cut("whole", "none:0:0", *words)
     step = {"train": 7, "valid": 1 + 2 + 1}[where]

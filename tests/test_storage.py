@@ -20,6 +20,7 @@ from processes import TESTS, assert_equal_runs, started, status_of
 from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
+from app.checkpoint import write_model
 from app.config.errors import StorageError, UserError
 from app.files import remove_partial, write_text, write_whole
 from app.lock import FolderInUse, check_free, owned
@@ -122,7 +123,15 @@ def write_state(path: Path) -> None:
     write_whole(path, lambda f: write_sealed(f, path.name, seal, lambda g: torch.save(content, g)))
 
 
-@pytest.mark.parametrize("write", [lambda path: write_text(path, "x" * 100_000), write_state])
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: write_text(path, "x" * 100_000),
+        write_state,
+        lambda path: write_model(path, {"weights": torch.ones(1_000_000)}),
+    ],
+    ids=["text", "state", "model"],
+)
 def test_what_is_not_written_leaves_what_was_there(
     tmp_path: Path, write: Callable[[Path], None]
 ) -> None:
