@@ -48,11 +48,11 @@ class Keeping:
 
     def best(self, epoch: int) -> None:
         """The weights, where this epoch is the best by the goal, or by a monitor."""
-        if self.saving.save_top_k != 1:
-            self.state.remove_others(self._among_best())
         for name, wanted in self.wanted().items():
             if wanted == epoch:
                 self.save(name)
+        if self.saving.save_top_k != 1:
+            self.state.remove_others(self._among_best())
 
     def wanted(self) -> dict[str, int]:
         """The epoch whose weights each file of the best is to have, as the history says."""
