@@ -21,11 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from app import report
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME, composer
-from app.config.errors import ConfigError, Mistake, NonFiniteError, StorageError, UserError
+from app.config.errors import ConfigError, Mistake, NonFiniteError, StorageError, UserError, looking
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.files import check_room, read_status, remove_partial
-from app.job import is_longer, jobs_of, prepared
+from app.files import check_files, check_room, read_status, remove_partial
+from app.job import folder_of, is_longer, jobs_of, prepared
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, RankFailed
@@ -36,7 +36,7 @@ from app.launch.requeue import requeue
 from app.launch.world import World, joined
 from app.lock import check_free, owned
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
-from app.sweep.check import POOL, check_sweep
+from app.sweep.check import POOL, check_is_sweep, check_sweep
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, OVER, outcome_of, record_failure
@@ -44,6 +44,9 @@ from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
+NAME = 255  # bytes of a file's name, which no system in use lets be longer
+HYDRAS = (f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
+OPENED = ("run.log", "sweep.log", "multirun.yaml", *HYDRAS)  # by others, who tell no user why not
 
 
 def main() -> None:
@@ -73,6 +76,7 @@ def main() -> None:
     _end(code)
 
 
+@looking("sweep.resume")
 def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     """Where nothing but `sweep.resume` is typed, the sweep's own words are meant.
 
@@ -81,7 +85,7 @@ def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     """
     typed = dict(word.partition("=")[::2] for word in args.overrides)
     own = ("sweep.", "hydra", "trusted_targets")
-    if "sweep.resume" in typed and all(key.startswith(own) for key in typed):
+    if typed.get("sweep.resume") and all(key.startswith(own) for key in typed):
         folder = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser())
         saved, mistakes = folder.words, list(trust_mistakes(folder, args.overrides))
         if mistakes:
@@ -113,6 +117,7 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
+@looking()
 def _check_what_is_shown(args: argparse.Namespace) -> None:
     """Hydra resolves what it prints, and a saved job that it is to run again is a pickle."""
     if args.experimental_rerun is not None:
@@ -153,6 +158,7 @@ def is_a_run(args: argparse.Namespace) -> bool:
     return not shows and args.experimental_rerun is None
 
 
+@looking()
 def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
     """Looks for mistakes in every job before the first starts and before any file is written.
 
@@ -163,14 +169,18 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
         UserError: All that was found.
     """
     with composer(args) as composing:
+        check_is_sweep(composing)
         jobs = jobs_of(composing)
+        key = "hydra.sweep.dir" if composing.sweeps else "hydra.run.dir"
+        folders = [folder_of(composed, key) for composed, _ in jobs]
         if composing.sweeps:
             check_sweep(composing, jobs[0][0], leader is None)
         if jobs[0][1].config.mode == "check":
             sys.stdout.write("no mistake in the configuration\n")
             sys.exit(0)
-    for composed, job in jobs:
-        _check_folder(composed, composing.sweeps, job)
+    for folder, (composed, job) in zip(folders, jobs, strict=True):
+        with looking(key):
+            _check_folder(key, folder, composed, job)
         if leader is None:
             ranks_wanted(job.config, composing.sweeps)
         else:
@@ -178,10 +188,8 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
     return str(jobs[0][0].hydra.launcher._target_)
 
 
-def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
+def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> None:
     """The run folder can be made, and is not that of another run."""
-    key = "hydra.sweep.dir" if multirun else "hydra.run.dir"
-    folder = Path(str(OmegaConf.select(composed, key))).absolute()
     status = folder / "status.json"
     resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
     check_free(folder)
@@ -197,6 +205,12 @@ def _check_folder(composed: DictConfig, multirun: bool, job: Job) -> None:
     if not nearest.is_dir() or not _is_writable(nearest):
         reason = f"{str(nearest)!r} is no folder that can be written to"
         raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
+    if any(len(os.fsencode(name)) > NAME for name in folder.relative_to(nearest).parts):
+        problem = f"={str(folder)!r} cannot be made: a name of more than {NAME} bytes"
+        raise ConfigError([Mistake(key, problem)])
+    if status.is_dir():
+        raise ConfigError([Mistake(key, f": {status} is a folder, and would be a file of the run")])
+    check_files(folder, OPENED)
     check_room(nearest)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import yaml
 from hydra._internal.utils import get_args_parser
-from omegaconf import OmegaConf
 
 from app.callbacks.callback import Callbacks
 from app.callbacks.tables import drop_after
@@ -18,12 +17,12 @@ from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.build import Build
 from app.config.compose import composer
-from app.config.errors import UserError
+from app.config.errors import UserError, looking
 from app.config.schema import Job
 from app.data.batch import Batches
 from app.device import choose_device, count_devices, make_deterministic
 from app.files import remove_partial, write_text
-from app.job import jobs_of
+from app.job import folder_of, jobs_of
 from app.lock import owned
 from app.nested import Nested, describe
 from app.parts import make_callbacks, make_parts
@@ -141,8 +140,10 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             f"trainer.devices={trainer.devices!r}: several devices are for the command line; "
             "allowed here: null, 1, or one id"
         )
-    where = Path(folder or str(OmegaConf.select(composed, "hydra.run.dir"))).absolute()
-    if (where / "status.json").exists() and job.config.resume is None:
+    where = Path(folder).absolute() if folder else folder_of(composed, "hydra.run.dir")
+    with looking():
+        holds_a_run = (where / "status.json").exists()
+    if holds_a_run and job.config.resume is None:
         raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")
     resume = job.config.resume
     if resume not in (None, "auto") and Path(str(resume)).parent.parent != where:

@@ -8,14 +8,14 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pandas as pd
 
-from app.config.errors import StorageError, UserError
+from app.config.errors import StorageError, UserError, unreadable, unwritable
 from app.faults import reach
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet begins to compute
@@ -92,7 +92,7 @@ def _make_names_durable(folder: Path) -> None:
 
 
 def _not_written(path: Path, size: int, error: OSError) -> StorageError:
-    there = next(folder for folder in path.absolute().parents if folder.exists())
+    there = next(one for one in path.absolute().parents if os.path.exists(one))  # noqa: PTH110
     written = f" ({size:,} bytes)" if size else ""
     return StorageError(f"{path}{written} {_refuses(there, error)}")
 
@@ -103,13 +103,37 @@ def _refuses(folder: Path, error: OSError) -> str:
 
 
 def remove_partial(folder: Path) -> None:
-    """Takes away what a process has left behind that was killed while it wrote."""
+    """Takes away what a process has left behind that was killed while it wrote.
+
+    Raises:
+        StorageError: It may not be.
+    """
+    try:
+        for partial in _partial(folder):
+            partial.unlink()
+    except OSError as error:
+        raise unwritable(error) from error
+
+
+def _partial(folder: Path) -> list[Path]:
     inner = [path for path in folder.iterdir() if path.is_dir()]
     own = [path for path in inner if not (path / "status.json").exists()]  # not those of other runs
     found = [*folder.glob(f".*{PARTIAL}"), *(p for path in own for p in path.rglob(f".*{PARTIAL}"))]
-    for partial in found:
-        if partial.is_file():
-            partial.unlink()
+    return [path for path in found if path.is_file()]
+
+
+def check_files(folder: Path, names: Iterable[str]) -> None:
+    """Those that are there can be written to.
+
+    Raises:
+        StorageError: One is a folder, or not this user's to change.
+    """
+    for path in (folder / name for name in names):
+        try:
+            if path.exists():
+                path.open("r+b").close()  # not `os.access`, which knows less than the system does
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -126,12 +150,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """What a JSON file holds; nothing where there is none.
 
     Raises:
-        UserError: It is damaged.
+        UserError: It is damaged, or cannot be read.
     """
-    if not path.exists():
-        return {}
     try:
+        if not path.exists():
+            return {}
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(unreadable(error)) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):

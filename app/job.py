@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import yaml
 from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.check import checked
 from app.config.compose import Composer
-from app.config.errors import ConfigError, Mistake, UserError
+from app.config.errors import ConfigError, Mistake, UserError, looking
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
@@ -24,6 +25,7 @@ from app.config.strangers import refuse_strangers
 from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
 from app.config.template import safe_template
+from app.config.typed import MISSING, UNKNOWN
 from app.files import write_text
 from app.seal import check_seal
 from app.states import FOLDER, LAST, newest_sound
@@ -32,6 +34,11 @@ log = logging.getLogger(__name__)
 
 AUTO = "auto"
 SAID = ("name", "tags", "notes")  # to people alone
+PLACES = {  # keys that name a folder or a file
+    "resume": "null, auto, a run folder, a state in one",
+    "ckpt": "null, a run folder, a checkpoint file",
+    "sweep.resume": "null, the folder of a sweep",
+}
 
 
 def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
@@ -80,12 +87,16 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     if trusted and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     (plain, mistakes), template = freeze(composed), template_of(composed)
-    mistakes += _trust_mistakes(plain, overrides)
+    mistakes += [*_trust_mistakes(plain, overrides), *_place_mistakes(plain)]
     today = plain
     differences: list[str] = []
     damaged: list[str] = []
     if plain.get("mode") == "train":
-        last, damaged = to_resume(composed, plain.get("resume"), folder)
+        try:
+            with looking("resume"):
+                last, damaged = to_resume(composed, plain.get("resume"), folder)
+        except ConfigError as error:
+            raise ConfigError([*mistakes, *error.mistakes]) from error
         if last is not None:
             saved, its_template = _saved_config("resume", str(last))
             plain, template, differences = over_saved(
@@ -93,7 +104,7 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
             )
             plain["resume"] = str(last)
             refuse_strangers(str(last), plain, trusted)
-    if plain.get("mode") in USES_CKPT and isinstance(plain.get("ckpt"), str):
+    if plain.get("mode") in USES_CKPT and plain.get("ckpt") not in (None, UNKNOWN):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = over_saved(saved, its_template, composed, overrides)
         refuse_strangers(plain["ckpt"], plain, trusted)
@@ -136,6 +147,34 @@ def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> lis
     return [Mistake("trusted_targets", problem)]
 
 
+def _place_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+    """What is no path; it becomes unknown, so that nothing more is said of it."""
+    for key, allowed in PLACES.items():
+        group, _, name = key.rpartition(".")
+        inside: Any = plain.get(group) if group else plain
+        value = inside.get(name) if isinstance(inside, dict) else None
+        if value is not None and (not isinstance(value, str) or value == ""):
+            yield Mistake(key, f"={value!r}: allowed: {allowed}")
+            inside[name] = UNKNOWN
+
+
+def folder_of(composed: DictConfig, key: str) -> Path:
+    """The absolute folder that `hydra.run.dir` or `hydra.sweep.dir` names.
+
+    Raises:
+        ConfigError: It names none.
+    """
+    try:
+        value = OmegaConf.select(composed, key, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        problem = f" has no value; give one, as {key}=outputs/my_run"
+        raise ConfigError([Mistake(key, problem)]) from error
+    except OmegaConfBaseException as error:
+        problem = f" does not resolve: {str(error).splitlines()[0]}"
+        raise ConfigError([Mistake(key, problem)]) from error
+    return Path(str(value)).absolute()
+
+
 def to_resume(
     composed: DictConfig, resume: str | None, folder: Path | None
 ) -> tuple[Path | None, list[str]]:
@@ -152,6 +191,8 @@ def to_resume(
     Raises:
         ConfigError: There is none, or the folder would be another each time.
     """
+    if resume in (UNKNOWN, MISSING):
+        return None, []
     if resume is None:
         return _newest(folder) if folder else (None, [])
     if resume == AUTO:
@@ -160,7 +201,7 @@ def to_resume(
         if "${now:" in raw["dir"]:
             problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
             raise ConfigError([Mistake("resume", problem)])
-    folder = Path(str(composed.hydra.run.dir)).expanduser().absolute()
+    folder = folder_of(composed, "hydra.run.dir")
     if resume.endswith(".pt"):
         return _chosen(resume, folder), []
     last, damaged = _newest(folder)
@@ -194,13 +235,12 @@ def _chosen(resume: str, folder: Path) -> Path:
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
-    if not Path(ckpt).exists():
-        raise ConfigError([Mistake(key, f"={ckpt!r} does not exist")])
     from app.checkpoint import load_checkpoint
-    from app.plain_archive import refuse_distributed
 
-    refuse_distributed(Path(ckpt))
-    checkpoint = load_checkpoint(Path(ckpt))
+    with looking(key):
+        if not Path(ckpt).exists():
+            raise ConfigError([Mistake(key, f"={ckpt!r} does not exist")])
+        checkpoint = load_checkpoint(Path(ckpt))
     if checkpoint.config is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([Mistake(key, problem)])

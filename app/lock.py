@@ -12,7 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from app.config.errors import UserError
+from app.config.errors import UserError, looking, unwritable
 from app.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,10 @@ def owned(folder: Path) -> Iterator[None]:
         FolderInUse: It is another's, which is named.
         StorageError: It cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(error) from error
     check_links(folder)
     lock = _acquired(folder)
     if lock is None:
@@ -75,11 +78,12 @@ def _acquired(folder: Path) -> FileLock | None:
     return lock
 
 
+@looking()
 def check_links(folder: Path) -> None:
     """What the program writes goes into the folder, and not where a stranger's link leads.
 
     Raises:
-        UserError: There is one.
+        UserError: There is one, or it cannot be seen whether there is.
     """
     inner = [folder / name for name in WRITTEN if not (folder / name).is_symlink()]
     places = [folder, *(path for path in inner if path.is_dir())]

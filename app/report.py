@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from app.config.errors import UserError
+from app.config.errors import StorageError, UserError, looking
 
 log = logging.getLogger(__name__)
 COMMAND = "report"
@@ -27,10 +27,11 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        report([folder.expanduser().absolute() for folder in args.folders], args.to)
+        with looking():
+            report([folder.expanduser().absolute() for folder in args.folders], args.to)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
+        return error.exit_code if isinstance(error, StorageError) else 2
     return 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from app.config.errors import UserError
+from app.config.errors import UserError, looking
 from app.faults import reach
 from app.files import write_whole
 from app.seal import check_seal, read_seal
@@ -28,6 +28,9 @@ def states_in(folder: Path) -> list[Path]:
 
     They say themselves which they are, since files can be swapped; where one does not, because it
     is damaged, its name does.
+
+    Raises:
+        UserError: The folder cannot be read.
     """
     numbers: dict[Path, float] = {}
     before_it = 0.0
@@ -36,9 +39,13 @@ def states_in(folder: Path) -> list[Path]:
     return sorted(numbers, key=lambda path: -numbers[path])
 
 
+@looking()
 def _files(folder: Path) -> list[Path]:
-    every = (folder / FOLDER).glob("last*.pt")
-    return [path for path in every if re.fullmatch(r"last(-\d+)?", path.stem) and path.is_file()]
+    inside = folder / FOLDER
+    every = inside.iterdir() if inside.is_dir() else ()  # glob would find nothing where it may not
+    return [
+        path for path in every if re.fullmatch(r"last(-\d+)?\.pt", path.name) and path.is_file()
+    ]
 
 
 def _place(path: Path) -> int:

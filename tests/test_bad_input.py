@@ -17,10 +17,14 @@ import pytest
 import torch
 from conftest import Ran, make_job, mistakes_in
 from hostile import sealed
+from hydra._internal.utils import get_args_parser
 from torch import nn
 
+from app import report
 from app.checkpoint import load_checkpoint, load_weights
-from app.config.errors import StorageError, UserError
+from app.cli import main, preflight
+from app.config import resolvers
+from app.config.errors import ConfigError, StorageError, UserError, looking
 from app.files import write_text, write_whole
 from app.run import execute
 
@@ -130,6 +134,112 @@ def test_a_crash_in_a_users_model_leaves_its_traceback_in_the_log(
     assert "Traceback" in log
     assert "ZeroDivisionError: in my model" in log
     assert ran.status["status"] == "failed"
+
+
+# ---- places that are none
+
+LONG = "x" * 300  # no file can have that name
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["resume=true"], "resume=True: allowed: null, auto, a run folder, a state in one"),
+        (["resume=[a]"], "resume=['a']: allowed: null, auto, a run folder, a state in one"),
+        (["resume=''"], "resume='': allowed: null, auto, a run folder, a state in one"),
+        (["resume='${nope}'"], "resume does not resolve: Interpolation key 'nope' not found"),
+        (["mode=test", "ckpt=1"], "ckpt=1: allowed: null, a run folder, a checkpoint file"),
+        (["ckpt=[a]"], "ckpt=['a']: allowed: null, a run folder, a checkpoint file"),
+        (["sweep.resume=true"], "sweep.resume=True: allowed: null, the folder of a sweep"),
+    ],
+)
+def test_a_place_is_a_text(words: list[str], told: str) -> None:
+    assert mistakes_in("model=mlp", *words) == [told]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [("'???'", "has no value"), ("'${nope}'", "does not resolve: Interpolation key 'nope'")],
+)
+@pytest.mark.parametrize("words", [["resume=auto"], [], ["-m", "seed=0,1"]])
+def test_the_run_folder_resolves(value: str, told: str, words: list[str]) -> None:
+    key = "hydra.sweep.dir" if "-m" in words else "hydra.run.dir"
+    (mistake,) = refused(*words, "model=mlp", f"{key}={value}").mistakes
+    assert mistake.key == key
+    assert told in mistake.problem
+
+
+def refused(*words: str) -> Any:
+    """What the program says before it starts anything."""
+    resolvers.register()
+    with pytest.raises(UserError) as error:
+        preflight(get_args_parser().parse_args(list(words)))
+    return error.value
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("hydra.run.dir", [f"hydra.run.dir={LONG}"]),
+        ("hydra.sweep.dir", ["-m", "seed=0,1", f"hydra.sweep.dir={LONG}"]),
+        ("ckpt", ["mode=test", f"ckpt={LONG}"]),
+        (None, [f"ckpt={LONG}"]),
+        (None, [f"resume={LONG}"]),
+        (None, ["resume=auto", f"hydra.run.dir={LONG}"]),
+        (None, ["--config-dir", LONG]),
+    ],
+)
+def test_a_name_that_is_too_long_for_the_system(
+    key: str | None, words: list[str], elsewhere: Path
+) -> None:
+    error = refused(*words, "model=mlp")
+    assert str(error).endswith("cannot be read: File name too long")
+    assert [mistake.key for mistake in getattr(error, "mistakes", [])] == ([key] if key else [])
+    assert not [*elsewhere.iterdir()]
+
+
+@pytest.mark.parametrize("word", [f"name={LONG}", f"hydra.run.dir=new/{LONG}/run"])
+def test_a_name_too_long_in_a_folder_that_is_yet_to_be_made(word: str, elsewhere: Path) -> None:
+    (mistake,) = refused("model=mlp", word).mistakes
+    assert mistake.key == "hydra.run.dir"
+    assert mistake.problem.endswith("cannot be made: a name of more than 255 bytes")
+    assert not [*elsewhere.iterdir()]
+
+
+def test_a_sweep_or_a_report_of_such_a_name(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["app", "-m", f"sweep.resume={LONG}"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert report.main([LONG]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert [line.endswith("cannot be read: File name too long") for line in told] == [0, 1, 1]
+    (elsewhere / "status.json").write_text('{"status": "running"}')
+    assert report.main([str(elsewhere), "--to", LONG]) == StorageError.exit_code
+    assert "cannot be written: File name too long" in capsys.readouterr().err
+
+
+def test_only_files_that_a_user_can_put_right_are_his_mistakes() -> None:
+    with pytest.raises(OSError, match="of the program"), looking():
+        raise OSError("of the program")
+    with pytest.raises(ConfigError, match="ckpt: it cannot be read: damaged"), looking("ckpt"):
+        raise OSError("damaged")
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**64)])
+@pytest.mark.parametrize("key", ["seed", "data.split.seed"])
+def test_a_seed_has_a_range(key: str, value: int) -> None:
+    (mistake,) = mistakes_in("model=mlp", f"{key}={value}")
+    assert mistake.startswith(f"{key}={value} does not fit; allowed: a whole number")
+    assert mistake.endswith("and at most 9223372036854775807")
+    assert not mistakes_in("model=mlp", f"{key}={2**63 - 1}")
+
+
+@pytest.mark.parametrize("key", ["trainer.max_steps", "model.num_classes"])
+def test_a_number_that_no_checkpoint_holds(key: str) -> None:
+    (mistake,) = mistakes_in("model=mlp", f"{key}={2**64}")
+    assert mistake == f"{key}={2**64} does not fit into a checkpoint; allowed: 64 bits"
 
 
 # ---- checkpoints

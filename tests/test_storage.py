@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing as mp
 import os
@@ -9,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +18,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import FEW, run_app
+from hydra._internal.utils import get_args_parser
 from processes import TESTS, assert_equal_runs, started, status_of
 from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
+from app.callbacks.tables import drop_after
 from app.checkpoint import write_model
-from app.config.errors import StorageError, UserError
-from app.files import remove_partial, write_text, write_whole
+from app.cli import preflight
+from app.config import resolvers
+from app.config.errors import ConfigError, StorageError, UserError
+from app.files import read_json, read_status, remove_partial, write_text, write_whole
 from app.lock import FolderInUse, check_free, owned
 from app.seal import Seal, write_sealed
 from app.states import newest_sound
@@ -177,6 +183,104 @@ def test_a_damaged_status_is_one_clear_error(tmp_path: Path) -> None:
         (tmp_path / "status.json").write_text(content)
         with pytest.raises(UserError, match=r"status\.json is damaged"):
             outcome_of(tmp_path)
+
+
+# ---- what is not this user's to read or to change
+
+CAPSET = 0x20080522  # the version of the kernel's structures
+BEYOND = 0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH: root's way past all permissions
+
+
+@contextmanager
+def mode(path: Path, bits: int) -> Iterator[None]:
+    """The permissions of a file meanwhile, which count for root, too."""
+    if sys.platform != "linux":
+        pytest.skip("root's rights can be given up on Linux alone")
+    libc, before = ctypes.CDLL(None), path.stat().st_mode
+    thread, sets = (ctypes.c_uint32 * 2)(CAPSET, 0), (ctypes.c_uint32 * 6)()
+    assert libc.capget(thread, sets) == 0
+    all_of_them = sets[0]
+    path.chmod(bits)
+    try:
+        sets[0] = all_of_them & ~BEYOND
+        assert libc.capset(thread, sets) == 0
+        yield
+    finally:
+        sets[0] = all_of_them
+        assert libc.capset(thread, sets) == 0
+        path.chmod(before)
+
+
+def refused(*words: str) -> UserError:
+    """What the program says before it starts anything."""
+    resolvers.register()
+    with pytest.raises(UserError) as error:
+        preflight(get_args_parser().parse_args(["model=mlp", *words]))
+    return error.value
+
+
+@pytest.mark.parametrize(("name", "bits"), [("", 0), ("checkpoints", 0), ("checkpoints", 0o400)])
+@pytest.mark.parametrize(
+    "words", ["resume=auto hydra.run.dir=run", "resume=run", "mode=test ckpt=run"]
+)
+def test_a_run_folder_that_cannot_be_read(
+    elsewhere: Path, name: str, bits: int, words: str
+) -> None:
+    (elsewhere / "run" / "checkpoints").mkdir(parents=True)
+    (elsewhere / "run" / "checkpoints" / "last.pt").touch()
+    with mode(elsewhere / "run" / name, bits):
+        told = str(refused(*words.split()))
+    assert str(elsewhere / "run" / name) in told
+    assert told.endswith("cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("name", ["", ".hydra", "epoch_details"])
+def test_a_new_run_in_a_folder_that_cannot_be_read(elsewhere: Path, name: str) -> None:
+    (elsewhere / "run" / name).mkdir(parents=True)
+    with mode(elsewhere / "run" / name, 0):
+        told = str(refused("hydra.run.dir=run"))
+    assert told.endswith("cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("name", ["run.log", "sweep.log", ".hydra/config.yaml"])
+def test_a_file_that_others_would_fail_to_open(elsewhere: Path, name: str) -> None:
+    file = elsewhere / "run" / name
+    file.parent.mkdir(parents=True)
+    file.touch()
+    with mode(file, 0o444):
+        error = refused("hydra.run.dir=run")
+    assert str(error) == f"{file} cannot be written: Permission denied"
+    assert isinstance(error, StorageError)
+    file.unlink()
+    file.mkdir()
+    assert str(refused("hydra.run.dir=run")) == f"{file} cannot be written: Is a directory"
+
+
+def test_a_status_that_cannot_be_read(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = elsewhere / "run" / "status.json"
+    write_text(file, "{}")
+    with mode(file, 0):
+        with pytest.raises(UserError, match=r"status\.json cannot be read: Permission denied"):
+            read_json(file)
+        assert read_status(file.parent) == {}
+    assert "it is written anew" in caplog.text
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
+        read_json(file)
+    error = refused("hydra.run.dir=run", "resume=auto")
+    assert isinstance(error, ConfigError)
+    assert "status.json is a folder" in str(error)
+
+
+def test_tables_that_cannot_be_removed(tmp_path: Path) -> None:
+    table = tmp_path / "epoch_details" / "epoch001_train.csv"
+    write_text(table, "a\n1\n")
+    with mode(table.parent, 0o555), pytest.raises(StorageError, match=r"csv cannot be written"):
+        drop_after(tmp_path, ())
+    (table.parent / ".a.csv.part").touch()
+    with mode(table.parent, 0o555), pytest.raises(StorageError, match=r"part cannot be written"):
+        remove_partial(tmp_path)
 
 
 # ---- one owner

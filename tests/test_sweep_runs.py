@@ -179,6 +179,27 @@ def test_a_folder_in_use_is_said(
     assert "holds a sweep; sweep.resume=" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("where", ["first", "nowhere"])
+@pytest.mark.parametrize("words", [[], ["model=mlp"]])
+def test_only_a_sweep_goes_on_as_one(
+    tmp_path: Path,
+    sweep: Sweeps,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    words: list[str],
+) -> None:
+    begun = SweepFolder(tmp_path / "first")
+    begun.words = ["seed=0,1"]
+    begun.save()
+    assert sweep(*words, f"sweep.resume={where}", short=False, flags=()) == 2
+    needed = f"sweep.resume={where} needs -m, too: python -m app -m sweep.resume={where}"
+    assert capsys.readouterr().err.splitlines()[1:] == [f"  {needed}"]
+    for flags in ((), ("-m",)):
+        assert sweep(*words, "sweep.resume=", short=False, flags=flags) == 2
+        told = capsys.readouterr().err.splitlines()[1:]
+        assert told == ["  sweep.resume='': allowed: null, the folder of a sweep"]
+
+
 def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
     conf = tmp_path / "conf" / "experiment"
     conf.mkdir(parents=True)

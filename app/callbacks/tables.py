@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 
 from app.callbacks.callback import Callback, StageStart, StepEnd
+from app.config.errors import unwritable
 from app.files import write_csv, write_whole
 from app.history import History
 from app.nested import Nested, tensors
@@ -86,7 +87,18 @@ def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> No
 
 
 def drop_after(folder: Path, history: History) -> None:
-    """Takes away what a run had written that now goes on from before it, or begins anew."""
+    """Takes away what a run had written that now goes on from before it, or begins anew.
+
+    Raises:
+        StorageError: It may not be.
+    """
+    try:
+        _drop_after(folder, history)
+    except OSError as error:
+        raise unwritable(error) from error
+
+
+def _drop_after(folder: Path, history: History) -> None:
     kept = {(int(row["epoch"]), str(row["stage"])) for row in history}
     for path in (folder / "epoch_details").glob("epoch*.csv"):
         found = re.fullmatch(r"epoch(\d+)_(train|valid|test)(_.*)?", path.stem)

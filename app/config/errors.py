@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -47,6 +48,36 @@ class ConfigError(UserError):
         count = len(self.mistakes)
         head = f"{count} mistake{'s' if count > 1 else ''} in the configuration:"
         super().__init__("\n".join([head, *(f"  {mistake}" for mistake in self.mistakes)]))
+
+
+@contextmanager
+def looking(key: str | None = None) -> Iterator[None]:
+    """Looks at files that the user has named; what the system refuses is one clear error.
+
+    Args:
+        key: Which names them, where it is known.
+
+    Raises:
+        UserError: The system has refused, and says which file, or the key does.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and key is None:
+            raise  # nothing that a user could put right
+        problem = unreadable(error)
+        mistake = UserError(problem) if key is None else ConfigError([Mistake(key, f": {problem}")])
+        raise mistake from error
+
+
+def unreadable(error: OSError) -> str:
+    """Which file the system does not let be read, and why."""
+    return f"{error.filename or 'it'} cannot be read: {error.strerror or error}"
+
+
+def unwritable(error: OSError) -> StorageError:
+    """What to raise where the system does not let a file be changed."""
+    return StorageError(f"{error.filename} cannot be written: {error.strerror or error}")
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

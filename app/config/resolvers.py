@@ -31,18 +31,18 @@ def _image_part(shape: Sequence[int], index: int) -> int | None:
     return shape[index] if len(shape) == 3 else None
 
 
-def _run_name(mode: str, ckpt: str | None, model: str, data: str) -> str:
+def _run_name(mode: str, ckpt: object, model: str, data: str) -> str:
     """`alexnet_mnist`, or `test_alexnet_mnist` after the run whose checkpoint is tested."""
-    if ckpt is None:
+    if not isinstance(ckpt, str):  # where it is given, it is refused
         return f"{model}_{data}"
     path = Path(ckpt)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"
 
 
-def _run_folder(resume: str | None, fresh: str) -> str:
+def _run_folder(resume: object, fresh: str) -> str:
     """That of the run which is to go on, or whose checkpoint that is; else a new one."""
-    if resume in (None, "auto"):
+    if not isinstance(resume, str) or resume in ("", "auto"):  # what is no path is refused
         return fresh
-    path = Path(_path(str(resume)))
+    path = Path(_path(resume))
     return str(path.parent.parent if path.suffix == ".pt" else path)

@@ -12,6 +12,7 @@ Nodes = dict[str, Node | None]  # named parts; null takes one away
 
 Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
+LARGEST = 2**63 - 1  # that a checkpoint, and those who watch, can hold
 Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
 Key = int | str | list[Any] | dict[str, Any] | None  # a part of a batch, as `app.nested.pick` takes
 Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_batch_size", "check"]
@@ -103,7 +104,7 @@ class Split:
 
     valid: Limit
     test: Limit
-    seed: int
+    seed: Annotated[int, Range(-LARGEST, LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ class Config:
     ckpt: str | None
     resume: str | None
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
-    seed: Count
+    seed: Annotated[int, Range(0, LARGEST)]
     name: str
     tags: list[str]
     notes: str

@@ -20,6 +20,7 @@ from typing import (
     get_type_hints,
 )
 
+from app.config.bounded import BITS
 from app.config.errors import Mistake, nearest, one_of
 
 T = TypeVar("T")
@@ -40,8 +41,12 @@ class Range:
         return bool(above and value <= self.high)
 
     def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
-        return low + (f" and at most {self.high:g}" if self.high < math.inf else "")
+        low = f"{'above' if self.above else 'of at least'} {_number(self.low)}"
+        return low + (f" and at most {_number(self.high)}" if self.high < math.inf else "")
+
+
+def _number(bound: float) -> str:
+    return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 @cache
@@ -69,6 +74,9 @@ def mistakes_of(key: str, value: object, expected: Any) -> Iterator[Mistake]:
     elif not fits(value, expected):
         close = nearest(str(value), _words(expected))
         yield Mistake(key, f"={value!r} does not fit; allowed: {describe(expected)}{close}")
+    elif isinstance(value, int) and value.bit_length() > BITS:
+        problem = f"={value!r} does not fit into a checkpoint; allowed: {BITS} bits"
+        yield Mistake(key, problem)
 
 
 def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[Mistake]:

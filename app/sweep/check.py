@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.build import node_mistakes
 from app.config.compose import Composer
-from app.config.errors import ConfigError, Mistake
+from app.config.errors import ConfigError, Mistake, looking
 from app.config.freeze import freeze
 from app.config.schema import Monitor
 from app.config.swept import grid_mistakes
@@ -29,6 +30,18 @@ GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
 SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
 POOL = "hydra_plugins.app_sweeps.pool.PoolLauncher"
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+
+
+def check_is_sweep(composing: Composer) -> None:
+    """Only a sweep goes on as one.
+
+    Raises:
+        ConfigError: `sweep.resume` is typed for a single run.
+    """
+    where = dict(word.partition("=")[::2] for word in composing.words).get("sweep.resume", "null")
+    if where not in ("", "null") and not composing.sweeps:
+        command = f"python -m app -m {shlex.quote(f'sweep.resume={where}')}"
+        raise ConfigError([Mistake("sweep.resume", f"={where} needs -m, too: {command}")])
 
 
 def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
@@ -136,6 +149,7 @@ def _pool_mistakes(first: DictConfig) -> list[Mistake]:
     return []
 
 
+@looking("sweep.resume")
 def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
     path = Path(str(first.sweep.resume)).expanduser().absolute()
     folder = SweepFolder(path)

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
+from app.config.errors import unwritable
 from app.config.swept import quoted
 from app.figures import save_figure
 from app.files import write_csv, write_text
@@ -28,10 +29,17 @@ TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.ht
 
 def refresh(folder: Path, curves: bool = False) -> Results:
     """The tables as they stand now; several processes may do so at once."""
-    (folder / INSIDE).mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / INSIDE / "table.lock"):
+    lock = FileLock(folder / INSIDE / "table.lock")
+    try:
+        (folder / INSIDE).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise unwritable(error) from error
+    try:
         results = collect(folder.name, runs_of(folder), folder, curves)
         write_tables(results, folder)
+    finally:
+        lock.release()
     return results
 
 
