@@ -20,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from app import report
 from app.config import resolvers
-from app.config.compose import CONF, CONFIG_NAME, composer
-from app.config.errors import ConfigError, Mistake, NonFiniteError, StorageError, UserError, looking
+from app.config.compose import CONF, CONFIG_NAME
+from app.config.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.files import check_files, check_room, read_status, remove_partial
-from app.job import folder_of, is_longer, jobs_of, prepared
-from app.launch.choose import check_world, ranks_wanted
+from app.files import remove_partial
+from app.job import prepared
+from app.launch.choose import ranks_wanted
 from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, RankFailed
 from app.launch.inline import launch_inline
@@ -34,19 +34,17 @@ from app.launch.joined import Leader, follow
 from app.launch.local import launch_local, warm_up
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
-from app.lock import check_free, owned
+from app.lock import owned
+from app.preflight import check_what_is_shown, is_a_run, preflight
 from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
-from app.sweep.check import POOL, check_is_sweep, check_sweep
+from app.sweep.check import POOL
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder
-from app.sweep.outcome import COMPLETED, DIVERGED, OVER, outcome_of, record_failure
+from app.sweep.outcome import DIVERGED, outcome_of, record_failure
 from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
-NAME = 255  # bytes of a file's name, which no system in use lets be longer
-HYDRAS = (f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
-OPENED = ("run.log", "sweep.log", "multirun.yaml", *HYDRAS)  # by others, who tell no user why not
 
 
 def main() -> None:
@@ -102,7 +100,7 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
         if not is_a_run(args):
-            _check_what_is_shown(args)
+            check_what_is_shown(args)
         elif preflight(args, leader) == POOL:
             warm_up()
         run_jobs(leader)
@@ -115,17 +113,6 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
         return INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
-
-
-@looking()
-def _check_what_is_shown(args: argparse.Namespace) -> None:
-    """Hydra resolves what it prints, and a saved job that it is to run again is a pickle."""
-    if args.experimental_rerun is not None:
-        problem = f"={args.experimental_rerun!r} would run the code in a pickle; use resume=FOLDER"
-        raise ConfigError([Mistake("--experimental-rerun", problem)])
-    if args.help or args.cfg or args.info:
-        with composer(args) as composing:
-            list(composing.compositions())
 
 
 def obey(world: World) -> int:
@@ -150,84 +137,6 @@ def _end(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
-
-
-def is_a_run(args: argparse.Namespace) -> bool:
-    """Whether jobs are to run; not so for help, completion and printed configurations."""
-    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    return not shows and args.experimental_rerun is None
-
-
-@looking()
-def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
-    """Looks for mistakes in every job before the first starts and before any file is written.
-
-    Returns:
-        The launcher.
-
-    Raises:
-        UserError: All that was found.
-    """
-    with composer(args) as composing:
-        check_is_sweep(composing)
-        jobs = jobs_of(composing)
-        key = "hydra.sweep.dir" if composing.sweeps else "hydra.run.dir"
-        folders = [folder_of(composed, key) for composed, _ in jobs]
-        if composing.sweeps:
-            check_sweep(composing, jobs[0][0], leader is None)
-        if jobs[0][1].config.mode == "check":
-            sys.stdout.write("no mistake in the configuration\n")
-            sys.exit(0)
-    for folder, (composed, job) in zip(folders, jobs, strict=True):
-        with looking(key):
-            _check_folder(key, folder, composed, job)
-        if leader is None:
-            ranks_wanted(job.config, composing.sweeps)
-        else:
-            check_world(job.config, leader.world)
-    return str(jobs[0][0].hydra.launcher._target_)
-
-
-def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> None:
-    """The run folder can be made, and is not that of another run."""
-    status = folder / "status.json"
-    resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
-    check_free(folder)
-    over = resumes and str(read_status(folder).get("status"))
-    if (over == COMPLETED and not is_longer(job)) or (over in OVER and not job.differences):
-        _leave_it(folder, over)
-    if status.exists() and not resumes and composed.resume != "auto":
-        raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
-    if SweepFolder(folder).exists and not resumes:
-        problem = f"={str(folder)!r} holds a sweep; sweep.resume={folder} goes on with it"
-        raise ConfigError([Mistake(key, problem)])
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not nearest.is_dir() or not _is_writable(nearest):
-        reason = f"{str(nearest)!r} is no folder that can be written to"
-        raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
-    if any(len(os.fsencode(name)) > NAME for name in folder.relative_to(nearest).parts):
-        problem = f"={str(folder)!r} cannot be made: a name of more than {NAME} bytes"
-        raise ConfigError([Mistake(key, problem)])
-    if status.is_dir():
-        raise ConfigError([Mistake(key, f": {status} is a folder, and would be a file of the run")])
-    check_files(folder, OPENED)
-    check_room(nearest)
-
-
-def _leave_it(folder: Path, status: str) -> NoReturn:
-    """A run that is over does not go on, and ends as it has ended."""
-    if status == DIVERGED:
-        sys.stdout.write(
-            f"the run in {folder} has diverged: it goes on only with something changed, as "
-            "optimizer.lr, trainer.on_nonfinite=skip\n"
-        )
-        sys.exit(NonFiniteError.exit_code)
-    sys.stdout.write(f"the run in {folder} is complete: there is nothing to go on with\n")
-    sys.exit(0)
-
-
-def _is_writable(folder: Path) -> bool:
-    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def run_jobs(leader: Leader | None) -> None:

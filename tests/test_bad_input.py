@@ -22,10 +22,11 @@ from torch import nn
 
 from app import report
 from app.checkpoint import load_checkpoint, load_weights
-from app.cli import main, preflight
+from app.cli import main
 from app.config import resolvers
 from app.config.errors import ConfigError, StorageError, UserError, looking
 from app.files import write_text, write_whole
+from app.preflight import preflight
 from app.run import execute
 
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"

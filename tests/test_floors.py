@@ -14,6 +14,7 @@ APP = Path(__file__).parents[1] / "app"
 # From the top down; a module may import those of its own floor and of floors below it.
 FLOORS = [
     ["app.__main__", "app.cli", "app.experiment", "app.report"],
+    ["app.preflight"],
     ["app.sweep"],
     ["app.job"],
     ["app.launch"],

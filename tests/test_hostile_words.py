@@ -12,10 +12,10 @@ from hydra._internal.utils import get_args_parser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.cli import preflight
 from app.config import resolvers
 from app.config.compose import CONF
 from app.config.errors import UserError
+from app.preflight import preflight
 
 SHORT = settings(
     max_examples=25,
