@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
 from app.config.build import Build
-from app.config.errors import UserError
+from app.config.errors import UserError, looking
 from app.config.schema import Config, Data, Trainer
 from app.data.batch import Batches, Ready
 from app.data.image_files import ImageFiles
@@ -50,7 +50,8 @@ def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
 def _predicted(config: Config, datasets: dict[str, Samples]) -> Samples:
     if config.predict.images is None:
         return datasets[config.predict.stage]
-    return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
+    with looking("predict.images"):
+        return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
 
 
 def _sources_wanted(config: Config) -> tuple[str, ...]:

@@ -164,15 +164,23 @@ def folder_of(composed: DictConfig, key: str) -> Path:
     Raises:
         ConfigError: It names none.
     """
+    return Path(str(value_of(composed, key))).absolute()
+
+
+def value_of(composed: DictConfig, key: str) -> Any:
+    """What a key of Hydra's own holds.
+
+    Raises:
+        ConfigError: Nothing, or it does not resolve.
+    """
     try:
-        value = OmegaConf.select(composed, key, throw_on_missing=True)
+        return OmegaConf.select(composed, key, throw_on_missing=True)
     except MissingMandatoryValue as error:
         problem = f" has no value; give one, as {key}=outputs/my_run"
         raise ConfigError([Mistake(key, problem)]) from error
     except OmegaConfBaseException as error:
         problem = f" does not resolve: {str(error).splitlines()[0]}"
         raise ConfigError([Mistake(key, problem)]) from error
-    return Path(str(value)).absolute()
 
 
 def to_resume(

@@ -14,7 +14,7 @@ from app.config.compose import composer
 from app.config.errors import ConfigError, Mistake, NonFiniteError, looking
 from app.config.schema import Job
 from app.files import check_files, check_room, read_status
-from app.job import folder_of, is_longer, jobs_of
+from app.job import folder_of, is_longer, jobs_of, value_of
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.joined import Leader
 from app.lock import check_free
@@ -23,8 +23,8 @@ from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, OVER
 
 NAME = 255  # bytes of a file's name, which no system in use lets be longer
-HYDRAS = (f".hydra/{name}.yaml" for name in ("config", "hydra", "overrides"))
-OPENED = ("run.log", "sweep.log", "multirun.yaml", *HYDRAS)  # by others, who tell no user why not
+OPENED = ("run.log", "sweep.log", "multirun.yaml")  # by others, who tell no user why not
+RECORD = ("config.yaml", "hydra.yaml", "overrides.yaml")  # Hydra's own of a job
 
 
 def is_a_run(args: argparse.Namespace) -> bool:
@@ -48,14 +48,16 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
         jobs = jobs_of(composing)
         key = "hydra.sweep.dir" if composing.sweeps else "hydra.run.dir"
         folders = [folder_of(composed, key) for composed, _ in jobs]
+        records = [value_of(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
         if composing.sweeps:
             check_sweep(composing, jobs[0][0], leader is None)
         if jobs[0][1].config.mode == "check":
             sys.stdout.write("no mistake in the configuration\n")
             sys.exit(0)
-    for folder, (composed, job) in zip(folders, jobs, strict=True):
+    for folder, record, (composed, job) in zip(folders, records, jobs, strict=True):
         with looking(key):
             _check_folder(key, folder, composed, job)
+            _check_record(key, folder / str(record))
         if leader is None:
             ranks_wanted(job.config, composing.sweeps)
         else:
@@ -87,6 +89,13 @@ def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> Non
         raise ConfigError([Mistake(key, f": {status} is a folder, and would be a file of the run")])
     check_files(folder, OPENED)
     check_room(nearest)
+
+
+def _check_record(key: str, folder: Path) -> None:
+    """Hydra can write its own record of a job there."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([Mistake(key, f": {folder} is a file, and would be a folder of the run")])
+    check_files(folder, RECORD)
 
 
 def _leave_it(folder: Path, status: str) -> NoReturn:

@@ -150,6 +150,7 @@ LONG = "x" * 300  # no file can have that name
         (["resume=''"], "resume='': allowed: null, auto, a run folder, a state in one"),
         (["resume='${nope}'"], "resume does not resolve: Interpolation key 'nope' not found"),
         (["mode=test", "ckpt=1"], "ckpt=1: allowed: null, a run folder, a checkpoint file"),
+        (["mode=test", "ckpt="], "ckpt='': allowed: null, a run folder, a checkpoint file"),
         (["ckpt=[a]"], "ckpt=['a']: allowed: null, a run folder, a checkpoint file"),
         (["sweep.resume=true"], "sweep.resume=True: allowed: null, the folder of a sweep"),
     ],
@@ -168,6 +169,20 @@ def test_the_run_folder_resolves(value: str, told: str, words: list[str]) -> Non
     (mistake,) = refused(*words, "model=mlp", f"{key}={value}").mistakes
     assert mistake.key == key
     assert told in mistake.problem
+
+
+def test_hydras_own_record_has_a_folder(elsewhere: Path) -> None:
+    (mistake,) = refused("model=mlp", "hydra.output_subdir='${nope}'").mistakes
+    assert str(mistake).startswith("hydra.output_subdir does not resolve")
+    (elsewhere / "run").mkdir()
+    (elsewhere / "run" / ".hydra").touch()
+    (mistake,) = refused("model=mlp", "hydra.run.dir=run").mistakes
+    assert str(mistake).endswith(".hydra is a file, and would be a folder of the run")
+    (elsewhere / "run" / ".hydra").unlink()
+    (elsewhere / "run" / ".hydra" / "config.yaml").mkdir(parents=True)
+    error = refused("model=mlp", "hydra.run.dir=run")
+    assert isinstance(error, StorageError)
+    assert "config.yaml cannot be written" in str(error)
 
 
 def refused(*words: str) -> Any:

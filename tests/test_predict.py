@@ -84,6 +84,8 @@ def test_predicting_with_nothing_to_predict(trained: Ran, tmp_path: Path) -> Non
     for value, message in (("nowhere", "is not a folder"), (str(tmp_path), "holds no image")):
         with pytest.raises(UserError, match=f"predict.images='{value}' {message}"):
             execute(make_job("mode=predict", ckpt, f"predict.images={value}"), tmp_path / "run")
+    with pytest.raises(UserError, match=r"predict\.images: x+ cannot be read: File name too long"):
+        execute(make_job("mode=predict", ckpt, f"predict.images={300 * 'x'}"), tmp_path / "run")
     (mistake,) = mistakes_in("mode=predict", ckpt, "predict.stage=tests")
     assert "did you mean 'test'" in mistake
     with pytest.raises(UserError, match=r"format='png' does not fit outputs of shape"):

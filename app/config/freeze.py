@@ -52,7 +52,7 @@ def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
     mistakes: list[Mistake] = []
     names = [name for name in config if name != "hydra"]
     plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
-    if isinstance(plain.get("ckpt"), str):
+    if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
         plain["ckpt"] = _absolute(plain["ckpt"])
     if isinstance(plain.get("data"), dict):
         _absolute_sources(plain["data"].get("source"))
