@@ -29,6 +29,13 @@ from app.launch.local import launch_local
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
 
+FIRST = ("test_sweep_pool", "test_sweep_search", "test_ranks", "test_launch", "test_sweep_runs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest come first: the last of several workers would else be alone."""
+    items.sort(key=lambda item: item.path.stem not in FIRST)
+
 
 @dataclass(frozen=True)
 class Ran:
