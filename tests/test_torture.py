@@ -68,15 +68,36 @@ def _told(cwd: Path) -> str:
     return (cwd / "told").read_text()[-3000:] if (cwd / "told").exists() else ""
 
 
-@pytest.mark.parametrize("seed", [0])
+def survive_often(
+    home: Path, whole: Path, ranks: int, least: int, planned: Callable[[int, float], list[Kill]]
+) -> int:
+    """Runs anew until so many kills are survived; one may end before the first of them comes.
+
+    Args:
+        home: Of the runs.
+        whole: The run that nobody disturbs, which each must equal.
+        ranks: How many.
+        least: Kills, in all runs.
+        planned: Of a run, by its number and the share of the time in which kills come.
+    """
+    survived, number, share = 0, 0, 1.0
+    while survived < least:
+        number += 1
+        cwd = home / str(number)
+        cwd.mkdir()
+        wanted = [kill for kill in planned(number, share) if ranks == 1 or kill.fault]
+        came = survive(cwd, ranks, wanted)
+        assert_as_if_nothing_had_been(whole, cwd / "run")
+        survived += came
+        share *= 1.0 if came else 0.5
+    return survived
+
+
 def test_killed_again_and_again(
-    undisturbed: tuple[int, Path], length: float, tmp_path: Path, seed: int
+    undisturbed: tuple[int, Path], length: float, tmp_path: Path
 ) -> None:
     ranks, whole = undisturbed
-    planned = kills(16, seed, length)
-    survived = survive(tmp_path, ranks, planned if ranks == 1 else [k for k in planned if k.fault])
-    assert survived >= 3
-    assert_as_if_nothing_had_been(whole, tmp_path / "run")
+    survive_often(tmp_path, whole, ranks, 3, lambda n, share: kills(16, n, share * length))
 
 
 @pytest.mark.long
@@ -88,14 +109,10 @@ def test_killed_two_hundred_times(
     record_property: Callable[[str, object], None],
 ) -> None:
     ranks, whole = undisturbed
-    survived, seed = 0, 0
-    while survived < int(os.environ.get("KILLS", "200")):
-        seed += 1
-        cwd = tmp_path / str(seed)
-        cwd.mkdir()
-        planned = [kill for kill in kills(40, seed, length) if ranks == 1 or kill.fault]
-        survived += survive(cwd, ranks, planned)
-        assert_as_if_nothing_had_been(whole, cwd / "run")
+    least = int(os.environ.get("KILLS", "200"))
+    survived = survive_often(
+        tmp_path, whole, ranks, least, lambda n, share: kills(40, n, share * length)
+    )
     record_property("kills survived", survived)
 
 
@@ -105,6 +122,5 @@ def test_preempted_again_and_again(
     ranks, whole = undisturbed
     if ranks > 1:
         pytest.skip("signals to several ranks have tests of their own")
-    survived = survive(tmp_path, ranks, kills(5, 3, length, signal.SIGTERM))
-    assert survived >= 2
-    assert_as_if_nothing_had_been(whole, tmp_path / "run")
+    number = signal.SIGTERM
+    survive_often(tmp_path, whole, 1, 2, lambda n, share: kills(5, n, share * length, number))
