@@ -177,6 +177,7 @@ def test_what_several_ranks_cannot_do_is_refused(words: list[str], told: str) ->
     assert all(told in text for text in found), found
 
 
+@pytest.mark.long
 def test_compiled_ranks_learn_the_same() -> None:
     words = [*SHORT, "model=mlp", "trainer.compile=true"]
     assert_same(fit(*words), in_ranks(2, fit, *words)[0], **ROUNDING)
