@@ -80,7 +80,7 @@ def test_a_job_that_takes_too_long_is_ended(sweep: Sweeps, tmp_path: Path) -> No
     assert (jobs_in(folder)[1] / "checkpoints" / "last.pt").exists()  # it was asked first
 
 
-@pytest.mark.parametrize("launcher", ["basic", "pool"])
+@pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.long), "pool"])
 def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: Sweeps) -> None:
     """In job 1 of 3; job 0 is not run again."""
     words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.slow=0.1")
