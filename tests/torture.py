@@ -146,7 +146,7 @@ def assert_as_if_nothing_had_been(whole: Path, found: Path, older: bool = True) 
     Args:
         whole: The run that nobody disturbed.
         found: The one that was ended again and again.
-        older: States before the last one are the same, too; a signal to save puts others among them.
+        older: States before the last are the same, too; a signal to save puts others there.
     """
     assert_equal_runs(whole, found)
     names = {path.name for path in (whole / "checkpoints").iterdir()}
