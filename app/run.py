@@ -148,7 +148,8 @@ def train(trainer: Trainer, parts: Parts) -> float | None:
         log.warning("%s was never a number: the last weights are kept as best", goal.metric)
         state.save_best()
     epoch = state.restore_best()
-    log.info("the best weights are those of epoch %d", epoch)
+    kind = "best" if found and epoch == found.epoch else "last"
+    log.info("the %s weights are those of epoch %d", kind, epoch)
     if "test" in parts.loaders and not trainer.is_hopeless:
         trainer.evaluate(parts.loaders["test"], "test", epoch)
     log.info("everything is in %s", state.folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -79,8 +80,10 @@ def test_what_is_lost_for_good_is_said_and_the_last_weights_stand_in(
         state = load_checkpoint(file)
         assert state.epoch == 1
         file.unlink() if loss == "gone" else save_checkpoint(file, replace(state, epoch=3))
+    caplog.set_level(logging.INFO, "app.run")
     cut("run", "none:0:0", *words)
     assert "the best epoch was 1, but its weights are lost: the last stand in" in caplog.text
+    assert "the last weights are those of epoch 4" in caplog.text
     assert "best-worst.pt is lost" in caplog.text
     assert "epoch001.pt is lost" in caplog.text
     last = load_checkpoint(folder / "checkpoints" / "last.pt")
