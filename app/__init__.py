@@ -17,7 +17,7 @@ def compose(overrides: list[str], folder: str | None = None) -> Any:
         An `app.experiment.Experiment`.
 
     Raises:
-        app.config.errors.UserError: Whatever is wrong with them.
+        app.runtime.errors.UserError: Whatever is wrong with them.
     """
     # By name, so that importing the package imports neither Hydra nor torch.
     return import_module("app.experiment").compose(overrides, folder)

@@ -11,17 +11,17 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.build import Build
-from app.config.errors import UserError
 from app.config.freeze import with_value
 from app.config.schema import Job
 from app.config.secrets import told
 from app.distributed import world_size
-from app.files import write_text
 from app.finders import find_batch_size
 from app.learners import make_learning
 from app.parallel import Parallel
 from app.parts import make_parts
-from app.seed import random_state, set_random_state
+from app.runtime.errors import UserError
+from app.runtime.files import write_text
+from app.runtime.seed import random_state, set_random_state
 
 log = logging.getLogger(__name__)
 

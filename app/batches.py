@@ -6,7 +6,6 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
 from app.config.build import Build
-from app.config.errors import UserError, looking
 from app.config.schema import Config, Data, Trainer
 from app.data.batch import Batches, Ready
 from app.data.image_files import ImageFiles
@@ -15,6 +14,7 @@ from app.data.order import Order
 from app.data.reading import Reading, SampleLoader, StreamLoader
 from app.data.split import Samples, check_datasets, labels_of, size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
+from app.runtime.errors import UserError, looking
 
 STAGES = ("train", "valid", "test")
 Limit = int | float | None

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from app.config.bounded import load_json
-from app.config.errors import UserError, nearest, one_of
 from app.content import check_content
 from app.distributed import alone
-from app.files import write_whole
 from app.history import Row
 from app.parallel import put
 from app.plain_archive import load_plain, refuse_distributed
+from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.files import write_whole
 from app.seal import Seal, check_seal, write_archive, write_sealed
 from app.states import FOLDER, LAST, States, states_in
 

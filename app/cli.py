@@ -21,10 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from app import report
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME
-from app.config.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.files import remove_partial
 from app.job import prepared
 from app.launch.choose import ranks_wanted
 from app.launch.console import errors_to_stderr
@@ -34,9 +32,11 @@ from app.launch.joined import Leader, follow
 from app.launch.local import launch_local, warm_up
 from app.launch.requeue import requeue
 from app.launch.world import World, joined
-from app.lock import owned
 from app.preflight import check_what_is_shown, is_a_run, preflight
-from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
+from app.runtime.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
+from app.runtime.files import remove_partial
+from app.runtime.lock import owned
+from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
 from app.sweep.check import POOL
 from app.sweep.elsewhere import Process, run_elsewhere, this_process
 from app.sweep.folder import SweepFolder

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from app.config.bounded import load_json
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 Kinds = tuple[type, ...]
 CONTENT: dict[str, Kinds] = {

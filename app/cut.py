@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from app.config.errors import UserError
 from app.data.batch import Batch, Batches
 from app.distributed import gathered, rank, world_size
 from app.records import Rows
-from app.seed import random_state, set_random_state
+from app.runtime.errors import UserError
+from app.runtime.seed import random_state, set_random_state
 from app.state import UNLIKE
 from app.together import lending
 

@@ -17,17 +17,17 @@ from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.build import Build
 from app.config.compose import composer
-from app.config.errors import UserError, looking
 from app.config.schema import Job
 from app.data.batch import Batches
-from app.device import choose_device, count_devices, make_deterministic
-from app.files import remove_partial, write_text
 from app.job import folder_of, jobs_of
-from app.lock import owned
-from app.nested import Nested, describe
 from app.parts import make_callbacks, make_parts
 from app.predictions import table
 from app.run import logits_predicted, make_trainer, restore_from
+from app.runtime.device import choose_device, count_devices, make_deterministic
+from app.runtime.errors import UserError, looking
+from app.runtime.files import remove_partial, write_text
+from app.runtime.lock import owned
+from app.runtime.nested import Nested, describe
 from app.status import Status
 
 

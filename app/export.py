@@ -13,9 +13,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from app.config.errors import UserError
-from app.files import write_whole
-from app.nested import tensors
+from app.runtime.errors import UserError
+from app.runtime.files import write_whole
+from app.runtime.nested import tensors
 
 T = TypeVar("T")
 Format = Literal["safetensors", "torch_export", "onnx"]

@@ -14,13 +14,13 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from app.config.errors import UserError
 from app.config.schema import Find
 from app.data.batch import Batch, Batches
-from app.device import is_out_of_memory, peak_memory
-from app.figures import save_figure
-from app.files import write_csv
-from app.nested import map_tensors
+from app.runtime.device import is_out_of_memory, peak_memory
+from app.runtime.errors import UserError
+from app.runtime.figures import save_figure
+from app.runtime.files import write_csv
+from app.runtime.nested import map_tensors
 from app.task import Task, sound
 
 log = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from app.config.errors import UserError, nearest, one_of
 from app.config.schema import Freeze
+from app.runtime.errors import UserError, nearest, one_of
 
 
 class Freezing:

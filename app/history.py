@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from app.config.errors import UserError, nearest, one_of
 from app.config.schema import Goal, Monitor
+from app.runtime.errors import UserError, nearest, one_of
 
 Row = dict[str, float | int | str]
 History = Sequence[Row]

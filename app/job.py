@@ -16,7 +16,6 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.check import checked
 from app.config.compose import Composer
-from app.config.errors import ConfigError, Mistake, UserError, looking
 from app.config.freeze import freeze, over_saved, template_of, typed_trust
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
@@ -26,7 +25,8 @@ from app.config.swept import parse_overrides
 from app.config.targets import trusted_by_environment
 from app.config.template import safe_template
 from app.config.typed import MISSING, UNKNOWN
-from app.files import write_text
+from app.runtime.errors import ConfigError, Mistake, UserError, looking
+from app.runtime.files import write_text
 from app.seal import check_seal
 from app.states import FOLDER, LAST, newest_sound
 

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 from app.averaging import Averaging
 from app.config.build import Build
 from app.config.check import fill_auto, has_auto, optimizer_nodes
-from app.config.errors import UserError, nearest, one_of
 from app.config.rules import seconds_of
 from app.config.schema import Checkpoint, Config, Node
 from app.distributed import alone
@@ -20,6 +19,7 @@ from app.optimization import Optimization
 from app.parallel import Parallel, Replicated, Sharded
 from app.parts import Parts
 from app.plan import Plan, Saving
+from app.runtime.errors import UserError, nearest, one_of
 from app.schedule import Schedule
 from app.task import SupervisedTask
 

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
-from app.config.errors import UserError
 from app.config.schema import Config
-from app.device import is_out_of_memory, peak_memory
 from app.distributed import rank, world_size
+from app.runtime.device import is_out_of_memory, peak_memory
+from app.runtime.errors import UserError
 
 MIB = 2**20
 

@@ -13,13 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from app.bad_steps import Bad, Record
-from app.config.errors import NonFiniteError
 from app.data.batch import Batch, Batches
 from app.distributed import rank
 from app.guard import Flag, Guard
 from app.learning import Learning
 from app.origin import GRADIENT, LOSS, copied, norm_buffers, origin_of, put_back
 from app.records import StageResult
+from app.runtime.errors import NonFiniteError
 from app.task import Task
 
 log = logging.getLogger(__name__)

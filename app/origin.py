@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from app.data.batch import Batch
 from app.distributed import from_first, gathered, rank
-from app.nested import Nested, tensors
 from app.parallel import Parallel
-from app.seed import random_state, set_random_state
+from app.runtime.nested import Nested, tensors
+from app.runtime.seed import random_state, set_random_state
 from app.task import Task
 
 LOSS, GRADIENT = "loss", "gradient"

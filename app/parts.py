@@ -14,16 +14,16 @@ from torchmetrics import Metric
 from app.batches import STAGES, make_datasets, make_loaders
 from app.callbacks.callback import Callback
 from app.config.build import Build
-from app.config.errors import UserError
 from app.config.schema import Config, Job
 from app.data.batch import Batches
-from app.device import Precision, memory_format
 from app.distributed import alone, first_before_others
 from app.freezing import Freezing
 from app.losses.term import Term, WeightedSum
 from app.metrics.measure import StageMetrics, as_metrics
 from app.metrics.selected import Selected
-from app.seed import seed_everything
+from app.runtime.device import Precision, memory_format
+from app.runtime.errors import UserError
+from app.runtime.seed import seed_everything
 from app.sync_norm import synchronize_norms
 from app.task import Task
 from app.trial import try_on

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError
 from app.plain_pickle import read_pickle
 from app.plain_tensor import RefusedError, brief
+from app.runtime.errors import UserError
 
 # What zipfile raises for files with wrong bits.
 DAMAGES = (

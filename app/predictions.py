@@ -13,9 +13,9 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from app.config.errors import UserError
-from app.files import write_csv, write_whole
-from app.nested import Key, Nested
+from app.runtime.errors import UserError
+from app.runtime.files import write_csv, write_whole
+from app.runtime.nested import Key, Nested
 
 Format = Literal["auto", "csv", "png", "npz"]
 WHOLE = ""  # the name of outputs that are a single tensor

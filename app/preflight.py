@@ -11,13 +11,13 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from app.config.compose import composer
-from app.config.errors import ConfigError, Mistake, NonFiniteError, looking
 from app.config.schema import Job
-from app.files import check_files, check_room, read_status
 from app.job import folder_of, is_longer, jobs_of, value_of
 from app.launch.choose import check_world, ranks_wanted
 from app.launch.joined import Leader
-from app.lock import check_free
+from app.runtime.errors import ConfigError, Mistake, NonFiniteError, looking
+from app.runtime.files import check_files, check_room, read_status
+from app.runtime.lock import check_free
 from app.sweep.check import check_is_sweep, check_sweep
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, OVER

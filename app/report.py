@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from app.config.errors import StorageError, UserError, looking
+from app.runtime.errors import StorageError, UserError, looking
 
 log = logging.getLogger(__name__)
 COMMAND = "report"

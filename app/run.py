@@ -19,20 +19,20 @@ from app.checkpoint import find_checkpoint
 from app.config.build import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
-from app.device import choose_device, describe_device, make_deterministic
 from app.distributed import rank, world_size
 from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
 from app.learners import make_averaging, make_learning, make_parallel, make_plan
 from app.losses.term import class_outputs
-from app.nested import Key, pick
 from app.parallel import Parallel
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.pruning import Pruning
+from app.runtime.device import choose_device, describe_device, make_deterministic
+from app.runtime.nested import Key, pick
+from app.runtime.signals import Stop
 from app.status import Status, versions
-from app.stopping import Stop
 from app.task import SupervisedTask, Task
 from app.trainer import PREDICT, Trainer
 

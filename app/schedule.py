@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 
 class Schedule:

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
-from app.config.errors import UserError
-from app.faults import reach
+from app.runtime.errors import UserError
+from app.runtime.fault_injection import reach
 
 END = b"PK\x05\x06"  # the record at the end of a zip file, 22 bytes and the comment
 LENGTH = 22

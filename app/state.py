@@ -21,20 +21,20 @@ from app.checkpoint import (
     save_checkpoint,
     write_model,
 )
-from app.config.errors import UserError
 from app.config.freeze import difference, learns_otherwise, select
 from app.config.schema import Job
 from app.content import check_savable
 from app.distributed import from_first, rank
 from app.history import Row
 from app.learning import Learning
-from app.nested import Nested, map_tensors
 from app.parallel import whole
 from app.plan import Saving
+from app.runtime.background_writer import Writer
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, map_tensors
 from app.seal import check_seal, read_seal
 from app.states import FOLDER, LAST, States, remove
 from app.task import Task
-from app.writer import Writer
 
 log = logging.getLogger(__name__)
 IN_AN_EPOCH = (  # cannot be changed in the midst of one

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from app.config.errors import UserError, looking
-from app.faults import reach
-from app.files import write_whole
+from app.runtime.errors import UserError, looking
+from app.runtime.fault_injection import reach
+from app.runtime.files import write_whole
 from app.seal import check_seal, read_seal
 
 log = logging.getLogger(__name__)

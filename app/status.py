@@ -16,15 +16,15 @@ import torch
 
 from app.bad_steps import Record
 from app.callbacks.callback import Callback
-from app.config.errors import StorageError
 from app.config.schema import Goal
 from app.config.secrets import unsaid
-from app.device import describe_device, peak_memory
 from app.distributed import world_size
-from app.files import read_status, write_json
 from app.history import History, best, is_measured
 from app.records import StageResult
-from app.stopping import Stopped
+from app.runtime.device import describe_device, peak_memory
+from app.runtime.errors import StorageError
+from app.runtime.files import read_status, write_json
+from app.runtime.signals import Stopped
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")

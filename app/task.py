@@ -11,15 +11,15 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from app.config.errors import UserError
-from app.device import Precision, is_out_of_memory
 from app.learning import Learning
 from app.losses.term import Function, Term, WeightedSum, as_loss
 from app.metrics.measure import StageMetrics, as_metrics
 from app.metrics.selected import Selected
-from app.nested import Key, Nested, count_samples, describe, map_tensors, pick
 from app.optimization import Optimization
 from app.records import Mean, StepValues, mean_of
+from app.runtime.device import Precision, is_out_of_memory
+from app.runtime.errors import UserError
+from app.runtime.nested import Key, Nested, count_samples, describe, map_tensors, pick
 
 Forward = Callable[[Nested], Nested]
 Measured = StageMetrics | Mapping[str, Metric | Selected | Callable[..., Tensor]]

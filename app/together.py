@@ -9,8 +9,8 @@ from torch import Tensor
 
 from app.data.batch import Batch, Batches
 from app.distributed import Agreement, alone, gathered
-from app.nested import Nested, map_tensors
-from app.stopping import Reason, Stop
+from app.runtime.nested import Nested, map_tensors
+from app.runtime.signals import Reason, Stop
 
 
 class Asked:

@@ -18,7 +18,6 @@ from app.averaging import Averaging, measured_anew
 from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.tables import summary_table
 from app.checkpoint import BEST
-from app.config.errors import UserError
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
@@ -29,16 +28,17 @@ from app.history import reason_to_stop as stop_by
 from app.keeping import Keeping
 from app.learning import Learning
 from app.memory import Memory
-from app.nested import Nested, count_samples, joined, map_tensors
 from app.nonfinite import NonFinite
 from app.parallel import Parallel
 from app.plan import Plan
 from app.pruning import Pruning
 from app.records import Rows, StageResult, nothing_of
-from app.seed import seed_everything
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, count_samples, joined, map_tensors
+from app.runtime.seed import seed_everything
+from app.runtime.signals import Stop, Stopped
 from app.state import TrainState
 from app.status import State
-from app.stopping import Stop, Stopped
 from app.task import Step, Task, sound
 from app.together import Asked, lending, of_all_ranks
 

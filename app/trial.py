@@ -8,10 +8,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError
 from app.config.schema import Data
 from app.data.batch import Batches
-from app.nested import pick
+from app.runtime.errors import UserError
+from app.runtime.nested import pick
 from app.task import SupervisedTask, Task, sound
 from app.trainer import PREDICT
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from app.callbacks.callback import Callback, EpochEnd, StepEnd
 from app.distributed import rank
 from app.history import History
-from app.nested import Nested
+from app.runtime.nested import Nested
 from app.task import Step, SupervisedTask
 
 FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage, or once:rank:step:file

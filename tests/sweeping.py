@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from app.nested import Nested
+from app.runtime.nested import Nested
 from app.task import Step, SupervisedTask
 
 

@@ -24,10 +24,10 @@ from app import report
 from app.checkpoint import load_checkpoint, load_weights
 from app.cli import main
 from app.config import resolvers
-from app.config.errors import ConfigError, StorageError, UserError, looking
-from app.files import write_text, write_whole
 from app.preflight import preflight
 from app.run import execute
+from app.runtime.errors import ConfigError, StorageError, UserError, looking
+from app.runtime.files import write_text, write_whole
 
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"
 

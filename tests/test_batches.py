@@ -11,9 +11,9 @@ from conftest import make_job, mistakes_in
 
 from app.batches import make_datasets, make_loaders
 from app.config.build import Build
-from app.config.errors import UserError
 from app.data.batch import Batches
 from app.run import execute
+from app.runtime.errors import UserError
 
 OWN = """
 import torch

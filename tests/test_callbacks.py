@@ -28,11 +28,11 @@ from app.callbacks.tables import Tables
 from app.callbacks.tensorboard import TensorBoard
 from app.callbacks.wandb import WeightsAndBiases
 from app.callbacks.watched import class_outputs
-from app.config.errors import UserError
 from app.config.schema import Goal
 from app.data.mnist import mnist
 from app.models.mlp import MLP
 from app.records import StageResult
+from app.runtime.errors import UserError
 
 HEARD = """
 import json

@@ -12,10 +12,10 @@ from conftest import Ran, make_job, mistakes_in
 
 from app.checkpoint import load_checkpoint, save_checkpoint
 from app.config.build import Build
-from app.config.errors import ConfigError, UserError
 from app.config.targets import TargetError, locate
 from app.config.typed import describe, fits
 from app.run import execute
+from app.runtime.errors import ConfigError, UserError
 
 
 def test_the_main_job_is_without_mistakes() -> None:

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset, TensorDataset
 
-from app.config.errors import UserError
 from app.data.arrays import csv, npz
 from app.data.augment import RandomFlip, RandomShift
 from app.data.batch import Ready
@@ -35,6 +34,7 @@ from app.data.reading import Reading, SampleLoader
 from app.data.split import check_datasets, labels_of, size, split
 from app.data.transform import BatchTransform, channel_statistics
 from app.data.vision import fetch, vision
+from app.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from app.config.errors import UserError
 from app.data.cached import cached
 from app.data.hugging_face import hugging_face
 from app.data.sampling import Balanced, ClassWeights, SampleWeights, draw
 from app.data.shapes import shapes
 from app.data.split import size
 from app.data.windows import PatchInference, Windows, reversed_sliding_window, sliding_window
+from app.runtime.errors import UserError
 
 # ---- windows
 

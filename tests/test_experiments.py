@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from app import run
 from app.callbacks.callback import Callback, EpochEnd
 from app.config.build import Build
-from app.config.errors import UserError
 from app.data.mnist import digit_and_parity
 from app.learning import Learning
 from app.losses.similarity import StructuralSimilarity
 from app.models.dcgan import DCGAN
 from app.optimization import Optimization
 from app.parts import make_parts
+from app.runtime.errors import UserError
 from app.tasks.dcgan import AdversarialTask
 from app.trainer import Trainer
 

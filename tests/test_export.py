@@ -11,10 +11,10 @@ import torch
 from conftest import Ran, make_job, mistakes_in
 from torch import Tensor, nn
 
-from app.config.errors import UserError
 from app.export import Format, export
 from app.models.cnn import CNN
 from app.run import execute
+from app.runtime.errors import UserError
 
 
 def model() -> nn.Module:

@@ -19,9 +19,9 @@ from processes import (
     write_numbered,
 )
 
-from app.config.errors import StorageError, UserError
 from app.launch.failure import Failure, RankFailed, cause, underlying
-from app.stopping import Reason, Stopped
+from app.runtime.errors import StorageError, UserError
+from app.runtime.signals import Reason, Stopped
 
 
 @pytest.mark.parametrize(

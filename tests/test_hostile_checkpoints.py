@@ -32,9 +32,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import TESTS
 
-from app.config.errors import UserError
 from app.content import check_content
 from app.plain_archive import load_plain
+from app.runtime.errors import UserError
 
 GOOD = saved(WHOLE)
 FUZZ = settings(

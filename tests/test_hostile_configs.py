@@ -11,8 +11,8 @@ import pytest
 from conftest import Ran, mistakes_in
 from sweeps import Sweeps, folder_of, in_this_process
 
-from app.config.errors import ConfigError
 from app.config.limits import DEEPEST
+from app.runtime.errors import ConfigError
 
 TRAP = "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\nclass Part: ...\n"
 GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"

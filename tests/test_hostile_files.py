@@ -28,7 +28,6 @@ from conftest import Ran, make_job, mistakes_in
 from PIL import Image
 
 from app.checkpoint import load_checkpoint
-from app.config.errors import ConfigError, UserError
 from app.config.secrets import looks_secret
 from app.data.archives import unpack
 from app.data.arrays import npz
@@ -36,9 +35,10 @@ from app.data.cached import cached
 from app.data.folder import decode, image_folder
 from app.data.idx import read_idx
 from app.data.vision import fetch, vision
-from app.files import write_csv
 from app.launch.failure import Failure
 from app.models.pretrained import pretrained
+from app.runtime.errors import ConfigError, UserError
+from app.runtime.files import write_csv
 
 
 def md5_of(content: bytes) -> str:

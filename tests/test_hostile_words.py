@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from app.config import resolvers
 from app.config.compose import CONF
-from app.config.errors import UserError
 from app.preflight import preflight
+from app.runtime.errors import UserError
 
 SHORT = settings(
     max_examples=25,

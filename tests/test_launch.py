@@ -25,10 +25,10 @@ from processes import (
     torchrun,
 )
 
-from app.config.errors import ConfigError, UserError
 from app.launch.choose import check_world
 from app.launch.local import launch_local
 from app.launch.world import World, first_host, joined
+from app.runtime.errors import ConfigError, UserError
 
 
 def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

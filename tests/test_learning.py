@@ -20,7 +20,6 @@ from torch.utils.data import TensorDataset
 
 from app.averaging import Averaging, ExponentialMovingAverage, StochasticWeightAveraging
 from app.checkpoint import load_checkpoint
-from app.config.errors import UserError
 from app.config.schema import Find, Freeze, Goal, Monitor
 from app.data.loaders import load
 from app.finders import diverges, find_learning_rate, steepest
@@ -31,6 +30,7 @@ from app.losses.weights import Learned, Linear, Scheduled, Steps
 from app.optimization import Optimization
 from app.plan import Plan
 from app.run import execute
+from app.runtime.errors import UserError
 from app.schedule import Schedule
 from app.schedules.chain import chained, sequential
 from app.task import SupervisedTask

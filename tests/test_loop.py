@@ -16,7 +16,6 @@ from app import run
 from app.callbacks.callback import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.callbacks.progress import Progress
 from app.config.build import Build
-from app.config.errors import UserError
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
@@ -26,8 +25,9 @@ from app.optimization import Optimization
 from app.parallel import Parallel
 from app.parts import Parts, make_parts
 from app.records import Rows, StageResult
+from app.runtime.errors import UserError
+from app.runtime.seed import seed_everything, seed_of
 from app.schedule import Schedule
-from app.seed import seed_everything, seed_of
 from app.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from processes import TESTS, assert_equal_runs, status_of
 from sweeps import Sweeps
 
 from app.checkpoint import load_checkpoint
-from app.config.errors import UserError
 from app.config.schema import Job
 from app.run import execute
+from app.runtime.errors import UserError
 
 TASK = ("task._target_=faulty.Greedy", "trusted_targets=[faulty]", "model=cnn", "~callbacks.plots")
 FEW = ("trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.limit_valid_batches=1")

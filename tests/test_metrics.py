@@ -22,7 +22,6 @@ from torchmetrics.functional.image import lpips
 from torchvision import models
 
 from app.config.build import Build
-from app.config.errors import UserError
 from app.metrics.function import FunctionMetric
 from app.metrics.images import (
     BACKBONES,
@@ -40,6 +39,7 @@ from app.metrics.segmentation import (
     PartialDice,
 )
 from app.records import Rows, mean_of
+from app.runtime.errors import UserError
 
 Array = NDArray[Any]
 Reference = Callable[[Array, Array], Any]

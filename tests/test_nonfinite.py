@@ -24,7 +24,6 @@ from torch.utils.data import TensorDataset
 from app.averaging import ExponentialMovingAverage
 from app.callbacks.callback import Callback, StepEnd
 from app.checkpoint import load_checkpoint
-from app.config.errors import NonFiniteError
 from app.config.schema import Goal
 from app.data.batch import Batches
 from app.data.loaders import load
@@ -32,13 +31,14 @@ from app.data.order import Order
 from app.guard import Policy
 from app.history import History
 from app.learning import Learning
-from app.nested import Nested
 from app.optimization import Optimization
 from app.origin import origin_of
 from app.plan import Plan
 from app.records import StageResult
+from app.runtime.errors import NonFiniteError
+from app.runtime.nested import Nested
+from app.runtime.signals import Stopped
 from app.schedule import Schedule
-from app.stopping import Stopped
 from app.task import Step, SupervisedTask, Task
 from app.trainer import Trainer
 

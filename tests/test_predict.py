@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from app.config.build import Build
-from app.config.errors import UserError
 from app.data.mnist import mnist
 from app.parts import make_model
 from app.predictions import Predictions, table
 from app.run import execute
+from app.runtime.errors import UserError
 
 
 def trained_model(trained: Ran) -> nn.Module:

@@ -19,11 +19,11 @@ import app
 from app.callbacks.callback import Callbacks
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
-from app.config.errors import ConfigError, UserError
 from app.data.loaders import load
 from app.learning import Learning
 from app.optimization import Optimization
 from app.plan import Plan
+from app.runtime.errors import ConfigError, UserError
 from app.task import SupervisedTask
 from app.trainer import Trainer
 

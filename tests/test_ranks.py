@@ -28,7 +28,6 @@ from torchmetrics.wrappers import LambdaInputTransformer
 from app import run
 from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.config.build import Build
-from app.config.errors import UserError
 from app.data.batch import Batches, Ready
 from app.data.loaders import TensorLoader, load
 from app.data.order import Order
@@ -37,12 +36,13 @@ from app.distributed import Agreement, rank, share, world_size
 from app.history import History
 from app.learning import Learning
 from app.metrics.measure import as_metrics
-from app.nested import Nested, cut
 from app.optimization import Optimization
 from app.parallel import Parallel, Replicated
 from app.parts import make_parts
 from app.plan import Plan
 from app.records import StageResult
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, cut
 from app.state import on_host
 from app.sync_norm import synchronize_norms
 from app.task import Step, SupervisedTask, Task

@@ -14,10 +14,10 @@ from torchmetrics.classification import (
 )
 
 from app import records
-from app.config.errors import UserError
 from app.metrics.correct import CorrectPredictions
 from app.metrics.measure import StageMetrics, has_narrow_sums
 from app.records import Rows, StageResult, mean_of
+from app.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 SIZES = [7, 7, 1, 4]

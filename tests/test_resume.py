@@ -16,8 +16,8 @@ from cutting import Cut, column, cutting, trained_on
 from processes import assert_equal_runs, status_of
 
 from app.checkpoint import load_checkpoint, save_checkpoint
-from app.config.errors import ConfigError, UserError
-from app.stopping import Stopped
+from app.runtime.errors import ConfigError, UserError
+from app.runtime.signals import Stopped
 
 SCHEDULES = {
     "warm-up": ("scheduler.warmup_steps=12",),

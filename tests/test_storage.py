@@ -26,10 +26,10 @@ from warm import WarmCommand
 from app.callbacks.tables import drop_after
 from app.checkpoint import write_model
 from app.config import resolvers
-from app.config.errors import ConfigError, StorageError, UserError
-from app.files import read_json, read_status, remove_partial, write_text, write_whole
-from app.lock import FolderInUse, check_free, owned
 from app.preflight import preflight
+from app.runtime.errors import ConfigError, StorageError, UserError
+from app.runtime.files import read_json, read_status, remove_partial, write_text, write_whole
+from app.runtime.lock import FolderInUse, check_free, owned
 from app.seal import Seal, write_sealed
 from app.states import newest_sound
 from app.sweep.outcome import outcome_of

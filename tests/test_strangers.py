@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from app.checkpoint import FORMAT
 from app.config import resolvers
 from app.config.bounded import load_json, load_yaml
-from app.config.errors import UserError
 from app.config.freeze import freeze
 from app.config.targets import TargetError, locate
 from app.config.template import safe_template
+from app.runtime.errors import UserError
 
 resolvers.register()
 JOB = make_job("model=mlp", "data.batch_size=50")

@@ -16,19 +16,19 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from app.callbacks.callback import Callback, StepEnd
 from app.config.build import Build
-from app.config.errors import UserError
 from app.config.schema import Goal
 from app.data.loaders import load
-from app.device import Precision
 from app.learning import Learning
 from app.losses.term import Term, WeightedSum
 from app.metrics.selected import Selected
-from app.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.optimization import Optimization
 from app.parts import make_parts
 from app.plan import Plan
 from app.records import mean_of
 from app.run import execute
+from app.runtime.device import Precision
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.task import Step, SupervisedTask, Task
 from app.trainer import Trainer
 

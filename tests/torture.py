@@ -16,9 +16,9 @@ from conftest import make_job
 from processes import SILENT, assert_equal_runs, status_of
 from warm import WarmCommand
 
-from app.faults import VARIABLE
 from app.launch.failure import RankFailed
 from app.launch.local import Crew
+from app.runtime.fault_injection import VARIABLE
 from app.seal import check_seal
 
 WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
@@ -70,7 +70,7 @@ class Kill:
     """How a run is ended: at a fault point, or by a signal after so many seconds.
 
     Attributes:
-        fault: As `app.faults` reads it; empty where a signal comes.
+        fault: As `app.runtime.fault_injection` reads it; empty where a signal comes.
         seconds: From the start of the process.
         number: Of the signal.
     """

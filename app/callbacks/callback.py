@@ -8,8 +8,8 @@ from typing import Any
 
 from app.config.schema import Goal
 from app.history import History
-from app.nested import Nested
 from app.records import StageResult
+from app.runtime.nested import Nested
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from app.callbacks.callback import Callback, StageStart
 from app.callbacks.reported import flat, numbers, outcome
-from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History
 from app.records import StageResult
+from app.runtime.errors import UserError
 
 LONGEST = 500  # letters of a value that every store takes
 ARTIFACTS = ("config.yaml", "summary_table.csv")

@@ -13,8 +13,8 @@ from torchvision.utils import make_grid
 
 from app.callbacks.callback import StepEnd
 from app.callbacks.watched import class_outputs, targets_of
-from app.nested import Key, Nested, map_tensors, pick
 from app.predictions import WHOLE, flattened, label_image
+from app.runtime.nested import Key, Nested, map_tensors, pick
 
 Named = dict[str, Tensor]  # by the names of `flattened`
 

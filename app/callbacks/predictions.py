@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.callbacks.watched import check_when, class_outputs, is_due, targets_of
-from app.config.errors import UserError
 from app.history import History
 from app.predictions import Format, Predictions
 from app.records import StageResult
+from app.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 STAGES = ("valid", "test")

@@ -15,11 +15,11 @@ import pandas as pd
 import torch
 
 from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.config.errors import unwritable
-from app.files import write_csv, write_whole
 from app.history import History
-from app.nested import Nested, tensors
 from app.records import StageResult
+from app.runtime.errors import unwritable
+from app.runtime.files import write_csv, write_whole
+from app.runtime.nested import Nested, tensors
 
 log = logging.getLogger(__name__)
 STAGES = ("train", "valid", "test")

@@ -19,11 +19,11 @@ from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.pictures import Samples
 from app.callbacks.plots import matrix
 from app.callbacks.reported import flat, numbers, outcome
-from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History
-from app.nested import Nested, tensors
 from app.records import StageResult
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, tensors
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from app.callbacks.callback import Callback, StageStart
 from app.callbacks.reported import numbers, outcome
-from app.config.errors import UserError
 from app.config.schema import Goal
 from app.history import History
 from app.records import StageResult
+from app.runtime.errors import UserError
 
 if TYPE_CHECKING:
     from wandb import Run

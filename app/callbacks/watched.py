@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.callbacks.callback import StageStart
-from app.config.errors import UserError
 from app.losses.term import LOGITS
-from app.nested import Key, Nested, pick
+from app.runtime.errors import UserError
+from app.runtime.nested import Key, Nested, pick
 
 
 def check_when(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: int) -> None:

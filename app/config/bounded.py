@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from omegaconf._utils import get_yaml_loader
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 DEPTH = 64  # of lists and dicts in one another
 LENGTH = 2_000_000  # letters of a YAML text

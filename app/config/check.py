@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from app.config.build import Build, node_mistakes
-from app.config.errors import ConfigError, Mistake, UserError
 from app.config.rules import STAGES, rule_mistakes
 from app.config.schema import Config
 from app.config.typed import UNKNOWN, mistakes_of, structured
+from app.runtime.errors import ConfigError, Mistake, UserError
 
 OFFERS = {  # what the program gives to a part that has a parameter of that name
     "callbacks": ("folder", "model", "config"),

@@ -27,12 +27,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.errors import ConfigError, Mistake, UserError, nearest, one_of
 from app.config.freeze import typed_trust
 from app.config.hydra_nodes import hydra_mistakes
 from app.config.limits import expansion_mistakes
 from app.config.swept import Space, line_of, parse_overrides, space_of
 from app.config.targets import trusted_by_environment
+from app.runtime.errors import ConfigError, Mistake, UserError, nearest, one_of
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())

@@ -12,10 +12,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from app.config.check import has_auto
-from app.config.errors import ConfigError, Mistake
 from app.config.schema import Config
 from app.config.secrets import SAID, hidden, secrets_of
 from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
+from app.runtime.errors import ConfigError, Mistake
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]

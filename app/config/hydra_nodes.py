@@ -18,11 +18,11 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.errors import ConfigError, Mistake, one_of
 from app.config.limits import interpolations
 from app.config.secrets import looks_secret
 from app.config.swept import parse_overrides
 from app.config.targets import is_trusted
+from app.runtime.errors import ConfigError, Mistake, one_of
 
 BUILT = ("launcher", "sweeper", "callbacks")
 LOGGING = ("job_logging", "hydra_logging")

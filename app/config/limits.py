@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
-from app.config.errors import Mistake
+from app.runtime.errors import Mistake
 
 WORD = 10_000  # characters of a word of the command line
 DEEPEST = 64  # lists and groups inside one another, or values that are made of others

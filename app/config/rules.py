@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.config.errors import Mistake, nearest, one_of
+from app.runtime.errors import Mistake, nearest, one_of
 
 STAGES = ("train", "valid", "test")
 RESERVED = (

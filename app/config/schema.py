@@ -14,7 +14,9 @@ Positive = Annotated[int, Range(1)]
 Count = Annotated[int, Range(0)]
 LARGEST = 2**63 - 1  # that a checkpoint, and those who watch, can hold
 Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
-Key = int | str | list[Any] | dict[str, Any] | None  # a part of a batch, as `app.nested.pick` takes
+Key = (
+    int | str | list[Any] | dict[str, Any] | None
+)  # a part of a batch, as `app.runtime.nested.pick` takes
 Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_batch_size", "check"]
 
 

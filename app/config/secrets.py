@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from app.config.errors import ConfigError, Mistake
 from app.config.schema import Config
 from app.config.typed import structured
+from app.runtime.errors import ConfigError, Mistake
 
 ENVIRONMENT = "oc.env:"
 READS = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)['\"]?\s*[,}]")

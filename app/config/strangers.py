@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from app.config.build import TARGET
-from app.config.errors import UserError
 from app.config.targets import is_allowed
+from app.runtime.errors import UserError
 
 
 def refuse_strangers(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from app.config.errors import ConfigError, Mistake, nearest, one_of
 from app.config.limits import word_problem
+from app.runtime.errors import ConfigError, Mistake, nearest, one_of
 
 Values = dict[str, str]  # by swept key, as they would be typed
 

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from app.config.errors import UserError, nearest
+from app.runtime.errors import UserError, nearest
 
 # Parts of this program that a configuration may name, then the libraries it may name.
 PARTS = (

@@ -10,8 +10,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.bounded import DEPTH, load_yaml
-from app.config.errors import UserError
 from app.config.secrets import KEPT
+from app.runtime.errors import UserError
 
 # These give what they are given; others, as `oc.env`, look around on this machine.
 CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")

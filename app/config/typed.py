@@ -21,7 +21,7 @@ from typing import (
 )
 
 from app.config.bounded import BITS
-from app.config.errors import Mistake, nearest, one_of
+from app.runtime.errors import Mistake, nearest, one_of
 
 T = TypeVar("T")
 MISSING = "???"

@@ -11,7 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 PLAIN = 2 * 2**30  # bytes up to which nobody asks how well something was compressed
 RATIO = 100  # beyond that, as many bytes may come of one; zeros alone come to a thousand

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from app.config.errors import UserError, nearest, one_of
 from app.data.archives import check_npz
+from app.runtime.errors import UserError, nearest, one_of
 
 # What NumPy and zipfile raise for files with wrong bits, or with sizes that are not true.
 DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, NotImplementedError)

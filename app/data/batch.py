@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from app.nested import Nested, map_tensors, pick, put
+from app.runtime.nested import Nested, map_tensors, pick, put
 
 Batch = Nested
 Transform = Callable[[Tensor], Tensor]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from app.config.errors import UserError
 from app.data.archives import check_npz
 from app.data.split import Samples, size
-from app.files import write_whole
+from app.runtime.errors import UserError
+from app.runtime.files import write_whole
 
 ARRAYS = ("inputs", "targets")
 # What NumPy and zipfile raise for files with wrong bits.

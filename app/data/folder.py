@@ -13,7 +13,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError)
 

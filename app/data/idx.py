@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 UNSIGNED_BYTE = 8
 LARGEST = 2**30  # bytes that a file may become; the largest set of this kind has 550 million

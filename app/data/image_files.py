@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from app.config.errors import UserError, one_of
 from app.data.folder import decode
+from app.runtime.errors import UserError, one_of
 
 
 class ImageFiles(Dataset[tuple[Tensor]]):

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError
 from app.data.sampling import draw
-from app.seed import seed_of
+from app.runtime.errors import UserError
+from app.runtime.seed import seed_of
 
 
 @dataclass(frozen=True)

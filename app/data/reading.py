@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from app.config.errors import UserError
 from app.data.batch import Batch, Ready
 from app.data.order import Order
 from app.data.split import Samples, size
 from app.distributed import alone, share
-from app.nested import count_samples, cut, map_tensors
-from app.seed import seed_host, seed_of
+from app.runtime.errors import UserError
+from app.runtime.nested import count_samples, cut, map_tensors
+from app.runtime.seed import seed_host, seed_of
 
 log = logging.getLogger(__name__)
 

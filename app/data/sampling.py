@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 
 class Balanced:

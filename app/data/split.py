@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from app.config.errors import UserError
-from app.nested import Key
-from app.seed import seed_of
+from app.runtime.errors import UserError
+from app.runtime.nested import Key
+from app.runtime.seed import seed_of
 
 log = logging.getLogger(__name__)
 Samples = Dataset[Any]

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from app.config.errors import UserError
 from app.data.split import Samples
-from app.nested import Key, pick
+from app.runtime.errors import UserError
+from app.runtime.nested import Key, pick
 
 Augment = Callable[[Tensor], Tensor]
 

@@ -14,9 +14,9 @@ from filelock import FileLock
 from torch.utils.data import TensorDataset
 from torchvision.datasets.utils import check_integrity, check_md5, download_url
 
-from app.config.errors import UserError
 from app.data.archives import unpack
 from app.data.idx import read_idx
+from app.runtime.errors import UserError
 
 IDX_SETS = ("FashionMNIST", "KMNIST")
 ARCHIVES = ("CIFAR10", "CIFAR100")

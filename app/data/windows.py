@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.config.errors import UserError
 from app.data.split import Samples
 from app.data.split import size as count_of
+from app.runtime.errors import UserError
 
 Place = tuple[EllipsisType | slice, ...]  # of a window: leading dimensions whole, then slices
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from app.config.errors import UserError
 from app.config.schema import Config
 from app.launch.world import World
+from app.runtime.errors import UserError
 
 ON_ONE = ("export", "find_lr", "find_batch_size")  # modes that have no use for several devices
 
@@ -15,7 +15,7 @@ def ranks_wanted(config: Config, multirun: bool) -> int:
     Raises:
         UserError: The devices are not there, or not with this launcher.
     """
-    from app.device import choose_device, count_devices
+    from app.runtime.device import choose_device, count_devices
 
     trainer = config.trainer
     size = count_devices(trainer.accelerator, trainer.devices)

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from app.config.errors import KINDS, StorageError, UserError
 from app.config.secrets import unsaid
-from app.files import read_status, write_json
-from app.stopping import Reason, Stopped
+from app.runtime.errors import KINDS, StorageError, UserError
+from app.runtime.files import read_status, write_json
+from app.runtime.signals import Reason, Stopped
 
 log = logging.getLogger(__name__)
 Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.config.schema import Job
-from app.stopping import Stop
+from app.runtime.signals import Stop
 
 
 def launch_inline(job: Job, folder: Path) -> float | None:

@@ -12,12 +12,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.config.errors import UserError
 from app.config.schema import Job
 from app.config.secrets import told
 from app.launch.failure import Failure, cause, record, underlying
 from app.launch.world import World
-from app.stopping import Stop, Stopped
+from app.runtime.errors import UserError
+from app.runtime.signals import Stop, Stopped
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store

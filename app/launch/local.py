@@ -24,7 +24,7 @@ from app.config.schema import Job
 from app.launch.console import errors_to_stderr
 from app.launch.failure import Failure, cause, record, underlying
 from app.launch.world import World
-from app.stopping import AT_ONCE, REASONS, Reason, Stop, heard
+from app.runtime.signals import AT_ONCE, REASONS, Reason, Stop, heard
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)

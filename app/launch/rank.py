@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from app.config.errors import UserError
 from app.config.schema import Job
 from app.launch.world import World
 from app.run import execute
-from app.stopping import Stop
+from app.runtime.errors import UserError
+from app.runtime.signals import Stop
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for the files alone

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.config.errors import ConfigError, Mistake, one_of
+from app.runtime.errors import ConfigError, Mistake, one_of
 
 Launcher = Literal["inline", "local", "torchrun", "srun"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

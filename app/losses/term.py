@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.config.errors import UserError
 from app.losses.dice import Dice, DiceCrossEntropy
 from app.losses.focal import FocalCrossEntropy
 from app.losses.weights import Learned, Scheduled
-from app.nested import Key, Nested, describe, pick
+from app.runtime.errors import UserError
+from app.runtime.nested import Key, Nested, describe, pick
 
 Function = Callable[..., Tensor]
 REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 
 class Scheduled(nn.Module):

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
-from app.config.errors import UserError
 from app.distributed import alone, gathered, rank
 from app.metrics.function import FunctionMetric
 from app.metrics.selected import Selected
-from app.nested import Nested, describe, map_tensors, pick
+from app.runtime.errors import UserError
+from app.runtime.nested import Nested, describe, map_tensors, pick
 
 Sums = tuple[Tensor, ...]
 NARROW = 512  # numbers of state up to which a metric is kept step by step

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torchmetrics import Metric
 
-from app.nested import Key
+from app.runtime.nested import Key
 
 
 @dataclass(frozen=True)

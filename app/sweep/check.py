@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.build import node_mistakes
 from app.config.compose import Composer
-from app.config.errors import ConfigError, Mistake, looking
 from app.config.freeze import freeze
 from app.config.schema import Monitor
 from app.config.swept import grid_mistakes
 from app.config.typed import mistakes_of
 from app.job import job_of
+from app.runtime.errors import ConfigError, Mistake, looking
 from app.sweep.folder import SweepFolder
 from app.sweep.options import GRID as GRID_SAMPLER
 from app.sweep.options import NO_PRUNER, PRUNERS, SAMPLERS

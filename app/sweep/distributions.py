@@ -15,8 +15,8 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from app.config.errors import Mistake, nearest
 from app.config.swept import Values, choices_of, line_of
+from app.runtime.errors import Mistake, nearest
 from app.sweep.job import plain_value
 
 LOG = "log"

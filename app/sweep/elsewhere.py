@@ -19,8 +19,8 @@ from types import FrameType
 
 from filelock import FileLock, Timeout
 
-from app.files import write_text
-from app.stopping import INTERRUPTED, Stop, Stopped
+from app.runtime.files import write_text
+from app.runtime.signals import INTERRUPTED, Stop, Stopped
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import outcome_of
 

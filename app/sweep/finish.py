@@ -13,10 +13,10 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from app.config.errors import unwritable
 from app.config.swept import quoted
-from app.figures import save_figure
-from app.files import write_csv, write_text
+from app.runtime.errors import unwritable
+from app.runtime.figures import save_figure
+from app.runtime.files import write_csv, write_text
 from app.sweep.folder import INSIDE, SweepFolder
 from app.sweep.outcome import outcome_of
 from app.sweep.results import Results

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.config.errors import UserError
-from app.files import read_json
 from app.launch.failure import Failure, record
+from app.runtime.errors import UserError
+from app.runtime.files import read_json
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED = "diverged"

@@ -20,13 +20,13 @@ from hydra.core.utils import JobReturn, JobStatus, _save_config, env_override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from app.config.errors import UserError
-from app.files import remove_partial
 from app.job import prepared
 from app.launch.failure import Failure, RankFailed, record
 from app.launch.local import Crew
-from app.lock import FolderInUse, owned
-from app.stopping import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.runtime.errors import UserError
+from app.runtime.files import remove_partial
+from app.runtime.lock import FolderInUse, owned
+from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
 from app.sweep.outcome import record_failure
 from app.sweep.slots import Slot, make_slots, ranks_of
 

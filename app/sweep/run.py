@@ -15,10 +15,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.errors import UserError
 from app.config.freeze import freeze
 from app.config.swept import Space, space_of
-from app.stopping import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
+from app.runtime.errors import UserError
+from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
 from app.sweep.drive import Drive, Source, logged
 from app.sweep.finish import exit_code, finish
 from app.sweep.folder import SweepFolder

@@ -15,11 +15,11 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from app.config.build import Build
-from app.config.errors import ConfigError, Mistake, UserError
 from app.config.schema import Monitor
 from app.config.swept import Space, quoted
 from app.history import Row, goal_value
 from app.pruning import storage_of
+from app.runtime.errors import ConfigError, Mistake, UserError
 from app.sweep.distributions import searched
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob

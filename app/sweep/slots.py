@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.config.errors import ConfigError, Mistake, one_of
+from app.runtime.errors import ConfigError, Mistake, one_of
 
 MEMORY = 2 * 2**30  # bytes for each job on the CPU: torch itself takes a good part of one
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from app.config.errors import Mistake
 from app.config.freeze import typed_trust
 from app.config.swept import parse_overrides
 from app.config.targets import is_trusted, trusted_by_environment
+from app.runtime.errors import Mistake
 from app.sweep.folder import SweepFolder
 
 TRUST = "trusted_targets"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.device import Precision
-from app.nested import Key, Nested, count_samples, pick
+from app.runtime.device import Precision
+from app.runtime.nested import Key, Nested, count_samples, pick
 from app.task import Measured, Step, Task
 
 

@@ -11,9 +11,9 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.errors import ConfigError, Mistake
 from app.config.limits import FILE, yaml_problem
 from app.config.targets import TRUST_VARIABLE, is_trusted, trusted_by_environment
+from app.runtime.errors import ConfigError, Mistake
 
 PACKAGES = ("hydra.conf", "hydra_plugins")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from app.files import write_whole
+from app.runtime.files import write_whole
 
 
 def save_figure(path: Path, figure: Figure) -> None:

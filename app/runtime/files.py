@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 
 import pandas as pd
 
-from app.config.errors import StorageError, UserError, unreadable, unwritable
-from app.faults import reach
+from app.runtime.errors import StorageError, UserError, unreadable, unwritable
+from app.runtime.fault_injection import reach
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with these a spreadsheet begins to compute
 

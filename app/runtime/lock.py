@@ -12,8 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from app.config.errors import UserError, looking, unwritable
-from app.files import read_json, write_json
+from app.runtime.errors import UserError, looking, unwritable
+from app.runtime.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 WRITTEN = ("checkpoints", "epoch_details", "plots", "logs", "predictions", ".hydra", "tensorboard")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from app.config.errors import UserError
+from app.runtime.errors import UserError
 
 Devices = int | str | list[int] | None  # a number, `auto`, ids; None is one
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.config.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, nearest, one_of
 
 Nested = Any  # a tensor, or tuples, lists and dicts of them
 Key = int | str | list[Any] | dict[str, Any] | None

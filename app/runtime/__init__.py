@@ -1,0 +1,1 @@
+"""Files, locks, signals, seeds, devices and errors: what every other package stands on."""
