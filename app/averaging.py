@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from app.parallel import part_of
+from app.distributed.strategies import part_of
 
 
 class Averaging:

@@ -14,10 +14,10 @@ from app.config.build import Build
 from app.config.freeze import with_value
 from app.config.schema import Job
 from app.config.secrets import told
-from app.distributed import world_size
+from app.distributed.collectives import world_size
+from app.distributed.strategies import Parallel
 from app.finders import find_batch_size
 from app.learners import make_learning
-from app.parallel import Parallel
 from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.runtime.files import write_text

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from app.config.bounded import load_json
 from app.content import check_content
-from app.distributed import alone
+from app.distributed.collectives import alone
+from app.distributed.strategies import put
 from app.history import Row
-from app.parallel import put
 from app.plain_archive import load_plain, refuse_distributed
 from app.runtime.errors import UserError, nearest, one_of
 from app.runtime.files import write_whole

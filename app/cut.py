@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from app.data.batch import Batch, Batches
-from app.distributed import gathered, rank, world_size
+from app.distributed.collectives import gathered, rank, world_size
 from app.records import Rows
 from app.runtime.errors import UserError
 from app.runtime.seed import random_state, set_random_state

@@ -12,11 +12,11 @@ from app.config.build import Build
 from app.config.check import fill_auto, has_auto, optimizer_nodes
 from app.config.rules import seconds_of
 from app.config.schema import Checkpoint, Config, Node
-from app.distributed import alone
+from app.distributed.collectives import alone
+from app.distributed.strategies import Parallel, Replicated, Sharded
 from app.guard import FUSED
 from app.learning import ONLY, Learning
 from app.optimization import Optimization
-from app.parallel import Parallel, Replicated, Sharded
 from app.parts import Parts
 from app.plan import Plan, Saving
 from app.runtime.errors import UserError, nearest, one_of

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from app.config.schema import Config
-from app.distributed import rank, world_size
+from app.distributed.collectives import rank, world_size
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from app.bad_steps import Bad, Record
 from app.data.batch import Batch, Batches
-from app.distributed import rank
+from app.distributed.collectives import rank
 from app.guard import Flag, Guard
 from app.learning import Learning
 from app.origin import GRADIENT, LOSS, copied, norm_buffers, origin_of, put_back

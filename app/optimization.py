@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from app.distributed import sum_over_ranks, total_later
+from app.distributed.collectives import sum_over_ranks, total_later
+from app.distributed.strategies import Parallel, alike, evidence_of, part_of, total_norm
 from app.guard import Guard
-from app.parallel import Parallel, alike, evidence_of, part_of, total_norm
 from app.runtime.errors import UserError
 from app.schedule import Schedule
 

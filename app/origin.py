@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from app.data.batch import Batch
-from app.distributed import from_first, gathered, rank
-from app.parallel import Parallel
+from app.distributed.collectives import from_first, gathered, rank
+from app.distributed.strategies import Parallel
 from app.runtime.nested import Nested, tensors
 from app.runtime.seed import random_state, set_random_state
 from app.task import Task

@@ -16,7 +16,8 @@ from app.callbacks.callback import Callback
 from app.config.build import Build
 from app.config.schema import Config, Job
 from app.data.batch import Batches
-from app.distributed import alone, first_before_others
+from app.distributed.collectives import alone, first_before_others
+from app.distributed.sync_batchnorm import synchronize_norms
 from app.freezing import Freezing
 from app.losses.term import Term, WeightedSum
 from app.metrics.measure import StageMetrics, as_metrics
@@ -24,7 +25,6 @@ from app.metrics.selected import Selected
 from app.runtime.device import Precision, memory_format
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything
-from app.sync_norm import synchronize_norms
 from app.task import Task
 from app.trial import try_on
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.config.build import Build
 from app.config.schema import Goal, Trial
-from app.distributed import from_first, rank
+from app.distributed.collectives import from_first, rank
 from app.history import History, measured
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.distributed import from_first, rank, sum_over_ranks
+from app.distributed.collectives import from_first, rank, sum_over_ranks
 from app.history import Row
 from app.metrics.measure import StageMetrics, Sums
 

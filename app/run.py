@@ -19,13 +19,13 @@ from app.checkpoint import find_checkpoint
 from app.config.build import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
-from app.distributed import rank, world_size
+from app.distributed.collectives import rank, world_size
+from app.distributed.strategies import Parallel
 from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
 from app.learners import make_averaging, make_learning, make_parallel, make_plan
 from app.losses.term import class_outputs
-from app.parallel import Parallel
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.pruning import Pruning

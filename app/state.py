@@ -24,10 +24,10 @@ from app.checkpoint import (
 from app.config.freeze import difference, learns_otherwise, select
 from app.config.schema import Job
 from app.content import check_savable
-from app.distributed import from_first, rank
+from app.distributed.collectives import from_first, rank
+from app.distributed.strategies import whole
 from app.history import Row
 from app.learning import Learning
-from app.parallel import whole
 from app.plan import Saving
 from app.runtime.background_writer import Writer
 from app.runtime.errors import UserError

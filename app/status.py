@@ -18,7 +18,7 @@ from app.bad_steps import Record
 from app.callbacks.callback import Callback
 from app.config.schema import Goal
 from app.config.secrets import unsaid
-from app.distributed import world_size
+from app.distributed.collectives import world_size
 from app.history import History, best, is_measured
 from app.records import StageResult
 from app.runtime.device import describe_device, peak_memory

@@ -66,7 +66,9 @@ class Task:
         precision: Precision | None = None,
     ) -> None:
         self.model = model
-        self.trained: Callable[..., Any] = model  # what a training step calls, see `app.parallel`
+        self.trained: Callable[..., Any] = (
+            model  # what a training step calls, see `app.distributed.strategies`
+        )
         self.precision = precision or Precision("fp32", "cpu")
         given = metrics or {}
         self.metrics = {

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from app.data.batch import Batch, Batches
-from app.distributed import Agreement, alone, gathered
+from app.distributed.collectives import Agreement, alone, gathered
 from app.runtime.nested import Nested, map_tensors
 from app.runtime.signals import Reason, Stop
 

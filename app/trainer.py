@@ -21,7 +21,8 @@ from app.checkpoint import BEST
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
-from app.distributed import from_first, rank, world_size
+from app.distributed.collectives import from_first, rank, world_size
+from app.distributed.strategies import Parallel
 from app.freezing import Freezing
 from app.history import goal_value, value_in
 from app.history import reason_to_stop as stop_by
@@ -29,7 +30,6 @@ from app.keeping import Keeping
 from app.learning import Learning
 from app.memory import Memory
 from app.nonfinite import NonFinite
-from app.parallel import Parallel
 from app.plan import Plan
 from app.pruning import Pruning
 from app.records import Rows, StageResult, nothing_of

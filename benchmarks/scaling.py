@@ -41,7 +41,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from app.distributed import Agreement, alone
+from app.distributed.collectives import Agreement, alone
 from app.launch.rank import meeting
 from app.launch.world import World
 from app.records import StepValues, mean_of, to_host

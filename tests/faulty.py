@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from app.callbacks.callback import Callback, EpochEnd, StepEnd
-from app.distributed import rank
+from app.distributed.collectives import rank
 from app.history import History
 from app.runtime.nested import Nested
 from app.task import Step, SupervisedTask

@@ -19,10 +19,10 @@ from app.config.build import Build
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
+from app.distributed.strategies import Parallel
 from app.history import History
 from app.learners import make_learning
 from app.optimization import Optimization
-from app.parallel import Parallel
 from app.parts import Parts, make_parts
 from app.records import Rows, StageResult
 from app.runtime.errors import UserError

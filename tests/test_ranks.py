@@ -32,19 +32,19 @@ from app.data.batch import Batches, Ready
 from app.data.loaders import TensorLoader, load
 from app.data.order import Order
 from app.data.reading import Reading, SampleLoader
-from app.distributed import Agreement, rank, share, world_size
+from app.distributed.collectives import Agreement, rank, share, world_size
+from app.distributed.strategies import Parallel, Replicated
+from app.distributed.sync_batchnorm import synchronize_norms
 from app.history import History
 from app.learning import Learning
 from app.metrics.measure import as_metrics
 from app.optimization import Optimization
-from app.parallel import Parallel, Replicated
 from app.parts import make_parts
 from app.plan import Plan
 from app.records import StageResult
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, cut
 from app.state import on_host
-from app.sync_norm import synchronize_norms
 from app.task import Step, SupervisedTask, Task
 from app.trainer import Trainer
 

@@ -13,7 +13,7 @@ from app.data.batch import Batch, Batches, Ready, Transform
 from app.data.order import Order
 from app.data.reading import GivenLoader, Reading, SampleLoader, StreamLoader
 from app.data.split import Samples, size
-from app.distributed import share
+from app.distributed.collectives import share
 
 
 class TensorLoader:

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from app.data.batch import Batch, Ready
 from app.data.order import Order
 from app.data.split import Samples, size
-from app.distributed import alone, share
+from app.distributed.collectives import alone, share
 from app.runtime.errors import UserError
 from app.runtime.nested import count_samples, cut, map_tensors
 from app.runtime.seed import seed_host, seed_of

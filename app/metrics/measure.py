@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
-from app.distributed import alone, gathered, rank
+from app.distributed.collectives import alone, gathered, rank
 from app.metrics.function import FunctionMetric
 from app.metrics.selected import Selected
 from app.runtime.errors import UserError

@@ -18,9 +18,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from app.distributed import copy_from_first, sum_over_ranks, world_size
+from app.distributed.collectives import copy_from_first, sum_over_ranks, world_size
+from app.distributed.sync_batchnorm import SyncNorm
 from app.runtime.errors import UserError
-from app.sync_norm import SyncNorm
 
 
 class Parallel:

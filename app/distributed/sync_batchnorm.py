@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from app.distributed import SumOverRanks, alone
+from app.distributed.collectives import SumOverRanks, alone
 
 
 class SyncNorm(_BatchNorm):

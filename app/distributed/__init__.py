@@ -1,0 +1,1 @@
+"""Several processes as one: collectives, strategies and how ranks are launched."""
