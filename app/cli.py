@@ -23,15 +23,13 @@ from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME
 from app.config.schema import Job
 from app.config.secrets import unsaid
+from app.distributed.launch.environment import World, joined, requeue
+from app.distributed.launch.failures import Failure, RankFailed
+from app.distributed.launch.local import launch_local, warm_up
+from app.distributed.launch.select import launch_inline, ranks_wanted
+from app.distributed.launch.torchrun import Leader, follow
+from app.distributed.launch.worker import errors_to_stderr
 from app.job import prepared
-from app.launch.choose import ranks_wanted
-from app.launch.console import errors_to_stderr
-from app.launch.failure import Failure, RankFailed
-from app.launch.inline import launch_inline
-from app.launch.joined import Leader, follow
-from app.launch.local import launch_local, warm_up
-from app.launch.requeue import requeue
-from app.launch.world import World, joined
 from app.preflight import check_what_is_shown, is_a_run, preflight
 from app.runtime.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
 from app.runtime.files import remove_partial

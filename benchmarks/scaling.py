@@ -42,8 +42,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from app.distributed.collectives import Agreement, alone
-from app.launch.rank import meeting
-from app.launch.world import World
+from app.distributed.launch.environment import World
+from app.distributed.launch.worker import meeting
 from app.records import StepValues, mean_of, to_host
 
 Pair = tuple[float, float]  # with several ranks, and without

@@ -23,8 +23,8 @@ from warm import WarmCommand
 from app.config import resolvers
 from app.config.compose import compositions
 from app.config.schema import Job
+from app.distributed.launch.local import launch_local
 from app.job import job_of
-from app.launch.local import launch_local
 from app.runtime.errors import ConfigError
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")

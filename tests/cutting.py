@@ -11,9 +11,9 @@ import pytest
 from conftest import make_job
 from processes import SILENT, TESTS
 
-from app.launch.failure import RankFailed
-from app.launch.inline import launch_inline
-from app.launch.local import launch_local
+from app.distributed.launch.failures import RankFailed
+from app.distributed.launch.local import launch_local
+from app.distributed.launch.select import launch_inline
 
 TINY = (  # five steps in each epoch
     "data=indexed",

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.launch.local import PRELOADED
+from app.distributed.launch.local import PRELOADED
 
 TIMEOUT = 60
 

@@ -54,7 +54,9 @@ def _wait(control: socket.socket) -> NoReturn:
             _put(files, numbers)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
-            sys.modules.pop("app.launch.apart")  # what it does at import is not done here yet
+            sys.modules.pop(
+                "app.distributed.launch.preload"
+            )  # what it does at import is not done here yet
             exec(code)
     finally:
         os._exit(0)

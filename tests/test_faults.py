@@ -19,7 +19,7 @@ from processes import (
     write_numbered,
 )
 
-from app.launch.failure import Failure, RankFailed, cause, underlying
+from app.distributed.launch.failures import Failure, RankFailed, cause, underlying
 from app.runtime.errors import StorageError, UserError
 from app.runtime.signals import Reason, Stopped
 

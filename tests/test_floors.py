@@ -17,7 +17,7 @@ FLOORS = [
     ["app.preflight"],
     ["app.sweep"],
     ["app.job"],
-    ["app.launch"],
+    ["app.distributed.launch"],
     ["app.run"],
     ["app.batch_size"],
     ["app.learners"],
@@ -113,7 +113,9 @@ def python(code: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("module", ["app", "app.cli", "app.launch.inline", "app.config.check"])
+@pytest.mark.parametrize(
+    "module", ["app", "app.cli", "app.distributed.launch.select", "app.config.check"]
+)
 def test_top_and_bottom_floor_do_not_import_torch(module: str) -> None:
     assert python(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"
 

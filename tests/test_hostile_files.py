@@ -35,7 +35,7 @@ from app.data.cached import cached
 from app.data.folder import decode, image_folder
 from app.data.idx import read_idx
 from app.data.vision import fetch, vision
-from app.launch.failure import Failure
+from app.distributed.launch.failures import Failure
 from app.models.pretrained import pretrained
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.files import write_csv

@@ -25,9 +25,9 @@ from processes import (
     torchrun,
 )
 
-from app.launch.choose import check_world
-from app.launch.local import launch_local
-from app.launch.world import World, first_host, joined
+from app.distributed.launch.environment import World, first_host, joined
+from app.distributed.launch.local import launch_local
+from app.distributed.launch.select import check_world
 from app.runtime.errors import ConfigError, UserError
 
 
@@ -352,7 +352,7 @@ def test_devices_that_are_not_there_are_named_before_anything_starts(tmp_path: P
 
 def test_threads_are_shared_out_unless_somebody_has_said_how_many() -> None:
     code = (
-        "import os, torch; from app.launch.rank import share_threads\n"
+        "import os, torch; from app.distributed.launch.worker import share_threads\n"
         "cores = len(os.sched_getaffinity(0))\n"
         "for said in (True, False):\n"
         "    said or os.environ.pop('OMP_NUM_THREADS')\n"

@@ -16,7 +16,7 @@ from conftest import make_job
 from cutting import TINY, write_indexed
 from processes import TESTS
 
-from app.launch.inline import launch_inline
+from app.distributed.launch.select import launch_inline
 
 JOBS, SETTLED = 50, 10  # after so many, caches of the libraries are full
 

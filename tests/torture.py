@@ -16,8 +16,8 @@ from conftest import make_job
 from processes import SILENT, assert_equal_runs, status_of
 from warm import WarmCommand
 
-from app.launch.failure import RankFailed
-from app.launch.local import Crew
+from app.distributed.launch.failures import RankFailed
+from app.distributed.launch.local import Crew
 from app.runtime.fault_injection import VARIABLE
 from app.seal import check_seal
 

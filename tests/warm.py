@@ -21,7 +21,7 @@ from pathlib import Path
 
 from spare import lend_forkserver
 
-from app.launch.local import PRELOADED
+from app.distributed.launch.local import PRELOADED
 
 
 class WarmCommand:

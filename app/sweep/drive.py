@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.swept import quoted
-from app.launch.failure import Failure, in_a_line, record
+from app.distributed.launch.failures import Failure, in_a_line, record
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
 from app.sweep.elsewhere import end, is_running
 from app.sweep.finish import refresh

@@ -143,7 +143,7 @@ def _watched(sweep: SweepFolder) -> Iterator[None]:
 
 @contextmanager
 def _printed(folder: Path) -> Iterator[None]:
-    from app.launch.rank import printed_to
+    from app.distributed.launch.worker import printed_to
 
     with printed_to(folder / "logs" / "rank0.log"):
         yield

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.launch.failure import Failure, record
+from app.distributed.launch.failures import Failure, record
 from app.runtime.errors import UserError
 from app.runtime.files import read_json
 

@@ -20,9 +20,9 @@ from hydra.core.utils import JobReturn, JobStatus, _save_config, env_override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from app.distributed.launch.failures import Failure, RankFailed, record
+from app.distributed.launch.local import Crew
 from app.job import prepared
-from app.launch.failure import Failure, RankFailed, record
-from app.launch.local import Crew
 from app.runtime.errors import UserError
 from app.runtime.files import remove_partial
 from app.runtime.lock import FolderInUse, owned

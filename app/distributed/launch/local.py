@@ -21,9 +21,9 @@ from types import FrameType
 from typing import Any
 
 from app.config.schema import Job
-from app.launch.console import errors_to_stderr
-from app.launch.failure import Failure, cause, record, underlying
-from app.launch.world import World
+from app.distributed.launch.environment import World
+from app.distributed.launch.failures import Failure, cause, record, underlying
+from app.distributed.launch.worker import errors_to_stderr
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stop, heard
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,14 @@ GRACE = 5.0  # seconds that the others have after the first failure
 FAREWELL = 60.0  # seconds that the others have after rank 0 is done
 LOOPBACK = "127.0.0.1"
 LISTENS = "listens"  # what a rank says once signals reach it
-PRELOADED = ["app.launch.apart", "app.cli", "app.launch.rank", "torchvision", "pandas", "tqdm"]
+PRELOADED = [
+    "app.distributed.launch.preload",
+    "app.cli",
+    "app.distributed.launch.worker",
+    "torchvision",
+    "pandas",
+    "tqdm",
+]
 
 
 def launch_local(
@@ -293,7 +300,7 @@ def work(
 
 
 def _printed(folder: Path) -> AbstractContextManager[None]:
-    from app.launch.rank import printed_to
+    from app.distributed.launch.worker import printed_to
 
     return printed_to(folder / "logs" / "rank0.log")
 
@@ -303,7 +310,7 @@ def _run(
 ) -> float | None:
     from torch._C._distributed_c10d import TCPStore
 
-    from app.launch.rank import run_rank, share_threads
+    from app.distributed.launch.worker import run_rank, share_threads
 
     share_threads(world.local_size)
     if world.rank == 0:

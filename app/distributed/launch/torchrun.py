@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from app.config.schema import Job
 from app.config.secrets import told
-from app.launch.failure import Failure, cause, record, underlying
-from app.launch.world import World
+from app.distributed.launch.environment import World
+from app.distributed.launch.failures import Failure, cause, record, underlying
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop, Stopped
 
@@ -103,7 +103,7 @@ def meet(world: World) -> Store:
 
 def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -> float | None:
     """This rank's part of a job; when it fails, the first to fail is known to all."""
-    from app.launch.rank import run_rank
+    from app.distributed.launch.worker import run_rank
 
     stop = Stop(insists=False)
     with stop.listening():

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from app.config.schema import Job
-from app.launch.world import World
+from app.distributed.launch.environment import World
 from app.run import execute
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop
@@ -138,3 +138,14 @@ def share_threads(local_size: int) -> None:
     threads = max(1, (cores or 1) // local_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+
+def errors_to_stderr() -> None:
+    """Of the two consoles that the logging configuration makes, each gets its own lines.
+
+    A line that finds no room on a full disk is lost, not a reason for a stack trace.
+    """
+    logging.raiseExceptions = False
+    for handler in logging.getLogger().handlers:
+        if getattr(handler, "stream", None) is sys.stdout:
+            handler.addFilter(lambda record: record.levelno < logging.ERROR)

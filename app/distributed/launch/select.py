@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from app.config.schema import Config
-from app.launch.world import World
+from pathlib import Path
+
+from app.config.schema import Config, Job
+from app.distributed.launch.environment import World
 from app.runtime.errors import UserError
+from app.runtime.signals import Stop
 
 ON_ONE = ("export", "find_lr", "find_batch_size")  # modes that have no use for several devices
 
@@ -67,3 +70,12 @@ def check_world(config: Config, world: World) -> None:
 def _check_search(config: Config, several: str) -> None:
     if config.mode == "train" and config.trainer.batch_size_finder:
         raise UserError(f"trainer.batch_size_finder=True searches on one device, but {several}")
+
+
+def launch_inline(job: Job, folder: Path) -> float | None:
+    """Runs it here; gives what `app.run.execute` gives."""
+    from app.run import execute
+
+    stop = Stop()
+    with stop.listening():
+        return execute(job, folder, stop)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -122,3 +125,24 @@ def _port(environment: Mapping[str, str]) -> int:
     """The same for all tasks of a step, others for the steps of other jobs on the machine."""
     job, step = (int(environment[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 20_000 + (job * 17 + step) % 20_000
+
+
+log = logging.getLogger(__name__)
+
+
+def requeue() -> None:
+    """Asks SLURM to start this job again; what it cannot do is in the log."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        log.error("trainer.requeue=True, but this is no job of SLURM: SLURM_JOB_ID is not set")
+        return
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(os.environ)
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+    except FileNotFoundError:
+        log.error("trainer.requeue=True, but there is no scontrol here; start it again by hand")
+    except subprocess.CalledProcessError as error:
+        log.error("scontrol requeue %s failed: %s", job, error.stderr.strip())
+    else:
+        log.info("SLURM will start job %s again", job)
