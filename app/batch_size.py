@@ -10,8 +10,8 @@ import torch
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.build import Build
-from app.config.freeze import with_value
+from app.config.instantiate import Build
+from app.config.resume import with_value
 from app.config.schema import Job
 from app.config.secrets import told
 from app.distributed.collectives import world_size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Config, Data, Trainer
 from app.data.batch import Batches, Ready
 from app.data.image_files import ImageFiles

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Literal
 import torch
 from torch import Tensor, nn
 
-from app.config.bounded import load_json
+from app.config.limits import load_json
 from app.content import check_content
 from app.distributed.collectives import alone
 from app.distributed.strategies import put

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from app.config.bounded import load_json
+from app.config.limits import load_json
 from app.runtime.errors import UserError
 
 Kinds = tuple[type, ...]

@@ -15,8 +15,8 @@ from app.callbacks.callback import Callbacks
 from app.callbacks.tables import drop_after
 from app.checkpoint import BEST
 from app.config import resolvers
-from app.config.build import Build
 from app.config.compose import composer
+from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.batch import Batches
 from app.job import folder_of, jobs_of

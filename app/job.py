@@ -14,17 +14,17 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from app.config.check import checked
+from app.config.allowlist import refuse_strangers, trusted_by_environment
 from app.config.compose import Composer
-from app.config.freeze import freeze, over_saved, template_of, typed_trust
+from app.config.overrides import parse_overrides
+from app.config.resolve import freeze, template_of, typed_trust
+from app.config.resume import over_saved
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
 from app.config.secrets import shown, told, unasked
-from app.config.strangers import refuse_strangers
-from app.config.swept import parse_overrides
-from app.config.targets import trusted_by_environment
 from app.config.template import safe_template
-from app.config.typed import MISSING, UNKNOWN
+from app.config.types import MISSING, UNKNOWN
+from app.config.validate import checked
 from app.runtime.errors import ConfigError, Mistake, UserError, looking
 from app.runtime.files import write_text
 from app.seal import check_seal

@@ -8,10 +8,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from app.averaging import Averaging
-from app.config.build import Build
-from app.config.check import fill_auto, has_auto, optimizer_nodes
+from app.config.instantiate import Build
 from app.config.rules import seconds_of
 from app.config.schema import Checkpoint, Config, Node
+from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.distributed.collectives import alone
 from app.distributed.strategies import Parallel, Replicated, Sharded
 from app.guard import FUSED

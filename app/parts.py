@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from app.batches import STAGES, make_datasets, make_loaders
 from app.callbacks.callback import Callback
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Config, Job
 from app.data.batch import Batches
 from app.distributed.collectives import alone, first_before_others

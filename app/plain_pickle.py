@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.config.bounded import DEPTH
+from app.config.limits import DEPTH
 from app.plain_tensor import DTYPES, STORAGES, RefusedError, Storage, brief, tensor_of
 
 OPCODES = 2**22  # in one pickle; each makes at most some hundred bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Goal, Trial
 from app.distributed.collectives import from_first, rank
 from app.history import History, measured

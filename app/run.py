@@ -16,7 +16,7 @@ from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
 from app.callbacks.tables import drop_after
 from app.checkpoint import find_checkpoint
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
 from app.distributed.collectives import rank, world_size

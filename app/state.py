@@ -21,7 +21,8 @@ from app.checkpoint import (
     save_checkpoint,
     write_model,
 )
-from app.config.freeze import difference, learns_otherwise, select
+from app.config.resolve import select
+from app.config.resume import difference, learns_otherwise
 from app.config.schema import Job
 from app.content import check_savable
 from app.distributed.collectives import from_first, rank

@@ -31,8 +31,8 @@ from app.callbacks.callback import Callbacks
 from app.callbacks.progress import Progress
 from app.callbacks.tables import Tables
 from app.config import resolvers
-from app.config.build import Build
 from app.config.compose import compositions
+from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import __file__ as MNIST
 from app.job import job_of

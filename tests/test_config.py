@@ -11,9 +11,9 @@ import yaml
 from conftest import Ran, make_job, mistakes_in
 
 from app.checkpoint import load_checkpoint, save_checkpoint
-from app.config.build import Build
-from app.config.targets import TargetError, locate
-from app.config.typed import describe, fits
+from app.config.allowlist import TargetError, locate
+from app.config.instantiate import Build
+from app.config.types import describe, fits
 from app.run import execute
 from app.runtime.errors import ConfigError, UserError
 
@@ -157,7 +157,7 @@ def test_a_metric_is_added_by_yaml_alone(elsewhere: Path) -> None:
         "torchvision.datasets.utils.download_and_extract_archive",
         "torch.nn._reduction.warnings.warn",
         "app.cli.main",
-        "app.config.build.Build",
+        "app.config.instantiate.Build",
     ],
 )
 def test_what_is_not_on_the_list_is_refused(name: str) -> None:

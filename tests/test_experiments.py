@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from app import run
 from app.callbacks.callback import Callback, EpochEnd
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.data.mnist import digit_and_parity
 from app.learning import Learning
 from app.losses.similarity import StructuralSimilarity

@@ -114,7 +114,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["app", "app.cli", "app.distributed.launch.select", "app.config.check"]
+    "module", ["app", "app.cli", "app.distributed.launch.select", "app.config.validate"]
 )
 def test_top_and_bottom_floor_do_not_import_torch(module: str) -> None:
     assert python(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"

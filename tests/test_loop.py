@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from app import run
 from app.callbacks.callback import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.callbacks.progress import Progress
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split

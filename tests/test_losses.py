@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.losses.dice import Dice, DiceCrossEntropy
 from app.losses.divergence import KLDivergence
 from app.losses.focal import BinaryFocal, FocalCrossEntropy

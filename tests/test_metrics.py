@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss, one_hot
 from torchmetrics.functional.image import lpips
 from torchvision import models
 
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.metrics.function import FunctionMetric
 from app.metrics.images import (
     BACKBONES,

@@ -12,7 +12,7 @@ from conftest import Ran, make_job, mistakes_in
 from PIL import Image
 from torch import nn
 
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.data.mnist import mnist
 from app.parts import make_model
 from app.predictions import Predictions, table

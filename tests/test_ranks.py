@@ -27,7 +27,7 @@ from torchmetrics.wrappers import LambdaInputTransformer
 
 from app import run
 from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.data.batch import Batches, Ready
 from app.data.loaders import TensorLoader, load
 from app.data.order import Order

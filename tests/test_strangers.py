@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from app.checkpoint import FORMAT
 from app.config import resolvers
-from app.config.bounded import load_json, load_yaml
-from app.config.freeze import freeze
-from app.config.targets import TargetError, locate
+from app.config.allowlist import TargetError, locate
+from app.config.limits import load_json, load_yaml
+from app.config.resolve import freeze
 from app.config.template import safe_template
 from app.runtime.errors import UserError
 

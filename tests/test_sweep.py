@@ -15,8 +15,8 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from app.config import resolvers
 from app.config.compose import composer
+from app.config.overrides import grid, parse_overrides, space_of
 from app.config.schema import Monitor
-from app.config.swept import grid, parse_overrides, space_of
 from app.job import jobs_of
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep

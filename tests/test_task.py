@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from app.callbacks.callback import Callback, StepEnd
-from app.config.build import Build
+from app.config.instantiate import Build
 from app.config.schema import Goal
 from app.data.loaders import load
 from app.learning import Learning

@@ -27,11 +27,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.freeze import typed_trust
-from app.config.hydra_nodes import hydra_mistakes
+from app.config.allowlist import trusted_by_environment
+from app.config.hydra_guard import hydra_mistakes
 from app.config.limits import expansion_mistakes
-from app.config.swept import Space, line_of, parse_overrides, space_of
-from app.config.targets import trusted_by_environment
+from app.config.overrides import Space, line_of, parse_overrides, space_of
+from app.config.resolve import typed_trust
 from app.runtime.errors import ConfigError, Mistake, UserError, nearest, one_of
 
 PACKAGE = Path(__file__).parents[1]

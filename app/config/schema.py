@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from app.config.typed import Range
+from app.config.types import Range
 
 Node = dict[str, Any]  # a part: `_target_` and its arguments
 Nodes = dict[str, Node | None]  # named parts; null takes one away

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from app.config.schema import Config
-from app.config.typed import structured
+from app.config.types import structured
 from app.runtime.errors import ConfigError, Mistake
 
 ENVIRONMENT = "oc.env:"

@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.bounded import DEPTH, load_yaml
+from app.config.limits import DEPTH, load_yaml
 from app.config.secrets import KEPT
 from app.runtime.errors import UserError
 

@@ -12,12 +12,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.build import node_mistakes
 from app.config.compose import Composer
-from app.config.freeze import freeze
+from app.config.instantiate import node_mistakes
+from app.config.overrides import grid_mistakes
+from app.config.resolve import freeze
 from app.config.schema import Monitor
-from app.config.swept import grid_mistakes
-from app.config.typed import mistakes_of
+from app.config.types import mistakes_of
 from app.job import job_of
 from app.runtime.errors import ConfigError, Mistake, looking
 from app.sweep.folder import SweepFolder

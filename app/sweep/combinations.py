@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from app.config.swept import Space, grid
+from app.config.overrides import Space, grid
 from app.sweep.drive import Streams
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob

@@ -15,7 +15,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from app.config.swept import Values, choices_of, line_of
+from app.config.overrides import Values, choices_of, line_of
 from app.runtime.errors import Mistake, nearest
 from app.sweep.job import plain_value
 

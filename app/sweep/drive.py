@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.swept import quoted
+from app.config.overrides import quoted
 from app.distributed.launch.failures import Failure, in_a_line, record
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
 from app.sweep.elsewhere import end, is_running

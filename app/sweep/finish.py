@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from app.config.swept import quoted
+from app.config.overrides import quoted
 from app.runtime.errors import unwritable
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text

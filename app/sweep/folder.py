@@ -17,8 +17,8 @@ from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 
 from app.config.compose import CheckedLoader
-from app.config.freeze import NOW
-from app.config.swept import Values
+from app.config.overrides import Values
+from app.config.resolve import NOW
 from app.runtime.errors import ConfigError, Mistake, UserError
 from app.runtime.files import write_json, write_text
 from app.sweep.job import SweepJob, hash_of, new_job

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from app.config.swept import Values, parse_overrides
+from app.config.overrides import Values, parse_overrides
 
 LONGEST = 80  # characters of a name beside number and hash; file systems allow 255 bytes
 

@@ -15,8 +15,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.freeze import freeze
-from app.config.swept import Space, space_of
+from app.config.overrides import Space, space_of
+from app.config.resolve import freeze
 from app.runtime.errors import UserError
 from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
 from app.sweep.drive import Drive, Source, logged

@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from app.config.build import Build
+from app.config.instantiate import Build
+from app.config.overrides import Space, quoted
 from app.config.schema import Monitor
-from app.config.swept import Space, quoted
 from app.history import Row, goal_value
 from app.pruning import storage_of
 from app.runtime.errors import ConfigError, Mistake, UserError

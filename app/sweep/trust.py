@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from app.config.freeze import typed_trust
-from app.config.swept import parse_overrides
-from app.config.targets import is_trusted, trusted_by_environment
+from app.config.allowlist import is_trusted, trusted_by_environment
+from app.config.overrides import parse_overrides
+from app.config.resolve import typed_trust
 from app.runtime.errors import Mistake
 from app.sweep.folder import SweepFolder
 

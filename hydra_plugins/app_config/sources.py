@@ -11,8 +11,8 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf.errors import OmegaConfBaseException
 
+from app.config.allowlist import TRUST_VARIABLE, is_trusted, trusted_by_environment
 from app.config.limits import FILE, yaml_problem
-from app.config.targets import TRUST_VARIABLE, is_trusted, trusted_by_environment
 from app.runtime.errors import ConfigError, Mistake
 
 PACKAGES = ("hydra.conf", "hydra_plugins")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from app.config.build import Build, node_mistakes
+from app.config.instantiate import Build, node_mistakes
 from app.config.rules import STAGES, rule_mistakes
 from app.config.schema import Config
-from app.config.typed import UNKNOWN, mistakes_of, structured
+from app.config.types import UNKNOWN, mistakes_of, structured
 from app.runtime.errors import ConfigError, Mistake, UserError
 
 OFFERS = {  # what the program gives to a part that has a parameter of that name

@@ -1,6 +1,6 @@
 """What a configuration may tell Hydra itself, which builds parts and sets up logging on its own.
 
-A part of a run is looked at by `app.config.check`, is then frozen and built. Hydra composes anew
+A part of a run is looked at by `app.config.validate`, is then frozen and built. Hydra composes anew
 before it acts, so that here all is refused that could be something else by then.
 """
 
@@ -18,10 +18,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
+from app.config.allowlist import is_trusted
 from app.config.limits import interpolations
+from app.config.overrides import parse_overrides
 from app.config.secrets import looks_secret
-from app.config.swept import parse_overrides
-from app.config.targets import is_trusted
 from app.runtime.errors import ConfigError, Mistake, one_of
 
 BUILT = ("launcher", "sweeper", "callbacks")

@@ -10,11 +10,9 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
-from app.config.targets import TargetError, locate
-from app.config.typed import MISSING, UNKNOWN, alternatives, describe, fits
+from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
+from app.config.types import MISSING, UNKNOWN, alternatives, describe, fits
 from app.runtime.errors import Mistake, UserError, nearest, one_of
-
-TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
 
 
 class Build:

@@ -20,7 +20,7 @@ from typing import (
     get_type_hints,
 )
 
-from app.config.bounded import BITS
+from app.config.limits import BITS
 from app.runtime.errors import Mistake, nearest, one_of
 
 T = TypeVar("T")

@@ -1,36 +1,21 @@
-"""A composed configuration as one plain dict: what a run is told, saves, and is tested by."""
+"""Apply today's overrides to the saved configuration of a run."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from app.config.check import has_auto
+from app.config.resolve import NOW, Plain, _brief, freeze, select, template_of
 from app.config.schema import Config
-from app.config.secrets import SAID, hidden, secrets_of
-from app.config.typed import MISSING, UNKNOWN, hints, only_dataclass
+from app.config.secrets import SAID
+from app.config.types import hints, only_dataclass
+from app.config.validate import has_auto
 from app.runtime.errors import ConfigError, Mistake
-
-FILE_KEYS = ("path", "root")  # arguments of data sources that name files
-Plain = dict[str, Any]
-# Of this command, never saved.
-NOW = (
-    "mode",
-    "ckpt",
-    "resume",
-    "launch",
-    "name",
-    "tags",
-    "notes",
-    "trusted_targets",
-    "sweep",
-)
 
 ALL_OVER = ("experiment", "debug", "local")  # groups that set keys anywhere
 FIXED = ("model.", "data.split.")
@@ -42,69 +27,6 @@ LENGTH = (
     "trainer.limit_train_batches",
     "data.batch_size",
 )
-
-
-def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
-    """All interpolations resolved, all paths absolute; and every interpolation that is wrong.
-
-    Secrets of the environment stay as they are written, see `app.config.secrets`.
-    """
-    mistakes: list[Mistake] = []
-    names = [name for name in config if name != "hydra"]
-    plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
-    if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = _absolute(plain["ckpt"])
-    if isinstance(plain.get("data"), dict):
-        _absolute_sources(plain["data"].get("source"))
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    secrets = secrets_of({name: value for name, value in raw.items() if name != "hydra"})
-    return hidden(plain, secrets), mistakes
-
-
-def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
-    if OmegaConf.is_missing(parent, name):
-        return MISSING
-    try:
-        value = parent[name]
-    except InterpolationToMissingValueError:
-        return UNKNOWN
-    except OmegaConfBaseException as error:
-        mistakes.append(Mistake(key, f" does not resolve: {str(error).splitlines()[0]}"))
-        return UNKNOWN
-    if isinstance(value, DictConfig):
-        return {str(k): _resolved(value, k, f"{key}.{k!s}", mistakes) for k in value}
-    if isinstance(value, ListConfig):
-        return [_resolved(value, i, f"{key}.{i}", mistakes) for i in range(len(value))]
-    return value
-
-
-def _absolute(text: str) -> str:
-    return str(Path(text).expanduser().absolute())
-
-
-def _absolute_sources(node: Any) -> None:
-    if not isinstance(node, dict):
-        return
-    for name, value in node.items():
-        if name in FILE_KEYS and isinstance(value, str) and value != MISSING:
-            node[name] = _absolute(value)
-        else:
-            _absolute_sources(value)
-
-
-def typed_trust(overrides: Sequence[Override]) -> list[str]:
-    """The modules named by `trusted_targets=[...]` on the command line itself."""
-    values = [o.value() for o in overrides if o.key_or_group == "trusted_targets"]
-    names = values[-1] if values else []
-    return [str(name) for name in (names if isinstance(names, list) else [names])]
-
-
-def template_of(config: DictConfig) -> DictConfig:
-    """The configuration with its interpolations, less what belongs to the command alone."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    return OmegaConf.create({k: v for k, v in raw.items() if k != "hydra" and k not in NOW})
 
 
 def over_saved(
@@ -229,12 +151,6 @@ def _merged(saved: Any, before: Any, after: Any, key: str, differences: list[str
     return merged
 
 
-def _brief(value: object) -> str:
-    target = value.get("_target_") if isinstance(value, dict) else None
-    text = str(target) if target else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def difference(before: Any, now: Any, key: str) -> str | None:
     """The first difference of two nodes at `key`, as `key: before -> now`."""
     if isinstance(before, dict) and isinstance(now, dict):
@@ -242,10 +158,3 @@ def difference(before: Any, now: Any, key: str) -> str | None:
         inner = (difference(before.get(n), now.get(n), f"{key}.{n}") for n in names)
         return next(filter(None, inner), None)
     return None if before == now else f"{key}: {_brief(before)} -> {_brief(now)}"
-
-
-def select(config: Any, key: str) -> Any:
-    """What is at a dotted key; None where there is nothing."""
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return config
