@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from app.batches import STAGES, make_datasets, make_loaders
 from app.callbacks.callback import Callback
 from app.config.instantiate import Build
 from app.config.schema import Config, Job
 from app.data.batch import Batches
+from app.data.datamodule import STAGES, make_datasets, make_loaders
 from app.distributed.collectives import alone, first_before_others
 from app.distributed.sync_batchnorm import synchronize_norms
 from app.freezing import Freezing

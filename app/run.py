@@ -12,13 +12,13 @@ import torch
 
 from app.averaging import Averaging
 from app.batch_size import with_found_size
-from app.batches import stages_run
 from app.callbacks.callback import Callback, Callbacks
 from app.callbacks.tables import drop_after
 from app.checkpoint import find_checkpoint
 from app.config.instantiate import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
+from app.data.datamodule import stages_run
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import Parallel
 from app.export import export

@@ -25,15 +25,14 @@ from torch.utils.data import Dataset, TensorDataset
 from app.data.arrays import csv, npz
 from app.data.augment import RandomFlip, RandomShift
 from app.data.batch import Ready
-from app.data.folder import image_folder
 from app.data.idx import read_idx
-from app.data.loaders import TensorLoader
+from app.data.images import image_folder
+from app.data.loaders import Reading, SampleLoader, TensorLoader
 from app.data.mnist import mnist
-from app.data.order import Order
-from app.data.reading import Reading, SampleLoader
+from app.data.sampling import Order
 from app.data.split import check_datasets, labels_of, size, split
+from app.data.torchvision_sets import fetch, vision
 from app.data.transform import BatchTransform, channel_statistics
-from app.data.vision import fetch, vision
 from app.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ FLOORS = [
     ["app.batch_size"],
     ["app.learners"],
     ["app.parts"],
-    ["app.trial", "app.batches", "app.finders"],
+    ["app.trial", "app.data.datamodule", "app.finders"],
     ["app.trainer"],
     ["app.nonfinite", "app.keeping"],
     ["app.origin"],

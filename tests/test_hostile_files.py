@@ -32,9 +32,9 @@ from app.config.secrets import looks_secret
 from app.data.archives import unpack
 from app.data.arrays import npz
 from app.data.cached import cached
-from app.data.folder import decode, image_folder
 from app.data.idx import read_idx
-from app.data.vision import fetch, vision
+from app.data.images import decode, image_folder
+from app.data.torchvision_sets import fetch, vision
 from app.distributed.launch.failures import Failure
 from app.models.pretrained import pretrained
 from app.runtime.errors import ConfigError, UserError

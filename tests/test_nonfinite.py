@@ -27,7 +27,7 @@ from app.checkpoint import load_checkpoint
 from app.config.schema import Goal
 from app.data.batch import Batches
 from app.data.loaders import load
-from app.data.order import Order
+from app.data.sampling import Order
 from app.guard import Policy
 from app.history import History
 from app.learning import Learning

@@ -29,9 +29,8 @@ from app import run
 from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.config.instantiate import Build
 from app.data.batch import Batches, Ready
-from app.data.loaders import TensorLoader, load
-from app.data.order import Order
-from app.data.reading import Reading, SampleLoader
+from app.data.loaders import Reading, SampleLoader, TensorLoader, load
+from app.data.sampling import Order
 from app.distributed.collectives import Agreement, rank, share, world_size
 from app.distributed.strategies import Parallel, Replicated
 from app.distributed.sync_batchnorm import synchronize_norms

@@ -369,8 +369,8 @@ def test_configurations_of_anything(
 @pytest.mark.parametrize(
     "name",
     [
-        "app.data.vision.fetch",
-        "app.data.vision.download_url",
+        "app.data.torchvision_sets.fetch",
+        "app.data.torchvision_sets.download_url",
         "torchvision.datasets.LSUN",
         "torchvision.datasets.LSUNClass",
         "torchvision.datasets.lsun.LSUN",

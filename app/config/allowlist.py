@@ -33,7 +33,7 @@ LIBRARIES = (
 )
 # Offered by those, but they run or write what their arguments name.
 DENIED = (
-    "app.data.vision.fetch",  # downloads anything to anywhere
+    "app.data.torchvision_sets.fetch",  # downloads anything to anywhere
     "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
     "torchmetrics.multimodal.clip_score.",
     "torchvision.datasets.lsun.",  # unpickles a file of the working directory

@@ -8,10 +8,9 @@ from torch.utils.data import IterableDataset, TensorDataset
 from app.config.instantiate import Build
 from app.config.schema import Config, Data, Trainer
 from app.data.batch import Batches, Ready
-from app.data.image_files import ImageFiles
-from app.data.loaders import TensorLoader
-from app.data.order import Order
-from app.data.reading import Reading, SampleLoader, StreamLoader
+from app.data.images import ImageFiles
+from app.data.loaders import Reading, SampleLoader, StreamLoader, TensorLoader
+from app.data.sampling import Order
 from app.data.split import Samples, check_datasets, labels_of, size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
 from app.runtime.errors import UserError, looking
