@@ -19,7 +19,7 @@ from app.data.datamodule import STAGES, make_datasets, make_loaders
 from app.distributed.collectives import alone, first_before_others
 from app.distributed.sync_batchnorm import synchronize_norms
 from app.freezing import Freezing
-from app.losses.term import Term, WeightedSum
+from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.measure import StageMetrics, as_metrics
 from app.metrics.selected import Selected
 from app.runtime.device import Precision, memory_format
@@ -120,7 +120,7 @@ def make_loss(config: Config, build: Build) -> WeightedSum:
     terms = build.named("loss", config.loss)
     for name, term in terms.items():
         if not isinstance(term, Term):
-            raise UserError(f"loss.{name}._target_ must be app.losses.term.Term")
+            raise UserError(f"loss.{name}._target_ must be app.losses.weighted_sum.Term")
         if not callable(term.function):
             raise UserError(f"loss.{name}.function={term.function!r} is no function or module")
     return WeightedSum(terms)

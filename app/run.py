@@ -25,7 +25,7 @@ from app.export import export
 from app.finders import find_batch_size, find_learning_rate
 from app.history import best
 from app.learners import make_averaging, make_learning, make_parallel, make_plan
-from app.losses.term import class_outputs
+from app.losses.weighted_sum import class_outputs
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
 from app.pruning import Pruning

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from app.learning import Learning
-from app.losses.term import Function, Term, WeightedSum, as_loss
+from app.losses.weighted_sum import Function, Term, WeightedSum, as_loss
 from app.metrics.measure import StageMetrics, as_metrics
 from app.metrics.selected import Selected
 from app.optimization import Optimization

@@ -20,7 +20,7 @@ from app.callbacks.callback import Callback, EpochEnd
 from app.config.instantiate import Build
 from app.data.mnist import digit_and_parity
 from app.learning import Learning
-from app.losses.similarity import StructuralSimilarity
+from app.losses.ssim import StructuralSimilarity
 from app.models.dcgan import DCGAN
 from app.optimization import Optimization
 from app.parts import make_parts

@@ -25,7 +25,7 @@ from app.data.loaders import load
 from app.finders import diverges, find_learning_rate, steepest
 from app.freezing import Freezing, matches
 from app.learning import Learning
-from app.losses.term import Term, WeightedSum
+from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import Learned, Linear, Scheduled, Steps
 from app.optimization import Optimization
 from app.plan import Plan

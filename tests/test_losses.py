@@ -20,10 +20,9 @@ from torchvision.ops import sigmoid_focal_loss
 
 from app.config.instantiate import Build
 from app.losses.dice import Dice, DiceCrossEntropy
-from app.losses.divergence import KLDivergence
 from app.losses.focal import BinaryFocal, FocalCrossEntropy
-from app.losses.identity import Identity
-from app.losses.term import Term
+from app.losses.kl_divergence import KLDivergence
+from app.losses.weighted_sum import Identity, Term
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SHAPES = [(4, 3), (2, 3, 5, 4), (2, 3, 4, 3, 5)]  # of classes, images, volumes

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from app.callbacks.callback import StageStart
-from app.losses.term import LOGITS
+from app.losses.weighted_sum import LOGITS
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, pick
 
