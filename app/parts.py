@@ -20,8 +20,8 @@ from app.distributed.collectives import alone, first_before_others
 from app.distributed.sync_batchnorm import synchronize_norms
 from app.freezing import Freezing
 from app.losses.weighted_sum import Term, WeightedSum
-from app.metrics.measure import StageMetrics, as_metrics
-from app.metrics.selected import Selected
+from app.metrics.output_metric import Selected
+from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.device import Precision, memory_format
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.distributed.collectives import from_first, rank, sum_over_ranks
 from app.history import Row
-from app.metrics.measure import StageMetrics, Sums
+from app.metrics.stage_metrics import StageMetrics, Sums
 
 FLUSH_EVERY = 10_000  # rows kept on the device at most
 

@@ -13,8 +13,8 @@ from torchmetrics import Metric
 
 from app.learning import Learning
 from app.losses.weighted_sum import Function, Term, WeightedSum, as_loss
-from app.metrics.measure import StageMetrics, as_metrics
-from app.metrics.selected import Selected
+from app.metrics.output_metric import Selected
+from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.optimization import Optimization
 from app.records import Mean, StepValues, mean_of
 from app.runtime.device import Precision, is_out_of_memory

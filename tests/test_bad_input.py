@@ -392,7 +392,7 @@ def test_a_name_cannot_reach_out_of_the_folder(key: str, elsewhere: Path) -> Non
     folder = elsewhere / "conf" / "experiment"
     folder.mkdir(parents=True)
     group, _, stage = key.partition(".")
-    node = "{_target_: app.metrics.correct.CorrectPredictions}"
+    node = "{_target_: app.metrics.function.CorrectPredictions}"
     inner = f"'/../../evil': {node}"
     text = f"{group}: {{{stage}: {{{inner}}}}}" if stage else f"{group}: {{{inner}}}"
     (folder / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
@@ -401,7 +401,7 @@ def test_a_name_cannot_reach_out_of_the_folder(key: str, elsewhere: Path) -> Non
 
 
 def test_columns_of_the_tables_are_no_names_for_metrics() -> None:
-    node = "{_target_: app.metrics.correct.CorrectPredictions}"
+    node = "{_target_: app.metrics.function.CorrectPredictions}"
     (mistake,) = mistakes_in(f"+metric.valid.total_samples={node}")
     assert mistake == "metric.valid.total_samples is the name of another column; rename it"
 

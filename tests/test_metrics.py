@@ -30,7 +30,6 @@ from app.metrics.images import (
     FrechetInceptionDistance,
     KernelInceptionDistance,
 )
-from app.metrics.measure import StageMetrics
 from app.metrics.segmentation import (
     DiceScore,
     HausdorffDistance95,
@@ -38,6 +37,7 @@ from app.metrics.segmentation import (
     MeanIoU,
     PartialDice,
 )
+from app.metrics.stage_metrics import StageMetrics
 from app.records import Rows, mean_of
 from app.runtime.errors import UserError
 

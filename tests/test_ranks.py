@@ -36,7 +36,7 @@ from app.distributed.strategies import Parallel, Replicated
 from app.distributed.sync_batchnorm import synchronize_norms
 from app.history import History
 from app.learning import Learning
-from app.metrics.measure import as_metrics
+from app.metrics.stage_metrics import as_metrics
 from app.optimization import Optimization
 from app.parts import make_parts
 from app.plan import Plan

@@ -14,8 +14,8 @@ from torchmetrics.classification import (
 )
 
 from app import records
-from app.metrics.correct import CorrectPredictions
-from app.metrics.measure import StageMetrics, has_narrow_sums
+from app.metrics.function import CorrectPredictions
+from app.metrics.stage_metrics import StageMetrics, has_narrow_sums
 from app.records import Rows, StageResult, mean_of
 from app.runtime.errors import UserError
 

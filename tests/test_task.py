@@ -20,7 +20,7 @@ from app.config.schema import Goal
 from app.data.loaders import load
 from app.learning import Learning
 from app.losses.weighted_sum import Term, WeightedSum
-from app.metrics.selected import Selected
+from app.metrics.output_metric import Selected
 from app.optimization import Optimization
 from app.parts import make_parts
 from app.plan import Plan
@@ -484,7 +484,7 @@ def test_a_metric_may_not_have_the_name_of_a_term() -> None:
         SupervisedTask(nn.Linear(4, 2), loss, {"valid": {"right": right}})
     words = (
         "loss.cross_entropy.weight=2",
-        "+metric.valid.cross_entropy={_target_: app.metrics.correct.CorrectPredictions}",
+        "+metric.valid.cross_entropy={_target_: app.metrics.function.CorrectPredictions}",
     )
     assert mistakes_in(*words) == [
         "metric.valid.cross_entropy is the column of a loss term; rename it"

@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from app.distributed.collectives import alone, gathered, rank
 from app.metrics.function import FunctionMetric
-from app.metrics.selected import Selected
+from app.metrics.output_metric import Selected
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
