@@ -10,11 +10,11 @@ from typing import Any
 
 from app.data.batch import Batch, Batches
 from app.distributed.collectives import gathered, rank, world_size
-from app.records import Rows
 from app.runtime.errors import UserError
 from app.runtime.seed import random_state, set_random_state
 from app.state import UNLIKE
-from app.together import lending
+from app.training.accumulator import Rows
+from app.training.rank_sync import lending
 
 log = logging.getLogger(__name__)
 UnderWay = dict[str, Any]  # tensors and plain values

@@ -11,7 +11,6 @@ import pandas as pd
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from app.callbacks.callback import Callbacks
 from app.callbacks.tables import drop_after
 from app.checkpoint import BEST
 from app.config import resolvers
@@ -23,12 +22,14 @@ from app.job import folder_of, jobs_of
 from app.parts import make_callbacks, make_parts
 from app.predictions import table
 from app.run import logits_predicted, make_trainer, restore_from
-from app.runtime.device import choose_device, count_devices, make_deterministic
+from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, looking
 from app.runtime.files import remove_partial, write_text
 from app.runtime.lock import owned
 from app.runtime.nested import Nested, describe
 from app.status import Status
+from app.training.events import Callbacks
+from app.training.precision import make_deterministic
 
 
 class Experiment:

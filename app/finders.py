@@ -21,7 +21,7 @@ from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv
 from app.runtime.nested import map_tensors
-from app.task import Task, sound
+from app.training.task import Task, sound
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.05  # weight of the newest loss

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from app.checkpoint import BEST, monitored, of_epoch
 from app.config.schema import Goal, Monitor
 from app.cut import position
-from app.history import best, best_epochs
 from app.learning import Learning
-from app.plan import Saving
-from app.records import Rows
 from app.state import TrainState
-from app.together import Due
+from app.training.accumulator import Rows
+from app.training.history import best, best_epochs
+from app.training.plan import Saving
+from app.training.rank_sync import Due
 
 
 class Keeping:

@@ -18,10 +18,10 @@ from app.guard import FUSED
 from app.learning import ONLY, Learning
 from app.optimization import Optimization
 from app.parts import Parts
-from app.plan import Plan, Saving
 from app.runtime.errors import UserError, nearest, one_of
 from app.schedule import Schedule
-from app.task import SupervisedTask
+from app.training.plan import Plan, Saving
+from app.training.supervised import SupervisedTask
 
 
 def make_parallel(config: Config, parts: Parts) -> Parallel:
@@ -40,7 +40,7 @@ def make_parallel(config: Config, parts: Parts) -> Parallel:
         if not (isinstance(task, SupervisedTask) and single):
             raise UserError(
                 "trainer.strategy='fsdp' needs a task that calls the model as a whole, as "
-                "app.task.SupervisedTask does, and a single optimizer; allowed here: ddp"
+                "app.training.supervised.SupervisedTask does, and a single optimizer; allowed here: ddp"
             )
         return Sharded(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1

@@ -9,7 +9,7 @@ import torch
 
 from app.guard import Guard, Policy
 from app.optimization import Optimization
-from app.records import Mean
+from app.training.accumulator import Mean
 
 ONLY = ""  # the name of an optimization that has no other beside it
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from app.callbacks.callback import Callback
 from app.config.instantiate import Build
 from app.config.schema import Config, Job
 from app.data.batch import Batches
@@ -22,10 +21,11 @@ from app.freezing import Freezing
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
 from app.metrics.stage_metrics import StageMetrics, as_metrics
-from app.runtime.device import Precision, memory_format
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything
-from app.task import Task
+from app.training.events import Callback
+from app.training.precision import Precision, memory_format
+from app.training.task import Task
 from app.trial import try_on
 
 
@@ -106,7 +106,7 @@ def make_task(config: Config, build: Build, model: nn.Module, device: torch.devi
         precision=Precision.choose(config.trainer.precision, device),
     )
     if not isinstance(task, Task):
-        raise UserError(f"task._target_={config.task['_target_']!r} is no app.task.Task")
+        raise UserError(f"task._target_={config.task['_target_']!r} is no app.training.task.Task")
     task.to(device)
     return task
 
@@ -154,5 +154,5 @@ def make_callbacks(
     found = build.named("callbacks", config.callbacks, **offers)
     for name, callback in found.items():
         if not isinstance(callback, Callback):
-            raise UserError(f"callbacks.{name} is no app.callbacks.callback.Callback")
+            raise UserError(f"callbacks.{name} is no app.training.events.Callback")
     return list(found.values())

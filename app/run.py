@@ -12,7 +12,6 @@ import torch
 
 from app.averaging import Averaging
 from app.batch_size import with_found_size
-from app.callbacks.callback import Callback, Callbacks
 from app.callbacks.tables import drop_after
 from app.checkpoint import find_checkpoint
 from app.config.instantiate import Build
@@ -23,18 +22,21 @@ from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import Parallel
 from app.export import export
 from app.finders import find_batch_size, find_learning_rate
-from app.history import best
 from app.learners import make_averaging, make_learning, make_parallel, make_plan
 from app.losses.weighted_sum import class_outputs
 from app.parts import Parts, make_callbacks, make_parts
 from app.predictions import Predictions
-from app.pruning import Pruning
-from app.runtime.device import choose_device, describe_device, make_deterministic
+from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
 from app.runtime.signals import Stop
 from app.status import Status, versions
-from app.task import SupervisedTask, Task
-from app.trainer import PREDICT, Trainer
+from app.training.events import Callback, Callbacks
+from app.training.history import best
+from app.training.precision import make_deterministic
+from app.training.pruning import Pruning
+from app.training.supervised import SupervisedTask
+from app.training.task import Task
+from app.training.trainer import PREDICT, Trainer
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -27,15 +27,15 @@ from app.config.schema import Job
 from app.content import check_savable
 from app.distributed.collectives import from_first, rank
 from app.distributed.strategies import whole
-from app.history import Row
 from app.learning import Learning
-from app.plan import Saving
 from app.runtime.background_writer import Writer
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, map_tensors
 from app.seal import check_seal, read_seal
 from app.states import FOLDER, LAST, States, remove
-from app.task import Task
+from app.training.history import Row
+from app.training.plan import Saving
+from app.training.task import Task
 
 log = logging.getLogger(__name__)
 IN_AN_EPOCH = (  # cannot be changed in the midst of one

@@ -10,25 +10,24 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from app.bad_steps import Record
-from app.callbacks.callback import Callback
 from app.config.schema import Goal
 from app.config.secrets import unsaid
 from app.distributed.collectives import world_size
-from app.history import History, best, is_measured
-from app.records import StageResult
 from app.runtime.device import describe_device, peak_memory
 from app.runtime.errors import StorageError
 from app.runtime.files import read_status, write_json
 from app.runtime.signals import Stopped
+from app.training.accumulator import StageResult
+from app.training.events import Callback
+from app.training.history import History, State, best, is_measured
+from app.training.nonfinite import Record
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
-State = Literal["running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"]
 
 
 class Status(Callback):

@@ -12,8 +12,9 @@ from app.config.schema import Data
 from app.data.batch import Batches
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
-from app.task import SupervisedTask, Task, sound
-from app.trainer import PREDICT
+from app.training.supervised import SupervisedTask
+from app.training.task import Task, sound
+from app.training.trainer import PREDICT
 
 
 def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:

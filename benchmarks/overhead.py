@@ -27,7 +27,6 @@ from hydra._internal.utils import get_args_parser
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
-from app.callbacks.callback import Callbacks
 from app.callbacks.progress import Progress
 from app.callbacks.tables import Tables
 from app.config import resolvers
@@ -38,6 +37,7 @@ from app.data.mnist import __file__ as MNIST
 from app.job import job_of
 from app.parts import make_parts
 from app.run import make_trainer
+from app.training.events import Callbacks
 
 CPU = torch.device("cpu")
 MEAN, STD = 0.1307, 0.3081

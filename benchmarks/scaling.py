@@ -44,7 +44,7 @@ from torch._C._distributed_c10d import FileStore
 from app.distributed.collectives import Agreement, alone
 from app.distributed.launch.environment import World
 from app.distributed.launch.worker import meeting
-from app.records import StepValues, mean_of, to_host
+from app.training.accumulator import StepValues, mean_of, to_host
 
 Pair = tuple[float, float]  # with several ranks, and without
 STEPS = 79  # in which the program goes through the 10,000 test images

@@ -10,16 +10,16 @@ from torch.utils.data import TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 import app
-from app.callbacks.callback import Callbacks
 from app.callbacks.console import Console
 from app.callbacks.tables import Tables
 from app.config.schema import Goal
 from app.data.loaders import load
 from app.learning import Learning
 from app.optimization import Optimization
-from app.plan import Plan
-from app.task import SupervisedTask
-from app.trainer import Trainer
+from app.training.events import Callbacks
+from app.training.plan import Plan
+from app.training.supervised import SupervisedTask
+from app.training.trainer import Trainer
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/from_python")

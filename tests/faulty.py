@@ -15,11 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from app.callbacks.callback import Callback, EpochEnd, StepEnd
 from app.distributed.collectives import rank
-from app.history import History
 from app.runtime.nested import Nested
-from app.task import Step, SupervisedTask
+from app.training.events import Callback, EpochEnd, StepEnd
+from app.training.history import History
+from app.training.supervised import SupervisedTask
+from app.training.task import Step
 
 FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage, or once:rank:step:file
 

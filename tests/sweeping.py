@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from app.runtime.nested import Nested
-from app.task import Step, SupervisedTask
+from app.training.supervised import SupervisedTask
+from app.training.task import Step
 
 
 class SweepTask(SupervisedTask):

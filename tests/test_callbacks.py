@@ -17,7 +17,6 @@ from conftest import Ran, make_job, run_app
 from PIL import Image
 from torch import Tensor, nn
 
-from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.function import Function
 from app.callbacks.mlflow import MLflow, allowed
 from app.callbacks.pictures import scaled
@@ -31,8 +30,9 @@ from app.callbacks.watched import class_outputs
 from app.config.schema import Goal
 from app.data.mnist import mnist
 from app.models.mlp import MLP
-from app.records import StageResult
 from app.runtime.errors import UserError
+from app.training.accumulator import StageResult
+from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 
 HEARD = """
 import json

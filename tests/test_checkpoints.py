@@ -22,13 +22,13 @@ from app.averaging import Averaging
 from app.callbacks.tables import mend
 from app.checkpoint import load_checkpoint
 from app.content import check_savable
-from app.plan import Saving
 from app.runtime.background_writer import Writer
 from app.runtime.errors import ConfigError, UserError
 from app.seal import Seal, check_seal, read_seal, write_sealed
 from app.state import TrainState
 from app.states import States, newest_sound, states_in
-from app.task import SupervisedTask
+from app.training.plan import Saving
+from app.training.supervised import SupervisedTask
 
 KEEP = ("checkpoint.keep_last=3", "trainer.max_epochs=2")
 

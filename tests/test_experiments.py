@@ -16,7 +16,6 @@ from conftest import make_job
 from torch import Tensor, nn
 
 from app import run
-from app.callbacks.callback import Callback, EpochEnd
 from app.config.instantiate import Build
 from app.data.mnist import digit_and_parity
 from app.learning import Learning
@@ -25,8 +24,9 @@ from app.models.dcgan import DCGAN
 from app.optimization import Optimization
 from app.parts import make_parts
 from app.runtime.errors import UserError
-from app.tasks.dcgan import AdversarialTask
-from app.trainer import Trainer
+from app.training.dcgan_task import AdversarialTask
+from app.training.events import Callback, EpochEnd
+from app.training.trainer import Trainer
 
 EXPERIMENTS = {  # what makes each of them small
     "fashion_mnist_alexnet": ("data.batch_size=4", "data.split.valid=8", "model.width=0.125"),

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from app.config.schema import Goal
-from app.history import Row, best, reason_to_stop, seconds_left, waited
+from app.training.history import Row, best, reason_to_stop, seconds_left, waited
 
 GOAL = Goal("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
 

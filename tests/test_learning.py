@@ -28,13 +28,13 @@ from app.learning import Learning
 from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import Learned, Linear, Scheduled, Steps
 from app.optimization import Optimization
-from app.plan import Plan
 from app.run import execute
 from app.runtime.errors import UserError
 from app.schedule import Schedule
 from app.schedules.chain import chained, sequential
-from app.task import SupervisedTask
-from app.trainer import Trainer
+from app.training.plan import Plan
+from app.training.supervised import SupervisedTask
+from app.training.trainer import Trainer
 
 X = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

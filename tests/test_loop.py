@@ -13,22 +13,22 @@ from conftest import make_job
 from torch import Tensor, nn
 
 from app import run
-from app.callbacks.callback import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.callbacks.progress import Progress
 from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import Parallel
-from app.history import History
 from app.learners import make_learning
 from app.optimization import Optimization
 from app.parts import Parts, make_parts
-from app.records import Rows, StageResult
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything, seed_of
 from app.schedule import Schedule
-from app.trainer import Trainer
+from app.training.accumulator import Rows, StageResult
+from app.training.events import Callback, Callbacks, EpochEnd, StageStart, StepEnd
+from app.training.history import History
+from app.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=100")

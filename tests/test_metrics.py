@@ -38,8 +38,8 @@ from app.metrics.segmentation import (
     PartialDice,
 )
 from app.metrics.stage_metrics import StageMetrics
-from app.records import Rows, mean_of
 from app.runtime.errors import UserError
+from app.training.accumulator import Rows, mean_of
 
 Array = NDArray[Any]
 Reference = Callable[[Array, Array], Any]

@@ -22,25 +22,26 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from app.averaging import ExponentialMovingAverage
-from app.callbacks.callback import Callback, StepEnd
 from app.checkpoint import load_checkpoint
 from app.config.schema import Goal
 from app.data.batch import Batches
 from app.data.loaders import load
 from app.data.sampling import Order
 from app.guard import Policy
-from app.history import History
 from app.learning import Learning
 from app.optimization import Optimization
-from app.origin import origin_of
-from app.plan import Plan
-from app.records import StageResult
 from app.runtime.errors import NonFiniteError
 from app.runtime.nested import Nested
 from app.runtime.signals import Stopped
 from app.schedule import Schedule
-from app.task import Step, SupervisedTask, Task
-from app.trainer import Trainer
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StepEnd
+from app.training.history import History
+from app.training.nonfinite_trace import origin_of
+from app.training.plan import Plan
+from app.training.supervised import SupervisedTask
+from app.training.task import Step, Task
+from app.training.trainer import Trainer
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(48, 3, generator=GENERATOR)

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import app
-from app.callbacks.callback import Callbacks
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
 from app.data.loaders import load
 from app.learning import Learning
 from app.optimization import Optimization
-from app.plan import Plan
 from app.runtime.errors import ConfigError, UserError
-from app.task import SupervisedTask
-from app.trainer import Trainer
+from app.training.events import Callbacks
+from app.training.plan import Plan
+from app.training.supervised import SupervisedTask
+from app.training.trainer import Trainer
 
 X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -26,7 +26,6 @@ from torchmetrics import classification as c
 from torchmetrics.wrappers import LambdaInputTransformer
 
 from app import run
-from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.config.instantiate import Build
 from app.data.batch import Batches, Ready
 from app.data.loaders import Reading, SampleLoader, TensorLoader, load
@@ -34,18 +33,20 @@ from app.data.sampling import Order
 from app.distributed.collectives import Agreement, rank, share, world_size
 from app.distributed.strategies import Parallel, Replicated
 from app.distributed.sync_batchnorm import synchronize_norms
-from app.history import History
 from app.learning import Learning
 from app.metrics.stage_metrics import as_metrics
 from app.optimization import Optimization
 from app.parts import make_parts
-from app.plan import Plan
-from app.records import StageResult
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, cut
 from app.state import on_host
-from app.task import Step, SupervisedTask, Task
-from app.trainer import Trainer
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import History
+from app.training.plan import Plan
+from app.training.supervised import SupervisedTask
+from app.training.task import Step, Task
+from app.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 SHORT = (

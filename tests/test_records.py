@@ -13,11 +13,11 @@ from torchmetrics.classification import (
     MulticlassF1Score,
 )
 
-from app import records
 from app.metrics.function import CorrectPredictions
 from app.metrics.stage_metrics import StageMetrics, has_narrow_sums
-from app.records import Rows, StageResult, mean_of
 from app.runtime.errors import UserError
+from app.training import accumulator as records
+from app.training.accumulator import Rows, StageResult, mean_of
 
 CPU = torch.device("cpu")
 SIZES = [7, 7, 1, 4]

@@ -119,7 +119,7 @@ def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
     )
     assert sweep(*trials(4, *words)) == 0
     folder = folder_of(tmp_path)
-    from app.pruning import storage_of
+    from app.training.pruning import storage_of
 
     storage = storage_of(f"journal:{folder}/.sweep/optuna.log")
     study = optuna.load_study(study_name=folder.name, storage=storage)

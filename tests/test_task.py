@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from app.callbacks.callback import Callback, StepEnd
 from app.config.instantiate import Build
 from app.config.schema import Goal
 from app.data.loaders import load
@@ -23,14 +22,16 @@ from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
 from app.optimization import Optimization
 from app.parts import make_parts
-from app.plan import Plan
-from app.records import mean_of
 from app.run import execute
-from app.runtime.device import Precision
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick, put, tensors
-from app.task import Step, SupervisedTask, Task
-from app.trainer import Trainer
+from app.training.accumulator import mean_of
+from app.training.events import Callback, StepEnd
+from app.training.plan import Plan
+from app.training.precision import Precision
+from app.training.supervised import SupervisedTask
+from app.training.task import Step, Task
+from app.training.trainer import Trainer
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()

@@ -7,10 +7,9 @@ from datetime import datetime, timedelta
 
 import pandas as pd
 
-from app.callbacks.callback import Callback, EpochEnd
-from app.callbacks.tables import summary_table
-from app.history import History, best, seconds_left, waited
-from app.records import StageResult
+from app.training.accumulator import StageResult
+from app.training.events import Callback, EpochEnd
+from app.training.history import History, best, seconds_left, summary_table, waited
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
-from app.history import History
-from app.records import StageResult
+from app.training.accumulator import StageResult
+from app.training.events import Callback, EpochEnd, StageStart, StepEnd
+from app.training.history import History
 
 
 class Function(Callback):

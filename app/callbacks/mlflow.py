@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.callbacks.callback import Callback, StageStart
 from app.callbacks.reported import flat, numbers, outcome
 from app.config.schema import Goal
-from app.history import History
-from app.records import StageResult
 from app.runtime.errors import UserError
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart
+from app.training.history import History
 
 LONGEST = 500  # letters of a value that every store takes
 ARTIFACTS = ("config.yaml", "summary_table.csv")

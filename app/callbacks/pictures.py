@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from app.callbacks.callback import StepEnd
 from app.callbacks.watched import class_outputs, targets_of
 from app.predictions import WHOLE, flattened, label_image
 from app.runtime.nested import Key, Nested, map_tensors, pick
+from app.training.events import StepEnd
 
 Named = dict[str, Tensor]  # by the names of `flattened`
 

@@ -10,10 +10,10 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from app.callbacks.callback import Callback, EpochEnd
-from app.history import History
-from app.records import StageResult
 from app.runtime.figures import save_figure
+from app.training.accumulator import StageResult
+from app.training.events import Callback, EpochEnd
+from app.training.history import History
 
 NOT_DRAWN = {"epoch", "stage", "loss_std", "total_samples", "total_correct"}
 SECONDS_BETWEEN = 15.0  # drawing takes a moment; short epochs do not wait for it

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.callbacks.watched import check_when, class_outputs, is_due, targets_of
-from app.history import History
 from app.predictions import Format, Predictions
-from app.records import StageResult
 from app.runtime.errors import UserError
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import History
 
 log = logging.getLogger(__name__)
 STAGES = ("valid", "test")

@@ -9,9 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.history import History
-from app.records import StageResult
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import History
 
 log = logging.getLogger(__name__)
 

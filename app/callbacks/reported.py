@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.schema import Goal
-from app.history import History, Row, best
+from app.training.history import History, Row, best
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

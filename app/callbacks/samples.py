@@ -11,14 +11,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.callbacks.callback import Callback, StageStart, StepEnd
 from app.callbacks.pictures import Samples, grid
 from app.callbacks.watched import check_when, is_due
-from app.history import History
 from app.predictions import image
-from app.records import StageResult
 from app.runtime.figures import save_figure
 from app.runtime.files import write_whole
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import History
 
 log = logging.getLogger(__name__)
 STAGES = ("train", "valid", "test")

@@ -14,16 +14,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from app.callbacks.callback import Callback, StageStart, StepEnd
-from app.history import History
-from app.records import StageResult
 from app.runtime.errors import unwritable
 from app.runtime.files import write_csv, write_whole
 from app.runtime.nested import Nested, tensors
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import STAGES, History, summary_table
 
 log = logging.getLogger(__name__)
-STAGES = ("train", "valid", "test")
-TIMES = ("epoch_time", "samples/s")
 
 
 class Tables(Callback):
@@ -132,13 +130,6 @@ def megabytes(batch: Nested) -> float:
         return math.nan
     resident = int(pages.read_text().split()[1])
     return resident * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def summary_table(history: History) -> pd.DataFrame:
-    """All rows, by epoch and stage; times last."""
-    rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
-    names = dict.fromkeys(name for row in rows for name in row if name not in TIMES)
-    return pd.DataFrame(rows, columns=[*names, *TIMES])
 
 
 def as_table(value: np.ndarray) -> pd.DataFrame:

@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
 from app.callbacks.pictures import Samples
 from app.callbacks.plots import matrix
 from app.callbacks.reported import flat, numbers, outcome
 from app.config.schema import Goal
-from app.history import History
-from app.records import StageResult
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, tensors
+from app.training.accumulator import StageResult
+from app.training.events import Callback, EpochEnd, StageStart, StepEnd
+from app.training.history import History
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.callbacks.callback import Callback, StageStart
 from app.callbacks.reported import numbers, outcome
 from app.config.schema import Goal
-from app.history import History
-from app.records import StageResult
 from app.runtime.errors import UserError
+from app.training.accumulator import StageResult
+from app.training.events import Callback, StageStart
+from app.training.history import History
 
 if TYPE_CHECKING:
     from wandb import Run

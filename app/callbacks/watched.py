@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from app.callbacks.callback import StageStart
 from app.losses.weighted_sum import LOGITS
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, pick
+from app.training.events import StageStart
 
 
 def check_when(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: int) -> None:

@@ -20,8 +20,9 @@ PARTS = (
     "app.metrics.",
     "app.models.",
     "app.schedules.",
-    "app.task.",
-    "app.tasks.",
+    "app.training.supervised.",
+    "app.training.task.",
+    "app.training.dcgan_task.",
 )
 LIBRARIES = (
     "torch.nn.",

@@ -26,7 +26,9 @@ RESERVED = (
     "samples/s",
     "memory_mb",
 )
-SUPERVISED = "app.task.SupervisedTask"  # whose columns are known from the configuration alone
+SUPERVISED = (
+    "app.training.supervised.SupervisedTask"  # whose columns are known from the configuration alone
+)
 USES_CKPT = ("test", "valid", "predict", "export")  # modes that use what was trained
 
 

@@ -11,7 +11,7 @@ from optuna import visualization
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from app.pruning import storage_of
+from app.training.pruning import storage_of
 
 PLOTS: dict[str, Callable[..., Any]] = {
     "History": visualization.plot_optimization_history,
@@ -24,7 +24,7 @@ def figures_of(storage: str, name: str, objectives: Sequence[str]) -> dict[str, 
     """By heading plotly's JSON; none of what too few trials can tell.
 
     Args:
-        storage: Where the study is kept, as `app.pruning.storage_of` takes it.
+        storage: Where the study is kept, as `app.training.pruning.storage_of` takes it.
         name: Of the study.
         objectives: Their names.
     """

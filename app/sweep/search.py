@@ -17,8 +17,6 @@ from optuna.trial import FrozenTrial, TrialState
 from app.config.instantiate import Build
 from app.config.overrides import Space, quoted
 from app.config.schema import Monitor
-from app.history import Row, goal_value
-from app.pruning import storage_of
 from app.runtime.errors import ConfigError, Mistake, UserError
 from app.sweep.distributions import searched
 from app.sweep.folder import SweepFolder
@@ -26,6 +24,8 @@ from app.sweep.job import SweepJob
 from app.sweep.options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, Options
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, Outcome, outcome_of
 from app.sweep.run import Sweep
+from app.training.history import Row, goal_value
+from app.training.pruning import storage_of
 
 log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}

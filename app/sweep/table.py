@@ -15,11 +15,11 @@ import yaml
 from pandas.errors import EmptyDataError
 
 from app.config.schema import Monitor
-from app.history import goal_value
 from app.sweep.folder import SweepFolder
 from app.sweep.job import plain_value
 from app.sweep.outcome import COMPLETED, Outcome, outcome_of
 from app.sweep.results import Results
+from app.training.history import goal_value
 
 SEED = "seed"
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}

@@ -16,7 +16,7 @@ from app.distributed.collectives import from_first, gathered, rank
 from app.distributed.strategies import Parallel
 from app.runtime.nested import Nested, tensors
 from app.runtime.seed import random_state, set_random_state
-from app.task import Task
+from app.training.task import Task
 
 LOSS, GRADIENT = "loss", "gradient"
 

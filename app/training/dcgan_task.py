@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.runtime.device import Precision
 from app.runtime.nested import Key, Nested, count_samples, pick
-from app.task import Measured, Step, Task
+from app.training.precision import Precision
+from app.training.task import Measured, Step, Task
 
 
 class AdversarialTask(Task):

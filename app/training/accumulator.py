@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from app.distributed.collectives import from_first, rank, sum_over_ranks
-from app.history import Row
 from app.metrics.stage_metrics import StageMetrics, Sums
+from app.training.history import Row
 
 FLUSH_EVERY = 10_000  # rows kept on the device at most
 

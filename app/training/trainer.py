@@ -15,8 +15,6 @@ import pandas as pd
 import torch
 
 from app.averaging import Averaging, measured_anew
-from app.callbacks.callback import Callback, EpochEnd, StageStart, StepEnd
-from app.callbacks.tables import summary_table
 from app.checkpoint import BEST
 from app.config.schema import Goal, Job, Monitor
 from app.cut import left, position, take_up
@@ -24,23 +22,23 @@ from app.data.batch import Batch, Batches
 from app.distributed.collectives import from_first, rank, world_size
 from app.distributed.strategies import Parallel
 from app.freezing import Freezing
-from app.history import goal_value, value_in
-from app.history import reason_to_stop as stop_by
 from app.keeping import Keeping
 from app.learning import Learning
-from app.memory import Memory
-from app.nonfinite import NonFinite
-from app.plan import Plan
-from app.pruning import Pruning
-from app.records import Rows, StageResult, nothing_of
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, joined, map_tensors
 from app.runtime.seed import seed_everything
 from app.runtime.signals import Stop, Stopped
 from app.state import TrainState
-from app.status import State
-from app.task import Step, Task, sound
-from app.together import Asked, lending, of_all_ranks
+from app.training.accumulator import Rows, StageResult, nothing_of
+from app.training.events import Callback, EpochEnd, StageStart, StepEnd
+from app.training.history import State, goal_value, summary_table, value_in
+from app.training.history import reason_to_stop as stop_by
+from app.training.nonfinite import NonFinite
+from app.training.oom import Memory
+from app.training.plan import Plan
+from app.training.pruning import Pruning
+from app.training.rank_sync import Asked, lending, of_all_ranks
+from app.training.task import Step, Task, sound
 
 log = logging.getLogger(__name__)
 Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns

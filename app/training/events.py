@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.config.schema import Goal
-from app.history import History
-from app.records import StageResult
 from app.runtime.nested import Nested
+from app.training.accumulator import StageResult
+from app.training.history import History
 
 
 @dataclass(frozen=True)

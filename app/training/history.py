@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
 
 from app.config.schema import Goal, Monitor
 from app.runtime.errors import UserError, nearest, one_of
@@ -111,3 +114,15 @@ def _expected(history: History, stage: str) -> float:
     for seconds in times[1:]:
         average += SMOOTHING * (seconds - average)
     return average
+
+
+State = Literal["running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"]
+STAGES = ("train", "valid", "test")
+TIMES = ("epoch_time", "samples/s")
+
+
+def summary_table(history: History) -> pd.DataFrame:
+    """All rows, by epoch and stage; times last."""
+    rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
+    names = dict.fromkeys(name for row in rows for name in row if name not in TIMES)
+    return pd.DataFrame(rows, columns=[*names, *TIMES])

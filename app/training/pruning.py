@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from app.config.instantiate import Build
 from app.config.schema import Goal, Trial
 from app.distributed.collectives import from_first, rank
-from app.history import History, measured
+from app.training.history import History, measured
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage

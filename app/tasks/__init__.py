@@ -1,1 +1,0 @@
-"""Steps that are not those from inputs to targets."""

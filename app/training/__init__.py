@@ -1,0 +1,1 @@
+"""The training loop: tasks, steps, events, history."""
