@@ -12,7 +12,6 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from app.callbacks.tables import drop_after
-from app.checkpoint import BEST
 from app.config import resolvers
 from app.config.compose import composer
 from app.config.instantiate import Build
@@ -28,6 +27,7 @@ from app.runtime.files import remove_partial, write_text
 from app.runtime.lock import owned
 from app.runtime.nested import Nested, describe
 from app.status import Status
+from app.training.checkpoint.checkpoint import BEST
 from app.training.events import Callbacks
 from app.training.precision import make_deterministic
 

@@ -27,8 +27,8 @@ from app.config.types import MISSING, UNKNOWN
 from app.config.validate import checked
 from app.runtime.errors import ConfigError, Mistake, UserError, looking
 from app.runtime.files import write_text
-from app.seal import check_seal
-from app.states import FOLDER, LAST, newest_sound
+from app.training.checkpoint.checksum import check_seal
+from app.training.checkpoint.rotation import FOLDER, LAST, newest_sound
 
 log = logging.getLogger(__name__)
 
@@ -243,7 +243,7 @@ def _chosen(resume: str, folder: Path) -> Path:
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
-    from app.checkpoint import load_checkpoint
+    from app.training.checkpoint.checkpoint import load_checkpoint
 
     with looking(key):
         if not Path(ckpt).exists():

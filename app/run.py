@@ -13,7 +13,6 @@ import torch
 from app.averaging import Averaging
 from app.batch_size import with_found_size
 from app.callbacks.tables import drop_after
-from app.checkpoint import find_checkpoint
 from app.config.instantiate import Build
 from app.config.schema import Config, Freeze, Job
 from app.data.batch import Batches
@@ -30,6 +29,7 @@ from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
 from app.runtime.signals import Stop
 from app.status import Status, versions
+from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best
 from app.training.precision import make_deterministic

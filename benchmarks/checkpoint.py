@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from app.experiment import compose
-from app.states import FOLDER, LAST
+from app.training.checkpoint.rotation import FOLDER, LAST
 
 EPOCHS = 4
 MODELS = {"small": ("[128]", 60), "large": ("[4096,4096]", 20)}  # layers, steps of an epoch

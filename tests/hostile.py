@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.seal import Seal, write_sealed
+from app.training.checkpoint.checksum import Seal, write_sealed
 
 WHOLE: dict[str, Any] = {
     "weights": torch.arange(12.0).reshape(3, 4),

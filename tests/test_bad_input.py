@@ -21,13 +21,13 @@ from hydra._internal.utils import get_args_parser
 from torch import nn
 
 from app import report
-from app.checkpoint import load_checkpoint, load_weights
 from app.cli import main
 from app.config import resolvers
 from app.preflight import preflight
 from app.run import execute
 from app.runtime.errors import ConfigError, StorageError, UserError, looking
 from app.runtime.files import write_text, write_whole
+from app.training.checkpoint.checkpoint import load_checkpoint, load_weights
 
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"
 

@@ -13,8 +13,8 @@ import torch
 from cutting import Cut, cutting
 from processes import assert_equal_runs
 
-from app.checkpoint import load_checkpoint, save_checkpoint
 from app.runtime.signals import Stopped
+from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 KEEP = ("checkpoint.keep_last=3", "checkpoint.save_top_k=2", "trainer.max_epochs=2")
 WORST = (  # the first epoch has the highest loss

@@ -20,13 +20,13 @@ from torch import nn
 
 from app.averaging import Averaging
 from app.callbacks.tables import mend
-from app.checkpoint import load_checkpoint
-from app.content import check_savable
 from app.runtime.background_writer import Writer
 from app.runtime.errors import ConfigError, UserError
-from app.seal import Seal, check_seal, read_seal, write_sealed
-from app.state import TrainState
-from app.states import States, newest_sound, states_in
+from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.checkpoint.checksum import Seal, check_seal, read_seal, write_sealed
+from app.training.checkpoint.content_check import check_savable
+from app.training.checkpoint.rotation import States, newest_sound, states_in
+from app.training.checkpoint.train_state import TrainState
 from app.training.plan import Saving
 from app.training.supervised import SupervisedTask
 

@@ -10,12 +10,12 @@ import pytest
 import yaml
 from conftest import Ran, make_job, mistakes_in
 
-from app.checkpoint import load_checkpoint, save_checkpoint
 from app.config.allowlist import TargetError, locate
 from app.config.instantiate import Build
 from app.config.types import describe, fits
 from app.run import execute
 from app.runtime.errors import ConfigError, UserError
+from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_the_main_job_is_without_mistakes() -> None:

@@ -32,9 +32,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import TESTS
 
-from app.content import check_content
-from app.plain_archive import load_plain
 from app.runtime.errors import UserError
+from app.training.checkpoint.archive_reader import load_plain
+from app.training.checkpoint.content_check import check_content
 
 GOOD = saved(WHOLE)
 FUZZ = settings(
@@ -261,7 +261,7 @@ def test_calls_and_names_elsewhere_than_in_tensors(
 
 
 def test_pickles_are_not_endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.plain_pickle.OPCODES", 100)
+    monkeypatch.setattr("app.training.checkpoint.pickle_reader.OPCODES", 100)
     assert loaded(tmp_path, archive(whole(b"]" + b"Na" * 48))) == [None] * 48
     assert "more than 100 opcodes" in refused(tmp_path, archive(whole(b"]" + b"Na" * 50)))
 

@@ -27,7 +27,6 @@ import yaml
 from conftest import Ran, make_job, mistakes_in
 from PIL import Image
 
-from app.checkpoint import load_checkpoint
 from app.config.secrets import looks_secret
 from app.data.archives import unpack
 from app.data.arrays import npz
@@ -39,6 +38,7 @@ from app.distributed.launch.failures import Failure
 from app.models.pretrained import pretrained
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.files import write_csv
+from app.training.checkpoint.checkpoint import load_checkpoint
 
 
 def md5_of(content: bytes) -> str:

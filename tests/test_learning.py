@@ -19,7 +19,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from app.averaging import Averaging, ExponentialMovingAverage, StochasticWeightAveraging
-from app.checkpoint import load_checkpoint
 from app.config.schema import Find, Freeze, Goal, Monitor
 from app.data.loaders import load
 from app.finders import diverges, find_learning_rate, steepest
@@ -32,6 +31,7 @@ from app.run import execute
 from app.runtime.errors import UserError
 from app.schedule import Schedule
 from app.schedules.chain import chained, sequential
+from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer

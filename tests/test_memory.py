@@ -14,10 +14,10 @@ from conftest import Ran, make_job, mistakes_in
 from processes import TESTS, assert_equal_runs, status_of
 from sweeps import Sweeps
 
-from app.checkpoint import load_checkpoint
 from app.config.schema import Job
 from app.run import execute
 from app.runtime.errors import UserError
+from app.training.checkpoint.checkpoint import load_checkpoint
 
 TASK = ("task._target_=faulty.Greedy", "trusted_targets=[faulty]", "model=cnn", "~callbacks.plots")
 FEW = ("trainer.max_epochs=2", "trainer.limit_train_batches=2", "trainer.limit_valid_batches=1")

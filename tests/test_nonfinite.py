@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from app.averaging import ExponentialMovingAverage
-from app.checkpoint import load_checkpoint
 from app.config.schema import Goal
 from app.data.batch import Batches
 from app.data.loaders import load
@@ -35,6 +34,7 @@ from app.runtime.nested import Nested
 from app.runtime.signals import Stopped
 from app.schedule import Schedule
 from app.training.accumulator import StageResult
+from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.events import Callback, StepEnd
 from app.training.history import History
 from app.training.nonfinite_trace import origin_of

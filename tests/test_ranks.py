@@ -39,8 +39,8 @@ from app.optimization import Optimization
 from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, cut
-from app.state import on_host
 from app.training.accumulator import StageResult
+from app.training.checkpoint.train_state import on_host
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
 from app.training.plan import Plan

@@ -15,9 +15,9 @@ from conftest import FEW, run_app
 from cutting import Cut, column, cutting, trained_on
 from processes import assert_equal_runs, status_of
 
-from app.checkpoint import load_checkpoint, save_checkpoint
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.signals import Stopped
+from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 SCHEDULES = {
     "warm-up": ("scheduler.warmup_steps=12",),

@@ -24,15 +24,15 @@ from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
 from app.callbacks.tables import drop_after
-from app.checkpoint import write_model
 from app.config import resolvers
 from app.preflight import preflight
 from app.runtime.errors import ConfigError, StorageError, UserError
 from app.runtime.files import read_json, read_status, remove_partial, write_text, write_whole
 from app.runtime.lock import FolderInUse, check_free, owned
-from app.seal import Seal, write_sealed
-from app.states import newest_sound
 from app.sweep.outcome import outcome_of
+from app.training.checkpoint.checkpoint import write_model
+from app.training.checkpoint.checksum import Seal, write_sealed
+from app.training.checkpoint.rotation import newest_sound
 
 STORAGE = 74
 TASK = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")

@@ -16,13 +16,13 @@ from hostile import sealed
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from app.checkpoint import FORMAT
 from app.config import resolvers
 from app.config.allowlist import TargetError, locate
 from app.config.limits import load_json, load_yaml
 from app.config.resolve import freeze
 from app.config.template import safe_template
 from app.runtime.errors import UserError
+from app.training.checkpoint.checkpoint import FORMAT
 
 resolvers.register()
 JOB = make_job("model=mlp", "data.batch_size=50")

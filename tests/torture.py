@@ -19,7 +19,7 @@ from warm import WarmCommand
 from app.distributed.launch.failures import RankFailed
 from app.distributed.launch.local import Crew
 from app.runtime.fault_injection import VARIABLE
-from app.seal import check_seal
+from app.training.checkpoint.checksum import check_seal
 
 WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
     "model=mlp",

@@ -15,21 +15,21 @@ import pandas as pd
 import torch
 
 from app.averaging import Averaging, measured_anew
-from app.checkpoint import BEST
 from app.config.schema import Goal, Job, Monitor
-from app.cut import left, position, take_up
 from app.data.batch import Batch, Batches
 from app.distributed.collectives import from_first, rank, world_size
 from app.distributed.strategies import Parallel
 from app.freezing import Freezing
-from app.keeping import Keeping
 from app.learning import Learning
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, joined, map_tensors
 from app.runtime.seed import seed_everything
 from app.runtime.signals import Stop, Stopped
-from app.state import TrainState
 from app.training.accumulator import Rows, StageResult, nothing_of
+from app.training.checkpoint.checkpoint import BEST
+from app.training.checkpoint.mid_epoch import left, position, take_up
+from app.training.checkpoint.policy import Keeping
+from app.training.checkpoint.train_state import TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import State, goal_value, summary_table, value_in
 from app.training.history import reason_to_stop as stop_by

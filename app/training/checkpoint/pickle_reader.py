@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from app.config.limits import DEPTH
-from app.plain_tensor import DTYPES, STORAGES, RefusedError, Storage, brief, tensor_of
+from app.training.checkpoint.tensor_reader import (
+    DTYPES,
+    STORAGES,
+    RefusedError,
+    Storage,
+    brief,
+    tensor_of,
+)
 
 OPCODES = 2**22  # in one pickle; each makes at most some hundred bytes
 SHARED = 10  # times as many values as opcodes, where values refer to others again and again

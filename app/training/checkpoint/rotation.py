@@ -11,7 +11,7 @@ from typing import BinaryIO
 from app.runtime.errors import UserError, looking
 from app.runtime.fault_injection import reach
 from app.runtime.files import write_whole
-from app.seal import check_seal, read_seal
+from app.training.checkpoint.checksum import check_seal, read_seal
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"

@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from app.plain_pickle import read_pickle
-from app.plain_tensor import RefusedError, brief
 from app.runtime.errors import UserError
+from app.training.checkpoint.pickle_reader import read_pickle
+from app.training.checkpoint.tensor_reader import RefusedError, brief
 
 # What zipfile raises for files with wrong bits.
 DAMAGES = (

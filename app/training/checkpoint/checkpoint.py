@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from app.config.limits import load_json
-from app.content import check_content
 from app.distributed.collectives import alone
 from app.distributed.strategies import put
-from app.plain_archive import load_plain, refuse_distributed
 from app.runtime.errors import UserError, nearest, one_of
 from app.runtime.files import write_whole
-from app.seal import Seal, check_seal, write_archive, write_sealed
-from app.states import FOLDER, LAST, States, states_in
+from app.training.checkpoint.archive_reader import load_plain, refuse_distributed
+from app.training.checkpoint.checksum import Seal, check_seal, write_archive, write_sealed
+from app.training.checkpoint.content_check import check_content
+from app.training.checkpoint.rotation import FOLDER, LAST, States, states_in
 from app.training.history import Row
 
 FORMAT = 3

@@ -12,8 +12,8 @@ from app.data.batch import Batch, Batches
 from app.distributed.collectives import gathered, rank, world_size
 from app.runtime.errors import UserError
 from app.runtime.seed import random_state, set_random_state
-from app.state import UNLIKE
 from app.training.accumulator import Rows
+from app.training.checkpoint.train_state import UNLIKE
 from app.training.rank_sync import lending
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""Checkpoints: what they hold, when they are saved, how they are read."""
