@@ -7,19 +7,18 @@ import inspect
 from torch import nn
 from torch.optim import Optimizer
 
-from app.averaging import Averaging
 from app.config.instantiate import Build
 from app.config.rules import seconds_of
 from app.config.schema import Checkpoint, Config, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.distributed.collectives import alone
 from app.distributed.strategies import Parallel, Replicated, Sharded
-from app.guard import FUSED
-from app.learning import ONLY, Learning
-from app.optimization import Optimization
 from app.parts import Parts
 from app.runtime.errors import UserError, nearest, one_of
-from app.schedule import Schedule
+from app.training.optim.finite_check import FUSED
+from app.training.optim.lr_schedule import Schedule
+from app.training.optim.optim_wrapper import ONLY, Learning, Optimization
+from app.training.optim.weight_averaging import Averaging
 from app.training.plan import Plan, Saving
 from app.training.supervised import SupervisedTask
 
@@ -180,7 +179,7 @@ def make_averaging(config: Config, build: Build, model: nn.Module) -> Averaging:
         return Averaging(model)
     averaging = build("average", config.average, model=model)
     if not isinstance(averaging, Averaging):
-        raise UserError("average is no app.averaging.Averaging")
+        raise UserError("average is no app.training.optim.weight_averaging.Averaging")
     return averaging
 
 

@@ -17,13 +17,13 @@ from app.data.batch import Batches
 from app.data.datamodule import STAGES, make_datasets, make_loaders
 from app.distributed.collectives import alone, first_before_others
 from app.distributed.sync_batchnorm import synchronize_norms
-from app.freezing import Freezing
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
 from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
+from app.training.optim.freezing import Freezing
 from app.training.precision import Precision, memory_format
 from app.training.task import Task
 from app.trial import try_on

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.averaging import Averaging
 from app.batch_size import with_found_size
 from app.callbacks.tables import drop_after
 from app.config.instantiate import Build
@@ -32,6 +31,7 @@ from app.status import Status, versions
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best
+from app.training.optim.weight_averaging import Averaging
 from app.training.precision import make_deterministic
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask

@@ -14,9 +14,8 @@ from app.callbacks.console import Console
 from app.callbacks.tables import Tables
 from app.config.schema import Goal
 from app.data.loaders import load
-from app.learning import Learning
-from app.optimization import Optimization
 from app.training.events import Callbacks
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer

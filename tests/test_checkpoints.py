@@ -18,7 +18,6 @@ from cutting import TINY, Cut, cutting, trained_on
 from processes import TESTS, assert_equal_runs
 from torch import nn
 
-from app.averaging import Averaging
 from app.callbacks.tables import mend
 from app.runtime.background_writer import Writer
 from app.runtime.errors import ConfigError, UserError
@@ -27,6 +26,7 @@ from app.training.checkpoint.checksum import Seal, check_seal, read_seal, write_
 from app.training.checkpoint.content_check import check_savable
 from app.training.checkpoint.rotation import States, newest_sound, states_in
 from app.training.checkpoint.train_state import TrainState
+from app.training.optim.weight_averaging import Averaging
 from app.training.plan import Saving
 from app.training.supervised import SupervisedTask
 

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from app import run
 from app.config.instantiate import Build
 from app.data.mnist import digit_and_parity
-from app.learning import Learning
 from app.losses.ssim import StructuralSimilarity
 from app.models.dcgan import DCGAN
-from app.optimization import Optimization
 from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.training.dcgan_task import AdversarialTask
 from app.training.events import Callback, EpochEnd
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.trainer import Trainer
 
 EXPERIMENTS = {  # what makes each of them small

@@ -18,20 +18,23 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from app.averaging import Averaging, ExponentialMovingAverage, StochasticWeightAveraging
 from app.config.schema import Find, Freeze, Goal, Monitor
 from app.data.loaders import load
 from app.finders import diverges, find_learning_rate, steepest
-from app.freezing import Freezing, matches
-from app.learning import Learning
 from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import Learned, Linear, Scheduled, Steps
-from app.optimization import Optimization
 from app.run import execute
 from app.runtime.errors import UserError
-from app.schedule import Schedule
-from app.schedules.chain import chained, sequential
 from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.optim.chain import chained, sequential
+from app.training.optim.freezing import Freezing, matches
+from app.training.optim.lr_schedule import Schedule
+from app.training.optim.optim_wrapper import Learning, Optimization
+from app.training.optim.weight_averaging import (
+    Averaging,
+    ExponentialMovingAverage,
+    StochasticWeightAveraging,
+)
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer

@@ -20,14 +20,14 @@ from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import Parallel
 from app.learners import make_learning
-from app.optimization import Optimization
 from app.parts import Parts, make_parts
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything, seed_of
-from app.schedule import Schedule
 from app.training.accumulator import Rows, StageResult
 from app.training.events import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.training.history import History
+from app.training.optim.lr_schedule import Schedule
+from app.training.optim.optim_wrapper import Optimization
 from app.training.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -21,23 +21,22 @@ from sweeps import Sweeps
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from app.averaging import ExponentialMovingAverage
 from app.config.schema import Goal
 from app.data.batch import Batches
 from app.data.loaders import load
 from app.data.sampling import Order
-from app.guard import Policy
-from app.learning import Learning
-from app.optimization import Optimization
 from app.runtime.errors import NonFiniteError
 from app.runtime.nested import Nested
 from app.runtime.signals import Stopped
-from app.schedule import Schedule
 from app.training.accumulator import StageResult
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.events import Callback, StepEnd
 from app.training.history import History
 from app.training.nonfinite_trace import origin_of
+from app.training.optim.finite_check import Policy
+from app.training.optim.lr_schedule import Schedule
+from app.training.optim.optim_wrapper import Learning, Optimization
+from app.training.optim.weight_averaging import ExponentialMovingAverage
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.task import Step, Task

@@ -19,10 +19,9 @@ import app
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
 from app.data.loaders import load
-from app.learning import Learning
-from app.optimization import Optimization
 from app.runtime.errors import ConfigError, UserError
 from app.training.events import Callbacks
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer

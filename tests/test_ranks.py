@@ -33,9 +33,7 @@ from app.data.sampling import Order
 from app.distributed.collectives import Agreement, rank, share, world_size
 from app.distributed.strategies import Parallel, Replicated
 from app.distributed.sync_batchnorm import synchronize_norms
-from app.learning import Learning
 from app.metrics.stage_metrics import as_metrics
-from app.optimization import Optimization
 from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, cut
@@ -43,6 +41,7 @@ from app.training.accumulator import StageResult
 from app.training.checkpoint.train_state import on_host
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.plan import Plan
 from app.training.supervised import SupervisedTask
 from app.training.task import Step, Task

@@ -17,16 +17,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from app.config.instantiate import Build
 from app.config.schema import Goal
 from app.data.loaders import load
-from app.learning import Learning
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
-from app.optimization import Optimization
 from app.parts import make_parts
 from app.run import execute
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.training.accumulator import mean_of
 from app.training.events import Callback, StepEnd
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.plan import Plan
 from app.training.precision import Precision
 from app.training.supervised import SupervisedTask

@@ -13,13 +13,13 @@ from app.runtime.errors import UserError, nearest
 
 # Parts of this program that a configuration may name, then the libraries it may name.
 PARTS = (
-    "app.averaging.",
+    "app.training.optim.weight_averaging.",
     "app.callbacks.",
     "app.data.",
     "app.losses.",
     "app.metrics.",
     "app.models.",
-    "app.schedules.",
+    "app.training.optim.chain.",
     "app.training.supervised.",
     "app.training.task.",
     "app.training.dcgan_task.",

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from app.data.batch import Batch, Batches
 from app.distributed.collectives import rank
-from app.guard import Flag, Guard
-from app.learning import Learning
 from app.runtime.errors import NonFiniteError
 from app.training.accumulator import StageResult
 from app.training.nonfinite_trace import GRADIENT, LOSS, copied, norm_buffers, origin_of, put_back
+from app.training.optim.finite_check import Flag, Guard
+from app.training.optim.optim_wrapper import Learning
 from app.training.task import Task
 
 log = logging.getLogger(__name__)

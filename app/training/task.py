@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from app.learning import Learning
 from app.metrics.output_metric import Selected
 from app.metrics.stage_metrics import StageMetrics, as_metrics
-from app.optimization import Optimization
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, describe, map_tensors
 from app.training.accumulator import Mean, StepValues, mean_of
+from app.training.optim.optim_wrapper import Learning, Optimization
 from app.training.precision import Precision
 
 Forward = Callable[[Nested], Nested]

@@ -14,13 +14,10 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from app.averaging import Averaging, measured_anew
 from app.config.schema import Goal, Job, Monitor
 from app.data.batch import Batch, Batches
 from app.distributed.collectives import from_first, rank, world_size
 from app.distributed.strategies import Parallel
-from app.freezing import Freezing
-from app.learning import Learning
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, joined, map_tensors
 from app.runtime.seed import seed_everything
@@ -35,6 +32,9 @@ from app.training.history import State, goal_value, summary_table, value_in
 from app.training.history import reason_to_stop as stop_by
 from app.training.nonfinite import NonFinite
 from app.training.oom import Memory
+from app.training.optim.freezing import Freezing
+from app.training.optim.optim_wrapper import Learning
+from app.training.optim.weight_averaging import Averaging, measured_anew
 from app.training.plan import Plan
 from app.training.pruning import Pruning
 from app.training.rank_sync import Asked, lending, of_all_ranks

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.config.schema import Goal, Monitor
-from app.learning import Learning
 from app.training.accumulator import Rows
 from app.training.checkpoint.checkpoint import BEST, monitored, of_epoch
 from app.training.checkpoint.mid_epoch import position
 from app.training.checkpoint.train_state import TrainState
 from app.training.history import best, best_epochs
+from app.training.optim.optim_wrapper import Learning
 from app.training.plan import Saving
 from app.training.rank_sync import Due
 

@@ -11,13 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from app.averaging import Averaging
 from app.config.resolve import select
 from app.config.resume import difference, learns_otherwise
 from app.config.schema import Job
 from app.distributed.collectives import from_first, rank
 from app.distributed.strategies import whole
-from app.learning import Learning
 from app.runtime.background_writer import Writer
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, map_tensors
@@ -34,6 +32,8 @@ from app.training.checkpoint.checksum import check_seal, read_seal
 from app.training.checkpoint.content_check import check_savable
 from app.training.checkpoint.rotation import FOLDER, LAST, States, remove
 from app.training.history import Row
+from app.training.optim.optim_wrapper import Learning
+from app.training.optim.weight_averaging import Averaging
 from app.training.plan import Saving
 from app.training.task import Task
 
