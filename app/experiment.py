@@ -11,6 +11,7 @@ import pandas as pd
 import yaml
 from hydra._internal.utils import get_args_parser
 
+from app.callbacks.prediction_files import table
 from app.callbacks.tables import drop_after
 from app.config import resolvers
 from app.config.compose import composer
@@ -19,7 +20,6 @@ from app.config.schema import Job
 from app.data.batch import Batches
 from app.job import folder_of, jobs_of
 from app.parts import make_callbacks, make_parts
-from app.predictions import table
 from app.run import logits_predicted, make_trainer, restore_from
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, looking

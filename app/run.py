@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from app.batch_size import with_found_size
+from app.callbacks.prediction_files import Predictions
 from app.callbacks.tables import drop_after
 from app.config.instantiate import Build
 from app.config.schema import Config, Freeze, Job
@@ -23,7 +24,6 @@ from app.finders import find_batch_size, find_learning_rate
 from app.learners import make_averaging, make_learning, make_parallel, make_plan
 from app.losses.weighted_sum import class_outputs
 from app.parts import Parts, make_callbacks, make_parts
-from app.predictions import Predictions
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
 from app.runtime.signals import Stop

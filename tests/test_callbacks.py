@@ -18,15 +18,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from app.callbacks.function import Function
+from app.callbacks.image_grids import scaled
+from app.callbacks.log_values import flat, outcome
 from app.callbacks.mlflow import MLflow, allowed
-from app.callbacks.pictures import scaled
 from app.callbacks.predictions import PredictionWriter
-from app.callbacks.reported import flat, outcome
 from app.callbacks.samples import SampleImages
+from app.callbacks.selection import class_outputs
 from app.callbacks.tables import Tables
 from app.callbacks.tensorboard import TensorBoard
 from app.callbacks.wandb import WeightsAndBiases
-from app.callbacks.watched import class_outputs
 from app.config.schema import Goal
 from app.data.mnist import mnist
 from app.models.mlp import MLP

@@ -44,7 +44,7 @@ FLOORS = [
         "app.training.optim.optim_wrapper",
         "app.training.optim.weight_averaging",
         "app.training.optim.freezing",
-        "app.predictions",
+        "app.callbacks.prediction_files",
         "app.export",
     ],
     [

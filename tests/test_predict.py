@@ -12,10 +12,10 @@ from conftest import Ran, make_job, mistakes_in
 from PIL import Image
 from torch import nn
 
+from app.callbacks.prediction_files import Predictions, table
 from app.config.instantiate import Build
 from app.data.mnist import mnist
 from app.parts import make_model
-from app.predictions import Predictions, table
 from app.run import execute
 from app.runtime.errors import UserError
 

@@ -385,7 +385,7 @@ def test_parts_that_run_or_write_what_they_are_told_are_refused(name: str) -> No
 
 def test_what_a_part_has_borrowed_is_no_part() -> None:
     with pytest.raises(TargetError, match=r"belongs to 'torch\.nn\.functional'"):
-        locate("app.callbacks.pictures.interpolate")
+        locate("app.callbacks.image_grids.interpolate")
 
 
 def test_parts_are_located() -> None:

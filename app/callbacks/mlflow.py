@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.callbacks.reported import flat, numbers, outcome
+from app.callbacks.log_values import flat, numbers, outcome
 from app.config.schema import Goal
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult

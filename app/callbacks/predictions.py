@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from app.callbacks.watched import check_when, class_outputs, is_due, targets_of
-from app.predictions import Format, Predictions
+from app.callbacks.prediction_files import Format, Predictions
+from app.callbacks.selection import check_when, class_outputs, is_due, targets_of
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
@@ -28,7 +28,7 @@ class PredictionWriter(Callback):
         folder: Of the run.
         config: Says which part of a batch is the target, and which outputs are logits of classes.
         stages: `valid`, `test`.
-        format: As of `app.predictions.Predictions`.
+        format: As of `app.callbacks.prediction_files.Predictions`.
         every_n_epochs: Of the validations in training; all else is always written.
 
     Raises:

@@ -11,9 +11,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.callbacks.pictures import Samples, grid
-from app.callbacks.watched import check_when, is_due
-from app.predictions import image
+from app.callbacks.image_grids import Samples, grid
+from app.callbacks.prediction_files import image
+from app.callbacks.selection import check_when, is_due
 from app.runtime.figures import save_figure
 from app.runtime.files import write_whole
 from app.training.accumulator import StageResult

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.callbacks.pictures import Samples
+from app.callbacks.image_grids import Samples
+from app.callbacks.log_values import flat, numbers, outcome
 from app.callbacks.plots import matrix
-from app.callbacks.reported import flat, numbers, outcome
 from app.config.schema import Goal
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, tensors

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.callbacks.reported import numbers, outcome
+from app.callbacks.log_values import numbers, outcome
 from app.config.schema import Goal
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult

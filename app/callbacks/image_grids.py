@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from app.callbacks.watched import class_outputs, targets_of
-from app.predictions import WHOLE, flattened, label_image
+from app.callbacks.prediction_files import WHOLE, flattened, label_image
+from app.callbacks.selection import class_outputs, targets_of
 from app.runtime.nested import Key, Nested, map_tensors, pick
 from app.training.events import StepEnd
 
