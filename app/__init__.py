@@ -14,10 +14,10 @@ def compose(overrides: list[str], folder: str | None = None) -> Any:
         folder: Of the run; None makes a new one under `outputs/`.
 
     Returns:
-        An `app.experiment.Experiment`.
+        An `app.experiment.notebook.Experiment`.
 
     Raises:
         app.runtime.errors.UserError: Whatever is wrong with them.
     """
     # By name, so that importing the package imports neither Hydra nor torch.
-    return import_module("app.experiment").compose(overrides, folder)
+    return import_module("app.experiment.notebook").compose(overrides, folder)

@@ -29,7 +29,7 @@ from app.distributed.launch.local import launch_local, warm_up
 from app.distributed.launch.select import launch_inline, ranks_wanted
 from app.distributed.launch.torchrun import Leader, follow
 from app.distributed.launch.worker import errors_to_stderr
-from app.job import prepared
+from app.experiment.job import prepared
 from app.preflight import check_what_is_shown, is_a_run, preflight
 from app.runtime.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
 from app.runtime.files import remove_partial

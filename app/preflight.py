@@ -14,7 +14,7 @@ from app.config.compose import composer
 from app.config.schema import Job
 from app.distributed.launch.select import check_world, ranks_wanted
 from app.distributed.launch.torchrun import Leader
-from app.job import folder_of, is_longer, jobs_of, value_of
+from app.experiment.job import folder_of, is_longer, jobs_of, value_of
 from app.runtime.errors import ConfigError, Mistake, NonFiniteError, looking
 from app.runtime.files import check_files, check_room, read_status
 from app.runtime.lock import check_free

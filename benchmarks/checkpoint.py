@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from app.experiment import compose
+from app.experiment.notebook import compose
 from app.training.checkpoint.rotation import FOLDER, LAST
 
 EPOCHS = 4

@@ -34,9 +34,9 @@ from app.config.compose import compositions
 from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import __file__ as MNIST
-from app.job import job_of
-from app.parts import make_parts
-from app.run import make_trainer
+from app.experiment.factory import make_parts
+from app.experiment.job import job_of
+from app.experiment.run import make_trainer
 from app.training.events import Callbacks
 
 CPU = torch.device("cpu")

@@ -24,7 +24,7 @@ from app.config import resolvers
 from app.config.compose import compositions
 from app.config.schema import Job
 from app.distributed.launch.local import launch_local
-from app.job import job_of
+from app.experiment.job import job_of
 from app.runtime.errors import ConfigError
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")

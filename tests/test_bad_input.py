@@ -23,8 +23,8 @@ from torch import nn
 from app import report
 from app.cli import main
 from app.config import resolvers
+from app.experiment.run import execute
 from app.preflight import preflight
-from app.run import execute
 from app.runtime.errors import ConfigError, StorageError, UserError, looking
 from app.runtime.files import write_text, write_whole
 from app.training.checkpoint.checkpoint import load_checkpoint, load_weights

@@ -12,7 +12,7 @@ from conftest import make_job, mistakes_in
 from app.config.instantiate import Build
 from app.data.batch import Batches
 from app.data.datamodule import make_datasets, make_loaders
-from app.run import execute
+from app.experiment.run import execute
 from app.runtime.errors import UserError
 
 OWN = """

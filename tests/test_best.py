@@ -80,7 +80,7 @@ def test_what_is_lost_for_good_is_said_and_the_last_weights_stand_in(
         state = load_checkpoint(file)
         assert state.epoch == 1
         file.unlink() if loss == "gone" else save_checkpoint(file, replace(state, epoch=3))
-    caplog.set_level(logging.INFO, "app.run")
+    caplog.set_level(logging.INFO, "app.experiment.run")
     cut("run", "none:0:0", *words)
     assert "the best epoch was 1, but its weights are lost: the last stand in" in caplog.text
     assert "the last weights are those of epoch 4" in caplog.text

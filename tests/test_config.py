@@ -13,7 +13,7 @@ from conftest import Ran, make_job, mistakes_in
 from app.config.allowlist import TargetError, locate
 from app.config.instantiate import Build
 from app.config.types import describe, fits
-from app.run import execute
+from app.experiment.run import execute
 from app.runtime.errors import ConfigError, UserError
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 

@@ -15,12 +15,12 @@ import torchvision
 from conftest import make_job
 from torch import Tensor, nn
 
-from app import run
 from app.config.instantiate import Build
 from app.data.mnist import digit_and_parity
+from app.experiment import run
+from app.experiment.factory import make_parts
 from app.losses.ssim import StructuralSimilarity
 from app.models.dcgan import DCGAN
-from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.training.dcgan_task import AdversarialTask
 from app.training.events import Callback, EpochEnd

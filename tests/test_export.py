@@ -11,9 +11,9 @@ import torch
 from conftest import Ran, make_job, mistakes_in
 from torch import Tensor, nn
 
-from app.export import Format, export
+from app.experiment.export import Format, export
+from app.experiment.run import execute
 from app.models.cnn import CNN
-from app.run import execute
 from app.runtime.errors import UserError
 
 

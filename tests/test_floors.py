@@ -13,20 +13,20 @@ APP = Path(__file__).parents[1] / "app"
 
 # From the top down; a module may import those of its own floor and of floors below it.
 FLOORS = [
-    ["app.__main__", "app.cli", "app.experiment", "app.report"],
+    ["app.__main__", "app.cli", "app.experiment.notebook", "app.report"],
     ["app.preflight"],
     ["app.sweep"],
-    ["app.job"],
+    ["app.experiment.job"],
     ["app.distributed.launch"],
-    ["app.run"],
-    ["app.batch_size"],
-    ["app.learners"],
-    ["app.parts"],
-    ["app.trial", "app.data.datamodule", "app.finders"],
+    ["app.experiment.run"],
+    ["app.experiment.tuner"],
+    ["app.experiment.factory"],
+    ["app.experiment.factory"],
+    ["app.experiment.dry_run", "app.data.datamodule", "app.experiment.tuner"],
     ["app.training.trainer"],
     ["app.training.nonfinite", "app.training.checkpoint.policy"],
     ["app.training.nonfinite_trace"],
-    ["app.status", "app.callbacks"],
+    ["app.experiment.status", "app.callbacks"],
     [
         "app.training.checkpoint.train_state",
         "app.training.dcgan_task",
@@ -45,7 +45,7 @@ FLOORS = [
         "app.training.optim.weight_averaging",
         "app.training.optim.freezing",
         "app.callbacks.prediction_files",
-        "app.export",
+        "app.experiment.export",
     ],
     [
         "app.training.optim.lr_schedule",

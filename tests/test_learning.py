@@ -20,10 +20,10 @@ from torch.utils.data import TensorDataset
 
 from app.config.schema import Find, Freeze, Goal, Monitor
 from app.data.loaders import load
-from app.finders import diverges, find_learning_rate, steepest
+from app.experiment.run import execute
+from app.experiment.tuner import diverges, find_learning_rate, steepest
 from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import Learned, Linear, Scheduled, Steps
-from app.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.optim.chain import chained, sequential

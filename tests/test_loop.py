@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from conftest import make_job
 from torch import Tensor, nn
 
-from app import run
 from app.callbacks.progress import Progress
 from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import Parallel
-from app.learners import make_learning
-from app.parts import Parts, make_parts
+from app.experiment import run
+from app.experiment.factory import Parts, make_learning, make_parts
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything, seed_of
 from app.training.accumulator import Rows, StageResult

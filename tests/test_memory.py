@@ -15,7 +15,7 @@ from processes import TESTS, assert_equal_runs, status_of
 from sweeps import Sweeps
 
 from app.config.schema import Job
-from app.run import execute
+from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 

@@ -15,8 +15,8 @@ from torch import nn
 from app.callbacks.prediction_files import Predictions, table
 from app.config.instantiate import Build
 from app.data.mnist import mnist
-from app.parts import make_model
-from app.run import execute
+from app.experiment.factory import make_model
+from app.experiment.run import execute
 from app.runtime.errors import UserError
 
 

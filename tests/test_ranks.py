@@ -25,7 +25,6 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchmetrics import classification as c
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from app import run
 from app.config.instantiate import Build
 from app.data.batch import Batches, Ready
 from app.data.loaders import Reading, SampleLoader, TensorLoader, load
@@ -33,8 +32,9 @@ from app.data.sampling import Order
 from app.distributed.collectives import Agreement, rank, share, world_size
 from app.distributed.strategies import Parallel, Replicated
 from app.distributed.sync_batchnorm import synchronize_norms
+from app.experiment import run
+from app.experiment.factory import make_parts
 from app.metrics.stage_metrics import as_metrics
-from app.parts import make_parts
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, cut
 from app.training.accumulator import StageResult

@@ -17,7 +17,7 @@ from app.config import resolvers
 from app.config.compose import composer
 from app.config.overrides import grid, parse_overrides, space_of
 from app.config.schema import Monitor
-from app.job import jobs_of
+from app.experiment.job import jobs_of
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
 from app.sweep.distributions import searched

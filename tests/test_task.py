@@ -17,10 +17,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from app.config.instantiate import Build
 from app.config.schema import Goal
 from app.data.loaders import load
+from app.experiment.factory import make_parts
+from app.experiment.run import execute
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
-from app.parts import make_parts
-from app.run import execute
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick, put, tensors
 from app.training.accumulator import mean_of

@@ -18,7 +18,7 @@ from app.config.overrides import grid_mistakes
 from app.config.resolve import freeze
 from app.config.schema import Monitor
 from app.config.types import mistakes_of
-from app.job import job_of
+from app.experiment.job import job_of
 from app.runtime.errors import ConfigError, Mistake, looking
 from app.sweep.folder import SweepFolder
 from app.sweep.options import GRID as GRID_SAMPLER

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.distributed.launch.failures import Failure, RankFailed, record
 from app.distributed.launch.local import Crew
-from app.job import prepared
+from app.experiment.job import prepared
 from app.runtime.errors import UserError
 from app.runtime.files import remove_partial
 from app.runtime.lock import FolderInUse, owned

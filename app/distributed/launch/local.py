@@ -55,7 +55,7 @@ def launch_local(
         quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
 
     Returns:
-        What `app.run.execute` gives in rank 0.
+        What `app.experiment.run.execute` gives in rank 0.
 
     Raises:
         RankFailed: A rank failed; all have ended.
@@ -130,7 +130,7 @@ class Crew:
                 self._hear(one)
 
     def result(self) -> float | None:
-        """What `app.run.execute` gave in rank 0; raises the failure with which it began."""
+        """What `app.experiment.run.execute` gave in rank 0; raises the failure with which it began."""
         if not self.failures:
             return self.done[0]
         failure = self._cause()

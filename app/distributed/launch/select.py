@@ -73,8 +73,8 @@ def _check_search(config: Config, several: str) -> None:
 
 
 def launch_inline(job: Job, folder: Path) -> float | None:
-    """Runs it here; gives what `app.run.execute` gives."""
-    from app.run import execute
+    """Runs it here; gives what `app.experiment.run.execute` gives."""
+    from app.experiment.run import execute
 
     stop = Stop()
     with stop.listening():

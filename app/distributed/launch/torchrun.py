@@ -42,7 +42,7 @@ class Leader:
         self.store: Store | None = None
 
     def launch(self, job: Job, folder: Path) -> float | None:
-        """Runs a job on all ranks; gives what `app.run.execute` gives.
+        """Runs a job on all ranks; gives what `app.experiment.run.execute` gives.
 
         Raises:
             RankFailed: Another rank failed first.

@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 
 from app.config.schema import Job
 from app.distributed.launch.environment import World
-from app.run import execute
+from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop
 
@@ -40,7 +40,7 @@ def run_rank(
         number: Of the job, among those of this store.
 
     Returns:
-        What `app.run.execute` gives.
+        What `app.experiment.run.execute` gives.
     """
     with ExitStack() as stack:
         if world.rank > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -12,15 +13,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import yaml
 from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf
 
-from app.config.schema import Find
+from app.config.instantiate import Build
+from app.config.resume import with_value
+from app.config.schema import Find, Job
+from app.config.secrets import told
 from app.data.batch import Batch, Batches
+from app.distributed.collectives import world_size
+from app.distributed.strategies import Parallel
+from app.experiment.factory import make_learning, make_parts
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
-from app.runtime.files import write_csv
+from app.runtime.files import write_csv, write_text
 from app.runtime.nested import map_tensors
+from app.runtime.seed import random_state, set_random_state
 from app.training.task import Task, sound
 
 log = logging.getLogger(__name__)
@@ -176,3 +186,51 @@ def _curve(table: pd.DataFrame, suggestion: float) -> Figure:
     axes.set_ylabel("loss")
     axes.legend()
     return figure
+
+
+def with_found_size(job: Job, device: torch.device, folder: Path) -> Job:
+    """The job with the size of the most samples per second among those that fit into memory.
+
+    The parts of the search are its own; `find_batch_size.csv` and `config.yaml` are written.
+
+    Args:
+        job: With the smallest size.
+        device: That it is to run on.
+        folder: Of the run.
+
+    Raises:
+        UserError: There are several ranks, or not even the smallest size fits.
+    """
+    if world_size() > 1:
+        raise UserError(
+            f"trainer.batch_size_finder=True is for one device, but there are {world_size()} ranks"
+        )
+    random = random_state()
+    size = _search(job, device, folder)
+    set_random_state(random)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    log.info("trainer.batch_size_finder: training runs with data.batch_size=%d", size)
+    found = with_batch_size(job, size)
+    write_text(folder / "config.yaml", yaml.safe_dump(found.plain, sort_keys=False))
+    return found
+
+
+def _search(job: Job, device: torch.device, folder: Path) -> int:
+    config, build = job.config, Build(job.trusted)
+    parts = make_parts(config, build, device)
+    parallel = Parallel(parts.task.model)
+    parts.task.learning = make_learning(config, build, parts, parallel, scheduled=False)
+    parts.freezing.apply(1)
+    start, train = config.data.batch_size, parts.loaders["train"]
+    return find_batch_size(parts.task, train, start, config.find, folder)
+
+
+def with_batch_size(job: Job, size: int) -> Job:
+    """The same job with batches of that size, and whatever else is made of it."""
+    template = OmegaConf.create(job.template)
+    assert isinstance(template, DictConfig)
+    plain, changed = with_value(job.plain, template, "data.batch_size", size)
+    return Job(told(plain), plain, OmegaConf.to_yaml(changed), job.trusted, job.differences)

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.batch_size import with_found_size
 from app.callbacks.prediction_files import Predictions
 from app.callbacks.tables import drop_after
 from app.config.instantiate import Build
@@ -19,15 +18,22 @@ from app.data.batch import Batches
 from app.data.datamodule import stages_run
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import Parallel
-from app.export import export
-from app.finders import find_batch_size, find_learning_rate
-from app.learners import make_averaging, make_learning, make_parallel, make_plan
+from app.experiment.export import export
+from app.experiment.factory import (
+    Parts,
+    make_averaging,
+    make_callbacks,
+    make_learning,
+    make_parallel,
+    make_parts,
+    make_plan,
+)
+from app.experiment.status import Status, versions
+from app.experiment.tuner import find_batch_size, find_learning_rate, with_found_size
 from app.losses.weighted_sum import class_outputs
-from app.parts import Parts, make_callbacks, make_parts
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
 from app.runtime.signals import Stop
-from app.status import Status, versions
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best

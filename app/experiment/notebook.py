@@ -18,15 +18,15 @@ from app.config.compose import composer
 from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.batch import Batches
-from app.job import folder_of, jobs_of
-from app.parts import make_callbacks, make_parts
-from app.run import logits_predicted, make_trainer, restore_from
+from app.experiment.factory import make_callbacks, make_parts
+from app.experiment.job import folder_of, jobs_of
+from app.experiment.run import logits_predicted, make_trainer, restore_from
+from app.experiment.status import Status
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, looking
 from app.runtime.files import remove_partial, write_text
 from app.runtime.lock import owned
 from app.runtime.nested import Nested, describe
-from app.status import Status
 from app.training.checkpoint.checkpoint import BEST
 from app.training.events import Callbacks
 from app.training.precision import make_deterministic
