@@ -35,11 +35,10 @@ from app.runtime.errors import ConfigError, NonFiniteError, StorageError, UserEr
 from app.runtime.files import remove_partial
 from app.runtime.lock import owned
 from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
-from app.sweep.check import POOL
-from app.sweep.elsewhere import Process, run_elsewhere, this_process
+from app.sweep.check import POOL, trust_mistakes
 from app.sweep.folder import SweepFolder
+from app.sweep.launchers.external import Process, run_elsewhere, this_process
 from app.sweep.outcome import DIVERGED, outcome_of, record_failure
-from app.sweep.trust import trust_mistakes
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
@@ -180,7 +179,7 @@ def run_job(
         return None
     finally:
         if multirun:
-            from app.sweep.finish import refresh
+            from app.sweep.report.write import refresh
 
             refresh(sweep.path)
 

@@ -48,9 +48,9 @@ def report(folders: Sequence[Path], to: Path | None = None) -> Path:
     Raises:
         UserError: There is no run.
     """
-    from app.sweep.finish import finish, leaderboard, write_pictures, write_tables
     from app.sweep.folder import SweepFolder
-    from app.sweep.table import collect, runs_of
+    from app.sweep.report.table import collect, runs_of
+    from app.sweep.report.write import finish, leaderboard, write_pictures, write_tables
 
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:

@@ -20,12 +20,10 @@ from app.config.schema import Monitor
 from app.experiment.job import jobs_of
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
-from app.sweep.distributions import searched
 from app.sweep.job import hash_of, new_job, short_name
-from app.sweep.results import Results
-from app.sweep.search import in_words
-from app.sweep.slots import make_slots, ranks_of
-from app.sweep.table import best_run, by_config, ranked
+from app.sweep.launchers.slots import make_slots, ranks_of
+from app.sweep.optuna_search import in_words, searched
+from app.sweep.report.table import Results, best_run, by_config, ranked
 
 
 def mistakes_in(*words: str) -> str:
@@ -261,15 +259,15 @@ def test_values_go_through_a_command_line(value: object) -> None:
 
 def test_the_machine_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr("app.sweep.slots._cores", lambda: 8)
-    monkeypatch.setattr("app.sweep.slots._visible", lambda accelerator: list("4567"))  # noqa: ARG005
+    monkeypatch.setattr("app.sweep.launchers.slots._cores", lambda: 8)
+    monkeypatch.setattr("app.sweep.launchers.slots._visible", lambda accelerator: list("4567"))  # noqa: ARG005
     pairs = make_slots("auto", 2, "auto", "auto")
     assert [slot.gpus for slot in pairs] == [("4", "5"), ("6", "7")]
     assert pairs[1].environment(2) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "6,7"}
     assert [slot.gpus for slot in make_slots("auto", None, 3, [0, 3])] == [("4",), ("7",), ("4",)]
     with pytest.raises(ConfigError, match="the pool has 1 GPUs"):
         make_slots("auto", 2, "auto", [0])
-    monkeypatch.setattr("app.sweep.slots._visible", lambda accelerator: [])  # noqa: ARG005
+    monkeypatch.setattr("app.sweep.launchers.slots._visible", lambda accelerator: [])  # noqa: ARG005
     assert [slot.threads for slot in make_slots("cpu", 2, "auto", "auto")] == [2, 2, 2, 2]
     assert ranks_of("auto", 0) == ranks_of(None, 3) == 1
 

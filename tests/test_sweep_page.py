@@ -13,9 +13,9 @@ import plotly.graph_objects as go
 import pytest
 
 from app.config.schema import Monitor
-from app.sweep.page import page
-from app.sweep.plots import pictures, scale
-from app.sweep.results import Results
+from app.sweep.report.page import page
+from app.sweep.report.plots import pictures, scale
+from app.sweep.report.table import Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
 ACCURACY = Monitor("accuracy", "max")

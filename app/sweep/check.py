@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from app.config.allowlist import is_trusted, trusted_by_environment
 from app.config.compose import Composer
 from app.config.instantiate import node_mistakes
-from app.config.overrides import grid_mistakes
-from app.config.resolve import freeze
+from app.config.overrides import grid_mistakes, parse_overrides
+from app.config.resolve import freeze, typed_trust
 from app.config.schema import Monitor
 from app.config.types import mistakes_of
 from app.experiment.job import job_of
 from app.runtime.errors import ConfigError, Mistake, looking
 from app.sweep.folder import SweepFolder
-from app.sweep.options import GRID as GRID_SAMPLER
-from app.sweep.options import NO_PRUNER, PRUNERS, SAMPLERS
-from app.sweep.slots import make_slots
-from app.sweep.trust import trust_mistakes
+from app.sweep.launchers.slots import make_slots
+from app.sweep.search_options import GRID as GRID_SAMPLER
+from app.sweep.search_options import NO_PRUNER, PRUNERS, SAMPLERS
 
 GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
 SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
@@ -79,7 +79,7 @@ def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[Mistake
         install = 'pip install "torch-experiment-app[optuna]"'
         yield Mistake("hydra/sweeper", f"=optuna needs the library optuna: {install}")
         return
-    from app.sweep.distributions import distribution_mistakes
+    from app.sweep.optuna_search import distribution_mistakes
 
     sweeper: Any = OmegaConf.to_container(first.hydra.sweeper, resolve=True)
     space, goal = composing.space, first.goal
@@ -182,3 +182,35 @@ def _check_frozen(composing: Composer, folder: SweepFolder) -> None:
         composed = frozen.load_configuration(composing.name, words, RunMode.RUN, from_shell=False)
         HydraConfig.instance().set_config(composed)
         job_of(composed)
+
+
+TRUST = "trusted_targets"
+TYPED = ("hydra.job.", "hydra.job_logging", "hydra.hydra_logging", "hydra.output_subdir")
+TYPED_TOO = ("hydra.searchpath", "hydra.run.", "hydra.sweep.", "hydra.overrides")
+
+
+def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[Mistake]:
+    """Saved words that would have to be typed.
+
+    Args:
+        folder: Of the sweep.
+        typed: What is typed now.
+    """
+    now = [word for word in typed if _key(word) == TRUST]
+    trusted = [*typed_trust(parse_overrides(now)), *trusted_by_environment()]
+    of_jobs = dict.fromkeys(word for job in folder.jobs for word in job.words)
+    for word in dict.fromkeys([*folder.words, *of_jobs]):
+        key = _key(word)
+        if key == TRUST and word not in typed:
+            names = typed_trust(parse_overrides([word]))
+            own = all(is_trusted(name, trusted) for name in names)
+        else:
+            own = word in typed or not key.startswith((TRUST, *TYPED, *TYPED_TOO))
+            own = own and not (word in of_jobs and key.startswith("hydra"))
+        if not own:
+            problem = f": the sweep was begun with {word}; type it, too, if you trust it"
+            yield Mistake("sweep.resume", problem)
+
+
+def _key(word: str) -> str:
+    return word.partition("=")[0].strip().lstrip("+~")

@@ -19,9 +19,9 @@ from app.config.overrides import Space, space_of
 from app.config.resolve import freeze
 from app.runtime.errors import UserError
 from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
-from app.sweep.drive import Drive, Source, logged
-from app.sweep.finish import exit_code, finish
+from app.sweep.driver import Drive, Source, logged
 from app.sweep.folder import SweepFolder
+from app.sweep.report.write import exit_code, finish
 
 log = logging.getLogger(__name__)
 NOT_KEPT = ("sweep.resume", "sweep.force")

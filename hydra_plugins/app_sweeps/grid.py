@@ -27,7 +27,7 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs all jobs; ends the process where not all went well."""
-        from app.sweep.combinations import Combinations
+        from app.sweep.grid import Combinations
         from app.sweep.run import Sweep, run_sweep
 
         assert self.config is not None

@@ -11,11 +11,11 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 if TYPE_CHECKING:
-    from app.sweep.pool import Pool
+    from app.sweep.launchers.pool import Pool
 
 
 class PoolLauncher(Launcher):
-    """Jobs side by side, each in a fresh process; `app.sweep.pool` does the work.
+    """Jobs side by side, each in a fresh process; `app.sweep.launchers.pool` does the work.
 
     Args:
         slots: Jobs at once.
@@ -56,7 +56,7 @@ class PoolLauncher(Launcher):
         return [pool.result(number) for number, _ in enumerate(job_overrides, initial_job_idx)]
 
     def _pool(self) -> Pool:
-        from app.sweep.pool import pool_of
+        from app.sweep.launchers.pool import pool_of
 
         context, task = self.hydra_context, self.task_function
         return pool_of(self.config, context, task, self.slots, self.gpus, self.timeout)

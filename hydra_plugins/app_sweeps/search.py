@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 
 class OptunaSweeper(Sweeper):
-    """Trials that a study of Optuna's asks for; `app.sweep.search` does the work.
+    """Trials that a study of Optuna's asks for; `app.sweep.optuna_search` does the work.
 
     Args:
         n_trials: How many.
@@ -36,7 +36,7 @@ class OptunaSweeper(Sweeper):
         pruner: dict[str, Any],
         params: dict[str, Any] | None = None,
     ) -> None:
-        from app.sweep.options import Options
+        from app.sweep.search_options import Options
 
         self.options = Options(
             n_trials, n_jobs, direction, objectives, storage, study_name, sampler, pruner
@@ -53,8 +53,8 @@ class OptunaSweeper(Sweeper):
         """Runs all trials; ends the process where not all went well."""
         from functools import partial
 
+        from app.sweep.optuna_search import Trials
         from app.sweep.run import Sweep, run_sweep
-        from app.sweep.search import Trials
 
         assert self.config is not None
         sweep = Sweep(self.config, self.context, self.task, arguments, self.params)

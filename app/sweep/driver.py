@@ -23,11 +23,11 @@ from omegaconf.errors import OmegaConfBaseException
 from app.config.overrides import quoted
 from app.distributed.launch.failures import Failure, in_a_line, record
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
-from app.sweep.elsewhere import end, is_running
-from app.sweep.finish import refresh
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
+from app.sweep.launchers.external import end, is_running
 from app.sweep.outcome import FAILED, PENDING, RUNNING, Outcome, outcome_of, record_failure
+from app.sweep.report.write import refresh
 
 log = logging.getLogger(__name__)
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process

@@ -15,8 +15,8 @@ from typing import TypeAlias
 import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from app.sweep.plots import is_number, labels, scale, text
-from app.sweep.results import Results
+from app.sweep.report.plots import is_number, labels, scale, text
+from app.sweep.report.table import Results
 
 Value: TypeAlias = str | int | float | bool | None  # what JSON has
 Curves: TypeAlias = dict[str, dict[str, list[Value]]]  # by stage, then by quantity

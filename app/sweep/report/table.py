@@ -18,7 +18,6 @@ from app.config.schema import Monitor
 from app.sweep.folder import SweepFolder
 from app.sweep.job import plain_value
 from app.sweep.outcome import COMPLETED, Outcome, outcome_of
-from app.sweep.results import Results
 from app.training.history import goal_value
 
 SEED = "seed"
@@ -252,3 +251,24 @@ def best_run(results: Results) -> pd.Series[Any] | None:
         if line[column] is not None and not math.isnan(float(line[column])):
             return line
     return None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the table, the pictures and the page are made of.
+
+    Attributes:
+        title: Of the page, as the name of the sweep's folder.
+        table: A line for each run, as in `sweep.csv`; without a value where a run has none yet.
+        keys: The columns of the table that were swept, or that differ.
+        goals: What the runs were to reach, the most frequent first; their columns are
+            `best_<metric>` and `last_<metric>`.
+        curves: By the table's column `folder`: a run's summary table (epoch, stage, loss_mean,
+            accuracy, ...), a line for each finished stage.
+    """
+
+    title: str
+    table: pd.DataFrame
+    keys: list[str]
+    goals: list[Monitor]
+    curves: dict[str, pd.DataFrame]

@@ -19,8 +19,7 @@ from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.sweep.folder import INSIDE, SweepFolder
 from app.sweep.outcome import outcome_of
-from app.sweep.results import Results
-from app.sweep.table import best_run, by_config, collect, ranked, runs_of
+from app.sweep.report.table import Results, best_run, by_config, collect, ranked, runs_of
 
 log = logging.getLogger(__name__)
 SHOWN = 20  # lines of the leaderboard on the terminal
@@ -64,7 +63,7 @@ def figures_in(folder: SweepFolder) -> dict[str, str]:
     if find_spec("optuna") is None:
         log.warning("the library optuna is not installed: the page is without its pictures")
         return {}
-    from app.sweep.figures import figures_of
+    from app.sweep.report.optuna_figures import figures_of
 
     storage = folder.storage_name(study["storage"])
     return figures_of(storage, study["name"], study["objectives"])
@@ -78,8 +77,8 @@ def write_tables(results: Results, folder: Path) -> None:
 
 def write_pictures(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
     """`sweep.html`, and `plots/` for papers."""
-    from app.sweep.page import page
-    from app.sweep.plots import pictures
+    from app.sweep.report.page import page
+    from app.sweep.report.plots import pictures
 
     write_text(folder / PAGE, page(results, figures))
     for name, figure in pictures(results).items():

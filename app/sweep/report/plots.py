@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from app.config.schema import Monitor
-from app.sweep.results import Results
+from app.sweep.report.table import Results
 
 Scale: TypeAlias = Literal["linear", "log", "category"]
 

@@ -27,8 +27,8 @@ from app.runtime.errors import UserError
 from app.runtime.files import remove_partial
 from app.runtime.lock import FolderInUse, owned
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.sweep.launchers.slots import Slot, make_slots, ranks_of
 from app.sweep.outcome import record_failure
-from app.sweep.slots import Slot, make_slots, ranks_of
 
 log = logging.getLogger(__name__)
 Take = Callable[[], tuple[int, Sequence[str]] | None]

@@ -6,7 +6,7 @@ import logging
 from collections import deque
 
 from app.config.overrides import Space, grid
-from app.sweep.drive import Streams
+from app.sweep.driver import Streams
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.outcome import FAILED, Outcome, outcome_of

@@ -1,0 +1,1 @@
+"""The tables, plots and page of a sweep."""
