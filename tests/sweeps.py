@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from processes import SHORT, TESTS, Command, begun, status_of, wait_for_lines
 
-from app import cli
+from app.cli import main as cli
 from app.config import resolvers
 
 SWEEPING = ("task._target_=sweeping.SweepTask", "trusted_targets=[sweeping]")

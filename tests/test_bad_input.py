@@ -20,11 +20,11 @@ from hostile import sealed
 from hydra._internal.utils import get_args_parser
 from torch import nn
 
-from app import report
-from app.cli import main
+from app.cli import report
+from app.cli.main import main
+from app.cli.preflight import preflight
 from app.config import resolvers
 from app.experiment.run import execute
-from app.preflight import preflight
 from app.runtime.errors import ConfigError, StorageError, UserError, looking
 from app.runtime.files import write_text, write_whole
 from app.training.checkpoint.checkpoint import load_checkpoint, load_weights

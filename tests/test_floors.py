@@ -13,8 +13,8 @@ APP = Path(__file__).parents[1] / "app"
 
 # From the top down; a module may import those of its own floor and of floors below it.
 FLOORS = [
-    ["app.__main__", "app.cli", "app.experiment.notebook", "app.report"],
-    ["app.preflight"],
+    ["app.__main__", "app.cli.main", "app.experiment.notebook", "app.cli.report"],
+    ["app.cli.preflight"],
     ["app.sweep"],
     ["app.experiment.job"],
     ["app.distributed.launch"],
@@ -135,7 +135,7 @@ def python(code: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["app", "app.cli", "app.distributed.launch.select", "app.config.validate"]
+    "module", ["app", "app.cli.main", "app.distributed.launch.select", "app.config.validate"]
 )
 def test_top_and_bottom_floor_do_not_import_torch(module: str) -> None:
     assert python(f"import sys, {module}; print('torch' in sys.modules)").strip() == "False"

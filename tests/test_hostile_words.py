@@ -12,9 +12,9 @@ from hydra._internal.utils import get_args_parser
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import CONF
-from app.preflight import preflight
 from app.runtime.errors import UserError
 
 SHORT = settings(

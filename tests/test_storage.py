@@ -24,8 +24,8 @@ from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
 from app.callbacks.tables import drop_after
+from app.cli.preflight import preflight
 from app.config import resolvers
-from app.preflight import preflight
 from app.runtime.errors import ConfigError, StorageError, UserError
 from app.runtime.files import read_json, read_status, remove_partial, write_text, write_whole
 from app.runtime.lock import FolderInUse, check_free, owned

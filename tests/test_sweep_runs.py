@@ -99,7 +99,7 @@ def test_a_report_makes_all_anew(swept: Path) -> None:
     page = (swept / "sweep.html").read_text()
     for name in (*before, "sweep.html"):
         (swept / name).unlink()
-    assert subprocess.run([sys.executable, "-m", "app.report", str(swept)]).returncode == 0
+    assert subprocess.run([sys.executable, "-m", "app.cli.report", str(swept)]).returncode == 0
     assert before == {name: (swept / name).read_text() for name in before}
     assert (swept / "sweep.html").read_text() == page
 

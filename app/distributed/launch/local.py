@@ -34,7 +34,7 @@ LOOPBACK = "127.0.0.1"
 LISTENS = "listens"  # what a rank says once signals reach it
 PRELOADED = [
     "app.distributed.launch.preload",
-    "app.cli",
+    "app.cli.main",
     "app.distributed.launch.worker",
     "torchvision",
     "pandas",

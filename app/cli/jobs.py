@@ -1,145 +1,38 @@
-"""The command line: compose, check, freeze, launch, return the objective."""
+"""One job: run it, and record how it ended."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
 import sys
 import traceback
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app import report
 from app.config import resolvers
-from app.config.compose import CONF, CONFIG_NAME
 from app.config.schema import Job
 from app.config.secrets import unsaid
-from app.distributed.launch.environment import World, joined, requeue
+from app.distributed.launch.environment import requeue
 from app.distributed.launch.failures import Failure, RankFailed
-from app.distributed.launch.local import launch_local, warm_up
+from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline, ranks_wanted
-from app.distributed.launch.torchrun import Leader, follow
+from app.distributed.launch.torchrun import Leader
 from app.distributed.launch.worker import errors_to_stderr
 from app.experiment.job import prepared
-from app.preflight import check_what_is_shown, is_a_run, preflight
-from app.runtime.errors import ConfigError, NonFiniteError, StorageError, UserError, looking
+from app.runtime.errors import NonFiniteError, UserError
 from app.runtime.files import remove_partial
 from app.runtime.lock import owned
-from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Reason, Stopped
-from app.sweep.check import POOL, trust_mistakes
+from app.runtime.signals import INTERRUPTED, Reason, Stopped
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.external import Process, run_elsewhere, this_process
 from app.sweep.outcome import DIVERGED, outcome_of, record_failure
 
 log = logging.getLogger(__name__)
-log.setLevel(logging.DEBUG)  # where errors came from is for run.log alone
-
-
-def main() -> None:
-    """The console script `app`, and `python -m app`."""
-    if sys.argv[1:2] == [report.COMMAND]:
-        sys.exit(report.main(sys.argv[2:]))
-    resolvers.register()
-    parser = get_args_parser()
-    parser.prog = "app"
-    args = parser.parse_args()
-    runs, world = is_a_run(args), None
-    try:
-        args = with_saved_words(args)
-        world = joined(args.overrides, os.environ)
-    except UserError as error:
-        _leave(str(error), MISTAKE)
-    if world is None:
-        sys.exit(lead(args, None))
-    if world.rank > 0:
-        _end(obey(world) if runs else 0)
-    leader, code = Leader(world), FAILURE
-    try:
-        code = lead(args, leader)
-    finally:
-        if runs:
-            leader.leave(code)
-    _end(code)
-
-
-@looking("sweep.resume")
-def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
-    """Where nothing but `sweep.resume` is typed, the sweep's own words are meant.
-
-    Raises:
-        UserError: The folder is damaged, or words of its have to be typed.
-    """
-    typed = dict(word.partition("=")[::2] for word in args.overrides)
-    own = ("sweep.", "hydra", "trusted_targets")
-    if typed.get("sweep.resume") and all(key.startswith(own) for key in typed):
-        folder = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser())
-        saved, mistakes = folder.words, list(trust_mistakes(folder, args.overrides))
-        if mistakes:
-            raise ConfigError(mistakes)
-        other = ("hydra.launcher.",) if "hydra/launcher" in typed else ()  # keys of the one before
-        keys = {word: word.partition("=")[0] for word in saved}
-        added = [w for w, key in keys.items() if key not in typed and not key.startswith(other)]
-        sys.argv += added  # from there Hydra reads them
-        args.overrides += added
-    return args
-
-
-def lead(args: argparse.Namespace, leader: Leader | None) -> int:
-    """All jobs, from the process that talks to Hydra; gives the exit code."""
-    try:
-        if not is_a_run(args):
-            check_what_is_shown(args)
-        elif preflight(args, leader) == POOL:
-            warm_up()
-        run_jobs(leader)
-        return 0
-    except UserError as error:
-        sys.stderr.write(f"{error}\n")
-        return error.exit_code if isinstance(error, StorageError) else MISTAKE
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return INTERRUPTED
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-
-
-def obey(world: World) -> int:
-    """What rank 0 tells; gives the exit code."""
-    try:
-        return follow(world)
-    except Stopped as stopped:
-        return stopped.code
-    except Exception as error:  # noqa: BLE001 - rank 0 has said it, where it still can
-        sys.stderr.write(f"rank {world.rank} ends: {type(error).__name__}: {error}\n")
-        return FAILURE
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{message}\n")
-    sys.exit(code)
-
-
-def _end(code: int) -> NoReturn:
-    """At once: what a failed rank has left of its connections may hold it up for long."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def run_jobs(leader: Leader | None) -> None:
-    """All jobs, by Hydra."""
-    task = partial(run_job, leader=leader, driver=this_process())
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)(task)()
 
 
 def run_job(
