@@ -24,6 +24,7 @@ from app.config import resolvers
 from app.config.compose import compositions
 from app.config.schema import Job
 from app.distributed.launch.local import launch_local
+from app.experiment.entry import run_experiment
 from app.experiment.job import job_of
 from app.runtime.errors import ConfigError
 
@@ -154,7 +155,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
         monkeypatch.setenv("FAULT", fault)
         job = make_job(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
-        launch_local(job, tmp_path, size, SILENT)
+        launch_local(run_experiment, job, tmp_path, size, SILENT)
         return tmp_path
 
     return run

@@ -14,6 +14,7 @@ from processes import SILENT, TESTS
 from app.distributed.launch.failures import RankFailed
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline
+from app.experiment.entry import run_experiment
 
 TINY = (  # five steps in each epoch
     "data=indexed",
@@ -56,7 +57,9 @@ def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
             job = make_job(*where, *TINY, f"trainer.devices={size}", *words)
             folder.mkdir(exist_ok=True)
             try:
-                launch_local(job, folder, size, SILENT) if size > 1 else launch_inline(job, folder)
+                launch_local(
+                    run_experiment, job, folder, size, SILENT
+                ) if size > 1 else launch_inline(run_experiment, job, folder)
             except (RuntimeError, RankFailed) as error:
                 assert "the rank broke" in str(error), error
             return folder

@@ -28,6 +28,7 @@ from processes import (
 from app.distributed.launch.environment import World, first_host, joined
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import check_world
+from app.experiment.entry import run_experiment
 from app.runtime.errors import ConfigError, UserError
 
 
@@ -41,7 +42,9 @@ def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.Monke
     for folder in folders:
         folder.mkdir()
     with port_taken(29500), ThreadPoolExecutor(len(folders)) as pool:
-        values = list(pool.map(lambda folder: launch_local(job, folder, 2, SILENT), folders))
+        values = list(
+            pool.map(lambda folder: launch_local(run_experiment, job, folder, 2, SILENT), folders)
+        )
     assert len({*values}) == 1
     assert [status_of(folder)["status"] for folder in folders] == ["completed"] * len(folders)
 

@@ -17,6 +17,7 @@ from cutting import TINY, write_indexed
 from processes import TESTS
 
 from app.distributed.launch.select import launch_inline
+from app.experiment.entry import run_experiment
 
 JOBS, SETTLED = 50, 10  # after so many, caches of the libraries are full
 
@@ -59,7 +60,7 @@ def test_fifty_jobs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         folder = tmp_path / str(number)
         folder.mkdir()
         random.seed(number), np.random.seed(number), torch.manual_seed(number)
-        launch_inline(job, folder)
+        launch_inline(run_experiment, job, folder)
         if number == SETTLED:
             taken, files, before = resident(), open_files(), world()
     assert world() == before

@@ -497,7 +497,8 @@ def test_a_term_that_is_called_loss_does_not_hide_the_total(tmp_path: Path) -> N
     row = Trainer(task, Plan(max_epochs=1), tmp_path).evaluate(load(TensorDataset(X, Y), 60))
     assert row["loss_mean"][0] > 100
     assert "loss.loss is the name of another column; rename it" in mistakes_in(
-        "+loss.loss={_target_: app.losses.weighted_sum.Term, function: {_target_: torch.nn.MSELoss}}"
+        "+loss.loss={_target_: app.losses.weighted_sum.Term, "
+        "function: {_target_: torch.nn.MSELoss}}"
     )
 
 

@@ -23,6 +23,7 @@ from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline, ranks_wanted
 from app.distributed.launch.torchrun import Leader
 from app.distributed.launch.worker import errors_to_stderr
+from app.experiment.entry import run_experiment
 from app.experiment.job import prepared
 from app.runtime.errors import NonFiniteError, UserError
 from app.runtime.files import remove_partial
@@ -138,9 +139,9 @@ def launch(
 ) -> float | None:
     """Runs a job on its devices; gives the goal's best value."""
     if leader is not None:
-        return leader.launch(job, folder)
+        return leader.launch(run_experiment, job, folder)
     size = ranks_wanted(job.config, hydra_node.mode == RunMode.MULTIRUN)
     if size == 0:
-        return launch_inline(job, folder)
+        return launch_inline(run_experiment, job, folder)
     logging_config: Any = OmegaConf.to_container(hydra_node.job_logging, resolve=True)
-    return launch_local(job, folder, size, logging_config, quiet)
+    return launch_local(run_experiment, job, folder, size, logging_config, quiet)

@@ -21,6 +21,7 @@ from app.config.compose import CONF, CONFIG_NAME
 from app.distributed.launch.environment import World, joined
 from app.distributed.launch.local import warm_up
 from app.distributed.launch.torchrun import Leader, follow
+from app.experiment.entry import run_experiment
 from app.runtime.errors import ConfigError, StorageError, UserError, looking
 from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stopped
 from app.sweep.check import POOL, trust_mistakes
@@ -102,7 +103,7 @@ def lead(args: argparse.Namespace, leader: Leader | None) -> int:
 def obey(world: World) -> int:
     """What rank 0 tells; gives the exit code."""
     try:
-        return follow(world)
+        return follow(run_experiment, world)
     except Stopped as stopped:
         return stopped.code
     except Exception as error:  # noqa: BLE001 - rank 0 has said it, where it still can

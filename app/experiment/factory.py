@@ -185,7 +185,8 @@ def make_parallel(config: Config, parts: Parts) -> Parallel:
         if not (isinstance(task, SupervisedTask) and single):
             raise UserError(
                 "trainer.strategy='fsdp' needs a task that calls the model as a whole, as "
-                "app.training.supervised.SupervisedTask does, and a single optimizer; allowed here: ddp"
+                "app.training.supervised.SupervisedTask does, and a single optimizer; "
+                "allowed here: ddp"
             )
         return Sharded(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1

@@ -23,7 +23,13 @@ from typing import Any
 from app.config.schema import Job
 from app.distributed.launch.environment import World
 from app.distributed.launch.failures import Failure, cause, record, underlying
-from app.distributed.launch.worker import errors_to_stderr
+from app.distributed.launch.worker import (
+    RankFunction,
+    errors_to_stderr,
+    printed_to,
+    run_rank,
+    share_threads,
+)
 from app.runtime.signals import AT_ONCE, REASONS, Reason, Stop, heard
 
 log = logging.getLogger(__name__)
@@ -35,7 +41,7 @@ LISTENS = "listens"  # what a rank says once signals reach it
 PRELOADED = [
     "app.distributed.launch.preload",
     "app.cli.main",
-    "app.distributed.launch.worker",
+    "app.experiment.run",  # by name: only the process that ranks are forked from imports it
     "torchvision",
     "pandas",
     "tqdm",
@@ -43,11 +49,17 @@ PRELOADED = [
 
 
 def launch_local(
-    job: Job, folder: Path, size: int, logging_config: Mapping[str, Any], quiet: bool = False
+    function: RankFunction,
+    job: Job,
+    folder: Path,
+    size: int,
+    logging_config: Mapping[str, Any],
+    quiet: bool = False,
 ) -> float | None:
     """Runs a job on so many ranks.
 
     Args:
+        function: What each rank runs; importable by its name.
         job: The same for all.
         folder: Of the run.
         size: How many ranks.
@@ -55,14 +67,14 @@ def launch_local(
         quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
 
     Returns:
-        What `app.experiment.run.execute` gives in rank 0.
+        What the function gives in rank 0.
 
     Raises:
         RankFailed: A rank failed; all have ended.
         UserError: The user must put something right.
         Stopped: It was asked to end, and did.
     """
-    crew = Crew(job, folder, size, logging_config, quiet=quiet)
+    crew = Crew(function, job, folder, size, logging_config, quiet=quiet)
     try:
         return crew.run()
     finally:
@@ -73,6 +85,7 @@ class Crew:
     """The processes of one job.
 
     Args:
+        function: What each rank runs; importable by its name.
         job: The same for all.
         folder: Of the run.
         size: How many.
@@ -83,6 +96,7 @@ class Crew:
 
     def __init__(
         self,
+        function: RankFunction,
         job: Job,
         folder: Path,
         size: int,
@@ -90,7 +104,7 @@ class Crew:
         environment: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.job, self.folder, self.size = job, folder, size
+        self.function, self.job, self.folder, self.size = function, job, folder, size
         self.logging_config, self.quiet = dict(logging_config), quiet
         self.environment = {**os.environ, **(environment or {})}
         self.processes: list[BaseProcess] = []
@@ -130,7 +144,7 @@ class Crew:
                 self._hear(one)
 
     def result(self) -> float | None:
-        """What `app.experiment.run.execute` gave in rank 0; raises the failure with which it began."""
+        """What the function gave in rank 0; raises the failure with which it began."""
         if not self.failures:
             return self.done[0]
         failure = self._cause()
@@ -151,7 +165,16 @@ class Crew:
             mine, its = context.Pipe(duplex=False)
             process = context.Process(  # type: ignore[attr-defined]
                 target=work,
-                args=(world, self.job, self.folder, its, self.environment, config, self.quiet),
+                args=(
+                    self.function,
+                    world,
+                    self.job,
+                    self.folder,
+                    its,
+                    self.environment,
+                    config,
+                    self.quiet,
+                ),
                 name=f"rank {rank}",
             )
             process.start()
@@ -265,6 +288,7 @@ def warm_up() -> None:
 
 
 def work(
+    function: RankFunction,
     world: World,
     job: Job,
     folder: Path,
@@ -287,7 +311,7 @@ def work(
         try:
             pipe.send(LISTENS)
             with _printed(folder) if quiet and world.rank == 0 else nullcontext():
-                pipe.send(_run(world, job, folder, stop, logging_config))
+                pipe.send(_run(function, world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
             pipe.send(Failure.of(world.rank, underlying(error)))
@@ -300,17 +324,18 @@ def work(
 
 
 def _printed(folder: Path) -> AbstractContextManager[None]:
-    from app.distributed.launch.worker import printed_to
-
     return printed_to(folder / "logs" / "rank0.log")
 
 
 def _run(
-    world: World, job: Job, folder: Path, stop: Stop, logging_config: dict[str, Any]
+    function: RankFunction,
+    world: World,
+    job: Job,
+    folder: Path,
+    stop: Stop,
+    logging_config: dict[str, Any],
 ) -> float | None:
     from torch._C._distributed_c10d import TCPStore
-
-    from app.distributed.launch.worker import run_rank, share_threads
 
     share_threads(world.local_size)
     if world.rank == 0:
@@ -318,7 +343,7 @@ def _run(
         errors_to_stderr()
         logging.captureWarnings(True)
     store = TCPStore(world.address, world.port, is_master=False)
-    return run_rank(world, job, folder, store, stop)
+    return run_rank(function, world, job, folder, store, stop)
 
 
 def _die_with_parent() -> None:

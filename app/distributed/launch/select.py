@@ -6,6 +6,7 @@ from pathlib import Path
 
 from app.config.schema import Config, Job
 from app.distributed.launch.environment import World
+from app.distributed.launch.worker import RankFunction
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop
 
@@ -72,10 +73,8 @@ def _check_search(config: Config, several: str) -> None:
         raise UserError(f"trainer.batch_size_finder=True searches on one device, but {several}")
 
 
-def launch_inline(job: Job, folder: Path) -> float | None:
-    """Runs it here; gives what `app.experiment.run.execute` gives."""
-    from app.experiment.run import execute
-
+def launch_inline(function: RankFunction, job: Job, folder: Path) -> float | None:
+    """Runs it here; gives what the function gives."""
     stop = Stop()
     with stop.listening():
-        return execute(job, folder, stop)
+        return function(job, folder, stop, 0)

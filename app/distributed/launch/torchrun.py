@@ -16,6 +16,7 @@ from app.config.schema import Job
 from app.config.secrets import told
 from app.distributed.launch.environment import World
 from app.distributed.launch.failures import Failure, cause, record, underlying
+from app.distributed.launch.worker import RankFunction, run_rank
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop, Stopped
 
@@ -41,8 +42,8 @@ class Leader:
         self.world, self.jobs = world, 0
         self.store: Store | None = None
 
-    def launch(self, job: Job, folder: Path) -> float | None:
-        """Runs a job on all ranks; gives what `app.experiment.run.execute` gives.
+    def launch(self, function: RankFunction, job: Job, folder: Path) -> float | None:
+        """Runs a job on all ranks; gives what the function gives.
 
         Raises:
             RankFailed: Another rank failed first.
@@ -50,7 +51,7 @@ class Leader:
         self.store = self.store or meet(self.world)
         self.jobs += 1
         self.store.set(f"{JOB}{self.jobs}", as_text(job, folder))
-        return take_part(self.world, self.store, self.jobs, job, folder)
+        return take_part(function, self.world, self.store, self.jobs, job, folder)
 
     def leave(self, code: int) -> None:
         """No further job comes: the others end with that code."""
@@ -65,7 +66,7 @@ class Leader:
             time.sleep(0.05)
 
 
-def follow(world: World) -> int:
+def follow(function: RankFunction, world: World) -> int:
     """Any other rank: runs what rank 0 tells, until it is told to leave; gives the exit code."""
     store, number = meet(world), 0
     while True:
@@ -74,7 +75,7 @@ def follow(world: World) -> int:
         if text.startswith(END):
             store.add(SEEN, 1)
             return int(text.removeprefix(END))
-        take_part(world, store, number, *from_text(text))
+        take_part(function, world, store, number, *from_text(text))
 
 
 def meet(world: World) -> Store:
@@ -101,14 +102,14 @@ def meet(world: World) -> Store:
         ) from error
 
 
-def take_part(world: World, store: Store, number: int, job: Job, folder: Path) -> float | None:
+def take_part(
+    function: RankFunction, world: World, store: Store, number: int, job: Job, folder: Path
+) -> float | None:
     """This rank's part of a job; when it fails, the first to fail is known to all."""
-    from app.distributed.launch.worker import run_rank
-
     stop = Stop(insists=False)
     with stop.listening():
         try:
-            return run_rank(world, job, folder, store, stop, number)
+            return run_rank(function, world, job, folder, store, stop, number)
         except BaseException as raised:
             error = underlying(raised)
             if isinstance(error, Stopped):

@@ -5,33 +5,41 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
-
-import torch
-import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
+from typing import TYPE_CHECKING
 
 from app.config.schema import Job
 from app.distributed.launch.environment import World
-from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.runtime.signals import Stop
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for the files alone
 MARKED = "rank %d: %%(message)s"
+# What a launcher runs on each rank: job, run folder, stop request, local rank -> goal value.
+RankFunction = Callable[[Job, Path, Stop, int], float | None]
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def run_rank(
-    world: World, job: Job, folder: Path, store: Store, stop: Stop, number: int = 0
+    function: RankFunction,
+    world: World,
+    job: Job,
+    folder: Path,
+    store: Store,
+    stop: Stop,
+    number: int = 0,
 ) -> float | None:
     """This rank's part of a job.
 
     Args:
+        function: What to run.
         world: Which rank it is, and of how many.
         job: The same for all.
         folder: Of the run.
@@ -40,7 +48,7 @@ def run_rank(
         number: Of the job, among those of this store.
 
     Returns:
-        What `app.experiment.run.execute` gives.
+        What the function gives.
     """
     with ExitStack() as stack:
         if world.rank > 0:
@@ -48,7 +56,7 @@ def run_rank(
         if world.size > 1:
             stack.enter_context(meeting(world, store, number, job.config.trainer.timeout))
         try:
-            return execute(job, folder, stop, world.local_rank)
+            return function(job, folder, stop, world.local_rank)
         except BaseException as error:
             log.debug("rank %d ends with", world.rank, exc_info=error)
             raise
@@ -60,6 +68,10 @@ def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator
 
     After an error the process ends, and what is left of the meeting with it.
     """
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import PrefixStore
+
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo",
@@ -131,6 +143,8 @@ def printed_to(path: Path) -> Iterator[None]:
 
 def share_threads(local_size: int) -> None:
     """The cores of this machine, shared out over its ranks, unless `OMP_NUM_THREADS` says else."""
+    import torch
+
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return

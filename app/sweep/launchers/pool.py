@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from app.distributed.launch.failures import Failure, RankFailed, record
 from app.distributed.launch.local import Crew
+from app.experiment.entry import run_experiment
 from app.experiment.job import prepared
 from app.runtime.errors import UserError
 from app.runtime.files import remove_partial
@@ -161,7 +162,9 @@ class Pool:
             devices = job.config.trainer.devices
             raise UserError(f"trainer.devices={devices!r}, but the slot has {len(slot.gpus)} GPUs")
         logging_config: Any = OmegaConf.to_container(config.hydra.job_logging, resolve=True)
-        return Crew(job, folder, ranks, logging_config, slot.environment(ranks), quiet=True)
+        return Crew(
+            run_experiment, job, folder, ranks, logging_config, slot.environment(ranks), quiet=True
+        )
 
     def _attend(self, ended: Callable[[int], None]) -> None:
         awaited = [one for busy in self.busy for one in busy.crew.awaited]

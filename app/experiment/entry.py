@@ -1,0 +1,21 @@
+"""What a launcher runs on each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.config.schema import Job
+from app.runtime.signals import Stop
+
+
+def run_experiment(
+    job: Job, folder: Path, stop: Stop | None = None, local_rank: int = 0
+) -> float | None:
+    """Run this rank's part of a job, as `app.experiment.run.execute` does.
+
+    The command line hands this function to a launcher before torch is imported anywhere, so the
+    import stands inside.
+    """
+    from app.experiment.run import execute
+
+    return execute(job, folder, stop, local_rank)
