@@ -41,9 +41,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
-from app.distributed.collectives import Agreement, alone
-from app.distributed.launch.environment import World
-from app.distributed.launch.worker import meeting
+from app.distributed.collectives import LazyAllReduceMax, is_distributed
+from app.distributed.launch.environment import ClusterEnvironment
+from app.distributed.launch.worker import process_group
 from app.training.accumulator import StepValues, mean_of, to_host
 
 Pair = tuple[float, float]  # with several ranks, and without
@@ -175,11 +175,11 @@ def talk(path: str, rounds: int, rank: int) -> list[tuple[Pair, Pair]]:
     """The same in one of two ranks: for each round, with the other and alone."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     torch.set_num_threads(1)
-    store, world = FileStore(path, 2), World("local", rank, 2, rank, 2, "", 0)
+    store, world = FileStore(path, 2), ClusterEnvironment("local", rank, 2, rank, 2, "", 0)
     collect, found = partial(to_host, rows_of_a_stage()), []
     for number in range(rounds):
         theirs = milliseconds(collect), milliseconds(agree)
-        with meeting(world, store, number, timeout=60):
+        with process_group(world, store, number, timeout=60):
             ours = milliseconds(collect), milliseconds(agree)
         found.append(((ours[0], theirs[0]), (ours[1], theirs[1])))
     return found
@@ -196,17 +196,17 @@ def rows_of_a_stage() -> list[StepValues]:
 
 def agree() -> None:
     """After every step of a stage, to go on."""
-    agreement = Agreement()
+    agreement = LazyAllReduceMax()
     for _ in range(STEPS):
         agreement(0)
-    agreement.settle(0)
+    agreement.wait(0)
 
 
 def milliseconds(action: Callable[[], object]) -> float:
     """The median of some; ranks begin each together."""
     times = []
     for _ in range(REPEATS):
-        if not alone():
+        if is_distributed():
             dist.barrier()
         began = time.perf_counter()
         action()

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 import app
 from app.callbacks.console import Console
 from app.callbacks.tables import Tables
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.data.loaders import load
 from app.training.events import Callbacks
 from app.training.optim.optim_wrapper import Learning, Optimization
@@ -49,7 +49,7 @@ trainer = Trainer(
     task,
     Plan(max_epochs=20),
     folder / "spirals",
-    goal=Goal("accuracy", "max", patience=5),
+    goal=GoalConfig("accuracy", "max", patience=5),
     callbacks=Callbacks([Tables(folder / "spirals"), Console()]),
 )
 summary = trainer.fit(

@@ -136,7 +136,7 @@ def mistakes_in(*words: str) -> list[str]:
         try:
             job_of(composed)
         except ConfigError as error:
-            found += map(str, error.mistakes)
+            found += map(str, error.issues)
     return found
 
 

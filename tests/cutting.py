@@ -11,7 +11,7 @@ import pytest
 from conftest import make_job
 from processes import SILENT, TESTS
 
-from app.distributed.launch.failures import RankFailed
+from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline
 from app.experiment.entry import run_experiment
@@ -60,7 +60,7 @@ def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
                 launch_local(
                     run_experiment, job, folder, size, SILENT
                 ) if size > 1 else launch_inline(run_experiment, job, folder)
-            except (RuntimeError, RankFailed) as error:
+            except (RuntimeError, RankFailedError) as error:
                 assert "the rank broke" in str(error), error
             return folder
 

@@ -25,8 +25,8 @@ from app.cli.main import main
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.experiment.run import execute
-from app.runtime.errors import ConfigError, StorageError, UserError, looking
-from app.runtime.files import write_text, write_whole
+from app.runtime.errors import ConfigError, StorageError, UserError, as_user_error
+from app.runtime.files import atomic_write, write_text
 from app.training.checkpoint.checkpoint import load_checkpoint, load_weights
 
 EMBEDDED = Path(__file__).parents[1] / "app" / "data" / "mnist"
@@ -237,9 +237,12 @@ def test_a_sweep_or_a_report_of_such_a_name(
 
 
 def test_only_files_that_a_user_can_put_right_are_his_mistakes() -> None:
-    with pytest.raises(OSError, match="of the program"), looking():
+    with pytest.raises(OSError, match="of the program"), as_user_error():
         raise OSError("of the program")
-    with pytest.raises(ConfigError, match="ckpt: it cannot be read: damaged"), looking("ckpt"):
+    with (
+        pytest.raises(ConfigError, match="ckpt: it cannot be read: damaged"),
+        as_user_error("ckpt"),
+    ):
         raise OSError("damaged")
 
 
@@ -382,7 +385,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(StorageError, match="disk full"):
-        write_whole(path, fail)
+        atomic_write(path, fail)
     assert path.read_text() == "old"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 

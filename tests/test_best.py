@@ -13,7 +13,7 @@ import torch
 from cutting import Cut, cutting
 from processes import assert_equal_runs
 
-from app.runtime.signals import Stopped
+from app.runtime.signals import TrainingInterrupted
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 KEEP = ("checkpoint.keep_last=3", "checkpoint.save_top_k=2", "trainer.max_epochs=2")
@@ -109,7 +109,7 @@ def test_an_average_has_the_same_statistics_of_batches_after_a_cut(cut: Cut, whe
         (folder / "checkpoints" / "epoch001.pt").unlink()
     else:
         folder = whole.parent / "run"
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingInterrupted):
             cut("run", f"SIGTERM:0:{step}:valid", *words)
     cut("run", "none:0:0", *words)
     assert_equal_runs(whole, folder)

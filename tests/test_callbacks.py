@@ -27,7 +27,7 @@ from app.callbacks.selection import class_outputs
 from app.callbacks.tables import Tables
 from app.callbacks.tensorboard import TensorBoard
 from app.callbacks.wandb import WeightsAndBiases
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.data.mnist import mnist
 from app.models.mlp import MLP
 from app.runtime.errors import UserError
@@ -178,7 +178,7 @@ def test_steps_go_on_over_epochs_and_diverged_weights_are_no_error(
     board = TensorBoard(tmp_path, model, config, histograms_every_n_epochs=2, hparams=False)
     for epoch in (1, 2):
         board.on_stage_end(result("train", epoch), [])
-        board.on_epoch_end(EpochEnd(epoch, [], Goal("loss", "min"), None, 1, 0.0))
+        board.on_epoch_end(EpochEnd(epoch, [], GoalConfig("loss", "min"), None, 1, 0.0))
     board.on_run_end([result("train").row])
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [scalar.step for scalar in found.Scalars("train_step/loss")] == [1, 2]
@@ -296,7 +296,7 @@ def test_nobody_is_noisy(watched: Ran) -> None:
 
 def test_the_outcome_is_the_best_and_the_last() -> None:
     history = [result(epoch=1, accuracy=0.9).row, result(epoch=2, accuracy=0.8).row]
-    found = outcome(history, Goal("accuracy", "max"))
+    found = outcome(history, GoalConfig("accuracy", "max"))
     assert found["best/accuracy"] == 0.9
     assert found["best/epoch"] == 1
     assert found["valid/accuracy"] == 0.8

@@ -19,7 +19,7 @@ from processes import TESTS, assert_equal_runs
 from torch import nn
 
 from app.callbacks.tables import mend
-from app.runtime.background_writer import Writer
+from app.runtime.background_writer import BackgroundWriter
 from app.runtime.errors import ConfigError, UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.checksum import Seal, check_seal, read_seal, write_sealed
@@ -187,7 +187,7 @@ def test_what_changes_meanwhile_is_not_written(tmp_path: Path) -> None:
     saving = Saving(in_background=True)
     state = TrainState(task, Averaging(model), tmp_path, None, None, saving)
     wanted, go_on = model.weight.detach().clone(), threading.Event()
-    state.writer.write(lambda: go_on.wait(60) and None)
+    state.writer.submit(lambda: go_on.wait(60) and None)
     state.save_best()
     model.weight.data.zero_()
     go_on.set()
@@ -196,14 +196,14 @@ def test_what_changes_meanwhile_is_not_written(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_the_background_is_told() -> None:
-    writer = Writer(in_background=True)
+    writer = BackgroundWriter(in_background=True)
 
     def fail() -> None:
         raise UserError("the disk is full")
 
-    writer.write(fail)
+    writer.submit(fail)
     with pytest.raises(UserError, match="the disk is full"):
-        writer.write(lambda: None, supersedes=True)
+        writer.submit(lambda: None, wait_first=True)
 
 
 def test_any_byte_counts(tmp_path: Path) -> None:

@@ -19,9 +19,14 @@ from processes import (
     write_numbered,
 )
 
-from app.distributed.launch.failures import Failure, RankFailed, cause, underlying
+from app.distributed.launch.failures import (
+    RankFailedError,
+    RankFailure,
+    root_exception,
+    root_failure,
+)
 from app.runtime.errors import StorageError, UserError
-from app.runtime.signals import Reason, Stopped
+from app.runtime.signals import StopReason, TrainingInterrupted
 
 
 @pytest.mark.parametrize(
@@ -39,7 +44,7 @@ from app.runtime.signals import Reason, Stopped
 def test_the_rank_that_failed_is_named(
     ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
 ) -> None:
-    with pytest.raises((RankFailed, UserError)) as failed:
+    with pytest.raises((RankFailedError, UserError)) as failed:
         ranks(fault)
     assert error in str(failed.value)
     status = status_of(tmp_path)
@@ -53,7 +58,7 @@ def test_the_rank_that_failed_is_named(
 def test_a_silent_rank_is_named_after_the_timeout(
     ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
 ) -> None:
-    with pytest.raises(RankFailed, match=rf"rank {rank}: it has not answered for 6 s"):
+    with pytest.raises(RankFailedError, match=rf"rank {rank}: it has not answered for 6 s"):
         ranks(fault, "trainer.timeout=6", size=3)
     assert status_of(tmp_path)["rank"] == rank
     assert not own_processes()
@@ -64,13 +69,13 @@ def test_data_that_one_rank_cannot_read_ends_all(
 ) -> None:
     write_numbered(tmp_path / "conf")
     words = ("data=numbered", "trainer.sanity_valid_batches=0")
-    with pytest.raises(RankFailed, match="rank 1: OSError: the file broke"):
+    with pytest.raises(RankFailedError, match="rank 1: OSError: the file broke"):
         ranks("data:1:9", *words, flags=("--config-dir", str(tmp_path / "conf")))
     assert status_of(tmp_path)["rank"] == 1
 
 
 def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RankFailed, match="rank 0: RuntimeError: the watcher broke"):
+    with pytest.raises(RankFailedError, match="rank 0: RuntimeError: the watcher broke"):
         ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
     assert status_of(tmp_path)["status"] == "failed"
 
@@ -85,16 +90,16 @@ def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Pa
 @pytest.mark.parametrize(
     ("fault", "state", "reason"),
     [
-        ("SIGTERM:1:5", "preempted", Reason.PREEMPTED),
-        ("SIGUSR1:0:5", "preempted", Reason.PREEMPTED),
-        ("SIGINT:1:5", "interrupted", Reason.INTERRUPTED),
-        ("SIGTERM:1:4:valid", "preempted", Reason.PREEMPTED),
+        ("SIGTERM:1:5", "preempted", StopReason.PREEMPTED),
+        ("SIGUSR1:0:5", "preempted", StopReason.PREEMPTED),
+        ("SIGINT:1:5", "interrupted", StopReason.INTERRUPTED),
+        ("SIGTERM:1:4:valid", "preempted", StopReason.PREEMPTED),
     ],
 )
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: Reason
+    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: StopReason
 ) -> None:
-    with pytest.raises(Stopped) as stopped:
+    with pytest.raises(TrainingInterrupted) as stopped:
         ranks(fault)
     assert stopped.value.reason == reason
     assert status_of(tmp_path)["status"] == state
@@ -110,7 +115,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_path: Path) -> None:
     """The port of the store, and processes; the next run in the same process finds all it needs."""
-    with pytest.raises(RankFailed):
+    with pytest.raises(RankFailedError):
         ranks("kill:1:3")
     listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
     assert f"pid={os.getpid()}," not in listening.stdout
@@ -119,7 +124,7 @@ def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_pat
 
 
 def test_a_slow_save_is_waited_for(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowEnd, seconds: 7}")
     assert (tmp_path / "checkpoints" / "last.pt").exists()
     assert (tmp_path / "ended").exists()
@@ -133,16 +138,16 @@ def test_a_save_that_fails_is_no_clean_end(ranks: Callable[..., Path], tmp_path:
 
 
 def test_who_is_the_cause() -> None:
-    lost = Failure(0, "lost", "gone", when=1.0)
-    late = Failure(0, "timeout", "waited", "where", when=2.0)
-    died = Failure(1, "died", "killed", when=3.0)
-    broke = Failure(2, "error", "broke", when=2.5)
-    assert cause([lost, died, broke], 3, 9) is broke
-    assert cause([lost, died], 3, 9) is died
-    silent = cause([lost, late], 3, 9)
+    lost = RankFailure(0, "lost", "gone", when=1.0)
+    late = RankFailure(0, "timeout", "waited", "where", when=2.0)
+    died = RankFailure(1, "died", "killed", when=3.0)
+    broke = RankFailure(2, "error", "broke", when=2.5)
+    assert root_failure([lost, died, broke], 3, 9) is broke
+    assert root_failure([lost, died], 3, 9) is died
+    silent = root_failure([lost, late], 3, 9)
     assert (silent.rank, silent.trace) == (1, "where")
-    assert cause([lost], 1, 9) is lost
-    assert cause([lost], 2, 9).rank == 1
+    assert root_failure([lost], 1, 9) is lost
+    assert root_failure([lost], 2, 9).rank == 1
 
 
 def test_a_signal_in_the_midst_of_a_failure_does_not_hide_it() -> None:
@@ -151,11 +156,11 @@ def test_a_signal_in_the_midst_of_a_failure_does_not_hide_it() -> None:
         try:
             raise broke
         finally:
-            raise Stopped(Reason.PREEMPTED)
-    except Stopped as stopped:
-        assert underlying(stopped) is broke
-    alone = Stopped(Reason.PREEMPTED)
-    assert underlying(alone) is alone
+            raise TrainingInterrupted(StopReason.PREEMPTED)
+    except TrainingInterrupted as stopped:
+        assert root_exception(stopped) is broke
+    alone = TrainingInterrupted(StopReason.PREEMPTED)
+    assert root_exception(alone) is alone
 
 
 def test_what_a_library_deals_with_is_no_failure() -> None:
@@ -163,12 +168,12 @@ def test_what_a_library_deals_with_is_no_failure() -> None:
 
     class Asked(logging.StreamHandler[Any]):
         def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
-            raise Stopped(Reason.PREEMPTED)
+            raise TrainingInterrupted(StopReason.PREEMPTED)
 
     closed = io.StringIO()
     closed.close()
     try:
         Asked(closed).emit(logging.makeLogRecord({}))
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         assert isinstance(stopped.__context__, ValueError)
-        assert underlying(stopped) is stopped
+        assert root_exception(stopped) is stopped

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.training.history import Row, best, reason_to_stop, seconds_left, waited
 
-GOAL = Goal("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
+GOAL = GoalConfig("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
 
 
 def rows(*values: float, stage: str = "valid", name: str = "accuracy") -> list[Row]:
@@ -62,7 +62,7 @@ def test_slow_improvement_adds_up_over_min_delta() -> None:
 
 @pytest.mark.parametrize(("mode", "threshold"), [("max", 0.6), ("min", 0.4)])
 def test_threshold_ends_training(mode: str, threshold: float) -> None:
-    goal = Goal("accuracy", mode, patience=None, min_delta=0.0, threshold=threshold)  # type: ignore[arg-type]
+    goal = GoalConfig("accuracy", mode, patience=None, min_delta=0.0, threshold=threshold)  # type: ignore[arg-type]
     assert reason_to_stop(rows(0.5), goal) is None
     assert "threshold" in str(reason_to_stop(rows(0.5, threshold), goal))
 

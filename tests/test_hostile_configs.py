@@ -38,7 +38,7 @@ def refused(stranger: Path, text: str, *words: str, name: str = "experiment/sly"
     try:
         found = mistakes_in("--config-dir", "conf", "experiment=sly", *words)
     except ConfigError as error:
-        found = [str(mistake) for mistake in error.mistakes]
+        found = [str(mistake) for mistake in error.issues]
     assert found, text
     after = [path for path in sorted(stranger.rglob("*")) if "__pycache__" not in path.parts]
     assert before == after, "something was imported or written"

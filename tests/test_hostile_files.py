@@ -34,7 +34,7 @@ from app.data.cached import cached
 from app.data.idx import read_idx
 from app.data.images import decode, image_folder
 from app.data.torchvision_sets import fetch, vision
-from app.distributed.launch.failures import Failure
+from app.distributed.launch.failures import RankFailure
 from app.models.pretrained import pretrained
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.files import write_csv
@@ -461,7 +461,7 @@ def test_an_error_does_not_tell_a_secret(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("MY_API_TOKEN", TOKEN)
     (said,) = mistakes_in("optimizer.lr=${oc.env:MY_API_TOKEN}")
     assert "optimizer.lr='${oc.env:MY_API_TOKEN}' does not fit" in said
-    failure = Failure.of(0, RuntimeError(f"{TOKEN} is wrong"))
+    failure = RankFailure.from_exception(0, RuntimeError(f"{TOKEN} is wrong"))
     assert TOKEN not in failure.error + failure.trace
 
 

@@ -25,9 +25,9 @@ from processes import (
     torchrun,
 )
 
-from app.distributed.launch.environment import World, first_host, joined
+from app.distributed.launch.environment import ClusterEnvironment, detect_environment, first_host
 from app.distributed.launch.local import launch_local
-from app.distributed.launch.select import check_world
+from app.distributed.launch.select import check_environment
 from app.experiment.entry import run_experiment
 from app.runtime.errors import ConfigError, UserError
 
@@ -262,25 +262,27 @@ TORCHRUN = {
 
 
 def test_torchrun_is_known_by_all_of_its_variables() -> None:
-    world = joined([], TORCHRUN)
-    assert world == World("torchrun", 3, 4, 1, 2, "node1", 29500, hosts=True)
+    world = detect_environment([], TORCHRUN)
+    assert world == ClusterEnvironment("torchrun", 3, 4, 1, 2, "node1", 29500, hosts_store=True)
     for name in set(TORCHRUN) - {"LOCAL_WORLD_SIZE"}:
-        assert joined([], {k: v for k, v in TORCHRUN.items() if k != name}) is None
+        assert detect_environment([], {k: v for k, v in TORCHRUN.items() if k != name}) is None
 
 
 def test_srun_is_known_inside_a_step_of_several_tasks() -> None:
     environment = SLURM | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}
-    world = joined([], environment)
+    world = detect_environment([], environment)
     assert world is not None
     assert (world.launcher, world.rank, world.size, world.address) == ("srun", 1, 2, "localhost")
-    assert joined([], environment | {"SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert detect_environment([], environment | {"SLURM_STEP_NUM_TASKS": "1"}) is None
     batch = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}
-    assert joined([], batch) is None
+    assert detect_environment([], batch) is None
 
 
 def test_steps_of_one_job_do_not_meet() -> None:
     environment = SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    ports = {joined([], environment | {"SLURM_STEP_ID": str(n)}).port for n in range(20)}  # type: ignore[union-attr]
+    ports = {
+        detect_environment([], environment | {"SLURM_STEP_ID": str(n)}).port for n in range(20)
+    }  # type: ignore[union-attr]
     assert len(ports) == 20
     assert all(1024 < port < 65536 for port in ports)
 
@@ -299,20 +301,23 @@ def test_the_first_host_of_slurms_list(nodes: str, first: str) -> None:
 
 
 def test_what_is_typed_wins() -> None:
-    assert joined(["launch=inline"], TORCHRUN) is None
-    assert joined(["launch=local"], SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) is None
+    assert detect_environment(["launch=inline"], TORCHRUN) is None
+    assert (
+        detect_environment(["launch=local"], SLURM | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"})
+        is None
+    )
     with pytest.raises(ConfigError, match="launch='torchrun', but torchrun has not started this"):
-        joined(["launch=torchrun"], {"RANK": "0"})
+        detect_environment(["launch=torchrun"], {"RANK": "0"})
 
 
 def test_a_launcher_that_did_not_start_it_is_refused() -> None:
-    world = World("torchrun", 0, 2, 0, 2, "x", 1)
+    world = ClusterEnvironment("torchrun", 0, 2, 0, 2, "x", 1)
     with pytest.raises(UserError, match="launch='local', but torchrun has started this"):
-        check_world(make_job("launch=local").config, world)
+        check_environment(make_job("launch=local").config, world)
     with pytest.raises(UserError, match=r"mode='find_lr' runs on one device"):
-        check_world(make_job("mode=find_lr").config, world)
+        check_environment(make_job("mode=find_lr").config, world)
     with pytest.raises(UserError, match=r"data.batch_size=1 is for all devices together"):
-        check_world(make_job("data.batch_size=1").config, world)
+        check_environment(make_job("data.batch_size=1").config, world)
 
 
 @pytest.mark.parametrize(

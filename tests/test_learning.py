@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
-from app.config.schema import Find, Freeze, Goal, Monitor
+from app.config.schema import FreezeConfig, GoalConfig, MonitorConfig, TunerConfig
 from app.data.loaders import load
 from app.experiment.run import execute
 from app.experiment.tuner import diverges, find_learning_rate, steepest
@@ -217,7 +217,7 @@ def test_the_average_is_what_is_validated_and_kept_and_learning_goes_on_without_
     plain, averaged = net(), net()
     make(tmp_path / "a", plain).fit(load(DATA, 8))
     averaging = ExponentialMovingAverage(averaged, decay=0.5)
-    trainer = make(tmp_path / "b", averaged, averaging=averaging, goal=Goal("loss", "min"))
+    trainer = make(tmp_path / "b", averaged, averaging=averaging, goal=GoalConfig("loss", "min"))
     summary = trainer.fit(load(DATA, 8), load(DATA, 8))
     assert torch.equal(plain[0].weight, averaged[0].weight)  # type: ignore[arg-type]
     best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.pt")
@@ -235,7 +235,7 @@ def test_the_average_is_what_is_validated_and_kept_and_learning_goes_on_without_
 def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_path: Path) -> None:
     model = net(norm=True)
     averaging = StochasticWeightAveraging(model, 2)
-    trainer = make(tmp_path, model, 4, averaging=averaging, goal=Goal("loss", "min"))
+    trainer = make(tmp_path, model, 4, averaging=averaging, goal=GoalConfig("loss", "min"))
     ends: list[Tensor] = []
     after = trainer.averaging.after_epoch
 
@@ -277,7 +277,11 @@ def test_mistakes_in_an_average(words: tuple[str, ...], message: str) -> None:
 
 def test_frozen_parameters_stay_and_learn_when_their_epoch_comes(tmp_path: Path) -> None:
     model = net(norm=True)
-    frozen = {"first": Freeze("0", until_epoch=2), "norm": Freeze("1"), "last": Freeze("3.bias", 2)}
+    frozen = {
+        "first": FreezeConfig("0", until_epoch=2),
+        "norm": FreezeConfig("1"),
+        "last": FreezeConfig("3.bias", 2),
+    }
     trainer = make(tmp_path, model, freezing=Freezing(model, frozen))
     states = [copy.deepcopy(model.state_dict())]
     after = trainer.averaging.after_epoch
@@ -303,7 +307,7 @@ def test_what_a_pattern_of_parameters_fits() -> None:
     assert matches("layer1.0.weight", "layer*.weight")
     assert not matches("layer10.weight", "layer1")
     with pytest.raises(UserError, match=r"freeze\.x\.parameters='lair' fits no parameter.*'layer'"):
-        Freezing(nn.ModuleDict({"layer": nn.Linear(2, 2)}), {"x": Freeze("lair")})
+        Freezing(nn.ModuleDict({"layer": nn.Linear(2, 2)}), {"x": FreezeConfig("lair")})
 
 
 def test_all_frozen_is_an_error(tmp_path: Path) -> None:
@@ -432,7 +436,7 @@ def test_mistakes_in_monitors() -> None:
     assert any("checkpoint.monitors.b.mode is missing" in mistake for mistake in found)
     (mistake,) = mistakes_in("+checkpoint.monitors.a={metric: los, mode: min}")
     assert mistake.startswith("checkpoint.monitors.a.metric='los' is not measured in valid")
-    assert Monitor("train/loss", "min").stage == "train"
+    assert MonitorConfig("train/loss", "min").stage == "train"
 
 
 # ---- finders
@@ -451,7 +455,7 @@ def test_the_finder_of_learning_rates_tries_them_all_or_stops_where_it_diverges(
     tmp_path: Path,
 ) -> None:
     trainer = make(tmp_path, net())
-    find = Find(1e-4, 1e3, 40, 64, 2)
+    find = TunerConfig(1e-4, 1e3, 40, 64, 2)
     found = find_learning_rate(trainer.task, load(DATA, 16), find, tmp_path)
     table = pd.read_csv(tmp_path / "find_lr.csv")
     assert 1e-4 < found < 100
@@ -532,7 +536,7 @@ class Exploding(nn.Linear):
 
 
 def test_training_stops_at_a_loss_that_is_no_number(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Exploding(3, 2), goal=Goal("loss", "min"))
+    trainer = make(tmp_path, Exploding(3, 2), goal=GoalConfig("loss", "min"))
     trainer.plan = Plan(max_epochs=4)
     trainer.fit(load(DATA, 32), load(DATA, 32))
     assert trainer.state.epoch == 2
@@ -643,7 +647,7 @@ def test_averaging_measures_batches_of_several_inputs_but_no_frozen_norm(tmp_pat
         Plan(max_epochs=2),
         tmp_path,
         averaging=StochasticWeightAveraging(model, 1),
-        freezing=Freezing(model, {"second": Freeze("second")}),
+        freezing=Freezing(model, {"second": FreezeConfig("second")}),
     )
     trainer.fit(load(TensorDataset(X + 5, Y), 16))
     state = load_checkpoint(tmp_path / "checkpoints" / "best.pt").model

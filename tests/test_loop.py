@@ -17,11 +17,11 @@ from app.config.instantiate import Build
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
-from app.distributed.strategies import Parallel
+from app.distributed.strategies import SingleDevice
 from app.experiment import run
 from app.experiment.factory import Parts, make_learning, make_parts
 from app.runtime.errors import UserError
-from app.runtime.seed import seed_everything, seed_of
+from app.runtime.seed import derive_seed, seed_everything
 from app.training.accumulator import Rows, StageResult
 from app.training.events import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.training.history import History
@@ -75,7 +75,7 @@ def test_one_epoch_is_that_of_a_plain_loop_bit_for_bit(tmp_path: Path) -> None:
     seed_everything(3, "model")
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     images, labels = split({"train": mnist(train=True)}, 5000, None, 0)["train"].tensors  # type: ignore[attr-defined]
-    order = torch.Generator().manual_seed(seed_of(3, "order", 1))
+    order = torch.Generator().manual_seed(derive_seed(3, "order", 1))
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.0005
     )
@@ -159,7 +159,7 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
     job = make_job("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
     parts = make_parts(job.config, Build(), cuda)
-    parts.task.learning = make_learning(job.config, Build(), parts, Parallel(parts.task.model))
+    parts.task.learning = make_learning(job.config, Build(), parts, SingleDevice(parts.task.model))
     rows = Rows(parts.task.metrics["train"], cuda)
     batches = parts.loaders["train"].epoch(1)
     rows.add(parts.task.train_step(next(batches)).values)

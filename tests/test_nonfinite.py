@@ -21,13 +21,13 @@ from sweeps import Sweeps
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.data.batch import Batches
 from app.data.loaders import load
 from app.data.sampling import Order
 from app.runtime.errors import NonFiniteError
 from app.runtime.nested import Nested
-from app.runtime.signals import Stopped
+from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.events import Callback, StepEnd
@@ -94,7 +94,7 @@ def make(
     one = Optimization(optimizer, Schedule(optimizer, scheduler, warmup_steps=2), **options)
     task.learning = Learning(one, policy)
     averaging = ExponentialMovingAverage(model, 0.5) if averaged else None
-    return Trainer(task, Plan(epochs), folder, Goal(goal, "min"), Kept(), averaging=averaging)
+    return Trainer(task, Plan(epochs), folder, GoalConfig(goal, "min"), Kept(), averaging=averaging)
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class Signals(Kept):
 def cut_at(step: int, trainer: Trainer, batches: Batches) -> None:
     """Preempted there, with everything saved."""
     trainer.callbacks = Signals(step)
-    with trainer.stop.listening(), pytest.raises(Stopped):
+    with trainer.stop.installed(), pytest.raises(TrainingInterrupted):
         trainer.fit(batches)
 
 

@@ -29,14 +29,14 @@ from app.config.instantiate import Build
 from app.data.batch import Batches, Ready
 from app.data.loaders import Reading, SampleLoader, TensorLoader, load
 from app.data.sampling import Order
-from app.distributed.collectives import Agreement, rank, share, world_size
-from app.distributed.strategies import Parallel, Replicated
-from app.distributed.sync_batchnorm import synchronize_norms
+from app.distributed.collectives import LazyAllReduceMax, local_slice, rank, world_size
+from app.distributed.strategies import DDPStrategy, SingleDevice
+from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment import run
 from app.experiment.factory import make_parts
 from app.metrics.stage_metrics import as_metrics
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, cut
+from app.runtime.nested import Nested, slice_batch
 from app.training.accumulator import StageResult
 from app.training.checkpoint.train_state import on_host
 from app.training.events import Callback, StageStart, StepEnd
@@ -218,10 +218,10 @@ def test_without_synchronised_norms_ranks_use_their_own_statistics() -> None:
 def normalised(lent: int | None) -> list[Tensor]:
     """Of 7 samples, which the rank `lent` is only lent."""
     torch.manual_seed(0)
-    norm = synchronize_norms(nn.BatchNorm2d(3), CPU).double()
+    norm = convert_sync_batchnorm(nn.BatchNorm2d(3), CPU).double()
     images = (torch.randn(7, 3, 4, 4) * 3 + 2).double().requires_grad_()
     weights = torch.linspace(0, 1, 7 * 48).view(7, 3, 4, 4).double()
-    mine = slice(0, 7) if lent is not None else share(7)
+    mine = slice(0, 7) if lent is not None else local_slice(7)
     norm.counts = rank() != lent  # type: ignore[assignment]
     (norm(images[mine]) * weights[mine]).square().sum().mul(float(norm.counts)).backward()
     gradient = images.grad
@@ -271,7 +271,7 @@ class InTurns(Task):
         return self.measure("train", inputs, None, loss)
 
 
-def train(task: Task, parallel: Parallel, data: Batches, epochs: int = 2) -> dict[str, Tensor]:
+def train(task: Task, parallel: SingleDevice, data: Batches, epochs: int = 2) -> dict[str, Tensor]:
     plan = Plan(epochs, sanity_valid_batches=0)
     trainer = Trainer(task, plan, Path(tempfile.mkdtemp()), parallel=parallel)
     trainer.fit(data)
@@ -287,7 +287,7 @@ def in_turns() -> dict[str, Tensor]:
     torch.manual_seed(1)
     task = InTurns(Parts())
     several = world_size() > 1
-    parallel = Replicated(task.model, CPU, False, False) if several else Parallel(task.model)
+    parallel = DDPStrategy(task.model, CPU, False, False) if several else SingleDevice(task.model)
     task.learning = Learning(
         {
             name: Optimization(
@@ -328,9 +328,9 @@ class SometimesUsed(nn.Module):
 def sometimes(every: int, find_unused: bool) -> dict[str, Tensor] | str:
     torch.manual_seed(1)
     task = SupervisedTask(SometimesUsed(every), F.mse_loss, targets=0)
-    parallel = Parallel(task.model)
+    parallel = SingleDevice(task.model)
     if world_size() > 1:
-        parallel = Replicated(task.model, CPU, True, find_unused)
+        parallel = DDPStrategy(task.model, CPU, True, find_unused)
         task.trained = parallel
     optimizer = torch.optim.AdamW(task.model.parameters(), 0.01, weight_decay=0.1)
     task.learning = Learning(Optimization(optimizer, batch_size=5, parallel=parallel))
@@ -434,7 +434,7 @@ def halves(batches: list[Any]) -> list[list[Any]]:
 
 def test_a_share_has_its_names_and_numbers() -> None:
     batch = {"x": torch.arange(4), "names": ["a", "b", "c", "d"], "scale": torch.tensor(2.0)}
-    mine = cut((batch, [torch.arange(8).view(4, 2)]), slice(1, 3), 4)
+    mine = slice_batch((batch, [torch.arange(8).view(4, 2)]), slice(1, 3), 4)
     assert mine[0]["names"] == ["b", "c"]
     assert mine[0]["x"].tolist() == [1, 2]
     assert mine[0]["scale"] == 2.0
@@ -512,10 +512,10 @@ def test_evaluation_on_any_number_of_ranks_is_the_same(count: int, batch_size: i
 
 
 def last_word(voter: int) -> int:
-    agreement = Agreement()
+    agreement = LazyAllReduceMax()
     for _ in range(3):
         agreement(0)
-    return agreement.settle(3 if rank() == voter else 0)
+    return agreement.wait(3 if rank() == voter else 0)
 
 
 def test_ranks_hear_of_a_vote_at_the_same_step() -> None:
@@ -529,11 +529,11 @@ def test_ranks_hear_of_a_vote_at_the_same_step() -> None:
 
 def hears_lasting_vote(voter: int, step: int) -> tuple[int, int]:
     """A rank that wants to stop says so from that step on."""
-    agreement = Agreement()
+    agreement = LazyAllReduceMax()
     for number in itertools.count():
         heard = agreement(2 if rank() == voter and number >= step else 0)
         if heard:
-            agreement.settle(0)
+            agreement.wait(0)
             return number, heard
         time.sleep(0.001 * (rank() + 1))
     raise AssertionError

@@ -16,7 +16,7 @@ from cutting import Cut, column, cutting, trained_on
 from processes import assert_equal_runs, status_of
 
 from app.runtime.errors import ConfigError, UserError
-from app.runtime.signals import Stopped
+from app.runtime.signals import TrainingInterrupted
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 SCHEDULES = {
@@ -174,7 +174,7 @@ def test_columns_of_callbacks_go_on(cut: Cut, step: int) -> None:
 def test_columns_of_callbacks_go_on_after_a_cut_in_validation(cut: Cut) -> None:
     """Which begins anew, and so do they."""
     words = ("callbacks.tables.memory=true",)
-    with pytest.raises(Stopped):
+    with pytest.raises(TrainingInterrupted):
         cut("run", "SIGTERM:0:3:valid", *words)
     folder = cut("run", "none:0:0", *words)
     for stage in ("train", "valid", "test"):

@@ -27,8 +27,8 @@ from app.callbacks.tables import drop_after
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.runtime.errors import ConfigError, StorageError, UserError
-from app.runtime.files import read_json, read_status, remove_partial, write_text, write_whole
-from app.runtime.lock import FolderInUse, check_free, owned
+from app.runtime.files import atomic_write, read_json, read_status, remove_temp_files, write_text
+from app.runtime.lock import FolderInUse, check_unlocked, run_lock
 from app.sweep.outcome import outcome_of
 from app.training.checkpoint.checkpoint import write_model
 from app.training.checkpoint.checksum import Seal, write_sealed
@@ -126,7 +126,7 @@ def write_state(path: Path) -> None:
     """Through torch, which has an error of its own for a full disk."""
     content = {"weights": torch.ones(1_000_000)}
     seal = Seal("state", 1, 1)
-    write_whole(path, lambda f: write_sealed(f, path.name, seal, lambda g: torch.save(content, g)))
+    atomic_write(path, lambda f: write_sealed(f, path.name, seal, lambda g: torch.save(content, g)))
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_what_a_dead_writer_left_goes(tmp_path: Path) -> None:
     other.parent.mkdir()
     other.touch()
     (other.parent / "status.json").write_text("{}")
-    remove_partial(tmp_path)
+    remove_temp_files(tmp_path)
     assert [path.name for path in left.parent.iterdir()] == ["mine.part"]
     assert other.exists()
 
@@ -280,7 +280,7 @@ def test_tables_that_cannot_be_removed(tmp_path: Path) -> None:
         drop_after(tmp_path, ())
     (table.parent / ".a.csv.part").touch()
     with mode(table.parent, 0o555), pytest.raises(StorageError, match=r"part cannot be written"):
-        remove_partial(tmp_path)
+        remove_temp_files(tmp_path)
 
 
 # ---- one owner
@@ -293,18 +293,18 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     process.start()
     assert holds.wait(30)
     with pytest.raises(FolderInUse, match=rf"is in use.*process {process.pid}"):
-        check_free(tmp_path)
-    with pytest.raises(FolderInUse), owned(tmp_path):
+        check_unlocked(tmp_path)
+    with pytest.raises(FolderInUse), run_lock(tmp_path):
         pass
     process.kill()
     process.join()
-    check_free(tmp_path)  # a dead owner has none
-    with owned(tmp_path):
+    check_unlocked(tmp_path)  # a dead owner has none
+    with run_lock(tmp_path):
         assert json.loads((tmp_path / ".owner.json").read_text())["process"] == os.getpid()
 
 
 def _hold(folder: Path, holds: object, lets_go: object) -> None:
-    with owned(folder):
+    with run_lock(folder):
         holds.set()  # type: ignore[attr-defined]
         lets_go.wait(60)  # type: ignore[attr-defined]
 
@@ -323,7 +323,7 @@ def test_a_second_resumer_is_refused(tmp_path: Path) -> None:
     assert status_of(folder)["status"] == "running"
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    check_free(folder)
+    check_unlocked(folder)
 
 
 @pytest.mark.parametrize("count", [4, pytest.param(32, marks=pytest.mark.long)])
@@ -343,7 +343,7 @@ def test_a_link_in_a_run_folder_is_refused(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
     (folder / name).parent.mkdir(parents=True)
     (folder / name).symlink_to(victim)
-    for look in (check_free, lambda folder: owned(folder).__enter__()):
+    for look in (check_unlocked, lambda folder: run_lock(folder).__enter__()):
         with pytest.raises(UserError, match="is a link"):
             look(folder)
     assert victim.read_text() == "mine"
@@ -352,7 +352,7 @@ def test_a_link_in_a_run_folder_is_refused(tmp_path: Path, name: str) -> None:
 def test_a_lock_that_is_none_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     with pytest.raises(FolderInUse, match="cannot be locked"):
-        check_free(tmp_path)
+        check_unlocked(tmp_path)
 
 
 # ---- saving in the background

@@ -16,7 +16,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from app.config import resolvers
 from app.config.compose import composer
 from app.config.overrides import grid, parse_overrides, space_of
-from app.config.schema import Monitor
+from app.config.schema import MonitorConfig
 from app.experiment.job import jobs_of
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
@@ -290,7 +290,7 @@ def test_only_completed_runs_are_averaged() -> None:
             "samples/s": [1.0, 1.0, None, 1.0],
         }
     )
-    results = Results("", table, ["lr", "seed"], [Monitor("accuracy", "max")], {})
+    results = Results("", table, ["lr", "seed"], [MonitorConfig("accuracy", "max")], {})
     averages = by_config(results)
     assert averages["lr"].tolist() == [0.1, 0.2]
     assert averages["jobs"].tolist() == [3, 1]
@@ -303,7 +303,7 @@ def test_only_completed_runs_are_averaged() -> None:
 
 def test_the_best_stand_first_and_those_without_a_value_last() -> None:
     table = pd.DataFrame({"job": [0, 1, 2], "best_loss": [0.5, None, 0.2]})
-    results = Results("", table, [], [Monitor("loss", "min")], {})
+    results = Results("", table, [], [MonitorConfig("loss", "min")], {})
     assert ranked(results)["job"].tolist() == [2, 0, 1]
     best = best_run(results)
     assert best is not None

@@ -12,13 +12,13 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from app.config.schema import Monitor
+from app.config.schema import MonitorConfig
 from app.sweep.report.page import page
 from app.sweep.report.plots import pictures, scale
 from app.sweep.report.table import Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
-ACCURACY = Monitor("accuracy", "max")
+ACCURACY = MonitorConfig("accuracy", "max")
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIETER = "--disable-component-update --disable-sync"
 Show = Callable[..., Any]
@@ -130,7 +130,9 @@ def test_the_best_run_is_named_and_comes_first(show: Show) -> None:
 
 
 def test_with_a_goal_to_be_low_the_lowest_is_first(show: Show) -> None:
-    low = Results(SWEEP.title, SWEEP.table, SWEEP.keys, [Monitor("accuracy", "min")], SWEEP.curves)
+    low = Results(
+        SWEEP.title, SWEEP.table, SWEEP.keys, [MonitorConfig("accuracy", "min")], SWEEP.curves
+    )
     tab = show(low)
     assert column(tab, "job") == ["10", "0", "2", "1"]
     assert "job=10," in tab.locator("#best").inner_text()
@@ -355,7 +357,7 @@ def test_a_sweep_of_one_run_is_drawn(show: Show) -> None:
 
 def test_a_sweep_of_several_goals_is_drawn_against_each(show: Show) -> None:
     table = SWEEP.table.assign(**{"best_train/loss": [0.3, None, 0.2, 0.1]})
-    goals = [ACCURACY, Monitor("train/loss", "min")]
+    goals = [ACCURACY, MonitorConfig("train/loss", "min")]
     tab = show(Results("two goals", table, SWEEP.keys, goals, SWEEP.curves))
     assert "job=10," in tab.locator("#best .card").nth(1).inner_text()
     tab.locator("#goal").select_option("train/loss")

@@ -15,14 +15,14 @@ from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from app.config.instantiate import Build
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.data.loaders import load
 from app.experiment.factory import make_parts
 from app.experiment.run import execute
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, describe, map_tensors, pick, put, tensors
+from app.runtime.nested import Nested, describe, map_tensors, pick, replace, tensors
 from app.training.accumulator import mean_of
 from app.training.events import Callback, StepEnd
 from app.training.optim.optim_wrapper import Learning, Optimization
@@ -75,13 +75,13 @@ def test_a_part_that_is_not_there_is_named_with_what_is_there(key: Any, message:
 
 
 def test_a_part_is_replaced_and_the_form_stays() -> None:
-    assert put((1, 2, 3), 1, 9) == (1, 9, 3)
-    assert put([1, 2], 0, 9) == [9, 2]
-    assert put({"a": 1, "b": 2}, "b", 9) == {"a": 1, "b": 9}
-    assert put(({"a": [1, 2]}, 3), "0.a.1", 9) == ({"a": [1, 9]}, 3)
-    assert put((1, 2), -1, 9) == put((1, 2), "1", 9) == (1, 9)
+    assert replace((1, 2, 3), 1, 9) == (1, 9, 3)
+    assert replace([1, 2], 0, 9) == [9, 2]
+    assert replace({"a": 1, "b": 2}, "b", 9) == {"a": 1, "b": 9}
+    assert replace(({"a": [1, 2]}, 3), "0.a.1", 9) == ({"a": [1, 9]}, 3)
+    assert replace((1, 2), -1, 9) == replace((1, 2), "1", 9) == (1, 9)
     with pytest.raises(UserError, match="there is no 'c'"):
-        put({"a": 1}, "c", 9)
+        replace({"a": 1}, "c", 9)
     mapped = map_tensors(lambda t: t + 1, {"a": (torch.zeros(1), "text"), "b": [torch.ones(1)]})
     assert describe(mapped) == (
         "a dict of 'a': a tuple of a float32 tensor of shape [1], a str, "
@@ -386,7 +386,7 @@ def test_a_goal_that_an_own_task_does_not_measure_is_named_before_training(tmp_p
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy, {"valid": {"right": right}})
     task.learning = learning(task.model)
     with pytest.raises(UserError, match=r"'rigth' is not measured .*did you mean 'right'"):
-        fit(task, tmp_path, TensorDataset(X, Y), goal=Goal("rigth", "max"), callbacks=Ear())
+        fit(task, tmp_path, TensorDataset(X, Y), goal=GoalConfig("rigth", "max"), callbacks=Ear())
     assert told == []
 
 

@@ -16,8 +16,8 @@ from conftest import make_job
 from processes import SILENT, assert_equal_runs, status_of
 from warm import WarmCommand
 
-from app.distributed.launch.failures import RankFailed
-from app.distributed.launch.local import Crew
+from app.distributed.launch.failures import RankFailedError
+from app.distributed.launch.local import LocalWorkers
 from app.runtime.fault_injection import VARIABLE
 from app.training.checkpoint.checksum import check_seal
 
@@ -117,10 +117,10 @@ def two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs it on two ranks; a fault point kills rank 0."""
     job = make_job(*WORDS, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
     fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
-    crew = Crew(job, cwd / "run", 2, SILENT, fault)
+    crew = LocalWorkers(job, cwd / "run", 2, SILENT, fault)
     try:
         crew.run()
-    except RankFailed as failed:
+    except RankFailedError as failed:
         assert "SIGKILL" in str(failed), failed.failure.trace
         return -signal.SIGKILL
     finally:

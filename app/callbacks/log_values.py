@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.training.history import History, Row, best
 
 
@@ -26,7 +26,7 @@ def numbers(row: Row) -> dict[str, float]:
     }
 
 
-def outcome(history: History, goal: Goal) -> dict[str, float]:
+def outcome(history: History, goal: GoalConfig) -> dict[str, float]:
     """The last numbers of each stage; `best/<metric>` and `best/epoch` where the goal has one."""
     last = {name: value for row in history for name, value in numbers(row).items()}
     found = best(history, goal)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.callbacks.log_values import flat, numbers, outcome
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart
@@ -47,7 +47,7 @@ class MLflow(Callback):
         except ImportError as error:
             raise UserError('needs MLflow: pip install -e ".[mlflow]"') from error
         self.folder, self.config, self.experiment = folder, config, experiment
-        self.goal = Goal(**config["goal"])
+        self.goal = GoalConfig(**config["goal"])
         self.connect = partial(MlflowClient, tracking_uri or Path("mlruns").absolute().as_uri())
         self.client: MlflowClient | None = None
         self.run_id = ""

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from app.runtime.errors import UserError
-from app.runtime.files import write_csv, write_whole
+from app.runtime.files import atomic_write, write_csv
 from app.runtime.nested import Key, Nested
 
 Format = Literal["auto", "csv", "png", "npz"]
@@ -74,7 +74,7 @@ class Predictions:
                 content = io.BytesIO()
                 named = {"labels": whole.argmax(1)} if name in self.classes else {}
                 np.savez_compressed(content, allow_pickle=False, outputs=whole, **named)
-                write_whole(self.folder / f"{stem}.npz", lambda f: f.write(content.getvalue()))  # noqa: B023
+                atomic_write(self.folder / f"{stem}.npz", lambda f: f.write(content.getvalue()))  # noqa: B023
 
     def _format(self, name: str, tensor: Tensor) -> str:
         if self.format != "auto":
@@ -106,7 +106,7 @@ class Predictions:
             picture = label_image(values) if name in self.classes else image(values)
             content = io.BytesIO()
             picture.save(content, format="png")
-            write_whole(folder / f"{stem}.png", lambda f: f.write(content.getvalue()))  # noqa: B023
+            atomic_write(folder / f"{stem}.png", lambda f: f.write(content.getvalue()))  # noqa: B023
         self.done[name] = first + len(batch)
 
 

@@ -15,7 +15,7 @@ from app.callbacks.image_grids import Samples, grid
 from app.callbacks.prediction_files import image
 from app.callbacks.selection import check_when, is_due
 from app.runtime.figures import save_figure
-from app.runtime.files import write_whole
+from app.runtime.files import atomic_write
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
@@ -71,7 +71,7 @@ class SampleImages(Callback):
             save_figure(path, titled(rows["inputs"], titles))
         else:
             picture = image(grid(list(rows.values())).numpy())
-            write_whole(path, lambda file: picture.save(file, format="png"))
+            atomic_write(path, lambda file: picture.save(file, format="png"))
 
 
 def titled(images: Tensor, titles: Sequence[str]) -> Figure:

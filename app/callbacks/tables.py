@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from app.runtime.errors import unwritable
-from app.runtime.files import write_csv, write_whole
+from app.runtime.errors import as_storage_error
+from app.runtime.files import atomic_write, write_csv
 from app.runtime.nested import Nested, tensors
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
@@ -93,7 +93,7 @@ def drop_after(folder: Path, history: History) -> None:
     try:
         _drop_after(folder, history)
     except OSError as error:
-        raise unwritable(error) from error
+        raise as_storage_error(error) from error
 
 
 def _drop_after(folder: Path, history: History) -> None:
@@ -117,7 +117,7 @@ def mend(path: Path) -> None:
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
         log.warning("%s was cut off: its last line is dropped", path)
-        write_whole(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
+        atomic_write(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
 
 
 def megabytes(batch: Nested) -> float:

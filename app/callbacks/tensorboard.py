@@ -18,7 +18,7 @@ from torch import nn
 from app.callbacks.image_grids import Samples
 from app.callbacks.log_values import flat, numbers, outcome
 from app.callbacks.plots import matrix
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, tensors
 from app.training.accumulator import StageResult
@@ -67,7 +67,7 @@ class TensorBoard(Callback):
         except ImportError as error:
             raise UserError('needs TensorBoard: pip install -e ".[tensorboard]"') from error
         self.create = partial(SummaryWriter, str(folder / "tensorboard"))
-        self.model, self.config, self.goal = model, config, Goal(**config["goal"])
+        self.model, self.config, self.goal = model, config, GoalConfig(**config["goal"])
         self.steps, self.images, self.hparams = steps, images, hparams
         self.histograms_every_n_epochs = histograms_every_n_epochs
         self.done: Counter[str] = Counter()  # iterations of each stage

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.callbacks.log_values import numbers, outcome
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart
@@ -48,7 +48,7 @@ class WeightsAndBiases(Callback):
             import wandb
         except ImportError as error:
             raise UserError('needs Weights & Biases: pip install -e ".[wandb]"') from error
-        self.folder, self.config, self.goal = folder, config, Goal(**config["goal"])
+        self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
         self.begin = partial(
             wandb.init,
             project=project,

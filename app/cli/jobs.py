@@ -18,17 +18,17 @@ from app.config import resolvers
 from app.config.schema import Job
 from app.config.secrets import unsaid
 from app.distributed.launch.environment import requeue
-from app.distributed.launch.failures import Failure, RankFailed
+from app.distributed.launch.failures import RankFailedError, RankFailure
 from app.distributed.launch.local import launch_local
-from app.distributed.launch.select import launch_inline, ranks_wanted
-from app.distributed.launch.torchrun import Leader
+from app.distributed.launch.select import choose_num_ranks, launch_inline
+from app.distributed.launch.torchrun import RankZero
 from app.distributed.launch.worker import errors_to_stderr
 from app.experiment.entry import run_experiment
 from app.experiment.job import prepared
 from app.runtime.errors import NonFiniteError, UserError
-from app.runtime.files import remove_partial
-from app.runtime.lock import owned
-from app.runtime.signals import INTERRUPTED, Reason, Stopped
+from app.runtime.files import remove_temp_files
+from app.runtime.lock import run_lock
+from app.runtime.signals import EXIT_INTERRUPTED, StopReason, TrainingInterrupted
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.external import Process, run_elsewhere, this_process
 from app.sweep.outcome import DIVERGED, outcome_of, record_failure
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 def run_job(
-    composed: DictConfig, leader: Leader | None = None, driver: Process | None = None
+    composed: DictConfig, leader: RankZero | None = None, driver: Process | None = None
 ) -> float | None:
     """One job, in the process that Hydra has chosen for it; what went wrong is in its folder.
 
@@ -64,7 +64,7 @@ def run_job(
             return value
         return run_elsewhere(partial(start, with_hydra, folder, leader, quiet=True), sweep, folder)
     except JobFailed as failed:
-        failure = Failure.of(0, failed.__cause__ or failed)
+        failure = RankFailure.from_exception(0, failed.__cause__ or failed)
         record_failure(folder, failure, says=False)
         if not multirun or leader is not None:
             sys.exit(failure.code)
@@ -83,7 +83,7 @@ class JobFailed(Exception):  # noqa: N818
 
 
 def start(
-    composed: DictConfig, folder: Path, leader: Leader | None, quiet: bool = False
+    composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool = False
 ) -> float | None:
     """One job; a quiet one writes to `logs/` what it would show on the terminal.
 
@@ -92,21 +92,23 @@ def start(
     """
     with ExitStack() as stack:
         try:
-            stack.enter_context(owned(folder))
+            stack.enter_context(run_lock(folder))
         except UserError as error:  # what stands in the folder may be another's
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
         return started(composed, folder, leader, quiet)
 
 
-def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bool) -> float | None:
+def started(
+    composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool
+) -> float | None:
     """One job, in a folder that is its own.
 
     Raises:
         JobFailed: It has.
     """
     try:
-        remove_partial(folder)
+        remove_temp_files(folder)
         job = prepared(composed, folder)
     except UserError as error:
         log.error("%s", error)
@@ -117,17 +119,17 @@ def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bo
         log.error("%s", unsaid(str(error)))
         log.debug("it came from\n%s", unsaid("".join(traceback.format_exception(error))))
         raise JobFailed from error
-    except RankFailed as error:
+    except RankFailedError as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
         raise JobFailed from error
-    except Stopped as stopped:
+    except TrainingInterrupted as stopped:
         log.warning("%s", stopped)
-        if stopped.reason is Reason.PREEMPTED and job.config.trainer.requeue:
+        if stopped.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
             requeue()
         sys.exit(stopped.code)
     except KeyboardInterrupt:
         log.warning("interrupted")
-        sys.exit(INTERRUPTED)
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         log.error(unsaid(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
@@ -135,12 +137,12 @@ def started(composed: DictConfig, folder: Path, leader: Leader | None, quiet: bo
 
 
 def launch(
-    job: Job, folder: Path, leader: Leader | None, hydra_node: DictConfig, quiet: bool
+    job: Job, folder: Path, leader: RankZero | None, hydra_node: DictConfig, quiet: bool
 ) -> float | None:
     """Runs a job on its devices; gives the goal's best value."""
     if leader is not None:
         return leader.launch(run_experiment, job, folder)
-    size = ranks_wanted(job.config, hydra_node.mode == RunMode.MULTIRUN)
+    size = choose_num_ranks(job.config, hydra_node.mode == RunMode.MULTIRUN)
     if size == 0:
         return launch_inline(run_experiment, job, folder)
     logging_config: Any = OmegaConf.to_container(hydra_node.job_logging, resolve=True)

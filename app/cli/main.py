@@ -18,12 +18,12 @@ from app.cli.jobs import run_job
 from app.cli.preflight import check_what_is_shown, is_a_run, preflight
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME
-from app.distributed.launch.environment import World, joined
-from app.distributed.launch.local import warm_up
-from app.distributed.launch.torchrun import Leader, follow
+from app.distributed.launch.environment import ClusterEnvironment, detect_environment
+from app.distributed.launch.local import start_forkserver
+from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
-from app.runtime.errors import ConfigError, StorageError, UserError, looking
-from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stopped
+from app.runtime.errors import ConfigError, StorageError, UserError, as_user_error
+from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
 from app.sweep.check import POOL, trust_mistakes
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.external import this_process
@@ -43,23 +43,23 @@ def main() -> None:
     runs, world = is_a_run(args), None
     try:
         args = with_saved_words(args)
-        world = joined(args.overrides, os.environ)
+        world = detect_environment(args.overrides, os.environ)
     except UserError as error:
-        _leave(str(error), MISTAKE)
+        _leave(str(error), EXIT_USER_ERROR)
     if world is None:
         sys.exit(lead(args, None))
     if world.rank > 0:
         _end(obey(world) if runs else 0)
-    leader, code = Leader(world), FAILURE
+    leader, code = RankZero(world), EXIT_FAILURE
     try:
         code = lead(args, leader)
     finally:
         if runs:
-            leader.leave(code)
+            leader.finish(code)
     _end(code)
 
 
-@looking("sweep.resume")
+@as_user_error("sweep.resume")
 def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     """Where nothing but `sweep.resume` is typed, the sweep's own words are meant.
 
@@ -81,34 +81,34 @@ def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def lead(args: argparse.Namespace, leader: Leader | None) -> int:
+def lead(args: argparse.Namespace, leader: RankZero | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
         if not is_a_run(args):
             check_what_is_shown(args)
         elif preflight(args, leader) == POOL:
-            warm_up()
+            start_forkserver()
         run_jobs(leader)
         return 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        return error.exit_code if isinstance(error, StorageError) else MISTAKE
+        return error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
-def obey(world: World) -> int:
+def obey(world: ClusterEnvironment) -> int:
     """What rank 0 tells; gives the exit code."""
     try:
-        return follow(run_experiment, world)
-    except Stopped as stopped:
+        return follow_rank_zero(run_experiment, world)
+    except TrainingInterrupted as stopped:
         return stopped.code
     except Exception as error:  # noqa: BLE001 - rank 0 has said it, where it still can
         sys.stderr.write(f"rank {world.rank} ends: {type(error).__name__}: {error}\n")
-        return FAILURE
+        return EXIT_FAILURE
 
 
 def _leave(message: str, code: int) -> NoReturn:
@@ -124,7 +124,7 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run_jobs(leader: Leader | None) -> None:
+def run_jobs(leader: RankZero | None) -> None:
     """All jobs, by Hydra."""
     task = partial(run_job, leader=leader, driver=this_process())
     hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)(task)()

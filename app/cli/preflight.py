@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 
 from app.config.compose import composer
 from app.config.schema import Job
-from app.distributed.launch.select import check_world, ranks_wanted
-from app.distributed.launch.torchrun import Leader
+from app.distributed.launch.select import check_environment, choose_num_ranks
+from app.distributed.launch.torchrun import RankZero
 from app.experiment.job import folder_of, is_longer, jobs_of, value_of
-from app.runtime.errors import ConfigError, Mistake, NonFiniteError, looking
-from app.runtime.files import check_files, check_room, read_status
-from app.runtime.lock import check_free
+from app.runtime.errors import ConfigError, ConfigIssue, NonFiniteError, as_user_error
+from app.runtime.files import check_disk_space, check_writable, read_status
+from app.runtime.lock import check_unlocked
 from app.sweep.check import check_is_sweep, check_sweep
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, OVER
@@ -33,8 +33,8 @@ def is_a_run(args: argparse.Namespace) -> bool:
     return not shows and args.experimental_rerun is None
 
 
-@looking()
-def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
+@as_user_error()
+def preflight(args: argparse.Namespace, leader: RankZero | None = None) -> str:
     """Looks for mistakes in every job before the first starts and before any file is written.
 
     Returns:
@@ -55,13 +55,13 @@ def preflight(args: argparse.Namespace, leader: Leader | None = None) -> str:
             sys.stdout.write("no mistake in the configuration\n")
             sys.exit(0)
     for folder, record, (composed, job) in zip(folders, records, jobs, strict=True):
-        with looking(key):
+        with as_user_error(key):
             _check_folder(key, folder, composed, job)
             _check_record(key, folder / str(record))
         if leader is None:
-            ranks_wanted(job.config, composing.sweeps)
+            choose_num_ranks(job.config, composing.sweeps)
         else:
-            check_world(job.config, leader.world)
+            check_environment(job.config, leader.world)
     return str(jobs[0][0].hydra.launcher._target_)
 
 
@@ -69,33 +69,39 @@ def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> Non
     """The run folder can be made, and is not that of another run."""
     status = folder / "status.json"
     resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
-    check_free(folder)
+    check_unlocked(folder)
     over = resumes and str(read_status(folder).get("status"))
     if (over == COMPLETED and not is_longer(job)) or (over in OVER and not job.differences):
         _leave_it(folder, over)
     if status.exists() and not resumes and composed.resume != "auto":
-        raise ConfigError([Mistake(key, f"={str(folder)!r} holds a run; it is not overwritten")])
+        raise ConfigError(
+            [ConfigIssue(key, f"={str(folder)!r} holds a run; it is not overwritten")]
+        )
     if SweepFolder(folder).exists and not resumes:
         problem = f"={str(folder)!r} holds a sweep; sweep.resume={folder} goes on with it"
-        raise ConfigError([Mistake(key, problem)])
+        raise ConfigError([ConfigIssue(key, problem)])
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not nearest.is_dir() or not _is_writable(nearest):
         reason = f"{str(nearest)!r} is no folder that can be written to"
-        raise ConfigError([Mistake(key, f"={str(folder)!r} cannot be made: {reason}")])
+        raise ConfigError([ConfigIssue(key, f"={str(folder)!r} cannot be made: {reason}")])
     if any(len(os.fsencode(name)) > NAME for name in folder.relative_to(nearest).parts):
         problem = f"={str(folder)!r} cannot be made: a name of more than {NAME} bytes"
-        raise ConfigError([Mistake(key, problem)])
+        raise ConfigError([ConfigIssue(key, problem)])
     if status.is_dir():
-        raise ConfigError([Mistake(key, f": {status} is a folder, and would be a file of the run")])
-    check_files(folder, OPENED)
-    check_room(nearest)
+        raise ConfigError(
+            [ConfigIssue(key, f": {status} is a folder, and would be a file of the run")]
+        )
+    check_writable(folder, OPENED)
+    check_disk_space(nearest)
 
 
 def _check_record(key: str, folder: Path) -> None:
     """Hydra can write its own record of a job there."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigError([Mistake(key, f": {folder} is a file, and would be a folder of the run")])
-    check_files(folder, RECORD)
+        raise ConfigError(
+            [ConfigIssue(key, f": {folder} is a file, and would be a folder of the run")]
+        )
+    check_writable(folder, RECORD)
 
 
 def _leave_it(folder: Path, status: str) -> NoReturn:
@@ -114,12 +120,12 @@ def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
-@looking()
+@as_user_error()
 def check_what_is_shown(args: argparse.Namespace) -> None:
     """Hydra resolves what it prints, and a saved job that it is to run again is a pickle."""
     if args.experimental_rerun is not None:
         problem = f"={args.experimental_rerun!r} would run the code in a pickle; use resume=FOLDER"
-        raise ConfigError([Mistake("--experimental-rerun", problem)])
+        raise ConfigError([ConfigIssue("--experimental-rerun", problem)])
     if args.help or args.cfg or args.info:
         with composer(args) as composing:
             list(composing.compositions())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-from app.runtime.errors import StorageError, UserError, looking
+from app.runtime.errors import StorageError, UserError, as_user_error
 
 log = logging.getLogger(__name__)
 COMMAND = "report"
@@ -27,7 +27,7 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
-        with looking():
+        with as_user_error():
             report([folder.expanduser().absolute() for folder in args.folders], args.to)
     except UserError as error:
         sys.stderr.write(f"{error}\n")

@@ -32,7 +32,7 @@ from app.config.hydra_guard import hydra_mistakes
 from app.config.limits import expansion_mistakes
 from app.config.overrides import Space, line_of, parse_overrides, space_of
 from app.config.resolve import typed_trust
-from app.runtime.errors import ConfigError, Mistake, UserError, nearest, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest, one_of
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
@@ -105,7 +105,7 @@ class CheckedLoader(ConfigLoaderImpl):
         return composed
 
 
-def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[Mistake]]]:
+def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
     """As `Composer.compositions`."""
     with composer(args) as composing:
         yield from composing.compositions()
@@ -123,7 +123,7 @@ class Composer:
 
     def __init__(self, hydra: Hydra, name: str, words: Sequence[str], multirun: bool) -> None:
         self.hydra, self.name, self.words, self.multirun = hydra, name, list(words), multirun
-        self.known: dict[tuple[str, ...], tuple[DictConfig, list[Mistake]]] = {}
+        self.known: dict[tuple[str, ...], tuple[DictConfig, list[ConfigIssue]]] = {}
 
     @cached_property
     def sweeps(self) -> bool:
@@ -151,7 +151,7 @@ class Composer:
         composed, _ = self._composed(space_of(self.words, {}, self.hydra.config_loader).fixed)
         return composed
 
-    def compositions(self) -> Iterator[tuple[DictConfig, list[Mistake]]]:
+    def compositions(self) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
         """The configuration of the job, or of jobs that have each swept value once.
 
         Yields:
@@ -165,10 +165,10 @@ class Composer:
             HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
             yield composed, mistakes
 
-    def _composed(self, words: list[str]) -> tuple[DictConfig, list[Mistake]]:
+    def _composed(self, words: list[str]) -> tuple[DictConfig, list[ConfigIssue]]:
         if tuple(words) not in self.known:
             try:
-                found: tuple[DictConfig, list[Mistake]] = self._compose(words), []
+                found: tuple[DictConfig, list[ConfigIssue]] = self._compose(words), []
             except UserError:
                 raise
             except HydraException:
@@ -185,7 +185,9 @@ def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
     if args.config_dir is not None:
         folder = Path(args.config_dir).absolute()
         if not folder.is_dir():
-            raise ConfigError([Mistake("--config-dir", f" {args.config_dir!r} is not a folder")])
+            raise ConfigError(
+                [ConfigIssue("--config-dir", f" {args.config_dir!r} is not a folder")]
+            )
         assert isinstance(path, ConfigSearchPathImpl)
         path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return path
@@ -193,7 +195,7 @@ def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
 
 def _diagnose(
     compose: Callable[[list[str]], DictConfig], loader: ConfigLoader, words: list[str]
-) -> tuple[DictConfig, list[Mistake]]:
+) -> tuple[DictConfig, list[ConfigIssue]]:
     """What can be composed without the refused overrides, and what is wrong with those."""
     overrides = parse_overrides(words)
     groups = [o for o in overrides if not o.is_hydra_override() and _options(loader, o)]
@@ -214,33 +216,33 @@ def _diagnose(
     return composed, [mistake for _, found in wrong for mistake in found]
 
 
-def _as_mistake(error: HydraException) -> Mistake:
+def _as_mistake(error: HydraException) -> ConfigIssue:
     reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
     absent = [o for o in EXTRAS if re.search(f"Could not (find|load) '{o}'", " ".join(reasons))]
     if absent:
         group, _, option = absent[0].rpartition("/")
         install = f'pip install "torch-experiment-app[{EXTRAS[absent[0]]}]"'
-        return Mistake(group, f"={option} is not installed: {install}")
+        return ConfigIssue(group, f"={option} is not installed: {install}")
     told = " ".join(" ".join(reasons).split())
     if found := re.search(NO_OPTION, told):
         group, option, options = found[1], found[2], found[3].split()
         problem = (
             f"={option!r} does not exist; allowed: {one_of(options)}{nearest(option, options)}"
         )
-        return Mistake(group, problem)
-    return Mistake("", told)
+        return ConfigIssue(group, problem)
+    return ConfigIssue("", told)
 
 
 def _options(loader: ConfigLoader, override: Override) -> list[str]:
     return loader.get_group_options(override.key_or_group, ObjectType.CONFIG)
 
 
-def _group_mistakes(loader: ConfigLoader, override: Override) -> list[Mistake]:
+def _group_mistakes(loader: ConfigLoader, override: Override) -> list[ConfigIssue]:
     value = override.value()
     chosen = value if isinstance(value, list) else [value]
     options = _options(loader, override)
     return [
-        Mistake(
+        ConfigIssue(
             override.key_or_group,
             f"={choice!r} does not exist; allowed: {one_of(options)}"
             f"{nearest(str(choice), options)}",
@@ -250,14 +252,16 @@ def _group_mistakes(loader: ConfigLoader, override: Override) -> list[Mistake]:
     ]
 
 
-def _value_mistakes(config: DictConfig, override: Override, keys: list[str]) -> Iterator[Mistake]:
+def _value_mistakes(
+    config: DictConfig, override: Override, keys: list[str]
+) -> Iterator[ConfigIssue]:
     key = override.key_or_group
     known = key in keys
     if override.is_add() and known and not isinstance(OmegaConf.select(config, key), DictConfig):
-        yield Mistake(f"+{key}", f" is there already; write {key}=... to change it")
+        yield ConfigIssue(f"+{key}", f" is there already; write {key}=... to change it")
     elif not override.is_add() and not override.is_force_add() and not known:
         value = "" if override.is_delete() else f"={override.value()!r}"
-        yield Mistake(key, f"{value} is not a known key; {_hint(config, key, keys)}")
+        yield ConfigIssue(key, f"{value} is not a known key; {_hint(config, key, keys)}")
 
 
 def _hint(config: DictConfig, key: str, keys: list[str]) -> str:

@@ -22,7 +22,7 @@ from app.config.allowlist import is_trusted
 from app.config.limits import interpolations
 from app.config.overrides import parse_overrides
 from app.config.secrets import looks_secret
-from app.runtime.errors import ConfigError, Mistake, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, one_of
 
 BUILT = ("launcher", "sweeper", "callbacks")
 LOGGING = ("job_logging", "hydra_logging")
@@ -44,7 +44,7 @@ WAY_OUT = "if the code is yours, add trusted_targets=[{}] to the command line"
 
 def hydra_mistakes(
     config: DictConfig, words: Sequence[str], trusted: Sequence[str]
-) -> Iterator[Mistake]:
+) -> Iterator[ConfigIssue]:
     """What Hydra is not to act on.
 
     Args:
@@ -57,7 +57,7 @@ def hydra_mistakes(
     look = _Look(raw, trusted)
     for name in ("launcher", "sweeper"):
         if not (isinstance(own.get(name), dict) and own[name].get("_target_")):
-            yield Mistake(f"hydra/{name}", f"={own.get(name)!r}; Hydra cannot do without one")
+            yield ConfigIssue(f"hydra/{name}", f"={own.get(name)!r}; Hydra cannot do without one")
     for name in BUILT:
         yield from look.at_parts(f"hydra.{name}", own.get(name))
     for name in LOGGING:
@@ -67,7 +67,7 @@ def hydra_mistakes(
     told = [*own["overrides"]["task"], *own["overrides"]["hydra"]]
     for word in told:
         if word not in words:
-            yield Mistake("hydra.overrides", f" has {word!r}, which was not typed")
+            yield ConfigIssue("hydra.overrides", f" has {word!r}, which was not typed")
 
 
 def plugins() -> list[str]:
@@ -83,45 +83,49 @@ class _Look:
     def __init__(self, raw: dict[str, Any], trusted: Sequence[str]) -> None:
         self.raw, self.trusted = raw, trusted
 
-    def at_parts(self, key: str, node: Any) -> Iterator[Mistake]:
+    def at_parts(self, key: str, node: Any) -> Iterator[ConfigIssue]:
         """Targets, at any depth."""
         if isinstance(node, str) and not self._is_text(node, 0):
-            yield Mistake(key, f"={node!r} may become a part; Hydra's own parts are written out")
+            yield ConfigIssue(
+                key, f"={node!r} may become a part; Hydra's own parts are written out"
+            )
         for name, child in _children(node):
             if name == "_target_":
                 yield from self._target(f"{key}._target_", child)
             else:
                 yield from self.at_parts(f"{key}.{name}", child)
 
-    def _target(self, key: str, name: object) -> Iterator[Mistake]:
+    def _target(self, key: str, name: object) -> Iterator[ConfigIssue]:
         allowed = plugins() if key.count(".") == 2 and ".callbacks" not in key else PARTS
         plain = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
         if not plain or not isinstance(name, str):
-            yield Mistake(key, f"={name!r} is not a dotted name, which it has to be here")
+            yield ConfigIssue(key, f"={name!r} is not a dotted name, which it has to be here")
         elif not _is_one_of(name, allowed) and not is_trusted(name, self.trusted):
             way_out = WAY_OUT.format(name.rpartition(".")[0] or name)
-            yield Mistake(key, f"={name!r} is not allowed; allowed: {one_of(allowed)}; {way_out}")
+            yield ConfigIssue(
+                key, f"={name!r} is not allowed; allowed: {one_of(allowed)}; {way_out}"
+            )
 
-    def at_logging(self, key: str, node: Any, words: Sequence[str]) -> Iterator[Mistake]:
+    def at_logging(self, key: str, node: Any, words: Sequence[str]) -> Iterator[ConfigIssue]:
         """Classes, streams and files that logging would make and open."""
         if isinstance(node, str):
             yield from self._logging_text(key, node, words)
         for name, child in _children(node):
             yield from self.at_logging(f"{key}.{name}", child, words)
 
-    def _logging_text(self, key: str, text: str, words: Sequence[str]) -> Iterator[Mistake]:
+    def _logging_text(self, key: str, text: str, words: Sequence[str]) -> Iterator[ConfigIssue]:
         name = key.rpartition(".")[2]
         if name in ("class", "()"):
             if text not in LOGS_WITH and not is_trusted(text, self.trusted):
-                yield Mistake(key, f"={text!r} is not allowed; allowed: {one_of(LOGS_WITH)}")
+                yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {one_of(LOGS_WITH)}")
         elif name == "filename":
             beneath = text.startswith(OUTPUT) and ".." not in text
             if not beneath and not _is_typed(key, words):
-                yield Mistake(key, f"={text!r} is not in the run folder: {OUTPUT[0]}NAME.log")
+                yield ConfigIssue(key, f"={text!r} is not in the run folder: {OUTPUT[0]}NAME.log")
         elif "${" in text:
-            yield Mistake(key, f"={text!r}: what Hydra logs with is written out")
+            yield ConfigIssue(key, f"={text!r}: what Hydra logs with is written out")
         elif "://" in text and text not in STREAMS:
-            yield Mistake(key, f"={text!r} is not allowed; allowed: {one_of(STREAMS)}")
+            yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {one_of(STREAMS)}")
 
     def _is_text(self, text: str, chain: int) -> bool:
         """Whether an interpolation gives a text whenever it is resolved, never a node."""
@@ -163,7 +167,7 @@ def _is_typed(key: str, words: Sequence[str]) -> bool:
     return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in typed)
 
 
-def _param_mistakes(sweeper: Any) -> Iterator[Mistake]:
+def _param_mistakes(sweeper: Any) -> Iterator[ConfigIssue]:
     """Parameters of a sweeper become words of its jobs, as if they had been typed."""
     params = sweeper.get("params") if isinstance(sweeper, dict) else None
     for name, value in _children(params):
@@ -171,25 +175,25 @@ def _param_mistakes(sweeper: Any) -> Iterator[Mistake]:
         try:
             found = [word.key_or_group for word in parse_overrides([f"{name}={value}"])]
         except (ConfigError, HydraException):
-            yield Mistake(key, f"={value!r} cannot be read as key=value")
+            yield ConfigIssue(key, f"={value!r} cannot be read as key=value")
             continue
         if any(one.partition(".")[0].partition("/")[0] in ITS_OWN for one in [*found, name]):
-            yield Mistake(key, f"={value!r} may be given on the command line only")
+            yield ConfigIssue(key, f"={value!r} may be given on the command line only")
 
 
-def _job_mistakes(own: dict[str, Any], words: Sequence[str]) -> Iterator[Mistake]:
+def _job_mistakes(own: dict[str, Any], words: Sequence[str]) -> Iterator[ConfigIssue]:
     """Files outside the run folder, and the environment of the job."""
     inside = own.get("output_subdir")
     if inside is not None and not _is_typed("hydra.output_subdir", words):
         path = PurePath(str(inside))
         if path.is_absolute() or ".." in path.parts or "${" in str(inside):
-            yield Mistake("hydra.output_subdir", f"={inside!r} is no folder inside the run's")
+            yield ConfigIssue("hydra.output_subdir", f"={inside!r} is no folder inside the run's")
     name = own["job"].get("name")
     if not re.fullmatch(r"[\w.-]+", str(name), flags=re.ASCII) or ".." in str(name):
-        yield Mistake("hydra.job.name", f"={name!r} is no plain name: letters, digits, _ . -")
+        yield ConfigIssue("hydra.job.name", f"={name!r} is no plain name: letters, digits, _ . -")
     for variable, value in _children(own["job"].get("env_set")):
         key = f"hydra.job.env_set.{variable}"
         if os.environ.get(variable) != value and not _is_typed(key, words):
-            yield Mistake(key, f"={value!r} may be given on the command line only")
+            yield ConfigIssue(key, f"={value!r} may be given on the command line only")
         elif looks_secret(variable) and os.environ.get(variable) == value:
-            yield Mistake(key, " would be saved with the run; a job has the variable anyway")
+            yield ConfigIssue(key, " would be saved with the run; a job has the variable anyway")

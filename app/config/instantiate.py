@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
 from app.config.types import MISSING, UNKNOWN, alternatives, describe, fits
-from app.runtime.errors import Mistake, UserError, nearest, one_of
+from app.runtime.errors import ConfigIssue, UserError, nearest, one_of
 
 
 class Build:
@@ -84,7 +84,7 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def node_mistakes(
     key: str, node: object, trusted: Sequence[str], given: int = 0, offers: Sequence[str] = ()
-) -> Iterator[Mistake]:
+) -> Iterator[ConfigIssue]:
     """What is wrong with the targets at or below `key`, and with their arguments.
 
     Args:
@@ -104,19 +104,19 @@ def node_mistakes(
     if TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
-        yield Mistake(f"{key}.{POSITIONAL}", f"={node[POSITIONAL]!r} is no list of arguments")
+        yield ConfigIssue(f"{key}.{POSITIONAL}", f"={node[POSITIONAL]!r} is no list of arguments")
         return
     try:
         target = locate(node[TARGET], trusted)
     except TargetError as error:
-        yield Mistake(f"{key}.{TARGET}", f"={error}")
+        yield ConfigIssue(f"{key}.{TARGET}", f"={error}")
         return
     yield from _argument_mistakes(key, node, target, given, offers)
 
 
 def _argument_mistakes(
     key: str, node: dict[str, Any], target: Callable[..., Any], given: int, offers: Sequence[str]
-) -> Iterator[Mistake]:
+) -> Iterator[ConfigIssue]:
     named = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
     wanted = parameters(target)
     kinds = {parameter.kind for parameter in wanted.values()}
@@ -125,20 +125,20 @@ def _argument_mistakes(
     if wanted and inspect.Parameter.VAR_KEYWORD not in kinds:
         for name in named.keys() - open_.keys():
             close = nearest(name, open_)
-            yield Mistake(
+            yield ConfigIssue(
                 f"{key}.{name}",
                 f"={named[name]!r} is not an argument of {node[TARGET]}; "
                 f"it takes: {one_of(open_)}{close}",
             )
     for name, parameter in open_.items():
         if name in named and name in offers:
-            yield Mistake(
+            yield ConfigIssue(
                 f"{key}.{name}", f"={named[name]!r} is not yours to give: the run sets it"
             )
         elif name in named:
             yield from _value_mistakes(f"{key}.{name}", named[name], target, parameter)
         elif parameter.default is parameter.empty and name not in offers and PARTIAL not in node:
-            yield Mistake(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
+            yield ConfigIssue(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
 
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -146,15 +146,15 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 def _value_mistakes(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
-) -> Iterator[Mistake]:
+) -> Iterator[ConfigIssue]:
     """A plain number, text or null where the signature clearly wants another kind."""
     expected = _annotation(target, parameter)
     if value == UNKNOWN:
         return
     if value == MISSING:
-        yield Mistake(key, f" has no value; give one, as {key}=... on the command line")
+        yield ConfigIssue(key, f" has no value; give one, as {key}=... on the command line")
     elif isinstance(value, (str, int, float)) and _is_plain(expected) and not fits(value, expected):
-        yield Mistake(key, f"={value!r} does not fit; allowed: {_plainly(expected)}")
+        yield ConfigIssue(key, f"={value!r} does not fit; allowed: {_plainly(expected)}")
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:

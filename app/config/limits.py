@@ -15,7 +15,7 @@ from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.grammar_parser import parse
 
-from app.runtime.errors import Mistake, UserError
+from app.runtime.errors import ConfigIssue, UserError
 
 WORD = 10_000  # characters of a word of the command line
 DEEPEST = 64  # lists and groups inside one another, or values that are made of others
@@ -73,7 +73,7 @@ def _add(collection: list[Any], values: int, depth: int) -> None:
     collection[2] = max(collection[2], depth)
 
 
-def expansion_mistakes(config: DictConfig) -> Iterator[Mistake]:
+def expansion_mistakes(config: DictConfig) -> Iterator[ConfigIssue]:
     """Interpolations that lead back to themselves, or to more than memory holds.
 
     Nothing is resolved for this but keys of other interpolations.
@@ -83,7 +83,7 @@ def expansion_mistakes(config: DictConfig) -> Iterator[Mistake]:
     try:
         sizes.of((), 0)
     except _TooMuch as found:
-        yield Mistake(".".join(found.path), found.problem)
+        yield ConfigIssue(".".join(found.path), found.problem)
 
 
 class _TooMuch(Exception):  # noqa: N818

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from app.config.limits import word_problem
-from app.runtime.errors import ConfigError, Mistake, nearest, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, nearest, one_of
 
 Values = dict[str, str]  # by swept key, as they would be typed
 
@@ -79,13 +79,13 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) ->
     parser = OverridesParser.create(config_loader=loader)
     for word in words:
         if (problem := word_problem(word)) is not None:
-            mistakes.append(Mistake(f"{word[:40]}...", problem))
+            mistakes.append(ConfigIssue(f"{word[:40]}...", problem))
             continue
         try:
             parsed += parser.parse_overrides([word])
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            mistakes.append(Mistake(word, f" cannot be read as key=value: {reason}"))
+            mistakes.append(ConfigIssue(word, f" cannot be read as key=value: {reason}"))
     if mistakes:
         raise ConfigError(mistakes)
     return parsed
@@ -113,10 +113,10 @@ def grid(space: Space, together: Sequence[Sequence[str]]) -> list[Values]:
     ]
 
 
-def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[Mistake]:
+def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[ConfigIssue]:
     """Why these are no lists of values, or cannot vary together."""
     mistakes = [
-        Mistake(
+        ConfigIssue(
             key,
             f"={line_of(override).partition('=')[2]} has no list of values; "
             "it needs hydra/sweeper=optuna",
@@ -131,9 +131,9 @@ def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[Mista
             if key not in space.swept:
                 near = nearest(key, space.swept)
                 problem = f" names {key!r}, which is not swept; swept: {one_of(space.swept)}{near}"
-                mistakes.append(Mistake("sweep.together", problem))
+                mistakes.append(ConfigIssue("sweep.together", problem))
             elif key in seen:
-                mistakes.append(Mistake("sweep.together", f" names {key!r} twice"))
+                mistakes.append(ConfigIssue("sweep.together", f" names {key!r} twice"))
             seen.append(key)
     if not mistakes:
         mistakes += [m for group in together for m in _uneven(space, group)]
@@ -146,12 +146,12 @@ def _typed_so(space: Space, together: Sequence[Sequence[str]]) -> list[list[str]
     return [[typed.get(key.lstrip("+"), key) for key in group] for group in together]
 
 
-def _uneven(space: Space, group: Sequence[str]) -> list[Mistake]:
+def _uneven(space: Space, group: Sequence[str]) -> list[ConfigIssue]:
     counts = {key: len(choices_of(space.swept[key])) for key in group}
     if len({*counts.values()}) <= 1:
         return []
     told = ", ".join(f"{key} has {count} values" for key, count in counts.items())
-    return [Mistake("sweep.together", f": {told}; as many of each are needed")]
+    return [ConfigIssue("sweep.together", f": {told}; as many of each are needed")]
 
 
 def choices_of(override: Override) -> list[str]:

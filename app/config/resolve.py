@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from app.config.secrets import hidden, secrets_of
 from app.config.types import MISSING, UNKNOWN
-from app.runtime.errors import Mistake
+from app.runtime.errors import ConfigIssue
 
 FILE_KEYS = ("path", "root")  # arguments of data sources that name files
 Plain = dict[str, Any]
@@ -30,12 +30,12 @@ NOW = (
 )
 
 
-def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
+def freeze(config: DictConfig) -> tuple[Plain, list[ConfigIssue]]:
     """All interpolations resolved, all paths absolute; and every interpolation that is wrong.
 
     Secrets of the environment stay as they are written, see `app.config.secrets`.
     """
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     names = [name for name in config if name != "hydra"]
     plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
     if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
@@ -48,7 +48,7 @@ def freeze(config: DictConfig) -> tuple[Plain, list[Mistake]]:
     return hidden(plain, secrets), mistakes
 
 
-def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
+def _resolved(parent: Any, name: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
     if OmegaConf.is_missing(parent, name):
         return MISSING
     try:
@@ -56,7 +56,7 @@ def _resolved(parent: Any, name: Any, key: str, mistakes: list[Mistake]) -> Any:
     except InterpolationToMissingValueError:
         return UNKNOWN
     except OmegaConfBaseException as error:
-        mistakes.append(Mistake(key, f" does not resolve: {str(error).splitlines()[0]}"))
+        mistakes.append(ConfigIssue(key, f" does not resolve: {str(error).splitlines()[0]}"))
         return UNKNOWN
     if isinstance(value, DictConfig):
         return {str(k): _resolved(value, k, f"{key}.{k!s}", mistakes) for k in value}

@@ -15,7 +15,7 @@ from app.config.schema import Config
 from app.config.secrets import SAID
 from app.config.types import hints, only_dataclass
 from app.config.validate import has_auto
-from app.runtime.errors import ConfigError, Mistake
+from app.runtime.errors import ConfigError, ConfigIssue
 
 ALL_OVER = ("experiment", "debug", "local")  # groups that set keys anywhere
 FIXED = ("model.", "data.split.")
@@ -63,7 +63,7 @@ def over_saved(
             break
         if key in ALL_OVER:
             problem = " sets keys all over and cannot be laid over a saved run; type the keys"
-            mistakes.append(Mistake(key, problem))
+            mistakes.append(ConfigIssue(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
             _lay(typed, key, select(raw, key), override.is_delete())
     if resumes and select(saved, "trainer.batch_size_finder"):  # what was typed was where to begin
@@ -75,7 +75,9 @@ def over_saved(
     differences = [line for line in differences if not line.startswith(options)]
     names = FIXED + LEARNS_WITH * resumes
     fixed = [line for line in differences if line.startswith(names) or _is_other_optimizer(line)]
-    mistakes += [Mistake(line, ": the run was trained so, and cannot be changed") for line in fixed]
+    mistakes += [
+        ConfigIssue(line, ": the run was trained so, and cannot be changed") for line in fixed
+    ]
     if mistakes:
         raise ConfigError(mistakes)
     filled = _filled(merged, now, Config, "", differences)
@@ -126,7 +128,7 @@ def _lay(config: DictConfig, key: str, value: Any, delete: bool) -> None:
             OmegaConf.update(config, key, value, merge=False, force_add=True)
         except (ValueError, IndexError, OmegaConfBaseException) as error:
             problem = f" has no place in the saved run: {str(error).splitlines()[0]}"
-            raise ConfigError([Mistake(key, problem)]) from error
+            raise ConfigError([ConfigIssue(key, problem)]) from error
         return
     parent = OmegaConf.select(config, key.rpartition(".")[0])
     if isinstance(parent, DictConfig):

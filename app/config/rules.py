@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.runtime.errors import Mistake, nearest, one_of
+from app.runtime.errors import ConfigIssue, nearest, one_of
 
 STAGES = ("train", "valid", "test")
 RESERVED = (
@@ -32,7 +32,7 @@ SUPERVISED = (
 USES_CKPT = ("test", "valid", "predict", "export")  # modes that use what was trained
 
 
-def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mistake]:
+def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[ConfigIssue]:
     """What no single key can tell; a rule is left out where a key that it reads is broken."""
     data = ("data.source", "data.split", "trainer.overfit_batches")
     rules = {
@@ -53,25 +53,27 @@ def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[Mi
             yield from rule(plain)
 
 
-def _length_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _length_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     if plain["trainer"]["max_epochs"] is None and plain["trainer"]["max_steps"] is None:
-        yield Mistake("trainer.max_epochs", "=None and trainer.max_steps=None: one must be given")
+        yield ConfigIssue(
+            "trainer.max_epochs", "=None and trainer.max_steps=None: one must be given"
+        )
 
 
-def _resume_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _resume_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     resume, mode = plain["resume"], plain["mode"]
     if resume is not None and mode != "train":
-        yield Mistake("resume", f"={resume!r} has no use in mode={mode}; allowed: mode=train")
+        yield ConfigIssue("resume", f"={resume!r} has no use in mode={mode}; allowed: mode=train")
     if plain["trainer"]["requeue"] and resume is None and mode == "train":
         problem = "=True starts the job again, which would begin anew; give resume=auto, too"
-        yield Mistake("trainer.requeue", problem)
+        yield ConfigIssue("trainer.requeue", problem)
 
 
-def _time_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _time_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     value = plain["trainer"]["max_time"]
     if isinstance(value, str) and seconds_of(value) is None:
         allowed = "allowed: seconds, HH:MM:SS or DD:HH:MM:SS"
-        yield Mistake("trainer.max_time", f"={value!r} is no time; {allowed}")
+        yield ConfigIssue("trainer.max_time", f"={value!r} is no time; {allowed}")
 
 
 def seconds_of(time: str | float | None) -> float | None:
@@ -85,64 +87,66 @@ def seconds_of(time: str | float | None) -> float | None:
     return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
 
 
-def _device_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _device_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     trainer, data = plain["trainer"], plain["data"]
     devices, key = trainer["devices"], "trainer.devices"
     if isinstance(devices, list) and (not devices or len({*devices}) < len(devices)):
-        yield Mistake(key, f"={devices!r}: allowed: ids, each once")
+        yield ConfigIssue(key, f"={devices!r}: allowed: ids, each once")
     count = len(devices) if isinstance(devices, list) else devices
     for name in ("batch_size", "eval_batch_size"):
         size = data[name]
         if isinstance(count, int) and size is not None and size < count:
             problem = f"={size} is for all devices together, and fewer than the {count} of {key}"
-            yield Mistake(f"data.{name}", problem)
+            yield ConfigIssue(f"data.{name}", problem)
     if (
         trainer["batch_size_finder"]
         and plain["mode"] == "train"
         and (count or 1) not in (1, "auto")
     ):
         problem = f"=True searches on one device, but {key}={devices!r}; allowed: 1, null"
-        yield Mistake("trainer.batch_size_finder", problem)
+        yield ConfigIssue("trainer.batch_size_finder", problem)
     if trainer["strategy"] == "fsdp":
         yield from _sharding_mistakes(plain)
     if trainer["strategy"] == "fsdp" and trainer["precision"] == "fp16":
         problem = "='fp16' does not go with trainer.strategy='fsdp'; allowed: auto, fp32, bf16"
-        yield Mistake("trainer.precision", problem)
+        yield ConfigIssue("trainer.precision", problem)
 
 
-def _sharding_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _sharding_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What needs whole weights, or calls the model more often in one rank than in another."""
     alone = "does not go with trainer.strategy='fsdp'; allowed: trainer.strategy=ddp"
     if plain["trainer"]["channels_last"] is True:
-        yield Mistake("trainer.channels_last", f"=True {alone}, auto, false")
+        yield ConfigIssue("trainer.channels_last", f"=True {alone}, auto, false")
     if plain["task"].get("patches"):
-        yield Mistake("task.patches", f" {alone}")
+        yield ConfigIssue("task.patches", f" {alone}")
     for name, node in plain["callbacks"].items():
         for option in ("graph", "histograms_every_n_epochs"):
             if isinstance(node, dict) and node.get(option):
-                yield Mistake(f"callbacks.{name}.{option}", f"={node[option]!r} {alone}")
+                yield ConfigIssue(f"callbacks.{name}.{option}", f"={node[option]!r} {alone}")
 
 
-def _name_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _name_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     if not re.fullmatch(r"[\w.+=,-]+", plain["name"]):
-        yield Mistake("name", f"={plain['name']!r} names a folder: letters, digits and _.+=,- only")
+        yield ConfigIssue(
+            "name", f"={plain['name']!r} names a folder: letters, digits and _.+=,- only"
+        )
     named = {f"metric.{stage}": plain["metric"][stage] for stage in STAGES}
     for key, nodes in (named | {"loss": plain["loss"]}).items():
         for name in nodes:
             if not re.fullmatch(r"\w[\w.+=,@-]*", str(name)):
                 problem = " names a column and a file: letters, digits and _.+=,@- only"
-                yield Mistake(f"{key}.{name}", problem)
+                yield ConfigIssue(f"{key}.{name}", problem)
     for stage in STAGES:
         for name in plain["metric"][stage].keys() & set(RESERVED):
-            yield Mistake(f"metric.{stage}.{name}", " is the name of another column; rename it")
+            yield ConfigIssue(f"metric.{stage}.{name}", " is the name of another column; rename it")
     terms = {name for name, node in plain["loss"].items() if node}
     for name in terms & set(RESERVED):
-        yield Mistake(f"loss.{name}", " is the name of another column; rename it")
+        yield ConfigIssue(f"loss.{name}", " is the name of another column; rename it")
     for stage in STAGES:
         for name in _term_columns(plain) & plain["metric"][stage].keys():
-            yield Mistake(f"metric.{stage}.{name}", " is the column of a loss term; rename it")
+            yield ConfigIssue(f"metric.{stage}.{name}", " is the column of a loss term; rename it")
     if plain["task"].get("_target_") == SUPERVISED and not any(plain["loss"].values()):
-        yield Mistake("loss", " has no term; choose one, as loss=cross_entropy")
+        yield ConfigIssue("loss", " has no term; choose one, as loss=cross_entropy")
 
 
 def _term_columns(plain: dict[str, Any]) -> set[str]:
@@ -162,15 +166,17 @@ def _is_scheduled(plain: dict[str, Any], column: str) -> bool:
     return isinstance(weight, dict) and str(weight.get("_target_")).endswith(".Scheduled")
 
 
-def _mode_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _mode_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     mode, ckpt = plain["mode"], plain["ckpt"]
     if mode in USES_CKPT and ckpt is None:
-        yield Mistake("ckpt", f" has no value: mode={mode} needs a run folder or a checkpoint file")
+        yield ConfigIssue(
+            "ckpt", f" has no value: mode={mode} needs a run folder or a checkpoint file"
+        )
     if mode not in (*USES_CKPT, "check") and ckpt is not None:
         allowed = ", ".join(f"mode={other}" for other in USES_CKPT)
-        yield Mistake("ckpt", f"={ckpt!r} has no use in mode={mode}; allowed: {allowed}")
+        yield ConfigIssue("ckpt", f"={ckpt!r} has no use in mode={mode}; allowed: {allowed}")
     if ckpt is not None and not Path(ckpt).exists():
-        yield Mistake("ckpt", f"={ckpt!r} does not exist")
+        yield ConfigIssue("ckpt", f"={ckpt!r} does not exist")
 
 
 def stages_with_data(plain: dict[str, Any]) -> set[str]:
@@ -184,11 +190,11 @@ def stages_with_data(plain: dict[str, Any]) -> set[str]:
     }
 
 
-def _stage_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _stage_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     source, split = plain["data"]["source"], plain["data"]["split"]
     for stage in ("valid", "test"):
         if source[stage] is not None and split[stage] is not None:
-            yield Mistake(
+            yield ConfigIssue(
                 f"data.split.{stage}",
                 f"={split[stage]!r} and data.source.{stage} are both given; allowed: one of them",
             )
@@ -197,7 +203,7 @@ def _stage_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
         cut = "" if needed == "train" else f" or data.split.{needed}"
         key = "predict.stage" if plain["mode"] == "predict" else "mode"
         value = needed if plain["mode"] == "predict" else plain["mode"]
-        yield Mistake(key, f"={value!r} has no data: give data.source.{needed}{cut}")
+        yield ConfigIssue(key, f"={value!r} has no data: give data.source.{needed}{cut}")
 
 
 def _stage_of(plain: dict[str, Any]) -> str | None:
@@ -210,47 +216,47 @@ def _stage_of(plain: dict[str, Any]) -> str | None:
     return mode if mode in STAGES else None
 
 
-def _input_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _input_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     inputs, normalize = plain["data"]["inputs"], plain["data"]["normalize"]
     if inputs is None and normalize is not None:
-        yield Mistake(
+        yield ConfigIssue(
             "data.inputs", "=None: a whole batch cannot be normalised; data.normalize=null"
         )
 
 
-def _scheduler_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _scheduler_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     node = plain["scheduler"]["lr_scheduler"] or {}
     by_step = plain["scheduler"]["interval"] == "step"
     if by_step and str(node.get("_target_")).endswith(".ReduceLROnPlateau"):
-        yield Mistake(
+        yield ConfigIssue(
             "scheduler.interval", "='step': a plateau is seen after epochs; allowed: epoch"
         )
 
 
-def _find_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _find_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     low, high = plain["find"]["lr_from"], plain["find"]["lr_to"]
     if low >= high:
-        yield Mistake("find.lr_from", f"={low} must be below find.lr_to={high}")
+        yield ConfigIssue("find.lr_from", f"={low} must be below find.lr_to={high}")
 
 
-def _monitor_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _monitor_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     """The goal, and the further monitors, are measured."""
     yield from _measured_mistakes(plain, "goal.metric", plain["goal"]["metric"])
     for name, monitor in plain["checkpoint"]["monitors"].items():
         if monitor is not None:
             key = f"checkpoint.monitors.{name}"
             if not re.fullmatch(r"[\w.+=,-]+", name):
-                yield Mistake(key, " names a file: letters, digits and _.+=,- only")
+                yield ConfigIssue(key, " names a file: letters, digits and _.+=,- only")
             yield from _measured_mistakes(plain, f"{key}.metric", monitor["metric"])
 
 
-def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator[Mistake]:
+def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator[ConfigIssue]:
     stage, name = metric.split("/", 1) if "/" in metric else ("valid", metric)
     if stage not in ("train", "valid"):
-        yield Mistake(key, f"={metric!r}: {stage!r} is no stage of training: train, valid")
+        yield ConfigIssue(key, f"={metric!r}: {stage!r} is no stage of training: train, valid")
         return
     if stage not in stages_with_data(plain):
-        yield Mistake(
+        yield ConfigIssue(
             key,
             f"={metric!r} has no data to be measured on: give data.source.{stage} or "
             f"data.split.{stage}, or choose train/loss",
@@ -260,7 +266,7 @@ def _measured_mistakes(plain: dict[str, Any], key: str, metric: str) -> Iterator
     own = [column for column in _term_columns(plain) if not _is_scheduled(plain, column)]
     measured = ["loss", *own, *metrics]
     if plain["task"].get("_target_") == SUPERVISED and name not in measured:
-        yield Mistake(
+        yield ConfigIssue(
             key,
             f"={metric!r} is not measured in {stage}; it has: {one_of(measured)}"
             f"{nearest(name, measured)}",

@@ -21,7 +21,7 @@ Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_b
 
 
 @dataclass(frozen=True)
-class Monitor:
+class MonitorConfig:
     """A metric, and which of its values is better."""
 
     metric: str
@@ -39,7 +39,7 @@ class Monitor:
 
 
 @dataclass(frozen=True)
-class Goal(Monitor):
+class GoalConfig(MonitorConfig):
     """What "best" means, once: for checkpoints, early stopping, plateaus and sweeps."""
 
     patience: Positive | None = None
@@ -48,7 +48,7 @@ class Goal(Monitor):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """When the state is written, and what is kept."""
 
     every_n_epochs: Positive
@@ -57,11 +57,11 @@ class Checkpoint:
     keep_last: Positive
     save_top_k: Annotated[int, Range(-1)]
     asynchronous: bool
-    monitors: dict[str, Monitor | None]
+    monitors: dict[str, MonitorConfig | None]
 
 
 @dataclass(frozen=True)
-class Freeze:
+class FreezeConfig:
     """Parameters that do not learn from one epoch up to another."""
 
     parameters: str
@@ -74,7 +74,7 @@ class Freeze:
 
 
 @dataclass(frozen=True)
-class Predict:
+class PredictConfig:
     """What `mode=predict` predicts, and how it is written."""
 
     stage: Literal["train", "valid", "test"]
@@ -83,14 +83,14 @@ class Predict:
 
 
 @dataclass(frozen=True)
-class Export:
+class ExportConfig:
     """What `mode=export` writes."""
 
     format: Literal["safetensors", "torch_export", "onnx"]
 
 
 @dataclass(frozen=True)
-class Find:
+class TunerConfig:
     """What `mode=find_lr` and `mode=find_batch_size` try."""
 
     lr_from: Annotated[float, Range(0.0, above=True)]
@@ -101,7 +101,7 @@ class Find:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitConfig:
     """What is cut from the training data where a source gives no data for a stage."""
 
     valid: Limit
@@ -110,7 +110,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Normalize:
+class NormalizeConfig:
     """Per channel, after scaling to [0, 1]; `auto` measures the training data."""
 
     mean: list[float] | Literal["auto"]
@@ -118,7 +118,7 @@ class Normalize:
 
 
 @dataclass(frozen=True)
-class Loader:
+class LoaderConfig:
     """Arguments of torch's `DataLoader`, for data that is read sample by sample."""
 
     num_workers: Count
@@ -128,7 +128,7 @@ class Loader:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceConfig:
     """A dataset for each stage."""
 
     train: Node | None
@@ -137,7 +137,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Where samples come from and how they become batches."""
 
     name: str
@@ -147,22 +147,22 @@ class Data:
     channels: Positive | None
     image_size: Positive | None
     resize: Positive | None
-    source: Source
-    split: Split
+    source: SourceConfig
+    split: SplitConfig
     inputs: int | str | list[int | str] | None
     targets: Key
     batch_size: Positive
     eval_batch_size: Positive | None
     drop_last: bool
     sampling: Node | None
-    normalize: Normalize | None
+    normalize: NormalizeConfig | None
     augment: Nodes
     memory: Literal["auto", "host", "device"]
-    loader: Loader
+    loader: LoaderConfig
 
 
 @dataclass(frozen=True)
-class Scheduler:
+class SchedulerConfig:
     """How the learning rate moves."""
 
     interval: Literal["step", "epoch"]
@@ -171,7 +171,7 @@ class Scheduler:
 
 
 @dataclass(frozen=True)
-class Trainer:
+class TrainerConfig:
     """How long and how to train."""
 
     max_epochs: Positive | None
@@ -205,7 +205,7 @@ class Trainer:
 
 
 @dataclass(frozen=True)
-class Metric:
+class MetricConfig:
     """Named metrics of each stage."""
 
     train: Nodes
@@ -214,7 +214,7 @@ class Metric:
 
 
 @dataclass(frozen=True)
-class Trial:
+class OptunaTrial:
     """Which trial of a search a job is, so that it can be told to end where it is hopeless."""
 
     storage: str
@@ -224,7 +224,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepConfig:
     """How a sweep goes on, and what it varies together."""
 
     resume: str | None
@@ -232,7 +232,7 @@ class Sweep:
     on_error: Literal["continue", "stop"]
     max_retries: Count
     together: list[list[str]]
-    trial: Trial | None
+    trial: OptunaTrial | None
 
 
 @dataclass(frozen=True)
@@ -248,21 +248,21 @@ class Config:
     tags: list[str]
     notes: str
     trusted_targets: list[str]
-    goal: Goal
-    checkpoint: Checkpoint
-    predict: Predict
-    export: Export
-    find: Find
-    sweep: Sweep
-    freeze: dict[str, Freeze | None]
-    trainer: Trainer
-    data: Data
+    goal: GoalConfig
+    checkpoint: CheckpointConfig
+    predict: PredictConfig
+    export: ExportConfig
+    find: TunerConfig
+    sweep: SweepConfig
+    freeze: dict[str, FreezeConfig | None]
+    trainer: TrainerConfig
+    data: DataConfig
     model: Node
     task: Node
     loss: Nodes
-    metric: Metric
+    metric: MetricConfig
     optimizer: Node
-    scheduler: Scheduler
+    scheduler: SchedulerConfig
     average: Node | None
     callbacks: Nodes
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.config.schema import Config
 from app.config.types import structured
-from app.runtime.errors import ConfigError, Mistake
+from app.runtime.errors import ConfigError, ConfigIssue
 
 ENVIRONMENT = "oc.env:"
 READS = re.compile(r"\$\{oc\.env:\s*['\"]?(\w+)['\"]?\s*[,}]")
@@ -97,7 +97,7 @@ def told(plain: dict[str, Any]) -> Config:
     return structured(shown(plain) | {key: plain[key] for key in SAID}, Config)
 
 
-def unasked(plain: Any, today: Any, key: str = "") -> Iterator[Mistake]:
+def unasked(plain: Any, today: Any, key: str = "") -> Iterator[ConfigIssue]:
     """Variables that a saved configuration would read, and today's does not read there.
 
     A stranger's run could send them anywhere.
@@ -120,7 +120,7 @@ def unasked(plain: Any, today: Any, key: str = "") -> Iterator[Mistake]:
         problem = (
             f"={plain!r}: the saved run reads this variable; if it may, type ++{key}='{plain}'"
         )
-        yield Mistake(key, problem)
+        yield ConfigIssue(key, problem)
 
 
 def shown(plain: dict[str, Any]) -> dict[str, Any]:
@@ -129,14 +129,14 @@ def shown(plain: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: Variables are not set.
     """
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     found: dict[str, Any] = _shown(plain, "", mistakes)
     if mistakes:
         raise ConfigError(mistakes)
     return found
 
 
-def _shown(node: Any, key: str, mistakes: list[Mistake]) -> Any:
+def _shown(node: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
     prefix = f"{key}." if key else ""
     if isinstance(node, dict):
         return {name: _shown(child, f"{prefix}{name}", mistakes) for name, child in node.items()}
@@ -147,5 +147,5 @@ def _shown(node: Any, key: str, mistakes: list[Mistake]) -> Any:
     for name in KEPT.findall(node):
         if name not in os.environ:
             problem = f"={node!r}: the environment variable {name} is not set; it is never saved"
-            mistakes.append(Mistake(key, problem))
+            mistakes.append(ConfigIssue(key, problem))
     return KEPT.sub(lambda found: os.environ.get(found[1], ""), node)

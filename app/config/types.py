@@ -21,7 +21,7 @@ from typing import (
 )
 
 from app.config.limits import BITS
-from app.runtime.errors import Mistake, nearest, one_of
+from app.runtime.errors import ConfigIssue, nearest, one_of
 
 T = TypeVar("T")
 MISSING = "???"
@@ -55,12 +55,14 @@ def hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def mistakes_of(key: str, value: object, expected: Any) -> Iterator[Mistake]:
+def mistakes_of(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]:
     """Every place at or below `key` whose value does not fit the type."""
     if value == UNKNOWN:
         return
     if value == MISSING:
-        yield Mistake(key, f" has no value; give one, as {key or 'key'}=... on the command line")
+        yield ConfigIssue(
+            key, f" has no value; give one, as {key or 'key'}=... on the command line"
+        )
     elif is_dataclass(expected) and isinstance(expected, type) and isinstance(value, dict):
         yield from _dataclass_mistakes(key, value, expected)
     elif isinstance(value, dict) and (entry := _entry_type(expected, dict)) is not None:
@@ -73,24 +75,26 @@ def mistakes_of(key: str, value: object, expected: Any) -> Iterator[Mistake]:
         yield from _dataclass_mistakes(key, value, only)
     elif not fits(value, expected):
         close = nearest(str(value), _words(expected))
-        yield Mistake(key, f"={value!r} does not fit; allowed: {describe(expected)}{close}")
+        yield ConfigIssue(key, f"={value!r} does not fit; allowed: {describe(expected)}{close}")
     elif isinstance(value, int) and value.bit_length() > BITS:
         problem = f"={value!r} does not fit into a checkpoint; allowed: {BITS} bits"
-        yield Mistake(key, problem)
+        yield ConfigIssue(key, problem)
 
 
-def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[Mistake]:
+def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[ConfigIssue]:
     expected = hints(cls)
     prefix = f"{key}." if key else ""
     for name in value.keys() - expected.keys():
         close = nearest(str(name), expected)
         has = f"{key or 'the configuration'} has: {one_of(expected)}"
-        yield Mistake(f"{prefix}{name}", f"={_short(value[name])} is not a known key; {has}{close}")
+        yield ConfigIssue(
+            f"{prefix}{name}", f"={_short(value[name])} is not a known key; {has}{close}"
+        )
     for name, type_ in expected.items():
         if name in value:
             yield from mistakes_of(f"{prefix}{name}", value[name], type_)
         elif name in _wanted(cls):
-            yield Mistake(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
+            yield ConfigIssue(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
 
 
 def _wanted(cls: type) -> set[str]:

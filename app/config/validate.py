@@ -9,7 +9,7 @@ from app.config.instantiate import Build, node_mistakes
 from app.config.rules import STAGES, rule_mistakes
 from app.config.schema import Config
 from app.config.types import UNKNOWN, mistakes_of, structured
-from app.runtime.errors import ConfigError, Mistake, UserError
+from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 OFFERS = {  # what the program gives to a part that has a parameter of that name
     "callbacks": ("folder", "model", "config"),
@@ -19,7 +19,9 @@ OFFERS = {  # what the program gives to a part that has a parameter of that name
 AUTO = "auto"  # in a scheduler's arguments: as many steps or epochs as the run has
 
 
-def checked(plain: dict[str, Any], trusted: Sequence[str], found: Sequence[Mistake] = ()) -> Config:
+def checked(
+    plain: dict[str, Any], trusted: Sequence[str], found: Sequence[ConfigIssue] = ()
+) -> Config:
     """The configuration, typed.
 
     Args:
@@ -90,17 +92,17 @@ def _group(plain: dict[str, Any], name: str) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _target_mistakes(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[Mistake]:
+def _target_mistakes(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
     for key, node, given in _named_nodes(plain):
         if "_target_" not in node:
-            yield Mistake(f"{key}._target_", " is missing: the class or function to use")
+            yield ConfigIssue(f"{key}._target_", " is missing: the class or function to use")
         offers = OFFERS.get(key.partition(".")[0], ())
         yield from node_mistakes(key, node, trusted, given, offers)
 
 
 def _trial_mistakes(
     plain: dict[str, Any], trusted: Sequence[str], wrong: set[str]
-) -> Iterator[Mistake]:
+) -> Iterator[ConfigIssue]:
     """The small parts are built once for trial, so that their own checks speak now."""
     parts = {key: node for key, node, _ in _named_nodes(plain)}
     sound = {
@@ -132,8 +134,8 @@ def _trial_mistakes(
                 yield from refusals
 
 
-def _tried(build: Build, key: str, node: Any, *given: Any) -> tuple[Any, list[Mistake]]:
+def _tried(build: Build, key: str, node: Any, *given: Any) -> tuple[Any, list[ConfigIssue]]:
     try:
         return build(key, node, *given), []
     except UserError as error:
-        return None, [Mistake("", str(error))]
+        return None, [ConfigIssue("", str(error))]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from app.runtime.nested import Nested, map_tensors, pick, put
+from app.runtime.nested import Nested, map_tensors, pick, replace
 
 Batch = Nested
 Transform = Callable[[Tensor], Tensor]
@@ -59,7 +59,7 @@ class Ready:
         if self.inputs is None:
             return map_tensors(self.transform, batch)
         for key in self.inputs if isinstance(self.inputs, list) else [self.inputs]:
-            batch = put(batch, key, map_tensors(self.transform, pick(batch, key)))
+            batch = replace(batch, key, map_tensors(self.transform, pick(batch, key)))
         return batch
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from app.data.archives import check_npz
 from app.data.split import Samples, size
 from app.runtime.errors import UserError
-from app.runtime.files import write_whole
+from app.runtime.files import atomic_write
 
 ARRAYS = ("inputs", "targets")
 # What NumPy and zipfile raise for files with wrong bits.
@@ -97,7 +97,7 @@ def _save(path: Path, tensors: tuple[Tensor, ...]) -> None:
     inputs, targets = (tensor.numpy() for tensor in tensors)
     # Several processes may have read the data at once: each writes its own, the last one stays.
     own = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    write_whole(own, lambda file: np.savez(file, inputs=inputs, targets=targets))
+    atomic_write(own, lambda file: np.savez(file, inputs=inputs, targets=targets))
     own.replace(path)
 
 

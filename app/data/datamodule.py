@@ -6,14 +6,14 @@ import torch
 from torch.utils.data import IterableDataset, TensorDataset
 
 from app.config.instantiate import Build
-from app.config.schema import Config, Data, Trainer
+from app.config.schema import Config, DataConfig, TrainerConfig
 from app.data.batch import Batches, Ready
 from app.data.images import ImageFiles
 from app.data.loaders import Reading, SampleLoader, StreamLoader, TensorLoader
 from app.data.sampling import Order
 from app.data.split import Samples, check_datasets, labels_of, size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
-from app.runtime.errors import UserError, looking
+from app.runtime.errors import UserError, as_user_error
 
 STAGES = ("train", "valid", "test")
 Limit = int | float | None
@@ -49,7 +49,7 @@ def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
 def _predicted(config: Config, datasets: dict[str, Samples]) -> Samples:
     if config.predict.images is None:
         return datasets[config.predict.stage]
-    with looking("predict.images"):
+    with as_user_error("predict.images"):
         return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
 
 
@@ -93,7 +93,10 @@ def stages_run(config: Config) -> tuple[str, ...]:
 
 
 def _transform(
-    data: Data, datasets: dict[str, Samples], device: torch.device, format_: torch.memory_format
+    data: DataConfig,
+    datasets: dict[str, Samples],
+    device: torch.device,
+    format_: torch.memory_format,
 ) -> BatchTransform:
     mean = std = None
     if data.normalize is not None:
@@ -149,7 +152,7 @@ def _loader(
     return loader
 
 
-def _weights(build: Build, data: Data, dataset: Samples) -> torch.Tensor:
+def _weights(build: Build, data: DataConfig, dataset: Samples) -> torch.Tensor:
     """How likely each sample of the training data is.
 
     Raises:
@@ -165,7 +168,7 @@ def _weights(build: Build, data: Data, dataset: Samples) -> torch.Tensor:
     return weights
 
 
-def _limit(trainer: Trainer, stage: str) -> Limit:
+def _limit(trainer: TrainerConfig, stage: str) -> Limit:
     if stage == "predict":
         return None
     if trainer.fast_dev_run:

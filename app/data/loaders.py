@@ -25,10 +25,10 @@ from torch.utils.data import (
 from app.data.batch import Batch, Batches, Ready, Transform
 from app.data.sampling import Order
 from app.data.split import Samples, size
-from app.distributed.collectives import alone, share
+from app.distributed.collectives import is_distributed, local_slice
 from app.runtime.errors import UserError
-from app.runtime.nested import count_samples, cut, map_tensors
-from app.runtime.seed import seed_host, seed_of
+from app.runtime.nested import count_samples, map_tensors, slice_batch
+from app.runtime.seed import derive_seed, seed_cpu
 
 
 class TensorLoader:
@@ -64,12 +64,12 @@ class TensorLoader:
         """Of this rank's share of each batch."""
         if self.order.is_plain:
             for start in range(0, self.num_samples, self.batch_size):
-                mine = share(min(self.batch_size, self.num_samples - start))
+                mine = local_slice(min(self.batch_size, self.num_samples - start))
                 yield slice(start + mine.start, start + mine.stop)
         else:
             indices = self.order.indices(epoch).to(self.tensors[0].device)
             for index in indices.split(self.batch_size):
-                yield index[share(len(index))]
+                yield index[local_slice(len(index))]
 
     def indices(self, epoch: int, step: int) -> Tensor:
         """Positions in the dataset of the samples of a batch, counted from 1."""
@@ -134,7 +134,7 @@ class Reading:
             "pin_memory": self.pin_memory and device.type == "cuda",
             "persistent_workers": self.persistent_workers and self.num_workers > 0,
             "prefetch_factor": self.prefetch_factor if self.num_workers > 0 else None,
-            "generator": torch.Generator().manual_seed(seed_of(seed, "workers")),
+            "generator": torch.Generator().manual_seed(derive_seed(seed, "workers")),
         }
 
 
@@ -252,7 +252,7 @@ class StreamLoader:
         return self.ready(default_collate(few))
 
     def _start(self, epoch: int) -> None:
-        self.generator.manual_seed(seed_of(self.seed, "stream", epoch))
+        self.generator.manual_seed(derive_seed(self.seed, "stream", epoch))
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
@@ -287,11 +287,11 @@ class GivenLoader:
 
 def drawn_alike(loader: DataLoader[Any], *seed: int | str) -> Iterator[Batch]:
     """What a stream draws in this process is the same in all ranks, whatever else they draw."""
-    if alone():
+    if not is_distributed():
         yield from loader
         return
     with _own_randomness():
-        seed_host(*seed)
+        seed_cpu(*seed)
         batches = iter(loader)  # a stream may draw its order now
         state = _host_state()
     nothing = object()
@@ -307,11 +307,11 @@ def drawn_alike(loader: DataLoader[Any], *seed: int | str) -> Iterator[Batch]:
 
 def own_share(batch: Batch) -> Batch:
     """This rank's part of a batch that every rank has read; None where it is empty."""
-    if alone():
+    if not is_distributed():
         return batch
     count = count_samples(batch)
-    mine = share(count)
-    return None if mine.start == mine.stop else cut(batch, mine, count)
+    mine = local_slice(count)
+    return None if mine.start == mine.stop else slice_batch(batch, mine, count)
 
 
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -325,7 +325,7 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         for indices in self.order.indices(self.epoch).split(self.batch_size):
-            yield [(self.epoch, index) for index in indices[share(len(indices))].tolist()]
+            yield [(self.epoch, index) for index in indices[local_slice(len(indices))].tolist()]
 
 
 def _collate(samples: list[Any]) -> Batch:
@@ -344,7 +344,7 @@ class _SeededSamples(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         with _own_randomness():
-            seed_host(self.seed, "sample", epoch, index)
+            seed_cpu(self.seed, "sample", epoch, index)
             return self.dataset[index]
 
 

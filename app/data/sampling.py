@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.runtime.errors import UserError
-from app.runtime.seed import seed_of
+from app.runtime.seed import derive_seed
 
 
 class Balanced:
@@ -217,7 +217,7 @@ class Order:
         """Positions in the dataset, int64."""
         if self.shuffle_seed is None:
             return torch.arange(self.count)
-        seed = seed_of(self.shuffle_seed, "order", epoch)
+        seed = derive_seed(self.shuffle_seed, "order", epoch)
         if self.weights is not None:
             return draw(self.weights, self.count, seed)
         generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
 from app.runtime.errors import UserError
 from app.runtime.nested import Key
-from app.runtime.seed import seed_of
+from app.runtime.seed import derive_seed
 
 log = logging.getLogger(__name__)
 Samples = Dataset[Any]
@@ -50,7 +50,9 @@ def split(
             f"data.split.valid={valid!r} and data.split.test={test!r} leave nothing of "
             f"{total} training samples"
         )
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed_of(seed, "split")))
+    order = torch.randperm(
+        total, generator=torch.Generator().manual_seed(derive_seed(seed, "split"))
+    )
     chosen = dict(zip(("train", *parts), order.split([rest, *parts.values()]), strict=True))
     cut = {stage: subset(datasets["train"], i) for stage, i in chosen.items() if len(i)}
     return datasets | cut

@@ -13,25 +13,25 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 T = TypeVar("T")
-PERIOD = 0.2  # seconds, about, from one agreement to the next
+SYNC_SECONDS = 0.2  # seconds, about, from one agreement to the next
 
 
-def alone() -> bool:
-    """Whether no other process trains with this one."""
-    return not (dist.is_available() and dist.is_initialized())
+def is_distributed() -> bool:
+    """Whether several processes run as one."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
     """The number of this process among those that train together; 0 when alone."""
-    return 0 if alone() else dist.get_rank()
+    return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
     """How many processes train together."""
-    return 1 if alone() else dist.get_world_size()
+    return dist.get_world_size() if is_distributed() else 1
 
 
-def share(count: int) -> slice:
+def local_slice(count: int) -> slice:
     """Which of so many samples are this rank's: neighbours, ranks in order, some perhaps empty."""
     mine = rank()
     few, more = divmod(count, world_size())
@@ -39,16 +39,16 @@ def share(count: int) -> slice:
     return slice(start, start + few + (mine < more))
 
 
-def sum_over_ranks(block: Tensor) -> Tensor:
+def all_reduce(block: Tensor) -> Tensor:
     """The sum of every rank's tensor, on every rank; changes the tensor given."""
-    if not alone():
+    if is_distributed():
         dist.all_reduce(block)
     return block
 
 
-def total_later(number: float) -> Callable[[], float]:
+def all_reduce_async(number: float) -> Callable[[], float]:
     """Begins to add up every rank's number; the function given waits for the total."""
-    if alone():
+    if not is_distributed():
         return lambda: number
     tensor = torch.tensor([number], dtype=torch.float64)
     work = dist.all_reduce(tensor, async_op=True)
@@ -60,18 +60,18 @@ def total_later(number: float) -> Callable[[], float]:
     return total
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value, on every rank; those of the others are lost."""
-    if alone():
+    if not is_distributed():
         return value
     box: list[Any] = [value]
     dist.broadcast_object_list(box, device=torch.device("cpu"))
     return box[0]  # type: ignore[no-any-return]
 
 
-def gathered(value: T) -> list[T]:
+def gather_object(value: T) -> list[T]:
     """Every rank's value, in rank 0; in the others nothing. Tensors must be on the host."""
-    if alone():
+    if not is_distributed():
         return [value]
     found: list[Any] | None = [None] * world_size() if rank() == 0 else None
     dist.gather_object(value, found)
@@ -79,35 +79,35 @@ def gathered(value: T) -> list[T]:
 
 
 @contextmanager
-def first_before_others() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """Rank 0 goes through it alone, then all others: a download happens once."""
     if rank() > 0:
         dist.barrier()
     yield
-    if rank() == 0 and not alone():
+    if rank() == 0 and is_distributed():
         dist.barrier()
 
 
-def copy_from_first(tensors: list[Tensor]) -> None:
+def broadcast_tensors(tensors: list[Tensor]) -> None:
     """Rank 0's values, put into every rank's tensors."""
-    if not alone():
+    if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
-class SumOverRanks(torch.autograd.Function):
+class AllReduceSum(torch.autograd.Function):
     """The sum of every rank's tensor, through which gradients find their way."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004
-        return sum_over_ranks(tensor.clone())
+        return all_reduce(tensor.clone())
 
     @staticmethod
     def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return sum_over_ranks(gradient.clone())
+        return all_reduce(gradient.clone())
 
 
-class Agreement:
+class LazyAllReduceMax:
     """The largest of all ranks' numbers, told late, so that nobody waits for it.
 
     Ranks ask at every step and all make the same steps; they tell each other but some times a
@@ -120,37 +120,37 @@ class Agreement:
 
     def __call__(self, mine: int) -> int:
         """What all ranks said when they last told; when alone, `mine`."""
-        if alone():
+        if not is_distributed():
             return mine
         self.calls += 1
         if self.calls < self.every:
             return 0
-        before = self._heard()
-        self._tell(mine)
+        before = self._finish_reduce()
+        self._start_reduce(mine)
         return before
 
-    def settle(self, mine: int) -> int:
+    def wait(self, mine: int) -> int:
         """What all ranks say now, and have not heard yet; for once it is waited for."""
-        if alone():
+        if not is_distributed():
             return mine
-        before = self._heard()
-        self._tell(mine)
-        found = max(before, self._heard())
+        before = self._finish_reduce()
+        self._start_reduce(mine)
+        found = max(before, self._finish_reduce())
         self.every = 1  # steps of the next stage may be long
         return found
 
-    def _tell(self, mine: int) -> None:
+    def _start_reduce(self, mine: int) -> None:
         seconds = (time.monotonic() - self.began) / max(1, self.calls)
         tensor = torch.tensor([float(mine), seconds], dtype=torch.float64)
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
         self.pending = work, tensor
         self.began, self.calls = time.monotonic(), 0
 
-    def _heard(self) -> int:
+    def _finish_reduce(self) -> int:
         if self.pending is None:
             return 0
         (work, tensor), self.pending = self.pending, None
         work.wait()
         reason, seconds = tensor.tolist()
-        self.every = max(1, min(1000, int(PERIOD / max(seconds, 1e-6))))
+        self.every = max(1, min(1000, int(SYNC_SECONDS / max(seconds, 1e-6))))
         return int(reason)

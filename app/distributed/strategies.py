@@ -18,65 +18,67 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from app.distributed.collectives import copy_from_first, sum_over_ranks, world_size
-from app.distributed.sync_batchnorm import SyncNorm
+from app.distributed.collectives import all_reduce, broadcast_tensors, world_size
+from app.distributed.sync_batchnorm import SyncBatchNorm
 from app.runtime.errors import UserError
 
 
-class Parallel:
+class SingleDevice:
     """One rank: the model as it is, gradients as they are.
 
     Args:
         model: That is trained.
 
     Attributes:
-        several: Whether gradients of several ranks come together.
-        lent: Whether the batch under way is lent to this rank, and counts nothing.
+        is_distributed: Whether gradients of several ranks come together.
+        is_padding: Whether the current batch is padding on this rank and does not count.
     """
 
-    several = False
-    divisor = 1  # by which the way of summing divides
+    is_distributed = False
+    grad_divisor = 1  # by which the way of summing divides
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.lent = model, False
-        self.norms = [module for module in model.modules() if isinstance(module, SyncNorm)]
-        copy_from_first([*model.parameters(), *model.buffers()])
+        self.model, self.is_padding = model, False
+        self.batchnorms = [
+            module for module in model.modules() if isinstance(module, SyncBatchNorm)
+        ]
+        broadcast_tensors([*model.parameters(), *model.buffers()])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The model, as a step of training calls it."""
         return self.model(*inputs, **named)
 
-    def begin(self) -> None:
+    def on_epoch_start(self) -> None:
         """An epoch of training begins; other parameters may learn than before."""
 
-    def end(self) -> None:
+    def on_epoch_end(self) -> None:
         """It is over; buffers that ranks have changed apart are those of rank 0 again."""
-        copy_from_first(list(self.model.buffers()))
+        broadcast_tensors(list(self.model.buffers()))
 
     @contextmanager
-    def step(self, lent: bool, completes: bool) -> Iterator[None]:  # noqa: ARG002
+    def sync_context(self, is_padding: bool, steps_next: bool) -> Iterator[None]:  # noqa: ARG002
         """A batch is learned from.
 
         Args:
-            lent: This rank has no sample of it.
-            completes: Gradients are used after it, not kept for the batches to come.
+            is_padding: This rank has no sample of it.
+            steps_next: Gradients are used after it, not kept for the batches to come.
         """
-        self.lent = lent
-        for norm in self.norms:
-            norm.counts = not lent
+        self.is_padding = is_padding
+        for norm in self.batchnorms:
+            norm.is_active = not is_padding
         yield
-        self.lent = False
+        self.is_padding = False
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Those of all ranks, put in place of this rank's."""
 
-    def forget_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def zero_grad(self, parameters: Iterable[Tensor]) -> None:
         """They have been used."""
         for parameter in parameters:
             parameter.grad = None
 
 
-class Replicated(Parallel):
+class DDPStrategy(SingleDevice):
     """Every rank has the whole model; torch's `DistributedDataParallel` sums gradients.
 
     It does so while they are still being computed, for the parameters that took part in the first
@@ -90,7 +92,7 @@ class Replicated(Parallel):
         find_unused: Other parameters take part from step to step.
     """
 
-    several = True
+    is_distributed = True
 
     def __init__(
         self, model: nn.Module, device: torch.device, single: bool, find_unused: bool
@@ -98,60 +100,65 @@ class Replicated(Parallel):
         super().__init__(model)
         self.device, self.single, self.find_unused = device, single, find_unused
         self.ddp: DistributedDataParallel | None = None
-        self.summed: set[Tensor] = set()  # by DDP, since gradients were last used
-        self.learning: list[Tensor] = []
+        self.reduced: set[Tensor] = set()  # by DDP, since gradients were last used
+        self.trainable: list[Tensor] = []
         self.calls = 0
-        self.sums = False  # whether DDP is to sum in the step under way
-        self.given: set[Tensor] = set()  # parameters that DDP sums
+        self.ddp_reduces = False  # whether DDP is to sum in the step under way
+        self.ddp_parameters: set[Tensor] = set()  # parameters that DDP sums
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         self.calls += 1
         return (self.ddp or self.model)(*inputs, **named)
 
-    def begin(self) -> None:
+    def on_epoch_start(self) -> None:
         learning: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        if [*map(id, learning)] != [*map(id, self.learning)]:
-            self.learning, self.ddp = learning, None
-            super().forget_gradients(self.model.parameters())  # zeros would move what is frozen
+        if [*map(id, learning)] != [*map(id, self.trainable)]:
+            self.trainable, self.ddp = learning, None
+            super().zero_grad(self.model.parameters())  # zeros would move what is frozen
 
     @contextmanager
-    def step(self, lent: bool, completes: bool) -> Iterator[None]:
+    def sync_context(self, is_padding: bool, steps_next: bool) -> Iterator[None]:
         with ExitStack() as stack:
-            if self.ddp is not None and not completes:
+            if self.ddp is not None and not steps_next:
                 stack.enter_context(self.ddp.no_sync())
-            stack.enter_context(super().step(lent, completes))
-            self.sums = self.ddp is not None and completes
+            stack.enter_context(super().sync_context(is_padding, steps_next))
+            self.ddp_reduces = self.ddp is not None and steps_next
             yield
-            self.sums = False
+            self.ddp_reduces = False
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         every = [p for p in parameters if p.requires_grad]
-        if self.sums and self.calls and not self.find_unused and not self.given <= self.summed:
+        if (
+            self.ddp_reduces
+            and self.calls
+            and not self.find_unused
+            and not self.ddp_parameters <= self.reduced
+        ):
             raise UserError(  # before any rank waits for what never comes
                 "trainer.find_unused_parameters=False, but not all parameters take part in every "
                 "step; allowed: true"
             )
-        rest = [p for p in every if p not in self.summed]
+        rest = [p for p in every if p not in self.reduced]
         used = _used_anywhere(rest)
-        _sum(used)
+        _all_reduce_grads(used)
         if self.ddp is None and self.single and self.calls:
-            self._wrap({*used, *self.summed})
+            self._wrap({*used, *self.reduced})
         self.calls = 0
 
-    def forget_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def zero_grad(self, parameters: Iterable[Tensor]) -> None:
         """Those that are views into DDP's buckets stay there, as zeros, if all are used always."""
-        kept = set() if self.find_unused else self.summed
+        kept = set() if self.find_unused else self.reduced
         every = list(parameters)
         views = [p.grad for p in every if p in kept and p.grad is not None]
         if views:
             torch._foreach_zero_(views)
-        super().forget_gradients(p for p in every if p not in kept)
-        self.summed = set()
+        super().zero_grad(p for p in every if p not in kept)
+        self.reduced = set()
 
     def _wrap(self, used: set[Tensor]) -> None:
         """Gives the parameters that take part to DDP."""
-        self.given = used & {*self.learning}
-        idle = [p for p in self.learning if p not in used]
+        self.ddp_parameters = used & {*self.trainable}
+        idle = [p for p in self.trainable if p not in used]
         for parameter in idle:
             parameter.requires_grad_(False)  # DDP leaves them alone
         try:
@@ -167,7 +174,7 @@ class Replicated(Parallel):
                 parameter.requires_grad_(True)
 
         def sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ARG001
-            self.summed |= {*bucket.parameters()}
+            self.reduced |= {*bucket.parameters()}
             work = dist.all_reduce(bucket.buffer(), async_op=True)
             return work.get_future().then(lambda future: future.value()[0])
 
@@ -186,25 +193,25 @@ def _used_anywhere(parameters: list[Tensor]) -> list[Tensor]:
     if not parameters:
         return []
     mask = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
-    used = [p for p, n in zip(parameters, sum_over_ranks(mask).tolist(), strict=True) if n]
+    used = [p for p, n in zip(parameters, all_reduce(mask).tolist(), strict=True) if n]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     return used
 
 
-def _sum(parameters: list[Tensor]) -> None:
+def _all_reduce_grads(parameters: list[Tensor]) -> None:
     """Their gradients over all ranks, in one collective for each type."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
-        flat = sum_over_ranks(torch.cat([gradient.reshape(-1) for gradient in same]))
+        flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in same]))
         parts = flat.split([gradient.numel() for gradient in same])
         views = [part.view(g.shape) for part, g in zip(parts, same, strict=True)]
         torch._foreach_copy_(same, views)
 
 
-class Sharded(Parallel):
+class FSDPStrategy(SingleDevice):
     """Every rank has a part of each weight (FSDP2); gradients come together in each backward.
 
     Each module inside a `Sequential` or `ModuleList` is a unit that is put together as it is used;
@@ -214,7 +221,7 @@ class Sharded(Parallel):
         model: That is trained; its parameters become distributed tensors.
     """
 
-    several = True
+    is_distributed = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -226,21 +233,21 @@ class Sharded(Parallel):
                         fully_shard(unit)
         fully_shard(model)
 
-    def sum_gradients(self, parameters: Iterable[Tensor]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
         beside = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
         used = _used_anywhere(beside)
-        _sum(used)
+        _all_reduce_grads(used)
         for parameter in used:  # they have not been divided
             assert parameter.grad is not None
             parameter.grad /= self.divisor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that ranks have parts of; every rank must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def alike(tensors: list[Tensor]) -> list[list[Tensor]]:
+def split_dtensors(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Those that ranks have parts of, and the others."""
     parts: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
     others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
@@ -250,11 +257,11 @@ def alike(tensors: list[Tensor]) -> list[list[Tensor]]:
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """The norm of all of them together, over all ranks' parts."""
     dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    norms = [whole(torch.nn.utils.get_total_norm(same)) for same in alike(dense)]
+    norms = [full_tensor(torch.nn.utils.get_total_norm(same)) for same in split_dtensors(dense)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def evidence_of(tensors: list[Tensor]) -> Tensor:
+def finite_indicator(tensors: list[Tensor]) -> Tensor:
     """A scalar that is finite where all of them are; cheaper than `total_norm`."""
     kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors}
     (kind, layout, *_), *others = kinds
@@ -263,7 +270,7 @@ def evidence_of(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).sum()
 
 
-def part_of(value: Any, like: Tensor) -> Any:
+def shard_like(value: Any, like: Tensor) -> Any:
     """This rank's part of a whole tensor, as it has one of another; all else stays."""
     is_part = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
     if not is_part:
@@ -274,7 +281,7 @@ def part_of(value: Any, like: Tensor) -> Any:
 
 
 @torch.no_grad()
-def put(state: Mapping[str, Tensor], model: nn.Module) -> None:
+def load_full_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> None:
     """A whole state dict into a model, each rank taking its part."""
     for name, tensor in model.state_dict().items():
-        tensor.copy_(part_of(state[name], tensor))
+        tensor.copy_(shard_like(state[name], tensor))

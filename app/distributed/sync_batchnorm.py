@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from app.distributed.collectives import SumOverRanks, alone
+from app.distributed.collectives import AllReduceSum, is_distributed
 
 
-class SyncNorm(_BatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """What `torch.nn.SyncBatchNorm` does, wherever torch's own works on CUDA devices alone.
 
     Mean and variance are those of all samples of all ranks (Ioffe and Szegedy 2015, algorithm 1).
@@ -18,14 +18,14 @@ class SyncNorm(_BatchNorm):
         counts: Whether this rank's samples take part.
     """
 
-    counts = True
+    is_active = True
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Of any number of dimensions."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # collectives inside a graph
     def forward(self, input: Tensor) -> Tensor:
-        if alone() or not self.training:
+        if not is_distributed() or not self.training:
             return super().forward(input)
         wide = input.float()
         mean, variance, count = self._moments(wide)
@@ -40,7 +40,7 @@ class SyncNorm(_BatchNorm):
     def _moments(self, wide: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and variance by channel, and of how many values; in two passes, which is exact."""
         others = [0, *range(2, wide.ndim)]
-        own = float(self.counts)
+        own = float(self.is_active)
         values = wide.new_tensor([own * wide.numel() / wide.shape[1]])
         sums = _over_ranks(torch.cat([own * wide.sum(others), values]))
         mean, count = sums[:-1] / sums[-1], sums[-1].detach()
@@ -62,23 +62,23 @@ class SyncNorm(_BatchNorm):
 
 
 def _over_ranks(tensor: Tensor) -> Tensor:
-    found: Tensor = SumOverRanks.apply(tensor)
+    found: Tensor = AllReduceSum.apply(tensor)
     return found
 
 
-def synchronize_norms(model: nn.Module, device: torch.device) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with batch normalisation over all ranks; names and weights stay."""
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-any-return]
     if isinstance(model, _BatchNorm):
-        return _synchronized(model)
+        return _convert(model)
     for name, child in model.named_children():
-        setattr(model, name, synchronize_norms(child, device))
+        setattr(model, name, convert_sync_batchnorm(child, device))
     return model
 
 
-def _synchronized(norm: _BatchNorm) -> SyncNorm:
-    found = SyncNorm(
+def _convert(norm: _BatchNorm) -> SyncBatchNorm:
+    found = SyncBatchNorm(
         norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
     )
     found.weight, found.bias = norm.weight, norm.bias

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from app.config.schema import Data
+from app.config.schema import DataConfig
 from app.data.batch import Batches
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
@@ -17,7 +17,7 @@ from app.training.task import Task, sound
 from app.training.trainer import PREDICT
 
 
-def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
+def try_on(task: Task, stage: str, loader: Batches, data: DataConfig) -> None:
     """Puts two samples through the step: the model, the loss and the metrics.
 
     Raises:
@@ -50,13 +50,13 @@ def try_on(task: Task, stage: str, loader: Batches, data: Data) -> None:
         ) from error
 
 
-def _check_classes(outputs: object, data: Data) -> None:
+def _check_classes(outputs: object, data: DataConfig) -> None:
     given = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
     if data.num_classes is not None and given not in (None, data.num_classes):
         raise UserError(f"data.num_classes={data.num_classes}, but the model gives {given} outputs")
 
 
-def _check_shape(inputs: object, stage: str, data: Data) -> None:
+def _check_shape(inputs: object, stage: str, data: DataConfig) -> None:
     shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
     if shape is not None and shape != data.input_shape:
         raise UserError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.config.schema import Job
-from app.runtime.signals import Stop
+from app.runtime.signals import StopSignal
 
 
 def run_experiment(
-    job: Job, folder: Path, stop: Stop | None = None, local_rank: int = 0
+    job: Job, folder: Path, stop: StopSignal | None = None, local_rank: int = 0
 ) -> float | None:
     """Run this rank's part of a job, as `app.experiment.run.execute` does.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from app.runtime.errors import UserError
-from app.runtime.files import write_whole
+from app.runtime.files import atomic_write
 from app.runtime.nested import tensors
 
 T = TypeVar("T")
@@ -41,7 +41,7 @@ def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Pa
     content = {"safetensors": _safetensors, "torch_export": _program, "onnx": _onnx}[format](
         model, sample
     )
-    write_whole(path, lambda file: file.write(content))
+    atomic_write(path, lambda file: file.write(content))
     return path
 
 

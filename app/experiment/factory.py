@@ -15,13 +15,13 @@ from torchmetrics import Metric
 
 from app.config.instantiate import Build
 from app.config.rules import seconds_of
-from app.config.schema import Checkpoint, Config, Job, Node
+from app.config.schema import CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import Batches
 from app.data.datamodule import STAGES, make_datasets, make_loaders
-from app.distributed.collectives import alone, first_before_others
-from app.distributed.strategies import Parallel, Replicated, Sharded
-from app.distributed.sync_batchnorm import synchronize_norms
+from app.distributed.collectives import is_distributed, rank_zero_first
+from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
+from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import try_on
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import Selected
@@ -65,7 +65,7 @@ def make_parts(config: Config, build: Build, device: torch.device) -> Parts:
     """
     model = make_model(config, build, device)
     format_ = _format(config, model)
-    with first_before_others():
+    with rank_zero_first():
         datasets = make_datasets(config, build)
     loaders = make_loaders(config, build, datasets, device, format_)
     task = make_task(config, build, model, device)
@@ -88,8 +88,8 @@ def make_model(config: Config, build: Build, device: torch.device) -> nn.Module:
     model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model['_target_']} is no torch.nn.Module")
-    if config.mode == "train" and config.trainer.sync_batchnorm and not alone():
-        model = synchronize_norms(model, device)
+    if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
+        model = convert_sync_batchnorm(model, device)
     format_ = _format(config, model)
     return model.to(device=device, memory_format=format_)  # type: ignore[call-overload,no-any-return]
 
@@ -169,11 +169,11 @@ def make_callbacks(
     return list(found.values())
 
 
-def make_parallel(config: Config, parts: Parts) -> Parallel:
+def make_parallel(config: Config, parts: Parts) -> SingleDevice:
     """How several ranks learn as one; from now on the task trains through it."""
     task, trainer = parts.task, config.trainer
-    if alone():
-        return Parallel(task.model)
+    if not is_distributed():
+        return SingleDevice(task.model)
     for module in task.loss.modules() if isinstance(task, SupervisedTask) else ():
         if getattr(module, "reduction", "mean") == "sum":
             raise UserError(
@@ -188,15 +188,15 @@ def make_parallel(config: Config, parts: Parts) -> Parallel:
                 "app.training.supervised.SupervisedTask does, and a single optimizer; "
                 "allowed here: ddp"
             )
-        return Sharded(task.model)
+        return FSDPStrategy(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1
-    found = Replicated(task.model, parts.device, single, trainer.find_unused_parameters)
+    found = DDPStrategy(task.model, parts.device, single, trainer.find_unused_parameters)
     task.trained = found
     return found
 
 
 def make_learning(
-    config: Config, build: Build, parts: Parts, parallel: Parallel, scheduled: bool = True
+    config: Config, build: Build, parts: Parts, parallel: SingleDevice, scheduled: bool = True
 ) -> Learning:
     """An optimizer of all parameters that learn, or one for each part of the model it names.
 
@@ -256,7 +256,7 @@ def _optimization(
     config: Config,
     build: Build,
     parts: Parts,
-    parallel: Parallel,
+    parallel: SingleDevice,
     key: str,
     parameters: list[nn.Parameter],
     scheduled: bool,
@@ -343,7 +343,7 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _saving(checkpoint: Checkpoint) -> Saving:
+def _saving(checkpoint: CheckpointConfig) -> Saving:
     return Saving(
         every_n_epochs=checkpoint.every_n_epochs,
         every_n_steps=checkpoint.every_n_steps,

@@ -25,7 +25,7 @@ from app.config.secrets import shown, told, unasked
 from app.config.template import safe_template
 from app.config.types import MISSING, UNKNOWN
 from app.config.validate import checked
-from app.runtime.errors import ConfigError, Mistake, UserError, looking
+from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
 from app.training.checkpoint.checksum import check_seal
 from app.training.checkpoint.rotation import FOLDER, LAST, newest_sound
@@ -54,17 +54,17 @@ def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
         UserError: All that is wrong with any of them.
     """
     jobs: list[tuple[DictConfig, Job]] = []
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     for composed, refused in composing.compositions():
         mistakes += refused
         if composing.sweeps and composed.get("resume") is not None:
             problem = f"={composed.resume!r} is for a single run; a sweep has sweep.resume"
-            mistakes.append(Mistake("resume", problem))
+            mistakes.append(ConfigIssue("resume", problem))
             continue
         try:
             jobs.append((composed, job_of(composed)))
         except ConfigError as error:
-            mistakes += error.mistakes
+            mistakes += error.issues
     if mistakes:
         raise ConfigError(mistakes)
     return jobs
@@ -93,10 +93,10 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     damaged: list[str] = []
     if plain.get("mode") == "train":
         try:
-            with looking("resume"):
+            with as_user_error("resume"):
                 last, damaged = to_resume(composed, plain.get("resume"), folder)
         except ConfigError as error:
-            raise ConfigError([*mistakes, *error.mistakes]) from error
+            raise ConfigError([*mistakes, *error.issues]) from error
         if last is not None:
             saved, its_template = _saved_config("resume", str(last))
             plain, template, differences = over_saved(
@@ -140,21 +140,21 @@ def is_longer(job: Job) -> bool:
     return any(line.startswith(keys) for line in job.differences)
 
 
-def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[Mistake]:
+def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[ConfigIssue]:
     if not plain.get("trusted_targets") or typed_trust(overrides):
         return []
     problem = f"={plain['trusted_targets']!r} may be given on the command line only"
-    return [Mistake("trusted_targets", problem)]
+    return [ConfigIssue("trusted_targets", problem)]
 
 
-def _place_mistakes(plain: dict[str, Any]) -> Iterator[Mistake]:
+def _place_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     """What is no path; it becomes unknown, so that nothing more is said of it."""
     for key, allowed in PLACES.items():
         group, _, name = key.rpartition(".")
         inside: Any = plain.get(group) if group else plain
         value = inside.get(name) if isinstance(inside, dict) else None
         if value is not None and (not isinstance(value, str) or value == ""):
-            yield Mistake(key, f"={value!r}: allowed: {allowed}")
+            yield ConfigIssue(key, f"={value!r}: allowed: {allowed}")
             inside[name] = UNKNOWN
 
 
@@ -177,10 +177,10 @@ def value_of(composed: DictConfig, key: str) -> Any:
         return OmegaConf.select(composed, key, throw_on_missing=True)
     except MissingMandatoryValue as error:
         problem = f" has no value; give one, as {key}=outputs/my_run"
-        raise ConfigError([Mistake(key, problem)]) from error
+        raise ConfigError([ConfigIssue(key, problem)]) from error
     except OmegaConfBaseException as error:
         problem = f" does not resolve: {str(error).splitlines()[0]}"
-        raise ConfigError([Mistake(key, problem)]) from error
+        raise ConfigError([ConfigIssue(key, problem)]) from error
 
 
 def to_resume(
@@ -208,21 +208,21 @@ def to_resume(
         assert isinstance(raw, dict)
         if "${now:" in raw["dir"]:
             problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
-            raise ConfigError([Mistake("resume", problem)])
+            raise ConfigError([ConfigIssue("resume", problem)])
     folder = folder_of(composed, "hydra.run.dir")
     if resume.endswith(".pt"):
         return _chosen(resume, folder), []
     last, damaged = _newest(folder)
     if last is None and resume != AUTO:
         problem = f"={resume!r} holds no run to go on: no {folder / FOLDER / LAST}"
-        raise ConfigError([Mistake("resume", problem)])
+        raise ConfigError([ConfigIssue("resume", problem)])
     return last, damaged
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str]]:
     last, damaged = newest_sound(folder)
     if last is None and damaged:
-        raise ConfigError([Mistake("resume", f": {problem}") for problem in damaged])
+        raise ConfigError([ConfigIssue("resume", f": {problem}") for problem in damaged])
     return last, damaged
 
 
@@ -231,25 +231,25 @@ def _chosen(resume: str, folder: Path) -> Path:
     file = Path(resume).expanduser().absolute()
     if file.parent != folder / FOLDER:
         problem = f"={resume!r} is no state of the run in {folder}: it lies elsewhere"
-        raise ConfigError([Mistake("resume", problem)])
+        raise ConfigError([ConfigIssue("resume", problem)])
     try:
         kind = check_seal(file).kind
     except UserError as error:
-        raise ConfigError([Mistake("resume", f": {error}")]) from error
+        raise ConfigError([ConfigIssue("resume", f": {error}")]) from error
     if kind != "state":
         problem = f"={resume!r} holds weights alone; training goes on from a {LAST}"
-        raise ConfigError([Mistake("resume", problem)])
+        raise ConfigError([ConfigIssue("resume", problem)])
     return file
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
     from app.training.checkpoint.checkpoint import load_checkpoint
 
-    with looking(key):
+    with as_user_error(key):
         if not Path(ckpt).exists():
-            raise ConfigError([Mistake(key, f"={ckpt!r} does not exist")])
+            raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         checkpoint = load_checkpoint(Path(ckpt))
     if checkpoint.config is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
-        raise ConfigError([Mistake(key, problem)])
+        raise ConfigError([ConfigIssue(key, problem)])
     return checkpoint.config, safe_template(checkpoint.template, checkpoint.config, ckpt)

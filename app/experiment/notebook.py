@@ -23,9 +23,9 @@ from app.experiment.job import folder_of, jobs_of
 from app.experiment.run import logits_predicted, make_trainer, restore_from
 from app.experiment.status import Status
 from app.runtime.device import choose_device, count_devices
-from app.runtime.errors import UserError, looking
-from app.runtime.files import remove_partial, write_text
-from app.runtime.lock import owned
+from app.runtime.errors import UserError, as_user_error
+from app.runtime.files import remove_temp_files, write_text
+from app.runtime.lock import run_lock
 from app.runtime.nested import Nested, describe
 from app.training.checkpoint.checkpoint import BEST
 from app.training.events import Callbacks
@@ -65,8 +65,8 @@ class Experiment:
             restore_from(self.trainer, self.config)
 
     def __enter__(self) -> Experiment:
-        self._stack.enter_context(owned(self.folder))
-        remove_partial(self.folder)
+        self._stack.enter_context(run_lock(self.folder))
+        remove_temp_files(self.folder)
         self._go_on()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
         self._stack.enter_context(self._status.recorded())
@@ -142,7 +142,7 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             "allowed here: null, 1, or one id"
         )
     where = Path(folder).absolute() if folder else folder_of(composed, "hydra.run.dir")
-    with looking():
+    with as_user_error():
         holds_a_run = (where / "status.json").exists()
     if holds_a_run and job.config.resume is None:
         raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")

@@ -13,11 +13,11 @@ import torch
 from app.callbacks.prediction_files import Predictions
 from app.callbacks.tables import drop_after
 from app.config.instantiate import Build
-from app.config.schema import Config, Freeze, Job
+from app.config.schema import Config, FreezeConfig, Job
 from app.data.batch import Batches
 from app.data.datamodule import stages_run
 from app.distributed.collectives import rank, world_size
-from app.distributed.strategies import Parallel
+from app.distributed.strategies import SingleDevice
 from app.experiment.export import export
 from app.experiment.factory import (
     Parts,
@@ -33,7 +33,7 @@ from app.experiment.tuner import find_batch_size, find_learning_rate, with_found
 from app.losses.weighted_sum import class_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
-from app.runtime.signals import Stop
+from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) -> float | None:
+def execute(job: Job, folder: Path, stop: StopSignal | None = None, place: int = 0) -> float | None:
     """Runs what the configuration says; each rank its part.
 
     Args:
@@ -79,7 +79,7 @@ def execute(job: Job, folder: Path, stop: Stop | None = None, place: int = 0) ->
         parts = make_parts(config, build, device)
         report(config, parts, folder)
         if config.mode in FINDERS:
-            parallel = Parallel(parts.task.model)
+            parallel = SingleDevice(parts.task.model)
             parts.task.learning = make_learning(config, build, parts, parallel, scheduled=False)
             parts.freezing.apply(1)
             FINDERS[config.mode](config, parts, folder)
@@ -121,10 +121,10 @@ def make_trainer(
     parts: Parts,
     callbacks: Callback,
     folder: Path,
-    stop: Stop | None = None,
+    stop: StopSignal | None = None,
 ) -> Trainer:
     """The loop around the parts; where it trains, with an optimizer and what goes with it."""
-    config, averaging, parallel = job.config, None, Parallel(parts.task.model)
+    config, averaging, parallel = job.config, None, SingleDevice(parts.task.model)
     if config.mode == "train":
         parallel = make_parallel(config, parts)
         parts.task.learning = make_learning(config, build, parts, parallel)
@@ -275,7 +275,7 @@ def _given(named: dict[str, T | None]) -> list[tuple[str, T]]:
     return [(name, one) for name, one in named.items() if one is not None]
 
 
-def _frozen(freeze: Freeze) -> str:
+def _frozen(freeze: FreezeConfig) -> str:
     until = f" until epoch {freeze.until_epoch}" if freeze.until_epoch else ""
     return f"{freeze.parameters} from epoch {freeze.from_epoch}{until}"
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.config.secrets import unsaid
 from app.distributed.collectives import world_size
 from app.runtime.device import describe_device, peak_memory
 from app.runtime.errors import StorageError
 from app.runtime.files import read_status, write_json
-from app.runtime.signals import Stopped
+from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
 from app.training.history import History, State, best, is_measured
@@ -45,7 +45,7 @@ class Status(Callback):
         self,
         folder: Path,
         about: dict[str, Any],
-        goal: Goal,
+        goal: GoalConfig,
         device: torch.device,
         goes_on: bool = False,
     ) -> None:
@@ -68,7 +68,7 @@ class Status(Callback):
         except KeyboardInterrupt:
             self.write("interrupted")
             raise
-        except Stopped as stopped:
+        except TrainingInterrupted as stopped:
             self.write(stopped.state)
             raise
         except BaseException as error:

@@ -19,18 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.instantiate import Build
 from app.config.resume import with_value
-from app.config.schema import Find, Job
+from app.config.schema import Job, TunerConfig
 from app.config.secrets import told
 from app.data.batch import Batch, Batches
 from app.distributed.collectives import world_size
-from app.distributed.strategies import Parallel
+from app.distributed.strategies import SingleDevice
 from app.experiment.factory import make_learning, make_parts
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.runtime.nested import map_tensors
-from app.runtime.seed import random_state, set_random_state
+from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task, sound
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ SMOOTHING = 0.05  # weight of the newest loss
 DIVERGED = 4.0  # times the lowest smoothed loss so far
 
 
-def find_learning_rate(task: Task, train: Batches, find: Find, folder: Path) -> float:
+def find_learning_rate(task: Task, train: Batches, find: TunerConfig, folder: Path) -> float:
     """Raises the learning rate step by step, evenly on a logarithmic scale (Smith 2017).
 
     Writes `find_lr.csv` and `find_lr.png`.
@@ -100,7 +100,7 @@ def steepest(table: pd.DataFrame) -> float:
     return float(table["lr"].iloc[int(slope.argmin())])
 
 
-def find_batch_size(task: Task, train: Batches, start: int, find: Find, folder: Path) -> int:
+def find_batch_size(task: Task, train: Batches, start: int, find: TunerConfig, folder: Path) -> int:
     """Doubles the batch size until memory, the data or `find.batch_size_to` ends it.
 
     Writes `find_batch_size.csv`: samples per second and peak memory of each size.
@@ -205,9 +205,9 @@ def with_found_size(job: Job, device: torch.device, folder: Path) -> Job:
         raise UserError(
             f"trainer.batch_size_finder=True is for one device, but there are {world_size()} ranks"
         )
-    random = random_state()
+    random = rng_state()
     size = _search(job, device, folder)
-    set_random_state(random)
+    set_rng_state(random)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -221,7 +221,7 @@ def with_found_size(job: Job, device: torch.device, folder: Path) -> Job:
 def _search(job: Job, device: torch.device, folder: Path) -> int:
     config, build = job.config, Build(job.trusted)
     parts = make_parts(config, build, device)
-    parallel = Parallel(parts.task.model)
+    parallel = SingleDevice(parts.task.model)
     parts.task.learning = make_learning(config, build, parts, parallel, scheduled=False)
     parts.freezing.apply(1)
     start, train = config.data.batch_size, parts.loaders["train"]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
-from app.distributed.collectives import alone, gathered, rank
+from app.distributed.collectives import gather_object, is_distributed, rank
 from app.metrics.function import FunctionMetric
 from app.metrics.output_metric import Selected
 from app.runtime.errors import UserError
@@ -256,9 +256,9 @@ def _none_of(tensor: Tensor) -> Tensor:
 def _from_all_ranks(fed: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
     """Outputs and targets of all batches and ranks, in rank 0."""
     mine = [torch.cat(parts) for parts in zip(*fed, strict=True)]
-    if alone():
+    if not is_distributed():
         return mine
-    ranks = gathered([tensor.cpu() for tensor in mine])
+    ranks = gather_object([tensor.cpu() for tensor in mine])
     return [torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)]
 
 

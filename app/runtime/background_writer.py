@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-class Writer:
+class BackgroundWriter:
     """Writes files.
 
     Args:
@@ -16,14 +16,14 @@ class Writer:
     def __init__(self, in_background: bool = False) -> None:
         self.in_background = in_background
         self.thread = ThreadPoolExecutor(1, "writer") if in_background else None
-        self.under_way: list[Future[None]] = []
+        self.pending: list[Future[None]] = []
 
-    def write(self, task: Callable[[], None], supersedes: bool = False) -> None:
+    def submit(self, task: Callable[[], None], wait_first: bool = False) -> None:
         """Does it now, or as soon as what came before is done.
 
         Args:
             task: Writes a file.
-            supersedes: It waits for what came before, so that there are never two of its size.
+            wait_first: It waits for what came before, so that there are never two of its size.
 
         Raises:
             StorageError: This, or what came before it in the background, cannot be written.
@@ -31,9 +31,9 @@ class Writer:
         if self.thread is None:
             task()
             return
-        if supersedes:
+        if wait_first:
             self.wait()
-        self.under_way.append(self.thread.submit(task))
+        self.pending.append(self.thread.submit(task))
 
     def wait(self) -> None:
         """Until all is written.
@@ -41,6 +41,6 @@ class Writer:
         Raises:
             StorageError: Something cannot be.
         """
-        waiting, self.under_way = self.under_way, []
+        waiting, self.pending = self.pending, []
         for future in waiting:
             future.result()

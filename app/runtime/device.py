@@ -11,13 +11,13 @@ from app.runtime.errors import UserError
 Devices = int | str | list[int] | None  # a number, `auto`, ids; None is one
 
 
-def choose_device(accelerator: str, devices: Devices = None, place: int = 0) -> torch.device:
+def choose_device(accelerator: str, devices: Devices = None, local_rank: int = 0) -> torch.device:
     """The device of a rank for `auto`, `cpu`, `cuda` or `mps`.
 
     Args:
         accelerator: Which kind.
         devices: Those wanted of this machine.
-        place: The number of the rank on this machine.
+        local_rank: The number of the rank on this machine.
 
     Raises:
         UserError: It is not there.
@@ -27,9 +27,9 @@ def choose_device(accelerator: str, devices: Devices = None, place: int = 0) -> 
         return torch.device(kind)
     found = torch.cuda.device_count()
     if isinstance(devices, list):
-        index = devices[place] if place < len(devices) else place
+        index = devices[local_rank] if local_rank < len(devices) else local_rank
     else:
-        index = 0 if found == 1 else place  # SLURM may show each of its tasks a single one
+        index = 0 if found == 1 else local_rank  # SLURM may show each of its tasks a single one
     if index >= found:
         raise UserError(f"trainer.devices={devices!r}: there is no device {index}; it has {found}")
     return torch.device("cuda", index)

@@ -26,11 +26,11 @@ class NonFiniteError(UserError):
     exit_code = 65  # as `EX_DATAERR` of sysexits.h
 
 
-KINDS = {kind.exit_code: kind for kind in (UserError, StorageError, NonFiniteError)}
+ERRORS_BY_EXIT_CODE = {kind.exit_code: kind for kind in (UserError, StorageError, NonFiniteError)}
 
 
 @dataclass(frozen=True)
-class Mistake:
+class ConfigIssue:
     """One wrong place in the configuration: where, and what is wrong with it."""
 
     key: str
@@ -43,15 +43,15 @@ class Mistake:
 class ConfigError(UserError):
     """All mistakes of a configuration at once."""
 
-    def __init__(self, mistakes: list[Mistake]) -> None:
-        self.mistakes = list(dict.fromkeys(mistakes))
-        count = len(self.mistakes)
+    def __init__(self, mistakes: list[ConfigIssue]) -> None:
+        self.issues = list(dict.fromkeys(mistakes))
+        count = len(self.issues)
         head = f"{count} mistake{'s' if count > 1 else ''} in the configuration:"
-        super().__init__("\n".join([head, *(f"  {mistake}" for mistake in self.mistakes)]))
+        super().__init__("\n".join([head, *(f"  {mistake}" for mistake in self.issues)]))
 
 
 @contextmanager
-def looking(key: str | None = None) -> Iterator[None]:
+def as_user_error(key: str | None = None) -> Iterator[None]:
     """Looks at files that the user has named; what the system refuses is one clear error.
 
     Args:
@@ -65,17 +65,19 @@ def looking(key: str | None = None) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and key is None:
             raise  # nothing that a user could put right
-        problem = unreadable(error)
-        mistake = UserError(problem) if key is None else ConfigError([Mistake(key, f": {problem}")])
+        problem = describe_read_error(error)
+        mistake = (
+            UserError(problem) if key is None else ConfigError([ConfigIssue(key, f": {problem}")])
+        )
         raise mistake from error
 
 
-def unreadable(error: OSError) -> str:
+def describe_read_error(error: OSError) -> str:
     """Which file the system does not let be read, and why."""
     return f"{error.filename or 'it'} cannot be read: {error.strerror or error}"
 
 
-def unwritable(error: OSError) -> StorageError:
+def as_storage_error(error: OSError) -> StorageError:
     """What to raise where the system does not let a file be changed."""
     return StorageError(f"{error.filename} cannot be written: {error.strerror or error}")
 

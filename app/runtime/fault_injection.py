@@ -8,7 +8,7 @@ import signal
 VARIABLE = "APP_FAULT"  # place:file:number, as before_rename:last.pt:2; off where it is not set
 
 
-def reach(place: str, file: str) -> None:
+def maybe_crash(place: str, file: str) -> None:
     """Ends this process at once, where it has come to that place for the wanted time.
 
     Args:

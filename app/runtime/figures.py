@@ -7,11 +7,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from app.runtime.files import write_whole
+from app.runtime.files import atomic_write
 
 
 def save_figure(path: Path, figure: Figure) -> None:
     """The figure as a PNG file, written whole."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
-    write_whole(path, lambda file: file.write(content.getvalue()))
+    atomic_write(path, lambda file: file.write(content.getvalue()))

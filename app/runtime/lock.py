@@ -12,11 +12,19 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from app.runtime.errors import UserError, looking, unwritable
+from app.runtime.errors import UserError, as_storage_error, as_user_error
 from app.runtime.files import read_json, write_json
 
 log = logging.getLogger(__name__)
-WRITTEN = ("checkpoints", "epoch_details", "plots", "logs", "predictions", ".hydra", "tensorboard")
+RUN_SUBFOLDERS = (
+    "checkpoints",
+    "epoch_details",
+    "plots",
+    "logs",
+    "predictions",
+    ".hydra",
+    "tensorboard",
+)
 LOCK, OWNER = ".lock", ".owner.json"
 
 
@@ -25,7 +33,7 @@ class FolderInUse(UserError):  # noqa: N818
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def run_lock(folder: Path) -> Iterator[None]:
     """The folder of a run is this process's alone.
 
     Raises:
@@ -35,9 +43,9 @@ def owned(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise unwritable(error) from error
-    check_links(folder)
-    lock = _acquired(folder)
+        raise as_storage_error(error) from error
+    refuse_symlinks(folder)
+    lock = _acquire(folder)
     if lock is None:
         log.warning("%s is on a file system without locks: run nothing else there", folder)
         yield
@@ -51,7 +59,7 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_free(folder: Path) -> None:
+def check_unlocked(folder: Path) -> None:
     """Nobody runs in that folder now.
 
     Raises:
@@ -59,18 +67,18 @@ def check_free(folder: Path) -> None:
     """
     if not folder.is_dir():
         return
-    check_links(folder)
-    if (folder / LOCK).exists() and (lock := _acquired(folder)) is not None:
+    refuse_symlinks(folder)
+    if (folder / LOCK).exists() and (lock := _acquire(folder)) is not None:
         lock.release()
 
 
-def _acquired(folder: Path) -> FileLock | None:
+def _acquire(folder: Path) -> FileLock | None:
     """The lock of a folder, held; None where the file system has none."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise FolderInUse(_taken(folder)) from error
+        raise FolderInUse(_in_use_message(folder)) from error
     except OSError as error:
         raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
     except NotImplementedError:
@@ -78,14 +86,14 @@ def _acquired(folder: Path) -> FileLock | None:
     return lock
 
 
-@looking()
-def check_links(folder: Path) -> None:
+@as_user_error()
+def refuse_symlinks(folder: Path) -> None:
     """What the program writes goes into the folder, and not where a stranger's link leads.
 
     Raises:
         UserError: There is one, or it cannot be seen whether there is.
     """
-    inner = [folder / name for name in WRITTEN if not (folder / name).is_symlink()]
+    inner = [folder / name for name in RUN_SUBFOLDERS if not (folder / name).is_symlink()]
     places = [folder, *(path for path in inner if path.is_dir())]
     for path in (path for place in places for path in place.iterdir()):
         if path.is_symlink() and path.name != "wandb":
@@ -95,7 +103,7 @@ def check_links(folder: Path) -> None:
             )
 
 
-def _taken(folder: Path) -> str:
+def _in_use_message(folder: Path) -> str:
     owner = read_json(folder / OWNER)
     by = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
     return f"{folder} is in use: a run goes on there ({by}); it is not disturbed"

@@ -50,14 +50,14 @@ def _named(nested: Nested, name: str) -> Nested:
     raise UserError(f"there is no {name!r}: it is {describe(nested)}")
 
 
-def put(nested: Nested, key: int | str, value: Nested) -> Nested:
+def replace(nested: Nested, key: int | str, value: Nested) -> Nested:
     """The same with another part where `pick` finds the one of that key.
 
     Raises:
         UserError: There is no such part.
     """
     first, _, rest = str(key).partition(".") if isinstance(key, str) else (key, "", "")
-    inner = put(pick(nested, first), rest, value) if rest else value
+    inner = replace(pick(nested, first), rest, value) if rest else value
     if isinstance(nested, dict):
         pick(nested, first)
         return {**nested, first: inner}
@@ -81,23 +81,23 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
     return nested
 
 
-def cut(nested: Nested, part: slice, count: int) -> Nested:
+def slice_batch(nested: Nested, part: slice, count: int) -> Nested:
     """Some samples of a batch of so many: of its tensors, and of lists of names and the like."""
     if isinstance(nested, list) and len(nested) == count and not any(True for _ in tensors(nested)):
         return nested[part]
     if isinstance(nested, Tensor):
         return nested[part] if nested.ndim and len(nested) == count else nested
     if isinstance(nested, dict):
-        return {name: cut(inner, part, count) for name, inner in nested.items()}
+        return {name: slice_batch(inner, part, count) for name, inner in nested.items()}
     if isinstance(nested, (tuple, list)):
-        parts = [cut(inner, part, count) for inner in nested]
+        parts = [slice_batch(inner, part, count) for inner in nested]
         if isinstance(nested, tuple):
             return type(nested)(*parts) if hasattr(nested, "_fields") else tuple(parts)
         return parts
     return nested
 
 
-def joined(parts: list[Nested]) -> Nested:
+def concat(parts: list[Nested]) -> Nested:
     """Batches as one, whatever their form; single numbers of batches in a row."""
     first = parts[0]
     if isinstance(first, Tensor):
@@ -105,10 +105,10 @@ def joined(parts: list[Nested]) -> Nested:
     if first is None:
         return None
     if isinstance(first, dict):
-        return {name: joined([part[name] for part in parts]) for name in first}
+        return {name: concat([part[name] for part in parts]) for name in first}
     if isinstance(first, list) and not any(True for _ in tensors(first)):
         return [name for part in parts for name in part]
-    return tuple(joined(list(group)) for group in zip(*parts, strict=True))
+    return tuple(concat(list(group)) for group in zip(*parts, strict=True))
 
 
 def tensors(nested: Nested) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-def seed_of(*parts: int | str) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A number of 63 bits that depends on every part, and is unlike for like parts."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
@@ -18,19 +18,19 @@ def seed_of(*parts: int | str) -> int:
 
 def seed_everything(*parts: int | str) -> None:
     """Seeds Python, NumPy and torch (every device) alike."""
-    seed_host(*parts)
-    torch.manual_seed(seed_of(*parts))
+    seed_cpu(*parts)
+    torch.manual_seed(derive_seed(*parts))
 
 
-def seed_host(*parts: int | str) -> None:
+def seed_cpu(*parts: int | str) -> None:
     """Seeds Python, NumPy and torch's generator of the host."""
-    seed = seed_of(*parts)
+    seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
-def random_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """Where all generators are, as tensors and plain values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
@@ -43,7 +43,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     """Puts them back there."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))

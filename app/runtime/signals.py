@@ -15,11 +15,11 @@ from types import FrameType
 from typing import Literal
 
 log = logging.getLogger(__name__)
-FAILURE, MISTAKE, INTERRUPTED = 1, 2, 130  # exit codes
-AT_ONCE = 0.5  # seconds in which two signals are one, sent to the group and passed on
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # exit codes
+SAME_SIGNAL_SECONDS = 0.5  # seconds in which two signals are one, sent to the group and passed on
 
 
-class Reason(IntEnum):
+class StopReason(IntEnum):
     """Why a run ends before its time; ranks go by the largest."""
 
     NONE = 0
@@ -28,33 +28,33 @@ class Reason(IntEnum):
     INTERRUPTED = 3
 
 
-REASONS = {
-    "SIGINT": Reason.INTERRUPTED,
-    "SIGTERM": Reason.PREEMPTED,
-    "SIGUSR1": Reason.PREEMPTED,
+REASON_BY_SIGNAL = {
+    "SIGINT": StopReason.INTERRUPTED,
+    "SIGTERM": StopReason.PREEMPTED,
+    "SIGUSR1": StopReason.PREEMPTED,
 }
-STATES: dict[Reason, Literal["preempted", "interrupted"]] = {
-    Reason.PREEMPTED: "preempted",
-    Reason.INTERRUPTED: "interrupted",
+STATUS_BY_REASON: dict[StopReason, Literal["preempted", "interrupted"]] = {
+    StopReason.PREEMPTED: "preempted",
+    StopReason.INTERRUPTED: "interrupted",
 }
-EXIT_CODES = {Reason.PREEMPTED: 143, Reason.INTERRUPTED: 130}
+EXIT_CODES = {StopReason.PREEMPTED: 143, StopReason.INTERRUPTED: 130}
 
 
-class Stopped(BaseException):
+class TrainingInterrupted(BaseException):
     """The run has ended as it was asked to; like `KeyboardInterrupt` no error.
 
     Args:
         reason: `PREEMPTED` or `INTERRUPTED`.
     """
 
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(STATES[reason])
+    def __init__(self, reason: StopReason) -> None:
+        super().__init__(STATUS_BY_REASON[reason])
         self.reason = reason
 
     @property
     def state(self) -> Literal["preempted", "interrupted"]:
         """As in `status.json`."""
-        return STATES[self.reason]
+        return STATUS_BY_REASON[self.reason]
 
     @property
     def code(self) -> int:
@@ -63,7 +63,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def signal_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     """Signals that ask to stop go there meanwhile, but for those that this process is to ignore.
 
     Only a process's main thread can hear them.
@@ -71,7 +71,7 @@ def heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    there = [getattr(signal, name) for name in REASONS if hasattr(signal, name)]
+    there = [getattr(signal, name) for name in REASON_BY_SIGNAL if hasattr(signal, name)]
     before = {n: signal.getsignal(n) for n in there if signal.getsignal(n) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)
@@ -82,7 +82,7 @@ def heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
             signal.signal(number, earlier)
 
 
-class Stop:
+class StopSignal:
     """Hears of signals: at once where nothing is lost, else at the end of the step.
 
     Args:
@@ -91,20 +91,20 @@ class Stop:
 
     def __init__(self, insists: bool = True) -> None:
         self.insists = insists
-        self.asked = Reason.NONE
+        self.asked = StopReason.NONE
         self.when = 0.0
         self.at_steps = False
         self.deadline: float | None = None
         self.process = os.getpid()
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Signals come here meanwhile."""
-        with heard(self._hear):
+        with signal_handlers(self._hear):
             yield
 
     @contextmanager
-    def between_steps(self, seconds: float | None = None) -> Iterator[None]:
+    def deferred_until_step(self, seconds: float | None = None) -> Iterator[None]:
         """Who is asked to stop inside goes on to the end of the step.
 
         Args:
@@ -119,25 +119,25 @@ class Stop:
         finally:
             self.at_steps, self.deadline = before
 
-    def reason(self) -> Reason:
+    def reason(self) -> StopReason:
         """Why to stop now; `NONE` where nobody has asked."""
         if self.asked or self.deadline is None or time.monotonic() < self.deadline:
             return self.asked
-        return Reason.TIME
+        return StopReason.TIME
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if os.getpid() != self.process:
             return  # forked from the one that listens: a reader of data ends with it
-        reason, now = REASONS[signal.Signals(number).name], time.monotonic()
-        soon, again = now - self.when < AT_ONCE, self.asked == reason
+        reason, now = REASON_BY_SIGNAL[signal.Signals(number).name], time.monotonic()
+        soon, again = now - self.when < SAME_SIGNAL_SECONDS, self.asked == reason
         self.asked, first = max(self.asked, reason), not self.asked
         self.when = now
         if again and soon:
             return
         if not self.at_steps:
-            raise Stopped(reason)
-        if again and self.insists and reason is Reason.INTERRUPTED:
+            raise TrainingInterrupted(reason)
+        if again and self.insists and reason is StopReason.INTERRUPTED:
             raise KeyboardInterrupt
         if first and self.insists:
-            hint = "; Ctrl-C again ends it at once" if reason is Reason.INTERRUPTED else ""
+            hint = "; Ctrl-C again ends it at once" if reason is StopReason.INTERRUPTED else ""
             sys.stderr.write(f"\nstopping after this step{hint}\n")

@@ -17,10 +17,10 @@ from app.config.compose import Composer
 from app.config.instantiate import node_mistakes
 from app.config.overrides import grid_mistakes, parse_overrides
 from app.config.resolve import freeze, typed_trust
-from app.config.schema import Monitor
+from app.config.schema import MonitorConfig
 from app.config.types import mistakes_of
 from app.experiment.job import job_of
-from app.runtime.errors import ConfigError, Mistake, looking
+from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.slots import make_slots
 from app.sweep.search_options import GRID as GRID_SAMPLER
@@ -41,7 +41,7 @@ def check_is_sweep(composing: Composer) -> None:
     where = dict(word.partition("=")[::2] for word in composing.words).get("sweep.resume", "null")
     if where not in ("", "null") and not composing.sweeps:
         command = f"python -m app -m {shlex.quote(f'sweep.resume={where}')}"
-        raise ConfigError([Mistake("sweep.resume", f"={where} needs -m, too: {command}")])
+        raise ConfigError([ConfigIssue("sweep.resume", f"={where} needs -m, too: {command}")])
 
 
 def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
@@ -55,7 +55,7 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
     Raises:
         ConfigError: All that was found.
     """
-    mistakes: list[Mistake] = []
+    mistakes: list[ConfigIssue] = []
     if first.hydra.sweeper._target_ == GRID:
         mistakes += grid_mistakes(composing.space, first.sweep.together)
     elif first.hydra.sweeper._target_ == SEARCH:
@@ -65,7 +65,7 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
     launcher = first.hydra.launcher
     if not alone and launcher._target_ != BASIC:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
-        mistakes.append(Mistake("hydra/launcher", problem))
+        mistakes.append(ConfigIssue("hydra/launcher", problem))
     if launcher._target_ == POOL:
         mistakes += _pool_mistakes(first)
     if first.sweep.resume is not None:
@@ -74,10 +74,10 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
         raise ConfigError(mistakes)
 
 
-def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[Mistake]:
+def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[ConfigIssue]:
     if find_spec("optuna") is None:
         install = 'pip install "torch-experiment-app[optuna]"'
-        yield Mistake("hydra/sweeper", f"=optuna needs the library optuna: {install}")
+        yield ConfigIssue("hydra/sweeper", f"=optuna needs the library optuna: {install}")
         return
     from app.sweep.optuna_search import distribution_mistakes
 
@@ -85,77 +85,83 @@ def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[Mistake
     space, goal = composing.space, first.goal
     yield from distribution_mistakes(space.swept)
     if not space.swept:
-        yield Mistake("hydra/sweeper", "=optuna has nothing to search: no key has several values")
+        yield ConfigIssue(
+            "hydra/sweeper", "=optuna has nothing to search: no key has several values"
+        )
     if first.sweep.together:
-        yield Mistake("sweep.together", " is for hydra/sweeper=grid")
+        yield ConfigIssue("sweep.together", " is for hydra/sweeper=grid")
     if sweeper["direction"] not in (None, goal.mode):
         problem = f"={sweeper['direction']!r}, but goal.mode={goal.mode!r}; allowed: {goal.mode}"
-        yield Mistake("hydra.sweeper.direction", problem)
+        yield ConfigIssue("hydra.sweeper.direction", problem)
     for key in ("n_trials", "n_jobs"):
         value = sweeper[key]
         if not (type(value) is int and value > 0) and not (key == "n_jobs" and value == "auto"):
             auto = " or auto" if key == "n_jobs" else ""
-            yield Mistake(f"hydra.sweeper.{key}", f"={value!r}; allowed: a number from 1 on{auto}")
+            yield ConfigIssue(
+                f"hydra.sweeper.{key}", f"={value!r}; allowed: a number from 1 on{auto}"
+            )
     if sweeper["n_jobs"] == "auto" and first.hydra.launcher._target_ not in (BASIC, POOL):
         problem = "='auto': this launcher does not say how many run at once; give a number"
-        yield Mistake("hydra.sweeper.n_jobs", problem)
+        yield ConfigIssue("hydra.sweeper.n_jobs", problem)
     if sweeper["storage"] not in ("sqlite", "journal") and "://" not in sweeper["storage"]:
         problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, the address of a database"
-        yield Mistake("hydra.sweeper.storage", problem)
+        yield ConfigIssue("hydra.sweeper.storage", problem)
     yield from _study_mistakes(composing, sweeper)
 
 
-def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Mistake]:
+def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
     for name, objective in sweeper["objectives"].items():
-        yield from mistakes_of(f"hydra.sweeper.objectives.{name}", objective, Monitor)
+        yield from mistakes_of(f"hydra.sweeper.objectives.{name}", objective, MonitorConfig)
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
         problem = "=none is all there is where there are several objectives"
-        yield Mistake("hydra/sweeper/pruner", problem)
+        yield ConfigIssue("hydra/sweeper/pruner", problem)
     if sweeper["sampler"]["_target_"] == GRID_SAMPLER:
         uneven = [key for key, one in composing.space.swept.items() if not one.is_discrete_sweep()]
         for key in uneven:
-            yield Mistake(key, " is an interval; hydra/sweeper/sampler=grid needs lists of values")
+            yield ConfigIssue(
+                key, " is an interval; hydra/sweeper/sampler=grid needs lists of values"
+            )
     for key, prefix in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         node = sweeper[key]
         yield from node_mistakes(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
 
 
-def _folder_mistakes(first: DictConfig) -> Iterator[Mistake]:
+def _folder_mistakes(first: DictConfig) -> Iterator[ConfigIssue]:
     key = "hydra.sweep.subdir"
     for word in first.hydra.overrides.hydra:
         if word.partition("=")[0].lstrip("+") == key:
             problem = ": the sweep names its jobs' folders itself; hydra/sweeper=basic does not"
-            yield Mistake(word, problem)
+            yield ConfigIssue(word, problem)
 
 
-def _pool_mistakes(first: DictConfig) -> list[Mistake]:
+def _pool_mistakes(first: DictConfig) -> list[ConfigIssue]:
 
     launcher = first.hydra.launcher
     if first.launch not in ("auto", "local"):
         problem = f"={first.launch!r}: the pool starts a process for each job; allowed: auto, local"
-        return [Mistake("launch", problem)]
+        return [ConfigIssue("launch", problem)]
     for key in ("slots", "timeout"):
         value = launcher[key]
         least = 1 if key == "slots" else 0
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value not in ("auto", None) and not (number and value >= least):
             problem = f"={value!r}; allowed: a number from {least} on, auto, null"
-            return [Mistake(f"hydra.launcher.{key}", problem)]
+            return [ConfigIssue(f"hydra.launcher.{key}", problem)]
     trainer: Any = OmegaConf.to_container(first.trainer, resolve=True)
     try:
         make_slots(trainer["accelerator"], trainer["devices"], launcher.slots, launcher.gpus)
     except ConfigError as error:
-        return error.mistakes
+        return error.issues
     return []
 
 
-@looking("sweep.resume")
-def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
+@as_user_error("sweep.resume")
+def _resume_mistakes(composing: Composer, first: DictConfig) -> list[ConfigIssue]:
     path = Path(str(first.sweep.resume)).expanduser().absolute()
     folder = SweepFolder(path)
     if not folder.exists:
         return [
-            Mistake("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
+            ConfigIssue("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
         ]
     mistakes = list(trust_mistakes(folder, composing.words))
     if mistakes:
@@ -170,7 +176,9 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[Mistake]:
     if first.sweep.force:
         return []
     return [
-        Mistake(line, ": the sweep was begun so; sweep.force=true goes on with what is typed now")
+        ConfigIssue(
+            line, ": the sweep was begun so; sweep.force=true goes on with what is typed now"
+        )
         for line in folder.differences(plain)
     ]
 
@@ -189,7 +197,7 @@ TYPED = ("hydra.job.", "hydra.job_logging", "hydra.hydra_logging", "hydra.output
 TYPED_TOO = ("hydra.searchpath", "hydra.run.", "hydra.sweep.", "hydra.overrides")
 
 
-def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[Mistake]:
+def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[ConfigIssue]:
     """Saved words that would have to be typed.
 
     Args:
@@ -209,7 +217,7 @@ def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[Mistak
             own = own and not (word in of_jobs and key.startswith("hydra"))
         if not own:
             problem = f": the sweep was begun with {word}; type it, too, if you trust it"
-            yield Mistake("sweep.resume", problem)
+            yield ConfigIssue("sweep.resume", problem)
 
 
 def _key(word: str) -> str:

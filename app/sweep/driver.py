@@ -21,8 +21,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.overrides import quoted
-from app.distributed.launch.failures import Failure, in_a_line, record
-from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.distributed.launch.failures import RankFailure, one_line, record_rank_failure
+from app.runtime.signals import (
+    REASON_BY_SIGNAL,
+    SAME_SIGNAL_SECONDS,
+    StopReason,
+    TrainingInterrupted,
+    signal_handlers,
+)
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.launchers.external import end, is_running
@@ -143,13 +149,15 @@ class Drive:
         for job in jobs:
             self._ended(job.number)
         if self.signals:
-            raise Stopped(max(REASONS[signal.Signals(one).name] for one in self.signals))
+            raise TrainingInterrupted(
+                max(REASON_BY_SIGNAL[signal.Signals(one).name] for one in self.signals)
+            )
 
     def _results(self, jobs: list[SweepJob]) -> Sequence[JobReturn]:
         words, first = [self._words(job) for job in jobs], jobs[0].number
         if self.config.hydra.launcher._target_ == BASIC:
             return self.launcher.launch(words, initial_job_idx=first)  # type: ignore[no-any-return]
-        with heard(self._hear), self._telling(jobs):
+        with signal_handlers(self._hear), self._telling(jobs):
             try:
                 return self.launcher.launch(words, initial_job_idx=first)  # type: ignore[no-any-return]
             except KeyboardInterrupt:
@@ -157,7 +165,7 @@ class Drive:
                     self._settle(job, None)
                 raise
             except (Exception, SystemExit) as error:  # of whichever library it is
-                log.error("the launcher gave up: %s", in_a_line(error).splitlines()[0])
+                log.error("the launcher gave up: %s", one_line(error).splitlines()[0])
                 log.debug("it came from", exc_info=error)
                 self.is_stopped = True
                 end(self.folder)
@@ -167,8 +175,8 @@ class Drive:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Jobs elsewhere learn it from the folder; the second Ctrl-C does not wait for them."""
-        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
-        if again and REASONS[signal.Signals(number).name] is Reason.INTERRUPTED:
+        again = number in self.signals and time.monotonic() - self.first_asked > SAME_SIGNAL_SECONDS
+        if again and REASON_BY_SIGNAL[signal.Signals(number).name] is StopReason.INTERRUPTED:
             raise KeyboardInterrupt
         if not self.signals:
             self.first_asked = time.monotonic()
@@ -203,7 +211,7 @@ class Drive:
         if status not in (PENDING, RUNNING) or is_running(self.folder, folder):
             return
         if status == RUNNING and self.signals:
-            record(folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+            record_rank_failure(folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
         elif status == RUNNING or not self.folder.is_marked:
             record_failure(self._made(job), _failure(result))
 
@@ -211,7 +219,7 @@ class Drive:
         try:
             self.loader.load_sweep_config(self.config, self._words(job))
         except (HydraException, OmegaConfBaseException) as error:
-            record_failure(self._made(job), Failure.of(0, error))
+            record_failure(self._made(job), RankFailure.from_exception(0, error))
             return False
         return True
 
@@ -241,12 +249,12 @@ class Drive:
             log.info("job %d %s: %s", job.number, outcome.status, _told(outcome))
 
 
-def _failure(result: JobReturn | None) -> Failure:
+def _failure(result: JobReturn | None) -> RankFailure:
     if result is None:
-        return Failure(0, "died", "it is gone without a word")
+        return RankFailure(0, "died", "it is gone without a word")
     if result.status is JobStatus.FAILED and isinstance(result._return_value, BaseException):
-        return Failure.of(0, result._return_value)
-    return Failure(0, "died", "it is gone without a word")
+        return RankFailure.from_exception(0, result._return_value)
+    return RankFailure(0, "died", "it is gone without a word")
 
 
 def _told(outcome: Outcome) -> str:

@@ -19,7 +19,7 @@ from hydra.core.config_loader import ConfigLoader
 from app.config.compose import CheckedLoader
 from app.config.overrides import Values
 from app.config.resolve import NOW
-from app.runtime.errors import ConfigError, Mistake, UserError
+from app.runtime.errors import ConfigError, ConfigIssue, UserError
 from app.runtime.files import write_json, write_text
 from app.sweep.job import SweepJob, hash_of, new_job
 
@@ -98,7 +98,7 @@ class SweepFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             problem = f"={str(self.path)!r} is being run by another process"
-            raise ConfigError([Mistake("sweep.resume", problem)]) from error
+            raise ConfigError([ConfigIssue("sweep.resume", problem)]) from error
         try:
             yield
         finally:

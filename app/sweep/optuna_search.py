@@ -25,8 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from app.config.instantiate import Build
 from app.config.overrides import Space, Values, choices_of, line_of, quoted
-from app.config.schema import Monitor
-from app.runtime.errors import ConfigError, Mistake, UserError, nearest
+from app.config.schema import MonitorConfig
+from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, plain_value
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, Outcome, outcome_of
@@ -90,7 +90,7 @@ class Trials:
         if study.directions != directions:
             there, here = (", ".join(one.name for one in d) for d in (study.directions, directions))
             problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
-            raise ConfigError([Mistake("hydra.sweeper.study_name", problem)])
+            raise ConfigError([ConfigIssue("hydra.sweeper.study_name", problem)])
         node = sampler_node(self.options.sampler, self.searched.distributions, len(study.trials))
         study.sampler = Build([SAMPLERS])("hydra.sweeper.sampler", node)
         study.pruner = Build([PRUNERS])("hydra.sweeper.pruner", self.options.pruner)
@@ -180,13 +180,17 @@ class Trials:
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
 
 
-def objectives_of(config: DictConfig, options: Options) -> dict[str, Monitor]:
+def objectives_of(config: DictConfig, options: Options) -> dict[str, MonitorConfig]:
     """By name the goal, and what else is searched for."""
-    goal = Monitor(config.goal.metric, config.goal.mode)
-    return {goal.metric: goal} | {name: Monitor(**one) for name, one in options.objectives.items()}
+    goal = MonitorConfig(config.goal.metric, config.goal.mode)
+    return {goal.metric: goal} | {
+        name: MonitorConfig(**one) for name, one in options.objectives.items()
+    }
 
 
-def objective_values(folder: Path, outcome: Outcome, objectives: dict[str, Monitor]) -> list[float]:
+def objective_values(
+    folder: Path, outcome: Outcome, objectives: dict[str, MonitorConfig]
+) -> list[float]:
     """The goal's best value, and those of the others in the epoch that had it."""
     _, *others = objectives.values()
     best = outcome.content.get("best") or {}
@@ -303,7 +307,7 @@ def _distribution(override: Override) -> BaseDistribution:
     return FloatDistribution(low, high, step=None if log else step, log=log)
 
 
-def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[Mistake]:
+def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[ConfigIssue]:
     """What no distribution can be made of."""
     for key, override in swept.items():
         sweep = sweep_of(override)
@@ -311,14 +315,16 @@ def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[Mistake]:
         wrong = sorted(tag for tag in sweep.tags if tag != LOG)
         if wrong:
             close = nearest(wrong[0], [LOG])
-            yield Mistake(key, f"{text}: {wrong[0]!r} is no tag known here; allowed: log{close}")
+            yield ConfigIssue(
+                key, f"{text}: {wrong[0]!r} is no tag known here; allowed: log{close}"
+            )
         elif isinstance(sweep, ChoiceSweep):
             if LOG in sweep.tags:
-                yield Mistake(key, f"{text}: log is for interval() and range()")
+                yield ConfigIssue(key, f"{text}: log is for interval() and range()")
         else:
             values = [plain_value(one) for one in choices_of(override)]
             if problem := _range_problem(sweep, values):
-                yield Mistake(key, f"{text}{problem}")
+                yield ConfigIssue(key, f"{text}{problem}")
 
 
 def _range_problem(sweep: RangeSweep | IntervalSweep, values: Sequence[Any]) -> str | None:

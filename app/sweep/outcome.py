@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.distributed.launch.failures import Failure, record
+from app.distributed.launch.failures import RankFailure, record_rank_failure
 from app.runtime.errors import UserError
 from app.runtime.files import read_json
 
@@ -50,7 +50,7 @@ def outcome_of(folder: Path) -> Outcome:
     return Outcome(status, best.get("value"), content.get("error"), content)
 
 
-def record_failure(folder: Path, failure: Failure, says: bool = True) -> None:
+def record_failure(folder: Path, failure: RankFailure, says: bool = True) -> None:
     """The run's own log and `status.json` say how it failed, whatever it could still say.
 
     Args:
@@ -59,12 +59,12 @@ def record_failure(folder: Path, failure: Failure, says: bool = True) -> None:
         says: In the log, too; else it stands there already.
     """
     if outcome_of(folder).status in (PENDING, RUNNING):
-        record(folder, failure)
+        record_rank_failure(folder, failure)
     if says:
         _write_in_log(folder, failure)
 
 
-def _write_in_log(folder: Path, failure: Failure) -> None:
+def _write_in_log(folder: Path, failure: RankFailure) -> None:
     handler = logging.FileHandler(folder / "run.log")
     handler.setFormatter(logging.Formatter(DATED))
     trace = "" if failure.kind == "user" else f"\n{failure.trace}"

@@ -18,7 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from app.config.overrides import Space, space_of
 from app.config.resolve import freeze
 from app.runtime.errors import UserError
-from app.runtime.signals import FAILURE, INTERRUPTED, MISTAKE, Stop, Stopped
+from app.runtime.signals import (
+    EXIT_FAILURE,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    StopSignal,
+    TrainingInterrupted,
+)
 from app.sweep.driver import Drive, Source, logged
 from app.sweep.folder import SweepFolder
 from app.sweep.report.write import exit_code, finish
@@ -73,7 +79,7 @@ def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
                 code = _run(sweep, folder, make_search)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(MISTAKE)
+        sys.exit(EXIT_USER_ERROR)
     if code:
         sys.exit(code)
 
@@ -89,21 +95,21 @@ def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
     on_error = sweep.config.sweep.on_error
     drive = Drive(folder, search, launcher, on_error, sweep.config, loader)
     try:
-        with Stop().listening():
+        with StopSignal().installed():
             drive.run(search.at_once(launcher))
-        return exit_code(folder, FAILURE)
-    except Stopped as stopped:
+        return exit_code(folder, EXIT_FAILURE)
+    except TrainingInterrupted as stopped:
         log.warning("the sweep was %s", stopped)
         return stopped.code
     except KeyboardInterrupt:
         log.warning("the sweep was interrupted")
-        return INTERRUPTED
+        return EXIT_INTERRUPTED
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else FAILURE
+        return end.code if isinstance(end.code, int) else EXIT_FAILURE
     finally:
         folder.save()
         finish(folder.path)
-        if exit_code(folder, FAILURE):
+        if exit_code(folder, EXIT_FAILURE):
             names = ",".join(sweep.config.trusted_targets)
             trust = f" trusted_targets=[{names}]" if names else ""
             log.info("to go on: python -m app -m sweep.resume=%s%s", folder.path, trust)

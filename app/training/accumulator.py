@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.distributed.collectives import from_first, rank, sum_over_ranks
+from app.distributed.collectives import all_reduce, broadcast_object, rank
 from app.metrics.stage_metrics import StageMetrics, Sums
 from app.training.history import Row
 
@@ -191,9 +191,9 @@ class Rows:
         self.flush()
         accumulated = self.metrics.accumulated()
         if rank() > 0:
-            return StageResult(stage, epoch, from_first({}), pd.DataFrame(), {})
+            return StageResult(stage, epoch, broadcast_object({}), pd.DataFrame(), {})
         found = self._added_up(stage, epoch, accumulated)
-        from_first(found.row)
+        broadcast_object(found.row)
         return found
 
     def _added_up(
@@ -270,7 +270,7 @@ def to_host(rows: list[StepValues]) -> dict[str, Tensor]:
     """By name a host float64 matrix: a line for each step; its sum and count, or its states."""
     columns = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
     widths = [column.shape[1] for column in columns.values()]
-    block = sum_over_ranks(torch.cat(list(columns.values()), dim=1)).cpu().double()
+    block = all_reduce(torch.cat(list(columns.values()), dim=1)).cpu().double()
     return dict(zip(columns, block.split(widths, dim=1), strict=True))
 
 

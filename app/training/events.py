@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from app.config.schema import Goal
+from app.config.schema import GoalConfig
 from app.runtime.nested import Nested
 from app.training.accumulator import StageResult
 from app.training.history import History
@@ -61,7 +61,7 @@ class EpochEnd:
 
     epoch: int
     history: History
-    goal: Goal
+    goal: GoalConfig
     epochs_left: int | None
     valid_every: int
     elapsed: float

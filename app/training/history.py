@@ -9,7 +9,7 @@ from typing import Literal
 
 import pandas as pd
 
-from app.config.schema import Goal, Monitor
+from app.config.schema import GoalConfig, MonitorConfig
 from app.runtime.errors import UserError, nearest, one_of
 
 Row = dict[str, float | int | str]
@@ -25,7 +25,7 @@ class Best:
     epoch: int
 
 
-def goal_value(row: Row, goal: Monitor) -> float:
+def goal_value(row: Row, goal: MonitorConfig) -> float:
     """The goal's metric in a row of its stage.
 
     Raises:
@@ -41,40 +41,40 @@ def goal_value(row: Row, goal: Monitor) -> float:
     return float(row[name])
 
 
-def is_measured(history: History, monitor: Monitor) -> bool:
+def is_measured(history: History, monitor: MonitorConfig) -> bool:
     """Whether every row of its stage has the metric, as a number."""
     name = "loss_mean" if monitor.name == "loss" else monitor.name
     return all(name in row for row in history if row["stage"] == monitor.stage)
 
 
-def measured(history: History, goal: Monitor) -> list[Best]:
+def measured(history: History, goal: MonitorConfig) -> list[Best]:
     """The goal's value in every epoch that has one; a NaN is none."""
     rows = [row for row in history if row["stage"] == goal.stage]
     values = [Best(goal_value(row, goal), int(row["epoch"])) for row in rows]
     return [found for found in values if not math.isnan(found.value)]
 
 
-def best(history: History, goal: Monitor) -> Best | None:
+def best(history: History, goal: MonitorConfig) -> Best | None:
     """The best so far, the earliest among equals; None where nothing is measured yet."""
     values = measured(history, goal)
     choose = max if goal.mode == "max" else min
     return choose(values, key=lambda found: found.value) if values else None
 
 
-def value_in(history: History, goal: Monitor, epoch: int) -> float | None:
+def value_in(history: History, goal: MonitorConfig, epoch: int) -> float | None:
     """The goal's value in an epoch; None where it was not measured."""
     values = measured(history, goal)
     return next((found.value for found in values if found.epoch == epoch), None)
 
 
-def best_epochs(history: History, goal: Monitor, count: int) -> list[int]:
+def best_epochs(history: History, goal: MonitorConfig, count: int) -> list[int]:
     """So many epochs of the best values, the best first; -1: all that have one."""
     sign = -1 if goal.mode == "max" else 1
     ranked = sorted(measured(history, goal), key=lambda found: (sign * found.value, found.epoch))
     return [found.epoch for found in ranked][: None if count < 0 else count]
 
 
-def waited(history: History, goal: Goal) -> int:
+def waited(history: History, goal: GoalConfig) -> int:
     """Measurements since the last that was better than all before it by more than `min_delta`."""
     rows = [row for row in history if row["stage"] == goal.stage]
     sign = 1 if goal.mode == "max" else -1
@@ -88,7 +88,7 @@ def waited(history: History, goal: Goal) -> int:
     return since
 
 
-def reason_to_stop(history: History, goal: Goal) -> str | None:
+def reason_to_stop(history: History, goal: GoalConfig) -> str | None:
     """Why training ends before its last epoch, in words; None where it goes on."""
     found = best(history, goal)
     if found is not None and goal.threshold is not None:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from app.data.batch import Batch
-from app.distributed.collectives import from_first, gathered, rank
-from app.distributed.strategies import Parallel
+from app.distributed.collectives import broadcast_object, gather_object, rank
+from app.distributed.strategies import SingleDevice
 from app.runtime.nested import Nested, tensors
-from app.runtime.seed import random_state, set_random_state
+from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task
 
 LOSS, GRADIENT = "loss", "gradient"
@@ -55,13 +55,15 @@ def origin_of(task: Task, batches: Sequence[tuple[Batch, bool]]) -> Origin | Non
         for place, ((_, lent), one) in enumerate(zip(batches, found, strict=True))
         if one is not None and not lent
     ]
-    first = from_first(min((one for part in gathered(mine) for one in part), default=None))
+    first = broadcast_object(
+        min((one for part in gather_object(mine) for one in part), default=None)
+    )
     return None if first is None else Origin(*first)
 
 
 @contextmanager
 def _to_no_effect(task: Task) -> Iterator[None]:
-    model, trained, random = task.model, task.trained, random_state()
+    model, trained, random = task.model, task.trained, rng_state()
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     buffers = copied(norm_buffers(model))
     task.trained = model
@@ -70,7 +72,7 @@ def _to_no_effect(task: Task) -> Iterator[None]:
     finally:
         task.trained, model._compiled_call_impl = trained, compiled
         put_back(norm_buffers(model), buffers)
-        set_random_state(random)
+        set_rng_state(random)
 
 
 def _looked_into(task: Task, batch: Batch, lent: bool) -> tuple[str, str] | None:
@@ -94,7 +96,7 @@ def _looked_into(task: Task, batch: Batch, lent: bool) -> tuple[str, str] | None
     guard.replay = look
     try:
         with ExitStack() as stack:
-            stack.enter_context(Parallel.step(parallel, lent, False))
+            stack.enter_context(SingleDevice.sync_context(parallel, lent, False))
             stack.enter_context(task.metrics["train"].muted())
             stack.enter_context(task.precision.autocast())
             stack.enter_context(_heard(task.model, modules))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from app.config.instantiate import Build
-from app.config.schema import Goal, Trial
-from app.distributed.collectives import from_first, rank
+from app.config.schema import GoalConfig, OptunaTrial
+from app.distributed.collectives import broadcast_object, rank
 from app.training.history import History, measured
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Pruning:
         goal: Whose value is told.
     """
 
-    def __init__(self, trial: Trial | None, goal: Goal) -> None:
+    def __init__(self, trial: OptunaTrial | None, goal: GoalConfig) -> None:
         self.trial, self.goal = trial, goal
         self.told = 0  # the last epoch
 
@@ -33,9 +33,9 @@ class Pruning:
         """Whether the run is to end now; all ranks must ask, and get the same answer."""
         if self.trial is None:
             return False
-        return from_first(self._asked(history, self.trial) if rank() == 0 else False)
+        return broadcast_object(self._asked(history, self.trial) if rank() == 0 else False)
 
-    def _asked(self, history: History, trial: Trial) -> bool:
+    def _asked(self, history: History, trial: OptunaTrial) -> bool:
         values = measured(history, self.goal)
         if not values or values[-1].epoch <= self.told:
             return False

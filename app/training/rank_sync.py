@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from app.data.batch import Batch, Batches
-from app.distributed.collectives import Agreement, alone, gathered
+from app.distributed.collectives import LazyAllReduceMax, gather_object, is_distributed
 from app.runtime.nested import Nested, map_tensors
-from app.runtime.signals import Reason, Stop
+from app.runtime.signals import StopReason, StopSignal
 
 
 class Asked:
@@ -23,24 +23,24 @@ class Asked:
         reason: As far as all ranks know.
     """
 
-    def __init__(self, stop: Stop) -> None:
-        self.stop, self.agreement = stop, Agreement()
-        self.reason = Reason.NONE
+    def __init__(self, stop: StopSignal) -> None:
+        self.stop, self.agreement = stop, LazyAllReduceMax()
+        self.reason = StopReason.NONE
 
-    def after_step(self) -> Reason:
+    def after_step(self) -> StopReason:
         """What is known after a step; every rank must ask."""
-        self.reason = Reason(max(self.reason, self.agreement(self.stop.reason())))
+        self.reason = StopReason(max(self.reason, self.agreement(self.stop.reason())))
         return self.reason
 
-    def settle(self) -> Reason:
+    def settle(self) -> StopReason:
         """No further step comes: what was last said counts now."""
-        self.reason = Reason(max(self.reason, self.agreement.settle(self.stop.reason())))
+        self.reason = StopReason(max(self.reason, self.agreement.wait(self.stop.reason())))
         return self.reason
 
     @property
     def by_signal(self) -> bool:
         """Whether nothing more is to be begun; when time is up, the best is still tested."""
-        return self.reason > Reason.TIME
+        return self.reason > StopReason.TIME
 
 
 class Due:
@@ -54,7 +54,7 @@ class Due:
     def __init__(self, every_n_steps: int | None, every_n_minutes: float | None) -> None:
         self.every_n_steps = every_n_steps
         self.seconds = None if every_n_minutes is None else 60 * every_n_minutes
-        self.agreement = Agreement()
+        self.agreement = LazyAllReduceMax()
         self.since, self.steps = time.monotonic(), 0
 
     def saved(self, steps: int) -> None:
@@ -82,7 +82,7 @@ def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
 
 def of_all_ranks(mine: Nested, lent: bool) -> list[Nested]:
     """What every rank has, on the host, in rank 0; nothing in the others."""
-    if alone():
+    if not is_distributed():
         return [mine]
-    parts = gathered(None if lent else map_tensors(Tensor.cpu, mine))
+    parts = gather_object(None if lent else map_tensors(Tensor.cpu, mine))
     return [part for part in parts if part is not None]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from app.config.schema import Goal, Job, Monitor
+from app.config.schema import GoalConfig, Job, MonitorConfig
 from app.data.batch import Batch, Batches
-from app.distributed.collectives import from_first, rank, world_size
-from app.distributed.strategies import Parallel
+from app.distributed.collectives import broadcast_object, rank, world_size
+from app.distributed.strategies import SingleDevice
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, count_samples, joined, map_tensors
+from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.seed import seed_everything
-from app.runtime.signals import Stop, Stopped
+from app.runtime.signals import StopSignal, TrainingInterrupted
 from app.training.accumulator import Rows, StageResult, nothing_of
 from app.training.checkpoint.checkpoint import BEST
 from app.training.checkpoint.mid_epoch import left, position, take_up
@@ -42,7 +42,7 @@ from app.training.task import Step, Task, sound
 
 log = logging.getLogger(__name__)
 Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
-TRAIN_LOSS, CPU = Goal("train/loss", "min"), torch.device("cpu")
+TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
 PREDICT = "predict"  # what watchers are told in place of a stage
 
 
@@ -71,16 +71,16 @@ class Trainer:
         task: Task,
         plan: Plan,
         folder: Path,
-        goal: Goal = TRAIN_LOSS,
+        goal: GoalConfig = TRAIN_LOSS,
         callbacks: Callback | None = None,
         seed: int = 0,
         device: torch.device = CPU,
         averaging: Averaging | None = None,
         freezing: Freezing | None = None,
-        monitors: Mapping[str, Monitor] | None = None,
+        monitors: Mapping[str, MonitorConfig] | None = None,
         job: Job | None = None,
-        parallel: Parallel | None = None,
-        stop: Stop | None = None,
+        parallel: SingleDevice | None = None,
+        stop: StopSignal | None = None,
         pruning: Pruning | None = None,
     ) -> None:
         self.task, self.plan = task, plan
@@ -89,7 +89,7 @@ class Trainer:
         self.freezing = freezing or Freezing(task.model, {})
         self.state = TrainState(task, self.averaging, folder, job, self.callbacks, plan.saving)
         self.keeping = Keeping(self.state, plan.saving, goal, monitors or {})
-        self.parallel, self.stop = parallel or Parallel(task.model), stop or Stop()
+        self.parallel, self.stop = parallel or SingleDevice(task.model), stop or StopSignal()
         self.asked = Asked(self.stop)
         self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
         self.nonfinite = NonFinite(task, waits=self.averaging.follows_steps)
@@ -104,15 +104,15 @@ class Trainer:
         Raises:
             Stopped: It was asked to end before its time; `last.pt` has what there is.
         """
-        with self.stop.between_steps(self.plan.max_seconds), self.state.written():
+        with self.stop.deferred_until_step(self.plan.max_seconds), self.state.written():
             try:
                 self.keep_again(train)
                 summary = self.fit_epochs(train, valid)
                 self.stand_in(train)
-            except Stopped:
+            except TrainingInterrupted:
                 self.keeping.last()
                 self.state.writer.wait()
-                from_first(None)  # no rank leaves before it is saved
+                broadcast_object(None)  # no rank leaves before it is saved
                 raise
         return summary
 
@@ -171,9 +171,9 @@ class Trainer:
         rows = Rows(self.task.metrics[stage], self.device)
         if learns and self.state.under_way:
             take_up(rows, self.state.under_way)
-        whole = from_first(self.callbacks.watches_all(start))
+        whole = broadcast_object(self.callbacks.watches_all(start))
         run = self.train_steps if learns else self.eval_steps
-        with self.stop.between_steps():
+        with self.stop.deferred_until_step():
             for batch, step, numbers in run(batches, stage, epoch):
                 rows.add(step.values, numbers)
                 rows.void(self.nonfinite.void_rows())
@@ -184,7 +184,7 @@ class Trainer:
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
         if self.asked.by_signal and not learns:
-            raise Stopped(self.asked.reason)
+            raise TrainingInterrupted(self.asked.reason)
         if self.asked.by_signal:
             self.state.under_way = position(rows, self.state.trained)
         result = rows.result(stage, epoch)
@@ -194,7 +194,9 @@ class Trainer:
         result = replace(result, is_whole=not self.asked.by_signal)
         self.callbacks.on_stage_end(result, history)
         if self.asked.by_signal:
-            raise Stopped(self.asked.reason)  # the stage is not over, and not part of the history
+            raise TrainingInterrupted(
+                self.asked.reason
+            )  # the stage is not over, and not part of the history
         self.state.history = history
         return result
 
@@ -210,7 +212,7 @@ class Trainer:
         task, learning = self.task, self.learning
         task.model.train()
         self.freezing.apply(epoch)
-        self.parallel.begin()
+        self.parallel.on_epoch_start()
         before, self.state.under_way = self.state.under_way, None
         self.state.trained = before["batches"] if before else 0
         self.nonfinite.begin(batches, epoch, before is not None)
@@ -224,7 +226,7 @@ class Trainer:
             with (
                 self.memory.watched(stage, epoch, self.state.trained),
                 self.counting(stage, lent),
-                self.parallel.step(lent, learning.completes),
+                self.parallel.sync_context(lent, learning.completes),
             ):
                 step = sound(task, stage, task.train_step(batch))
             self.nonfinite.after()
@@ -241,7 +243,7 @@ class Trainer:
         self.asked.settle()
         self.nonfinite.settle(is_whole=not self.asked.by_signal)
         self.averaging.after_step(epoch, learning.steps)
-        self.parallel.end()
+        self.parallel.on_epoch_end()
 
     def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
         """Measures each batch."""
@@ -267,7 +269,7 @@ class Trainer:
         """The watchers hear of a step; where they want so, of all ranks' parts of it."""
         parts = of_all_ranks((batch, step.outputs), not step.num_samples) if whole else []
         if parts or not whole:
-            told = joined(parts) if parts else (batch, step.outputs)
+            told = concat(parts) if parts else (batch, step.outputs)
             count = step.num_samples * world_size()
             self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, count, *told))
 
@@ -290,7 +292,7 @@ class Trainer:
         Ranks other than 0 get None.
         """
         parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
-        return joined(parts) if parts or rank() == 0 else None
+        return concat(parts) if parts or rank() == 0 else None
 
     def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
         """Each batch with its outputs; the watchers hear of them. Rank 0 has all ranks' shares.
@@ -301,14 +303,14 @@ class Trainer:
         epoch = self.state.epoch
         start = self.starts(PREDICT, epoch, batches)
         self.task.model.eval()
-        with self.stop.between_steps():
+        with self.stop.deferred_until_step():
             for number, (batch, lent) in enumerate(lending(batches, epoch), start=1):
                 told = self.memory.watched(PREDICT, epoch, number)
                 with told, torch.no_grad(), self.task.precision.autocast():
                     outputs = self.task.predict_step(batch)
                 parts = of_all_ranks((batch, outputs), lent)
                 if parts:
-                    made = joined(parts) if len(parts) > 1 else parts[0]
+                    made = concat(parts) if len(parts) > 1 else parts[0]
                     end = StepEnd(start.stage, epoch, count_samples(made[1]), *made)
                     self.callbacks.on_step_end(end)
                     yield made
@@ -317,7 +319,7 @@ class Trainer:
                     break
             self.asked.settle()
         if self.asked.by_signal:
-            raise Stopped(self.asked.reason)
+            raise TrainingInterrupted(self.asked.reason)
 
     def sanity_check(self, valid: Batches | None) -> None:
         """Validates a few batches, to fail before the first epoch rather than after it."""
@@ -349,9 +351,9 @@ class Trainer:
         with measured_anew(self.task.model) as found:
             batches = islice(lending(train, epoch), self.state.trained if found else 0)
             for batch, lent in batches:
-                with self.parallel.step(lent, True), self.task.precision.autocast():
+                with self.parallel.sync_context(lent, True), self.task.precision.autocast():
                     self.task.forward_step(batch)
-        self.parallel.end()
+        self.parallel.on_epoch_end()
 
     @property
     def has_enough_steps(self) -> bool:
@@ -414,7 +416,7 @@ class Trainer:
         return "pruned" if self.is_hopeless else "completed"
 
     @property
-    def goal(self) -> Goal:
+    def goal(self) -> GoalConfig:
         """What best means."""
         return self.keeping.goal
 

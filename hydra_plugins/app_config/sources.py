@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from app.config.allowlist import TRUST_VARIABLE, is_trusted, trusted_by_environment
 from app.config.limits import FILE, yaml_problem
-from app.runtime.errors import ConfigError, Mistake
+from app.runtime.errors import ConfigError, ConfigIssue
 
 PACKAGES = ("hydra.conf", "hydra_plugins")
 
@@ -34,7 +34,7 @@ class FileConfigSource(file_config_source.FileConfigSource):
         except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
             problem = " ".join(str(error).split())
         if problem or found is None:
-            raise Refused([Mistake(str(path), f" cannot be read: {problem}")])
+            raise Refused([ConfigIssue(str(path), f" cannot be read: {problem}")])
         return found
 
 
@@ -62,7 +62,7 @@ class ImportlibResourcesConfigSource(
                 f"={path!r} would import a package; allowed: folders, or name the package in the "
                 f"variable {TRUST_VARIABLE}"
             )
-            raise Refused([Mistake("hydra.searchpath", problem)])
+            raise Refused([ConfigIssue("hydra.searchpath", problem)])
 
 
 # A scheme keeps the class that came first, and Hydra imports all plugins before it registers any.

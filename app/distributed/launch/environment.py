@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.runtime.errors import ConfigError, Mistake, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, one_of
 
 Launcher = Literal["inline", "local", "torchrun", "srun"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -20,7 +20,7 @@ KEY = "launch"
 
 
 @dataclass(frozen=True)
-class World:
+class ClusterEnvironment:
     """The ranks of a run, seen from one of them.
 
     Attributes:
@@ -41,10 +41,12 @@ class World:
     local_size: int
     address: str
     port: int
-    hosts: bool = False
+    hosts_store: bool = False
 
 
-def joined(words: Sequence[str], environment: Mapping[str, str]) -> World | None:
+def detect_environment(
+    words: Sequence[str], environment: Mapping[str, str]
+) -> ClusterEnvironment | None:
     """The world that torchrun or srun has made for this process; None where it stands alone.
 
     What is typed as `launch=` wins; else the environment tells.
@@ -58,7 +60,7 @@ def joined(words: Sequence[str], environment: Mapping[str, str]) -> World | None
         missing = [name for name in needed if name not in environment]
         if missing:
             problem = f"={typed!r}, but {typed} has not started this: {one_of(missing)} not set"
-            raise ConfigError([Mistake(KEY, problem)])
+            raise ConfigError([ConfigIssue(KEY, problem)])
     if typed == "torchrun" or (typed == AUTO and all(name in environment for name in TORCHRUN)):
         return _of_torchrun(environment)
     if typed == "srun" or (typed == AUTO and _is_step_of_many(environment)):
@@ -73,9 +75,9 @@ def _is_step_of_many(environment: Mapping[str, str]) -> bool:
     )
 
 
-def _of_torchrun(environment: Mapping[str, str]) -> World:
+def _of_torchrun(environment: Mapping[str, str]) -> ClusterEnvironment:
     rank, size, local = (int(environment[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return World(
+    return ClusterEnvironment(
         launcher="torchrun",
         rank=rank,
         size=size,
@@ -83,16 +85,16 @@ def _of_torchrun(environment: Mapping[str, str]) -> World:
         local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
         address=environment["MASTER_ADDR"],
         port=int(environment["MASTER_PORT"]),
-        hosts=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
 
 
-def _of_srun(environment: Mapping[str, str]) -> World:
+def _of_srun(environment: Mapping[str, str]) -> ClusterEnvironment:
     rank, size, local = (
         int(environment[n]) for n in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     )
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
-    return World(
+    return ClusterEnvironment(
         launcher="srun",
         rank=rank,
         size=size,
@@ -100,7 +102,7 @@ def _of_srun(environment: Mapping[str, str]) -> World:
         local_size=_tasks_here(environment, size),
         address=environment.get("MASTER_ADDR") or first_host(nodes),
         port=int(environment.get("MASTER_PORT") or _port(environment)),
-        hosts=True,
+        hosts_store=True,
     )
 
 

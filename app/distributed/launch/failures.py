@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 from app.config.secrets import unsaid
-from app.runtime.errors import KINDS, StorageError, UserError
+from app.runtime.errors import ERRORS_BY_EXIT_CODE, StorageError, UserError
 from app.runtime.files import read_status, write_json
-from app.runtime.signals import Reason, Stopped
+from app.runtime.signals import StopReason, TrainingInterrupted
 
 log = logging.getLogger(__name__)
 Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
@@ -38,20 +38,20 @@ TIMEOUT = (
 )
 
 
-class RankFailed(Exception):  # noqa: N818
+class RankFailedError(Exception):
     """A rank has ended as it should not.
 
     Args:
         failure: Of the rank with which it began.
     """
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: RankFailure) -> None:
         super().__init__(f"rank {failure.rank}: {failure.error}")
         self.failure = failure
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankFailure:
     """How a rank failed.
 
     Attributes:
@@ -68,20 +68,20 @@ class Failure:
     kind: Kind
     error: str
     trace: str = ""
-    reason: int = Reason.NONE
+    reason: int = StopReason.NONE
     when: float = field(default_factory=time.time)
     code: int = UserError.exit_code
 
     @classmethod
-    def of(cls, rank: int, error: BaseException) -> Failure:
+    def from_exception(cls, rank: int, error: BaseException) -> RankFailure:
         """Of an exception that has ended the rank."""
-        reason = error.reason if isinstance(error, Stopped) else Reason.NONE
+        reason = error.reason if isinstance(error, TrainingInterrupted) else StopReason.NONE
         trace = unsaid("".join(traceback.format_exception(error)))
         code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-        return cls(rank, kind_of(error), unsaid(in_a_line(error)), trace, reason, code=code)
+        return cls(rank, kind_of(error), unsaid(one_line(error)), trace, reason, code=code)
 
     @classmethod
-    def by_exit(cls, rank: int, code: int | None) -> Failure:
+    def from_exit_code(cls, rank: int, code: int | None) -> RankFailure:
         """Of a rank that is gone without a word."""
         if code is not None and code < 0:
             name = signal.Signals(-code).name
@@ -89,19 +89,23 @@ class Failure:
             return cls(rank, "died", f"it was killed by {name}{hint}")
         return cls(rank, "died", f"it ended with exit code {code}")
 
-    def raised(self) -> BaseException:
+    def to_exception(self) -> BaseException:
         """As an exception."""
         if self.kind == "user":
-            return KINDS[self.code](self.error)
+            return ERRORS_BY_EXIT_CODE[self.code](self.error)
         if self.kind == "stopped":
-            return Stopped(Reason(self.reason))
-        return KeyboardInterrupt() if self.kind == "interrupted" else RankFailed(self)
+            return TrainingInterrupted(StopReason(self.reason))
+        return KeyboardInterrupt() if self.kind == "interrupted" else RankFailedError(self)
 
 
-def underlying(error: BaseException) -> BaseException:
+def root_exception(error: BaseException) -> BaseException:
     """What had gone wrong already when whoever starts ranks asked the others to stop."""
     before = error.__context__
-    if isinstance(error, Stopped) and isinstance(before, Exception) and not _was_at_home(before):
+    if (
+        isinstance(error, TrainingInterrupted)
+        and isinstance(before, Exception)
+        and not _was_at_home(before)
+    ):
         return before
     return error
 
@@ -118,14 +122,14 @@ def _was_at_home(error: Exception) -> bool:
     return frame.f_code.co_filename.startswith(homes)
 
 
-def in_a_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """The error as one reads it in `status.json`."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def kind_of(error: BaseException) -> Kind:
     """Whether an exception is a cause, or follows from the end of another rank."""
-    if isinstance(error, Stopped):
+    if isinstance(error, TrainingInterrupted):
         return "stopped"
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
@@ -147,7 +151,7 @@ def _is_of_ranks(text: str) -> bool:
     return any(transport in text for transport in TRANSPORTS)
 
 
-def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
+def root_failure(failures: Sequence[RankFailure], size: int, timeout: float) -> RankFailure:
     """The failure with which it began.
 
     Args:
@@ -164,19 +168,19 @@ def cause(failures: Sequence[Failure], size: int, timeout: float) -> Failure:
     if waited and silent:
         names = ", ".join(map(str, silent))
         error = f"it has not answered for {timeout:g} s (trainer.timeout); silent: rank {names}"
-        return Failure(silent[0], "timeout", error, waited[0].trace)
+        return RankFailure(silent[0], "timeout", error, waited[0].trace)
     if silent:
-        return Failure(silent[0], "died", "it is gone without a word", first[0].trace)
+        return RankFailure(silent[0], "died", "it is gone without a word", first[0].trace)
     return (waited or first)[0]
 
 
-def record(folder: Path, failure: Failure) -> None:
+def record_rank_failure(folder: Path, failure: RankFailure) -> None:
     """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
     path = folder / "status.json"
     content = read_status(folder)
     state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
     if failure.kind == "stopped":
-        state = Stopped(Reason(failure.reason)).state
+        state = TrainingInterrupted(StopReason(failure.reason)).state
     now = datetime.now(UTC).isoformat(timespec="seconds")
     error = f"rank {failure.rank}: {failure.error}" if state == "failed" else None
     rank = failure.rank if state == "failed" else None

@@ -21,23 +21,34 @@ from types import FrameType
 from typing import Any
 
 from app.config.schema import Job
-from app.distributed.launch.environment import World
-from app.distributed.launch.failures import Failure, cause, record, underlying
+from app.distributed.launch.environment import ClusterEnvironment
+from app.distributed.launch.failures import (
+    RankFailure,
+    record_rank_failure,
+    root_exception,
+    root_failure,
+)
 from app.distributed.launch.worker import (
     RankFunction,
     errors_to_stderr,
-    printed_to,
+    redirect_output,
     run_rank,
-    share_threads,
+    set_num_threads,
 )
-from app.runtime.signals import AT_ONCE, REASONS, Reason, Stop, heard
+from app.runtime.signals import (
+    REASON_BY_SIGNAL,
+    SAME_SIGNAL_SECONDS,
+    StopReason,
+    StopSignal,
+    signal_handlers,
+)
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
-GRACE = 5.0  # seconds that the others have after the first failure
-FAREWELL = 60.0  # seconds that the others have after rank 0 is done
+FAILURE_GRACE_SECONDS = 5.0  # seconds that the others have after the first failure
+SHUTDOWN_GRACE_SECONDS = 60.0  # seconds that the others have after rank 0 is done
 LOOPBACK = "127.0.0.1"
-LISTENS = "listens"  # what a rank says once signals reach it
+READY = "listens"  # what a rank says once signals reach it
 PRELOADED = [
     "app.distributed.launch.preload",
     "app.cli.main",
@@ -74,14 +85,14 @@ def launch_local(
         UserError: The user must put something right.
         Stopped: It was asked to end, and did.
     """
-    crew = Crew(function, job, folder, size, logging_config, quiet=quiet)
+    crew = LocalWorkers(function, job, folder, size, logging_config, quiet=quiet)
     try:
         return crew.run()
     finally:
         crew.kill()
 
 
-class Crew:
+class LocalWorkers:
     """The processes of one job.
 
     Args:
@@ -110,47 +121,47 @@ class Crew:
         self.processes: list[BaseProcess] = []
         self.sentinels: dict[int, int] = {}  # of those that have not ended, and their ranks
         self.pipes: dict[Connection, int] = {}
-        self.done: dict[int, float | None] = {}
-        self.failures: dict[int, Failure] = {}
-        self.listening: list[int] = []
+        self.results: dict[int, float | None] = {}
+        self.failures: dict[int, RankFailure] = {}
+        self.ready_ranks: list[int] = []
         self.store: object = None  # its port is taken as long as it lives
         self.signals: list[int] = []  # asked to stop by
-        self.first_asked = self.first_done = 0.0
+        self.first_signal_at = self.first_result_at = 0.0
 
     def run(self) -> float | None:
         """To the end."""
-        with heard(self._pass_on):
+        with signal_handlers(self._on_signal):
             self.start()
-            while not self.is_over:
-                self.attend(wait(self.awaited, timeout=0.2))
+            while not self.is_finished:
+                self.poll(wait(self.wait_handles, timeout=0.2))
         return self.result()
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether every rank has ended, or the grace of those that should have is over."""
         return not self.sentinels or self._is_overdue()
 
     @property
-    def awaited(self) -> list[Any]:
+    def wait_handles(self) -> list[Any]:
         """What `multiprocessing.connection.wait` is to wait for."""
         return [*self.pipes, *self.sentinels]
 
-    def attend(self, ready: Sequence[Any]) -> None:
+    def poll(self, ready: Sequence[Any]) -> None:
         """Hears what ranks have told, and which have ended."""
         for one in ready:
             if one in self.sentinels:
-                self._miss(self.sentinels.pop(one))
+                self._on_exit(self.sentinels.pop(one))
             elif one in self.pipes:
-                self._hear(one)
+                self._receive(one)
 
     def result(self) -> float | None:
         """What the function gave in rank 0; raises the failure with which it began."""
         if not self.failures:
-            return self.done[0]
-        failure = self._cause()
+            return self.results[0]
+        failure = self._root_failure()
         self.kill()
-        record(self.folder, failure)
-        error = failure.raised()
+        record_rank_failure(self.folder, failure)
+        error = failure.to_exception()
         log.debug("rank %d: %s\n%s", failure.rank, failure.error, failure.trace)
         raise error
 
@@ -161,10 +172,12 @@ class Crew:
         store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         self.store, context, config = store, _context(), self.logging_config
         for rank in range(self.size):
-            world = World("local", rank, self.size, rank, self.size, LOOPBACK, store.port)
+            world = ClusterEnvironment(
+                "local", rank, self.size, rank, self.size, LOOPBACK, store.port
+            )
             mine, its = context.Pipe(duplex=False)
             process = context.Process(  # type: ignore[attr-defined]
-                target=work,
+                target=worker_main,
                 args=(
                     self.function,
                     world,
@@ -183,72 +196,79 @@ class Crew:
             self.sentinels[process.sentinel] = rank
             self.pipes[mine] = rank
 
-    def _hear(self, pipe: Connection) -> None:
+    def _receive(self, pipe: Connection) -> None:
         rank = self.pipes[pipe]
         try:
             told = pipe.recv()
         except (EOFError, OSError):
             del self.pipes[pipe]
             return
-        if isinstance(told, Failure):
+        if isinstance(told, RankFailure):
             self.failures.setdefault(rank, told)
-        elif told == LISTENS:
-            self.listening.append(rank)
-            self._pass_on_to(rank)  # what came before it could hear
+        elif told == READY:
+            self.ready_ranks.append(rank)
+            self._signal_rank(rank)  # what came before it could hear
         else:
-            self.done[rank] = told
-            self.first_done = self.first_done or time.monotonic()
+            self.results[rank] = told
+            self.first_result_at = self.first_result_at or time.monotonic()
 
-    def _miss(self, rank: int) -> None:
+    def _on_exit(self, rank: int) -> None:
         """A rank has ended; it should have told how."""
         for pipe in [pipe for pipe, number in self.pipes.items() if number == rank]:
             while pipe in self.pipes and pipe.poll():
-                self._hear(pipe)
-        if rank not in self.done and rank not in self.failures:
+                self._receive(pipe)
+        if rank not in self.results and rank not in self.failures:
             process = self.processes[rank]
             process.join()
-            self.failures[rank] = Failure.by_exit(rank, process.exitcode)
+            self.failures[rank] = RankFailure.from_exit_code(rank, process.exitcode)
 
     def _is_overdue(self) -> bool:
         if self.failures:
             told = self.failures.values()
-            graces = (FAREWELL if one.kind == "stopped" else GRACE for one in told)
+            graces = (
+                SHUTDOWN_GRACE_SECONDS if one.kind == "stopped" else FAILURE_GRACE_SECONDS
+                for one in told
+            )
             ends = (one.when + grace for one, grace in zip(told, graces, strict=True))
             return time.time() > min(ends)
-        return 0 in self.done and time.monotonic() - self.first_done > FAREWELL
+        return (
+            0 in self.results and time.monotonic() - self.first_result_at > SHUTDOWN_GRACE_SECONDS
+        )
 
-    def _cause(self) -> Failure:
+    def _root_failure(self) -> RankFailure:
         failures = list(self.failures.values())
-        found = cause(failures, self.size, self.job.config.trainer.timeout)
+        found = root_failure(failures, self.size, self.job.config.trainer.timeout)
         stopped = next((one for one in failures if one.kind == "stopped"), None)
         broke = [one for one in failures if one.kind in ("error", "user")]
         if broke:  # rank 0 could not save, say; it is no clean end
-            return cause(broke, self.size, self.job.config.trainer.timeout)
+            return root_failure(broke, self.size, self.job.config.trainer.timeout)
         if self.signals and (stopped or found.kind == "died"):
             reason = max(_reason(number) for number in self.signals)
-            return stopped or Failure(found.rank, "stopped", found.error, reason=reason)
+            return stopped or RankFailure(found.rank, "stopped", found.error, reason=reason)
         return found
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """What this process is told, all ranks are told; they are not in its group."""
-        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
+        again = (
+            number in self.signals and time.monotonic() - self.first_signal_at > SAME_SIGNAL_SECONDS
+        )
         if again and number == signal.SIGINT:
             self.kill()
-            record(self.folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+            record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
             raise KeyboardInterrupt
         if not self.signals:
-            self.first_asked = time.monotonic()
+            self.first_signal_at = time.monotonic()
             hint = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
             sys.stderr.write(f"\nstopping after this step{hint}\n")
-        self.ask(number)
+        self.send_signal(number)
 
-    def ask(self, number: int) -> None:
+    def send_signal(self, number: int) -> None:
         """Asks all ranks to stop, by a signal."""
         self.signals.append(number)
-        for rank in self.listening:
-            self._pass_on_to(rank)
+        for rank in self.ready_ranks:
+            self._signal_rank(rank)
 
-    def _pass_on_to(self, rank: int) -> None:
+    def _signal_rank(self, rank: int) -> None:
         process = self.processes[rank]
         if self.signals and process.pid is not None and process.is_alive():
             os.kill(process.pid, self.signals[-1])
@@ -268,8 +288,8 @@ class Crew:
         self.pipes, self.store = {}, None
 
 
-def _reason(number: int) -> Reason:
-    return REASONS[signal.Signals(number).name]
+def _reason(number: int) -> StopReason:
+    return REASON_BY_SIGNAL[signal.Signals(number).name]
 
 
 def _context() -> BaseContext:
@@ -281,15 +301,15 @@ def _context() -> BaseContext:
     return context
 
 
-def warm_up() -> None:
+def start_forkserver() -> None:
     """Begins the process that ranks are made from; it imports torch while this one goes on."""
     if isinstance(_context(), mp.context.ForkServerContext):
         forkserver.ensure_running()
 
 
-def work(
+def worker_main(
     function: RankFunction,
-    world: World,
+    world: ClusterEnvironment,
     job: Job,
     folder: Path,
     pipe: Connection,
@@ -304,17 +324,17 @@ def work(
     os.environ.clear()
     os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    for name in REASONS:
+    for name in REASON_BY_SIGNAL:
         signal.signal(getattr(signal, name), signal.SIG_DFL)  # not as where it was forked from
-    stop, code = Stop(insists=False), 1
-    with stop.listening():
+    stop, code = StopSignal(insists=False), 1
+    with stop.installed():
         try:
-            pipe.send(LISTENS)
+            pipe.send(READY)
             with _printed(folder) if quiet and world.rank == 0 else nullcontext():
                 pipe.send(_run(function, world, job, folder, stop, logging_config))
             code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
-            pipe.send(Failure.of(world.rank, underlying(error)))
+            pipe.send(RankFailure.from_exception(world.rank, root_exception(error)))
     pipe.close()
     logging.shutdown()
     if code:
@@ -324,20 +344,20 @@ def work(
 
 
 def _printed(folder: Path) -> AbstractContextManager[None]:
-    return printed_to(folder / "logs" / "rank0.log")
+    return redirect_output(folder / "logs" / "rank0.log")
 
 
 def _run(
     function: RankFunction,
-    world: World,
+    world: ClusterEnvironment,
     job: Job,
     folder: Path,
-    stop: Stop,
+    stop: StopSignal,
     logging_config: dict[str, Any],
 ) -> float | None:
     from torch._C._distributed_c10d import TCPStore
 
-    share_threads(world.local_size)
+    set_num_threads(world.local_size)
     if world.rank == 0:
         logging.config.dictConfig(logging_config)
         errors_to_stderr()

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from app.config.schema import Config, Job
-from app.distributed.launch.environment import World
+from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import RankFunction
 from app.runtime.errors import UserError
-from app.runtime.signals import Stop
+from app.runtime.signals import StopSignal
 
-ON_ONE = ("export", "find_lr", "find_batch_size")  # modes that have no use for several devices
+SINGLE_DEVICE_MODES = (
+    "export",
+    "find_lr",
+    "find_batch_size",
+)  # modes that have no use for several devices
 
 
-def ranks_wanted(config: Config, multirun: bool) -> int:
+def choose_num_ranks(config: Config, multirun: bool) -> int:
     """How many processes are to be started here; 0 where the job runs in this one.
 
     Raises:
@@ -23,7 +27,7 @@ def ranks_wanted(config: Config, multirun: bool) -> int:
 
     trainer = config.trainer
     size = count_devices(trainer.accelerator, trainer.devices)
-    size = 1 if config.mode in ON_ONE else size
+    size = 1 if config.mode in SINGLE_DEVICE_MODES else size
     if size > 1:
         _check_search(config, f"trainer.devices={trainer.devices!r} are {size}")
     if config.launch == "inline" and size > 1:
@@ -38,7 +42,7 @@ def ranks_wanted(config: Config, multirun: bool) -> int:
     return 1 if multirun and on_cuda and config.launch == "auto" else 0
 
 
-def check_world(config: Config, world: World) -> None:
+def check_environment(config: Config, world: ClusterEnvironment) -> None:
     """The devices that the configuration asks for are those that were started.
 
     Raises:
@@ -58,7 +62,7 @@ def check_world(config: Config, world: World) -> None:
             f"trainer.devices={devices} are {len(devices)}, but {started}, {world.local_size} of "
             "them on this machine; allowed: as many ids, null"
         )
-    if world.size > 1 and config.mode in ON_ONE:
+    if world.size > 1 and config.mode in SINGLE_DEVICE_MODES:
         raise UserError(f"mode={config.mode!r} runs on one device, but {started}")
     if world.size > 1:
         _check_search(config, started)
@@ -75,6 +79,6 @@ def _check_search(config: Config, several: str) -> None:
 
 def launch_inline(function: RankFunction, job: Job, folder: Path) -> float | None:
     """Runs it here; gives what the function gives."""
-    stop = Stop()
-    with stop.listening():
+    stop = StopSignal()
+    with stop.installed():
         return function(job, folder, stop, 0)

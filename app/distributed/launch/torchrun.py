@@ -14,11 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from app.config.schema import Job
 from app.config.secrets import told
-from app.distributed.launch.environment import World
-from app.distributed.launch.failures import Failure, cause, record, underlying
+from app.distributed.launch.environment import ClusterEnvironment
+from app.distributed.launch.failures import (
+    RankFailure,
+    record_rank_failure,
+    root_exception,
+    root_failure,
+)
 from app.distributed.launch.worker import RankFunction, run_rank
 from app.runtime.errors import UserError
-from app.runtime.signals import Stop, Stopped
+from app.runtime.signals import StopSignal, TrainingInterrupted
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -26,19 +31,19 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
 JOB, END, SEEN, FAILED = "job", "end", "seen", "failed"
-MEETING = timedelta(minutes=10)  # until the last rank has come
-FAREWELL = 60.0  # seconds that rank 0 has when all others have stopped
-PATIENCE = 3.0  # seconds in which the cause of a lost connection becomes known
+CONNECT_TIMEOUT = timedelta(minutes=10)  # until the last rank has come
+SHUTDOWN_GRACE_SECONDS = 60.0  # seconds that rank 0 has when all others have stopped
+FAILURE_GRACE_SECONDS = 3.0  # seconds in which the cause of a lost connection becomes known
 
 
-class Leader:
+class RankZero:
     """Rank 0: tells the others each job, and in the end to leave.
 
     Args:
         world: All of them.
     """
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: ClusterEnvironment) -> None:
         self.world, self.jobs = world, 0
         self.store: Store | None = None
 
@@ -48,37 +53,39 @@ class Leader:
         Raises:
             RankFailed: Another rank failed first.
         """
-        self.store = self.store or meet(self.world)
+        self.store = self.store or connect_store(self.world)
         self.jobs += 1
-        self.store.set(f"{JOB}{self.jobs}", as_text(job, folder))
-        return take_part(function, self.world, self.store, self.jobs, job, folder)
+        self.store.set(f"{JOB}{self.jobs}", to_json(job, folder))
+        return run_on_rank(function, self.world, self.store, self.jobs, job, folder)
 
-    def leave(self, code: int) -> None:
+    def finish(self, code: int) -> None:
         """No further job comes: the others end with that code."""
         if self.world.size == 1:
             return
-        self.store = self.store or meet(self.world)
+        self.store = self.store or connect_store(self.world)
         self.store.set(f"{JOB}{self.jobs + 1}", f"{END}{code}")
-        until = time.monotonic() + PATIENCE
-        while self.world.hosts and time.monotonic() < until:  # the store goes with this process
+        until = time.monotonic() + FAILURE_GRACE_SECONDS
+        while (
+            self.world.hosts_store and time.monotonic() < until
+        ):  # the store goes with this process
             if int(self.store.add(SEEN, 0)) == self.world.size - 1:
                 break
             time.sleep(0.05)
 
 
-def follow(function: RankFunction, world: World) -> int:
+def follow_rank_zero(function: RankFunction, world: ClusterEnvironment) -> int:
     """Any other rank: runs what rank 0 tells, until it is told to leave; gives the exit code."""
-    store, number = meet(world), 0
+    store, number = connect_store(world), 0
     while True:
         number += 1
         text = _wait_for(store, f"{JOB}{number}")
         if text.startswith(END):
             store.add(SEEN, 1)
             return int(text.removeprefix(END))
-        take_part(function, world, store, number, *from_text(text))
+        run_on_rank(function, world, store, number, *from_json(text))
 
 
-def meet(world: World) -> Store:
+def connect_store(world: ClusterEnvironment) -> Store:
     """Where ranks find each other.
 
     Raises:
@@ -91,8 +98,8 @@ def meet(world: World) -> Store:
             world.address,
             world.port,
             world.size,
-            is_master=world.hosts and world.rank == 0,
-            timeout=MEETING,
+            is_master=world.hosts_store and world.rank == 0,
+            timeout=CONNECT_TIMEOUT,
             wait_for_workers=False,
         )
     except RuntimeError as error:
@@ -102,46 +109,55 @@ def meet(world: World) -> Store:
         ) from error
 
 
-def take_part(
-    function: RankFunction, world: World, store: Store, number: int, job: Job, folder: Path
+def run_on_rank(
+    function: RankFunction,
+    world: ClusterEnvironment,
+    store: Store,
+    number: int,
+    job: Job,
+    folder: Path,
 ) -> float | None:
     """This rank's part of a job; when it fails, the first to fail is known to all."""
-    stop = Stop(insists=False)
-    with stop.listening():
+    stop = StopSignal(insists=False)
+    with stop.installed():
         try:
             return run_rank(function, world, job, folder, store, stop, number)
         except BaseException as raised:
-            error = underlying(raised)
-            if isinstance(error, Stopped):
+            error = root_exception(raised)
+            if isinstance(error, TrainingInterrupted):
                 if world.rank > 0:
-                    _wait_for_the_end(store, number + 1)
+                    _wait_for_rank_zero(store, number + 1)
                 raise
-            with stop.between_steps():  # whoever started the ranks may already be ending them
-                failure = first_failure(world, store, number, Failure.of(world.rank, error), job)
-                record(folder, failure)
+            with stop.deferred_until_step():  # whoever started the ranks may already be ending them
+                failure = first_failure(
+                    world, store, number, RankFailure.from_exception(world.rank, error), job
+                )
+                record_rank_failure(folder, failure)
             if failure.rank == world.rank:
                 raise error from None
-            raise failure.raised() from error
+            raise failure.to_exception() from error
 
 
-def first_failure(world: World, store: Store, number: int, mine: Failure, job: Job) -> Failure:
+def first_failure(
+    world: ClusterEnvironment, store: Store, number: int, mine: RankFailure, job: Job
+) -> RankFailure:
     """The one with which it began, as far as the ranks have told each other."""
     _try(lambda: store.set(f"{FAILED}{number}/{mine.rank}", json.dumps(vars(mine))))
-    until = time.monotonic() + PATIENCE
+    until = time.monotonic() + FAILURE_GRACE_SECONDS
     while True:
         others = (rank for rank in range(world.size) if rank != mine.rank)
-        told = [_failure(store, number, r) for r in others if time.monotonic() < until]
+        told = [_reported_failure(store, number, r) for r in others if time.monotonic() < until]
         known = [mine, *(failure for failure in told if failure is not None)]
         follows = all(failure.kind in ("lost", "timeout") for failure in known)
         if not follows or time.monotonic() > until:
-            return cause(known, world.size, job.config.trainer.timeout)
+            return root_failure(known, world.size, job.config.trainer.timeout)
         time.sleep(0.05)
 
 
-def _failure(store: Store, number: int, rank: int) -> Failure | None:
+def _reported_failure(store: Store, number: int, rank: int) -> RankFailure | None:
     key = f"{FAILED}{number}/{rank}"
     text = _try(lambda: store.get(key).decode() if store.check([key]) else None)
-    return None if text is None else Failure(**json.loads(text))
+    return None if text is None else RankFailure(**json.loads(text))
 
 
 def _try(ask: Callable[[], Any]) -> Any:
@@ -156,7 +172,7 @@ def _try(ask: Callable[[], Any]) -> Any:
 
     asking = threading.Thread(target=hear, daemon=True)  # a lost network is found out only late
     asking.start()
-    asking.join(PATIENCE)
+    asking.join(FAILURE_GRACE_SECONDS)
     return told[0] if told else None
 
 
@@ -168,21 +184,21 @@ def _wait_for(store: Store, key: str) -> str:
     return text
 
 
-def _wait_for_the_end(store: Store, number: int) -> None:
+def _wait_for_rank_zero(store: Store, number: int) -> None:
     """Rank 0 is still to write and to ask for what it needs; whoever leaves may end it."""
-    until = time.monotonic() + FAREWELL
+    until = time.monotonic() + SHUTDOWN_GRACE_SECONDS
     while time.monotonic() < until and not _try(lambda: store.check([f"{JOB}{number}"])):
         time.sleep(0.05)
     _try(lambda: store.add(SEEN, 1))
 
 
-def as_text(job: Job, folder: Path) -> str:
+def to_json(job: Job, folder: Path) -> str:
     """A job in plain words: whoever reaches the port can say nothing that would be executed."""
     plain = {name: value for name, value in vars(job).items() if name != "config"}
     return json.dumps({"job": plain, "folder": str(folder)})
 
 
-def from_text(text: str) -> tuple[Job, Path]:
+def from_json(text: str) -> tuple[Job, Path]:
     """What `as_text` has written."""
     content = json.loads(text)
     job = content["job"]

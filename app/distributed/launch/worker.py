@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.config.schema import Job
-from app.distributed.launch.environment import World
+from app.distributed.launch.environment import ClusterEnvironment
 from app.runtime.errors import UserError
-from app.runtime.signals import Stop
+from app.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # where errors came from is for the files alone
 MARKED = "rank %d: %%(message)s"
 # What a launcher runs on each rank: job, run folder, stop request, local rank -> goal value.
-RankFunction = Callable[[Job, Path, Stop, int], float | None]
+RankFunction = Callable[[Job, Path, StopSignal, int], float | None]
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def run_rank(
     function: RankFunction,
-    world: World,
+    world: ClusterEnvironment,
     job: Job,
     folder: Path,
     store: Store,
-    stop: Stop,
+    stop: StopSignal,
     number: int = 0,
 ) -> float | None:
     """This rank's part of a job.
@@ -52,9 +52,9 @@ def run_rank(
     """
     with ExitStack() as stack:
         if world.rank > 0:
-            stack.enter_context(own_log(world.rank, folder))
+            stack.enter_context(rank_logging(world.rank, folder))
         if world.size > 1:
-            stack.enter_context(meeting(world, store, number, job.config.trainer.timeout))
+            stack.enter_context(process_group(world, store, number, job.config.trainer.timeout))
         try:
             return function(job, folder, stop, world.local_rank)
         except BaseException as error:
@@ -63,7 +63,9 @@ def run_rank(
 
 
 @contextmanager
-def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator[None]:
+def process_group(
+    world: ClusterEnvironment, store: Store, number: int, timeout: float
+) -> Iterator[None]:
     """All ranks know each other: tensors of the host go over gloo, of CUDA devices over NCCL.
 
     After an error the process ends, and what is left of the meeting with it.
@@ -92,12 +94,12 @@ def meeting(world: World, store: Store, number: int, timeout: float) -> Iterator
 
 
 @contextmanager
-def own_log(rank: int, folder: Path) -> Iterator[None]:
+def rank_logging(rank: int, folder: Path) -> Iterator[None]:
     """This rank's log and whatever is printed go to `logs/`; warnings to the console, marked."""
     path = folder / "logs" / f"rank{rank}.log"
     with ExitStack() as stack:
         console = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w"))
-        stack.enter_context(printed_to(path))
+        stack.enter_context(redirect_output(path))
         file = logging.FileHandler(path)
         file.setFormatter(logging.Formatter(DATED))
         handlers = [file]
@@ -121,7 +123,7 @@ def own_log(rank: int, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def printed_to(path: Path) -> Iterator[None]:
+def redirect_output(path: Path) -> Iterator[None]:
     """Standard output and errors of this process, whoever writes them."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -141,7 +143,7 @@ def printed_to(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def share_threads(local_size: int) -> None:
+def set_num_threads(local_size: int) -> None:
     """The cores of this machine, shared out over its ranks, unless `OMP_NUM_THREADS` says else."""
     import torch
 

@@ -20,7 +20,7 @@ from types import FrameType
 from filelock import FileLock, Timeout
 
 from app.runtime.files import write_text
-from app.runtime.signals import INTERRUPTED, Stop, Stopped
+from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import outcome_of
 
@@ -59,10 +59,10 @@ def run_elsewhere(
     try:
         if outcome_of(folder).is_over:
             return outcome_of(folder).value
-        with _heard_first(asked), Stop().listening(), _watched(sweep), _printed(folder):
+        with _heard_first(asked), StopSignal().installed(), _watched(sweep), _printed(folder):
             return job()
-    except (Stopped, KeyboardInterrupt, SystemExit) as end:
-        if _code(end) == INTERRUPTED:
+    except (TrainingInterrupted, KeyboardInterrupt, SystemExit) as end:
+        if _code(end) == EXIT_INTERRUPTED:
             sweep.mark(stopped=True)
     finally:
         lock.release()
@@ -143,13 +143,13 @@ def _watched(sweep: SweepFolder) -> Iterator[None]:
 
 @contextmanager
 def _printed(folder: Path) -> Iterator[None]:
-    from app.distributed.launch.worker import printed_to
+    from app.distributed.launch.worker import redirect_output
 
-    with printed_to(folder / "logs" / "rank0.log"):
+    with redirect_output(folder / "logs" / "rank0.log"):
         yield
 
 
 def _code(end: BaseException) -> int | str | None:
-    if isinstance(end, Stopped):
+    if isinstance(end, TrainingInterrupted):
         return end.code
-    return end.code if isinstance(end, SystemExit) else INTERRUPTED
+    return end.code if isinstance(end, SystemExit) else EXIT_INTERRUPTED

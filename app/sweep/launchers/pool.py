@@ -20,14 +20,20 @@ from hydra.core.utils import JobReturn, JobStatus, _save_config, env_override
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from app.distributed.launch.failures import Failure, RankFailed, record
-from app.distributed.launch.local import Crew
+from app.distributed.launch.failures import RankFailedError, RankFailure, record_rank_failure
+from app.distributed.launch.local import LocalWorkers
 from app.experiment.entry import run_experiment
 from app.experiment.job import prepared
 from app.runtime.errors import UserError
-from app.runtime.files import remove_partial
-from app.runtime.lock import FolderInUse, owned
-from app.runtime.signals import AT_ONCE, REASONS, Reason, Stopped, heard
+from app.runtime.files import remove_temp_files
+from app.runtime.lock import FolderInUse, run_lock
+from app.runtime.signals import (
+    REASON_BY_SIGNAL,
+    SAME_SIGNAL_SECONDS,
+    StopReason,
+    TrainingInterrupted,
+    signal_handlers,
+)
 from app.sweep.launchers.slots import Slot, make_slots, ranks_of
 from app.sweep.outcome import record_failure
 
@@ -43,7 +49,7 @@ class Busy:
     slot: Slot
     number: int
     folder: Path
-    crew: Crew
+    crew: LocalWorkers
     config: DictConfig
     began: float
     lock: ExitStack
@@ -88,7 +94,7 @@ class Pool:
             KeyboardInterrupt: Asked twice.
         """
         try:
-            with heard(self._hear):
+            with signal_handlers(self._hear):
                 while self._fill(take, ended) or self.busy:
                     self._attend(ended)
         finally:
@@ -96,7 +102,9 @@ class Pool:
                 busy.crew.kill()
                 busy.lock.close()
         if self.signals:
-            raise Stopped(max(REASONS[signal.Signals(one).name] for one in self.signals))
+            raise TrainingInterrupted(
+                max(REASON_BY_SIGNAL[signal.Signals(one).name] for one in self.signals)
+            )
 
     def _fill(self, take: Take, ended: Callable[[int], None]) -> bool:
         """Begins jobs while there are slots and jobs; whether one could not even begin."""
@@ -115,8 +123,8 @@ class Pool:
         try:
             config = self._compose(number, words)
             folder = Path(config.hydra.runtime.output_dir)
-            lock.enter_context(owned(folder))
-            remove_partial(folder)
+            lock.enter_context(run_lock(folder))
+            remove_temp_files(folder)
             with env_override(config.hydra.job.env_set):
                 crew = self._crew(slot, config, folder)
             self.context.callbacks.on_job_start(config=config, task_function=self.task)
@@ -127,12 +135,12 @@ class Pool:
         except Exception as error:  # noqa: BLE001 - as of any job, it is in its log
             folder = folder or _folder_of(self.config, words)
             folder.mkdir(parents=True, exist_ok=True)
-            record_failure(folder, Failure.of(0, error))
+            record_failure(folder, RankFailure.from_exception(0, error))
             lock.close()
             return False
         self.busy.append(Busy(slot, number, folder, crew, config, time.monotonic(), lock))
         for signal_number in self.signals:  # that came while it began
-            crew.ask(signal_number)
+            crew.send_signal(signal_number)
         log.info("job %d begins: %s", number, folder.name)
         return True
 
@@ -155,24 +163,24 @@ class Pool:
         _save_config(config.hydra.overrides.task, "overrides.yaml", inside)
         return config
 
-    def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> Crew:
+    def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> LocalWorkers:
         job = prepared(config, folder)
         ranks = ranks_of(job.config.trainer.devices, len(slot.gpus))
         if slot.gpus and ranks > len(slot.gpus):
             devices = job.config.trainer.devices
             raise UserError(f"trainer.devices={devices!r}, but the slot has {len(slot.gpus)} GPUs")
         logging_config: Any = OmegaConf.to_container(config.hydra.job_logging, resolve=True)
-        return Crew(
+        return LocalWorkers(
             run_experiment, job, folder, ranks, logging_config, slot.environment(ranks), quiet=True
         )
 
     def _attend(self, ended: Callable[[int], None]) -> None:
-        awaited = [one for busy in self.busy for one in busy.crew.awaited]
+        awaited = [one for busy in self.busy for one in busy.crew.wait_handles]
         ready = wait(awaited, timeout=0.2)
         for busy in list(self.busy):
-            busy.crew.attend([one for one in ready if one in busy.crew.awaited])
+            busy.crew.poll([one for one in ready if one in busy.crew.wait_handles])
             self._watch_clock(busy)
-            if busy.crew.is_over:
+            if busy.crew.is_finished:
                 self._end(busy)
                 ended(busy.number)
 
@@ -183,11 +191,11 @@ class Pool:
             return
         if not busy.is_late:
             busy.is_late = True
-            busy.crew.ask(signal.SIGTERM)
+            busy.crew.send_signal(signal.SIGTERM)
         elif taken > self.timeout + PATIENCE:
             busy.crew.kill()
             busy.crew.sentinels.clear()
-            busy.crew.failures.setdefault(0, Failure(0, "died", "it did not stop"))
+            busy.crew.failures.setdefault(0, RankFailure(0, "died", "it did not stop"))
 
     def _end(self, busy: Busy) -> None:
         """What became of a job stands in its folder."""
@@ -195,18 +203,18 @@ class Pool:
         failure = None
         try:
             self.values[busy.number] = busy.crew.result()
-        except RankFailed as error:
+        except RankFailedError as error:
             failure = error.failure
         except (UserError, KeyboardInterrupt) as error:
-            failure = Failure.of(0, error)
-        except Stopped:
+            failure = RankFailure.from_exception(0, error)
+        except TrainingInterrupted:
             pass  # its folder says so
         finally:
             busy.crew.kill()
         if busy.is_late and busy.number not in self.values:
             key = "hydra.launcher.timeout"
-            failure = Failure(0, "user", f"it took more than {self.timeout:g} s ({key})")
-            record(busy.folder, failure)
+            failure = RankFailure(0, "user", f"it took more than {self.timeout:g} s ({key})")
+            record_rank_failure(busy.folder, failure)
         if failure is not None:
             record_failure(busy.folder, failure)
         busy.lock.close()
@@ -221,18 +229,18 @@ class Pool:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """All jobs stop, and no further one begins; the second Ctrl-C ends them at once."""
-        again = number in self.signals and time.monotonic() - self.first_asked > AT_ONCE
-        if again and REASONS[signal.Signals(number).name] is Reason.INTERRUPTED:
+        again = number in self.signals and time.monotonic() - self.first_asked > SAME_SIGNAL_SECONDS
+        if again and REASON_BY_SIGNAL[signal.Signals(number).name] is StopReason.INTERRUPTED:
             for busy in self.busy:
                 busy.crew.kill()
-                record(busy.folder, Failure(0, "interrupted", "KeyboardInterrupt"))
+                record_rank_failure(busy.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
             raise KeyboardInterrupt
         if not self.signals:
             self.first_asked = time.monotonic()
             sys.stderr.write("\nall jobs stop after this step; Ctrl-C again ends them at once\n")
         self.signals.append(number)
         for busy in self.busy:
-            busy.crew.ask(number)
+            busy.crew.send_signal(number)
 
 
 def pool_of(

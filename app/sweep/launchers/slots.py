@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.runtime.errors import ConfigError, Mistake, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, one_of
 
 MEMORY = 2 * 2**30  # bytes for each job on the CPU: torch itself takes a good part of one
 
@@ -62,11 +62,11 @@ def make_slots(
     if missing:
         there = one_of(map(str, range(len(visible))))
         problem = f"={list(gpus)}: there is no GPU {', '.join(missing)}; there is: {there}"
-        raise ConfigError([Mistake("hydra.launcher.gpus", problem)])
+        raise ConfigError([ConfigIssue("hydra.launcher.gpus", problem)])
     ranks = ranks_of(devices, len(chosen))
     if chosen and ranks > len(chosen):
         problem = f"={devices!r}, but the pool has {len(chosen)} GPUs"
-        raise ConfigError([Mistake("trainer.devices", problem)])
+        raise ConfigError([ConfigIssue("trainer.devices", problem)])
     cores = _cores()
     possible = len(chosen) // ranks if chosen else min(cores // ranks, _memory() // MEMORY)
     count = max(1, possible) if slots == "auto" else slots
@@ -97,7 +97,7 @@ def ranks_of(devices: Devices, gpus: int) -> int:
     """
     if isinstance(devices, list):
         problem = f"={devices}: the pool chooses them; allowed: how many, auto, null"
-        raise ConfigError([Mistake("trainer.devices", problem)])
+        raise ConfigError([ConfigIssue("trainer.devices", problem)])
     if devices == "auto":
         return max(1, gpus)
     return devices or 1

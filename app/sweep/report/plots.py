@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from app.config.schema import Monitor
+from app.config.schema import MonitorConfig
 from app.sweep.report.table import Results
 
 Scale: TypeAlias = Literal["linear", "log", "category"]
@@ -38,7 +38,7 @@ def _safe(key: str) -> str:
     return re.sub(r"[^\w.+-]", "_", key)
 
 
-def curves(results: Results, goal: Monitor) -> Figure:
+def curves(results: Results, goal: MonitorConfig) -> Figure:
     """The goal's metric over the epochs, a line for each run, the best one on top."""
     figure, axes = _empty("epoch", goal.metric)
     best = best_values(results, goal)
@@ -58,7 +58,7 @@ def curves(results: Results, goal: Monitor) -> Figure:
     return figure
 
 
-def _rows(history: pd.DataFrame | None, goal: Monitor) -> pd.DataFrame:
+def _rows(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataFrame:
     """The goal's values of one run: epoch, value."""
     name = "loss_mean" if goal.name == "loss" else goal.name
     if history is None or name not in history:
@@ -67,7 +67,7 @@ def _rows(history: pd.DataFrame | None, goal: Monitor) -> pd.DataFrame:
     return of_stage[["epoch", name]].set_axis(["epoch", "value"], axis=1).dropna()
 
 
-def by_key(results: Results, goal: Monitor, key: str) -> Figure:
+def by_key(results: Results, goal: MonitorConfig, key: str) -> Figure:
     """The goal's best value of each run against one swept key; hollow where not completed.
 
     Where the seeds were swept too: also the mean and the sample standard deviation of the
@@ -165,7 +165,7 @@ def text(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def best_values(results: Results, goal: Monitor) -> pd.Series[float]:
+def best_values(results: Results, goal: MonitorConfig) -> pd.Series[float]:
     """Each run's best value of the goal, by its place in the table; NaN where it has none."""
     column = f"best_{goal.metric}"
     values = pd.to_numeric(results.table.reindex(columns=[column])[column], errors="coerce")

@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 from pandas.errors import EmptyDataError
 
-from app.config.schema import Monitor
+from app.config.schema import MonitorConfig
 from app.sweep.folder import SweepFolder
 from app.sweep.job import plain_value
 from app.sweep.outcome import COMPLETED, Outcome, outcome_of
@@ -125,9 +125,9 @@ def _yaml(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
-def _goals(runs: Sequence[Run]) -> list[Monitor]:
+def _goals(runs: Sequence[Run]) -> list[MonitorConfig]:
     found = [_goal(run) for run in runs if run.outcome.content.get("goal")]
-    return [Monitor(metric, mode) for (metric, mode), _ in Counter(found).most_common()]
+    return [MonitorConfig(metric, mode) for (metric, mode), _ in Counter(found).most_common()]
 
 
 def _goal(run: Run) -> tuple[str, Any]:
@@ -143,7 +143,7 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
         "job": run.number,
         "status": run.outcome.status,
         **{key: _value(run, key) for key in keys},
-        **(_goal_columns(content, Monitor(*_goal(run))) if content.get("goal") else {}),
+        **(_goal_columns(content, MonitorConfig(*_goal(run))) if content.get("goal") else {}),
         **{f"test/{_short(name)}": test[name] for name in test if name not in NOT_RESULTS},
         "seconds": content.get("seconds"),
         "samples/s": rows.get("train", {}).get("samples/s"),
@@ -170,7 +170,7 @@ def _short(name: str) -> str:
     return "loss" if name == "loss_mean" else name
 
 
-def _goal_columns(content: Mapping[str, Any], goal: Monitor) -> dict[str, Any]:
+def _goal_columns(content: Mapping[str, Any], goal: MonitorConfig) -> dict[str, Any]:
     best, last = content.get("best") or {}, (content.get("metrics") or {}).get(goal.stage, {})
     name = "loss_mean" if goal.name == "loss" else goal.name
     return {
@@ -181,7 +181,7 @@ def _goal_columns(content: Mapping[str, Any], goal: Monitor) -> dict[str, Any]:
 
 
 def _columns(
-    rows: Iterable[Mapping[str, Any]], keys: Sequence[str], goals: Sequence[Monitor]
+    rows: Iterable[Mapping[str, Any]], keys: Sequence[str], goals: Sequence[MonitorConfig]
 ) -> list[str]:
     """Always in the same order, whichever run has come furthest."""
     found = dict.fromkeys(name for row in rows for name in row)
@@ -270,5 +270,5 @@ class Results:
     title: str
     table: pd.DataFrame
     keys: list[str]
-    goals: list[Monitor]
+    goals: list[MonitorConfig]
     curves: dict[str, pd.DataFrame]

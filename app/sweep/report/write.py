@@ -14,7 +14,7 @@ import pandas as pd
 from filelock import FileLock
 
 from app.config.overrides import quoted
-from app.runtime.errors import unwritable
+from app.runtime.errors import as_storage_error
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.sweep.folder import INSIDE, SweepFolder
@@ -33,7 +33,7 @@ def refresh(folder: Path, curves: bool = False) -> Results:
         (folder / INSIDE).mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
-        raise unwritable(error) from error
+        raise as_storage_error(error) from error
     try:
         results = collect(folder.name, runs_of(folder), folder, curves)
         write_tables(results, folder)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from app.config.limits import load_json
-from app.distributed.collectives import alone
-from app.distributed.strategies import put
+from app.distributed.collectives import is_distributed
+from app.distributed.strategies import load_full_state_dict
 from app.runtime.errors import UserError, nearest, one_of
-from app.runtime.files import write_whole
+from app.runtime.files import atomic_write
 from app.training.checkpoint.archive_reader import load_plain, refuse_distributed
 from app.training.checkpoint.checksum import Seal, check_seal, write_archive, write_sealed
 from app.training.checkpoint.content_check import check_content
@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = 
         write_sealed(file, path.name, checkpoint.seal, lambda inner: torch.save(content, inner))
 
     if states is None:
-        write_whole(path, write)
+        atomic_write(path, write)
     else:
         states.write(write)
 
@@ -87,7 +87,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = 
 def write_model(path: Path, model: dict[str, Tensor]) -> None:
     """A state dict for torch alone."""
     name = path.name
-    write_whole(
+    atomic_write(
         path, lambda file: write_archive(file, name, lambda inner: torch.save(model, inner))
     )
 
@@ -157,10 +157,10 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str) -> Non
     shapes = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
     if missing or foreign or shapes:
         raise UserError(f"{source} is of another architecture: {_unlike(own, state)}")
-    if alone():
+    if not is_distributed():
         model.load_state_dict(state)
     else:
-        put(state, model)
+        load_full_state_dict(state, model)
 
 
 def _unlike(own: dict[str, Tensor], state: dict[str, Tensor]) -> str:

@@ -9,9 +9,9 @@ from itertools import islice
 from typing import Any
 
 from app.data.batch import Batch, Batches
-from app.distributed.collectives import gathered, rank, world_size
+from app.distributed.collectives import gather_object, rank, world_size
 from app.runtime.errors import UserError
-from app.runtime.seed import random_state, set_random_state
+from app.runtime.seed import rng_state, set_rng_state
 from app.training.accumulator import Rows
 from app.training.checkpoint.train_state import UNLIKE
 from app.training.rank_sync import lending
@@ -22,8 +22,8 @@ UnderWay = dict[str, Any]  # tensors and plain values
 
 def position(rows: Rows, batches: int) -> UnderWay:
     """Where in an epoch of training all ranks are: rows, what metrics hold, randomness."""
-    mine = {"random": random_state(), "metrics": rows.metrics.state_dict()}
-    return {"batches": batches, "rows": rows.state_dict(), "ranks": gathered(mine)}
+    mine = {"random": rng_state(), "metrics": rows.metrics.state_dict()}
+    return {"batches": batches, "rows": rows.state_dict(), "ranks": gather_object(mine)}
 
 
 def take_up(rows: Rows, under_way: UnderWay) -> None:
@@ -49,7 +49,7 @@ def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[t
         pass
     if len(under_way["ranks"]) == world_size():
         with _used():
-            set_random_state(under_way["ranks"][rank()]["random"])
+            set_rng_state(under_way["ranks"][rank()]["random"])
     return steps
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from app.config.schema import Goal, Monitor
+from app.config.schema import GoalConfig, MonitorConfig
 from app.training.accumulator import Rows
 from app.training.checkpoint.checkpoint import BEST, monitored, of_epoch
 from app.training.checkpoint.mid_epoch import position
@@ -26,7 +26,11 @@ class Keeping:
     """
 
     def __init__(
-        self, state: TrainState, saving: Saving, goal: Goal, monitors: Mapping[str, Monitor]
+        self,
+        state: TrainState,
+        saving: Saving,
+        goal: GoalConfig,
+        monitors: Mapping[str, MonitorConfig],
     ) -> None:
         self.state, self.saving, self.goal, self.monitors = state, saving, goal, dict(monitors)
         self.due = Due(saving.every_n_steps, saving.every_n_minutes)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from app.runtime.errors import UserError, looking
-from app.runtime.fault_injection import reach
-from app.runtime.files import write_whole
+from app.runtime.errors import UserError, as_user_error
+from app.runtime.fault_injection import maybe_crash
+from app.runtime.files import atomic_write
 from app.training.checkpoint.checksum import check_seal, read_seal
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def states_in(folder: Path) -> list[Path]:
     return sorted(numbers, key=lambda path: -numbers[path])
 
 
-@looking()
+@as_user_error()
 def _files(folder: Path) -> list[Path]:
     inside = folder / FOLDER
     every = inside.iterdir() if inside.is_dir() else ()  # glob would find nothing where it may not
@@ -101,11 +101,11 @@ class States:
 
     def write(self, write: Callable[[BinaryIO], object]) -> None:
         """A further state; the one that was the newest is now the one before."""
-        write_whole(self.folder / LAST, write, self._make_room)
+        atomic_write(self.folder / LAST, write, self._make_room)
         self.sound = [self.folder / LAST, *self.sound]
         for path in _files(self.folder.parent):
             if path not in self.sound:
-                reach("before_old_goes", path.name)
+                maybe_crash("before_old_goes", path.name)
                 remove(path)
 
     def _make_room(self) -> None:
@@ -114,7 +114,7 @@ class States:
         kept = self.sound[: self.keep - 1]
         for number, path in reversed(list(enumerate(kept, start=1))):
             older = self.folder / before(number)
-            reach("before_old_moves", path.name)
+            maybe_crash("before_old_moves", path.name)
             try:
                 path.replace(older)
             except OSError as error:

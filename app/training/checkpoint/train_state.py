@@ -14,9 +14,9 @@ from torch import Tensor
 from app.config.resolve import select
 from app.config.resume import difference, learns_otherwise
 from app.config.schema import Job
-from app.distributed.collectives import from_first, rank
-from app.distributed.strategies import whole
-from app.runtime.background_writer import Writer
+from app.distributed.collectives import broadcast_object, rank
+from app.distributed.strategies import full_tensor
+from app.runtime.background_writer import BackgroundWriter
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, map_tensors
 from app.training.checkpoint.checkpoint import (
@@ -79,7 +79,10 @@ class TrainState:
     ) -> None:
         self.task, self.averaging = task, averaging
         self.folder, self.job, self.watchers = folder, job, watchers
-        self.states, self.writer = States(folder, saving.keep_last), Writer(saving.in_background)
+        self.states, self.writer = (
+            States(folder, saving.keep_last),
+            BackgroundWriter(saving.in_background),
+        )
         self.saves = 0  # of states
         self.nonfinite: Stateful | None = None  # what is known of steps that were no numbers
         self.epoch = 0  # the last whose batches have all been learned from
@@ -97,7 +100,7 @@ class TrainState:
         self._save(BEST, checkpoint)
         if rank() == 0:
             path, model = self.folder / "model.pt", checkpoint.model
-            self.writer.write(lambda: write_model(path, model))
+            self.writer.submit(lambda: write_model(path, model))
 
     def save_weights(self, name: str) -> None:
         """The weights, as a checkpoint to test with."""
@@ -133,7 +136,7 @@ class TrainState:
         checkpoint = self._checkpoint(self._kept(training))
         if rank() == 0:
             path = self.folder / FOLDER / LAST
-            self.writer.write(lambda: save_checkpoint(path, checkpoint, self.states), True)
+            self.writer.submit(lambda: save_checkpoint(path, checkpoint, self.states), True)
 
     @contextmanager
     def written(self) -> Iterator[None]:
@@ -227,7 +230,7 @@ class TrainState:
     def _read(self, file: Path) -> Checkpoint:
         """Rank 0 reads, the others hear of it."""
         self.writer.wait()
-        checkpoint = from_first(load_checkpoint(file) if rank() == 0 else None)
+        checkpoint = broadcast_object(load_checkpoint(file) if rank() == 0 else None)
         assert checkpoint is not None
         return checkpoint
 
@@ -250,7 +253,7 @@ class TrainState:
             read = check_seal if whole else read_seal
             with suppress(UserError):  # who asks says what follows
                 epoch = read(self.folder / FOLDER / name).epoch
-        return from_first(epoch)
+        return broadcast_object(epoch)
 
     def restore_best(self) -> int:
         """Takes the best weights so far; gives their epoch."""
@@ -259,7 +262,7 @@ class TrainState:
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
             path = self.folder / FOLDER / name
-            self.writer.write(lambda: save_checkpoint(path, checkpoint))
+            self.writer.submit(lambda: save_checkpoint(path, checkpoint))
 
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
@@ -288,7 +291,7 @@ def on_host(nested: Nested) -> Nested:
     """Whole tensors on the host, in the usual memory format; every rank must ask, one gets them."""
 
     def held(tensor: Tensor) -> Tensor:
-        tensor = whole(tensor.detach())
+        tensor = full_tensor(tensor.detach())
         return tensor.cpu().contiguous() if rank() == 0 else tensor
 
     return map_tensors(held, nested)

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from app.config.schema import Freeze
+from app.config.schema import FreezeConfig
 from app.runtime.errors import UserError, nearest, one_of
 
 
@@ -22,7 +22,7 @@ class Freezing:
         UserError: A pattern that no parameter has.
     """
 
-    def __init__(self, model: nn.Module, frozen: Mapping[str, Freeze]) -> None:
+    def __init__(self, model: nn.Module, frozen: Mapping[str, FreezeConfig]) -> None:
         self.model, self.frozen = model, dict(frozen)
         names = [name for name, _ in model.named_parameters()]
         for key, freeze in frozen.items():

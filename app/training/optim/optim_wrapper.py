@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from app.distributed.collectives import sum_over_ranks, total_later
-from app.distributed.strategies import Parallel, alike, evidence_of, part_of, total_norm
+from app.distributed.collectives import all_reduce, all_reduce_async
+from app.distributed.strategies import (
+    SingleDevice,
+    finite_indicator,
+    shard_like,
+    split_dtensors,
+    total_norm,
+)
 from app.runtime.errors import UserError
 from app.training.accumulator import Mean
 from app.training.optim.finite_check import Guard, Policy
@@ -49,7 +55,7 @@ class Optimization:
         alone: bool = True,
         tracks_norm: bool = False,
         zero_non_finite: bool = False,
-        parallel: Parallel | None = None,
+        parallel: SingleDevice | None = None,
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule or Schedule(optimizer)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
@@ -57,8 +63,8 @@ class Optimization:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.alone, self.tracks_norm = alone, tracks_norm
         self.zero_non_finite = zero_non_finite
-        self.parallel = parallel or Parallel(torch.nn.Module())
-        self.weighted = accumulate > 1 or self.parallel.several  # samples weigh, not batches
+        self.parallel = parallel or SingleDevice(torch.nn.Module())
+        self.weighted = accumulate > 1 or self.parallel.is_distributed  # samples weigh, not batches
         self.guard: Guard | None = None
         self.losses: Tensor | None = None  # NaN where one since the last step was no number
         self.norm: Tensor | None = None  # of the step just made
@@ -77,9 +83,9 @@ class Optimization:
             self.guard.replay(list(self._learning()), loss)
             return
         self.batches += 1
-        self.samples += 0 if self.parallel.lent else num_samples
+        self.samples += 0 if self.parallel.is_padding else num_samples
         if self.batches == self.accumulate:
-            self.total = total_later(self.samples)  # ranks tell while gradients are computed
+            self.total = all_reduce_async(self.samples)  # ranks tell while gradients are computed
         self.backward(loss, num_samples)
         if self.batches == self.accumulate:
             self.update()
@@ -95,8 +101,8 @@ class Optimization:
             return
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any parameter that learns")
-        self.latest = 0 if self.parallel.lent else num_samples
-        begins = None if self.guard is None or self.parallel.lent else self._looked_at(loss)
+        self.latest = 0 if self.parallel.is_padding else num_samples
+        begins = None if self.guard is None or self.parallel.is_padding else self._looked_at(loss)
         if self.weighted:
             loss = loss * (self.latest / self.full)
         with torch.autocast(loss.device.type, enabled=False):
@@ -123,12 +129,12 @@ class Optimization:
 
     def update(self) -> None:
         """Changes the weights by the gradients that are there, and forgets these."""
-        total = (self.total or total_later(self.samples or self.latest))()
-        self.parallel.sum_gradients(self._parameters())
+        total = (self.total or all_reduce_async(self.samples or self.latest))()
+        self.parallel.all_reduce_gradients(self._parameters())
         made = True
         if next(iter(self._gradients()), None) is not None:
             made = self._learn(total)
-        self.parallel.forget_gradients(self._parameters())
+        self.parallel.zero_grad(self._parameters())
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it holds the old weights until the step is over
         if made:
@@ -144,7 +150,7 @@ class Optimization:
         changes = (self.clip_value, self.clip_norm, self.tracks_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(changes):
             self.scaler.unscale_(self.optimizer)
-        factor = self.full * self.parallel.divisor / total if self.weighted and total else 1.0
+        factor = self.full * self.parallel.grad_divisor / total if self.weighted and total else 1.0
         if factor != 1.0:  # as one batch of just these samples
             torch._foreach_mul_(list(self._gradients()), factor)
         if self.zero_non_finite:
@@ -154,7 +160,7 @@ class Optimization:
         if self.tracks_norm or self.clip_norm is not None:
             norm = evidence = total_norm(list(self._gradients()))
         elif guarded:
-            evidence = evidence_of(list(self._gradients()))
+            evidence = finite_indicator(list(self._gradients()))
         if self.tracks_norm:
             self.norm = norm
         if guarded and not self._allowed(evidence):
@@ -164,7 +170,7 @@ class Optimization:
         if self.clip_norm is not None:
             if self.clip_value is not None:
                 norm = total_norm(list(self._gradients()))
-            for same in alike(list(self._parameters())):
+            for same in split_dtensors(list(self._parameters())):
                 torch.nn.utils.clip_grads_with_norm_(same, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -178,7 +184,7 @@ class Optimization:
     def _losses(self) -> Tensor:
         """Those of all ranks, as evidence: they are in no gradient that could be looked at."""
         mine = torch.zeros((), device=self.device) if self.losses is None else self.losses
-        return sum_over_ranks(mine.float())
+        return all_reduce(mine.float())
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values of the optimizer, the schedule and the scaler."""
@@ -211,7 +217,7 @@ class Optimization:
         """
         whole, parameters = state["optimizer"], list(self._parameters())
         parts = {
-            number: {n: part_of(value, parameters[number]) for n, value in values.items()}
+            number: {n: shard_like(value, parameters[number]) for n, value in values.items()}
             for number, values in whole["state"].items()
         }
         if anew:

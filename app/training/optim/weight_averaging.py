@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
-from app.distributed.strategies import part_of
+from app.distributed.strategies import shard_like
 
 
 class Averaging:
@@ -58,7 +58,7 @@ class Averaging:
         """Goes on from what `state_dict` gave."""
         own, self.count = weights(self.model), state["count"]
         self.average = {
-            name: part_of(tensor.to(own[name].device), own[name])
+            name: shard_like(tensor.to(own[name].device), own[name])
             for name, tensor in state["average"].items()
         }
 
