@@ -31,11 +31,11 @@ from app.callbacks.progress import Progress
 from app.callbacks.tables import Tables
 from app.config import resolvers
 from app.config.compose import compositions
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.schema import Job
 from app.data.mnist import __file__ as MNIST
-from app.experiment.factory import make_parts
-from app.experiment.job import job_of
+from app.experiment.factory import make_components
+from app.experiment.job import make_job
 from app.experiment.run import make_trainer
 from app.training.events import Callbacks
 
@@ -65,20 +65,20 @@ def alternate(rounds: int, ours: Callable[[], float], theirs: Callable[[], float
     return [statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio]
 
 
-def make_job(*words: str) -> Job:
+def job_for(*words: str) -> Job:
     resolvers.register()
     ((composed, _),) = compositions(get_args_parser().parse_args(list(words)))
-    return job_of(composed)
+    return make_job(composed)
 
 
 def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
     """Seconds of an epoch: the trainer with CSV, accuracy and bar, against a bare loop."""
-    job = make_job(*words, "metric/single@metric.train=[accuracy]")
-    parts = make_parts(job.config, Build(), CPU)
+    job = job_for(*words, "metric/single@metric.train=[accuracy]")
+    parts = make_components(job.config, Instantiator(), CPU)
     callbacks = Callbacks([Tables(folder), Progress()])
-    trainer = make_trainer(job, Build(), parts, callbacks, folder)
+    trainer = make_trainer(job, Instantiator(), parts, callbacks, folder)
 
-    model = make_parts(job.config, Build(), CPU).task.model
+    model = make_components(job.config, Instantiator(), CPU).task.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     images, labels = parts.loaders["train"].tensors  # type: ignore[attr-defined]
     count, size = parts.loaders["train"].num_samples, job.config.data.batch_size
@@ -118,7 +118,9 @@ def torchvision_mnist(root: Path) -> Path:
 
 def loader_rates(root: Path, rounds: int, workers: int) -> list[float]:
     """Samples/s of our loader against torchvision's MNIST in a DataLoader."""
-    loader = make_parts(make_job("model=mlp", "data.batch_size=256").config, Build(), CPU).loaders
+    loader = make_components(
+        job_for("model=mlp", "data.batch_size=256").config, Instantiator(), CPU
+    ).loaders
     steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     dataset = Subset(torchvision.datasets.MNIST(str(root), transform=steps), range(10_000))
     theirs = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=workers)

@@ -44,7 +44,7 @@ from torch._C._distributed_c10d import FileStore
 from app.distributed.collectives import LazyAllReduceMax, is_distributed
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import process_group
-from app.training.accumulator import StepValues, mean_of, to_host
+from app.training.accumulator import StepValues, average, to_host
 
 Pair = tuple[float, float]  # with several ranks, and without
 STEPS = 79  # in which the program goes through the 10,000 test images
@@ -189,7 +189,7 @@ def rows_of_a_stage() -> list[StepValues]:
     """A loss, an accuracy's four states, and how many are right."""
     right = torch.tensor(60)
     return [
-        {"loss": mean_of(torch.rand(()), 64), "accuracy": (right,) * 4, "total_correct": (right,)}
+        {"loss": average(torch.rand(()), 64), "accuracy": (right,) * 4, "total_correct": (right,)}
         for _ in range(STEPS)
     ]
 

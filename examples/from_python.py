@@ -15,8 +15,8 @@ from app.callbacks.tables import Tables
 from app.config.schema import GoalConfig
 from app.data.loaders import load
 from app.training.events import Callbacks
-from app.training.optim.optim_wrapper import Learning, Optimization
-from app.training.plan import Plan
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 
@@ -44,10 +44,10 @@ task = SupervisedTask(
         stage: {"accuracy": MulticlassAccuracy(2, average="micro")} for stage in ("valid", "test")
     },
 )
-task.learning = Learning(Optimization(torch.optim.Adam(model.parameters(), lr=0.01)))
+task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.Adam(model.parameters(), lr=0.01)))
 trainer = Trainer(
     task,
-    Plan(max_epochs=20),
+    TrainingLimits(max_epochs=20),
     folder / "spirals",
     goal=GoalConfig("accuracy", "max", patience=5),
     callbacks=Callbacks([Tables(folder / "spirals"), Console()]),
@@ -56,7 +56,7 @@ summary = trainer.fit(
     load(spirals(2000, seed=0), batch_size=50, shuffle=True), load(spirals(500, seed=1), 100)
 )
 print(summary.tail(2))
-trainer.state.restore_best()
+trainer.state.load_best_weights()
 print(trainer.evaluate(load(spirals(500, seed=2), 100)))
 print(trainer.predict(load(spirals(4, seed=3), 4)).argmax(1))
 

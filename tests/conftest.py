@@ -25,7 +25,7 @@ from app.config.compose import compositions
 from app.config.schema import Job
 from app.distributed.launch.local import launch_local
 from app.experiment.entry import run_experiment
-from app.experiment.job import job_of
+from app.experiment.job import make_job
 from app.runtime.errors import ConfigError
 
 FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
@@ -118,13 +118,13 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     return in_this_process(tmp_path, monkeypatch)
 
 
-def make_job(*words: str) -> Job:
+def job_for(*words: str) -> Job:
     """The job of a command line, without running it."""
     resolvers.register()
     ((composed, mistakes),) = compositions(get_args_parser().parse_args(list(words)))
     if mistakes:
         raise ConfigError(mistakes)
-    return job_of(composed)
+    return make_job(composed)
 
 
 def mistakes_in(*words: str) -> list[str]:
@@ -134,7 +134,7 @@ def mistakes_in(*words: str) -> list[str]:
     for composed, refused in compositions(get_args_parser().parse_args(list(words))):
         found += map(str, refused)
         try:
-            job_of(composed)
+            make_job(composed)
         except ConfigError as error:
             found += map(str, error.issues)
     return found
@@ -154,7 +154,7 @@ def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 
     def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
         monkeypatch.setenv("FAULT", fault)
-        job = make_job(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
+        job = job_for(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
         launch_local(run_experiment, job, tmp_path, size, SILENT)
         return tmp_path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import make_job
+from conftest import job_for
 from processes import SILENT, TESTS
 
 from app.distributed.launch.failures import RankFailedError
@@ -54,7 +54,7 @@ def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
             patch.setenv("FAULT", fault)
             patch.setenv("IDS", str(folder / "ids"))
             where = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
-            job = make_job(*where, *TINY, f"trainer.devices={size}", *words)
+            job = job_for(*where, *TINY, f"trainer.devices={size}", *words)
             folder.mkdir(exist_ok=True)
             try:
                 launch_local(

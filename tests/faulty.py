@@ -20,7 +20,7 @@ from app.runtime.nested import Nested
 from app.training.events import Callback, EpochEnd, StepEnd
 from app.training.history import History
 from app.training.supervised import SupervisedTask
-from app.training.task import Step
+from app.training.task import StepOutput
 
 FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage, or once:rank:step:file
 
@@ -30,11 +30,11 @@ class FaultyTask(SupervisedTask):
 
     done = 0
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         self.at("train")
         return super().train_step(batch)
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         self.at(stage)
         return super().eval_step(stage, batch)
 
@@ -109,7 +109,7 @@ class Indexed(Dataset[tuple[torch.Tensor, int]]):
 class RecordedTask(FaultyTask):
     """Writes down which samples it learns from, into the file that `IDS` names."""
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         step = super().train_step(batch)
         with Path(f"{os.environ['IDS']}{rank()}").open("a") as file:
             file.write(f"{' '.join(map(str, batch[0][:, 0].long().tolist()))}\n")

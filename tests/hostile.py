@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.training.checkpoint.checksum import Seal, write_sealed
+from app.training.checkpoint.checksum import CheckpointInfo, write_with_checksum
 
 WHOLE: dict[str, Any] = {
     "weights": torch.arange(12.0).reshape(3, 4),
@@ -50,7 +50,9 @@ def saved(value: Any) -> bytes:
 def sealed(value: Any) -> bytes:
     """As this program writes it; whoever wants to can make a checksum."""
     file = io.BytesIO()
-    write_sealed(file, "", Seal("state", 1, 1), lambda inner: torch.save(value, inner))
+    write_with_checksum(
+        file, "", CheckpointInfo("state", 1, 1), lambda inner: torch.save(value, inner)
+    )
     return file.getvalue()
 
 

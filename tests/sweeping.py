@@ -12,7 +12,7 @@ import torch
 
 from app.runtime.nested import Nested
 from app.training.supervised import SupervisedTask
-from app.training.task import Step
+from app.training.task import StepOutput
 
 
 class SweepTask(SupervisedTask):
@@ -38,7 +38,7 @@ class SweepTask(SupervisedTask):
         self.does, self.at, self.slow, self.meets = does, at, slow, meets
         self.done = 0
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         self.done += 1
         time.sleep(self.slow)
         if "MARK" in os.environ:

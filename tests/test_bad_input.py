@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 from hostile import sealed
 from hydra._internal.utils import get_args_parser
 from torch import nn
@@ -412,7 +412,7 @@ def test_columns_of_the_tables_are_no_names_for_metrics() -> None:
 def test_status_says_failed_where_the_goal_is_no_number(elsewhere: Path) -> None:
     metric = "metric/single@metric.train=[accuracy_per_class]"
     words = ("model=mlp", "debug=fast", metric, "goal.metric=train/accuracy_per_class")
-    job = make_job(*words)
+    job = job_for(*words)
     with pytest.raises(UserError, match="is not measured as a number in train"):
         execute(job, elsewhere / "run")
     assert json.loads((elsewhere / "run" / "status.json").read_text())["status"] == "failed"
@@ -425,6 +425,6 @@ def test_targets_that_would_be_spread_over_outputs_are_refused(elsewhere: Path) 
     words = ["data=csv", "data.path=table.csv", "data.num_classes=null", "data.input_shape=[1]"]
     words += ["data.source.train.target=y", "data.source.train.regression=true", "model=mlp"]
     words += ["++model.num_classes=2", "loss=mse", "metric=none", "goal.metric=loss"]
-    job = make_job(*words, "goal.mode=min", "debug=fast", "data.normalize=null")
+    job = job_for(*words, "goal.mode=min", "debug=fast", "data.normalize=null")
     with pytest.raises(UserError, match=r"loss\.mse: cannot take outputs .*Using a target size"):
         execute(job, elsewhere / "run")

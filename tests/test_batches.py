@@ -7,10 +7,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import make_job, mistakes_in
+from conftest import job_for, mistakes_in
 
-from app.config.instantiate import Build
-from app.data.batch import Batches
+from app.config.instantiate import Instantiator
+from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.experiment.run import execute
 from app.runtime.errors import UserError
@@ -83,20 +83,20 @@ def own_data(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return elsewhere
 
 
-def loaders(*words: str) -> dict[str, Batches]:
-    job = make_job(*WORDS, *words)
-    build = Build(job.trusted)
+def loaders(*words: str) -> dict[str, BatchLoader]:
+    job = job_for(*WORDS, *words)
+    build = Instantiator(job.trusted)
     device = torch.device("cpu")
     datasets = make_datasets(job.config, build)
     return make_loaders(job.config, build, datasets, device, torch.contiguous_format)
 
 
-def sizes(batches: Batches) -> list[int]:
+def sizes(batches: BatchLoader) -> list[int]:
     return [len(batch[0]) for batch in batches.epoch(1)]
 
 
 def test_a_stream_of_unknown_length_trains_from_the_command_line(own_data: Path) -> None:
-    execute(make_job(*WORDS, *STREAM, "scheduler=constant"), own_data / "run")
+    execute(job_for(*WORDS, *STREAM, "scheduler=constant"), own_data / "run")
     summary = pd.read_csv(own_data / "run" / "train_summary_table.csv")
     assert summary["total_samples"].tolist() == [100, 100]
 
@@ -117,7 +117,7 @@ def test_the_length_of_a_stream_may_be_known_or_limited() -> None:
         (("scheduler=constant", "trainer.overfit_batches=2"), "needs data that is not iterable"),
         (("scheduler=constant", "data.source.valid=null", "data.split.valid=0.1"),
          "nothing can be cut from an iterable"),
-        (("scheduler=constant", "data.sampling={_target_: app.data.sampling.Balanced}"),
+        (("scheduler=constant", "data.sampling={_target_: app.data.sampling.BalancedClasses}"),
          "data.sampling needs"),
     ],
 )  # fmt: skip
@@ -125,7 +125,7 @@ def test_what_a_stream_cannot_do_is_said(
     own_data: Path, words: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        execute(make_job(*WORDS, *STREAM, *words), own_data / "run")
+        execute(job_for(*WORDS, *STREAM, *words), own_data / "run")
     assert not (own_data / "run" / "epoch_details").exists()
 
 
@@ -141,7 +141,8 @@ def test_workers_that_may_all_read_the_same_are_warned_of(
 def test_balanced_sampling_by_configuration() -> None:
     plain = loaders("data.source.train.count=2000")["train"]
     balanced = loaders(
-        "data.source.train.count=2000", "data.sampling={_target_: app.data.sampling.Balanced}"
+        "data.source.train.count=2000",
+        "data.sampling={_target_: app.data.sampling.BalancedClasses}",
     )["train"]
     share = [
         torch.cat([batch[1] for batch in one.epoch(1)]).double().mean() for one in (plain, balanced)
@@ -156,7 +157,7 @@ def test_balanced_sampling_by_configuration() -> None:
 
 def test_validation_is_never_sampled_and_may_have_other_batches() -> None:
     found = loaders(
-        "data.sampling={_target_: app.data.sampling.Balanced}", "data.eval_batch_size=40"
+        "data.sampling={_target_: app.data.sampling.BalancedClasses}", "data.eval_batch_size=40"
     )
     assert sizes(found["valid"]) == [40]
     assert sizes(found["train"]) == [16] * 6 + [4]
@@ -178,11 +179,11 @@ def test_a_short_last_batch_of_training_may_be_left_out(target: str) -> None:
 def test_samples_that_are_dicts_by_configuration(own_data: Path) -> None:
     words = ["data.inputs=x", "data.targets=y", "optimizer.lr=0.05", "trainer.max_epochs=3"]
     words += [f"data.source.{stage}._target_=own_data.Dicts" for stage in ("train", "valid")]
-    assert (execute(make_job(*WORDS, *words), own_data / "run") or 0) > 0.7
+    assert (execute(job_for(*WORDS, *words), own_data / "run") or 0) > 0.7
     with pytest.raises(
         UserError, match=r"data\.inputs, data\.targets: .*there is no 'z'; it has: x, y"
     ):
-        execute(make_job(*WORDS, *words, "data.targets=z"), own_data / "other")
+        execute(job_for(*WORDS, *words, "data.targets=z"), own_data / "other")
 
 
 def test_a_cached_dataset_by_configuration(own_data: Path) -> None:

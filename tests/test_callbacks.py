@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Ran, make_job, run_app
+from conftest import Ran, job_for, run_app
 from PIL import Image
 from torch import Tensor, nn
 
-from app.callbacks.function import Function
 from app.callbacks.image_grids import scaled
-from app.callbacks.log_values import flat, outcome
+from app.callbacks.lambda_callback import LambdaCallback
+from app.callbacks.log_values import final_metrics, flatten
 from app.callbacks.mlflow import MLflow, allowed
 from app.callbacks.predictions import PredictionWriter
 from app.callbacks.samples import SampleImages
@@ -50,7 +50,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     cwd = tmp_path_factory.mktemp("watched")
     (cwd / "heard.py").write_text(HEARD)
     nodes = (f"{e}:{{_target_:heard.note,_partial_:true,event:{e}}}" for e in EVENTS)
-    function = f"{{_target_:app.callbacks.function.Function,{','.join(nodes)}}}"
+    function = f"{{_target_:app.callbacks.lambda_callback.LambdaCallback,{','.join(nodes)}}}"
     ran = run_app(
         cwd,
         "model=mlp",
@@ -74,7 +74,7 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 @pytest.fixture(scope="session")
 def config() -> dict[str, Any]:
     """A whole configuration."""
-    return make_job("model=mlp").plain
+    return job_for("model=mlp").plain
 
 
 def result(stage: str = "valid", epoch: int = 1, **row: float) -> StageResult:
@@ -200,7 +200,7 @@ def test_mlflow_has_settings_numbers_tags_and_files(
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "mlp_mnist"
-    assert set(run.data.params) == set(flat(watched.config))
+    assert set(run.data.params) == set(flatten(watched.config))
     assert run.data.params["data.batch_size"] == "128"
     assert run.data.params["optimizer._target_"] == "torch.optim.AdamW"
     assert run.data.tags["mlflow.note.content"] == "a note"
@@ -296,7 +296,7 @@ def test_nobody_is_noisy(watched: Ran) -> None:
 
 def test_the_outcome_is_the_best_and_the_last() -> None:
     history = [result(epoch=1, accuracy=0.9).row, result(epoch=2, accuracy=0.8).row]
-    found = outcome(history, GoalConfig("accuracy", "max"))
+    found = final_metrics(history, GoalConfig("accuracy", "max"))
     assert found["best/accuracy"] == 0.9
     assert found["best/epoch"] == 1
     assert found["valid/accuracy"] == 0.8
@@ -349,10 +349,10 @@ def test_predictions_are_the_softmax_of_the_best_weights(watched: Ran) -> None:
 def test_losses_say_which_outputs_are_logits() -> None:
     terms = {
         "a": {"function": {"_target_": "torch.nn.CrossEntropyLoss"}, "output": "head"},
-        "b": {"function": {"_target_": "app.losses.dice.DiceCrossEntropy"}, "output": 1},
+        "b": {"function": {"_target_": "app.losses.dice.DiceCrossEntropyLoss"}, "output": 1},
         "c": {"function": {"_target_": "torch.nn.MSELoss"}, "output": "image"},
         "d": None,
-        "e": {"function": {"_target_": "app.losses.focal.FocalCrossEntropy"}},
+        "e": {"function": {"_target_": "app.losses.focal.FocalLoss"}},
     }
     assert class_outputs({"loss": terms}) == ["head", 1, None]
 
@@ -488,7 +488,7 @@ def test_functions_are_called_at_their_events_in_order(watched: Ran) -> None:
 
 def test_events_without_a_function_are_passed_over() -> None:
     heard: list[object] = []
-    callback = Function(on_run_end=heard.append)
+    callback = LambdaCallback(on_run_end=heard.append)
     tell(callback, [((torch.zeros(1),), None)])
     callback.on_run_end([])
     assert heard == [[]]
@@ -498,12 +498,12 @@ def test_events_without_a_function_are_passed_over() -> None:
 
 
 def test_an_option_is_the_default_set_and_one_more() -> None:
-    plain = make_job("callbacks=wandb").plain["callbacks"]
+    plain = job_for("callbacks=wandb").plain["callbacks"]
     assert list(plain) == ["tables", "progress", "console", "plots", "wandb"]
 
 
 def test_several_are_added_by_a_list() -> None:
     both = "callbacks/single@callbacks=[tensorboard,samples]"
-    plain = make_job(both, "callbacks.samples.count=2", "~callbacks.plots").plain["callbacks"]
+    plain = job_for(both, "callbacks.samples.count=2", "~callbacks.plots").plain["callbacks"]
     assert list(plain) == ["tables", "progress", "console", "tensorboard", "samples"]
     assert plain["samples"]["count"] == 2

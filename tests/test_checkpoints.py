@@ -13,21 +13,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_job, run_app
+from conftest import job_for, run_app
 from cutting import TINY, Cut, cutting, trained_on
 from processes import TESTS, assert_equal_runs
 from torch import nn
 
-from app.callbacks.tables import mend
+from app.callbacks.tables import drop_torn_line
 from app.runtime.background_writer import BackgroundWriter
 from app.runtime.errors import ConfigError, UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
-from app.training.checkpoint.checksum import Seal, check_seal, read_seal, write_sealed
+from app.training.checkpoint.checksum import (
+    CheckpointInfo,
+    read_info,
+    verify_checksum,
+    write_with_checksum,
+)
 from app.training.checkpoint.content_check import check_savable
-from app.training.checkpoint.rotation import States, newest_sound, states_in
+from app.training.checkpoint.rotation import CheckpointRotation, latest_valid, list_checkpoints
 from app.training.checkpoint.train_state import TrainState
-from app.training.optim.weight_averaging import Averaging
-from app.training.plan import Saving
+from app.training.optim.weight_averaging import WeightAveraging
+from app.training.plan import SaveSchedule
 from app.training.supervised import SupervisedTask
 
 KEEP = ("checkpoint.keep_last=3", "trainer.max_epochs=2")
@@ -86,7 +91,7 @@ def test_a_damaged_state_is_passed_over(
     damage(files[place])
     with cutting(tmp_path, writes=False) as cut:
         where = ("--config-dir", str(tmp_path / "conf"), "resume=auto", *cut_words(tmp_path))
-        job = make_job(*where)
+        job = job_for(*where)
         assert job.config.resume == str(files[1 if place == 0 else 0])
         if place == 0:
             (problem,) = job.damaged
@@ -96,8 +101,8 @@ def test_a_damaged_state_is_passed_over(
             assert job.damaged == []
         cut("run", "none:0:0", *KEEP)
     assert_equal_runs(whole, tmp_path / "run")
-    for path in states_in(tmp_path / "run"):
-        assert check_seal(path).kind == "state"
+    for path in list_checkpoints(tmp_path / "run"):
+        assert verify_checksum(path).kind == "state"
     steps = trained_on(tmp_path / "run")
     assert len(steps) == len(trained_on(whole)) + (place == 0), "at most a step is learned again"
 
@@ -123,7 +128,7 @@ def test_both_files_are_named_in_a_warning(stopped: tuple[Path, Path], tmp_path:
 
 def test_where_all_are_damaged_nothing_begins(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(stopped[1].parent, tmp_path / "home")
-    for path in states_in(tmp_path / "home" / "run"):
+    for path in list_checkpoints(tmp_path / "home" / "run"):
         flipped(path)
     with cutting(tmp_path / "home", writes=False) as cut, pytest.raises(ConfigError) as refused:
         cut("run", "none:0:0", *KEEP)
@@ -137,15 +142,15 @@ def test_a_state_can_be_chosen(stopped: tuple[Path, Path], tmp_path: Path) -> No
     chosen = folder / "checkpoints" / "last-2.pt"
     with cutting(tmp_path / "home", writes=False) as cut:
         words = ("--config-dir", str(tmp_path / "home" / "conf"), "trusted_targets=[faulty]")
-        job = make_job(*words, f"resume={chosen}")
+        job = job_for(*words, f"resume={chosen}")
         assert job.config.resume == str(chosen)
         cut("run", "none:0:0", f"resume={chosen}", *KEEP)
         with pytest.raises(ConfigError, match="holds weights alone"):
-            make_job(*words, f"resume={folder / 'checkpoints' / 'best.pt'}")
+            job_for(*words, f"resume={folder / 'checkpoints' / 'best.pt'}")
         stray = tmp_path / "stray.pt"
         shutil.copy(folder / "checkpoints" / "last.pt", stray)
         with pytest.raises(ConfigError, match="is no state of the run in"):
-            make_job(*words, f"resume={stray}")
+            job_for(*words, f"resume={stray}")
     assert_equal_runs(whole, folder)
     assert len(trained_on(folder)) == len(trained_on(whole)) + 2
 
@@ -158,7 +163,7 @@ def test_what_cannot_be_removed_is_a_warning(cut: Cut, caplog: pytest.LogCapture
     cut("run", "none:0:0", *words)
     assert "last-1.pt" in caplog.text
     assert "cannot be" in caplog.text
-    assert check_seal(in_the_way.parents[1] / "last.pt").number > 3
+    assert verify_checksum(in_the_way.parents[1] / "last.pt").number > 3
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -166,7 +171,7 @@ def test_saving_by_the_clock(cut: Cut, size: int) -> None:
     """With several ranks after the same step of all, about five times a second."""
     words = ("checkpoint.every_n_steps=null", "checkpoint.every_n_minutes=1e-6")
     folder = cut("run", "slow:0:0.1", *words, "trainer.max_epochs=2", size=size)
-    assert read_seal(folder / "checkpoints" / "last.pt").number >= (10 if size == 1 else 4)
+    assert read_info(folder / "checkpoints" / "last.pt").number >= (10 if size == 1 else 4)
 
 
 def test_saved_in_the_background_it_is_the_same(cut: Cut) -> None:
@@ -184,8 +189,8 @@ def test_saved_in_the_background_it_is_the_same(cut: Cut) -> None:
 def test_what_changes_meanwhile_is_not_written(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     task = SupervisedTask(model, nn.MSELoss())
-    saving = Saving(in_background=True)
-    state = TrainState(task, Averaging(model), tmp_path, None, None, saving)
+    saving = SaveSchedule(in_background=True)
+    state = TrainState(task, WeightAveraging(model), tmp_path, None, None, saving)
     wanted, go_on = model.weight.detach().clone(), threading.Event()
     state.writer.submit(lambda: go_on.wait(60) and None)
     state.save_best()
@@ -209,42 +214,46 @@ def test_what_fails_in_the_background_is_told() -> None:
 def test_any_byte_counts(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     with path.open("wb") as file:
-        write_sealed(file, "a.pt", Seal("state", 3, 7), lambda f: torch.save({"a": 1}, f))
-    assert check_seal(path) == Seal("state", 3, 7)
+        write_with_checksum(
+            file, "a.pt", CheckpointInfo("state", 3, 7), lambda f: torch.save({"a": 1}, f)
+        )
+    assert verify_checksum(path) == CheckpointInfo("state", 3, 7)
     whole = path.read_bytes()
     assert torch.load(path, weights_only=True) == {"a": 1}
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
         with pytest.raises(UserError):
-            check_seal(path)
+            verify_checksum(path)
     for length in random.Random(0).sample(range(len(whole)), 200):
         path.write_bytes(whole[:length])
         with pytest.raises(UserError):
-            check_seal(path)
+            verify_checksum(path)
 
 
 def test_the_state_that_a_run_goes_on_from_stays_until_there_are_others(tmp_path: Path) -> None:
-    def save(states: States, number: int) -> None:
-        seal = Seal("state", 1, number)
-        states.write(lambda file: write_sealed(file, "", seal, lambda f: torch.save(number, f)))
+    def save(states: CheckpointRotation, number: int) -> None:
+        seal = CheckpointInfo("state", 1, number)
+        states.write(
+            lambda file: write_with_checksum(file, "", seal, lambda f: torch.save(number, f))
+        )
 
-    first = States(tmp_path, keep=3)
+    first = CheckpointRotation(tmp_path, keep=3)
     for number in (1, 2, 3):
         save(first, number)
     flipped(tmp_path / "checkpoints" / "last.pt")
-    again = States(tmp_path, keep=3)
-    again.go_on_from(tmp_path / "checkpoints" / "last-1.pt")
+    again = CheckpointRotation(tmp_path, keep=3)
+    again.resume_from(tmp_path / "checkpoints" / "last-1.pt")
     save(again, 3)
-    assert [check_seal(path).number for path in states_in(tmp_path)] == [3, 2, 1]
-    fewer = States(tmp_path, keep=2)
-    fewer.go_on_from(tmp_path / "checkpoints" / "last.pt")
+    assert [verify_checksum(path).number for path in list_checkpoints(tmp_path)] == [3, 2, 1]
+    fewer = CheckpointRotation(tmp_path, keep=2)
+    fewer.resume_from(tmp_path / "checkpoints" / "last.pt")
     save(fewer, 4)
-    assert [check_seal(path).number for path in states_in(tmp_path)] == [4, 3]
+    assert [verify_checksum(path).number for path in list_checkpoints(tmp_path)] == [4, 3]
     link = tmp_path / "link"
     link.symlink_to(tmp_path, target_is_directory=True)  # another path to the same file
-    fewer.go_on_from(link / "checkpoints" / "last-1.pt")
+    fewer.resume_from(link / "checkpoints" / "last-1.pt")
     save(fewer, 5)
-    assert [check_seal(path).number for path in states_in(tmp_path)] == [5, 3]
+    assert [verify_checksum(path).number for path in list_checkpoints(tmp_path)] == [5, 3]
 
 
 def test_what_could_not_be_read_again_is_not_saved() -> None:
@@ -257,21 +266,21 @@ def test_what_could_not_be_read_again_is_not_saved() -> None:
 def test_states_are_ordered_by_what_they_are(stopped: tuple[Path, Path], tmp_path: Path) -> None:
     shutil.copytree(stopped[1] / "checkpoints", tmp_path / "checkpoints")
     inside = tmp_path / "checkpoints"
-    newest = read_seal(inside / "last.pt").number
+    newest = read_info(inside / "last.pt").number
     (inside / "last.pt").rename(inside / "swapped")
     (inside / "last-2.pt").rename(inside / "last.pt")
     (inside / "swapped").rename(inside / "last-2.pt")
-    assert [read_seal(path).number for path in states_in(tmp_path)] == [
+    assert [read_info(path).number for path in list_checkpoints(tmp_path)] == [
         newest - n for n in range(3)
     ]
-    assert newest_sound(tmp_path) == (inside / "last-2.pt", [])
+    assert latest_valid(tmp_path) == (inside / "last-2.pt", [])
 
 
 def test_a_line_that_was_cut_off_goes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, whole = tmp_path / "a.csv", "iter,loss\n1,0.5\n2,0.25\n"
     for length in range(len("iter,loss\n"), len(whole)):
         path.write_text(whole[:length])
-        mend(path)
+        drop_torn_line(path)
         table = pd.read_csv(path)
         assert list(table.columns) == ["iter", "loss"]
         assert table["iter"].tolist() == [1, 2][: len(table)]

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 
 from app.config.allowlist import TargetError, locate
-from app.config.instantiate import Build
-from app.config.types import describe, fits
+from app.config.instantiate import Instantiator
+from app.config.types import describe, matches_type
 from app.experiment.run import execute
 from app.runtime.errors import ConfigError, UserError
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_the_main_job_is_without_mistakes() -> None:
-    assert make_job("model=alexnet", "data=mnist").config.model["num_classes"] == 10
+    assert job_for("model=alexnet", "data=mnist").config.model["num_classes"] == 10
 
 
 def test_all_mistakes_are_named_at_once(app: Callable[..., Ran], tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_every_swept_value_is_checked_before_the_first_job(app: Callable[..., Ra
 
 
 def test_sizes_flow_from_the_data_to_model_and_metric() -> None:
-    config = make_job("data=cifar100", "data.resize=64").config
+    config = job_for("data=cifar100", "data.resize=64").config
     model = config.model
     assert (model["num_classes"], model["in_channels"], model["image_size"]) == (100, 3, 64)
     accuracy = config.metric.valid["accuracy"]
@@ -124,7 +124,7 @@ def test_sizes_flow_from_the_data_to_model_and_metric() -> None:
 
 
 def test_single_metrics_are_chosen_for_one_stage() -> None:
-    metric = make_job("metric/single@metric.test=[accuracy,auroc]").config.metric
+    metric = job_for("metric/single@metric.test=[accuracy,auroc]").config.metric
     assert list(metric.test) == ["accuracy", "auroc"]
     assert list(metric.valid) == ["accuracy", "total_correct"]
 
@@ -136,9 +136,7 @@ def test_a_metric_is_added_by_yaml_alone(elsewhere: Path) -> None:
         "kappa:\n  _target_: torchmetrics.classification.MulticlassCohenKappa\n"
         "  num_classes: ${data.num_classes}\n"
     )
-    job = make_job(
-        "--config-dir", "mine", "metric/single@metric.valid=[kappa]", "goal.metric=kappa"
-    )
+    job = job_for("--config-dir", "mine", "metric/single@metric.valid=[kappa]", "goal.metric=kappa")
     assert list(job.config.metric.valid) == ["kappa"]
 
 
@@ -157,7 +155,7 @@ def test_a_metric_is_added_by_yaml_alone(elsewhere: Path) -> None:
         "torchvision.datasets.utils.download_and_extract_archive",
         "torch.nn._reduction.warnings.warn",
         "app.cli.main",
-        "app.config.instantiate.Build",
+        "app.config.instantiate.Instantiator",
     ],
 )
 def test_what_is_not_on_the_list_is_refused(name: str) -> None:
@@ -210,9 +208,9 @@ def test_trust_is_given_on_the_command_line_or_in_the_environment_only(
 
 
 def test_experiments_and_debug_presets_compose() -> None:
-    assert make_job("experiment=mnist_alexnet_sgd").config.goal.patience == 6
-    assert make_job("debug=overfit").config.trainer.overfit_batches == 3
-    assert make_job("debug=limit").config.trainer.limit_train_batches == 0.01
+    assert job_for("experiment=mnist_alexnet_sgd").config.goal.patience == 6
+    assert job_for("debug=overfit").config.trainer.overfit_batches == 3
+    assert job_for("debug=limit").config.trainer.limit_train_batches == 0.01
 
 
 @pytest.mark.parametrize(
@@ -249,23 +247,23 @@ def test_every_option_of_every_group_composes(group: str, elsewhere: Path) -> No
 def test_values_against_types() -> None:
     from app.config.schema import Limit, Positive
 
-    assert fits(3, float)
-    assert not fits(True, int)
-    assert not fits(0, Positive)
-    assert fits(None, Limit)
-    assert fits(0.5, Limit)
-    assert not fits(0.0, Limit)
+    assert matches_type(3, float)
+    assert not matches_type(True, int)
+    assert not matches_type(0, Positive)
+    assert matches_type(None, Limit)
+    assert matches_type(0.5, Limit)
+    assert not matches_type(0.0, Limit)
     assert describe(Positive) == "a whole number of at least 1"
 
 
 def test_build_names_the_node_that_refuses() -> None:
     node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear"}]}
     with pytest.raises(UserError, match=r"model\._args_\.0: torch\.nn\.Linear refused"):
-        Build()("model", node)
+        Instantiator()("model", node)
 
 
 def test_build_gives_offers_only_to_those_who_want_them(tmp_path: Path) -> None:
-    build = Build()
+    build = Instantiator()
     tables = build("callbacks.t", {"_target_": "app.callbacks.tables.Tables"}, folder=tmp_path)
     console = build("callbacks.c", {"_target_": "app.callbacks.console.Console"}, folder=tmp_path)
     assert tables.folder == tmp_path
@@ -274,7 +272,7 @@ def test_build_gives_offers_only_to_those_who_want_them(tmp_path: Path) -> None:
 
 def test_a_partial_node_becomes_a_plain_function() -> None:
     node = {"_target_": "torch.nn.functional.cross_entropy", "_partial_": True, "reduction": "sum"}
-    function = Build()("loss", node)
+    function = Instantiator()("loss", node)
     assert function.keywords == {"reduction": "sum"}
 
 
@@ -282,7 +280,7 @@ def test_a_run_saved_before_a_key_existed_can_still_be_tested(
     elsewhere: Path, tmp_path: Path
 ) -> None:
     old = elsewhere / "run"
-    execute(make_job("model=mlp", "debug=fast", "~callbacks.plots"), old)
+    execute(job_for("model=mlp", "debug=fast", "~callbacks.plots"), old)
     file = old / "checkpoints" / "best.pt"
     checkpoint = load_checkpoint(file)
     assert checkpoint.config is not None
@@ -292,7 +290,7 @@ def test_a_run_saved_before_a_key_existed_can_still_be_tested(
     del template["data"]["drop_last"], template["export"]
     changed = dataclasses.replace(checkpoint, template=yaml.safe_dump(template))
     save_checkpoint(file, changed)
-    job = make_job("mode=test", f"ckpt={old}")
+    job = job_for("mode=test", f"ckpt={old}")
     assert job.config.data.drop_last is False
     assert "data.drop_last: not yet known when it was saved -> False" in job.differences
     execute(job, tmp_path / "test")

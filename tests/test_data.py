@@ -24,14 +24,14 @@ from torch.utils.data import Dataset, TensorDataset
 
 from app.data.arrays import csv, npz
 from app.data.augment import RandomFlip, RandomShift
-from app.data.batch import Ready
+from app.data.batch import BatchPreparer
 from app.data.idx import read_idx
 from app.data.images import image_folder
-from app.data.loaders import Reading, SampleLoader, TensorLoader
+from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader
 from app.data.mnist import mnist
-from app.data.sampling import Order
+from app.data.sampling import EpochSampler
 from app.data.split import check_datasets, labels_of, size, split
-from app.data.torchvision_sets import fetch, vision
+from app.data.torchvision_sets import download_dataset, torchvision_dataset
 from app.data.transform import BatchTransform, channel_statistics
 from app.runtime.errors import UserError
 
@@ -102,10 +102,10 @@ def test_download_checks_what_it_brings(tmp_path: Path) -> None:
     (there / "a.gz").write_bytes(b"content")
     md5 = hashlib.md5(b"content").hexdigest()
     with server(there) as url:
-        fetch(here, [url], [("a.gz", md5)])
+        download_dataset(here, [url], [("a.gz", md5)])
         assert (here / "a.gz").read_bytes() == b"content"
         with pytest.raises(UserError, match="cannot be downloaded"):
-            fetch(here / "b", [url], [("a.gz", "0" * 32)])
+            download_dataset(here / "b", [url], [("a.gz", "0" * 32)])
     assert {path.name for path in here.rglob("*") if path.is_file()} == {"a.gz", ".download.lock"}
 
 
@@ -114,7 +114,7 @@ def test_a_file_with_another_md5_is_refused(tmp_path: Path) -> None:
     raw.mkdir(parents=True)
     (raw / "train-images-idx3-ubyte.gz").write_bytes(b"wrong")
     with pytest.raises(UserError, match=r"is damaged: its MD5 is not bdb8.*delete it"):
-        vision("KMNIST", train=True, root=str(tmp_path))
+        torchvision_dataset("KMNIST", train=True, root=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["FashionMNIST", "CIFAR10", "CIFAR100", "SVHN"])
@@ -127,7 +127,7 @@ def test_offline_says_what_to_put_where(
     for variable in ("http_proxy", "https_proxy"):
         monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nothing listens there
     with pytest.raises(UserError, match=r"cannot be downloaded.*put .*MD5 .*into") as caught:
-        vision(name, train=True, root=str(tmp_path))
+        torchvision_dataset(name, train=True, root=str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -243,10 +243,10 @@ def test_a_class_without_a_sample_is_warned_of(caplog: pytest.LogCaptureFixture)
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
-    order = Order.limited(100, 10, None, shuffle_seed=7)
-    assert torch.equal(order.indices(3), Order.limited(100, 25, None, 7).indices(3))
+    order = EpochSampler.limited(100, 10, None, shuffle_seed=7)
+    assert torch.equal(order.indices(3), EpochSampler.limited(100, 25, None, 7).indices(3))
     assert not torch.equal(order.indices(3), order.indices(4))
-    assert not torch.equal(order.indices(3), Order.limited(100, 10, None, 8).indices(3))
+    assert not torch.equal(order.indices(3), EpochSampler.limited(100, 10, None, 8).indices(3))
     assert order.indices(3).sort().values.tolist() == list(range(100))
 
 
@@ -254,13 +254,13 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     ("limit", "count"), [(None, 95), (3, 30), (0.5, 50), (0.001, 10), (99, 95)]
 )
 def test_limits_count_batches_or_shares(limit: int | float | None, count: int) -> None:
-    assert Order.limited(95, 10, limit, None).count == count
+    assert EpochSampler.limited(95, 10, limit, None).count == count
 
 
 @pytest.mark.parametrize("on_device", [True, False])
 def test_tensor_loader_gives_every_sample_once(on_device: bool) -> None:
-    order = Order.limited(10, 4, None, shuffle_seed=0)
-    loader = TensorLoader(numbers(), order, 4, Ready(CPU, same), on_device)
+    order = EpochSampler.limited(10, 4, None, shuffle_seed=0)
+    loader = TensorLoader(numbers(), order, 4, BatchPreparer(CPU, same), on_device)
     batches = list(loader.epoch(1))
     assert [len(y) for _, y in batches] == [4, 4, 2]
     assert loader.num_batches == 3
@@ -279,9 +279,9 @@ class Noisy(Dataset[Any]):
 
 
 def noisy_loader(workers: int, **options: Any) -> SampleLoader:
-    order = Order.limited(7, 3, None, shuffle_seed=0)
-    reading = Reading(workers, persistent_workers=workers > 0, **options)
-    return SampleLoader(Noisy(), order, 3, Ready(CPU, same), 5, reading)
+    order = EpochSampler.limited(7, 3, None, shuffle_seed=0)
+    reading = DataLoaderOptions(workers, persistent_workers=workers > 0, **options)
+    return SampleLoader(Noisy(), order, 3, BatchPreparer(CPU, same), 5, reading)
 
 
 def test_samples_are_the_same_whichever_process_reads_them() -> None:

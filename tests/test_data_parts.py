@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from app.data.cached import cached
 from app.data.hugging_face import hugging_face
-from app.data.sampling import Balanced, ClassWeights, SampleWeights, draw
+from app.data.sampling import BalancedClasses, ClassWeights, SampleWeights, draw
 from app.data.shapes import shapes
 from app.data.split import size
 from app.data.windows import PatchInference, Windows, reversed_sliding_window, sliding_window
@@ -249,7 +249,7 @@ def test_patch_inference_refuses_inputs_of_other_dimensions() -> None:
 
 def test_balanced_draws_each_class_alike() -> None:
     labels = torch.tensor([0] * 900 + [1] * 90 + [3] * 10)
-    drawn = labels[draw(Balanced()(labels), 30_000, seed=0)].bincount()
+    drawn = labels[draw(BalancedClasses()(labels), 30_000, seed=0)].bincount()
     # Five standard deviations of a count of 10,000 of 30,000: 5 * sqrt(30,000 * 1/3 * 2/3).
     assert (drawn[[0, 1, 3]] - 10_000).abs().max() < 410
     assert drawn[2] == 0
@@ -360,7 +360,7 @@ def test_class_weights_that_cannot_be_used_are_refused() -> None:
 )
 def test_what_is_no_label_is_refused(labels: Tensor) -> None:
     with pytest.raises(UserError, match=r"are no labels|is negative"):
-        Balanced()(labels)
+        BalancedClasses()(labels)
 
 
 # ---- cached

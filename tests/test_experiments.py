@@ -12,19 +12,19 @@ import pandas as pd
 import pytest
 import torch
 import torchvision
-from conftest import make_job
+from conftest import job_for
 from torch import Tensor, nn
 
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.data.mnist import digit_and_parity
 from app.experiment import run
-from app.experiment.factory import make_parts
-from app.losses.ssim import StructuralSimilarity
+from app.experiment.factory import make_components
+from app.losses.ssim import SSIMLoss
 from app.models.dcgan import DCGAN
 from app.runtime.errors import UserError
 from app.training.dcgan_task import AdversarialTask
 from app.training.events import Callback, EpochEnd
-from app.training.optim.optim_wrapper import Learning, Optimization
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.trainer import Trainer
 
 EXPERIMENTS = {  # what makes each of them small
@@ -61,7 +61,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Folder:
 
 def execute(folder: Path, name: str, *words: str) -> None:
     fixed = ("trainer.accelerator=cpu", "~callbacks.plots")
-    run.execute(make_job(f"experiment={name}", *fixed, *words), folder)
+    run.execute(job_for(f"experiment={name}", *fixed, *words), folder)
 
 
 def write_fashion_mnist(root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -101,10 +101,10 @@ class Snapshots(Callback):
 
 
 def fit(folder: Path, name: str, *words: str) -> tuple[Trainer, Snapshots]:
-    job = make_job(f"experiment={name}", "trainer.accelerator=cpu", *words)
-    parts = make_parts(job.config, Build(job.trusted), torch.device("cpu"))
+    job = job_for(f"experiment={name}", "trainer.accelerator=cpu", *words)
+    parts = make_components(job.config, Instantiator(job.trusted), torch.device("cpu"))
     snapshots = Snapshots(parts.task.model)
-    trainer = run.make_trainer(job, Build(job.trusted), parts, snapshots, folder)
+    trainer = run.make_trainer(job, Instantiator(job.trusted), parts, snapshots, folder)
     trainer.fit(parts.loaders["train"], parts.loaders["valid"])
     return trainer, snapshots
 
@@ -141,9 +141,9 @@ def test_every_stage_of_an_experiment_runs(name: str, ran: Folder) -> None:
 
 
 def test_fashion_mnist_is_learned_by_the_published_alexnet() -> None:
-    config = make_job("experiment=fashion_mnist_alexnet").config
+    config = job_for("experiment=fashion_mnist_alexnet").config
     with torch.device("meta"):  # no weights are drawn
-        ours = Build()("model", config.model).state_dict()
+        ours = Instantiator()("model", config.model).state_dict()
         published = torchvision.models.alexnet(num_classes=10).state_dict()
     assert ours.pop("features.0.weight").shape == (64, 1, 11, 11)  # grey images
     published.pop("features.0.weight")
@@ -199,7 +199,7 @@ def test_an_autoencoder_learns_its_inputs(tmp_path: Path) -> None:
 
 def test_an_autoencoder_predicts_pictures(ran: Folder, tmp_path: Path) -> None:
     words = ("mode=predict", f"ckpt={ran('mnist_autoencoder')}")
-    run.execute(make_job(*words, "predict.images=" + str(digits(tmp_path))), tmp_path)
+    run.execute(job_for(*words, "predict.images=" + str(digits(tmp_path))), tmp_path)
     assert [path.name for path in (tmp_path / "predictions").iterdir()] == ["0.png"]
 
 
@@ -213,7 +213,7 @@ def digits(folder: Path) -> Path:
 def test_similarity_is_0_of_equal_images_and_has_gradients() -> None:
     torch.manual_seed(0)
     images = torch.rand(2, 1, 16, 16)
-    loss = StructuralSimilarity()
+    loss = SSIMLoss()
     assert loss(images, images).item() == pytest.approx(0, abs=1e-6)
     other = torch.rand(2, 1, 16, 16, requires_grad=True)
     loss(other, images).backward()
@@ -222,7 +222,7 @@ def test_similarity_is_0_of_equal_images_and_has_gradients() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert loss(other.bfloat16(), images).dtype == torch.float32
     with pytest.raises(ValueError, match="data_range=0 must be above 0"):
-        StructuralSimilarity(0)
+        SSIMLoss(0)
 
 
 # ---- two targets
@@ -250,7 +250,7 @@ def test_two_targets_have_losses_weights_and_accuracies_of_their_own(ran: Folder
 
 def test_two_targets_are_tested_again_to_the_last_digit(ran: Folder, tmp_path: Path) -> None:
     folder = ran("mnist_multitask")
-    run.execute(make_job("mode=test", f"ckpt={folder}"), tmp_path)
+    run.execute(job_for("mode=test", f"ckpt={folder}"), tmp_path)
     first, again = (pd.read_csv(place / "test_summary_table.csv") for place in (folder, tmp_path))
     for name in ("loss_mean", "digit_accuracy", "parity_accuracy"):
         assert first[name].to_list() == again[name].to_list()
@@ -271,7 +271,7 @@ def test_each_network_has_a_loss_and_a_learning_rate(ran: Folder) -> None:
 def test_new_digits_are_pictures(ran: Folder, tmp_path: Path) -> None:
     folder = ran("mnist_dcgan")
     words = ("mode=predict", f"ckpt={folder}", f"predict.images={digits(tmp_path)}")
-    run.execute(make_job(*words), tmp_path)
+    run.execute(job_for(*words), tmp_path)
     assert len(list((tmp_path / "predictions").glob("*.png"))) == 1
 
 
@@ -281,10 +281,12 @@ def adversaries(generator_rate: float, discriminator_rate: float) -> Adversarial
     task = AdversarialTask(DCGAN(1, 8, latent=4, width=4), latent=4)
     parts = {"generator": task.generator, "discriminator": task.discriminator}
     rates = {"generator": generator_rate, "discriminator": discriminator_rate}
-    task.learning = Learning(
+    task.optimizers = OptimWrapperDict(
         {
-            name: Optimization(
-                torch.optim.SGD(part.parameters(), lr=rates[name]), batch_size=8, alone=False
+            name: OptimWrapper(
+                torch.optim.SGD(part.parameters(), lr=rates[name]),
+                batch_size=8,
+                owns_all_parameters=False,
             )
             for name, part in parts.items()
         }
@@ -303,8 +305,8 @@ def test_each_network_learns_from_its_own_loss_alone(learns: str) -> None:
 
 def test_the_generators_loss_leaves_no_gradient_in_the_discriminator() -> None:
     task = adversaries(0.0, 0.0)
-    assert task.learning is not None
-    for optimization in task.learning.optimizations.values():
+    assert task.optimizers is not None
+    for optimization in task.optimizers.wrappers.values():
         optimization.accumulate = 2  # the gradients stay
     real = torch.rand(8, 1, 8, 8)
     torch.manual_seed(1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 from torch import Tensor, nn
 
 from app.experiment.export import Format, export
@@ -74,7 +74,7 @@ def test_a_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_run_is_exported_from_the_command_line(trained: Ran, tmp_path: Path) -> None:
-    execute(make_job("mode=export", f"ckpt={trained.folder}"), tmp_path)
+    execute(job_for("mode=export", f"ckpt={trained.folder}"), tmp_path)
     from safetensors.torch import load_file
 
     expected = torch.load(trained.folder / "model.pt", weights_only=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from app.config.schema import GoalConfig
-from app.training.history import Row, best, reason_to_stop, seconds_left, waited
+from app.training.history import Row, best_epoch, epochs_since_best, reason_to_stop, seconds_left
 
 GOAL = GoalConfig("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
 
@@ -18,32 +18,32 @@ def rows(*values: float, stage: str = "valid", name: str = "accuracy") -> list[R
 
 
 def test_best_is_the_highest_and_the_earliest_among_equals() -> None:
-    found = best(rows(0.1, 0.5, 0.5, 0.3), GOAL)
+    found = best_epoch(rows(0.1, 0.5, 0.5, 0.3), GOAL)
     assert found is not None
     assert (found.value, found.epoch) == (0.5, 2)
 
 
 def test_best_of_a_minimum_may_be_negative_or_above_one() -> None:
     goal = replace(GOAL, metric="loss", mode="min")
-    assert best(rows(-3.0, -5.0, name="loss_mean"), goal).value == -5.0  # type: ignore[union-attr]
-    assert best(rows(30.0, 50.0, name="loss_mean"), goal).value == 30.0  # type: ignore[union-attr]
+    assert best_epoch(rows(-3.0, -5.0, name="loss_mean"), goal).value == -5.0  # type: ignore[union-attr]
+    assert best_epoch(rows(30.0, 50.0, name="loss_mean"), goal).value == 30.0  # type: ignore[union-attr]
 
 
 def test_best_of_a_maximum_may_be_far_below_zero() -> None:
-    assert best(rows(-900.0, -800.0), GOAL).value == -800.0  # type: ignore[union-attr]
+    assert best_epoch(rows(-900.0, -800.0), GOAL).value == -800.0  # type: ignore[union-attr]
 
 
 def test_nan_is_never_best_and_counts_as_no_improvement() -> None:
     history = rows(math.nan, 0.2, math.nan, math.nan)
-    assert best(history, GOAL).epoch == 2  # type: ignore[union-attr]
-    assert waited(history, GOAL) == 2
-    assert best(rows(math.nan), GOAL) is None
+    assert best_epoch(history, GOAL).epoch == 2  # type: ignore[union-attr]
+    assert epochs_since_best(history, GOAL) == 2
+    assert best_epoch(rows(math.nan), GOAL) is None
 
 
 def test_only_rows_of_the_goals_stage_count() -> None:
     goal = replace(GOAL, metric="train/accuracy")
-    assert best(rows(0.9), goal) is None
-    assert best(rows(0.9, stage="train"), goal).value == 0.9  # type: ignore[union-attr]
+    assert best_epoch(rows(0.9), goal) is None
+    assert best_epoch(rows(0.9, stage="train"), goal).value == 0.9  # type: ignore[union-attr]
 
 
 def test_patience_counts_validations_without_improvement() -> None:
@@ -53,11 +53,11 @@ def test_patience_counts_validations_without_improvement() -> None:
 
 @pytest.mark.parametrize(("delta", "count"), [(0.0, 0), (0.1, 2)])
 def test_min_delta_is_by_how_much_better_renews_the_patience(delta: float, count: int) -> None:
-    assert waited(rows(0.50, 0.55, 0.58), replace(GOAL, min_delta=delta)) == count
+    assert epochs_since_best(rows(0.50, 0.55, 0.58), replace(GOAL, min_delta=delta)) == count
 
 
 def test_slow_improvement_adds_up_over_min_delta() -> None:
-    assert waited(rows(0.50, 0.55, 0.61), replace(GOAL, min_delta=0.1)) == 0
+    assert epochs_since_best(rows(0.50, 0.55, 0.61), replace(GOAL, min_delta=0.1)) == 0
 
 
 @pytest.mark.parametrize(("mode", "threshold"), [("max", 0.6), ("min", 0.4)])

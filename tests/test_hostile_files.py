@@ -24,7 +24,7 @@ import pytest
 import torch
 import torchvision.datasets as datasets
 import yaml
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 from PIL import Image
 
 from app.config.secrets import looks_secret
@@ -33,7 +33,7 @@ from app.data.arrays import npz
 from app.data.cached import cached
 from app.data.idx import read_idx
 from app.data.images import decode, image_folder
-from app.data.torchvision_sets import fetch, vision
+from app.data.torchvision_sets import download_dataset, torchvision_dataset
 from app.distributed.launch.failures import RankFailure
 from app.models.pretrained import pretrained
 from app.runtime.errors import ConfigError, UserError
@@ -236,23 +236,23 @@ def test_an_interrupted_download_is_completed_by_the_next_start(tmp_path: Path) 
     content = os.urandom(200_000)
     with serving(content, cut=2) as (url, _):  # each start asks twice, first where it leads to
         with pytest.raises(UserError, match=r"a\.gz cannot be downloaded"):
-            fetch(tmp_path, [url], [("a.gz", md5_of(content))])
+            download_dataset(tmp_path, [url], [("a.gz", md5_of(content))])
         assert files_in(tmp_path) == []
         (tmp_path / "a.gz.part").write_bytes(content[:1000])  # as of a process that was killed
-        fetch(tmp_path, [url], [("a.gz", md5_of(content))])
+        download_dataset(tmp_path, [url], [("a.gz", md5_of(content))])
     assert (tmp_path / "a.gz").read_bytes() == content
     assert files_in(tmp_path) == ["a.gz"]
 
 
 def test_a_download_with_another_hash_is_not_kept(tmp_path: Path) -> None:
     with serving(b"evil") as (url, _), pytest.raises(UserError, match=r"a\.gz cannot .*MD5 0000"):
-        fetch(tmp_path, [url], [("a.gz", "0" * 32)])
+        download_dataset(tmp_path, [url], [("a.gz", "0" * 32)])
     assert files_in(tmp_path) == []
 
 
 def fetched(folder: Path, url: str, md5: str, told: Any) -> None:
     told.put("begins")
-    fetch(folder, [url], [("a.gz", md5)])
+    download_dataset(folder, [url], [("a.gz", md5)])
     told.put((folder / "a.gz").stat().st_size)
 
 
@@ -300,11 +300,11 @@ def test_cifar_is_downloaded_unpacked_and_repaired(
     root = tmp_path / "root"
     with serving(small_cifar.read_bytes()) as (url, asked):
         monkeypatch.setattr(datasets.CIFAR10, "url", url + datasets.CIFAR10.filename)
-        assert len(vision("CIFAR10", True, str(root))) == 2
+        assert len(torchvision_dataset("CIFAR10", True, str(root))) == 2
         batch = root / datasets.CIFAR10.base_folder / "data_batch_1"
         monkeypatch.chdir(tmp_path)
         batch.write_bytes(pickle.dumps(Evil()))
-        assert len(vision("CIFAR10", True, str(root))) == 2
+        assert len(torchvision_dataset("CIFAR10", True, str(root))) == 2
         assert not (tmp_path / "was_here").exists()
         assert len(asked) == 2
 
@@ -319,10 +319,10 @@ def test_a_batch_of_cifar_with_another_hash_is_not_unpickled(
         (folder / name).write_bytes(pickle.dumps(Evil()))
     monkeypatch.setattr(datasets.CIFAR10, "url", "http://127.0.0.1:1/a.tar.gz")  # nobody listens
     with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz cannot be downloaded"):
-        vision("CIFAR10", True, str(tmp_path / "root"))
+        torchvision_dataset("CIFAR10", True, str(tmp_path / "root"))
     (tmp_path / "root" / datasets.CIFAR10.filename).write_bytes(small_cifar.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"cifar-10-python\.tar\.gz is damaged: its MD5 is not"):
-        vision("CIFAR10", True, str(tmp_path / "root"))
+        torchvision_dataset("CIFAR10", True, str(tmp_path / "root"))
     assert not (tmp_path / "was_here").exists()
 
 
@@ -467,7 +467,7 @@ def test_an_error_does_not_tell_a_secret(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_path_in_the_environment_stays_readable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("APP_DATA", "/my/data")
-    assert make_job("data=cifar10").plain["data"]["source"]["train"]["root"] == "/my/data"
+    assert job_for("data=cifar10").plain["data"]["source"]["train"]["root"] == "/my/data"
 
 
 def test_a_secret_is_not_copied_into_the_jobs_environment(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import Ran, make_job, mistakes_in, run_app
+from conftest import Ran, job_for, mistakes_in, run_app
 from processes import (
     FAULTY,
     SHORT,
@@ -35,9 +35,7 @@ from app.runtime.errors import ConfigError, UserError
 def test_many_runs_at_once_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(TESTS)
     words = ("trainer.max_epochs=1", "trainer.limit_test_batches=1", "trainer.devices=2")
-    job = make_job(
-        *SHORT, *words, "trainer.limit_train_batches=2", "trainer.sanity_valid_batches=0"
-    )
+    job = job_for(*SHORT, *words, "trainer.limit_train_batches=2", "trainer.sanity_valid_batches=0")
     folders = [tmp_path / str(number) for number in range(8)]
     for folder in folders:
         folder.mkdir()
@@ -313,11 +311,11 @@ def test_what_is_typed_wins() -> None:
 def test_a_launcher_that_did_not_start_it_is_refused() -> None:
     world = ClusterEnvironment("torchrun", 0, 2, 0, 2, "x", 1)
     with pytest.raises(UserError, match="launch='local', but torchrun has started this"):
-        check_environment(make_job("launch=local").config, world)
+        check_environment(job_for("launch=local").config, world)
     with pytest.raises(UserError, match=r"mode='find_lr' runs on one device"):
-        check_environment(make_job("mode=find_lr").config, world)
+        check_environment(job_for("mode=find_lr").config, world)
     with pytest.raises(UserError, match=r"data.batch_size=1 is for all devices together"):
-        check_environment(make_job("data.batch_size=1").config, world)
+        check_environment(job_for("data.batch_size=1").config, world)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job, mistakes_in
+from conftest import job_for, mistakes_in
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
@@ -23,19 +23,19 @@ from app.data.loaders import load
 from app.experiment.run import execute
 from app.experiment.tuner import diverges, find_learning_rate, steepest
 from app.losses.weighted_sum import Term, WeightedSum
-from app.losses.weights import Learned, Linear, Scheduled, Steps
+from app.losses.weights import LinearSchedule, ScheduledWeight, StepSchedule, UncertaintyWeight
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.optim.chain import chained, sequential
-from app.training.optim.freezing import Freezing, matches
-from app.training.optim.lr_schedule import Schedule
-from app.training.optim.optim_wrapper import Learning, Optimization
+from app.training.optim.freezing import FreezeSchedule, matches
+from app.training.optim.lr_schedule import LRSchedule
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import (
-    Averaging,
     ExponentialMovingAverage,
     StochasticWeightAveraging,
+    WeightAveraging,
 )
-from app.training.plan import Plan
+from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 
@@ -55,10 +55,12 @@ def make(
 ) -> Trainer:
     task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
     parameters = list(task.parameters().values())
-    task.learning = Learning(
-        Optimization(torch.optim.SGD(parameters, lr=0.1), tracks_norm=options.pop("norm", False))
+    task.optimizers = OptimWrapperDict(
+        OptimWrapper(
+            torch.optim.SGD(parameters, lr=0.1), tracks_grad_norm=options.pop("norm", False)
+        )
     )
-    return Trainer(task, Plan(max_epochs=epochs), folder, **options)
+    return Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
 
 
 def details(folder: Path, epoch: int, stage: str = "train") -> pd.DataFrame:
@@ -69,7 +71,7 @@ def details(folder: Path, epoch: int, stage: str = "train") -> pd.DataFrame:
 
 
 def test_learned_weights_are_those_of_kendall() -> None:
-    first, second = Learned("classification", 0.5), Learned("regression", -0.2)
+    first, second = UncertaintyWeight("classification", 0.5), UncertaintyWeight("regression", -0.2)
     loss = WeightedSum(
         {"a": Term(F.cross_entropy, first, target=0), "b": Term(F.mse_loss, second, target=1)}
     )
@@ -88,15 +90,17 @@ def test_learned_weights_are_those_of_kendall() -> None:
 
 
 def test_learned_weights_learn_are_columns_and_are_in_the_checkpoint(tmp_path: Path) -> None:
-    learned = Learned()
+    learned = UncertaintyWeight()
     trainer = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), learned)})
     summary = trainer.fit(load(DATA, 16))
     assert summary["entropy_weight"].iloc[0] != summary["entropy_weight"].iloc[-1]
     assert learned.log_variance.item() != 0
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt").task["loss"]
     assert [t.item() for t in state.values()] == [learned.log_variance.item()]
-    other = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), Learned())})
-    other.state.restore(tmp_path / "checkpoints" / "last.pt")
+    other = make(
+        tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), UncertaintyWeight())}
+    )
+    other.state.load_weights(tmp_path / "checkpoints" / "last.pt")
     assert (
         other.evaluate(load(DATA, 64))["loss_mean"][0]
         == trainer.evaluate(load(DATA, 64))["loss_mean"][0]
@@ -116,7 +120,7 @@ def test_scheduled_weights_follow_steps_or_epochs(
             seen.append(schedule.value)
             return super().forward(input, target)
 
-    schedule = Scheduled(float, per)
+    schedule = ScheduledWeight(float, per)
     trainer = make(tmp_path, net(), loss={"entropy": Term(Told(), schedule)})
     summary = trainer.fit(load(DATA, 32))
     assert seen == expected
@@ -128,22 +132,22 @@ def test_scheduled_weights_follow_steps_or_epochs(
 def test_a_scheduled_weight_is_a_column_and_is_tested_as_it_was(tmp_path: Path) -> None:
     words = (
         "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min",
-        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, per: epoch, "
-        "function: {_target_: app.losses.weights.Linear, start: 1.0, end: 3.0, last: 2}}",
+        "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, per: epoch, "
+        "function: {_target_: app.losses.weights.LinearSchedule, start: 1.0, end: 3.0, last: 2}}",
     )  # fmt: skip
-    execute(make_job(*words), tmp_path / "run")
+    execute(job_for(*words), tmp_path / "run")
     assert details(tmp_path / "run", 2)["cross_entropy_weight"].tolist() == [3.0] * 4
     test = pd.read_csv(tmp_path / "run" / "test_summary_table.csv")
     assert test["loss_mean"][0] == pytest.approx(
         test["cross_entropy"][0] * test["epoch"][0] * 2 - test["cross_entropy"][0], rel=1e-6
     )
-    execute(make_job("mode=test", f"ckpt={tmp_path / 'run'}"), tmp_path / "test")
+    execute(job_for("mode=test", f"ckpt={tmp_path / 'run'}"), tmp_path / "test")
     again = pd.read_csv(tmp_path / "test" / "test_summary_table.csv")
     assert again["loss_mean"][0] == test["loss_mean"][0]
 
 
 def test_a_weight_that_is_no_number_is_named_when_it_comes(tmp_path: Path) -> None:
-    schedule = Scheduled(lambda now: math.nan if now == 3 else 1.0, "step")
+    schedule = ScheduledWeight(lambda now: math.nan if now == 3 else 1.0, "step")
     trainer = make(tmp_path, net(), loss={"entropy": Term(nn.CrossEntropyLoss(), schedule)})
     with pytest.raises(UserError, match=r"loss\.entropy\.weight is nan at step 3"):
         trainer.fit(load(DATA, 8))
@@ -151,8 +155,8 @@ def test_a_weight_that_is_no_number_is_named_when_it_comes(tmp_path: Path) -> No
 
 def test_a_weight_that_is_no_number_at_the_start_is_found_in_the_check() -> None:
     node = (
-        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, "
-        "function: {_target_: app.losses.weights.Linear, start: nan, end: 1.0, last: 3}}"
+        "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, "
+        "function: {_target_: app.losses.weights.LinearSchedule, start: nan, end: 1.0, last: 3}}"
     )
     (mistake,) = mistakes_in(node)
     assert "loss.cross_entropy.weight" in mistake
@@ -167,8 +171,8 @@ def test_a_constant_weight_that_is_no_number_is_found_in_the_check() -> None:
 
 def test_a_scheduled_weight_is_no_goal_of_validation() -> None:
     weight = (
-        "loss.cross_entropy.weight={_target_: app.losses.weights.Scheduled, "
-        "function: {_target_: app.losses.weights.Linear, start: 1.0, end: 2.0, last: 3}}"
+        "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, "
+        "function: {_target_: app.losses.weights.LinearSchedule, start: 1.0, end: 2.0, last: 3}}"
     )
     (mistake,) = mistakes_in(weight, "goal.metric=cross_entropy_weight")
     assert "is not measured in valid" in mistake
@@ -176,8 +180,8 @@ def test_a_scheduled_weight_is_no_goal_of_validation() -> None:
 
 
 def test_linear_and_stepwise_weights() -> None:
-    assert [Linear(0.0, 1.0, 3)(now) for now in (1, 2, 3, 9)] == [0.0, 0.5, 1.0, 1.0]
-    assert [Steps(1.0, {3: 0.5, "5": 0.1})(now) for now in (1, 2, 3, 4, 5, 6)] == [
+    assert [LinearSchedule(0.0, 1.0, 3)(now) for now in (1, 2, 3, 9)] == [0.0, 0.5, 1.0, 1.0]
+    assert [StepSchedule(1.0, {3: 0.5, "5": 0.1})(now) for now in (1, 2, 3, 4, 5, 6)] == [
         1,
         1,
         0.5,
@@ -195,13 +199,13 @@ def test_the_moving_average_is_that_of_torch(tmp_path: Path) -> None:
     averaging = ExponentialMovingAverage(model, decay=0.9)
     reference = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     trainer = make(tmp_path, model, averaging=averaging)
-    update = trainer.learning.only.update
+    update = trainer.optimizers.single.apply
 
     def and_reference() -> None:
         update()
         reference.update_parameters(model)
 
-    trainer.learning.only.update = and_reference  # type: ignore[method-assign]
+    trainer.optimizers.single.apply = and_reference  # type: ignore[method-assign]
     trainer.fit(load(DATA, 8))
     expected = reference.module.state_dict()
     assert averaging.count == 24
@@ -223,7 +227,7 @@ def test_the_average_is_what_is_validated_and_kept_and_learning_goes_on_without_
     best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.pt")
     torch.testing.assert_close(best.model["0.weight"], averaging.average["0.weight"])
     assert not torch.equal(best.model["0.weight"], averaged[0].weight)  # type: ignore[arg-type]
-    trainer.state.restore_best()
+    trainer.state.load_best_weights()
     again = trainer.evaluate(load(DATA, 8), "valid")["loss_mean"][0]
     assert again == summary[summary["stage"] == "valid"]["loss_mean"].min()
     last = load_checkpoint(tmp_path / "b" / "checkpoints" / "last.pt")
@@ -247,7 +251,7 @@ def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_p
     trainer.fit(load(DATA, 16), load(DATA, 16))
     expected = torch.stack(ends[1:]).mean(0)
     torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)
-    with trainer.averaged(load(DATA, 64), 5):
+    with trainer.averaged_weights(load(DATA, 64), 5):
         outputs = model[0](X)
         torch.testing.assert_close(model[1].running_mean, outputs.mean(0))
         torch.testing.assert_close(model[1].running_var, outputs.var(0))
@@ -256,7 +260,7 @@ def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_p
 def test_without_an_average_nothing_is_copied() -> None:
     model = net()
     before = model[0].weight.data_ptr()  # type: ignore[union-attr, operator]
-    with Averaging(model).applied():
+    with WeightAveraging(model).swapped_in():
         assert model[0].weight.data_ptr() == before  # type: ignore[union-attr, operator]
 
 
@@ -282,7 +286,7 @@ def test_frozen_parameters_stay_and_learn_when_their_epoch_comes(tmp_path: Path)
         "norm": FreezeConfig("1"),
         "last": FreezeConfig("3.bias", 2),
     }
-    trainer = make(tmp_path, model, freezing=Freezing(model, frozen))
+    trainer = make(tmp_path, model, freezing=FreezeSchedule(model, frozen))
     states = [copy.deepcopy(model.state_dict())]
     after = trainer.averaging.after_epoch
 
@@ -307,11 +311,11 @@ def test_what_a_pattern_of_parameters_fits() -> None:
     assert matches("layer1.0.weight", "layer*.weight")
     assert not matches("layer10.weight", "layer1")
     with pytest.raises(UserError, match=r"freeze\.x\.parameters='lair' fits no parameter.*'layer'"):
-        Freezing(nn.ModuleDict({"layer": nn.Linear(2, 2)}), {"x": FreezeConfig("lair")})
+        FreezeSchedule(nn.ModuleDict({"layer": nn.Linear(2, 2)}), {"x": FreezeConfig("lair")})
 
 
 def test_all_frozen_is_an_error(tmp_path: Path) -> None:
-    job = make_job("model=mlp", "debug=fast", "+freeze.all.parameters='*'")
+    job = job_for("model=mlp", "debug=fast", "+freeze.all.parameters='*'")
     with pytest.raises(UserError, match="there is nothing to learn: all parameters are frozen"):
         execute(job, tmp_path)
 
@@ -333,7 +337,7 @@ def test_optimizers_that_do_not_fit_are_named(tmp_path: Path, optimizer: str, me
         "scheduler=constant",
     )
     with pytest.raises(UserError, match=message):
-        execute(make_job(*words), tmp_path)
+        execute(job_for(*words), tmp_path)
 
 
 # ---- schedules
@@ -341,7 +345,7 @@ def test_optimizers_that_do_not_fit_are_named(tmp_path: Path, optimizer: str, me
 
 def rates(make_scheduler: Any, steps: int, warmup: int = 0) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = Schedule(optimizer, make_scheduler(optimizer), warmup_steps=warmup)
+    schedule = LRSchedule(optimizer, make_scheduler(optimizer), warmup_steps=warmup)
     found = []
     for _ in range(steps):
         found.append(schedule.lr)
@@ -381,7 +385,7 @@ def test_a_schedule_that_gives_no_number_is_named() -> None:
 def test_chained_schedules_by_configuration(tmp_path: Path, scheduler: str) -> None:
     words = ("model=mlp", "debug=limit", "trainer.max_epochs=5", f"scheduler={scheduler}")
     average = ("average=swa",) if scheduler == "swa" else ()
-    execute(make_job(*words, *average), tmp_path)
+    execute(job_for(*words, *average), tmp_path)
     used = [details(tmp_path, epoch)["lr"].iloc[0] for epoch in range(1, 6)]
     expected = {
         "chain": [1e-3, 1e-3, 1e-3, 0.8e-3, 0.64e-3],
@@ -414,7 +418,7 @@ def test_further_monitors_keep_their_own_best(tmp_path: Path) -> None:
         "+checkpoint.monitors.low={metric: loss, mode: min}",
         "+checkpoint.monitors.worst={metric: train/loss, mode: max}",
     )
-    execute(make_job(*words, *monitors), tmp_path)
+    execute(job_for(*words, *monitors), tmp_path)
     summary = pd.read_csv(tmp_path / "summary_table.csv")
     valid = summary[summary["stage"] == "valid"].reset_index()
     found = {
@@ -465,10 +469,10 @@ def test_the_finder_of_learning_rates_tries_them_all_or_stops_where_it_diverges(
 
 
 def test_finders_as_commands(tmp_path: Path) -> None:
-    execute(make_job("mode=find_lr", "model=mlp", "find.steps=30"), tmp_path / "lr")
+    execute(job_for("mode=find_lr", "model=mlp", "find.steps=30"), tmp_path / "lr")
     assert len(pd.read_csv(tmp_path / "lr" / "find_lr.csv")) <= 30
     execute(
-        make_job("mode=find_batch_size", "model=mlp", "find.batch_size_to=600", "find.batches=2"),
+        job_for("mode=find_batch_size", "model=mlp", "find.batch_size_to=600", "find.batches=2"),
         tmp_path / "size",
     )
     table = pd.read_csv(tmp_path / "size" / "find_batch_size.csv")
@@ -501,8 +505,10 @@ def test_mixed_batches_learn_from_mixed_targets_and_are_measured_against_plain_o
 
     model = net()
     task = SupervisedTask(model, nn.CrossEntropyLoss(), {"train": {"plain": plain}}, mix=mix)
-    task.learning = Learning(Optimization(torch.optim.SGD(model.parameters(), lr=0.0)))
-    summary = Trainer(task, Plan(max_epochs=1), tmp_path).fit(load(DATA, 64), load(DATA, 64))
+    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    summary = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(
+        load(DATA, 64), load(DATA, 64)
+    )
     ((mixed, soft),) = seen
     outputs = model(mixed)
     assert summary["loss_mean"][0] == pytest.approx(F.cross_entropy(outputs, soft).item(), rel=1e-6)
@@ -512,7 +518,7 @@ def test_mixed_batches_learn_from_mixed_targets_and_are_measured_against_plain_o
 
 @pytest.mark.parametrize("task", ["mixup", "cutmix"])
 def test_mixup_and_cutmix_of_torchvision_by_configuration(tmp_path: Path, task: str) -> None:
-    execute(make_job("model=cnn", "debug=fast", "~callbacks.plots", f"task={task}"), tmp_path)
+    execute(job_for("model=cnn", "debug=fast", "~callbacks.plots", f"task={task}"), tmp_path)
     assert "accuracy" in details(tmp_path, 1)
 
 
@@ -537,10 +543,10 @@ class Exploding(nn.Linear):
 
 def test_training_stops_at_a_loss_that_is_no_number(tmp_path: Path) -> None:
     trainer = make(tmp_path, Exploding(3, 2), goal=GoalConfig("loss", "min"))
-    trainer.plan = Plan(max_epochs=4)
+    trainer.limits = TrainingLimits(max_epochs=4)
     trainer.fit(load(DATA, 32), load(DATA, 32))
     assert trainer.state.epoch == 2
-    assert trainer.end == "diverged"
+    assert trainer.outcome == "diverged"
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt").epoch == 1
 
 
@@ -550,7 +556,7 @@ def test_gradients_that_are_no_numbers_may_become_zero(tmp_path: Path) -> None:
         model.gradients = True
         before = model.weight.detach().clone()
         trainer = make(tmp_path / str(zero), model, 1)
-        trainer.learning.only.zero_non_finite = zero
+        trainer.optimizers.single.zero_non_finite = zero
         trainer.fit(load(DATA, 32))
         assert torch.equal(model.weight, before) != zero
         if zero:
@@ -591,7 +597,7 @@ def test_auto_is_the_length_of_the_run_whichever_bound_comes_first(
 ) -> None:
     few = ("model=mlp", "trainer.limit_train_batches=5", "trainer.limit_valid_batches=1")
     words = ("scheduler=cosine", "scheduler.warmup_steps=0", "trainer.limit_test_batches=1")
-    execute(make_job(*few, *words, *bounds), tmp_path)
+    execute(job_for(*few, *words, *bounds), tmp_path)
     files = sorted((tmp_path / "epoch_details").glob("*_train.csv"))
     used = pd.concat([pd.read_csv(file) for file in files])["lr"].tolist()
     expected = [0.5e-3 * (1 + math.cos(math.pi * step / steps)) for step in range(steps)]
@@ -601,7 +607,7 @@ def test_auto_is_the_length_of_the_run_whichever_bound_comes_first(
 def test_a_scaler_hears_of_overflows_that_are_zeroed() -> None:
     parameter = nn.Parameter(torch.ones(1))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    one = Optimization(torch.optim.SGD([parameter], 0.1), scaler=scaler, zero_non_finite=True)
+    one = OptimWrapper(torch.optim.SGD([parameter], 0.1), scaler=scaler, zero_non_finite=True)
     one.step((parameter * 1e36).sum(), 1)
     assert scaler.get_scale() == 2.0**15
     assert parameter.item() == 1
@@ -609,7 +615,7 @@ def test_a_scaler_hears_of_overflows_that_are_zeroed() -> None:
 
 def test_norms_of_gradients_with_accumulation_are_blank_between_steps(tmp_path: Path) -> None:
     trainer = make(tmp_path, net(), 1, norm=True)
-    trainer.learning.only.accumulate, trainer.learning.only.full = 2, 32
+    trainer.optimizers.single.accumulate, trainer.optimizers.single.full_batch_size = 2, 32
     found: list[float] = []
     trainer.callbacks.on_stage_end = lambda result, _: found.extend(result.steps["gradient_norm"])  # type: ignore[method-assign]
     summary = trainer.fit(load(DATA, 16))
@@ -619,7 +625,7 @@ def test_norms_of_gradients_with_accumulation_are_blank_between_steps(tmp_path: 
 
 def test_an_optimizer_whose_part_is_frozen_waits_for_its_epoch(tmp_path: Path) -> None:
     words = ("experiment=mnist_dcgan", "debug=limit", "data.batch_size=16", "model.width=4")
-    job = make_job(*words, "+freeze.g={parameters: generator, until_epoch: 2}", "~callbacks.plots")
+    job = job_for(*words, "+freeze.g={parameters: generator, until_epoch: 2}", "~callbacks.plots")
     execute(job, tmp_path)
     assert details(tmp_path, 2)["lr_generator"].iloc[0] == 2e-4
 
@@ -641,13 +647,13 @@ def test_averaging_measures_batches_of_several_inputs_but_no_frozen_norm(tmp_pat
     torch.manual_seed(0)
     model = TwoParts()
     task = SupervisedTask(model, nn.CrossEntropyLoss(), inputs=[0, 0])
-    task.learning = Learning(Optimization(torch.optim.SGD(model.parameters(), lr=0.1)))
+    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
     trainer = Trainer(
         task,
-        Plan(max_epochs=2),
+        TrainingLimits(max_epochs=2),
         tmp_path,
         averaging=StochasticWeightAveraging(model, 1),
-        freezing=Freezing(model, {"second": FreezeConfig("second")}),
+        freezing=FreezeSchedule(model, {"second": FreezeConfig("second")}),
     )
     trainer.fit(load(TensorDataset(X + 5, Y), 16))
     state = load_checkpoint(tmp_path / "checkpoints" / "best.pt").model
@@ -656,7 +662,7 @@ def test_averaging_measures_batches_of_several_inputs_but_no_frozen_norm(tmp_pat
 
 
 def test_finders_of_any_schedule_and_of_losses_below_zero(tmp_path: Path) -> None:
-    execute(make_job("mode=find_lr", "model=mlp", "scheduler=onecycle", "find.steps=20"), tmp_path)
+    execute(job_for("mode=find_lr", "model=mlp", "scheduler=onecycle", "find.steps=20"), tmp_path)
     assert not diverges([-1.0, -1.1, -1.0])
     assert diverges([1.0, 0.5, 2.5])
     assert diverges([1.0, math.nan])

@@ -9,24 +9,24 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job
+from conftest import job_for
 from torch import Tensor, nn
 
 from app.callbacks.progress import Progress
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.schema import Job
 from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import SingleDevice
 from app.experiment import run
-from app.experiment.factory import Parts, make_learning, make_parts
+from app.experiment.factory import Components, make_components, make_optimizers
 from app.runtime.errors import UserError
 from app.runtime.seed import derive_seed, seed_everything
-from app.training.accumulator import Rows, StageResult
+from app.training.accumulator import StageAccumulator, StageResult
 from app.training.events import Callback, Callbacks, EpochEnd, StageStart, StepEnd
 from app.training.history import History
-from app.training.optim.lr_schedule import Schedule
-from app.training.optim.optim_wrapper import Optimization
+from app.training.optim.lr_schedule import LRSchedule
+from app.training.optim.optim_wrapper import OptimWrapper
 from app.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -57,14 +57,16 @@ class Listener(Callback):
         self.ends.append(end)
 
 
-def make_trainer(job: Job, folder: Path, *callbacks: Callback) -> tuple[Trainer, Parts]:
-    parts = make_parts(job.config, Build(job.trusted), CPU)
-    return run.make_trainer(job, Build(job.trusted), parts, Callbacks(callbacks), folder), parts
+def make_trainer(job: Job, folder: Path, *callbacks: Callback) -> tuple[Trainer, Components]:
+    parts = make_components(job.config, Instantiator(job.trusted), CPU)
+    return run.make_trainer(
+        job, Instantiator(job.trusted), parts, Callbacks(callbacks), folder
+    ), parts
 
 
 def fit(folder: Path, *words: str) -> tuple[Trainer, Listener]:
     listener = Listener()
-    trainer, parts = make_trainer(make_job(*words), folder, listener)
+    trainer, parts = make_trainer(job_for(*words), folder, listener)
     trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
     return trainer, listener
 
@@ -122,7 +124,10 @@ class Unreadable(Tensor):
         ("trainer.gradient_clip_norm=1.0", "trainer.accumulate_grad_batches=2"),
         ("trainer.gradient_clip_value=1.0", "scheduler=onecycle"),
         ("trainer.gradient_norm=true", "trainer.zero_non_finite_gradients=true", "average=ema"),
-        ("task=mixup", "loss.cross_entropy.weight={_target_: app.losses.weights.Learned}"),
+        (
+            "task=mixup",
+            "loss.cross_entropy.weight={_target_: app.losses.weights.UncertaintyWeight}",
+        ),
         (*SEGMENTATION, "loss=dice_ce"),
         (
             *SEGMENTATION,
@@ -132,21 +137,21 @@ class Unreadable(Tensor):
     ],
 )
 def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> None:
-    job = make_job(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *words)
+    job = job_for(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *words)
     trainer, parts = make_trainer(job, tmp_path)
-    assert trainer.learning.guard is not None
-    trainer.learning.guard.reads = False  # as on a CUDA device
+    assert trainer.optimizers.finite_check is not None
+    trainer.optimizers.finite_check.syncs = False  # as on a CUDA device
     trainer.task.model.train()
     batches = parts.loaders["train"].epoch(1)
     trainer.task.train_step(next(batches))  # the very first step is read
-    rows, progress = Rows(trainer.task.metrics["train"], CPU), Progress()
+    rows, progress = StageAccumulator(trainer.task.metrics["train"], CPU), Progress()
     progress.on_stage_start(StageStart("train", 1, 3, 300))
     for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         step = trainer.task.train_step(batch)
         assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
-        trainer.averaging.after_step(1, trainer.learning.steps)
-        rows.add(step.values, {**step.numbers, **trainer.learning.rates()})
+        trainer.averaging.update(1, trainer.optimizers.steps)
+        rows.add(step.values, {**step.host_values, **trainer.optimizers.lrs()})
         progress.on_step_end(StepEnd("train", 1, len(y), batch, step.outputs))
         rows.add(trainer.task.eval_step("train", batch).values)
     with pytest.raises(AssertionError, match="reads the device"):
@@ -156,17 +161,19 @@ def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_a_step_does_not_wait_for_the_gpu() -> None:
-    job = make_job("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
+    job = job_for("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
-    parts = make_parts(job.config, Build(), cuda)
-    parts.task.learning = make_learning(job.config, Build(), parts, SingleDevice(parts.task.model))
-    rows = Rows(parts.task.metrics["train"], cuda)
+    parts = make_components(job.config, Instantiator(), cuda)
+    parts.task.optimizers = make_optimizers(
+        job.config, Instantiator(), parts, SingleDevice(parts.task.model)
+    )
+    rows = StageAccumulator(parts.task.metrics["train"], cuda)
     batches = parts.loaders["train"].epoch(1)
     rows.add(parts.task.train_step(next(batches)).values)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            rows.add(parts.task.train_step(batch).values, parts.task.learning.rates())
+            rows.add(parts.task.train_step(batch).values, parts.task.optimizers.lrs())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert rows.result("train", 1).row["total_samples"] == 500
@@ -208,7 +215,7 @@ def test_max_steps_counts_steps_of_the_optimizer(
     )
     found = [len(result.steps) for result in listener.results if result.stage == "train"]
     assert found == batches
-    assert trainer.learning.steps == 7
+    assert trainer.optimizers.steps == 7
 
 
 def test_early_stop_and_best_follow_the_goal(tmp_path: Path) -> None:
@@ -247,7 +254,7 @@ def test_threshold_of_a_training_metric_without_validation(tmp_path: Path) -> No
 
 def test_sanity_validation_finds_what_is_wrong_before_the_first_epoch(tmp_path: Path) -> None:
     listener = Listener()
-    trainer, parts = make_trainer(make_job(*SMALL), tmp_path, listener)
+    trainer, parts = make_trainer(job_for(*SMALL), tmp_path, listener)
     x, y = parts.loaders["valid"].first(2)
 
     class Broken:
@@ -282,7 +289,7 @@ class Gambler(Callback):
 
 def test_an_epochs_randomness_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
     words = ("model=mlp", "model.dropout=0.5", "trainer.max_epochs=2", "data.batch_size=50")
-    job = make_job(*words, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
+    job = job_for(*words, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
     learned = []
     for callbacks in ([], [Gambler()]):
         trainer, parts = make_trainer(job, tmp_path, *callbacks)
@@ -302,11 +309,11 @@ def test_overfitting_trains_and_validates_on_the_same_few_batches(tmp_path: Path
 # ---- learning
 
 
-def optimization(model: nn.Module, **options: Any) -> Optimization:
+def optimization(model: nn.Module, **options: Any) -> OptimWrapper:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = Schedule(optimizer, None, per_epoch=False, warmup_steps=0)
+    schedule = LRSchedule(optimizer, None, per_epoch=False, warmup_steps=0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return Optimization(optimizer, schedule, scaler, batch_size=4, **options)
+    return OptimWrapper(optimizer, schedule, scaler, batch_size=4, **options)
 
 
 def learned_from(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor]:
@@ -316,7 +323,7 @@ def learned_from(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, T
     learning = optimization(model, **options)
     for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
         learning.step(F.cross_entropy(model(a), b), len(b))
-    learning.finish()
+    learning.flush()
     return model, x, y
 
 
@@ -347,7 +354,7 @@ def rates(
     per_epoch: bool = False,
 ) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = Schedule(optimizer, make(optimizer), per_epoch, warmup)
+    schedule = LRSchedule(optimizer, make(optimizer), per_epoch, warmup)
     found = []
     for step in range(1, steps + 1):
         found.append(schedule.lr)

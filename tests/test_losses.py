@@ -10,19 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.losses.dice import DiceCELoss, DiceLoss
-from monai.losses.focal_loss import FocalLoss
+from monai.losses.dice import DiceCELoss
+from monai.losses.dice import DiceLoss as MonaiDiceLoss
+from monai.losses.focal_loss import FocalLoss as MonaiFocalLoss
 from omegaconf import OmegaConf
 from scipy.stats import entropy
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-from app.config.instantiate import Build
-from app.losses.dice import Dice, DiceCrossEntropy
-from app.losses.focal import BinaryFocal, FocalCrossEntropy
-from app.losses.kl_divergence import KLDivergence
-from app.losses.weighted_sum import Identity, Term
+from app.config.instantiate import Instantiator
+from app.losses.dice import DiceCrossEntropyLoss, DiceLoss
+from app.losses.focal import BinaryFocalLoss, FocalLoss
+from app.losses.kl_divergence import KLDivLoss
+from app.losses.weighted_sum import MeanOutputLoss, Term
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 SHAPES = [(4, 3), (2, 3, 5, 4), (2, 3, 4, 3, 5)]  # of classes, images, volumes
@@ -69,7 +70,7 @@ def monai(loss: nn.Module) -> Loss:
 def test_dice_is_that_of_monai(
     shape: tuple[int, ...], per_sample: bool, background: bool, smooth: float
 ) -> None:
-    reference = DiceLoss(
+    reference = MonaiDiceLoss(
         softmax=True,
         to_onehot_y=True,
         include_background=background,
@@ -78,16 +79,16 @@ def test_dice_is_that_of_monai(
         smooth_dr=smooth,
     )
     output = logits(*shape)
-    loss = Dice(smooth, background, per_sample=per_sample)
+    loss = DiceLoss(smooth, background, per_sample=per_sample)
     assert_same(loss, monai(reference), output, labels_for(output))
 
 
 @pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("background", [True, False])
 def test_dice_of_a_single_output_is_that_of_the_sigmoid(per_sample: bool, background: bool) -> None:
-    reference = DiceLoss(sigmoid=True, batch=not per_sample)
+    reference = MonaiDiceLoss(sigmoid=True, batch=not per_sample)
     output = logits(2, 1, 5, 4)
-    loss = Dice(include_background=background, per_sample=per_sample)
+    loss = DiceLoss(include_background=background, per_sample=per_sample)
     assert_same(loss, monai(reference), output, labels_for(output))
 
 
@@ -95,22 +96,22 @@ def test_dice_by_hand() -> None:
     output = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]], dtype=torch.float64)
     # sample 0: p = (1/4, 3/4), label 1; sample 1: p = (3/4, 1/4), label 1; smooth 1
     per_class = [1 - 1 / 1.25, 1 - 2.5 / 2.75, 1 - 1 / 1.75, 1 - 1.5 / 2.25]
-    assert Dice(smooth=1.0)(output, torch.tensor([1, 1])).item() == pytest.approx(
+    assert DiceLoss(smooth=1.0)(output, torch.tensor([1, 1])).item() == pytest.approx(
         sum(per_class) / 4, rel=1e-12
     )
 
 
 def test_dice_takes_maps_of_probabilities() -> None:
     output, target = logits(2, 3, 5, 4), logits(2, 3, 5, 4).flip(0).softmax(dim=1)
-    reference = DiceLoss(softmax=True, soft_label=False, smooth_nr=1e-5, smooth_dr=1e-5)
-    assert_same(Dice(), reference, output, target)
+    reference = MonaiDiceLoss(softmax=True, soft_label=False, smooth_nr=1e-5, smooth_dr=1e-5)
+    assert_same(DiceLoss(), reference, output, target)
     one_hot = F.one_hot(labels_for(output), 3).movedim(-1, 1)
-    assert torch.equal(Dice()(output, one_hot.double()), Dice()(output, labels_for(output)))
+    assert torch.equal(DiceLoss()(output, one_hot.double()), DiceLoss()(output, labels_for(output)))
 
 
 def test_dice_of_a_class_neither_true_nor_predicted_is_zero() -> None:
     output = torch.tensor([[60.0, -60.0, -60.0]], dtype=torch.float64)
-    assert Dice()(output, torch.tensor([0])).item() == pytest.approx(0, abs=1e-12)
+    assert DiceLoss()(output, torch.tensor([0])).item() == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize("shape", SPATIAL)
@@ -127,19 +128,19 @@ def test_dice_cross_entropy_is_that_of_monai(
         lambda_ce=cross_entropy,
     )
     output = logits(*shape)
-    loss = DiceCrossEntropy(dice, cross_entropy, include_background=background)
+    loss = DiceCrossEntropyLoss(dice, cross_entropy, include_background=background)
     assert_same(loss, monai(reference), output, labels_for(output))
 
 
 def test_dice_cross_entropy_of_a_single_output_is_binary() -> None:
     output = logits(2, 1, 5, 4)
     reference = DiceCELoss(sigmoid=True)
-    assert_same(DiceCrossEntropy(), monai(reference), output, labels_for(output))
+    assert_same(DiceCrossEntropyLoss(), monai(reference), output, labels_for(output))
 
 
 def test_dice_cross_entropy_takes_maps_of_probabilities() -> None:
     output, target = logits(2, 3, 5, 4), logits(2, 3, 5, 4).flip(0).softmax(dim=1)
-    assert_same(DiceCrossEntropy(dice_weight=0), nn.CrossEntropyLoss(), output, target)
+    assert_same(DiceCrossEntropyLoss(dice_weight=0), nn.CrossEntropyLoss(), output, target)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 3.5])
@@ -148,8 +149,8 @@ def test_binary_focal_is_that_of_torchvision(gamma: float, alpha: float | None) 
     output, target = logits(6, 5), labels(6, 5, classes=2).double()
     given = -1 if alpha is None else alpha
     reference = partial(sigmoid_focal_loss, alpha=given, gamma=gamma, reduction="mean")
-    assert_same(BinaryFocal(gamma, alpha), reference, output, target)
-    assert_same(BinaryFocal(gamma, alpha), reference, output, 0.8 * target + 0.1)
+    assert_same(BinaryFocalLoss(gamma, alpha), reference, output, target)
+    assert_same(BinaryFocalLoss(gamma, alpha), reference, output, 0.8 * target + 0.1)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -159,7 +160,7 @@ def test_focal_of_two_classes_is_that_of_one_logit(gamma: float, alpha: float | 
 
     def two_classes(output: Tensor, target: Tensor) -> Tensor:
         pairs = torch.stack([torch.zeros_like(output), output], dim=1)
-        value: Tensor = FocalCrossEntropy(gamma, weights)(pairs, target)
+        value: Tensor = FocalLoss(gamma, weights)(pairs, target)
         return value
 
     def one_logit(output: Tensor, target: Tensor) -> Tensor:
@@ -176,14 +177,14 @@ def test_focal_of_two_classes_is_that_of_one_logit(gamma: float, alpha: float | 
 def test_focal_is_that_of_monai(
     shape: tuple[int, ...], gamma: float, alpha: list[float] | None
 ) -> None:
-    mean_over_classes = FocalLoss(use_softmax=True, to_onehot_y=True, gamma=gamma, alpha=alpha)
+    mean_over_classes = MonaiFocalLoss(use_softmax=True, to_onehot_y=True, gamma=gamma, alpha=alpha)
 
     def reference(output: Tensor, target: Tensor) -> Tensor:
         value: Tensor = 3 * mean_over_classes(output, target.unsqueeze(1))
         return value
 
     output = logits(*shape)
-    found = with_gradient(FocalCrossEntropy(gamma, alpha), output, labels_for(output))
+    found = with_gradient(FocalLoss(gamma, alpha), output, labels_for(output))
     expected = with_gradient(reference, output, labels_for(output))
     # MONAI computes in float32
     assert_close(found, expected, rtol=1e-5, atol=1e-7, check_dtype=False)
@@ -192,16 +193,16 @@ def test_focal_is_that_of_monai(
 @pytest.mark.parametrize("shape", SHAPES)
 def test_focal_of_gamma_0_is_the_cross_entropy(shape: tuple[int, ...]) -> None:
     output = logits(*shape)
-    assert_same(FocalCrossEntropy(0.0), nn.CrossEntropyLoss(), output, labels_for(output))
+    assert_same(FocalLoss(0.0), nn.CrossEntropyLoss(), output, labels_for(output))
     target = labels_for(output).double().expand(3, *shape[:1], *shape[2:]).transpose(0, 1) % 2
-    assert_same(BinaryFocal(0.0), nn.BCEWithLogitsLoss(), output, target)
+    assert_same(BinaryFocalLoss(0.0), nn.BCEWithLogitsLoss(), output, target)
 
 
 def test_focal_by_hand() -> None:
     output = torch.tensor([[0.0, math.log(3)], [math.log(3), 0.0]], dtype=torch.float64)
     target = torch.tensor([1, 1])  # of probabilities 3/4 and 1/4
     losses = [2 * (1 / 4) ** 2 * math.log(4 / 3), 2 * (3 / 4) ** 2 * math.log(4)]
-    found = FocalCrossEntropy(2.0, [1.0, 2.0])(output, target)
+    found = FocalLoss(2.0, [1.0, 2.0])(output, target)
     assert found.item() == pytest.approx(sum(losses) / 2, rel=1e-12)
 
 
@@ -210,25 +211,25 @@ def test_focal_by_hand() -> None:
 def test_focal_gradients_are_finite_where_outputs_are_certain(gamma: float, size: float) -> None:
     output = torch.tensor([[size, -size], [-size, size]])
     for target in (torch.tensor([0, 1]), torch.tensor([1, 0])):
-        value, gradient = with_gradient(FocalCrossEntropy(gamma), output, target)
+        value, gradient = with_gradient(FocalLoss(gamma), output, target)
         assert torch.isfinite(gradient).all()
         assert torch.isfinite(value)
         one_hot = F.one_hot(target).float()
-        value, gradient = with_gradient(BinaryFocal(gamma), output, one_hot)
+        value, gradient = with_gradient(BinaryFocalLoss(gamma), output, one_hot)
         assert torch.isfinite(gradient).all()
         assert torch.isfinite(value)
 
 
 def test_focal_weights_are_no_state_to_save() -> None:
-    assert not FocalCrossEntropy(alpha=[1.0, 2.0]).state_dict()
-    assert len(list(FocalCrossEntropy(alpha=[1.0, 2.0]).buffers())) == 1
+    assert not FocalLoss(alpha=[1.0, 2.0]).state_dict()
+    assert len(list(FocalLoss(alpha=[1.0, 2.0]).buffers())) == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_divergence_is_that_of_scipy(shape: tuple[int, ...]) -> None:
     output, target = logits(*shape), logits(*shape).flip(0).softmax(dim=1)
     expected = entropy(target.numpy(), output.softmax(dim=1).numpy(), axis=1).mean()
-    assert KLDivergence()(output, target).item() == pytest.approx(expected, rel=1e-12)
+    assert KLDivLoss()(output, target).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -236,7 +237,7 @@ def test_divergence_by_temperature_is_that_of_scipy(temperature: float) -> None:
     output, target = logits(4, 3, 5), logits(4, 3, 5).flip(0)
     p, q = ((x / temperature).softmax(dim=1).numpy() for x in (target, output))
     expected = entropy(p, q, axis=1).mean() * temperature**2
-    found = KLDivergence(temperature, "logits")(output, target)
+    found = KLDivLoss(temperature, "logits")(output, target)
     assert found.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -246,7 +247,7 @@ def test_divergence_gradient_is_the_difference_of_probabilities(
     temperature: float, shape: tuple[int, ...]
 ) -> None:
     output, target = logits(*shape), logits(*shape).flip(0)
-    _, gradient = with_gradient(KLDivergence(temperature, "logits"), output, target)
+    _, gradient = with_gradient(KLDivLoss(temperature, "logits"), output, target)
     q, p = ((x / temperature).softmax(dim=1) for x in (output, target))
     positions = output.numel() / output.shape[1]
     assert_close(gradient, temperature * (q - p) / positions, rtol=1e-10, atol=1e-13)
@@ -254,10 +255,10 @@ def test_divergence_gradient_is_the_difference_of_probabilities(
 
 def test_divergence_takes_targets_in_three_forms() -> None:
     output, target = logits(4, 3), logits(4, 3).flip(0)
-    by_logits = with_gradient(KLDivergence(2.0, "logits"), output, target)
+    by_logits = with_gradient(KLDivLoss(2.0, "logits"), output, target)
     probabilities = (target / 2).softmax(dim=1)
-    by_probabilities = with_gradient(KLDivergence(2.0), output, probabilities)
-    by_logs = with_gradient(KLDivergence(2.0, "log_probabilities"), output, probabilities.log())
+    by_probabilities = with_gradient(KLDivLoss(2.0), output, probabilities)
+    by_logs = with_gradient(KLDivLoss(2.0, "log_probabilities"), output, probabilities.log())
     assert_close(by_probabilities, by_logits, rtol=1e-12, atol=1e-14)  # rounding of exp and log
     assert_close(by_logs, by_logits, rtol=1e-12, atol=1e-14)
 
@@ -267,25 +268,25 @@ def test_divergence_from_certain_targets_is_the_cross_entropy(form: str) -> None
     output, target = logits(4, 3), labels(4)
     one_hot = F.one_hot(target, 3).double()
     given = one_hot if form == "probabilities" else one_hot.log()
-    loss = KLDivergence(targets=form)  # type: ignore[arg-type]  # one of three texts
+    loss = KLDivLoss(targets=form)  # type: ignore[arg-type]  # one of three texts
     found = with_gradient(loss, output, given)
     assert_close(found, with_gradient(nn.CrossEntropyLoss(), output, target))
 
 
 def test_identity_is_the_mean_of_the_output() -> None:
     output = logits(4, 3)
-    value, gradient = with_gradient(Identity(), output, torch.tensor([]))
+    value, gradient = with_gradient(MeanOutputLoss(), output, torch.tensor([]))
     assert value == output.mean()
     assert torch.equal(gradient, torch.full_like(output, 1 / 12))
 
 
 IGNORING: list[tuple[Loss, int]] = [
-    (Dice(ignore_index=IGNORED), 3),
-    (Dice(ignore_index=IGNORED), 1),
-    (Dice(ignore_index=IGNORED, per_sample=False), 3),
-    (DiceCrossEntropy(ignore_index=IGNORED), 3),
-    (DiceCrossEntropy(ignore_index=IGNORED), 1),
-    (FocalCrossEntropy(alpha=[1.0, 2.0, 4.0], ignore_index=IGNORED), 3),
+    (DiceLoss(ignore_index=IGNORED), 3),
+    (DiceLoss(ignore_index=IGNORED), 1),
+    (DiceLoss(ignore_index=IGNORED, per_sample=False), 3),
+    (DiceCrossEntropyLoss(ignore_index=IGNORED), 3),
+    (DiceCrossEntropyLoss(ignore_index=IGNORED), 1),
+    (FocalLoss(alpha=[1.0, 2.0, 4.0], ignore_index=IGNORED), 3),
 ]
 
 
@@ -325,7 +326,7 @@ def test_a_batch_ignored_whole_costs_nothing(loss: Loss, classes: int) -> None:
     assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("loss", [FocalCrossEntropy(0.0), DiceCrossEntropy(0.0, ignore_index=-100)])
+@pytest.mark.parametrize("loss", [FocalLoss(0.0), DiceCrossEntropyLoss(0.0, ignore_index=-100)])
 def test_ignored_labels_are_those_of_the_cross_entropy(loss: Loss) -> None:
     output, target = logits(2, 3, 5, 4), labels(2, 5, 4)
     target[0] = -100
@@ -341,16 +342,22 @@ def test_ignored_positions_of_a_single_output_are_left_out_of_the_mean() -> None
         kept = target != IGNORED
         return F.binary_cross_entropy_with_logits(output[:, 0][kept], target[kept].double())
 
-    assert_same(DiceCrossEntropy(0.0, ignore_index=IGNORED), reference, output, target)
+    assert_same(DiceCrossEntropyLoss(0.0, ignore_index=IGNORED), reference, output, target)
 
 
 @pytest.mark.parametrize(
     "loss",
-    [Dice(), DiceCrossEntropy(), FocalCrossEntropy(alpha=[1, 2, 4]), BinaryFocal(), KLDivergence()],
+    [
+        DiceLoss(),
+        DiceCrossEntropyLoss(),
+        FocalLoss(alpha=[1, 2, 4]),
+        BinaryFocalLoss(),
+        KLDivLoss(),
+    ],
 )
 def test_narrow_outputs_are_computed_in_float32(loss: Loss) -> None:
     output = logits(2, 3, 40, 40).bfloat16()
-    floating = isinstance(loss, (BinaryFocal, KLDivergence))
+    floating = isinstance(loss, (BinaryFocalLoss, KLDivLoss))
     target = logits(2, 3, 40, 40).flip(0).softmax(dim=1) if floating else labels(2, 40, 40)
     value = loss(output, target)
     assert value.dtype == torch.float32
@@ -361,18 +368,21 @@ def test_narrow_outputs_are_computed_in_float32(loss: Loss) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(Dice, smooth=0.0), r"smooth=0\.0 must be above 0"),
-        (partial(Dice, smooth=math.nan), "smooth=nan must be above 0"),
-        (partial(DiceCrossEntropy, smooth=-1.0), r"smooth=-1\.0 must be above 0"),
-        (partial(DiceCrossEntropy, dice_weight=-1.0), r"dice_weight=-1\.0 must be at least 0"),
-        (partial(DiceCrossEntropy, 1.0, math.inf), "cross_entropy_weight=inf must be at least 0"),
-        (partial(FocalCrossEntropy, gamma=-0.5), r"gamma=-0\.5 must be at least 0"),
-        (partial(FocalCrossEntropy, alpha=[]), r"alpha=\[\] must hold"),
-        (partial(FocalCrossEntropy, alpha=[1.0, -1.0]), r"alpha=\[1\.0, -1\.0\] must hold"),
-        (partial(BinaryFocal, gamma=math.nan), "gamma=nan must be at least 0"),
-        (partial(BinaryFocal, alpha=1.5), r"alpha=1\.5 must be between 0 and 1"),
-        (partial(KLDivergence, temperature=0.0), r"temperature=0\.0 must be above 0"),
-        (partial(KLDivergence, targets="odds"), "must be one of: logits, prob"),  # type: ignore[arg-type]
+        (partial(DiceLoss, smooth=0.0), r"smooth=0\.0 must be above 0"),
+        (partial(DiceLoss, smooth=math.nan), "smooth=nan must be above 0"),
+        (partial(DiceCrossEntropyLoss, smooth=-1.0), r"smooth=-1\.0 must be above 0"),
+        (partial(DiceCrossEntropyLoss, dice_weight=-1.0), r"dice_weight=-1\.0 must be at least 0"),
+        (
+            partial(DiceCrossEntropyLoss, 1.0, math.inf),
+            "cross_entropy_weight=inf must be at least 0",
+        ),
+        (partial(FocalLoss, gamma=-0.5), r"gamma=-0\.5 must be at least 0"),
+        (partial(FocalLoss, alpha=[]), r"alpha=\[\] must hold"),
+        (partial(FocalLoss, alpha=[1.0, -1.0]), r"alpha=\[1\.0, -1\.0\] must hold"),
+        (partial(BinaryFocalLoss, gamma=math.nan), "gamma=nan must be at least 0"),
+        (partial(BinaryFocalLoss, alpha=1.5), r"alpha=1\.5 must be between 0 and 1"),
+        (partial(KLDivLoss, temperature=0.0), r"temperature=0\.0 must be above 0"),
+        (partial(KLDivLoss, targets="odds"), "must be one of: logits, prob"),  # type: ignore[arg-type]
     ],
 )
 def test_arguments_out_of_range_are_refused(make: Callable[[], nn.Module], message: str) -> None:
@@ -383,14 +393,18 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], nn.Module], messa
 @pytest.mark.parametrize(
     ("loss", "target", "message"),
     [
-        (Dice(), labels(2, 1, 5), r"target has shape \[2, 1, 5\].* must be \[2, 5\], as labels"),
-        (Dice(), logits(2, 1, 5), r"must be \[2, 3, 5\], as probabilities"),
-        (DiceCrossEntropy(), labels(2, 4), r"must be \[2, 5\], as labels"),
-        (FocalCrossEntropy(), labels(2, 4), r"whole-numbered labels of shape \[2, 5\]"),
-        (FocalCrossEntropy(), logits(2, 5), r"target is torch\.float64"),
-        (FocalCrossEntropy(alpha=[1.0, 1.0]), labels(2, 5), "2 values, but there are 3 classes"),
-        (BinaryFocal(), logits(2, 1, 5), "must be the same as input size"),
-        (KLDivergence(), logits(2, 1, 5), r"target has shape \[2, 1, 5\], output \[2, 3, 5\]"),
+        (
+            DiceLoss(),
+            labels(2, 1, 5),
+            r"target has shape \[2, 1, 5\].* must be \[2, 5\], as labels",
+        ),
+        (DiceLoss(), logits(2, 1, 5), r"must be \[2, 3, 5\], as probabilities"),
+        (DiceCrossEntropyLoss(), labels(2, 4), r"must be \[2, 5\], as labels"),
+        (FocalLoss(), labels(2, 4), r"whole-numbered labels of shape \[2, 5\]"),
+        (FocalLoss(), logits(2, 5), r"target is torch\.float64"),
+        (FocalLoss(alpha=[1.0, 1.0]), labels(2, 5), "2 values, but there are 3 classes"),
+        (BinaryFocalLoss(), logits(2, 1, 5), "must be the same as input size"),
+        (KLDivLoss(), logits(2, 1, 5), r"target has shape \[2, 1, 5\], output \[2, 3, 5\]"),
     ],
 )
 def test_targets_that_would_be_broadcast_are_refused(
@@ -405,7 +419,7 @@ def test_targets_that_would_be_broadcast_are_refused(
 )
 def test_the_losses_of_the_configuration_are_built(name: str) -> None:
     node = OmegaConf.load(Path(__file__).parents[1] / "conf" / "loss" / f"{name}.yaml")
-    terms = Build().named("loss", OmegaConf.to_object(node))  # type: ignore[arg-type]
+    terms = Instantiator().named("loss", OmegaConf.to_object(node))  # type: ignore[arg-type]
     assert list(terms) == [name]
     assert isinstance(terms[name], Term)
     assert isinstance(terms[name].function, nn.Module)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_job
+from conftest import job_for
 from cutting import TINY, write_indexed
 from processes import TESTS
 
@@ -54,7 +54,7 @@ def test_fifty_jobs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("IDS", str(tmp_path / "ids"))
     write_indexed(tmp_path / "conf")
     words = ("--config-dir", str(tmp_path / "conf"), *TINY, "trainer.max_epochs=1")
-    job = make_job(*words, "trainer.deterministic=true", "model.dropout=0.2")
+    job = job_for(*words, "trainer.deterministic=true", "model.dropout=0.2")
     taken, files, before = 0, 0, {}
     for number in range(JOBS):
         folder = tmp_path / str(number)

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import yaml
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 from processes import TESTS, assert_equal_runs, status_of
 from sweeps import Sweeps
 
@@ -44,7 +44,7 @@ def path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_one_error_that_names_all(
     tmp_path: Path, words: tuple[str, ...], where: str, way_out: str
 ) -> None:
-    job = make_job(*SHORT, "+task.largest=32", "trainer.sanity_valid_batches=0", *words)
+    job = job_for(*SHORT, "+task.largest=32", "trainer.sanity_valid_batches=0", *words)
     with pytest.raises(UserError) as raised:
         execute(job, tmp_path)
     text = str(raised.value)
@@ -56,10 +56,10 @@ def test_it_is_one_error_that_names_all(
 
 
 def test_in_prediction_too(tmp_path: Path) -> None:
-    execute(make_job(*SHORT, "data.batch_size=8"), tmp_path / "run")
+    execute(job_for(*SHORT, "data.batch_size=8"), tmp_path / "run")
     words = ("mode=predict", f"ckpt={tmp_path / 'run'}", "data.batch_size=64", "+task.largest=32")
     with pytest.raises(UserError, match=r"out of memory in predict, epoch \d, step 1: data.batch"):
-        execute(make_job(*words, "trusted_targets=[faulty]"), tmp_path / "predicted")
+        execute(job_for(*words, "trusted_targets=[faulty]"), tmp_path / "predicted")
 
 
 def test_in_a_sweep_that_job_alone_fails(sweep: Sweeps, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_training_runs_with_the_size_found_as_if_nothing_had_been_tried(
     words = (*SHORT, *SEARCHED, "data.batch_size=8")
     searched = (*words, "trainer.batch_size_finder=true")
     with caplog.at_level(logging.INFO):
-        config = found_by(make_job(*searched), tmp_path / "searched")
+        config = found_by(job_for(*searched), tmp_path / "searched")
     tried = pd.read_csv(tmp_path / "searched" / "find_batch_size.csv")
     size = config["data"]["batch_size"]
     assert tried["batch_size"].tolist() == [8, 16, 32]  # 64 does not fit
@@ -103,7 +103,7 @@ def test_training_runs_with_the_size_found_as_if_nothing_had_been_tried(
     assert last.config["data"]["batch_size"] == size
     assert yaml.safe_load(str(last.template))["data"]["batch_size"] == size
 
-    execute(make_job(*words, f"data.batch_size={size}"), tmp_path / "plain")
+    execute(job_for(*words, f"data.batch_size={size}"), tmp_path / "plain")
     (tmp_path / "searched" / "find_batch_size.csv").unlink()
     assert_equal_runs(tmp_path / "plain", tmp_path / "searched")
 
@@ -129,7 +129,7 @@ def test_a_run_that_goes_on_keeps_the_size_and_does_not_search_again(
 def test_a_size_that_does_not_fit_at_all(tmp_path: Path) -> None:
     words = (*SHORT, "+task.largest=4", "data.batch_size=8", "trainer.batch_size_finder=true")
     with pytest.raises(UserError, match=r"data\.batch_size=8 does not fit into memory"):
-        execute(make_job(*words), tmp_path)
+        execute(job_for(*words), tmp_path)
 
 
 def test_several_devices_are_refused() -> None:

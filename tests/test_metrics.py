@@ -21,7 +21,7 @@ from torch.nn.functional import mse_loss, one_hot
 from torchmetrics.functional.image import lpips
 from torchvision import models
 
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.metrics.function import FunctionMetric
 from app.metrics.images import (
     BACKBONES,
@@ -39,7 +39,7 @@ from app.metrics.segmentation import (
 )
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError
-from app.training.accumulator import Rows, mean_of
+from app.training.accumulator import StageAccumulator, average
 
 Array = NDArray[Any]
 Reference = Callable[[Array, Array], Any]
@@ -54,7 +54,7 @@ def build(name: str, num_classes: int = CLASSES, **changes: Any) -> torchmetrics
     data = {"num_classes": num_classes}
     tree = OmegaConf.create({"data": data, "metric": OmegaConf.load(SINGLE / f"{name}.yaml")})
     (node,) = OmegaConf.to_container(tree, resolve=True)["metric"].values()
-    built: torchmetrics.Metric = Build()("metric", node | changes)
+    built: torchmetrics.Metric = Instantiator()("metric", node | changes)
     return built
 
 
@@ -550,10 +550,10 @@ def test_a_stage_whose_last_batch_is_one_sample_is_measured(case: str) -> None:
     n = len(targets)
     expected = {name: value(metric, outputs, targets, [n]) for name, metric in metrics.items()}
     stage = StageMetrics(CASES[case]()[0])
-    rows = Rows(stage, torch.device("cpu"))
+    rows = StageAccumulator(stage, torch.device("cpu"))
     sizes = [n - 3, 2, 1]
     for output, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
-        row = {"loss": mean_of(output.mean(), len(target)), **stage.sums(output, target)}
+        row = {"loss": average(output.mean(), len(target)), **stage.sums(output, target)}
         rows.add(row)
     result = rows.result("test", 1)
     for name in metrics:

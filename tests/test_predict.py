@@ -8,12 +8,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import Ran, make_job, mistakes_in
+from conftest import Ran, job_for, mistakes_in
 from PIL import Image
 from torch import nn
 
-from app.callbacks.prediction_files import Predictions, table
-from app.config.instantiate import Build
+from app.callbacks.prediction_files import PredictionFiles, table
+from app.config.instantiate import Instantiator
 from app.data.mnist import mnist
 from app.experiment.factory import make_model
 from app.experiment.run import execute
@@ -21,7 +21,7 @@ from app.runtime.errors import UserError
 
 
 def trained_model(trained: Ran) -> nn.Module:
-    model = make_model(make_job("model=mlp").config, Build(), torch.device("cpu"))
+    model = make_model(job_for("model=mlp").config, Instantiator(), torch.device("cpu"))
     model.load_state_dict(torch.load(trained.folder / "model.pt", weights_only=True))
     return model.eval()
 
@@ -39,7 +39,7 @@ def expected(trained: Ran, pixels: torch.Tensor) -> np.ndarray:
 
 
 def test_labels_and_probabilities_of_a_dataset(trained: Ran, tmp_path: Path) -> None:
-    job = make_job("mode=predict", f"ckpt={trained.folder}", "trainer.limit_test_batches=null")
+    job = job_for("mode=predict", f"ckpt={trained.folder}", "trainer.limit_test_batches=null")
     execute(job, tmp_path)
     found = pd.read_csv(tmp_path / "predictions.csv")
     shares = expected(trained, images())
@@ -53,7 +53,7 @@ def test_labels_and_probabilities_of_a_dataset(trained: Ran, tmp_path: Path) -> 
 
 def test_another_stage_is_predicted_in_the_order_of_its_data(trained: Ran, tmp_path: Path) -> None:
     words = ("mode=predict", f"ckpt={trained.folder}", "predict.stage=valid", "data.batch_size=7")
-    execute(make_job(*words), tmp_path)
+    execute(job_for(*words), tmp_path)
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 5000
 
 
@@ -68,7 +68,7 @@ def test_a_folder_of_images_of_any_kind(trained: Ran, tmp_path: Path) -> None:
     )
     (folder / "notes.txt").write_text("no image")
     words = ("mode=predict", f"ckpt={trained.folder}", f"predict.images={folder}")
-    execute(make_job(*words), tmp_path / "run")
+    execute(job_for(*words), tmp_path / "run")
     found = pd.read_csv(tmp_path / "run" / "predictions.csv")
     assert found["sample"].tolist() == ["a.png", "b.bmp", "more/c.png"]
     assert "target" not in found
@@ -83,18 +83,18 @@ def test_predicting_with_nothing_to_predict(trained: Ran, tmp_path: Path) -> Non
     ckpt = f"ckpt={trained.folder}"
     for value, message in (("nowhere", "is not a folder"), (str(tmp_path), "holds no image")):
         with pytest.raises(UserError, match=f"predict.images='{value}' {message}"):
-            execute(make_job("mode=predict", ckpt, f"predict.images={value}"), tmp_path / "run")
+            execute(job_for("mode=predict", ckpt, f"predict.images={value}"), tmp_path / "run")
     with pytest.raises(UserError, match=r"predict\.images: x+ cannot be read: File name too long"):
-        execute(make_job("mode=predict", ckpt, f"predict.images={300 * 'x'}"), tmp_path / "run")
+        execute(job_for("mode=predict", ckpt, f"predict.images={300 * 'x'}"), tmp_path / "run")
     (mistake,) = mistakes_in("mode=predict", ckpt, "predict.stage=tests")
     assert "did you mean 'test'" in mistake
     with pytest.raises(UserError, match=r"format='png' does not fit outputs of shape"):
-        execute(make_job("mode=predict", ckpt, "predict.format=png"), tmp_path / "png")
+        execute(job_for("mode=predict", ckpt, "predict.format=png"), tmp_path / "png")
 
 
 def test_dense_labels_become_pictures_with_a_palette(tmp_path: Path) -> None:
     logits = torch.randn(3, 4, 6, 5)
-    files = Predictions(tmp_path, classes=[None])
+    files = PredictionFiles(tmp_path, classes=[None])
     for batch in logits.split(2):
         files.add(batch)
     files.close()
@@ -108,7 +108,7 @@ def test_dense_labels_become_pictures_with_a_palette(tmp_path: Path) -> None:
 
 def test_images_become_pictures_by_name(tmp_path: Path) -> None:
     values = torch.rand(2, 3, 4, 4)
-    files = Predictions(tmp_path, names=["a/x.jpg", "y.png"])
+    files = PredictionFiles(tmp_path, names=["a/x.jpg", "y.png"])
     files.add(values)
     files.close()
     for name, wanted in zip(("a/x.png", "y.png"), values, strict=True):
@@ -119,7 +119,7 @@ def test_images_become_pictures_by_name(tmp_path: Path) -> None:
 
 def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path: Path) -> None:
     volume, value, dense = torch.randn(3, 2, 4, 4, 4), torch.randn(3), torch.randn(3, 2, 4, 4)
-    files = Predictions(tmp_path, classes=["dense"], format="auto")
+    files = PredictionFiles(tmp_path, classes=["dense"], format="auto")
     files.add({"volume": volume, "more": (value,), "dense": dense})
     files.close()
     with np.load(tmp_path / "predictions_volume.npz") as arrays:
@@ -127,7 +127,7 @@ def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path:
     found = pd.read_csv(tmp_path / "predictions_more.0.csv")
     np.testing.assert_allclose(found["output"], value.numpy(), rtol=1e-6)
     assert len(list((tmp_path / "predictions_dense").iterdir())) == 3
-    files = Predictions(tmp_path / "npz", classes=[None], format="npz")
+    files = PredictionFiles(tmp_path / "npz", classes=[None], format="npz")
     files.add(dense)
     files.close()
     with np.load(tmp_path / "npz" / "predictions.npz") as arrays:
@@ -141,14 +141,14 @@ def test_outputs_of_a_regression_are_plain_columns() -> None:
 
 
 def test_leaves_that_belong_to_no_sample_are_left_out(tmp_path: Path) -> None:
-    files = Predictions(tmp_path)
+    files = PredictionFiles(tmp_path)
     files.add({"values": torch.rand(3), "loss": torch.tensor(0.5), "nothing": None})
     files.close()
     assert [path.name for path in tmp_path.iterdir()] == ["predictions_values.csv"]
 
 
 def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    files = Predictions(tmp_path, names=["cat.jpg", "cat.png"])
+    files = PredictionFiles(tmp_path, names=["cat.jpg", "cat.png"])
     files.add(torch.rand(2, 1, 4, 4))
     files.close()
     found = sorted(path.name for path in (tmp_path / "predictions").iterdir())
@@ -156,6 +156,6 @@ def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
 
 
 def test_everything_is_predicted_whatever_the_run_was_limited_to(tmp_path: Path) -> None:
-    execute(make_job("model=mlp", "debug=fast"), tmp_path / "run")
-    execute(make_job("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
+    execute(job_for("model=mlp", "debug=fast"), tmp_path / "run")
+    execute(job_for("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
     assert len(pd.read_csv(tmp_path / "all" / "predictions.csv")) == 10_000

@@ -21,8 +21,8 @@ from app.callbacks.progress import Progress
 from app.data.loaders import load
 from app.runtime.errors import ConfigError, UserError
 from app.training.events import Callbacks
-from app.training.optim.optim_wrapper import Learning, Optimization
-from app.training.plan import Plan
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 
@@ -60,10 +60,12 @@ class Counted(Stream):
         return len(X)
 
 
-def make_trainer(folder: Path, plan: Plan, **options: Any) -> Trainer:
+def make_trainer(folder: Path, plan: TrainingLimits, **options: Any) -> Trainer:
     torch.manual_seed(0)
     task = SupervisedTask(nn.Linear(3, 2), nn.CrossEntropyLoss())
-    task.learning = Learning(Optimization(torch.optim.SGD(task.model.parameters(), lr=0.1)))
+    task.optimizers = OptimWrapperDict(
+        OptimWrapper(torch.optim.SGD(task.model.parameters(), lr=0.1))
+    )
     return Trainer(task, plan, folder, **options)
 
 
@@ -79,10 +81,10 @@ DATASETS = {
 
 @pytest.mark.parametrize("kind", DATASETS)
 def test_every_kind_of_dataset_trains_alike(tmp_path: Path, kind: str) -> None:
-    plain = make_trainer(tmp_path / "plain", Plan(max_epochs=2))
+    plain = make_trainer(tmp_path / "plain", TrainingLimits(max_epochs=2))
     expected = plain.fit(load(TensorDataset(X, Y), 20))
     trainer = make_trainer(
-        tmp_path / "run", Plan(max_epochs=2), callbacks=Callbacks([Console(), Progress()])
+        tmp_path / "run", TrainingLimits(max_epochs=2), callbacks=Callbacks([Console(), Progress()])
     )
     batches = load(DATASETS[kind](), 20)
     found = trainer.fit(batches)
@@ -96,14 +98,14 @@ def test_every_kind_of_dataset_trains_alike(tmp_path: Path, kind: str) -> None:
 
 def test_a_stream_hears_of_the_epoch_and_ends_with_max_steps(tmp_path: Path) -> None:
     stream = Stream()
-    trainer = make_trainer(tmp_path, Plan(max_epochs=None, max_steps=7))
+    trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=None, max_steps=7))
     summary = trainer.fit(load(stream, 20))
     assert stream.epochs == [1, 2, 3]
     assert summary["total_samples"].tolist() == [50, 50, 20]
 
 
 def test_predictions_and_evaluation_give_tensors_and_tables(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, Plan(max_epochs=1))
+    trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=1))
     outputs = trainer.predict(load(TensorDataset(X, Y), 7))
     torch.testing.assert_close(outputs, trainer.task.model(X))
     assert not outputs.requires_grad
@@ -115,11 +117,11 @@ def test_predictions_and_evaluation_give_tensors_and_tables(tmp_path: Path) -> N
 
 
 def test_the_best_weights_are_put_back(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, Plan(max_epochs=3))
+    trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=3))
     summary = trainer.fit(load(TensorDataset(X, Y), 20))
     trainer.task.model.weight.data.zero_()
     best = int(summary["loss_mean"].idxmin()) + 1
-    assert trainer.state.restore_best() == best
+    assert trainer.state.load_best_weights() == best
     assert trainer.task.model.weight.abs().sum() > 0
 
 
@@ -155,7 +157,7 @@ def test_composing_with_mistakes_names_them_all(elsewhere: Path) -> None:
 def test_a_checkpoint_of_a_trainer_from_python_says_that_it_has_no_configuration(
     tmp_path: Path,
 ) -> None:
-    make_trainer(tmp_path, Plan(max_epochs=1)).fit(load(TensorDataset(X, Y), 20))
+    make_trainer(tmp_path, TrainingLimits(max_epochs=1)).fit(load(TensorDataset(X, Y), 20))
     (mistake,) = mistakes_in("mode=test", f"ckpt={tmp_path}")
     assert "was saved by a Trainer from Python and has no configuration" in mistake
 

@@ -18,33 +18,33 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job
+from conftest import job_for
 from ranks import in_ranks
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchmetrics import classification as c
 from torchmetrics.wrappers import LambdaInputTransformer
 
-from app.config.instantiate import Build
-from app.data.batch import Batches, Ready
-from app.data.loaders import Reading, SampleLoader, TensorLoader, load
-from app.data.sampling import Order
+from app.config.instantiate import Instantiator
+from app.data.batch import BatchLoader, BatchPreparer
+from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader, load
+from app.data.sampling import EpochSampler
 from app.distributed.collectives import LazyAllReduceMax, local_slice, rank, world_size
 from app.distributed.strategies import DDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment import run
-from app.experiment.factory import make_parts
+from app.experiment.factory import make_components
 from app.metrics.stage_metrics import as_metrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, slice_batch
 from app.training.accumulator import StageResult
-from app.training.checkpoint.train_state import on_host
+from app.training.checkpoint.train_state import gather_to_cpu
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
-from app.training.optim.optim_wrapper import Learning, Optimization
-from app.training.plan import Plan
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
-from app.training.task import Step, Task
+from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -81,18 +81,18 @@ class Fit:
 
 def fit(*words: str) -> Fit:
     torch.set_num_threads(1)
-    job, folder = make_job(*words), Path(tempfile.mkdtemp())
-    build, listener = Build(job.trusted), Listener()
-    parts = make_parts(job.config, build, CPU)
+    job, folder = job_for(*words), Path(tempfile.mkdtemp())
+    build, listener = Instantiator(job.trusted), Listener()
+    parts = make_components(job.config, build, CPU)
     watching = listener if rank() == 0 else Callback()
     trainer = run.make_trainer(job, build, parts, watching, folder)
     trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
-    weights = on_host(trainer.task.model.state_dict())
+    weights = gather_to_cpu(trainer.task.model.state_dict())
     return Fit(
         {name: tensor.clone() for name, tensor in weights.items()},
         [result.steps for result in listener.results],
         [result.row for result in listener.results],
-        getattr(trainer.parallel, "ddp", None) is not None,
+        getattr(trainer.strategy, "ddp", None) is not None,
     )
 
 
@@ -222,8 +222,8 @@ def normalised(lent: int | None) -> list[Tensor]:
     images = (torch.randn(7, 3, 4, 4) * 3 + 2).double().requires_grad_()
     weights = torch.linspace(0, 1, 7 * 48).view(7, 3, 4, 4).double()
     mine = slice(0, 7) if lent is not None else local_slice(7)
-    norm.counts = rank() != lent  # type: ignore[assignment]
-    (norm(images[mine]) * weights[mine]).square().sum().mul(float(norm.counts)).backward()
+    norm.is_active = rank() != lent  # type: ignore[assignment]
+    (norm(images[mine]) * weights[mine]).square().sum().mul(float(norm.is_active)).backward()
     gradient = images.grad
     assert gradient is not None
     assert isinstance(norm.running_mean, Tensor)
@@ -260,25 +260,27 @@ class Parts(nn.Module):
 class InTurns(Task):
     """Two optimizers, each of a part, neither through the model as a whole."""
 
-    def train_step(self, batch: Nested) -> Step:
-        assert self.learning is not None
+    def train_step(self, batch: Nested) -> StepOutput:
+        assert self.optimizers is not None
         (inputs,) = batch
         hidden = self.model.first(inputs)  # type: ignore[operator]
         loss = self.model.second(hidden.detach()).square().mean()  # type: ignore[operator]
-        self.learning["second"].step(loss, len(inputs))
+        self.optimizers["second"].step(loss, len(inputs))
         other = self.model.second(hidden).sub(1).square().mean()  # type: ignore[operator]
-        self.learning["first"].step(other, len(inputs))
-        return self.measure("train", inputs, None, loss)
+        self.optimizers["first"].step(other, len(inputs))
+        return self.step_output("train", inputs, None, loss)
 
 
-def train(task: Task, parallel: SingleDevice, data: Batches, epochs: int = 2) -> dict[str, Tensor]:
-    plan = Plan(epochs, sanity_valid_batches=0)
-    trainer = Trainer(task, plan, Path(tempfile.mkdtemp()), parallel=parallel)
+def train(
+    task: Task, parallel: SingleDevice, data: BatchLoader, epochs: int = 2
+) -> dict[str, Tensor]:
+    plan = TrainingLimits(epochs, sanity_valid_batches=0)
+    trainer = Trainer(task, plan, Path(tempfile.mkdtemp()), strategy=parallel)
     trainer.fit(data)
     return {name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()}
 
 
-def points(count: int = 23, batch_size: int = 5) -> Batches:
+def points(count: int = 23, batch_size: int = 5) -> BatchLoader:
     inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(3))
     return load(TensorDataset(inputs), batch_size, shuffle=True)
 
@@ -288,13 +290,13 @@ def in_turns() -> dict[str, Tensor]:
     task = InTurns(Parts())
     several = world_size() > 1
     parallel = DDPStrategy(task.model, CPU, False, False) if several else SingleDevice(task.model)
-    task.learning = Learning(
+    task.optimizers = OptimWrapperDict(
         {
-            name: Optimization(
+            name: OptimWrapper(
                 torch.optim.AdamW(task.model.get_submodule(name).parameters(), 0.01),
                 batch_size=5,
-                alone=False,
-                parallel=parallel,
+                owns_all_parameters=False,
+                strategy=parallel,
             )
             for name in ("first", "second")
         }
@@ -331,9 +333,9 @@ def sometimes(every: int, find_unused: bool) -> dict[str, Tensor] | str:
     parallel = SingleDevice(task.model)
     if world_size() > 1:
         parallel = DDPStrategy(task.model, CPU, True, find_unused)
-        task.trained = parallel
+        task.forward_model = parallel
     optimizer = torch.optim.AdamW(task.model.parameters(), 0.01, weight_decay=0.1)
-    task.learning = Learning(Optimization(optimizer, batch_size=5, parallel=parallel))
+    task.optimizers = OptimWrapperDict(OptimWrapper(optimizer, batch_size=5, strategy=parallel))
     try:
         return train(task, parallel, points())
     except (UserError, RuntimeError) as error:  # the other rank is gone then
@@ -384,14 +386,14 @@ class Stream(IterableDataset[Tensor]):
         return (torch.tensor([float(index), 0.0]) for index in order)
 
 
-def loader_of(kind: str, count: int, batch_size: int) -> Batches:
-    order, ready = Order(count, count, 5), Ready(CPU)
+def loader_of(kind: str, count: int, batch_size: int) -> BatchLoader:
+    order, ready = EpochSampler(count, count, 5), BatchPreparer(CPU)
     if kind == "tensors":
         tensors = TensorDataset(torch.stack([torch.arange(float(count)), torch.zeros(count)], 1))
         return TensorLoader(tensors, order, batch_size, ready, on_device=True)
     if kind == "stream":
         return load(Stream(count), batch_size)
-    workers = Reading(num_workers=2 if kind == "workers" else 0)
+    workers = DataLoaderOptions(num_workers=2 if kind == "workers" else 0)
     return SampleLoader(Numbered(count), order, batch_size, ready, 7, workers)
 
 
@@ -451,7 +453,7 @@ class Kept(Listener):
         super().__init__()
         self.labels: list[int] = []
 
-    def watches_all(self, start: StageStart) -> bool:
+    def needs_all_ranks(self, start: StageStart) -> bool:
         return start.stage == "test"
 
     def on_step_end(self, step: StepEnd) -> None:
@@ -479,7 +481,7 @@ def evaluate(count: int, batch_size: int) -> tuple[dict[str, Any], dict[str, Any
     )
     task = SupervisedTask(nn.Identity(), F.cross_entropy, {"test": metrics})
     watching = Kept() if rank() == 0 else Callback()
-    trainer = Trainer(task, Plan(1), Path(tempfile.mkdtemp()), callbacks=watching)
+    trainer = Trainer(task, TrainingLimits(1), Path(tempfile.mkdtemp()), callbacks=watching)
     trainer.run_stage("test", 1, load(TensorDataset(logits, labels), batch_size))
     row = {
         k: v for k, v in trainer.state.history[0].items() if k not in ("epoch_time", "samples/s")

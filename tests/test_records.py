@@ -17,7 +17,7 @@ from app.metrics.function import CorrectPredictions
 from app.metrics.stage_metrics import StageMetrics, has_narrow_sums
 from app.runtime.errors import UserError
 from app.training import accumulator as records
-from app.training.accumulator import Rows, StageResult, mean_of
+from app.training.accumulator import StageAccumulator, StageResult, average
 
 CPU = torch.device("cpu")
 SIZES = [7, 7, 1, 4]
@@ -43,10 +43,10 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 def collect() -> StageResult:
     stage = StageMetrics(metrics())
-    rows = Rows(stage, CPU)
+    rows = StageAccumulator(stage, CPU)
     for outputs, targets in batches():
         loss = torch.nn.functional.cross_entropy(outputs, targets)
-        rows.add({"loss": mean_of(loss, len(targets)), **stage.sums(outputs, targets)}, {"lr": 0.1})
+        rows.add({"loss": average(loss, len(targets)), **stage.sums(outputs, targets)}, {"lr": 0.1})
     return rows.result("train", 2)
 
 
@@ -120,7 +120,7 @@ def test_a_metric_starts_each_step_and_each_stage_from_zero() -> None:
     first, second = stage.sums(outputs, targets), stage.sums(outputs, targets)
     for name in first:
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
-    Rows(stage, CPU)
+    StageAccumulator(stage, CPU)
     assert all(metric.update_count == 0 for metric in stage.by_stage.values())
 
 
@@ -151,37 +151,37 @@ class Shy(Pair):
 
 def test_values_that_are_several_become_several_columns() -> None:
     stage = StageMetrics({"pair": Pair()})
-    rows = Rows(stage, CPU)
+    rows = StageAccumulator(stage, CPU)
     for outputs, targets in batches():
-        rows.add({"loss": mean_of(torch.zeros(()), len(targets)), **stage.sums(outputs, targets)})
+        rows.add({"loss": average(torch.zeros(()), len(targets)), **stage.sums(outputs, targets)})
     row = rows.result("valid", 1).row
     assert row["pair_twice"] == 2 * row["pair_right"]
 
 
 def test_a_step_without_a_value_is_blank_and_a_stage_without_one_names_the_metric() -> None:
     stage = StageMetrics({"shy": Shy()}, "valid")
-    rows = Rows(stage, CPU)
+    rows = StageAccumulator(stage, CPU)
     outputs = torch.eye(3)[torch.tensor([0, 0, 0, 0])]
     for count in (4, 1):
         sums = stage.sums(outputs[:count], torch.zeros(count, dtype=torch.long))
-        rows.add({"loss": mean_of(torch.zeros(()), count), **sums})
+        rows.add({"loss": average(torch.zeros(()), count), **sums})
     result = rows.result("valid", 1)
     assert result.row["shy"] == 5
     assert result.steps["shy"].tolist()[0] == 4
     assert np.isnan(result.steps["shy"][1])
-    rows = Rows(stage, CPU)
+    rows = StageAccumulator(stage, CPU)
     sums = stage.sums(outputs[:1], torch.zeros(1, dtype=torch.long))
-    rows.add({"loss": mean_of(torch.zeros(()), 1), **sums})
+    rows.add({"loss": average(torch.zeros(()), 1), **sums})
     with pytest.raises(UserError, match=r"metric\.valid\.shy: too few"):
         rows.result("valid", 1)
 
 
 def test_steps_count_nothing_across_what_was_brought_in() -> None:
-    rows = Rows(StageMetrics({}), CPU)
+    rows = StageAccumulator(StageMetrics({}), CPU)
     for number in range(7):
-        rows.add({"loss": mean_of(torch.tensor(float(number)), 2)})
+        rows.add({"loss": average(torch.tensor(float(number)), 2)})
         if number in (2, 4):
             rows.flush()
-    rows.void(5)
+    rows.mask_last(5)
     assert rows.result("train", 1).steps["num_samples"].tolist() == [2, 2, 0, 0, 0, 0, 0]
     assert rows.result("train", 1).row["loss_mean"] == 0.5

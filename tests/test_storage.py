@@ -23,16 +23,16 @@ from processes import TESTS, assert_equal_runs, started, status_of
 from torture import WORDS, assert_readable, wait_until
 from warm import WarmCommand
 
-from app.callbacks.tables import drop_after
+from app.callbacks.tables import truncate_to_history
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.runtime.errors import ConfigError, StorageError, UserError
 from app.runtime.files import atomic_write, read_json, read_status, remove_temp_files, write_text
 from app.runtime.lock import FolderInUse, check_unlocked, run_lock
-from app.sweep.outcome import outcome_of
+from app.sweep.outcome import read_run_status
 from app.training.checkpoint.checkpoint import write_model
-from app.training.checkpoint.checksum import Seal, write_sealed
-from app.training.checkpoint.rotation import newest_sound
+from app.training.checkpoint.checksum import CheckpointInfo, write_with_checksum
+from app.training.checkpoint.rotation import latest_valid
 
 STORAGE = 74
 TASK = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
@@ -76,7 +76,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(
     assert "bytes are free" in line
     assert "Traceback" not in out
     assert_readable(small / "run")
-    assert newest_sound(small / "run")[0] is not None
+    assert latest_valid(small / "run")[0] is not None
     (small / "filler").unlink()
     again = run_app(tmp_path, *RUN, *TASK, **ENVIRONMENT)
     assert again.code == 0, again.out + again.err
@@ -119,14 +119,16 @@ def test_a_folder_that_is_gone_ends_it_with_one_clear_error(tmp_path: Path) -> N
     assert cut.returncode == STORAGE, out
     assert "cannot be written: " in out
     assert "Traceback" not in out
-    assert newest_sound(tmp_path / "small" / "moved")[0] is not None
+    assert latest_valid(tmp_path / "small" / "moved")[0] is not None
 
 
 def write_state(path: Path) -> None:
     """Through torch, which has an error of its own for a full disk."""
     content = {"weights": torch.ones(1_000_000)}
-    seal = Seal("state", 1, 1)
-    atomic_write(path, lambda f: write_sealed(f, path.name, seal, lambda g: torch.save(content, g)))
+    seal = CheckpointInfo("state", 1, 1)
+    atomic_write(
+        path, lambda f: write_with_checksum(f, path.name, seal, lambda g: torch.save(content, g))
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_a_damaged_status_is_one_clear_error(tmp_path: Path) -> None:
     for content in ("{", "[]", "[" * 100_000, '{"status": 3}'):
         (tmp_path / "status.json").write_text(content)
         with pytest.raises(UserError, match=r"status\.json is damaged"):
-            outcome_of(tmp_path)
+            read_run_status(tmp_path)
 
 
 # ---- what is not this user's to read or to change
@@ -277,7 +279,7 @@ def test_tables_that_cannot_be_removed(tmp_path: Path) -> None:
     table = tmp_path / "epoch_details" / "epoch001_train.csv"
     write_text(table, "a\n1\n")
     with mode(table.parent, 0o555), pytest.raises(StorageError, match=r"csv cannot be written"):
-        drop_after(tmp_path, ())
+        truncate_to_history(tmp_path, ())
     (table.parent / ".a.csv.part").touch()
     with mode(table.parent, 0o555), pytest.raises(StorageError, match=r"part cannot be written"):
         remove_temp_files(tmp_path)
@@ -366,7 +368,7 @@ def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert_readable(tmp_path / "run")
-    state, problems = newest_sound(tmp_path / "run")
+    state, problems = latest_valid(tmp_path / "run")
     assert state == tmp_path / "run" / "checkpoints" / "last.pt"
     assert not problems
     training = torch.load(state, weights_only=True)["training"]
@@ -382,4 +384,4 @@ def test_the_end_waits_for_what_is_in_flight(tmp_path: Path) -> None:
     )
     assert ran.code == 0, ran.err
     assert_readable(tmp_path / "run")
-    assert newest_sound(tmp_path / "run") == (tmp_path / "run" / "checkpoints" / "last.pt", [])
+    assert latest_valid(tmp_path / "run") == (tmp_path / "run" / "checkpoints" / "last.pt", [])

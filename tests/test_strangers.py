@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import make_job
+from conftest import job_for
 from hostile import sealed
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from app.config import resolvers
 from app.config.allowlist import TargetError, locate
 from app.config.limits import load_json, load_yaml
-from app.config.resolve import freeze
+from app.config.resolve import resolve
 from app.config.template import safe_template
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import FORMAT
 
 resolvers.register()
-JOB = make_job("model=mlp", "data.batch_size=50")
+JOB = job_for("model=mlp", "data.batch_size=50")
 MODES = ["test", "valid", "predict", "export"]
 
 
@@ -80,7 +80,7 @@ def test_all_that_would_be_imported_is_named_at_once(
     config["notes"] = {"nowhere": {"_target_": "torch.evil.Net"}}
     file = checkpoint(elsewhere, config, template)
     with pytest.raises(UserError) as caught:
-        make_job(f"mode={mode}", f"ckpt={file.parent.parent}")
+        job_for(f"mode={mode}", f"ckpt={file.parent.parent}")
     assert str(caught.value).splitlines() == [
         f"{file.parent.parent} names code from outside this program; nothing of it was imported:",
         "  callbacks.never.a.1._target_='evil.torch.nn.Net'",
@@ -98,7 +98,7 @@ def test_resume_of_a_strangers_run(evil: Path, elsewhere: Path) -> None:
     config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
     folder = checkpoint(elsewhere, config, template).parent.parent
     with pytest.raises(UserError, match=r"nothing of it was imported:\n  model\._target_='evil"):
-        make_job(f"resume={folder}")
+        job_for(f"resume={folder}")
     assert not evil.exists()
 
 
@@ -107,11 +107,11 @@ def test_a_name_that_is_put_together(evil: Path, elsewhere: Path) -> None:
     template["notes"] = "evil"
     template["model"]["_target_"] = "${or:${notes},1}.Net"
     file = checkpoint(elsewhere, config, template)
-    make_job("mode=test", f"ckpt={file}")
+    job_for("mode=test", f"ckpt={file}")
     template["model"]["_target_"] = "${data.path}.Net"
     file = checkpoint(elsewhere, config, template | {"data": template["data"] | {"path": "a"}})
     with pytest.raises(UserError, match=r"model\._target_"):
-        make_job("mode=test", f"ckpt={file}", "++data.path=evil")
+        job_for("mode=test", f"ckpt={file}", "++data.path=evil")
     assert not evil.exists()
 
 
@@ -123,7 +123,7 @@ def test_a_module_below_an_allowed_package_is_not_theirs(
     config["model"] = {"_target_": name}
     file = checkpoint(elsewhere, config, template)
     with pytest.raises(UserError, match="does not import: no 'evil' in"):
-        make_job("mode=test", f"ckpt={file}")
+        job_for("mode=test", f"ckpt={file}")
     assert not evil.exists()
 
 
@@ -133,7 +133,7 @@ def test_their_own_trust_counts_for_nothing(evil: Path, elsewhere: Path) -> None
     config["trusted_targets"] = template["trusted_targets"] = ["evil"]
     file = checkpoint(elsewhere, config, template)
     with pytest.raises(UserError, match="nothing of it was imported"):
-        make_job("mode=test", f"ckpt={file}")
+        job_for("mode=test", f"ckpt={file}")
     assert not evil.exists()
 
 
@@ -141,7 +141,7 @@ def test_trust_is_typed_by_name(evil: Path, elsewhere: Path) -> None:
     config, template = theirs()
     config["model"] = template["model"] = {"_target_": "evil.Net"}
     file = checkpoint(elsewhere, config, template)
-    job = make_job("mode=test", f"ckpt={file}", "trusted_targets=[evil]")
+    job = job_for("mode=test", f"ckpt={file}", "trusted_targets=[evil]")
     assert job.plain["model"] == {"_target_": "evil.Net"}
     assert evil.exists()
 
@@ -149,7 +149,7 @@ def test_trust_is_typed_by_name(evil: Path, elsewhere: Path) -> None:
 def test_a_folder_of_torch_distributed_checkpoint(elsewhere: Path) -> None:
     (elsewhere / ".metadata").write_bytes(b"")
     with pytest.raises(UserError, match=r"is of torch\.distributed\.checkpoint"):
-        make_job("mode=test", f"ckpt={elsewhere}")
+        job_for("mode=test", f"ckpt={elsewhere}")
 
 
 # ---- their templates
@@ -177,7 +177,7 @@ def test_a_template_reads_nothing_of_this_machine(
     monkeypatch.setenv("SECRET", "hunter2")
     raw = {"asked": asked, "data": "oc", "secret": "1", "more": ["${asked}", asked]}
     template = safe_template(yaml.safe_dump(raw), {"asked": "then", "more": ["", 5]}, "a.pt")
-    plain, mistakes = freeze(template)
+    plain, mistakes = resolve(template)
     assert (plain["asked"], plain["more"], mistakes) == ("then", ["then", 5], [])
 
 
@@ -187,7 +187,7 @@ def test_a_template_is_interpolated_by_the_programs_own_functions(elsewhere: Pat
         "size": "${or:${a.size},28}",
         "path": "${path:${a.path}}",
     }
-    plain, _ = freeze(safe_template(yaml.safe_dump(raw), {}, "a.pt"))
+    plain, _ = resolve(safe_template(yaml.safe_dump(raw), {}, "a.pt"))
     assert (plain["size"], plain["path"]) == (28, str(elsewhere / "b"))
 
 
@@ -216,7 +216,7 @@ GROWING = {
 @pytest.mark.parametrize("name", GROWING)
 def test_a_template_that_grows_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"a\.pt: its template (grows|refers to itself)"):
-        freeze(safe_template(GROWING[name], {}, "a.pt"))
+        resolve(safe_template(GROWING[name], {}, "a.pt"))
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> No
     )
     for words in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
         try:
-            make_job(*words, "trainer.limit_test_batches=3")
+            job_for(*words, "trainer.limit_test_batches=3")
         except UserError as error:
             assert len(str(error)) < 20_000
 
@@ -369,7 +369,7 @@ def test_configurations_of_anything(
 @pytest.mark.parametrize(
     "name",
     [
-        "app.data.torchvision_sets.fetch",
+        "app.data.torchvision_sets.download_dataset",
         "app.data.torchvision_sets.download_url",
         "torchvision.datasets.LSUN",
         "torchvision.datasets.LSUNClass",
@@ -407,9 +407,9 @@ def test_a_saved_run_reads_no_variable_that_is_not_asked_for(
     file = checkpoint(elsewhere, config, template)
     key = "callbacks.mlflow.tracking_uri"
     with pytest.raises(UserError) as refused:
-        make_job("mode=test", f"ckpt={file}")
+        job_for("mode=test", f"ckpt={file}")
     assert f"{key}={address!r}: the saved run reads this variable" in str(refused.value)
     assert "t0p" not in str(refused.value)
-    job = make_job("mode=test", f"ckpt={file}", f"+{key}='{address}'")
+    job = job_for("mode=test", f"ckpt={file}", f"+{key}='{address}'")
     assert "t0p-s3cret" in job.config.callbacks["mlflow"]["tracking_uri"]  # type: ignore[index]
     assert "t0p-s3cret" not in str(job.plain)

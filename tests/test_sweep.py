@@ -15,14 +15,14 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 
 from app.config import resolvers
 from app.config.compose import composer
-from app.config.overrides import grid, parse_overrides, space_of
+from app.config.overrides import grid, parse_overrides, parse_space
 from app.config.schema import MonitorConfig
-from app.experiment.job import jobs_of
+from app.experiment.job import make_jobs
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
 from app.sweep.job import hash_of, new_job, short_name
 from app.sweep.launchers.slots import make_slots, ranks_of
-from app.sweep.optuna_search import in_words, searched
+from app.sweep.optuna_search import parse_search_space, to_override
 from app.sweep.report.table import Results, best_run, by_config, ranked
 
 
@@ -31,7 +31,7 @@ def mistakes_in(*words: str) -> str:
     resolvers.register()
     with composer(get_args_parser().parse_args(["-m", *words])) as composing:
         try:
-            jobs = jobs_of(composing)
+            jobs = make_jobs(composing)
             check_sweep(composing, jobs[0][0], True)
         except ConfigError as error:
             return str(error)
@@ -69,7 +69,7 @@ def test_the_hash_is_that_of_the_values() -> None:
 
 
 def test_combinations_come_in_hydras_order() -> None:
-    space = space_of(["a=1,2", "model=mlp", "b=x,y"], {})
+    space = parse_space(["a=1,2", "model=mlp", "b=x,y"], {})
     rows = grid(space, [])
     assert [(row["a"], row["b"]) for row in rows] == [
         ("1", "x"),
@@ -77,12 +77,12 @@ def test_combinations_come_in_hydras_order() -> None:
         ("2", "x"),
         ("2", "y"),
     ]
-    assert space.words(rows[1]) == ["a=1", "model=mlp", "b=y"]
+    assert space.overrides_for(rows[1]) == ["a=1", "model=mlp", "b=y"]
     assert space.fixed == ["model=mlp"]
 
 
 def test_keys_vary_together() -> None:
-    space = space_of(["a=1,2", "seed=0,1", "b=x,y"], {})
+    space = parse_space(["a=1,2", "seed=0,1", "b=x,y"], {})
     rows = grid(space, [["a", "b"]])
     assert [tuple(row[key] for key in ("a", "seed", "b")) for row in rows] == [
         ("1", "0", "x"),
@@ -93,14 +93,14 @@ def test_keys_vary_together() -> None:
 
 
 def test_what_is_typed_wins_over_parameters() -> None:
-    space = space_of(["a=3"], {"a": "1,2", "b": "range(3)"})
+    space = parse_space(["a=3"], {"a": "1,2", "b": "range(3)"})
     assert grid(space, []) == [{"b": "0"}, {"b": "1"}, {"b": "2"}]
-    assert space.words({"b": "1"}) == ["a=3", "b=1"]
+    assert space.overrides_for({"b": "1"}) == ["a=3", "b=1"]
 
 
 def test_probes_have_each_value_once_and_a_ranges_ends() -> None:
-    space = space_of(["a=1,2,3", "seed=range(1000)", "lr=interval(0.1,1)"], {})
-    assert space.probes() == [
+    space = parse_space(["a=1,2,3", "seed=range(1000)", "lr=interval(0.1,1)"], {})
+    assert space.coverage_jobs() == [
         ["a=1", "seed=0", "lr=0.1"],
         ["a=2", "seed=0", "lr=0.1"],
         ["a=3", "seed=0", "lr=0.1"],
@@ -122,7 +122,9 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
     with composer(get_args_parser().parse_args(["sweep=lr_grid", "model=mlp"])) as composing:
         assert composing.sweeps
         assert len(grid(composing.space, [])) == 21
-        assert composing.space.words({"optimizer.lr": "1e-1", "seed": "2"})[-1] == "model=mlp"
+        assert (
+            composing.space.overrides_for({"optimizer.lr": "1e-1", "seed": "2"})[-1] == "model=mlp"
+        )
 
 
 @pytest.mark.parametrize(
@@ -239,8 +241,8 @@ def test_hydras_sweeps_are_optunas_distributions() -> None:
         "g": (CategoricalDistribution(["[128]", "[64,64]"]), "[128],[64,64]"),
         "h": (FloatDistribution(0.25, 0.75, step=0.25), "range(0.25,1.0,0.25)"),
     }
-    space = space_of([f"{key}={text}" for key, (_, text) in words.items()], {})
-    found = searched(space.swept)
+    space = parse_space([f"{key}={text}" for key, (_, text) in words.items()], {})
+    found = parse_search_space(space.swept)
     assert found.distributions == {key: one for key, (one, _) in words.items()}
     drawn = {"a": 0.1 + 0.2, "d": 3, "f": None, "g": "[64,64]"}
     assert found.typed(drawn) == {"a": repr(0.1 + 0.2), "d": "3", "f": "null", "g": "[64,64]"}
@@ -252,7 +254,7 @@ def test_hydras_sweeps_are_optunas_distributions() -> None:
     [1, True, None, 0.001, "a 'quoted' \\ {text}, [x]=", {"a": [1, "b"], "c": {"d": None}}, []],
 )
 def test_values_go_through_a_command_line(value: object) -> None:
-    (override,) = parse_overrides([f"+x={in_words(value)}"])
+    (override,) = parse_overrides([f"+x={to_override(value)}"])
     assert override.value() == value
     assert type(override.value()) is type(value)
 
@@ -329,6 +331,6 @@ def test_frozen_configuration_files_are_those_of_the_beginning(tmp_path: Path) -
     folder = SweepFolder(tmp_path / "sweep")
     folder.freeze(loader)
     (conf / "config.yaml").write_text("a: 2\n")
-    frozen = folder.frozen(loader)
+    frozen = folder.frozen_loader(loader)
     assert frozen.load_configuration("config", [], RunMode.RUN).a == 1
     assert loader.load_configuration("config", [], RunMode.RUN).a == 2

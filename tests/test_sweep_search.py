@@ -119,9 +119,9 @@ def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
     )
     assert sweep(*trials(4, *words)) == 0
     folder = folder_of(tmp_path)
-    from app.training.pruning import storage_of
+    from app.training.pruning import make_storage
 
-    storage = storage_of(f"journal:{folder}/.sweep/optuna.log")
+    storage = make_storage(f"journal:{folder}/.sweep/optuna.log")
     study = optuna.load_study(study_name=folder.name, storage=storage)
     states, table = [trial.state for trial in study.trials], table_of(folder)
     pruned = [place for place, state in enumerate(states) if state is TrialState.PRUNED]

@@ -9,39 +9,39 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_job, mistakes_in
+from conftest import job_for, mistakes_in
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig
 from app.data.loaders import load
-from app.experiment.factory import make_parts
+from app.experiment.factory import make_components
 from app.experiment.run import execute
 from app.losses.weighted_sum import Term, WeightedSum
-from app.metrics.output_metric import Selected
+from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick, replace, tensors
-from app.training.accumulator import mean_of
+from app.training.accumulator import average
 from app.training.events import Callback, StepEnd
-from app.training.optim.optim_wrapper import Learning, Optimization
-from app.training.plan import Plan
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.plan import TrainingLimits
 from app.training.precision import Precision
 from app.training.supervised import SupervisedTask
-from app.training.task import Step, Task
+from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
 
 
-def learning(model: nn.Module, **options: Any) -> Learning:
-    return Learning(Optimization(torch.optim.SGD(model.parameters(), lr=0.1), **options))
+def learning(model: nn.Module, **options: Any) -> OptimWrapperDict:
+    return OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), **options))
 
 
 def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
-    trainer = Trainer(task, Plan(max_epochs=epochs), folder, **options)
+    trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
     return trainer.fit(load(data, 10), load(data, 10))
 
 
@@ -125,11 +125,15 @@ def test_nested_batches_inputs_by_name_and_outputs_of_several_heads(tmp_path: Pa
             "entropy": Term(nn.CrossEntropyLoss(), 2.0, output="class", target="label"),
             "copy": Term(F.mse_loss, 0.5, output="more.0", target="whole"),
         },
-        {"valid": {"accuracy": Selected(MulticlassAccuracy(2, average="micro"), "class", "label")}},
+        {
+            "valid": {
+                "accuracy": OutputMetric(MulticlassAccuracy(2, average="micro"), "class", "label")
+            }
+        },
         inputs={"left": "points.left", "right": "points.right"},
         targets={"label": "wanted.0", "whole": "wanted.1"},
     )
-    task.learning = learning(task.model)
+    task.optimizers = learning(task.model)
     summary = fit(task, tmp_path, Named(), epochs=8)
     train, valid = (summary[summary["stage"] == stage] for stage in ("train", "valid"))
     total = 2 * train["entropy"] + 0.5 * train["copy"]
@@ -150,7 +154,7 @@ def test_predictions_keep_the_form_of_the_outputs(tmp_path: Path) -> None:
         Term(nn.CrossEntropyLoss(), output="class"),
         inputs=["points.left", "points.right"],
     )
-    found = Trainer(task, Plan(max_epochs=1), tmp_path).predict(load(Named(), 25))
+    found = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).predict(load(Named(), 25))
     expected = task.model(X[:, :2], X[:, 2:])
     torch.testing.assert_close(found["class"], expected["class"])
     torch.testing.assert_close(found["more"][0], expected["more"][0])
@@ -170,14 +174,14 @@ def test_a_batch_without_the_part_that_is_the_target_says_which_it_has() -> None
 class Negative(SupervisedTask):
     """Overrides both steps: learns from inputs turned round."""
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
         outputs = self.forward(-inputs)
         loss, terms = self.loss(outputs, targets)
-        self.optimization.step(loss, len(inputs))
-        return self.measure("train", outputs, targets, loss, terms)
+        self.optimizer.step(loss, len(inputs))
+        return self.step_output("train", outputs, targets, loss, terms)
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         return super().eval_step(stage, (-batch[0], batch[1]))
 
 
@@ -188,7 +192,7 @@ def test_overridden_steps_are_those_that_run(tmp_path: Path) -> None:
     tasks = Negative(one, nn.CrossEntropyLoss()), SupervisedTask(other, nn.CrossEntropyLoss())
     rows = []
     for number, (task, data) in enumerate(zip(tasks, (X, -X), strict=True)):
-        task.learning = learning(task.model)
+        task.optimizers = learning(task.model)
         rows.append(fit(task, tmp_path / str(number), TensorDataset(data, Y), 2)["loss_mean"])
     assert rows[0].tolist() == rows[1].tolist()
     assert torch.equal(one.weight, other.weight)
@@ -197,20 +201,20 @@ def test_overridden_steps_are_those_that_run(tmp_path: Path) -> None:
 class Alternating(Task):
     """From scratch: two parts with an optimizer each, one learning from what the other gives."""
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         x, _ = batch
-        assert self.learning is not None
+        assert self.optimizers is not None
         code = self.model.code(x)  # type: ignore[operator]
         first = (code - x).square().mean()
-        self.learning["code"].step(first, len(x))
+        self.optimizers["code"].step(first, len(x))
         second = (self.model.judge(self.model.code(x)) - 1).square().mean()  # type: ignore[operator]
-        self.learning["judge"].step(second, len(x))
-        means = {"loss": mean_of(first + second, len(x)), "judge_loss": mean_of(second, len(x))}
-        return Step(means)
+        self.optimizers["judge"].step(second, len(x))
+        means = {"loss": average(first + second, len(x)), "judge_loss": average(second, len(x))}
+        return StepOutput(means)
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         code = self.model.code(batch[0])  # type: ignore[operator]
-        return self.measure(stage, code, batch[1], (code - batch[0]).square().mean())
+        return self.step_output(stage, code, batch[1], (code - batch[0]).square().mean())
 
 
 def test_a_task_from_scratch_with_two_optimizers(tmp_path: Path) -> None:
@@ -223,8 +227,10 @@ def test_a_task_from_scratch_with_two_optimizers(tmp_path: Path) -> None:
         name: torch.optim.SGD(model[name].parameters(), lr=rate)
         for name, rate in (("code", 0.1), ("judge", 0.01))
     }
-    task.learning = Learning({n: Optimization(o, alone=False) for n, o in optimizers.items()})
-    task.learning["judge"].optimizer.register_step_pre_hook(
+    task.optimizers = OptimWrapperDict(
+        {n: OptimWrapper(o, owns_all_parameters=False) for n, o in optimizers.items()}
+    )
+    task.optimizers["judge"].optimizer.register_step_pre_hook(
         lambda *_: seen.extend(p.grad for p in model["code"].parameters() if p.grad is not None)
     )
     summary = fit(task, tmp_path, TensorDataset(X, Y), 2)
@@ -232,12 +238,14 @@ def test_a_task_from_scratch_with_two_optimizers(tmp_path: Path) -> None:
     assert summary["judge_loss"].notna().sum() == 2
     train = summary[summary["stage"] == "train"]["loss_mean"]
     assert train.iloc[1] < train.iloc[0]
-    assert task.learning.rates() == {"lr_code": 0.1, "lr_judge": 0.01}
+    assert task.optimizers.lrs() == {"lr_code": 0.1, "lr_judge": 0.01}
 
 
 def test_a_task_for_testing_only_needs_no_optimizer(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy, {"test": {"right": right}})
-    row = Trainer(task, Plan(max_epochs=1), tmp_path).evaluate(load(TensorDataset(X, Y), 25))
+    row = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
+        load(TensorDataset(X, Y), 25)
+    )
     outputs = task.model(X)
     assert row["loss_mean"][0] == pytest.approx(F.cross_entropy(outputs, Y).item(), rel=1e-6)
     assert row["right"][0] == pytest.approx((outputs.argmax(1) == Y).float().mean().item())
@@ -253,7 +261,7 @@ def test_accumulation_and_clipping_apply_to_an_own_step(tmp_path: Path) -> None:
     models = [nn.Linear(4, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     several = Negative(models[0], nn.CrossEntropyLoss())
-    several.learning = learning(models[0], batch_size=10, accumulate=6, clip_norm=0.01)
+    several.optimizers = learning(models[0], batch_size=10, accumulate=6, clip_norm=0.01)
     fit(several, tmp_path, TensorDataset(X, Y))
     loss = F.cross_entropy(models[1](-X), Y)
     loss.backward()
@@ -280,7 +288,7 @@ def test_precision_applies_to_an_own_step_and_metrics_stay_outside(tmp_path: Pat
     task = Negative(
         model, nn.CrossEntropyLoss(), {"train": {"exact": is_exact}}, Precision("bf16", "cpu")
     )
-    task.learning = learning(model)
+    task.optimizers = learning(model)
     summary = fit(task, tmp_path, TensorDataset(X, Y))
     assert model.dtype == torch.bfloat16
     assert model.weight.dtype == model.weight.data.dtype == torch.float32
@@ -292,7 +300,7 @@ def test_gradients_are_computed_outside_the_reduced_precision(tmp_path: Path) ->
     model = nn.Linear(4, 2)
     model.weight.register_hook(lambda _: inside.append(torch.is_autocast_enabled("cpu")))
     task = Negative(model, nn.CrossEntropyLoss(), precision=Precision("bf16", "cpu"))
-    task.learning = learning(model)
+    task.optimizers = learning(model)
     fit(task, tmp_path, TensorDataset(X, Y))
     assert inside == [False] * 6
 
@@ -302,13 +310,13 @@ def test_weights_changed_within_a_step_are_used_in_reduced_precision(tmp_path: P
     gave: list[Tensor] = []
 
     class Twice(SupervisedTask):
-        def train_step(self, batch: Nested) -> Step:
+        def train_step(self, batch: Nested) -> StepOutput:
             step = super().train_step(batch)
             gave.extend([step.outputs, self.forward(batch[0])])
             return step
 
     task = Twice(model, nn.CrossEntropyLoss(), precision=Precision("bf16", "cpu"))
-    task.learning = Learning(Optimization(torch.optim.SGD(model.parameters(), lr=10.0)))
+    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=10.0)))
     fit(task, tmp_path, TensorDataset(X, Y))
     assert not torch.equal(gave[0], gave[1])
 
@@ -319,24 +327,24 @@ def test_weights_changed_within_a_step_are_used_in_reduced_precision(tmp_path: P
 class Forgetful(SupervisedTask):
     """Its steps forget what they should give back."""
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         super().train_step(batch)
         return None  # type: ignore[return-value]
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         values = super().eval_step(stage, batch).values
-        return Step({name: value for name, value in values.items() if name != "loss"})
+        return StepOutput({name: value for name, value in values.items() if name != "loss"})
 
 
 def test_a_step_that_forgets_the_loss_is_named_in_the_sanity_pass(tmp_path: Path) -> None:
     task = Forgetful(nn.Linear(4, 2), F.cross_entropy, {"valid": {"right": right}})
-    task.learning = learning(task.model)
+    task.optimizers = learning(task.model)
     with pytest.raises(
         UserError, match=r"task: Forgetful\.eval_step must return .* gave \['right'\]"
     ):
         fit(task, tmp_path, TensorDataset(X, Y))
     with pytest.raises(UserError, match=r"task: Forgetful\.train_step must return .* a NoneType"):
-        Trainer(task, Plan(max_epochs=1), tmp_path).fit(load(TensorDataset(X, Y), 10))
+        Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(load(TensorDataset(X, Y), 10))
 
 
 @pytest.mark.parametrize(
@@ -373,7 +381,9 @@ def test_a_metric_that_does_not_fit_is_named(tmp_path: Path) -> None:
     metrics = {"test": {"accuracy": MulticlassAccuracy(2)}}
     task = SupervisedTask(nn.Linear(4, 4), nn.MSELoss(), metrics, targets=0)
     with pytest.raises(UserError, match=r"metric\.test\.accuracy: cannot take outputs"):
-        Trainer(task, Plan(max_epochs=1), tmp_path).evaluate(load(TensorDataset(X, Y), 10))
+        Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
+            load(TensorDataset(X, Y), 10)
+        )
 
 
 def test_a_goal_that_an_own_task_does_not_measure_is_named_before_training(tmp_path: Path) -> None:
@@ -384,7 +394,7 @@ def test_a_goal_that_an_own_task_does_not_measure_is_named_before_training(tmp_p
             told.append(step.stage)
 
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy, {"valid": {"right": right}})
-    task.learning = learning(task.model)
+    task.optimizers = learning(task.model)
     with pytest.raises(UserError, match=r"'rigth' is not measured .*did you mean 'right'"):
         fit(task, tmp_path, TensorDataset(X, Y), goal=GoalConfig("rigth", "max"), callbacks=Ear())
     assert told == []
@@ -392,7 +402,7 @@ def test_a_goal_that_an_own_task_does_not_measure_is_named_before_training(tmp_p
 
 def test_data_without_a_batch_is_named(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy)
-    task.learning = learning(task.model)
+    task.optimizers = learning(task.model)
     with pytest.raises(UserError, match="the train data gives no batch"):
         fit(task, tmp_path, TensorDataset(X[:0], Y[:0]))
 
@@ -413,7 +423,7 @@ class Doubled(SupervisedTask):
         inputs, targets = self.unpack(batch)
         outputs = self.forward(inputs)
         loss, _ = self.loss(outputs, targets)
-        return self.measure(stage, outputs, targets, self.factor * loss)
+        return self.step_output(stage, outputs, targets, self.factor * loss)
 
 
 class Noisy(SupervisedTask):
@@ -440,8 +450,8 @@ def own_task(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_own_task_is_named_by_target_with_its_options(own_task: Path) -> None:
     goal = ("goal.metric=loss", "goal.mode=min", "~callbacks.plots")
-    plain = execute(make_job("model=mlp", "debug=fast", *goal), own_task / "a")
-    job = make_job(*FEW, "task=own", *goal)
+    plain = execute(job_for("model=mlp", "debug=fast", *goal), own_task / "a")
+    job = job_for(*FEW, "task=own", *goal)
     assert plain is not None
     assert execute(job, own_task / "b") == pytest.approx(2 * plain, rel=1e-6)
 
@@ -449,15 +459,15 @@ def test_an_own_task_is_named_by_target_with_its_options(own_task: Path) -> None
 def test_an_own_task_may_pass_on_what_it_does_not_name(own_task: Path) -> None:
     text = "defaults: [supervised, _self_]\n_target_: own_task.Noisy\nnoise: 0.5\n"
     (own_task / "conf" / "task" / "noisy.yaml").write_text(text)
-    job = make_job(*FEW, "task=noisy", "trainer.precision=bf16")
-    parts = make_parts(job.config, Build(job.trusted), torch.device("cpu"))
+    job = job_for(*FEW, "task=noisy", "trainer.precision=bf16")
+    parts = make_components(job.config, Instantiator(job.trusted), torch.device("cpu"))
     assert parts.task.precision.name == "bf16"
     assert list(parts.task.metrics["valid"].selected) == ["accuracy", "total_correct"]
     assert vars(parts.task)["noise"] == 0.5
 
 
 def test_an_own_task_that_breaks_is_named_before_the_first_epoch(own_task: Path) -> None:
-    job = make_job(*FEW, "task._target_=own_task.Broken")
+    job = job_for(*FEW, "task._target_=own_task.Broken")
     with pytest.raises(UserError, match=r"task: Broken cannot take train data: KeyError: 'b'"):
         execute(job, own_task / "run")
     assert not (own_task / "run" / "epoch_details").exists()
@@ -465,7 +475,7 @@ def test_an_own_task_that_breaks_is_named_before_the_first_epoch(own_task: Path)
 
 def test_a_metric_of_another_kind_is_named_before_the_first_epoch(tmp_path: Path) -> None:
     node = "{_target_: torchmetrics.classification.BinaryAccuracy, validate_args: false}"
-    job = make_job("model=mlp", "debug=fast", f"+metric.valid.mine={node}")
+    job = job_for("model=mlp", "debug=fast", f"+metric.valid.mine={node}")
     with pytest.raises(UserError, match=r"metric\.valid\.mine: cannot take outputs"):
         execute(job, tmp_path)
     assert not (tmp_path / "epoch_details").exists()
@@ -494,7 +504,9 @@ def test_a_metric_may_not_have_the_name_of_a_term() -> None:
 def test_a_term_that_is_called_loss_does_not_hide_the_total(tmp_path: Path) -> None:
     terms = {"loss": Term(F.cross_entropy), "other": Term(lambda o, _: o.mean() * 0 + 100.0)}
     task = SupervisedTask(nn.Linear(4, 2), terms)
-    row = Trainer(task, Plan(max_epochs=1), tmp_path).evaluate(load(TensorDataset(X, Y), 60))
+    row = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
+        load(TensorDataset(X, Y), 60)
+    )
     assert row["loss_mean"][0] > 100
     assert "loss.loss is the name of another column; rename it" in mistakes_in(
         "+loss.loss={_target_: app.losses.weighted_sum.Term, "
@@ -519,7 +531,7 @@ def test_metrics_see_outputs_of_reduced_precision_in_full_width() -> None:
 
 def test_a_loss_without_anything_to_learn_is_an_error(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), lambda o, t: F.cross_entropy(o.detach(), t))
-    task.learning = learning(task.model)
+    task.optimizers = learning(task.model)
     with pytest.raises(UserError, match="does not depend on any parameter that learns"):
         fit(task, tmp_path, TensorDataset(X, Y))
 
@@ -527,7 +539,7 @@ def test_a_loss_without_anything_to_learn_is_an_error(tmp_path: Path) -> None:
 class Random(SupervisedTask):
     """Measures with random numbers."""
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         return super().eval_step(stage, (batch[0] + torch.randn(batch[0].shape), batch[1]))
 
 
@@ -538,7 +550,7 @@ def test_what_is_drawn_in_an_evaluation_depends_on_seed_stage_and_epoch_alone(
     data = load(TensorDataset(X, Y), 10)
 
     def loss(seed: int, epoch: int) -> float:
-        trainer = Trainer(task, Plan(max_epochs=1), tmp_path, seed=seed)
+        trainer = Trainer(task, TrainingLimits(max_epochs=1), tmp_path, seed=seed)
         torch.rand(epoch)
         return float(trainer.evaluate(data, "test", epoch)["loss_mean"][0])
 
@@ -549,5 +561,5 @@ def test_what_is_drawn_in_an_evaluation_depends_on_seed_stage_and_epoch_alone(
 def test_large_inputs_may_be_evaluated_window_by_window(tmp_path: Path) -> None:
     words = ("debug=fast", "experiment=shapes_patches", "data.image_size=32", "data.batch_size=4")
     patches = ("task.patches.size=[32,32]", "data.source.test.size=80")
-    execute(make_job(*words, *patches), tmp_path)
+    execute(job_for(*words, *patches), tmp_path)
     assert (tmp_path / "test_summary_table.csv").is_file()

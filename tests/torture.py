@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from conftest import make_job
+from conftest import job_for
 from processes import SILENT, assert_equal_runs, status_of
 from warm import WarmCommand
 
 from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import LocalWorkers
 from app.runtime.fault_injection import VARIABLE
-from app.training.checkpoint.checksum import check_seal
+from app.training.checkpoint.checksum import verify_checksum
 
 WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
     "model=mlp",
@@ -115,7 +115,7 @@ def command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
 
 def two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs it on two ranks; a fault point kills rank 0."""
-    job = make_job(*WORDS, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
+    job = job_for(*WORDS, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
     fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
     crew = LocalWorkers(job, cwd / "run", 2, SILENT, fault)
     try:
@@ -135,7 +135,7 @@ def assert_readable(folder: Path) -> None:
     for path in folder.rglob("*.json"):
         json.loads(path.read_text())
     for path in folder.glob("checkpoints/*.pt"):
-        check_seal(path)
+        verify_checksum(path)
     if (folder / "model.pt").exists():
         torch.load(folder / "model.pt", weights_only=True)
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd
-from app.training.history import History, best, seconds_left, summary_table, waited
+from app.training.history import History, best_epoch, epochs_since_best, seconds_left, summary_table
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Console(Callback):
         rows = [row for row in end.history if row["epoch"] == end.epoch]
         log.info("%s", _table(rows))
         log.info("elapsed %s%s", _clock(end.elapsed), _remaining(end))
-        found = best(end.history, end.goal)
+        found = best_epoch(end.history, end.goal)
         if found is None:
             log.info("best %s: none yet", end.goal.metric)
             return
@@ -45,7 +45,7 @@ def _remaining(end: EpochEnd) -> str:
 def _patience(end: EpochEnd) -> str:
     if end.goal.patience is None:
         return ""
-    return f", early stop {waited(end.history, end.goal)} of {end.goal.patience}"
+    return f", early stop {epochs_since_best(end.history, end.goal)} of {end.goal.patience}"
 
 
 def _table(rows: History) -> str:

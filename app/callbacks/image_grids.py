@@ -19,7 +19,7 @@ from app.training.events import StepEnd
 Named = dict[str, Tensor]  # by the names of `flattened`
 
 
-class Samples:
+class SampleBuffer:
     """The first samples of a stage; they stay on the device until they are asked for.
 
     Args:
@@ -55,7 +55,7 @@ class Samples:
 
     def pictures(self) -> dict[str, Tensor]:
         """See the function `pictures`."""
-        return pictures(*self.named(), self._classes())
+        return images(*self.named(), self._classes())
 
     def titles(self) -> list[str]:
         """For each sample its predicted and its true label; none where it has no such labels."""
@@ -87,7 +87,7 @@ def _joined(parts: Sequence[Nested]) -> Named:
     }
 
 
-def pictures(
+def images(
     inputs: Named, outputs: Named, targets: Named, classes: Collection[str]
 ) -> dict[str, Tensor]:
     """All that can be seen, each (N, 3, height, width) in [0, 1].

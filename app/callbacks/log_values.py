@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from app.config.schema import GoalConfig
-from app.training.history import History, Row, best
+from app.training.history import History, Row, best_epoch
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The innermost values by dotted keys; lists stay whole."""
     found: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        found |= flat(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+        found |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
     return found
 
 
-def numbers(row: Row) -> dict[str, float]:
+def row_metrics(row: Row) -> dict[str, float]:
     """What was measured in a stage, as `<stage>/<name>`."""
     return {
         f"{row['stage']}/{name}": float(value)
@@ -26,8 +26,8 @@ def numbers(row: Row) -> dict[str, float]:
     }
 
 
-def outcome(history: History, goal: GoalConfig) -> dict[str, float]:
+def final_metrics(history: History, goal: GoalConfig) -> dict[str, float]:
     """The last numbers of each stage; `best/<metric>` and `best/epoch` where the goal has one."""
-    last = {name: value for row in history for name, value in numbers(row).items()}
-    found = best(history, goal)
+    last = {name: value for row in history for name, value in row_metrics(row).items()}
+    found = best_epoch(history, goal)
     return last | ({f"best/{goal.metric}": found.value, "best/epoch": found.epoch} if found else {})

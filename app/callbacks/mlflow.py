@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from app.callbacks.log_values import flat, numbers, outcome
+from app.callbacks.log_values import final_metrics, flatten, row_metrics
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
@@ -70,14 +70,14 @@ class MLflow(Callback):
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if result.is_whole:
-            self._log_metrics(numbers(result.row), result.epoch)
+            self._log_metrics(row_metrics(result.row), result.epoch)
 
     def on_run_end(self, history: History) -> None:
         if self.client is None:
             return
         if history:
             last = int(history[-1]["epoch"])
-            found = outcome(history, self.goal)
+            found = final_metrics(history, self.goal)
             self._log_metrics({k: v for k, v in found.items() if k.startswith("best/")}, last)
         for path in [self.folder / name for name in ARTIFACTS]:
             if path.exists():
@@ -96,7 +96,7 @@ class MLflow(Callback):
         tags = {"folder": str(self.folder), "tags": ", ".join(self.config["tags"])}
         tags["mlflow.note.content"] = self.config["notes"]
         run = self.client.create_run(number, run_name=self.config["name"], tags=tags)
-        values = flat(self.config).items()
+        values = flatten(self.config).items()
         params = [Param(allowed(key), str(value)[:LONGEST]) for key, value in values]
         for first in range(0, len(params), 100):  # as many as a server takes at once
             self.client.log_batch(run.info.run_id, params=params[first : first + 100])

@@ -21,7 +21,7 @@ Format = Literal["auto", "csv", "png", "npz"]
 WHOLE = ""  # the name of outputs that are a single tensor
 
 
-class Predictions:
+class PredictionFiles:
     """Writes the outputs of a model as they come.
 
     A tensor (N, K) becomes a table: labels and probabilities where it holds logits of classes,

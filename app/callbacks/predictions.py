@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from app.callbacks.prediction_files import Format, Predictions
+from app.callbacks.prediction_files import Format, PredictionFiles
 from app.callbacks.selection import check_when, class_outputs, is_due, targets_of
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
@@ -28,7 +28,7 @@ class PredictionWriter(Callback):
         folder: Of the run.
         config: Says which part of a batch is the target, and which outputs are logits of classes.
         stages: `valid`, `test`.
-        format: As of `app.callbacks.prediction_files.Predictions`.
+        format: As of `app.callbacks.prediction_files.PredictionFiles`.
         every_n_epochs: Of the validations in training; all else is always written.
 
     Raises:
@@ -48,15 +48,15 @@ class PredictionWriter(Callback):
             raise UserError(f"format={format!r}; allowed: {', '.join(get_args(Format))}")
         self.folder, self.config = folder / "predictions", config
         self.stages, self.format, self.every_n_epochs = stages, format, every_n_epochs
-        self.files: Predictions | None = None
+        self.files: PredictionFiles | None = None
 
     def on_stage_start(self, start: StageStart) -> None:
         self.files = None
         if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
             folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
-            self.files = Predictions(folder, class_outputs(self.config), self.format)
+            self.files = PredictionFiles(folder, class_outputs(self.config), self.format)
 
-    def watches_all(self, start: StageStart) -> bool:  # noqa: ARG002
+    def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002
         return self.files is not None
 
     def on_step_end(self, step: StepEnd) -> None:

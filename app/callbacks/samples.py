@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.callbacks.image_grids import Samples, grid
+from app.callbacks.image_grids import SampleBuffer, grid
 from app.callbacks.prediction_files import image
 from app.callbacks.selection import check_when, is_due
 from app.runtime.figures import save_figure
@@ -51,11 +51,11 @@ class SampleImages(Callback):
         check_when(stages, STAGES, every_n_epochs)
         self.folder, self.config = folder / "samples", config
         self.stages, self.count, self.every_n_epochs = stages, count, every_n_epochs
-        self.samples = Samples(config, 0)
+        self.samples = SampleBuffer(config, 0)
 
     def on_stage_start(self, start: StageStart) -> None:
         due = start.stage in self.stages and is_due(start, self.every_n_epochs, self.config)
-        self.samples = Samples(self.config, self.count if due else 0)
+        self.samples = SampleBuffer(self.config, self.count if due else 0)
 
     def on_step_end(self, step: StepEnd) -> None:
         self.samples.add(step)

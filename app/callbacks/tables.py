@@ -53,7 +53,7 @@ class Tables(Callback):
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
-            self.taken.append(megabytes(step.batch))
+            self.taken.append(memory_mb(step.batch))
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         details = self.folder / "epoch_details"
@@ -84,7 +84,7 @@ def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> No
         write_csv(folder / f"{stage}_summary_table.csv", own)
 
 
-def drop_after(folder: Path, history: History) -> None:
+def truncate_to_history(folder: Path, history: History) -> None:
     """Takes away what a run had written that now goes on from before it, or begins anew.
 
     Raises:
@@ -103,7 +103,7 @@ def _drop_after(folder: Path, history: History) -> None:
         if found is not None and (int(found[1]), found[2]) not in kept:
             path.unlink()
         elif found is not None:
-            mend(path)
+            drop_torn_line(path)
     there = [stage for stage in STAGES if (folder / f"{stage}_summary_table.csv").exists()]
     if there and history:
         write_summaries(folder, history, [s for s in there if any(s == stage for _, stage in kept)])
@@ -112,7 +112,7 @@ def _drop_after(folder: Path, history: History) -> None:
             (folder / f"{stage}_summary_table.csv").unlink()
 
 
-def mend(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Takes away a last line that was cut off."""
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
@@ -120,7 +120,7 @@ def mend(path: Path) -> None:
         atomic_write(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
 
 
-def megabytes(batch: Nested) -> float:
+def memory_mb(batch: Nested) -> float:
     """Memory in use where the batch is; asking does not wait for the device."""
     device = next((tensor.device for tensor in tensors(batch)), torch.device("cpu"))
     if device.type == "cuda":

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from app.callbacks.image_grids import Samples
-from app.callbacks.log_values import flat, numbers, outcome
+from app.callbacks.image_grids import SampleBuffer
+from app.callbacks.log_values import final_metrics, flatten, row_metrics
 from app.callbacks.plots import matrix
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
@@ -71,8 +71,8 @@ class TensorBoard(Callback):
         self.steps, self.images, self.hparams = steps, images, hparams
         self.histograms_every_n_epochs = histograms_every_n_epochs
         self.done: Counter[str] = Counter()  # iterations of each stage
-        self.samples = Samples(config, 0)
-        self.traced = Samples(config, 2 if graph else 0)
+        self.samples = SampleBuffer(config, 0)
+        self.traced = SampleBuffer(config, 2 if graph else 0)
 
     def state_dict(self) -> dict[str, Any]:
         return {"iterations": dict(self.done)}
@@ -87,7 +87,7 @@ class TensorBoard(Callback):
 
     def on_stage_start(self, start: StageStart) -> None:
         evaluated = start.stage in ("valid", "test")
-        self.samples = Samples(self.config, self.images if evaluated else 0)
+        self.samples = SampleBuffer(self.config, self.images if evaluated else 0)
 
     def on_step_end(self, step: StepEnd) -> None:
         self.samples.add(step)
@@ -96,7 +96,7 @@ class TensorBoard(Callback):
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if not result.is_whole:
             return
-        for name, value in numbers(result.row).items():
+        for name, value in row_metrics(result.row).items():
             self.writer.add_scalar(name, value, result.epoch)
         if self.steps:
             self._draw_steps(result)
@@ -109,7 +109,7 @@ class TensorBoard(Callback):
                 self.writer.add_images(f"{result.stage}_images/{name}", pictures, result.epoch)
         if not self.traced.is_empty:
             self._draw_graph(self.traced.kept[0][0])
-            self.traced = Samples(self.config, 0)
+            self.traced = SampleBuffer(self.config, 0)
 
     def on_epoch_end(self, end: EpochEnd) -> None:
         every = self.histograms_every_n_epochs
@@ -125,7 +125,7 @@ class TensorBoard(Callback):
         if not history:
             return
         if self.hparams:
-            found = outcome(history, self.goal)
+            found = final_metrics(history, self.goal)
             metrics = {f"hparam/{name}": value for name, value in found.items()}
             self.writer.add_hparams(_compared(self.config), metrics, run_name=".")
         self.writer.close()
@@ -155,6 +155,6 @@ class TensorBoard(Callback):
 def _compared(config: dict[str, Any]) -> dict[str, float | str]:
     return {
         key: value if isinstance(value, (int, float)) else str(value)
-        for key, value in flat(config).items()
+        for key, value in flatten(config).items()
         if any(f"{key}.".startswith(f"{part}.") for part in COMPARED)
     }

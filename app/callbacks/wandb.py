@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.callbacks.log_values import numbers, outcome
+from app.callbacks.log_values import final_metrics, row_metrics
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
@@ -85,10 +85,10 @@ class WeightsAndBiases(Callback):
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         assert self.run is not None
         if result.is_whole:
-            self.run.log({"epoch": result.epoch, **numbers(result.row)})
+            self.run.log({"epoch": result.epoch, **row_metrics(result.row)})
 
     def on_run_end(self, history: History) -> None:
         if self.run is not None:
-            self.run.summary.update(outcome(history, self.goal))
+            self.run.summary.update(final_metrics(history, self.goal))
             self.run.finish()
             self.run = None

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config import resolvers
 from app.config.schema import Job
-from app.config.secrets import unsaid
+from app.config.secrets import redact_text
 from app.distributed.launch.environment import requeue
 from app.distributed.launch.failures import RankFailedError, RankFailure
 from app.distributed.launch.local import launch_local
@@ -24,14 +24,14 @@ from app.distributed.launch.select import choose_num_ranks, launch_inline
 from app.distributed.launch.torchrun import RankZero
 from app.distributed.launch.worker import errors_to_stderr
 from app.experiment.entry import run_experiment
-from app.experiment.job import prepared
+from app.experiment.job import prepare
 from app.runtime.errors import NonFiniteError, UserError
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.signals import EXIT_INTERRUPTED, StopReason, TrainingInterrupted
 from app.sweep.folder import SweepFolder
-from app.sweep.launchers.external import Process, run_elsewhere, this_process
-from app.sweep.outcome import DIVERGED, outcome_of, record_failure
+from app.sweep.launchers.external import Process, run_external, this_process
+from app.sweep.outcome import DIVERGED, read_run_status, record_failure
 
 log = logging.getLogger(__name__)
 
@@ -52,37 +52,39 @@ def run_job(
     sweep = SweepFolder(Path(str(hydra_node.sweep.dir)).absolute())
     with_hydra = OmegaConf.merge({"hydra": hydra_node}, composed)
     assert isinstance(with_hydra, DictConfig)
-    if multirun and sweep.is_marked:
+    if multirun and sweep.is_stopped:
         return None
     errors_to_stderr()
     logging.captureWarnings(True)
     try:
         if driver in (None, this_process()):
-            value = start(with_hydra, folder, leader)
-            if not multirun and outcome_of(folder).status == DIVERGED:
+            value = run_locked(with_hydra, folder, leader)
+            if not multirun and read_run_status(folder).status == DIVERGED:
                 sys.exit(NonFiniteError.exit_code)
             return value
-        return run_elsewhere(partial(start, with_hydra, folder, leader, quiet=True), sweep, folder)
-    except JobFailed as failed:
+        return run_external(
+            partial(run_locked, with_hydra, folder, leader, quiet=True), sweep, folder
+        )
+    except JobFailedError as failed:
         failure = RankFailure.from_exception(0, failed.__cause__ or failed)
         record_failure(folder, failure, says=False)
         if not multirun or leader is not None:
             sys.exit(failure.code)
         if composed.sweep.on_error == "stop":
-            sweep.mark(stopped=True)
+            sweep.set_stopped(stopped=True)
         return None
     finally:
         if multirun:
-            from app.sweep.report.write import refresh
+            from app.sweep.report.write import update_tables
 
-            refresh(sweep.path)
+            update_tables(sweep.path)
 
 
-class JobFailed(Exception):  # noqa: N818
+class JobFailedError(Exception):
     """A job has ended as it should not, and its log says why."""
 
 
-def start(
+def run_locked(
     composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool = False
 ) -> float | None:
     """One job; a quiet one writes to `logs/` what it would show on the terminal.
@@ -96,10 +98,10 @@ def start(
         except UserError as error:  # what stands in the folder may be another's
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
-        return started(composed, folder, leader, quiet)
+        return run_job_in_folder(composed, folder, leader, quiet)
 
 
-def started(
+def run_job_in_folder(
     composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool
 ) -> float | None:
     """One job, in a folder that is its own.
@@ -109,19 +111,19 @@ def started(
     """
     try:
         remove_temp_files(folder)
-        job = prepared(composed, folder)
+        job = prepare(composed, folder)
     except UserError as error:
         log.error("%s", error)
-        raise JobFailed from error
+        raise JobFailedError from error
     try:
         return launch(job, folder, leader, composed.hydra, quiet)
     except UserError as error:
-        log.error("%s", unsaid(str(error)))
-        log.debug("it came from\n%s", unsaid("".join(traceback.format_exception(error))))
-        raise JobFailed from error
+        log.error("%s", redact_text(str(error)))
+        log.debug("it came from\n%s", redact_text("".join(traceback.format_exception(error))))
+        raise JobFailedError from error
     except RankFailedError as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
-        raise JobFailed from error
+        raise JobFailedError from error
     except TrainingInterrupted as stopped:
         log.warning("%s", stopped)
         if stopped.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
@@ -132,8 +134,8 @@ def started(
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
-        log.error(unsaid(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
-        raise JobFailed from error
+        log.error(redact_text(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
+        raise JobFailedError from error
 
 
 def launch(

@@ -42,25 +42,25 @@ def main() -> None:
     args = parser.parse_args()
     runs, world = is_a_run(args), None
     try:
-        args = with_saved_words(args)
+        args = with_saved_overrides(args)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
-        _leave(str(error), EXIT_USER_ERROR)
+        exit_with(str(error), EXIT_USER_ERROR)
     if world is None:
-        sys.exit(lead(args, None))
+        sys.exit(run_rank_zero(args, None))
     if world.rank > 0:
-        _end(obey(world) if runs else 0)
+        exit_now(run_follower(world) if runs else 0)
     leader, code = RankZero(world), EXIT_FAILURE
     try:
-        code = lead(args, leader)
+        code = run_rank_zero(args, leader)
     finally:
         if runs:
             leader.finish(code)
-    _end(code)
+    exit_now(code)
 
 
 @as_user_error("sweep.resume")
-def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
+def with_saved_overrides(args: argparse.Namespace) -> argparse.Namespace:
     """Where nothing but `sweep.resume` is typed, the sweep's own words are meant.
 
     Raises:
@@ -81,7 +81,7 @@ def with_saved_words(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def lead(args: argparse.Namespace, leader: RankZero | None) -> int:
+def run_rank_zero(args: argparse.Namespace, leader: RankZero | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
         if not is_a_run(args):
@@ -100,7 +100,7 @@ def lead(args: argparse.Namespace, leader: RankZero | None) -> int:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
 
 
-def obey(world: ClusterEnvironment) -> int:
+def run_follower(world: ClusterEnvironment) -> int:
     """What rank 0 tells; gives the exit code."""
     try:
         return follow_rank_zero(run_experiment, world)
@@ -111,12 +111,12 @@ def obey(world: ClusterEnvironment) -> int:
         return EXIT_FAILURE
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def exit_with(message: str, code: int) -> NoReturn:
     sys.stderr.write(f"{message}\n")
     sys.exit(code)
 
 
-def _end(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """At once: what a failed rank has left of its connections may hold it up for long."""
     logging.shutdown()
     sys.stdout.flush()

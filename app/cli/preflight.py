@@ -14,7 +14,7 @@ from app.config.compose import composer
 from app.config.schema import Job
 from app.distributed.launch.select import check_environment, choose_num_ranks
 from app.distributed.launch.torchrun import RankZero
-from app.experiment.job import folder_of, is_longer, jobs_of, value_of
+from app.experiment.job import has_longer_schedule, hydra_value, make_jobs, resolve_folder
 from app.runtime.errors import ConfigError, ConfigIssue, NonFiniteError, as_user_error
 from app.runtime.files import check_disk_space, check_writable, read_status
 from app.runtime.lock import check_unlocked
@@ -45,10 +45,10 @@ def preflight(args: argparse.Namespace, leader: RankZero | None = None) -> str:
     """
     with composer(args) as composing:
         check_is_sweep(composing)
-        jobs = jobs_of(composing)
+        jobs = make_jobs(composing)
         key = "hydra.sweep.dir" if composing.sweeps else "hydra.run.dir"
-        folders = [folder_of(composed, key) for composed, _ in jobs]
-        records = [value_of(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
+        folders = [resolve_folder(composed, key) for composed, _ in jobs]
+        records = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
         if composing.sweeps:
             check_sweep(composing, jobs[0][0], leader is None)
         if jobs[0][1].config.mode == "check":
@@ -71,7 +71,9 @@ def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> Non
     resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
     check_unlocked(folder)
     over = resumes and str(read_status(folder).get("status"))
-    if (over == COMPLETED and not is_longer(job)) or (over in OVER and not job.differences):
+    if (over == COMPLETED and not has_longer_schedule(job)) or (
+        over in OVER and not job.differences
+    ):
         _leave_it(folder, over)
     if status.exists() and not resumes and composed.resume != "auto":
         raise ConfigError(

@@ -49,16 +49,16 @@ def report(folders: Sequence[Path], to: Path | None = None) -> Path:
         UserError: There is no run.
     """
     from app.sweep.folder import SweepFolder
-    from app.sweep.report.table import collect, runs_of
-    from app.sweep.report.write import finish, leaderboard, write_pictures, write_tables
+    from app.sweep.report.table import collect, list_runs
+    from app.sweep.report.write import leaderboard, write_pictures, write_report, write_tables
 
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
         raise UserError(f"no folder: {', '.join(missing)}")
     if len(folders) == 1 and to is None and SweepFolder(folders[0]).exists:
-        finish(folders[0])
+        write_report(folders[0])
         return folders[0]
-    runs = [run for folder in folders for run in runs_of(folder)]
+    runs = [run for folder in folders for run in list_runs(folder)]
     if not runs:
         raise UserError(f"no run in {', '.join(map(str, folders))}: no status.json, no .sweep")
     where = to.expanduser().absolute() if to else _default(folders)

@@ -34,7 +34,7 @@ LIBRARIES = (
 )
 # Offered by those, but they run or write what their arguments name.
 DENIED = (
-    "app.data.torchvision_sets.fetch",  # downloads anything to anywhere
+    "app.data.torchvision_sets.download_dataset",  # downloads anything to anywhere
     "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
     "torchmetrics.multimodal.clip_score.",
     "torchvision.datasets.lsun.",  # unpickles a file of the working directory
@@ -81,16 +81,16 @@ def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
     if not is_allowed(name, trusted):
-        _refuse_strangers(name)
+        _refuse_unknown(name)
     target: Callable[..., Any] = _walk(name)
     if not callable(target):
         raise TargetError(f"{name!r} is not a class or function")
     if not is_trusted(name, trusted):
-        _refuse_borrowed(name, target)
+        _refuse_reexported(name, target)
     return target
 
 
-def _refuse_strangers(name: str) -> None:
+def _refuse_unknown(name: str) -> None:
     allowed = ", ".join(f"{prefix}*" for prefix in PARTS + LIBRARIES)
     module = name.rpartition(".")[0] or name
     raise TargetError(
@@ -99,7 +99,7 @@ def _refuse_strangers(name: str) -> None:
     )
 
 
-def _refuse_borrowed(name: str, target: Callable[..., Any]) -> None:
+def _refuse_reexported(name: str, target: Callable[..., Any]) -> None:
     """An allowed module may have imported something else: the home of the object counts."""
     home = f"{getattr(target, '__module__', None)}."
     if f"{home}{getattr(target, '__qualname__', '')}".startswith(DENIED):
@@ -151,7 +151,7 @@ def _module(module: str, name: str) -> types.ModuleType:
 TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
 
 
-def refuse_strangers(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:
+def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:
     """A saved configuration imports what the program offers, and what its user trusts by name.
 
     Args:

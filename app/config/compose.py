@@ -28,10 +28,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.allowlist import trusted_by_environment
-from app.config.hydra_guard import hydra_mistakes
-from app.config.limits import expansion_mistakes
-from app.config.overrides import Space, line_of, parse_overrides, space_of
-from app.config.resolve import typed_trust
+from app.config.hydra_guard import hydra_issues
+from app.config.limits import expansion_issues
+from app.config.overrides import SweepSpace, parse_overrides, parse_space, raw_override
+from app.config.resolve import cli_trusted
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest, one_of
 
 PACKAGE = Path(__file__).parents[1]
@@ -64,14 +64,14 @@ def composer(args: argparse.Namespace) -> Iterator[Composer]:
         args: What Hydra's own argument parser made of it.
     """
     try:
-        hydra = Hydra("app", CheckedLoader(_search_path(args)))
+        hydra = Hydra("app", SafeConfigLoader(_search_path(args)))
         GlobalHydra.instance().initialize(hydra)
         yield Composer(hydra, args.config_name or CONFIG_NAME, args.overrides, args.multirun)
     finally:
         GlobalHydra.instance().clear()
 
 
-class CheckedLoader(ConfigLoaderImpl):
+class SafeConfigLoader(ConfigLoaderImpl):
     """Composes nothing that would grow without end, or make Hydra act for a stranger."""
 
     def load_configuration(
@@ -87,7 +87,7 @@ class CheckedLoader(ConfigLoaderImpl):
         Raises:
             ConfigError: The configuration is refused.
         """
-        trusted = [*typed_trust(parse_overrides(overrides)), *trusted_by_environment()]
+        trusted = [*cli_trusted(parse_overrides(overrides)), *trusted_by_environment()]
         try:
             composed = super().load_configuration(
                 config_name, overrides, run_mode, from_shell, validate_sweep_overrides
@@ -98,8 +98,8 @@ class CheckedLoader(ConfigLoaderImpl):
             told = " ".join(f"{error}".split()) or type(error).__name__
             raise ConfigCompositionException(f"it cannot be composed: {told}") from error
         # Only what does not grow is looked at, as that resolves it.
-        mistakes = list(expansion_mistakes(composed))
-        mistakes = mistakes or list(hydra_mistakes(composed, overrides, trusted))
+        mistakes = list(expansion_issues(composed))
+        mistakes = mistakes or list(hydra_issues(composed, overrides, trusted))
         if mistakes:
             raise ConfigError(mistakes)
         return composed
@@ -131,10 +131,10 @@ class Composer:
         return self.multirun or self._unswept.hydra.mode == RunMode.MULTIRUN
 
     @cached_property
-    def space(self) -> Space:
+    def space(self) -> SweepSpace:
         """What is typed, and what of it is swept."""
         params = self._unswept.hydra.sweeper.get("params") if self.sweeps else None
-        return space_of(self.words, params or {}, self.hydra.config_loader)
+        return parse_space(self.words, params or {}, self.hydra.config_loader)
 
     @cached_property
     def base(self) -> DictConfig:
@@ -148,7 +148,7 @@ class Composer:
     @cached_property
     def _unswept(self) -> DictConfig:
         """Whatever can be composed of the typed words, to see what is swept, and how."""
-        composed, _ = self._composed(space_of(self.words, {}, self.hydra.config_loader).fixed)
+        composed, _ = self._composed(parse_space(self.words, {}, self.hydra.config_loader).fixed)
         return composed
 
     def compositions(self) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
@@ -160,7 +160,7 @@ class Composer:
         Raises:
             ConfigError: Nothing can be composed.
         """
-        for words in self.space.probes() if self.sweeps else [self.words]:
+        for words in self.space.coverage_jobs() if self.sweeps else [self.words]:
             composed, mistakes = self._composed(words)
             HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
             yield composed, mistakes
@@ -201,14 +201,14 @@ def _diagnose(
     groups = [o for o in overrides if not o.is_hydra_override() and _options(loader, o)]
     wrong = [(o, found) for o in groups if (found := _group_mistakes(loader, o))]
     refused = [o for o, _ in wrong]
-    sound = [line_of(o) for o in groups if o not in refused]
+    sound = [raw_override(o) for o in groups if o not in refused]
     try:
         config = compose(sound)
         keys = [*dotted_keys(config), *loader.list_groups("")]
         values = [o for o in overrides if o not in groups and not o.is_hydra_override()]
         wrong += [(o, found) for o in values if (found := [*_value_mistakes(config, o, keys)])]
         refused = [o for o, _ in wrong]
-        composed = compose([line_of(o) for o in overrides if o not in refused])
+        composed = compose([raw_override(o) for o in overrides if o not in refused])
     except HydraException as error:
         raise ConfigError(
             [*(m for _, found in wrong for m in found), _as_mistake(error)]

@@ -42,7 +42,7 @@ ITS_OWN = ("hydra", "trusted_targets")
 WAY_OUT = "if the code is yours, add trusted_targets=[{}] to the command line"
 
 
-def hydra_mistakes(
+def hydra_issues(
     config: DictConfig, words: Sequence[str], trusted: Sequence[str]
 ) -> Iterator[ConfigIssue]:
     """What Hydra is not to act on.

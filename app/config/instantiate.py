@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
-from app.config.types import MISSING, UNKNOWN, alternatives, describe, fits
+from app.config.types import MISSING, UNKNOWN, alternatives, describe, matches_type
 from app.runtime.errors import ConfigIssue, UserError, nearest, one_of
 
 
-class Build:
+class Instantiator:
     """Builds nodes, trusting what the user trusts.
 
     Args:
@@ -82,7 +82,7 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
         return {}
 
 
-def node_mistakes(
+def iter_node_issues(
     key: str, node: object, trusted: Sequence[str], given: int = 0, offers: Sequence[str] = ()
 ) -> Iterator[ConfigIssue]:
     """What is wrong with the targets at or below `key`, and with their arguments.
@@ -96,11 +96,11 @@ def node_mistakes(
     """
     if isinstance(node, list):
         for index, item in enumerate(node):
-            yield from node_mistakes(f"{key}.{index}", item, trusted)
+            yield from iter_node_issues(f"{key}.{index}", item, trusted)
     if not isinstance(node, dict):
         return
     for name, child in node.items():
-        yield from node_mistakes(f"{key}.{name}", child, trusted)
+        yield from iter_node_issues(f"{key}.{name}", child, trusted)
     if TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
@@ -111,10 +111,10 @@ def node_mistakes(
     except TargetError as error:
         yield ConfigIssue(f"{key}.{TARGET}", f"={error}")
         return
-    yield from _argument_mistakes(key, node, target, given, offers)
+    yield from _argument_issues(key, node, target, given, offers)
 
 
-def _argument_mistakes(
+def _argument_issues(
     key: str, node: dict[str, Any], target: Callable[..., Any], given: int, offers: Sequence[str]
 ) -> Iterator[ConfigIssue]:
     named = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
@@ -136,7 +136,7 @@ def _argument_mistakes(
                 f"{key}.{name}", f"={named[name]!r} is not yours to give: the run sets it"
             )
         elif name in named:
-            yield from _value_mistakes(f"{key}.{name}", named[name], target, parameter)
+            yield from _value_issues(f"{key}.{name}", named[name], target, parameter)
         elif parameter.default is parameter.empty and name not in offers and PARTIAL not in node:
             yield ConfigIssue(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
 
@@ -144,7 +144,7 @@ def _argument_mistakes(
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-def _value_mistakes(
+def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
     """A plain number, text or null where the signature clearly wants another kind."""
@@ -153,7 +153,11 @@ def _value_mistakes(
         return
     if value == MISSING:
         yield ConfigIssue(key, f" has no value; give one, as {key}=... on the command line")
-    elif isinstance(value, (str, int, float)) and _is_plain(expected) and not fits(value, expected):
+    elif (
+        isinstance(value, (str, int, float))
+        and _is_plain(expected)
+        and not matches_type(value, expected)
+    ):
         yield ConfigIssue(key, f"={value!r} does not fit; allowed: {_plainly(expected)}")
 
 

@@ -73,7 +73,7 @@ def _add(collection: list[Any], values: int, depth: int) -> None:
     collection[2] = max(collection[2], depth)
 
 
-def expansion_mistakes(config: DictConfig) -> Iterator[ConfigIssue]:
+def expansion_issues(config: DictConfig) -> Iterator[ConfigIssue]:
     """Interpolations that lead back to themselves, or to more than memory holds.
 
     Nothing is resolved for this but keys of other interpolations.

@@ -20,7 +20,7 @@ Values = dict[str, str]  # by swept key, as they would be typed
 
 
 @dataclass(frozen=True)
-class Space:
+class SweepSpace:
     """What is typed, and what of it is swept.
 
     Attributes:
@@ -37,26 +37,26 @@ class Space:
     @property
     def fixed(self) -> list[str]:
         """The words that all jobs share."""
-        return [line_of(o) for o in self.overrides if not o.is_sweep_override()]
+        return [raw_override(o) for o in self.overrides if not o.is_sweep_override()]
 
-    def words(self, values: Mapping[str, str]) -> list[str]:
+    def overrides_for(self, values: Mapping[str, str]) -> list[str]:
         """The words of one job, in the order typed."""
         return [
-            f"{key}={values[key]}" if (key := o.get_key_element()) in values else line_of(o)
+            f"{key}={values[key]}" if (key := o.get_key_element()) in values else raw_override(o)
             for o in self.overrides
         ]
 
-    def probes(self) -> list[list[str]]:
+    def coverage_jobs(self) -> list[list[str]]:
         """The words of jobs that together have each value once; the ends, where it is a range."""
         choices = {key: _probed(override) for key, override in self.swept.items()}
         first = {key: values[0] for key, values in choices.items()}
         others = [first | {key: v} for key, values in choices.items() for v in values[1:]]
-        return [self.words(values) for values in (first, *others)]
+        return [self.overrides_for(values) for values in (first, *others)]
 
 
-def space_of(
+def parse_space(
     words: Sequence[str], params: Mapping[str, object], loader: ConfigLoader | None = None
-) -> Space:
+) -> SweepSpace:
     """What those words and `hydra.sweeper.params` say; a word wins over a parameter.
 
     Args:
@@ -70,7 +70,7 @@ def space_of(
     given = [*(f"{key}={value}" for key, value in params.items()), *words]
     overrides = parse_overrides(given, loader)
     last = {override.get_key_element(): override for override in overrides}
-    return Space(tuple(last.values()))
+    return SweepSpace(tuple(last.values()))
 
 
 def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
@@ -91,17 +91,17 @@ def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) ->
     return parsed
 
 
-def grid(space: Space, together: Sequence[Sequence[str]]) -> list[Values]:
+def grid(space: SweepSpace, zip_groups: Sequence[Sequence[str]]) -> list[Values]:
     """The values of every job: all combinations, the last key varying fastest.
 
     Args:
         space: Whose swept keys have a list of values each.
-        together: Groups of keys that vary together, the first values with the first.
+        zip_groups: Groups of keys that vary together, the first values with the first.
     """
-    lists = {key: choices_of(override) for key, override in space.swept.items()}
+    lists = {key: choices(override) for key, override in space.swept.items()}
     axes: list[list[Values]] = []
     for key, values in lists.items():
-        group = next((keys for keys in _typed_so(space, together) if key in keys), [key])
+        group = next((keys for keys in _typed_so(space, zip_groups) if key in keys), [key])
         if key == group[0]:
             rows = zip(*(lists[one] for one in group), strict=True)
             axes.append([dict(zip(group, row, strict=True)) for row in rows])
@@ -113,12 +113,12 @@ def grid(space: Space, together: Sequence[Sequence[str]]) -> list[Values]:
     ]
 
 
-def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[ConfigIssue]:
+def grid_issues(space: SweepSpace, together: Sequence[Sequence[str]]) -> list[ConfigIssue]:
     """Why these are no lists of values, or cannot vary together."""
     mistakes = [
         ConfigIssue(
             key,
-            f"={line_of(override).partition('=')[2]} has no list of values; "
+            f"={raw_override(override).partition('=')[2]} has no list of values; "
             "it needs hydra/sweeper=optuna",
         )
         for key, override in space.swept.items()
@@ -140,21 +140,21 @@ def grid_mistakes(space: Space, together: Sequence[Sequence[str]]) -> list[Confi
     return mistakes
 
 
-def _typed_so(space: Space, together: Sequence[Sequence[str]]) -> list[list[str]]:
+def _typed_so(space: SweepSpace, together: Sequence[Sequence[str]]) -> list[list[str]]:
     """With the `+` that a key was typed with."""
     typed = {key.lstrip("+"): key for key in space.swept}
     return [[typed.get(key.lstrip("+"), key) for key in group] for group in together]
 
 
-def _uneven(space: Space, group: Sequence[str]) -> list[ConfigIssue]:
-    counts = {key: len(choices_of(space.swept[key])) for key in group}
+def _uneven(space: SweepSpace, group: Sequence[str]) -> list[ConfigIssue]:
+    counts = {key: len(choices(space.swept[key])) for key in group}
     if len({*counts.values()}) <= 1:
         return []
     told = ", ".join(f"{key} has {count} values" for key, count in counts.items())
     return [ConfigIssue("sweep.together", f": {told}; as many of each are needed")]
 
 
-def choices_of(override: Override) -> list[str]:
+def choices(override: Override) -> list[str]:
     """The values of a sweep, as they would be typed; its ends where it is an interval."""
     if override.is_discrete_sweep():
         return [str(value) for value in override.sweep_string_iterator()]
@@ -164,7 +164,7 @@ def choices_of(override: Override) -> list[str]:
 
 
 def _probed(override: Override) -> list[str]:
-    values = choices_of(override)
+    values = choices(override)
     return [values[0], values[-1]] if isinstance(override.value(), RangeSweep) else values
 
 
@@ -174,7 +174,7 @@ def quoted(text: str) -> str:
     return f"'{doubled}'"
 
 
-def line_of(override: Override) -> str:
+def raw_override(override: Override) -> str:
     """As it was typed."""
     assert override.input_line is not None
     return override.input_line

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from app.config.secrets import hidden, secrets_of
+from app.config.secrets import find_secrets, redact
 from app.config.types import MISSING, UNKNOWN
 from app.runtime.errors import ConfigIssue
 
@@ -30,7 +30,7 @@ NOW = (
 )
 
 
-def freeze(config: DictConfig) -> tuple[Plain, list[ConfigIssue]]:
+def resolve(config: DictConfig) -> tuple[Plain, list[ConfigIssue]]:
     """All interpolations resolved, all paths absolute; and every interpolation that is wrong.
 
     Secrets of the environment stay as they are written, see `app.config.secrets`.
@@ -44,8 +44,8 @@ def freeze(config: DictConfig) -> tuple[Plain, list[ConfigIssue]]:
         _absolute_sources(plain["data"].get("source"))
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
-    secrets = secrets_of({name: value for name, value in raw.items() if name != "hydra"})
-    return hidden(plain, secrets), mistakes
+    secrets = find_secrets({name: value for name, value in raw.items() if name != "hydra"})
+    return redact(plain, secrets), mistakes
 
 
 def _resolved(parent: Any, name: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
@@ -79,27 +79,27 @@ def _absolute_sources(node: Any) -> None:
             _absolute_sources(value)
 
 
-def typed_trust(overrides: Sequence[Override]) -> list[str]:
+def cli_trusted(overrides: Sequence[Override]) -> list[str]:
     """The modules named by `trusted_targets=[...]` on the command line itself."""
     values = [o.value() for o in overrides if o.key_or_group == "trusted_targets"]
     names = values[-1] if values else []
     return [str(name) for name in (names if isinstance(names, list) else [names])]
 
 
-def template_of(config: DictConfig) -> DictConfig:
+def unresolved(config: DictConfig) -> DictConfig:
     """The configuration with its interpolations, less what belongs to the command alone."""
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     return OmegaConf.create({k: v for k, v in raw.items() if k != "hydra" and k not in NOW})
 
 
-def _brief(value: object) -> str:
+def shorten(value: object) -> str:
     target = value.get("_target_") if isinstance(value, dict) else None
     text = str(target) if target else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def select(config: Any, key: str) -> Any:
+def get_by_path(config: Any, key: str) -> Any:
     """What is at a dotted key; None where there is nothing."""
     for name in key.split("."):
         config = config.get(name) if isinstance(config, dict) else None

@@ -10,9 +10,9 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.resolve import NOW, Plain, _brief, freeze, select, template_of
+from app.config.resolve import NOW, Plain, get_by_path, resolve, shorten, unresolved
 from app.config.schema import Config
-from app.config.secrets import SAID
+from app.config.secrets import PUBLIC_KEYS
 from app.config.types import hints, only_dataclass
 from app.config.validate import has_auto
 from app.runtime.errors import ConfigError, ConfigIssue
@@ -29,7 +29,7 @@ LENGTH = (
 )
 
 
-def over_saved(
+def apply_overrides_to_saved(
     saved: Plain,
     template: DictConfig,
     today: DictConfig,
@@ -59,16 +59,18 @@ def over_saved(
     for override in overrides:
         key = override.package or override.key_or_group
         if key in ALL_OVER and resumes:
-            typed = template_of(today)  # the same command gives the same
+            typed = unresolved(today)  # the same command gives the same
             break
         if key in ALL_OVER:
             problem = " sets keys all over and cannot be laid over a saved run; type the keys"
             mistakes.append(ConfigIssue(key, problem))
         elif key.partition(".")[0] not in NOW and not override.is_hydra_override():
-            _lay(typed, key, select(raw, key), override.is_delete())
-    if resumes and select(saved, "trainer.batch_size_finder"):  # what was typed was where to begin
+            _lay(typed, key, get_by_path(raw, key), override.is_delete())
+    if resumes and get_by_path(
+        saved, "trainer.batch_size_finder"
+    ):  # what was typed was where to begin
         OmegaConf.update(typed, "data.batch_size", saved["data"]["batch_size"])
-    (before, _), (after, _), (now, _) = freeze(template), freeze(typed), freeze(today)
+    (before, _), (after, _), (now, _) = resolve(template), resolve(typed), resolve(today)
     differences: list[str] = []
     merged = _merged(saved, before, after, "", differences)
     options = ("predict.", "export.", "find.")  # of this command, not of what was trained
@@ -82,7 +84,7 @@ def over_saved(
         raise ConfigError(mistakes)
     filled = _filled(merged, now, Config, "", differences)
     words = {override.key_or_group for override in overrides}
-    kept = [name for name in SAID if resumes and name in saved and name not in words]
+    kept = [name for name in PUBLIC_KEYS if resumes and name in saved and name not in words]
     filled |= {name: now[name] for name in NOW if name not in kept}
     return filled, typed, differences
 
@@ -91,20 +93,20 @@ def _is_other_optimizer(line: str) -> bool:
     return line.startswith("optimizer.") and "_target_: " in line
 
 
-def learns_otherwise(saved: Plain, now: Plain) -> bool:
+def optimizer_changed(saved: Plain, now: Plain) -> bool:
     """Whether a run that goes on learns by another rate or schedule from now on."""
     by_length = has_auto(now["scheduler"]["lr_scheduler"])
     keys = ("optimizer", "scheduler", *(LENGTH * by_length))
-    return any(select(saved, key) != select(now, key) for key in keys)
+    return any(get_by_path(saved, key) != get_by_path(now, key) for key in keys)
 
 
-def with_value(
+def replace_value(
     plain: Plain, template: DictConfig, key: str, value: object
 ) -> tuple[Plain, DictConfig]:
     """A configuration and its template with another value, and all that is made of it."""
     changed = copy.deepcopy(template)
     OmegaConf.update(changed, key, value)
-    (before, _), (after, _) = freeze(template), freeze(changed)
+    (before, _), (after, _) = resolve(template), resolve(changed)
     merged: Plain = _merged(plain, before, after, "", [])
     return merged, changed
 
@@ -115,7 +117,7 @@ def _filled(saved: Plain, now: Plain, cls: type, key: str, differences: list[str
     for name, expected in hints(cls).items():
         inner, part = f"{key}{name}", only_dataclass(expected)
         if name not in saved and name in now and name not in NOW:
-            differences.append(f"{inner}: not yet known when it was saved -> {_brief(now[name])}")
+            differences.append(f"{inner}: not yet known when it was saved -> {shorten(now[name])}")
             filled[name] = now[name]
         elif part and isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
             filled[name] = _filled(saved[name], now[name], part, f"{inner}.", differences)
@@ -140,13 +142,13 @@ def _merged(saved: Any, before: Any, after: Any, key: str, differences: list[str
     if not (isinstance(before, dict) and isinstance(after, dict) and isinstance(saved, dict)):
         if before == after or saved == after:
             return saved
-        differences.append(f"{key}: {_brief(saved)} -> {_brief(after)}")
+        differences.append(f"{key}: {shorten(saved)} -> {shorten(after)}")
         return after
     merged = dict(saved)
     for name in before.keys() | after.keys():
         inner = f"{key}.{name}" if key else name
         if name not in after:
-            differences.append(f"{inner}: {_brief(merged.pop(name, None))} -> removed")
+            differences.append(f"{inner}: {shorten(merged.pop(name, None))} -> removed")
         else:
             parts = (saved.get(name), before.get(name), after[name])
             merged[name] = _merged(*parts, inner, differences)
@@ -159,4 +161,4 @@ def difference(before: Any, now: Any, key: str) -> str | None:
         names = dict.fromkeys([*before, *now])
         inner = (difference(before.get(n), now.get(n), f"{key}.{n}") for n in names)
         return next(filter(None, inner), None)
-    return None if before == now else f"{key}: {_brief(before)} -> {_brief(now)}"
+    return None if before == now else f"{key}: {shorten(before)} -> {shorten(now)}"

@@ -32,7 +32,7 @@ SUPERVISED = (
 USES_CKPT = ("test", "valid", "predict", "export")  # modes that use what was trained
 
 
-def rule_mistakes(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[ConfigIssue]:
+def rule_issues(plain: dict[str, Any], broken: tuple[str, ...]) -> Iterator[ConfigIssue]:
     """What no single key can tell; a rule is left out where a key that it reads is broken."""
     data = ("data.source", "data.split", "trainer.overfit_batches")
     rules = {

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from app.config.schema import Config
-from app.config.types import structured
+from app.config.types import to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue
 
 ENVIRONMENT = "oc.env:"
@@ -22,7 +22,7 @@ ANYWHERE = ("token", "secret", "passw", "passphrase", "credential", "apikey", "a
 WORDS = ("auth", "oauth", "authorization", "pwd", "pat", "dsn")
 KEYS = ("key", "keys")  # as the last word: OPENAI_KEY, but not KEYBOARD or KEY_SIZE
 FOLDERS = ("PWD", "OLDPWD")  # of every shell
-SAID = ("name", "tags", "notes")  # to people alone
+PUBLIC_KEYS = ("name", "tags", "notes")  # to people alone
 LONG = 8  # characters; a shorter value is hidden only where it is all there is
 
 
@@ -39,7 +39,7 @@ def looks_secret(name: str) -> bool:
     )
 
 
-def secrets_of(raw: Any) -> dict[str, str]:
+def find_secrets(raw: Any) -> dict[str, str]:
     """By name the secret variables that a configuration may read.
 
     Args:
@@ -65,16 +65,16 @@ def _reading(node: Any, key: str) -> Iterator[tuple[str, str]]:
         yield key, node
 
 
-def hidden(node: Any, secrets: Mapping[str, str]) -> Any:
+def redact(node: Any, secrets: Mapping[str, str]) -> Any:
     """The same with `${oc.env:NAME}` for every secret value; names of targets stay."""
     if isinstance(node, dict):
-        return {k: v if k == "_target_" else hidden(v, secrets) for k, v in node.items()}
+        return {k: v if k == "_target_" else redact(v, secrets) for k, v in node.items()}
     if isinstance(node, list):
-        return [hidden(value, secrets) for value in node]
-    return hidden_in(node, secrets) if isinstance(node, str) else node
+        return [redact(value, secrets) for value in node]
+    return redact_values(node, secrets) if isinstance(node, str) else node
 
 
-def hidden_in(text: str, secrets: Mapping[str, str]) -> str:
+def redact_values(text: str, secrets: Mapping[str, str]) -> str:
     """Likewise of one text."""
     for name, value in sorted(secrets.items(), key=lambda item: -len(item[1])):
         if text == value or len(value) >= LONG:
@@ -82,22 +82,24 @@ def hidden_in(text: str, secrets: Mapping[str, str]) -> str:
     return text
 
 
-def unsaid(text: str) -> str:
+def redact_text(text: str) -> str:
     """A message or a trace without the values of any variable whose name looks secret."""
     secrets = {name: value for name, value in os.environ.items() if looks_secret(name)}
-    return hidden_in(text, {name: value for name, value in secrets.items() if len(value) >= LONG})
+    return redact_values(
+        text, {name: value for name, value in secrets.items() if len(value) >= LONG}
+    )
 
 
-def told(plain: dict[str, Any]) -> Config:
+def reveal_config(plain: dict[str, Any]) -> Config:
     """What a run is given, typed: the values of secrets, but for what is said to people.
 
     Raises:
         ConfigError: Variables are not set.
     """
-    return structured(shown(plain) | {key: plain[key] for key in SAID}, Config)
+    return to_dataclass(reveal(plain) | {key: plain[key] for key in PUBLIC_KEYS}, Config)
 
 
-def unasked(plain: Any, today: Any, key: str = "") -> Iterator[ConfigIssue]:
+def unexpected_env_reads(plain: Any, today: Any, key: str = "") -> Iterator[ConfigIssue]:
     """Variables that a saved configuration would read, and today's does not read there.
 
     A stranger's run could send them anywhere.
@@ -111,11 +113,11 @@ def unasked(plain: Any, today: Any, key: str = "") -> Iterator[ConfigIssue]:
     if isinstance(plain, dict):
         for name, part in plain.items():
             other = today.get(name) if isinstance(today, dict) else None
-            yield from unasked(part, other, f"{inner}{name}")
+            yield from unexpected_env_reads(part, other, f"{inner}{name}")
     elif isinstance(plain, list):
         for place, part in enumerate(plain):
             same = isinstance(today, list) and place < len(today)
-            yield from unasked(part, today[place] if same else None, f"{inner}{place}")
+            yield from unexpected_env_reads(part, today[place] if same else None, f"{inner}{place}")
     elif isinstance(plain, str) and KEPT.search(plain) and plain != today:
         problem = (
             f"={plain!r}: the saved run reads this variable; if it may, type ++{key}='{plain}'"
@@ -123,25 +125,25 @@ def unasked(plain: Any, today: Any, key: str = "") -> Iterator[ConfigIssue]:
         yield ConfigIssue(key, problem)
 
 
-def shown(plain: dict[str, Any]) -> dict[str, Any]:
+def reveal(plain: dict[str, Any]) -> dict[str, Any]:
     """What a run is given: the values instead of their names.
 
     Raises:
         ConfigError: Variables are not set.
     """
     mistakes: list[ConfigIssue] = []
-    found: dict[str, Any] = _shown(plain, "", mistakes)
+    found: dict[str, Any] = _reveal(plain, "", mistakes)
     if mistakes:
         raise ConfigError(mistakes)
     return found
 
 
-def _shown(node: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
+def _reveal(node: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
     prefix = f"{key}." if key else ""
     if isinstance(node, dict):
-        return {name: _shown(child, f"{prefix}{name}", mistakes) for name, child in node.items()}
+        return {name: _reveal(child, f"{prefix}{name}", mistakes) for name, child in node.items()}
     if isinstance(node, list):
-        return [_shown(child, f"{prefix}{index}", mistakes) for index, child in enumerate(node)]
+        return [_reveal(child, f"{prefix}{index}", mistakes) for index, child in enumerate(node)]
     if not isinstance(node, str):
         return node
     for name in KEPT.findall(node):

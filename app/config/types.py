@@ -55,7 +55,7 @@ def hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def mistakes_of(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]:
+def iter_issues(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]:
     """Every place at or below `key` whose value does not fit the type."""
     if value == UNKNOWN:
         return
@@ -64,16 +64,16 @@ def mistakes_of(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]
             key, f" has no value; give one, as {key or 'key'}=... on the command line"
         )
     elif is_dataclass(expected) and isinstance(expected, type) and isinstance(value, dict):
-        yield from _dataclass_mistakes(key, value, expected)
+        yield from _dataclass_issues(key, value, expected)
     elif isinstance(value, dict) and (entry := _entry_type(expected, dict)) is not None:
         for name, item in value.items():
-            yield from mistakes_of(f"{key}.{name}", item, entry)
+            yield from iter_issues(f"{key}.{name}", item, entry)
     elif isinstance(value, list) and (entry := _entry_type(expected, list)) is not None:
         for index, item in enumerate(value):
-            yield from mistakes_of(f"{key}.{index}", item, entry)
+            yield from iter_issues(f"{key}.{index}", item, entry)
     elif (only := only_dataclass(expected)) is not None and isinstance(value, dict):
-        yield from _dataclass_mistakes(key, value, only)
-    elif not fits(value, expected):
+        yield from _dataclass_issues(key, value, only)
+    elif not matches_type(value, expected):
         close = nearest(str(value), _words(expected))
         yield ConfigIssue(key, f"={value!r} does not fit; allowed: {describe(expected)}{close}")
     elif isinstance(value, int) and value.bit_length() > BITS:
@@ -81,7 +81,7 @@ def mistakes_of(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]
         yield ConfigIssue(key, problem)
 
 
-def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[ConfigIssue]:
+def _dataclass_issues(key: str, value: dict[str, Any], cls: type) -> Iterator[ConfigIssue]:
     expected = hints(cls)
     prefix = f"{key}." if key else ""
     for name in value.keys() - expected.keys():
@@ -92,7 +92,7 @@ def _dataclass_mistakes(key: str, value: dict[str, Any], cls: type) -> Iterator[
         )
     for name, type_ in expected.items():
         if name in value:
-            yield from mistakes_of(f"{prefix}{name}", value[name], type_)
+            yield from iter_issues(f"{prefix}{name}", value[name], type_)
         elif name in _wanted(cls):
             yield ConfigIssue(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
 
@@ -130,7 +130,7 @@ def _words(expected: Any) -> list[str]:
     return [str(word) for literal in literals for word in get_args(literal)]
 
 
-def fits(value: object, expected: Any) -> bool:
+def matches_type(value: object, expected: Any) -> bool:
     """Whether a plain value (number, text, list, dict, None) is of the type."""
     if expected is Any:
         return True
@@ -138,15 +138,15 @@ def fits(value: object, expected: Any) -> bool:
         return value is None
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, types.UnionType):
-        return any(fits(value, alternative) for alternative in arguments)
+        return any(matches_type(value, alternative) for alternative in arguments)
     if origin is Literal:
         return any(value == word and type(value) is type(word) for word in arguments)
     if origin is Annotated:
-        return fits(value, arguments[0]) and all(
+        return matches_type(value, arguments[0]) and all(
             bound.holds(value) for bound in arguments[1:] if isinstance(bound, Range)
         )
     if origin is list:
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+        return isinstance(value, list) and all(matches_type(item, arguments[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict)
     if expected is float:
@@ -182,7 +182,7 @@ def describe(expected: Any) -> str:
     return names.get(expected, str(expected))
 
 
-def structured(value: Any, expected: type[T]) -> T:
+def to_dataclass(value: Any, expected: type[T]) -> T:
     """The dataclass that a checked dict describes."""
     types_ = hints(cast("type", expected))
     given = {name: _value(part, types_[name]) for name, part in value.items()}
@@ -192,7 +192,7 @@ def structured(value: Any, expected: type[T]) -> T:
 def _value(value: Any, expected: Any) -> Any:
     cls = only_dataclass(expected)
     if cls is not None and isinstance(value, dict):
-        return structured(value, cls)
+        return to_dataclass(value, cls)
     entry = _entry_type(expected, dict)
     if only_dataclass(entry) is not None and isinstance(value, dict):
         return {name: _value(part, entry) for name, part in value.items()}

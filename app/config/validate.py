@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from app.config.instantiate import Build, node_mistakes
-from app.config.rules import STAGES, rule_mistakes
+from app.config.instantiate import Instantiator, iter_node_issues
+from app.config.rules import STAGES, rule_issues
 from app.config.schema import Config
-from app.config.types import UNKNOWN, mistakes_of, structured
+from app.config.types import UNKNOWN, iter_issues, to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 OFFERS = {  # what the program gives to a part that has a parameter of that name
@@ -19,7 +19,7 @@ OFFERS = {  # what the program gives to a part that has a parameter of that name
 AUTO = "auto"  # in a scheduler's arguments: as many steps or epochs as the run has
 
 
-def checked(
+def validate(
     plain: dict[str, Any], trusted: Sequence[str], found: Sequence[ConfigIssue] = ()
 ) -> Config:
     """The configuration, typed.
@@ -32,14 +32,14 @@ def checked(
     Raises:
         ConfigError: Everything that is wrong with it.
     """
-    mistakes = [*found, *mistakes_of("", plain, Config)]
-    mistakes += rule_mistakes(plain, tuple(mistake.key for mistake in mistakes))
+    mistakes = [*found, *iter_issues("", plain, Config)]
+    mistakes += rule_issues(plain, tuple(mistake.key for mistake in mistakes))
     mistakes += _target_mistakes(plain, trusted)
     wrong = {mistake.key for mistake in mistakes}
     mistakes += _trial_mistakes(plain, trusted, wrong)
     if mistakes:
         raise ConfigError(mistakes)
-    return structured(plain, Config)
+    return to_dataclass(plain, Config)
 
 
 def fill_auto(node: Any, number: int) -> Any:
@@ -97,7 +97,7 @@ def _target_mistakes(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[
         if "_target_" not in node:
             yield ConfigIssue(f"{key}._target_", " is missing: the class or function to use")
         offers = OFFERS.get(key.partition(".")[0], ())
-        yield from node_mistakes(key, node, trusted, given, offers)
+        yield from iter_node_issues(key, node, trusted, given, offers)
 
 
 def _trial_mistakes(
@@ -110,31 +110,33 @@ def _trial_mistakes(
         for key, node in parts.items()
         if not any(bad.startswith(key) for bad in wrong) and UNKNOWN not in node.values()
     }
-    build = Build(trusted)
+    build = Instantiator(trusted)
     for key in sound:
         if key.startswith(("metric.", "loss.", "data.augment.")):
             strict = {"validate_args": True} if "validate_args" in sound[key] else {}
-            _, refusals = _tried(build, key, sound[key] | strict)
+            _, refusals = _import_error(build, key, sound[key] | strict)
             yield from refusals
     if "average" in sound:
         import torch
 
-        _, refusals = _tried(build, "average", sound["average"], torch.nn.Linear(1, 1))
+        _, refusals = _import_error(build, "average", sound["average"], torch.nn.Linear(1, 1))
         yield from refusals
     for key in sound:
         if key == "optimizer" or key.startswith("optimizer."):
             import torch
 
             parameters = [torch.nn.Parameter(torch.zeros(1))]
-            optimizer, refusals = _tried(build, key, sound[key], parameters)
+            optimizer, refusals = _import_error(build, key, sound[key], parameters)
             yield from refusals
             scheduler = "scheduler.lr_scheduler"
             if scheduler in sound and not refusals:
-                _, refusals = _tried(build, scheduler, sound[scheduler], optimizer)
+                _, refusals = _import_error(build, scheduler, sound[scheduler], optimizer)
                 yield from refusals
 
 
-def _tried(build: Build, key: str, node: Any, *given: Any) -> tuple[Any, list[ConfigIssue]]:
+def _import_error(
+    build: Instantiator, key: str, node: Any, *given: Any
+) -> tuple[Any, list[ConfigIssue]]:
     try:
         return build(key, node, *given), []
     except UserError as error:

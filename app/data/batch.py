@@ -15,7 +15,7 @@ Batch = Nested
 Transform = Callable[[Tensor], Tensor]
 
 
-class Batches(Protocol):
+class BatchLoader(Protocol):
     """What the loop asks of data.
 
     With several ranks each gets its share of every batch; all else is of whole batches.
@@ -39,7 +39,7 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Ready:
+class BatchPreparer:
     """Brings a batch to the device and transforms its inputs there.
 
     Attributes:

@@ -6,14 +6,15 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from app.data.archives import check_npz
-from app.data.split import Samples, size
+from app.data.split import size
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write
 
@@ -33,7 +34,7 @@ DAMAGES = (
 )
 
 
-def cached(dataset: Samples, file: str | None = None, num_workers: int = 0) -> TensorDataset:
+def cached(dataset: Dataset[Any], file: str | None = None, num_workers: int = 0) -> TensorDataset:
     """Every sample of a dataset, read once: what is random in reading it is drawn once for all.
 
     Args:
@@ -57,7 +58,7 @@ def cached(dataset: Samples, file: str | None = None, num_workers: int = 0) -> T
     return TensorDataset(*tensors)
 
 
-def _read(dataset: Samples, num_workers: int) -> tuple[Tensor, ...]:
+def _read(dataset: Dataset[Any], num_workers: int) -> tuple[Tensor, ...]:
     total = size(dataset)
     if total == 0:
         raise UserError("there are no samples to read")

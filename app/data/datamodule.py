@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from typing import Any
 
-from app.config.instantiate import Build
+import torch
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from app.config.instantiate import Instantiator
 from app.config.schema import Config, DataConfig, TrainerConfig
-from app.data.batch import Batches, Ready
+from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
-from app.data.loaders import Reading, SampleLoader, StreamLoader, TensorLoader
-from app.data.sampling import Order
-from app.data.split import Samples, check_datasets, labels_of, size, split, subset
+from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
+from app.data.sampling import EpochSampler
+from app.data.split import check_datasets, labels_of, size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
 from app.runtime.errors import UserError, as_user_error
 
@@ -19,7 +21,7 @@ STAGES = ("train", "valid", "test")
 Limit = int | float | None
 
 
-def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
+def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]]:
     """A dataset for each stage that the mode runs, and for training where others are cut from it.
 
     Raises:
@@ -46,7 +48,7 @@ def make_datasets(config: Config, build: Build) -> dict[str, Samples]:
     return datasets
 
 
-def _predicted(config: Config, datasets: dict[str, Samples]) -> Samples:
+def _predicted(config: Config, datasets: dict[str, Dataset[Any]]) -> Dataset[Any]:
     if config.predict.images is None:
         return datasets[config.predict.stage]
     with as_user_error("predict.images"):
@@ -67,11 +69,11 @@ def _sources_wanted(config: Config) -> tuple[str, ...]:
 
 def make_loaders(
     config: Config,
-    build: Build,
-    datasets: dict[str, Samples],
+    build: Instantiator,
+    datasets: dict[str, Dataset[Any]],
     device: torch.device,
     format_: torch.memory_format,
-) -> dict[str, Batches]:
+) -> dict[str, BatchLoader]:
     """The batches of each stage."""
     if not stages_run(config):
         return {}
@@ -94,7 +96,7 @@ def stages_run(config: Config) -> tuple[str, ...]:
 
 def _transform(
     data: DataConfig,
-    datasets: dict[str, Samples],
+    datasets: dict[str, Dataset[Any]],
     device: torch.device,
     format_: torch.memory_format,
 ) -> BatchTransform:
@@ -116,19 +118,19 @@ def _per_channel(values: object, image: bool, device: torch.device) -> torch.Ten
 
 def _loader(
     config: Config,
-    build: Build,
+    build: Instantiator,
     stage: str,
-    dataset: Samples,
+    dataset: Dataset[Any],
     transform: BatchTransform,
     device: torch.device,
-) -> Batches:
+) -> BatchLoader:
     data, learns = config.data, stage == "train" and not config.trainer.overfit_batches
     if learns:
         augment = list(build.named("data.augment", data.augment).values())
         transform = BatchTransform(**{**vars(transform), "augment": augment})
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
-    ready = Ready(device, transform, data.inputs)
-    limit, reading = _limit(config.trainer, stage), Reading(**vars(data.loader))
+    ready = BatchPreparer(device, transform, data.inputs)
+    limit, reading = _limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
     if isinstance(dataset, IterableDataset):
         if isinstance(limit, float):
             raise UserError(
@@ -138,10 +140,10 @@ def _loader(
         if learns and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")
         whole = learns and data.drop_last
-        return StreamLoader(dataset, batch_size, ready, limit, config.seed, reading, whole)
+        return IterableLoader(dataset, batch_size, ready, limit, config.seed, reading, whole)
     seed = config.seed if learns else None
     weights = _weights(build, data, dataset) if learns and data.sampling else None
-    order = Order.limited(size(dataset), batch_size, limit, seed, weights)
+    order = EpochSampler.limited(size(dataset), batch_size, limit, seed, weights)
     if learns and data.drop_last:
         order = order.of_whole_batches(batch_size)
     if isinstance(dataset, TensorDataset):
@@ -152,7 +154,7 @@ def _loader(
     return loader
 
 
-def _weights(build: Build, data: DataConfig, dataset: Samples) -> torch.Tensor:
+def _weights(build: Instantiator, data: DataConfig, dataset: Dataset[Any]) -> torch.Tensor:
     """How likely each sample of the training data is.
 
     Raises:

@@ -22,9 +22,9 @@ from torch.utils.data import (
     default_collate,
 )
 
-from app.data.batch import Batch, Batches, Ready, Transform
-from app.data.sampling import Order
-from app.data.split import Samples, size
+from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
+from app.data.sampling import EpochSampler
+from app.data.split import size
 from app.distributed.collectives import is_distributed, local_slice
 from app.runtime.errors import UserError
 from app.runtime.nested import count_samples, map_tensors, slice_batch
@@ -45,9 +45,9 @@ class TensorLoader:
     def __init__(
         self,
         dataset: TensorDataset,
-        order: Order,
+        order: EpochSampler,
         batch_size: int,
-        ready: Ready,
+        ready: BatchPreparer,
         on_device: bool,
     ) -> None:
         self.tensors = [t.to(ready.device) if on_device else t for t in dataset.tensors]
@@ -80,13 +80,13 @@ class TensorLoader:
 
 
 def load(
-    data: Samples | DataLoader[Any],
+    data: Dataset[Any] | DataLoader[Any],
     batch_size: int = 1,
     shuffle: bool = False,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     transform: Transform | None = None,
     seed: int = 0,
-) -> Batches:
+) -> BatchLoader:
     """Batches for a `Trainer` that is built from Python.
 
     Args:
@@ -97,22 +97,22 @@ def load(
         transform: Applied to the inputs of a batch, on the device.
         seed: Of the order, and of random draws in samples.
     """
-    ready = Ready(device, transform)
+    ready = BatchPreparer(device, transform)
     if isinstance(data, DataLoader):
-        return GivenLoader(data, ready)
+        return ExternalLoader(data, ready)
     if isinstance(data, IterableDataset):
-        return StreamLoader(data, batch_size, ready, None, seed, Reading())
-    order = Order.limited(size(data), batch_size, None, seed if shuffle else None)
+        return IterableLoader(data, batch_size, ready, None, seed, DataLoaderOptions())
+    order = EpochSampler.limited(size(data), batch_size, None, seed if shuffle else None)
     if isinstance(data, TensorDataset):
         return TensorLoader(data, order, batch_size, ready, on_device=True)
-    return SampleLoader(data, order, batch_size, ready, seed, Reading())
+    return SampleLoader(data, order, batch_size, ready, seed, DataLoaderOptions())
 
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Reading:
+class DataLoaderOptions:
     """How samples are read, as arguments of torch's `DataLoader`.
 
     Attributes:
@@ -153,14 +153,14 @@ class SampleLoader:
 
     def __init__(
         self,
-        dataset: Samples,
-        order: Order,
+        dataset: Dataset[Any],
+        order: EpochSampler,
         batch_size: int,
-        ready: Ready,
+        ready: BatchPreparer,
         seed: int,
-        reading: Reading,
+        reading: DataLoaderOptions,
     ) -> None:
-        self.sampler, self.ready = _EpochSampler(order, batch_size), ready
+        self.sampler, self.ready = _BatchSampler(order, batch_size), ready
         self.num_samples = order.count
         self.loader = DataLoader(
             _SeededSamples(dataset, seed),
@@ -186,7 +186,7 @@ class SampleLoader:
         return self.ready(default_collate([dataset[key] for key in keys]))
 
 
-class StreamLoader:
+class IterableLoader:
     """Batches of an iterable dataset, in the order in which it gives its samples.
 
     Every rank reads all of it, and keeps its share of each batch.
@@ -207,10 +207,10 @@ class StreamLoader:
         self,
         dataset: IterableDataset[Any],
         batch_size: int,
-        ready: Ready,
+        ready: BatchPreparer,
         limit: int | None,
         seed: int,
-        reading: Reading,
+        reading: DataLoaderOptions,
         drop_last: bool = False,
     ) -> None:
         if reading.persistent_workers and hasattr(dataset, "set_epoch"):
@@ -257,7 +257,7 @@ class StreamLoader:
             self.dataset.set_epoch(epoch)
 
 
-class GivenLoader:
+class ExternalLoader:
     """Batches of a `DataLoader` that somebody else has made.
 
     Args:
@@ -265,7 +265,7 @@ class GivenLoader:
         ready: What is done to a batch.
     """
 
-    def __init__(self, loader: DataLoader[Any], ready: Ready) -> None:
+    def __init__(self, loader: DataLoader[Any], ready: BatchPreparer) -> None:
         self.loader, self.ready = loader, ready
         try:
             self.num_batches: int | None = len(loader)
@@ -314,10 +314,10 @@ def own_share(batch: Batch) -> Batch:
     return None if mine.start == mine.stop else slice_batch(batch, mine, count)
 
 
-class _EpochSampler(Sampler[list[tuple[int, int]]]):
+class _BatchSampler(Sampler[list[tuple[int, int]]]):
     """Gives this rank's (epoch, index) of each batch: the workers learn the epoch from them."""
 
-    def __init__(self, order: Order, batch_size: int) -> None:
+    def __init__(self, order: EpochSampler, batch_size: int) -> None:
         self.order, self.batch_size, self.epoch = order, batch_size, 0
 
     def __len__(self) -> int:
@@ -335,7 +335,7 @@ def _collate(samples: list[Any]) -> Batch:
 class _SeededSamples(Dataset[Any]):
     """Random draws in a sample are the same whichever process reads it."""
 
-    def __init__(self, dataset: Samples, seed: int) -> None:
+    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
         self.dataset, self.seed = dataset, seed
 
     def __len__(self) -> int:

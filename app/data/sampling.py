@@ -15,7 +15,7 @@ from app.runtime.errors import UserError
 from app.runtime.seed import derive_seed
 
 
-class Balanced:
+class BalancedClasses:
     """Each class as likely as any other that has samples."""
 
     def __call__(self, labels: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def _check_weights(name: str, weights: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochSampler:
     """Which samples come when.
 
     Attributes:
@@ -190,14 +190,14 @@ class Order:
         limit: int | float | None,
         shuffle_seed: int | None,
         weights: Tensor | None = None,
-    ) -> Order:
+    ) -> EpochSampler:
         """The order of as many batches as `limit` says: a number, a share, or None for all."""
         batches = -(-total // batch_size)
         wanted = max(1, int(limit * batches)) if isinstance(limit, float) else limit
         count = total if wanted is None else min(total, wanted * batch_size)
         return cls(total, count, shuffle_seed, weights)
 
-    def of_whole_batches(self, batch_size: int) -> Order:
+    def of_whole_batches(self, batch_size: int) -> EpochSampler:
         """The same without a short last batch.
 
         Raises:

@@ -15,15 +15,14 @@ from app.runtime.nested import Key
 from app.runtime.seed import derive_seed
 
 log = logging.getLogger(__name__)
-Samples = Dataset[Any]
 
 
 def split(
-    datasets: dict[str, Samples],
+    datasets: dict[str, Dataset[Any]],
     valid: int | float | None,
     test: int | float | None,
     seed: int,
-) -> dict[str, Samples]:
+) -> dict[str, Dataset[Any]]:
     """Cuts validation and test data from the training data.
 
     Args:
@@ -64,19 +63,21 @@ def _count(part: int | float | None, total: int) -> int:
     return part if isinstance(part, int) else max(1, round(part * total))
 
 
-def size(dataset: Samples) -> int:
+def size(dataset: Dataset[Any]) -> int:
     """Its number of samples."""
     return len(dataset)  # type: ignore[arg-type]
 
 
-def subset(dataset: Samples, indices: Tensor) -> Samples:
+def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     """Those samples; tensors stay tensors, so that they can still be indexed by batch."""
     if isinstance(dataset, TensorDataset):
         return TensorDataset(*(tensor[indices] for tensor in dataset.tensors))
     return Subset(dataset, indices.tolist())
 
 
-def check_datasets(datasets: dict[str, Samples], num_classes: int | None, targets: Key) -> None:
+def check_datasets(
+    datasets: dict[str, Dataset[Any]], num_classes: int | None, targets: Key
+) -> None:
     """Refuses empty data and labels outside the classes; warns of classes without a sample.
 
     Args:
@@ -107,7 +108,7 @@ def _listed(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
 
 
-def labels_of(dataset: Samples, targets: Key) -> Tensor | None:
+def labels_of(dataset: Dataset[Any], targets: Key) -> Tensor | None:
     """The labels of all samples, where they can be had without reading the samples."""
     if isinstance(dataset, Subset):
         labels = labels_of(dataset.dataset, targets)

@@ -23,7 +23,7 @@ ARCHIVES = ("CIFAR10", "CIFAR100")
 BATCH = 500_000_000  # bytes that a file in an archive may have; the largest has 155 million
 
 
-def vision(name: str, train: bool, root: str) -> TensorDataset:
+def torchvision_dataset(name: str, train: bool, root: str) -> TensorDataset:
     """A data set by torchvision's name.
 
     Args:
@@ -40,7 +40,7 @@ def vision(name: str, train: bool, root: str) -> TensorDataset:
     if name in IDX_SETS:
         source = getattr(datasets, name)
         folder = Path(root) / name / "raw"
-        fetch(folder, source.mirrors, source.resources)
+        download_dataset(folder, source.mirrors, source.resources)
         prefix = "train" if train else "t10k"
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1)
         return TensorDataset(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").long())
@@ -52,7 +52,7 @@ def vision(name: str, train: bool, root: str) -> TensorDataset:
         _require_scipy()
         split = "train" if train else "test"
         url, file, md5 = datasets.SVHN.split_list[split]
-        fetch(Path(root), [url.removesuffix(file)], [(file, md5)])
+        download_dataset(Path(root), [url.removesuffix(file)], [(file, md5)])
         found = datasets.SVHN(root, split)
         return TensorDataset(torch.from_numpy(found.data), torch.from_numpy(found.labels).long())
     raise UserError(
@@ -60,7 +60,9 @@ def vision(name: str, train: bool, root: str) -> TensorDataset:
     )
 
 
-def fetch(folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]) -> None:
+def download_dataset(
+    folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]
+) -> None:
     """Downloads what is missing of (file name, MD5), and checks all of it.
 
     Of several processes one downloads, and the others wait for it.

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from app.data.split import Samples
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, pick
 
@@ -72,7 +72,7 @@ class BatchTransform:
         )
 
 
-def channel_statistics(dataset: Samples, inputs: Key = 0) -> tuple[list[float], list[float]]:
+def channel_statistics(dataset: Dataset[Any], inputs: Key = 0) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel (images) or column (tables), bytes as [0, 1].
 
     Args:

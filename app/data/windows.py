@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.data.split import Samples
 from app.data.split import size as count_of
 from app.runtime.errors import UserError
 
@@ -90,7 +89,7 @@ class Windows(Dataset[tuple[Tensor, Any]]):
         UserError: The dataset is empty; on reading, a sample has another shape than the first.
     """
 
-    def __init__(self, dataset: Samples, size: Sequence[int], stride: Sequence[int]) -> None:
+    def __init__(self, dataset: Dataset[Any], size: Sequence[int], stride: Sequence[int]) -> None:
         if count_of(dataset) == 0:
             raise UserError("there are no samples to cut windows from")
         x: Tensor = dataset[0][0]

@@ -225,7 +225,7 @@ class FSDPStrategy(SingleDevice):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.divisor = world_size()
+        self.grad_divisor = world_size()
         for module in reversed(list(model.modules())):  # the innermost first
             if isinstance(module, (nn.Sequential, nn.ModuleList)):
                 for unit in module:
@@ -239,7 +239,7 @@ class FSDPStrategy(SingleDevice):
         _all_reduce_grads(used)
         for parameter in used:  # they have not been divided
             assert parameter.grad is not None
-            parameter.grad /= self.divisor
+            parameter.grad /= self.grad_divisor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

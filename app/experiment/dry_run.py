@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from app.config.schema import DataConfig
-from app.data.batch import Batches
+from app.data.batch import BatchLoader
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
 from app.training.supervised import SupervisedTask
-from app.training.task import Task, sound
+from app.training.task import Task, check_step_output
 from app.training.trainer import PREDICT
 
 
-def try_on(task: Task, stage: str, loader: Batches, data: DataConfig) -> None:
+def dry_run(task: Task, stage: str, loader: BatchLoader, data: DataConfig) -> None:
     """Puts two samples through the step: the model, the loss and the metrics.
 
     Raises:
@@ -31,7 +31,7 @@ def try_on(task: Task, stage: str, loader: Batches, data: DataConfig) -> None:
         return
     task.model.eval()
     try:
-        looked_over = nullcontext() if stage == PREDICT else task.metrics[stage].strict()
+        looked_over = nullcontext() if stage == PREDICT else task.metrics[stage].validating()
         with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), looked_over:
             # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
             warnings.filterwarnings("error", "Using a target size")
@@ -40,7 +40,7 @@ def try_on(task: Task, stage: str, loader: Batches, data: DataConfig) -> None:
             elif stage == PREDICT:
                 task.predict_step(batch)
             if stage != PREDICT:
-                sound(task, stage, task.eval_step(stage, batch))
+                check_step_output(task, stage, task.eval_step(stage, batch))
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:

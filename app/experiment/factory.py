@@ -13,35 +13,35 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.rules import seconds_of
 from app.config.schema import CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
-from app.data.batch import Batches
+from app.data.batch import BatchLoader
 from app.data.datamodule import STAGES, make_datasets, make_loaders
 from app.distributed.collectives import is_distributed, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
-from app.experiment.dry_run import try_on
+from app.experiment.dry_run import dry_run
 from app.losses.weighted_sum import Term, WeightedSum
-from app.metrics.output_metric import Selected
+from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.errors import UserError, nearest, one_of
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
 from app.training.optim.finite_check import FUSED
-from app.training.optim.freezing import Freezing
-from app.training.optim.lr_schedule import Schedule
-from app.training.optim.optim_wrapper import ONLY, Learning, Optimization
-from app.training.optim.weight_averaging import Averaging
-from app.training.plan import Plan, Saving
+from app.training.optim.freezing import FreezeSchedule
+from app.training.optim.lr_schedule import LRSchedule
+from app.training.optim.optim_wrapper import ONLY, OptimWrapper, OptimWrapperDict
+from app.training.optim.weight_averaging import WeightAveraging
+from app.training.plan import SaveSchedule, TrainingLimits
 from app.training.precision import Precision, memory_format
 from app.training.supervised import SupervisedTask
 from app.training.task import Task
 
 
 @dataclass(frozen=True)
-class Parts:
+class Components:
     """What every mode needs.
 
     Attributes:
@@ -52,12 +52,12 @@ class Parts:
     """
 
     task: Task
-    loaders: dict[str, Batches]
-    freezing: Freezing
+    loaders: dict[str, BatchLoader]
+    freezing: FreezeSchedule
     device: torch.device
 
 
-def make_parts(config: Config, build: Build, device: torch.device) -> Parts:
+def make_components(config: Config, build: Instantiator, device: torch.device) -> Components:
     """The model, the data and the steps, tried on two samples.
 
     Raises:
@@ -70,15 +70,15 @@ def make_parts(config: Config, build: Build, device: torch.device) -> Parts:
     loaders = make_loaders(config, build, datasets, device, format_)
     task = make_task(config, build, model, device)
     for stage, loader in loaders.items():
-        try_on(task, stage, loader, config.data)
+        dry_run(task, stage, loader, config.data)
     frozen = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
-    freezing = Freezing(model, frozen)
+    freezing = FreezeSchedule(model, frozen)
     if config.trainer.compile:
         model.compile()
-    return Parts(task, loaders, freezing, device)
+    return Components(task, loaders, freezing, device)
 
 
-def make_model(config: Config, build: Build, device: torch.device) -> nn.Module:
+def make_model(config: Config, build: Instantiator, device: torch.device) -> nn.Module:
     """The model on the device; its first weights depend on the seed alone.
 
     Raises:
@@ -101,7 +101,7 @@ def _format(config: Config, model: nn.Module) -> torch.memory_format:
     return memory_format(config.trainer.channels_last, model)
 
 
-def make_task(config: Config, build: Build, model: nn.Module, device: torch.device) -> Task:
+def make_task(config: Config, build: Instantiator, model: nn.Module, device: torch.device) -> Task:
     """The steps on the device, for now without learning.
 
     Raises:
@@ -122,7 +122,7 @@ def make_task(config: Config, build: Build, model: nn.Module, device: torch.devi
     return task
 
 
-def make_loss(config: Config, build: Build) -> WeightedSum:
+def make_loss(config: Config, build: Instantiator) -> WeightedSum:
     """The terms of the loss.
 
     Raises:
@@ -137,7 +137,7 @@ def make_loss(config: Config, build: Build) -> WeightedSum:
     return WeightedSum(terms)
 
 
-def make_metrics(stage: str, nodes: Mapping[str, Any], build: Build) -> StageMetrics:
+def make_metrics(stage: str, nodes: Mapping[str, Any], build: Instantiator) -> StageMetrics:
     """The metrics of a stage.
 
     Raises:
@@ -145,7 +145,7 @@ def make_metrics(stage: str, nodes: Mapping[str, Any], build: Build) -> StageMet
     """
     named = build.named(f"metric.{stage}", dict(nodes))
     for name, metric in named.items():
-        measured = metric.metric if isinstance(metric, Selected) else metric
+        measured = metric.metric if isinstance(metric, OutputMetric) else metric
         if not isinstance(measured, Metric) and not callable(measured):
             raise UserError(
                 f"metric.{stage}.{name} is neither a torchmetrics.Metric nor a function"
@@ -154,7 +154,7 @@ def make_metrics(stage: str, nodes: Mapping[str, Any], build: Build) -> StageMet
 
 
 def make_callbacks(
-    config: Config, build: Build, folder: Path, model: nn.Module, job: Job
+    config: Config, build: Instantiator, folder: Path, model: nn.Module, job: Job
 ) -> list[Callback]:
     """Those who watch.
 
@@ -169,7 +169,7 @@ def make_callbacks(
     return list(found.values())
 
 
-def make_parallel(config: Config, parts: Parts) -> SingleDevice:
+def make_strategy(config: Config, parts: Components) -> SingleDevice:
     """How several ranks learn as one; from now on the task trains through it."""
     task, trainer = parts.task, config.trainer
     if not is_distributed():
@@ -191,13 +191,17 @@ def make_parallel(config: Config, parts: Parts) -> SingleDevice:
         return FSDPStrategy(task.model)
     single = len(optimizer_nodes(config.optimizer)) == 1
     found = DDPStrategy(task.model, parts.device, single, trainer.find_unused_parameters)
-    task.trained = found
+    task.forward_model = found
     return found
 
 
-def make_learning(
-    config: Config, build: Build, parts: Parts, parallel: SingleDevice, scheduled: bool = True
-) -> Learning:
+def make_optimizers(
+    config: Config,
+    build: Instantiator,
+    parts: Components,
+    parallel: SingleDevice,
+    scheduled: bool = True,
+) -> OptimWrapperDict:
     """An optimizer of all parameters that learn, or one for each part of the model it names.
 
     Args:
@@ -222,9 +226,9 @@ def make_learning(
         for key, name in names.items()
     }
     _check_groups(groups, learnable, names)
-    return Learning(
+    return OptimWrapperDict(
         {
-            names[key]: _optimization(config, build, parts, parallel, key, groups[key], scheduled)
+            names[key]: _optim_wrapper(config, build, parts, parallel, key, groups[key], scheduled)
             for key in nodes
         },
         config.trainer.on_nonfinite if scheduled else None,  # a search goes on, come what may
@@ -252,15 +256,15 @@ def _check_groups(
         )
 
 
-def _optimization(
+def _optim_wrapper(
     config: Config,
-    build: Build,
-    parts: Parts,
+    build: Instantiator,
+    parts: Components,
     parallel: SingleDevice,
     key: str,
     parameters: list[nn.Parameter],
     scheduled: bool,
-) -> Optimization:
+) -> OptimWrapper:
     trainer = config.trainer
     node = optimizer_nodes(config.optimizer)[key]
     optimizer = build(key, node, parameters, **_fused(config, node, parts))
@@ -273,7 +277,7 @@ def _optimization(
             "which is not possible here"
         )
     batches = parts.loaders["train"].num_batches
-    return Optimization(
+    return OptimWrapper(
         optimizer,
         _schedule(config, build, optimizer, batches) if scheduled else None,
         parts.task.precision.scaler(),
@@ -288,7 +292,7 @@ def _optimization(
     )
 
 
-def _fused(config: Config, node: Node, parts: Parts) -> dict[str, bool]:
+def _fused(config: Config, node: Node, parts: Components) -> dict[str, bool]:
     """On a CUDA device one kernel for a step, which needs no waiting to be left out."""
     own_choice = {"fused", "foreach", "differentiable", "capturable"} & node.keys()
     known = node["_target_"] in {f"torch.optim.{name}" for name in FUSED}
@@ -297,11 +301,13 @@ def _fused(config: Config, node: Node, parts: Parts) -> dict[str, bool]:
     return {"fused": True} if on_cuda and known and not (own_choice or sparse) else {}
 
 
-def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int | None) -> Schedule:
-    wanted, plan = config.scheduler, make_plan(config)
+def _schedule(
+    config: Config, build: Instantiator, optimizer: Optimizer, batches: int | None
+) -> LRSchedule:
+    wanted, plan = config.scheduler, make_limits(config)
     accumulate = config.trainer.accumulate_grad_batches
     steps_per_epoch = None if batches is None else -(-batches // accumulate)
-    epochs, per_epoch = plan.epochs(steps_per_epoch), wanted.interval == "epoch"
+    epochs, per_epoch = plan.num_epochs(steps_per_epoch), wanted.interval == "epoch"
     by_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
     steps = [number for number in (plan.max_steps, by_epochs) if number is not None]
     total = epochs if per_epoch else min(steps, default=None)
@@ -313,38 +319,38 @@ def _schedule(config: Config, build: Build, optimizer: Optimizer, batches: int |
         )
     node = fill_auto(wanted.lr_scheduler, total or 1)
     inner = build("scheduler.lr_scheduler", node, optimizer) if node else None
-    return Schedule(optimizer, inner, per_epoch, wanted.warmup_steps)
+    return LRSchedule(optimizer, inner, per_epoch, wanted.warmup_steps)
 
 
-def make_averaging(config: Config, build: Build, model: nn.Module) -> Averaging:
+def make_averaging(config: Config, build: Instantiator, model: nn.Module) -> WeightAveraging:
     """The average of the weights, or the weights themselves.
 
     Raises:
         UserError: It is none.
     """
     if config.average is None:
-        return Averaging(model)
+        return WeightAveraging(model)
     averaging = build("average", config.average, model=model)
-    if not isinstance(averaging, Averaging):
-        raise UserError("average is no app.training.optim.weight_averaging.Averaging")
+    if not isinstance(averaging, WeightAveraging):
+        raise UserError("average is no app.training.optim.weight_averaging.WeightAveraging")
     return averaging
 
 
-def make_plan(config: Config) -> Plan:
+def make_limits(config: Config) -> TrainingLimits:
     """How long to train, and what comes when."""
     trainer = config.trainer
-    return Plan(
+    return TrainingLimits(
         max_epochs=1 if trainer.fast_dev_run else trainer.max_epochs,
         max_steps=trainer.max_steps,
         valid_every_n_epochs=trainer.valid_every_n_epochs,
-        saving=_saving(config.checkpoint),
+        save_schedule=_save_schedule(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=seconds_of(trainer.max_time),
     )
 
 
-def _saving(checkpoint: CheckpointConfig) -> Saving:
-    return Saving(
+def _save_schedule(checkpoint: CheckpointConfig) -> SaveSchedule:
+    return SaveSchedule(
         every_n_epochs=checkpoint.every_n_epochs,
         every_n_steps=checkpoint.every_n_steps,
         every_n_minutes=checkpoint.every_n_minutes,

@@ -14,21 +14,21 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from app.config.allowlist import refuse_strangers, trusted_by_environment
+from app.config.allowlist import check_targets_allowed, trusted_by_environment
 from app.config.compose import Composer
 from app.config.overrides import parse_overrides
-from app.config.resolve import freeze, template_of, typed_trust
-from app.config.resume import over_saved
+from app.config.resolve import cli_trusted, resolve, unresolved
+from app.config.resume import apply_overrides_to_saved
 from app.config.rules import USES_CKPT
 from app.config.schema import Job
-from app.config.secrets import shown, told, unasked
+from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.template import safe_template
 from app.config.types import MISSING, UNKNOWN
-from app.config.validate import checked
+from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
-from app.training.checkpoint.checksum import check_seal
-from app.training.checkpoint.rotation import FOLDER, LAST, newest_sound
+from app.training.checkpoint.checksum import verify_checksum
+from app.training.checkpoint.rotation import FOLDER, LAST, latest_valid
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ PLACES = {  # keys that name a folder or a file
 }
 
 
-def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
+def make_jobs(composing: Composer) -> list[tuple[DictConfig, Job]]:
     """The job of a command line, or those of a sweep that have each value once.
 
     Args:
@@ -62,7 +62,7 @@ def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
             mistakes.append(ConfigIssue("resume", problem))
             continue
         try:
-            jobs.append((composed, job_of(composed)))
+            jobs.append((composed, make_job(composed)))
         except ConfigError as error:
             mistakes += error.issues
     if mistakes:
@@ -70,7 +70,7 @@ def jobs_of(composing: Composer) -> list[tuple[DictConfig, Job]]:
     return jobs
 
 
-def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
+def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     """What is to be run.
 
     Args:
@@ -83,10 +83,10 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     words = OmegaConf.to_container(composed.hydra.overrides.task)
     assert isinstance(words, list)
     overrides = parse_overrides(words)
-    trusted = [*typed_trust(overrides), *trusted_by_environment()]
+    trusted = [*cli_trusted(overrides), *trusted_by_environment()]
     if trusted and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    (plain, mistakes), template = freeze(composed), template_of(composed)
+    (plain, mistakes), template = resolve(composed), unresolved(composed)
     mistakes += [*_trust_mistakes(plain, overrides), *_place_mistakes(plain)]
     today = plain
     differences: list[str] = []
@@ -94,28 +94,30 @@ def job_of(composed: DictConfig, folder: Path | None = None) -> Job:
     if plain.get("mode") == "train":
         try:
             with as_user_error("resume"):
-                last, damaged = to_resume(composed, plain.get("resume"), folder)
+                last, damaged = resolve_resume(composed, plain.get("resume"), folder)
         except ConfigError as error:
             raise ConfigError([*mistakes, *error.issues]) from error
         if last is not None:
             saved, its_template = _saved_config("resume", str(last))
-            plain, template, differences = over_saved(
+            plain, template, differences = apply_overrides_to_saved(
                 saved, its_template, composed, overrides, resumes=True
             )
             plain["resume"] = str(last)
-            refuse_strangers(str(last), plain, trusted)
+            check_targets_allowed(str(last), plain, trusted)
     if plain.get("mode") in USES_CKPT and plain.get("ckpt") not in (None, UNKNOWN):
         saved, its_template = _saved_config("ckpt", plain["ckpt"])
-        plain, template, differences = over_saved(saved, its_template, composed, overrides)
-        refuse_strangers(plain["ckpt"], plain, trusted)
-    mistakes += unasked(plain, today)
-    config = checked(plain, trusted, mistakes)
-    if shown(plain) != plain:  # only the run itself is told secrets
-        config = told(plain)
+        plain, template, differences = apply_overrides_to_saved(
+            saved, its_template, composed, overrides
+        )
+        check_targets_allowed(plain["ckpt"], plain, trusted)
+    mistakes += unexpected_env_reads(plain, today)
+    config = validate(plain, trusted, mistakes)
+    if reveal(plain) != plain:  # only the run itself is told secrets
+        config = reveal_config(plain)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
 
 
-def prepared(composed: DictConfig, folder: Path) -> Job:
+def prepare(composed: DictConfig, folder: Path) -> Job:
     """What is to be run in a folder, which says so from now on.
 
     Args:
@@ -125,7 +127,7 @@ def prepared(composed: DictConfig, folder: Path) -> Job:
     Raises:
         UserError: All that is wrong with it.
     """
-    job = job_of(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
+    job = make_job(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
     write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
     for problem in job.damaged:
         log.warning("%s; going on from %s", problem, job.config.resume)
@@ -134,14 +136,14 @@ def prepared(composed: DictConfig, folder: Path) -> Job:
     return job
 
 
-def is_longer(job: Job) -> bool:
+def has_longer_schedule(job: Job) -> bool:
     """Whether a run that goes on has another length than it had."""
     keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal.")
     return any(line.startswith(keys) for line in job.differences)
 
 
 def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[ConfigIssue]:
-    if not plain.get("trusted_targets") or typed_trust(overrides):
+    if not plain.get("trusted_targets") or cli_trusted(overrides):
         return []
     problem = f"={plain['trusted_targets']!r} may be given on the command line only"
     return [ConfigIssue("trusted_targets", problem)]
@@ -158,16 +160,16 @@ def _place_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
             inside[name] = UNKNOWN
 
 
-def folder_of(composed: DictConfig, key: str) -> Path:
+def resolve_folder(composed: DictConfig, key: str) -> Path:
     """The absolute folder that `hydra.run.dir` or `hydra.sweep.dir` names.
 
     Raises:
         ConfigError: It names none.
     """
-    return Path(str(value_of(composed, key))).absolute()
+    return Path(str(hydra_value(composed, key))).absolute()
 
 
-def value_of(composed: DictConfig, key: str) -> Any:
+def hydra_value(composed: DictConfig, key: str) -> Any:
     """What a key of Hydra's own holds.
 
     Raises:
@@ -183,7 +185,7 @@ def value_of(composed: DictConfig, key: str) -> Any:
         raise ConfigError([ConfigIssue(key, problem)]) from error
 
 
-def to_resume(
+def resolve_resume(
     composed: DictConfig, resume: str | None, folder: Path | None
 ) -> tuple[Path | None, list[str]]:
     """The state from which a run goes on; None where it has yet to begin.
@@ -209,7 +211,7 @@ def to_resume(
         if "${now:" in raw["dir"]:
             problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
             raise ConfigError([ConfigIssue("resume", problem)])
-    folder = folder_of(composed, "hydra.run.dir")
+    folder = resolve_folder(composed, "hydra.run.dir")
     if resume.endswith(".pt"):
         return _chosen(resume, folder), []
     last, damaged = _newest(folder)
@@ -220,7 +222,7 @@ def to_resume(
 
 
 def _newest(folder: Path) -> tuple[Path | None, list[str]]:
-    last, damaged = newest_sound(folder)
+    last, damaged = latest_valid(folder)
     if last is None and damaged:
         raise ConfigError([ConfigIssue("resume", f": {problem}") for problem in damaged])
     return last, damaged
@@ -233,7 +235,7 @@ def _chosen(resume: str, folder: Path) -> Path:
         problem = f"={resume!r} is no state of the run in {folder}: it lies elsewhere"
         raise ConfigError([ConfigIssue("resume", problem)])
     try:
-        kind = check_seal(file).kind
+        kind = verify_checksum(file).kind
     except UserError as error:
         raise ConfigError([ConfigIssue("resume", f": {error}")]) from error
     if kind != "state":

@@ -12,16 +12,16 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 from app.callbacks.prediction_files import table
-from app.callbacks.tables import drop_after
+from app.callbacks.tables import truncate_to_history
 from app.config import resolvers
 from app.config.compose import composer
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.schema import Job
-from app.data.batch import Batches
-from app.experiment.factory import make_callbacks, make_parts
-from app.experiment.job import folder_of, jobs_of
-from app.experiment.run import logits_predicted, make_trainer, restore_from
-from app.experiment.status import Status
+from app.data.batch import BatchLoader
+from app.experiment.factory import make_callbacks, make_components
+from app.experiment.job import make_jobs, resolve_folder
+from app.experiment.run import logit_keys, make_trainer, restore_from
+from app.experiment.status import StatusWriter
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files, write_text
@@ -47,20 +47,20 @@ class Experiment:
     """
 
     def __init__(self, job: Job, folder: Path) -> None:
-        build, self.config, self.folder = Build(job.trusted), job.config, folder
+        build, self.config, self.folder = Instantiator(job.trusted), job.config, folder
         device = choose_device(self.config.trainer.accelerator, self.config.trainer.devices)
         make_deterministic(self.config.trainer.deterministic)
-        parts = make_parts(self.config, build, device)
+        parts = make_components(self.config, build, device)
         about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
         self._goes_on = self.config.resume not in (None, "auto")
-        self._status = Status(folder, about, self.config.goal, device, self._goes_on)
+        self._status = StatusWriter(folder, about, self.config.goal, device, self._goes_on)
         watchers = make_callbacks(self.config, build, folder, parts.task.model, job)
         self._callbacks = Callbacks([self._status, *watchers])
         self._stack = ExitStack()
         self._epoch: int | None = None  # of the weights, where they are not the last
         self.job, self.task, self.loaders = job, parts.task, parts.loaders
         self.trainer = make_trainer(job, build, parts, self._callbacks, folder)
-        self._status.nonfinite = self.trainer.nonfinite.record
+        self._status.nonfinite = self.trainer.nonfinite.stats
         if self.config.ckpt is not None:
             restore_from(self.trainer, self.config)
 
@@ -69,7 +69,7 @@ class Experiment:
         remove_temp_files(self.folder)
         self._go_on()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
-        self._stack.enter_context(self._status.recorded())
+        self._stack.enter_context(self._status.recording())
         self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))
         return self
 
@@ -85,16 +85,16 @@ class Experiment:
         """Once, where it is a run that was cut."""
         if self._goes_on:
             self._goes_on = False
-            self.trainer.go_on_from(Path(str(self.config.resume)))
-            drop_after(self.folder, self.trainer.state.history)
+            self.trainer.resume(Path(str(self.config.resume)))
+            truncate_to_history(self.folder, self.trainer.state.history)
 
     def fit(self) -> pd.DataFrame:
         """Trains, puts the best weights back, and gives the summary: a line for each stage."""
         self._go_on()
         summary = self.trainer.fit(self._batches("train"), self.loaders.get("valid"))
-        self._status.at_end = self.trainer.end
+        self._status.final_status = self.trainer.outcome
         if (self.folder / "checkpoints" / BEST).exists():
-            self._epoch = self.trainer.state.restore_best()
+            self._epoch = self.trainer.state.load_best_weights()
         return summary
 
     def evaluate(self, stage: str = "test") -> pd.DataFrame:
@@ -113,9 +113,9 @@ class Experiment:
             raise UserError(
                 f"the outputs are no table but {describe(outputs)}; trainer.predict(...)"
             )
-        return table(values, None in logits_predicted(self.task))
+        return table(values, None in logit_keys(self.task))
 
-    def _batches(self, stage: str) -> Batches:
+    def _batches(self, stage: str) -> BatchLoader:
         if stage not in self.loaders:
             raise UserError(f"there is no {stage} data; there is: {', '.join(self.loaders)}")
         return self.loaders[stage]
@@ -131,7 +131,7 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
     with composer(get_args_parser().parse_args(list(overrides))) as composing:
         if composing.sweeps:
             raise UserError("several jobs at once: a sweep belongs on the command line")
-        jobs = jobs_of(composing)
+        jobs = make_jobs(composing)
     composed, job = jobs[0]
     if job.config.mode == "check":
         raise UserError("mode='check' is for the command line: composing has checked already")
@@ -141,7 +141,7 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             f"trainer.devices={trainer.devices!r}: several devices are for the command line; "
             "allowed here: null, 1, or one id"
         )
-    where = Path(folder).absolute() if folder else folder_of(composed, "hydra.run.dir")
+    where = Path(folder).absolute() if folder else resolve_folder(composed, "hydra.run.dir")
     with as_user_error():
         holds_a_run = (where / "status.json").exists()
     if holds_a_run and job.config.resume is None:

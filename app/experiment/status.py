@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from app.config.schema import GoalConfig
-from app.config.secrets import unsaid
+from app.config.secrets import redact_text
 from app.distributed.collectives import world_size
 from app.runtime.device import describe_device, peak_memory
 from app.runtime.errors import StorageError
@@ -23,14 +23,14 @@ from app.runtime.files import read_status, write_json
 from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
-from app.training.history import History, State, best, is_measured
-from app.training.nonfinite import Record
+from app.training.history import History, StatusName, best_epoch, has_metric
+from app.training.nonfinite import NonFiniteStats
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
 
 
-class Status(Callback):
+class StatusWriter(Callback):
     """The state of a run, written whenever it changes.
 
     Args:
@@ -53,14 +53,14 @@ class Status(Callback):
         self.goal, self.device = goal, device
         self.history: History = ()
         self.began, self.started = time.monotonic(), _now()
-        self.at_end: State = "completed"
+        self.final_status: StatusName = "completed"
         if goes_on:
             seconds = read_status(folder).get("seconds")
             self.began -= seconds if isinstance(seconds, (int, float)) else 0.0
-        self.nonfinite = Record()  # who trains puts its own in place
+        self.nonfinite = NonFiniteStats()  # who trains puts its own in place
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         """`running` inside; then `completed`, or what else became of it."""
         self.write("running")
         try:
@@ -73,19 +73,19 @@ class Status(Callback):
             raise
         except BaseException as error:
             try:
-                self.write("failed", unsaid(f"{type(error).__name__}: {error}"))
+                self.write("failed", redact_text(f"{type(error).__name__}: {error}"))
             except StorageError as full:  # what it ended by is what has to be said
                 log.error("%s", full)
             raise
-        self.write(self.at_end)
+        self.write(self.final_status)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         self.history = history
         self.write("running")
 
-    def write(self, state: State, error: str | None = None) -> None:
+    def write(self, state: StatusName, error: str | None = None) -> None:
         """Replaces the file."""
-        found = best(self.history, self.goal) if is_measured(self.history, self.goal) else None
+        found = best_epoch(self.history, self.goal) if has_metric(self.history, self.goal) else None
         content = {
             "status": state,
             **self.about,
@@ -98,7 +98,7 @@ class Status(Callback):
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
-            "nonfinite": self.nonfinite.plain(),
+            "nonfinite": self.nonfinite.to_dict(),
             "error": error,
             "rank": None,  # that failed; whoever watches over all of them knows
             "versions": versions(),

@@ -17,28 +17,28 @@ import yaml
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.instantiate import Build
-from app.config.resume import with_value
+from app.config.instantiate import Instantiator
+from app.config.resume import replace_value
 from app.config.schema import Job, TunerConfig
-from app.config.secrets import told
-from app.data.batch import Batch, Batches
+from app.config.secrets import reveal_config
+from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import world_size
 from app.distributed.strategies import SingleDevice
-from app.experiment.factory import make_learning, make_parts
+from app.experiment.factory import make_components, make_optimizers
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.runtime.nested import map_tensors
 from app.runtime.seed import rng_state, set_rng_state
-from app.training.task import Task, sound
+from app.training.task import Task, check_step_output
 
 log = logging.getLogger(__name__)
 SMOOTHING = 0.05  # weight of the newest loss
-DIVERGED = 4.0  # times the lowest smoothed loss so far
+DIVERGENCE_FACTOR = 4.0  # times the lowest smoothed loss so far
 
 
-def find_learning_rate(task: Task, train: Batches, find: TunerConfig, folder: Path) -> float:
+def find_learning_rate(task: Task, train: BatchLoader, find: TunerConfig, folder: Path) -> float:
     """Raises the learning rate step by step, evenly on a logarithmic scale (Smith 2017).
 
     Writes `find_lr.csv` and `find_lr.png`.
@@ -55,17 +55,17 @@ def find_learning_rate(task: Task, train: Batches, find: TunerConfig, folder: Pa
     Raises:
         UserError: The loss is not a number from the start, or never falls.
     """
-    assert task.learning is not None
+    assert task.optimizers is not None
     task.model.train()
     rates = np.geomspace(find.lr_from, find.lr_to, find.steps)
     losses, smoothed, average = [], [], 0.0
     for step, (rate, batch) in enumerate(zip(rates, endless(train), strict=False), start=1):
-        for optimization in task.learning.optimizations.values():
+        for optimization in task.optimizers.wrappers.values():
             for group in optimization.optimizer.param_groups:
                 group["lr"] = rate
-        task.starts(1, step)
+        task.on_step_start(1, step)
         with task.precision.autocast():
-            value = sound(task, "train", task.train_step(batch)).values["loss"]
+            value = check_step_output(task, "train", task.train_step(batch)).values["loss"]
         losses.append(float(value.value))  # type: ignore[union-attr]
         average += SMOOTHING * (losses[-1] - average)
         smoothed.append(average / (1 - (1 - SMOOTHING) ** step))
@@ -83,7 +83,7 @@ def diverges(smoothed: list[float]) -> bool:
     """Whether the last loss lies far above the lowest, or is no number."""
     low = min(smoothed)
     margin = max(abs(low), 0.1 * abs(smoothed[0]))
-    return not math.isfinite(smoothed[-1]) or smoothed[-1] > low + (DIVERGED - 1) * margin
+    return not math.isfinite(smoothed[-1]) or smoothed[-1] > low + (DIVERGENCE_FACTOR - 1) * margin
 
 
 def steepest(table: pd.DataFrame) -> float:
@@ -100,7 +100,9 @@ def steepest(table: pd.DataFrame) -> float:
     return float(table["lr"].iloc[int(slope.argmin())])
 
 
-def find_batch_size(task: Task, train: Batches, start: int, find: TunerConfig, folder: Path) -> int:
+def find_batch_size(
+    task: Task, train: BatchLoader, start: int, find: TunerConfig, folder: Path
+) -> int:
     """Doubles the batch size until memory, the data or `find.batch_size_to` ends it.
 
     Writes `find_batch_size.csv`: samples per second and peak memory of each size.
@@ -115,7 +117,7 @@ def find_batch_size(task: Task, train: Batches, start: int, find: TunerConfig, f
     Returns:
         The size of the most samples per second among those that fit into memory.
     """
-    assert task.learning is not None
+    assert task.optimizers is not None
     task.model.train()
     rows = []
     for size in _doubled(start, min(find.batch_size_to, train.num_samples or find.batch_size_to)):
@@ -164,7 +166,7 @@ def _wait(batch: Batch) -> None:
         torch.cuda.synchronize()
 
 
-def endless(train: Batches) -> Iterator[Batch]:
+def endless(train: BatchLoader) -> Iterator[Batch]:
     """Epoch after epoch."""
     for epoch in count(1):
         empty = True
@@ -188,7 +190,7 @@ def _curve(table: pd.DataFrame, suggestion: float) -> Figure:
     return figure
 
 
-def with_found_size(job: Job, device: torch.device, folder: Path) -> Job:
+def find_batch_size_first(job: Job, device: torch.device, folder: Path) -> Job:
     """The job with the size of the most samples per second among those that fit into memory.
 
     The parts of the search are its own; `find_batch_size.csv` and `config.yaml` are written.
@@ -219,10 +221,10 @@ def with_found_size(job: Job, device: torch.device, folder: Path) -> Job:
 
 
 def _search(job: Job, device: torch.device, folder: Path) -> int:
-    config, build = job.config, Build(job.trusted)
-    parts = make_parts(config, build, device)
+    config, build = job.config, Instantiator(job.trusted)
+    parts = make_components(config, build, device)
     parallel = SingleDevice(parts.task.model)
-    parts.task.learning = make_learning(config, build, parts, parallel, scheduled=False)
+    parts.task.optimizers = make_optimizers(config, build, parts, parallel, scheduled=False)
     parts.freezing.apply(1)
     start, train = config.data.batch_size, parts.loaders["train"]
     return find_batch_size(parts.task, train, start, config.find, folder)
@@ -232,5 +234,7 @@ def with_batch_size(job: Job, size: int) -> Job:
     """The same job with batches of that size, and whatever else is made of it."""
     template = OmegaConf.create(job.template)
     assert isinstance(template, DictConfig)
-    plain, changed = with_value(job.plain, template, "data.batch_size", size)
-    return Job(told(plain), plain, OmegaConf.to_yaml(changed), job.trusted, job.differences)
+    plain, changed = replace_value(job.plain, template, "data.batch_size", size)
+    return Job(
+        reveal_config(plain), plain, OmegaConf.to_yaml(changed), job.trusted, job.differences
+    )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class Dice(nn.Module):
+class DiceLoss(nn.Module):
     """Soft Dice loss: the mean over classes of 1 - (2 overlap + smooth) / (sizes + smooth).
 
     From Milletari et al. 2016, "V-Net" (https://arxiv.org/abs/1606.04797); sizes are the sums of
@@ -66,7 +66,7 @@ class Dice(nn.Module):
         return sums if self.per_sample else sums.sum(dim=0)
 
 
-class DiceCrossEntropy(nn.Module):
+class DiceCrossEntropyLoss(nn.Module):
     """The weighted sum of the soft Dice loss and the cross-entropy; the binary one where C is 1.
 
     From Isensee et al. 2021, "nnU-Net" (https://doi.org/10.1038/s41592-020-01008-z). The overlaps
@@ -98,7 +98,7 @@ class DiceCrossEntropy(nn.Module):
             if not 0 <= weight < math.inf:
                 raise ValueError(f"{name}={weight} must be at least 0 and finite")
         self.dice_weight, self.cross_entropy_weight = dice_weight, cross_entropy_weight
-        self.dice = Dice(smooth, include_background, ignore_index)
+        self.dice = DiceLoss(smooth, include_background, ignore_index)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
         """The loss; shapes, dtypes and errors are those of `Dice`."""

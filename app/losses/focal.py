@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class FocalCrossEntropy(nn.Module):
+class FocalLoss(nn.Module):
     """Focal loss over classes: the mean of -alpha_t * (1 - p_t)^gamma * log(p_t), p_t by softmax.
 
     Equation 5 of Lin et al. 2017, "Focal Loss for Dense Object Detection"
@@ -70,7 +70,7 @@ class FocalCrossEntropy(nn.Module):
             raise ValueError(f"alpha has {len(self.alpha)} values, but there are {classes} classes")
 
 
-class BinaryFocal(nn.Module):
+class BinaryFocalLoss(nn.Module):
     """Focal loss of yes-or-no outputs: the mean of -alpha_t * (1 - p_t)^gamma * log(p_t).
 
     Equation 5 of Lin et al. 2017, "Focal Loss for Dense Object Detection"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 Targets = Literal["logits", "probabilities", "log_probabilities"]
 
 
-class KLDivergence(nn.Module):
+class KLDivLoss(nn.Module):
     """KL(target || softmax(output / T)) * T^2: summed over classes, the mean over all else.
 
     T^2 keeps the gradients as large as they are at T = 1: Hinton et al. 2015, "Distilling the

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 
-class StructuralSimilarity(nn.Module):
+class SSIMLoss(nn.Module):
     """1 - SSIM, the mean over images: 0 for equal ones, 2 at most.
 
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity",

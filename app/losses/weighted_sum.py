@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.losses.dice import Dice, DiceCrossEntropy
-from app.losses.focal import FocalCrossEntropy
-from app.losses.weights import Learned, Scheduled
+from app.losses.dice import DiceCrossEntropyLoss, DiceLoss
+from app.losses.focal import FocalLoss
+from app.losses.weights import ScheduledWeight, UncertaintyWeight
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, describe, pick
 
@@ -32,7 +32,7 @@ class Term:
     """
 
     function: Function
-    weight: float | Scheduled | Learned = 1.0
+    weight: float | ScheduledWeight | UncertaintyWeight = 1.0
     output: Key = None
     target: Key = None
 
@@ -46,10 +46,10 @@ class Term:
 
     def weighted(self, value: Tensor) -> Tensor:
         """The value times the weight; a weight of 1 costs no operation."""
-        if isinstance(self.weight, Learned):
+        if isinstance(self.weight, UncertaintyWeight):
             weighed: Tensor = self.weight(value)
             return weighed
-        factor = self.weight.value if isinstance(self.weight, Scheduled) else self.weight
+        factor = self.weight.value if isinstance(self.weight, ScheduledWeight) else self.weight
         return value if factor == 1 else factor * value
 
 
@@ -71,7 +71,9 @@ class WeightedSum(nn.Module):
         }
         self.parts = nn.ModuleDict(parts)
         self.schedules = {
-            name: term.weight for name, term in terms.items() if isinstance(term.weight, Scheduled)
+            name: term.weight
+            for name, term in terms.items()
+            if isinstance(term.weight, ScheduledWeight)
         }
         self.has_columns = len(terms) > 1 or any(term.weight != 1 for term in terms.values())
 
@@ -130,15 +132,15 @@ class WeightedSum(nn.Module):
         return {
             f"{name}_weight": term.weight.factor
             for name, term in self.terms.items()
-            if isinstance(term.weight, Learned)
+            if isinstance(term.weight, UncertaintyWeight)
         }
 
 
 LOGITS = (  # losses that take what the model gives as logits of classes
     nn.CrossEntropyLoss,
-    Dice,
-    DiceCrossEntropy,
-    FocalCrossEntropy,
+    DiceLoss,
+    DiceCrossEntropyLoss,
+    FocalLoss,
 )
 
 
@@ -156,7 +158,7 @@ def as_loss(loss: WeightedSum | Term | Function | Mapping[str, Term | Function])
     return WeightedSum({n: t if isinstance(t, Term) else Term(t) for n, t in named.items()})
 
 
-class Identity(nn.Module):
+class MeanOutputLoss(nn.Module):
     """The mean of the output; the target is not looked at."""
 
     def forward(self, output: Tensor, target: object) -> Tensor:  # noqa: ARG002 - losses take two

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.runtime.errors import UserError
 
 
-class Scheduled(nn.Module):
+class ScheduledWeight(nn.Module):
     """A weight that is a function of the step or the epoch.
 
     Args:
@@ -59,7 +59,7 @@ class Scheduled(nn.Module):
         self.at, self.value = int(state["at"]), float(state["value"])
 
 
-class Learned(nn.Module):
+class UncertaintyWeight(nn.Module):
     """A weight that is learned from the term's own uncertainty (Kendall et al. 2018, eq. 10).
 
     The term becomes `exp(-s) * value + s / 2`, with half of the first part for a regression;
@@ -90,7 +90,7 @@ class Learned(nn.Module):
         return self.factor * value + self.log_variance / 2
 
 
-class Linear:
+class LinearSchedule:
     """From one value to another, evenly; then constant.
 
     Args:
@@ -109,7 +109,7 @@ class Linear:
         return self.start + share * (self.end - self.start)
 
 
-class Steps:
+class StepSchedule:
     """A value that changes at given steps or epochs.
 
     Args:

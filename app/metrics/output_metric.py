@@ -10,7 +10,7 @@ from app.runtime.nested import Key
 
 
 @dataclass(frozen=True)
-class Selected:
+class OutputMetric:
     """A metric of one part of the outputs.
 
     Attributes:

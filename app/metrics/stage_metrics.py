@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from app.distributed.collectives import gather_object, is_distributed, rank
 from app.metrics.function import FunctionMetric
-from app.metrics.output_metric import Selected
+from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
@@ -23,7 +23,7 @@ Sums = tuple[Tensor, ...]
 NARROW = 512  # numbers of state up to which a metric is kept step by step
 
 
-class StepMetric:
+class SumMetric:
     """A metric whose states are sums, so that those of steps can be added up.
 
     Its states after one update from zero are what a step returns; its value is computed from the
@@ -35,7 +35,7 @@ class StepMetric:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.zeros = {
+        self.defaults = {
             n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
         }
         self.on_host = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
@@ -44,13 +44,13 @@ class StepMetric:
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """The states after this batch alone, on its device; nothing is read back."""
         # Past the module's __setattr__ and the instance's wrapper of update: both cost time.
-        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.zeros.items()})
+        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.defaults.items()})
         type(self.metric).update(self.metric, outputs, targets)
-        return tuple(getattr(self.metric, name) for name in self.zeros)
+        return tuple(getattr(self.metric, name) for name in self.defaults)
 
-    def nothing(self) -> Sums:
+    def zeros(self) -> Sums:
         """The states after no batch."""
-        return tuple(torch.zeros_like(zero) for zero in self.zeros.values())
+        return tuple(torch.zeros_like(zero) for zero in self.defaults.values())
 
     def value(self, sums: Tensor) -> np.ndarray:
         """The metric from a host float64 vector of all states, one after the other.
@@ -75,15 +75,15 @@ class StepMetric:
         return found.astype(np.int64) if whole else found
 
     def _states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
-        sizes = [zero.numel() for zero in self.zeros.values()]
+        sizes = [zero.numel() for zero in self.defaults.values()]
         columns = [
             (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
-            for zero, part in zip(self.zeros.values(), rows.split(sizes, dim=1), strict=True)
+            for zero, part in zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
         ]
         return zip(*columns, strict=True)
 
     def _computed(self, states: tuple[Tensor, ...]) -> Tensor:
-        vars(self.on_host).update(zip(self.zeros, states, strict=True))
+        vars(self.on_host).update(zip(self.defaults, states, strict=True))
         value: Tensor = type(self.on_host).compute(self.on_host)
         return value
 
@@ -100,18 +100,18 @@ class StageMetrics:
     device in their update. One whose `collects_in_update` is true says that its update does not.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric | Selected], stage: str = "") -> None:
+    def __init__(self, metrics: Mapping[str, Metric | OutputMetric], stage: str = "") -> None:
         self.stage = stage
         self.selected = {
-            n: m if isinstance(m, Selected) else Selected(m) for n, m in metrics.items()
+            n: m if isinstance(m, OutputMetric) else OutputMetric(m) for n, m in metrics.items()
         }
         plain = {name: selected.metric for name, selected in self.selected.items()}
-        self.by_step = {n: StepMetric(m) for n, m in plain.items() if has_narrow_sums(m)}
+        self.by_step = {n: SumMetric(m) for n, m in plain.items() if has_narrow_sums(m)}
         self.by_stage = {n: m for n, m in plain.items() if n not in self.by_step}
         self.collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for name in self.collecting:  # collected from all ranks, not to be synchronised again
+        for name in self.deferred:  # collected from all ranks, not to be synchronised again
             self.by_stage[name].distributed_available_fn = lambda: False
-        self.counts = True
+        self.is_counting = True
 
     def to(self, device: torch.device) -> StageMetrics:
         """The same, on that device."""
@@ -120,7 +120,7 @@ class StageMetrics:
         return StageMetrics(self.selected, self.stage)
 
     @contextmanager
-    def strict(self) -> Iterator[None]:
+    def validating(self) -> Iterator[None]:
         """Metrics of torchmetrics look at their inputs, which reads the device."""
         metrics = [selected.metric for selected in self.selected.values()]
         lax = [m for m in metrics if getattr(m, "validate_args", None) is False]
@@ -133,22 +133,22 @@ class StageMetrics:
                 metric.validate_args = False
 
     @contextmanager
-    def muted(self) -> Iterator[None]:
+    def paused(self) -> Iterator[None]:
         """Batches count nothing."""
-        self.counts = False
+        self.is_counting = False
         try:
             yield
         finally:
-            self.counts = True
+            self.is_counting = True
 
     @property
-    def collecting(self) -> list[str]:
+    def deferred(self) -> list[str]:
         """Those that are updated when the stage ends."""
         return [name for name, metric in self.by_stage.items() if collects(metric)]
 
     def reset(self) -> None:
         """Forgets what has accumulated; a stage begins."""
-        self.collected = {name: [] for name in self.collecting}
+        self.collected = {name: [] for name in self.deferred}
         for metric in self.by_stage.values():
             metric.reset()
 
@@ -162,7 +162,7 @@ class StageMetrics:
         """Goes on from what `state_dict` gave."""
         for name, states in kept["states"].items():
             set_states(self.by_stage[name], states)
-        self.collected = {name: self._fed(name, kept) for name in kept["fed"]}
+        self.collected = {name: self._deferred_batches(name, kept) for name in kept["fed"]}
 
     def add_state_dict(self, kept: dict[str, Any]) -> None:
         """Takes in what another rank had accumulated.
@@ -177,9 +177,9 @@ class StageMetrics:
                 problem = "cannot go on on another number of devices in the midst of an epoch"
                 raise UserError(f"{self._key(name)}: it {problem}") from error
         for name in kept["fed"]:
-            self.collected[name] += self._fed(name, kept)
+            self.collected[name] += self._deferred_batches(name, kept)
 
-    def _fed(self, name: str, kept: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _deferred_batches(self, name: str, kept: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         device = self.by_stage[name].device
         fed: list[tuple[Tensor, Tensor]] = map_tensors(lambda t: t.to(device), kept["fed"][name])
         return fed
@@ -196,10 +196,12 @@ class StageMetrics:
                 fed = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.by_step:
                     step = self.by_step[name]
-                    found[name] = step.sums(*fed) if self.counts else step.nothing()
+                    found[name] = step.sums(*fed) if self.is_counting else step.zeros()
                 elif name in self.collected:
-                    self.collected[name].append(fed if self.counts else map_tensors(_none_of, fed))
-                elif self.counts:
+                    self.collected[name].append(
+                        fed if self.is_counting else map_tensors(_none_of, fed)
+                    )
+                elif self.is_counting:
                     self.by_stage[name].update(*fed)
                 else:
                     _update_by_nothing(self.by_stage[name], fed)
@@ -329,16 +331,16 @@ _REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, As
 
 
 def as_metrics(
-    metrics: Mapping[str, Metric | Selected | Callable[..., Tensor]], stage: str = ""
+    metrics: Mapping[str, Metric | OutputMetric | Callable[..., Tensor]], stage: str = ""
 ) -> StageMetrics:
     """The metrics of a stage from torchmetrics' and from plain functions, by name."""
     return StageMetrics({name: as_metric(metric) for name, metric in metrics.items()}, stage)
 
 
-def as_metric(metric: Metric | Selected | Callable[..., Tensor]) -> Metric | Selected:
+def as_metric(metric: Metric | OutputMetric | Callable[..., Tensor]) -> Metric | OutputMetric:
     """A plain function `(output, target) -> tensor` becomes a metric; a metric stays."""
-    if isinstance(metric, Selected):
-        return Selected(_measured(metric.metric), metric.output, metric.target)
+    if isinstance(metric, OutputMetric):
+        return OutputMetric(_measured(metric.metric), metric.output, metric.target)
     return _measured(metric)
 
 

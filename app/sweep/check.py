@@ -14,12 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.allowlist import is_trusted, trusted_by_environment
 from app.config.compose import Composer
-from app.config.instantiate import node_mistakes
-from app.config.overrides import grid_mistakes, parse_overrides
-from app.config.resolve import freeze, typed_trust
+from app.config.instantiate import iter_node_issues
+from app.config.overrides import grid_issues, parse_overrides
+from app.config.resolve import cli_trusted, resolve
 from app.config.schema import MonitorConfig
-from app.config.types import mistakes_of
-from app.experiment.job import job_of
+from app.config.types import iter_issues
+from app.experiment.job import make_job
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.slots import make_slots
@@ -57,7 +57,7 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
     """
     mistakes: list[ConfigIssue] = []
     if first.hydra.sweeper._target_ == GRID:
-        mistakes += grid_mistakes(composing.space, first.sweep.together)
+        mistakes += grid_issues(composing.space, first.sweep.together)
     elif first.hydra.sweeper._target_ == SEARCH:
         mistakes += _search_mistakes(composing, first)
     if first.hydra.sweeper._target_ in (GRID, SEARCH):
@@ -111,7 +111,7 @@ def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[ConfigI
 
 def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
     for name, objective in sweeper["objectives"].items():
-        yield from mistakes_of(f"hydra.sweeper.objectives.{name}", objective, MonitorConfig)
+        yield from iter_issues(f"hydra.sweeper.objectives.{name}", objective, MonitorConfig)
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
         problem = "=none is all there is where there are several objectives"
         yield ConfigIssue("hydra/sweeper/pruner", problem)
@@ -123,7 +123,7 @@ def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Co
             )
     for key, prefix in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
         node = sweeper[key]
-        yield from node_mistakes(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
+        yield from iter_node_issues(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
 
 
 def _folder_mistakes(first: DictConfig) -> Iterator[ConfigIssue]:
@@ -172,7 +172,7 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[ConfigIssue
         _check_frozen(composing, folder)
     base = composing.base
     HydraConfig.instance().set_config(base)
-    plain, _ = freeze(base)
+    plain, _ = resolve(base)
     if first.sweep.force:
         return []
     return [
@@ -185,11 +185,11 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[ConfigIssue
 
 def _check_frozen(composing: Composer, folder: SweepFolder) -> None:
     """Jobs are composed of the copies that the folder has, which may be a stranger's."""
-    frozen = folder.frozen(composing.hydra.config_loader)
-    for words in composing.space.probes():
+    frozen = folder.frozen_loader(composing.hydra.config_loader)
+    for words in composing.space.coverage_jobs():
         composed = frozen.load_configuration(composing.name, words, RunMode.RUN, from_shell=False)
         HydraConfig.instance().set_config(composed)
-        job_of(composed)
+        make_job(composed)
 
 
 TRUST = "trusted_targets"
@@ -205,12 +205,12 @@ def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[Config
         typed: What is typed now.
     """
     now = [word for word in typed if _key(word) == TRUST]
-    trusted = [*typed_trust(parse_overrides(now)), *trusted_by_environment()]
+    trusted = [*cli_trusted(parse_overrides(now)), *trusted_by_environment()]
     of_jobs = dict.fromkeys(word for job in folder.jobs for word in job.words)
     for word in dict.fromkeys([*folder.words, *of_jobs]):
         key = _key(word)
         if key == TRUST and word not in typed:
-            names = typed_trust(parse_overrides([word]))
+            names = cli_trusted(parse_overrides([word]))
             own = all(is_trusted(name, trusted) for name in names)
         else:
             own = word in typed or not key.startswith((TRUST, *TYPED, *TYPED_TOO))

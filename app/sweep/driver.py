@@ -31,16 +31,16 @@ from app.runtime.signals import (
 )
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
-from app.sweep.launchers.external import end, is_running
-from app.sweep.outcome import FAILED, PENDING, RUNNING, Outcome, outcome_of, record_failure
-from app.sweep.report.write import refresh
+from app.sweep.launchers.external import is_running, request_stop
+from app.sweep.outcome import FAILED, PENDING, RUNNING, RunStatus, read_run_status, record_failure
+from app.sweep.report.write import update_tables
 
 log = logging.getLogger(__name__)
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # runs jobs in this process
 LOOKS = 2.0  # seconds after which it is seen which jobs have ended elsewhere
 
 
-class Source(Protocol):
+class JobSource(Protocol):
     """Where jobs come from."""
 
     def take(self) -> SweepJob | None:
@@ -49,11 +49,11 @@ class Source(Protocol):
     def words(self, job: SweepJob) -> list[str]:
         """What else the job is told."""
 
-    def ended(self, job: SweepJob, outcome: Outcome) -> None:
+    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
         """A job has ended, in whatever way."""
 
 
-class Launches(Protocol):
+class BatchLauncher(Protocol):
     """A launcher of Hydra's, as much of it as is used here."""
 
     def launch(
@@ -63,7 +63,7 @@ class Launches(Protocol):
 
 
 @runtime_checkable
-class Streams(Protocol):
+class StreamingLauncher(Protocol):
     """A launcher that takes the next job as soon as there is room for it."""
 
     def stream(
@@ -74,7 +74,7 @@ class Streams(Protocol):
         """Runs jobs until there is none left."""
 
 
-class Drive:
+class SweepDriver:
     """One go at a sweep.
 
     Args:
@@ -89,7 +89,7 @@ class Drive:
     def __init__(
         self,
         folder: SweepFolder,
-        source: Source,
+        source: JobSource,
         launcher: Any,
         on_error: Literal["continue", "stop"],
         config: DictConfig,
@@ -98,7 +98,7 @@ class Drive:
         self.folder, self.source, self.launcher = folder, source, launcher
         self.on_error, self.config, self.loader = on_error, config, loader
         self.taken: dict[int, SweepJob] = {}
-        self.told: dict[int, str] = {}  # how jobs have ended, where it is in the log already
+        self.reported: dict[int, str] = {}  # how jobs have ended, where it is in the log already
         self.is_stopped = False
         self.signals: list[int] = []  # asked to stop by, while jobs run elsewhere
         self.first_asked = 0.0
@@ -109,8 +109,8 @@ class Drive:
         Args:
             at_once: How many are handed to a launcher that runs them together.
         """
-        self.folder.mark(stopped=False)
-        if isinstance(self.launcher, Streams):
+        self.folder.set_stopped(stopped=False)
+        if isinstance(self.launcher, StreamingLauncher):
             self.launcher.stream(self._next, self._ended)
             return
         while jobs := list(self._batch(at_once)):
@@ -168,7 +168,7 @@ class Drive:
                 log.error("the launcher gave up: %s", one_line(error).splitlines()[0])
                 log.debug("it came from", exc_info=error)
                 self.is_stopped = True
-                end(self.folder)
+                request_stop(self.folder)
                 while any(is_running(self.folder, self.folder.of(job)) for job in jobs):
                     time.sleep(0.2)
         return []
@@ -182,7 +182,7 @@ class Drive:
             self.first_asked = time.monotonic()
             sys.stderr.write("\nall jobs stop after this step; Ctrl-C again does not wait for it\n")
         self.signals.append(number)
-        end(self.folder)
+        request_stop(self.folder)
 
     @contextmanager
     def _telling(self, jobs: list[SweepJob]) -> Iterator[None]:
@@ -197,22 +197,22 @@ class Drive:
             thread.join()
 
     def _tell_of(self, jobs: list[SweepJob], over: threading.Event) -> None:
-        earlier = {job.number: outcome_of(self.folder.of(job)) for job in jobs}
+        earlier = {job.number: read_run_status(self.folder.of(job)) for job in jobs}
         while not over.wait(LOOKS):
             for job in jobs:
-                outcome = outcome_of(self.folder.of(job))
+                outcome = read_run_status(self.folder.of(job))
                 if outcome.status not in (PENDING, RUNNING) and outcome != earlier[job.number]:
                     self._tell(job, outcome)
 
     def _settle(self, job: SweepJob, result: JobReturn | None) -> None:
         """What a job no longer said itself stands in its folder."""
         folder = self.folder.of(job)
-        status = outcome_of(folder).status
+        status = read_run_status(folder).status
         if status not in (PENDING, RUNNING) or is_running(self.folder, folder):
             return
         if status == RUNNING and self.signals:
             record_rank_failure(folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
-        elif status == RUNNING or not self.folder.is_marked:
+        elif status == RUNNING or not self.folder.is_stopped:
             record_failure(self._made(job), _failure(result))
 
     def _composes(self, job: SweepJob) -> bool:
@@ -230,19 +230,19 @@ class Drive:
 
     def _ended(self, number: int) -> None:
         job = self.taken[number]
-        outcome = outcome_of(self.folder.of(job))
+        outcome = read_run_status(self.folder.of(job))
         if outcome.status == FAILED:
             job.failures += 1
             self.is_stopped = self.is_stopped or self.on_error == "stop"
         self._tell(job, outcome)
         self.source.ended(job, outcome)
         self.folder.save()
-        refresh(self.folder.path)
+        update_tables(self.folder.path)
 
-    def _tell(self, job: SweepJob, outcome: Outcome) -> None:
-        if self.told.get(job.number) == outcome.status:
+    def _tell(self, job: SweepJob, outcome: RunStatus) -> None:
+        if self.reported.get(job.number) == outcome.status:
             return
-        self.told[job.number] = outcome.status
+        self.reported[job.number] = outcome.status
         if outcome.status == FAILED:
             log.error("job %d failed: %s; see %s", job.number, outcome.error, self.folder.of(job))
         else:
@@ -257,7 +257,7 @@ def _failure(result: JobReturn | None) -> RankFailure:
     return RankFailure(0, "died", "it is gone without a word")
 
 
-def _told(outcome: Outcome) -> str:
+def _told(outcome: RunStatus) -> str:
     goal = outcome.content.get("goal") or {}
     if outcome.value is None:
         return "no value"

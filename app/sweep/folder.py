@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 
-from app.config.compose import CheckedLoader
+from app.config.compose import SafeConfigLoader
 from app.config.overrides import Values
 from app.config.resolve import NOW
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
@@ -105,11 +105,11 @@ class SweepFolder:
             lock.release()
 
     @property
-    def is_marked(self) -> bool:
+    def is_stopped(self) -> bool:
         """Whether jobs that have not begun are not to begin, in whichever process."""
         return (self.inside / "stopped").exists()
 
-    def mark(self, stopped: bool) -> None:
+    def set_stopped(self, stopped: bool) -> None:
         """Says so."""
         path = self.inside / "stopped"
         path.touch() if stopped else path.unlink(missing_ok=True)
@@ -122,7 +122,7 @@ class SweepFolder:
         }
         return names.get(storage, storage)
 
-    def keep_base(self, plain: dict[str, Any]) -> None:
+    def save_base(self, plain: dict[str, Any]) -> None:
         """Keeps what all jobs share."""
         write_text(self.inside / "base.yaml", yaml.safe_dump(_shared(plain), sort_keys=False))
 
@@ -143,14 +143,14 @@ class SweepFolder:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, target)
 
-    def frozen(self, loader: ConfigLoader) -> ConfigLoader:
+    def frozen_loader(self, loader: ConfigLoader) -> ConfigLoader:
         """What composes from the copies."""
         search = ConfigSearchPathImpl()
         for number, (provider, path) in enumerate(_sources(loader)):
             copied = self.inside / "conf" / str(number)
             local = path.startswith(LOCAL)
             search.append(provider, f"{LOCAL}{copied}" if local else path)
-        return CheckedLoader(config_search_path=search)
+        return SafeConfigLoader(config_search_path=search)
 
 
 def _sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:

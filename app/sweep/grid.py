@@ -5,18 +5,18 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from app.config.overrides import Space, grid
-from app.sweep.driver import Streams
+from app.config.overrides import SweepSpace, grid
+from app.sweep.driver import StreamingLauncher
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
-from app.sweep.outcome import FAILED, Outcome, outcome_of
+from app.sweep.outcome import FAILED, RunStatus, read_run_status
 from app.sweep.run import Sweep
 
 log = logging.getLogger(__name__)
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-class Combinations:
+class GridJobs:
     """Gives the jobs of a grid in their order.
 
     Args:
@@ -25,11 +25,11 @@ class Combinations:
         space: What is swept.
     """
 
-    def __init__(self, sweep: Sweep, folder: SweepFolder, space: Space) -> None:
+    def __init__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> None:
         self.sweep, self.folder = sweep, folder
         jobs = {}
         for values in grid(space, sweep.config.sweep.together):
-            job = folder.job_with(values) or folder.add(values, space.words(values))
+            job = folder.job_with(values) or folder.add(values, space.overrides_for(values))
             if job.number in jobs:
                 log.warning("the values of job %d are there twice; they are run once", job.number)
             jobs[job.number] = job
@@ -41,13 +41,13 @@ class Combinations:
         )
 
     def _is_to_run(self, job: SweepJob) -> bool:
-        status = outcome_of(self.folder.of(job))
+        status = read_run_status(self.folder.of(job))
         limit = self.sweep.config.sweep.max_retries
         if status.status == FAILED and job.failures > limit:
             words = "job %d has failed %d times and is left alone (sweep.max_retries=%d)"
             log.warning(words, job.number, job.failures, limit)
             return False
-        return not status.is_over
+        return not status.is_finished
 
     def take(self) -> SweepJob | None:
         """The next job; None where there is none."""
@@ -57,10 +57,10 @@ class Combinations:
         """Nothing else."""
         return []
 
-    def ended(self, job: SweepJob, outcome: Outcome) -> None:
+    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
         """Nothing depends on it."""
 
-    def at_once(self, launcher: object) -> int:
+    def batch_size(self, launcher: object) -> int:
         """One by one in this process; any other launcher gets all of them."""
         basic = self.sweep.config.hydra.launcher._target_ == BASIC
-        return 1 if basic or isinstance(launcher, Streams) else max(1, len(self.left))
+        return 1 if basic or isinstance(launcher, StreamingLauncher) else max(1, len(self.left))

@@ -70,7 +70,7 @@ def _brief(text: str) -> str:
         return text
 
 
-def plain_value(text: str) -> Any:
+def parse_value(text: str) -> Any:
     """What Hydra reads where the text is typed: `1e-3` is a number, `null` is None."""
     (override,) = parse_overrides([f"value={text}"])
     return override.value()

@@ -23,24 +23,24 @@ from optuna.distributions import (
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from app.config.instantiate import Build
-from app.config.overrides import Space, Values, choices_of, line_of, quoted
+from app.config.instantiate import Instantiator
+from app.config.overrides import SweepSpace, Values, choices, quoted, raw_override
 from app.config.schema import MonitorConfig
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest
 from app.sweep.folder import SweepFolder
-from app.sweep.job import SweepJob, plain_value
-from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, Outcome, outcome_of
+from app.sweep.job import SweepJob, parse_value
+from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
 from app.sweep.run import Sweep
-from app.sweep.search_options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, Options
+from app.sweep.search_options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, SearchOptions
 from app.training.history import Row, goal_value
-from app.training.pruning import storage_of
+from app.training.pruning import make_storage
 
 log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 RETRY_OF, EXHAUSTED = "retry_of", "exhausted"
 
 
-class AskedStudy(Study):
+class AskTellStudy(Study):
     """One that is asked trial by trial: a sampler that has tried everything says so here."""
 
     def stop(self) -> None:
@@ -53,7 +53,7 @@ class AskedStudy(Study):
         return bool(self.user_attrs.get(EXHAUSTED))
 
 
-class Trials:
+class OptunaJobs:
     """Asks a study for trials, and tells it what became of them.
 
     Args:
@@ -63,10 +63,12 @@ class Trials:
         options: How.
     """
 
-    def __init__(self, sweep: Sweep, folder: SweepFolder, space: Space, options: Options) -> None:
+    def __init__(
+        self, sweep: Sweep, folder: SweepFolder, space: SweepSpace, options: SearchOptions
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
-        self.searched = searched(space.swept)
+        self.searched = parse_search_space(space.swept)
         self.objectives = objectives_of(sweep.config, options)
         self.storage = folder.storage_name(options.storage)
         self.name = options.study_name or folder.path.name
@@ -80,20 +82,20 @@ class Trials:
         self.again = deque(self._cut())
         self._retry()
 
-    def _study(self) -> AskedStudy:
-        storage = storage_of(self.storage)
+    def _study(self) -> AskTellStudy:
+        storage = make_storage(self.storage)
         known = self.name in optuna.get_all_study_names(storage)
         directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
         if not known:
             optuna.create_study(study_name=self.name, storage=storage, directions=directions)
-        study = AskedStudy(study_name=self.name, storage=storage)
+        study = AskTellStudy(study_name=self.name, storage=storage)
         if study.directions != directions:
             there, here = (", ".join(one.name for one in d) for d in (study.directions, directions))
             problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
             raise ConfigError([ConfigIssue("hydra.sweeper.study_name", problem)])
         node = sampler_node(self.options.sampler, self.searched.distributions, len(study.trials))
-        study.sampler = Build([SAMPLERS])("hydra.sweeper.sampler", node)
-        study.pruner = Build([PRUNERS])("hydra.sweeper.pruner", self.options.pruner)
+        study.sampler = Instantiator([SAMPLERS])("hydra.sweeper.sampler", node)
+        study.pruner = Instantiator([PRUNERS])("hydra.sweeper.pruner", self.options.pruner)
         if known:
             log.info("the study %s has %d trials", self.name, len(study.trials))
         return study
@@ -107,7 +109,7 @@ class Trials:
                 f"the study {self.name} in {self.storage} has no trial {lost[0]} any more"
             )
         running = [j for j in self.folder.jobs if trials[j.number].state is TrialState.RUNNING]
-        outcomes = {job.number: outcome_of(self.folder.of(job)) for job in running}
+        outcomes = {job.number: read_run_status(self.folder.of(job)) for job in running}
         for job in running:  # the study had no time to hear of these
             self.ended(job, outcomes[job.number])
         ended = (COMPLETED, DIVERGED, PRUNED, FAILED)
@@ -143,7 +145,7 @@ class Trials:
             return None
         trial = self.study.ask(self.searched.distributions)
         values = self.searched.typed(trial.params)
-        job = self.folder.add(values, self.space.words(values), trial.number)
+        job = self.folder.add(values, self.space.overrides_for(values), trial.number)
         job.failures = trial.user_attrs.get("failures", 0)
         job.retry_of = trial.user_attrs.get(RETRY_OF)
         self.folder.save()
@@ -159,9 +161,9 @@ class Trials:
             "number": job.number,
             "pruner": self.options.pruner,
         }
-        return [f"sweep.trial={in_words(trial)}"]
+        return [f"sweep.trial={to_override(trial)}"]
 
-    def ended(self, job: SweepJob, outcome: Outcome) -> None:
+    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
         """The study hears of it; what was cut stays under way."""
         if outcome.status == COMPLETED:
             values = objective_values(self.folder.of(job), outcome, self.objectives)
@@ -175,12 +177,12 @@ class Trials:
             states = {PRUNED: over, DIVERGED: over, FAILED: TrialState.FAIL}
             self.study.tell(job.number, state=states[outcome.status])
 
-    def at_once(self, launcher: object) -> int:  # noqa: ARG002
+    def batch_size(self, launcher: object) -> int:  # noqa: ARG002
         """As many as are asked for; one by one in this process, and the pool fills its slots."""
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
 
 
-def objectives_of(config: DictConfig, options: Options) -> dict[str, MonitorConfig]:
+def objectives_of(config: DictConfig, options: SearchOptions) -> dict[str, MonitorConfig]:
     """By name the goal, and what else is searched for."""
     goal = MonitorConfig(config.goal.metric, config.goal.mode)
     return {goal.metric: goal} | {
@@ -189,7 +191,7 @@ def objectives_of(config: DictConfig, options: Options) -> dict[str, MonitorConf
 
 
 def objective_values(
-    folder: Path, outcome: Outcome, objectives: dict[str, MonitorConfig]
+    folder: Path, outcome: RunStatus, objectives: dict[str, MonitorConfig]
 ) -> list[float]:
     """The goal's best value, and those of the others in the epoch that had it."""
     _, *others = objectives.values()
@@ -216,12 +218,12 @@ def sampler_node(
     return node
 
 
-def in_words(value: Any) -> str:
+def to_override(value: Any) -> str:
     """A value as Hydra reads it from a command line."""
     if isinstance(value, dict):
-        return "{{{}}}".format(",".join(f"{key}:{in_words(one)}" for key, one in value.items()))
+        return "{{{}}}".format(",".join(f"{key}:{to_override(one)}" for key, one in value.items()))
     if isinstance(value, (list, tuple)):
-        return f"[{','.join(map(in_words, value))}]"
+        return f"[{','.join(map(to_override, value))}]"
     if isinstance(value, str):
         return quoted(value)
     if value is None or isinstance(value, bool):
@@ -233,7 +235,7 @@ LOG = "log"
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchSpace:
     """What is searched.
 
     Attributes:
@@ -252,18 +254,18 @@ class Searched:
         }
 
 
-def searched(swept: Mapping[str, Override]) -> Searched:
+def parse_search_space(swept: Mapping[str, Override]) -> SearchSpace:
     """The distributions of swept keys.
 
     A `choice` is categorical; an `interval` is drawn from evenly, by `tag(log, ...)` evenly in its
     logarithm; a `range` has the values that Hydra gives it, in their order.
     """
     words = {
-        key: {_hashed(_value(text)): text for text in choices_of(override)}
+        key: {_hashed(_value(text)): text for text in choices(override)}
         for key, override in swept.items()
         if _is_choice(override)
     }
-    return Searched({key: _distribution(one) for key, one in swept.items()}, words)
+    return SearchSpace({key: _distribution(one) for key, one in swept.items()}, words)
 
 
 def _is_choice(override: Override) -> bool:
@@ -285,21 +287,21 @@ def _hashed(value: Any) -> Any:
 
 
 def _value(text: str) -> Any:
-    value = plain_value(text)
+    value = parse_value(text)
     return text if isinstance(value, (dict, list)) else value
 
 
 def _distribution(override: Override) -> BaseDistribution:
     sweep = sweep_of(override)
     if isinstance(sweep, ChoiceSweep) or _is_choice(override):
-        return CategoricalDistribution([_value(text) for text in choices_of(override)])
+        return CategoricalDistribution([_value(text) for text in choices(override)])
     log = LOG in sweep.tags
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
             return IntDistribution(sweep.start, sweep.end, log=log)
         return FloatDistribution(sweep.start, sweep.end, log=log)
-    values = [plain_value(text) for text in choices_of(override)]
+    values = [parse_value(text) for text in choices(override)]
     low, high = min(values), max(values)
     step: Any = abs(sweep.step or 1)
     if all(isinstance(value, int) for value in values):
@@ -311,7 +313,7 @@ def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[ConfigIssue
     """What no distribution can be made of."""
     for key, override in swept.items():
         sweep = sweep_of(override)
-        text = f"={line_of(override).partition('=')[2]}"
+        text = f"={raw_override(override).partition('=')[2]}"
         wrong = sorted(tag for tag in sweep.tags if tag != LOG)
         if wrong:
             close = nearest(wrong[0], [LOG])
@@ -322,7 +324,7 @@ def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[ConfigIssue
             if LOG in sweep.tags:
                 yield ConfigIssue(key, f"{text}: log is for interval() and range()")
         else:
-            values = [plain_value(one) for one in choices_of(override)]
+            values = [parse_value(one) for one in choices(override)]
             if problem := _range_problem(sweep, values):
                 yield ConfigIssue(key, f"{text}{problem}")
 

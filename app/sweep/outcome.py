@@ -18,7 +18,7 @@ DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunStatus:
     """How a run stands.
 
     Attributes:
@@ -34,20 +34,20 @@ class Outcome:
     content: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
         return self.status in OVER
 
 
-def outcome_of(folder: Path) -> Outcome:
+def read_run_status(folder: Path) -> RunStatus:
     """How the run in that folder stands."""
     content = read_json(folder / "status.json")
     if not content:
-        return Outcome()
+        return RunStatus()
     best, status = content.get("best") or {}, content.get("status")
     if not isinstance(status, str) or not isinstance(best, dict):
         raise UserError(f"{folder / 'status.json'} is damaged: it does not say how the run stands")
-    return Outcome(status, best.get("value"), content.get("error"), content)
+    return RunStatus(status, best.get("value"), content.get("error"), content)
 
 
 def record_failure(folder: Path, failure: RankFailure, says: bool = True) -> None:
@@ -58,7 +58,7 @@ def record_failure(folder: Path, failure: RankFailure, says: bool = True) -> Non
         failure: Its own.
         says: In the log, too; else it stands there already.
     """
-    if outcome_of(folder).status in (PENDING, RUNNING):
+    if read_run_status(folder).status in (PENDING, RUNNING):
         record_rank_failure(folder, failure)
     if says:
         _write_in_log(folder, failure)

@@ -15,8 +15,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.overrides import Space, space_of
-from app.config.resolve import freeze
+from app.config.overrides import SweepSpace, parse_space
+from app.config.resolve import resolve
 from app.runtime.errors import UserError
 from app.runtime.signals import (
     EXIT_FAILURE,
@@ -25,9 +25,9 @@ from app.runtime.signals import (
     StopSignal,
     TrainingInterrupted,
 )
-from app.sweep.driver import Drive, Source, logged
+from app.sweep.driver import JobSource, SweepDriver, logged
 from app.sweep.folder import SweepFolder
-from app.sweep.report.write import exit_code, finish
+from app.sweep.report.write import exit_code, write_report
 
 log = logging.getLogger(__name__)
 NOT_KEPT = ("sweep.resume", "sweep.force")
@@ -57,17 +57,17 @@ class Sweep:
         return Path(str(self.config.hydra.sweep.dir)).absolute()
 
 
-class Search(Source, Protocol):
+class Search(JobSource, Protocol):
     """A source of jobs that knows how many go together."""
 
-    def at_once(self, launcher: object) -> int:
+    def batch_size(self, launcher: object) -> int:
         """How many jobs a launcher that runs them together is given."""
 
 
 class MakeSearch(Protocol):
     """Makes the source of jobs, once there is a folder."""
 
-    def __call__(self, sweep: Sweep, folder: SweepFolder, space: Space) -> Search: ...
+    def __call__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> Search: ...
 
 
 def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
@@ -86,17 +86,17 @@ def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
 
 def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
     loader = _begin(sweep, folder)
-    space = space_of(sweep.arguments, sweep.params, loader)
+    space = parse_space(sweep.arguments, sweep.params, loader)
     context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
     search = make_search(sweep, folder, space)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=sweep.task, config=sweep.config
     )
     on_error = sweep.config.sweep.on_error
-    drive = Drive(folder, search, launcher, on_error, sweep.config, loader)
+    drive = SweepDriver(folder, search, launcher, on_error, sweep.config, loader)
     try:
         with StopSignal().installed():
-            drive.run(search.at_once(launcher))
+            drive.run(search.batch_size(launcher))
         return exit_code(folder, EXIT_FAILURE)
     except TrainingInterrupted as stopped:
         log.warning("the sweep was %s", stopped)
@@ -108,7 +108,7 @@ def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
         return end.code if isinstance(end.code, int) else EXIT_FAILURE
     finally:
         folder.save()
-        finish(folder.path)
+        write_report(folder.path)
         if exit_code(folder, EXIT_FAILURE):
             names = ",".join(sweep.config.trusted_targets)
             trust = f" trusted_targets=[{names}]" if names else ""
@@ -121,10 +121,10 @@ def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
     fresh = not folder.exists or sweep.config.sweep.force
     if fresh:
         folder.freeze(own)
-    loader = folder.frozen(own)
-    space = space_of(sweep.arguments, sweep.params, loader)
+    loader = folder.frozen_loader(own)
+    space = parse_space(sweep.arguments, sweep.params, loader)
     if fresh:
-        folder.keep_base(base_of(loader.load_sweep_config(sweep.config, space.fixed)))
+        folder.save_base(base_of(loader.load_sweep_config(sweep.config, space.fixed)))
     folder.words = typed(sweep.config)
     folder.save()
     OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
@@ -136,7 +136,7 @@ def base_of(config: DictConfig) -> dict[str, Any]:
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
-        return freeze(config)[0]
+        return resolve(config)[0]
     finally:
         HydraConfig.instance().cfg = before
 

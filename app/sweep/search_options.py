@@ -10,7 +10,7 @@ NO_PRUNER, GRID = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
 
 
 @dataclass(frozen=True)
-class Options:
+class SearchOptions:
     """The keys of `conf/hydra/sweeper/optuna.yaml`, where their meaning stands."""
 
     n_trials: int

@@ -26,7 +26,7 @@ FLUSH_EVERY = 10_000  # rows kept on the device at most
 
 
 @dataclass(frozen=True)
-class Mean:
+class Average:
     """A mean over the samples of a step.
 
     Attributes:
@@ -38,23 +38,23 @@ class Mean:
     count: int
 
 
-StepValues = Mapping[str, Mean | Sums]
+StepValues = Mapping[str, Average | Sums]
 Tick = float | torch.cuda.Event
 
 
-def nothing_of(values: StepValues) -> StepValues:
+def zeros_like_row(values: StepValues) -> StepValues:
     """The same row, counting nothing."""
     return {
-        name: Mean(torch.zeros_like(value.value), 0)
-        if isinstance(value, Mean)
+        name: Average(torch.zeros_like(value.value), 0)
+        if isinstance(value, Average)
         else tuple(torch.zeros_like(part) for part in value)
         for name, value in values.items()
     }
 
 
-def mean_of(value: Tensor, count: int) -> Mean:
+def average(value: Tensor, count: int) -> Average:
     """A scalar tensor as the mean over so many samples; cut off from the graph, not read."""
-    return Mean(value.detach(), count)
+    return Average(value.detach(), count)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class StageResult:
     is_whole: bool = True
 
 
-class Clock:
+class StepTimer:
     """Seconds of each step, without waiting for the device.
 
     On a CUDA device the times are those between events in its stream, read when the stage ends.
@@ -123,7 +123,7 @@ def _seconds(before: Tick, after: Tick) -> float:
     return float(before.elapsed_time(after)) / 1000
 
 
-class Rows:
+class StageAccumulator:
     """The rows of the stage under way.
 
     Args:
@@ -133,7 +133,7 @@ class Rows:
 
     def __init__(self, metrics: StageMetrics, device: torch.device) -> None:
         metrics.reset()
-        self.metrics, self.clock = metrics, Clock(device)
+        self.metrics, self.clock = metrics, StepTimer(device)
         self.pending: list[StepValues] = []
         self.blocks: list[dict[str, Tensor]] = []
         self.numbers: dict[str, list[float]] = {}
@@ -158,11 +158,11 @@ class Rows:
             self.blocks.append(to_host(self.pending))
             self.pending = []
 
-    def void(self, count: int) -> None:
+    def mask_last(self, count: int) -> None:
         """The last so many steps count nothing; their cells are empty."""
         late = min(count, len(self.pending))
         if late:
-            self.pending[-late:] = map(nothing_of, self.pending[-late:])
+            self.pending[-late:] = map(zeros_like_row, self.pending[-late:])
         left = count - late
         for block in reversed(self.blocks):  # brought in already
             length = len(next(iter(block.values())))
@@ -274,13 +274,13 @@ def to_host(rows: list[StepValues]) -> dict[str, Tensor]:
     return dict(zip(columns, block.split(widths, dim=1), strict=True))
 
 
-def _stacked(values: Sequence[Mean | Sums]) -> Tensor:
-    means = [value for value in values if isinstance(value, Mean)]
+def _stacked(values: Sequence[Average | Sums]) -> Tensor:
+    means = [value for value in values if isinstance(value, Average)]
     if means:
         sums = _wide(torch.stack([mean.value for mean in means]))
         counts = sums.new_tensor([mean.count for mean in means])
         return torch.stack([sums * counts, counts], dim=1)
-    states = zip(*(value for value in values if not isinstance(value, Mean)), strict=True)
+    states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
     return torch.cat([_wide(torch.stack(state)).reshape(len(values), -1) for state in states], 1)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from app.runtime.nested import Key, Nested, count_samples, pick
 from app.training.precision import Precision
-from app.training.task import Measured, Step, Task
+from app.training.task import MetricsLike, StepOutput, Task
 
 
 class AdversarialTask(Task):
@@ -36,7 +36,7 @@ class AdversarialTask(Task):
         self,
         model: nn.Module,
         latent: int,
-        metrics: Mapping[str, Measured] | None = None,
+        metrics: Mapping[str, MetricsLike] | None = None,
         precision: Precision | None = None,
         inputs: int | str = 0,
     ) -> None:
@@ -51,17 +51,17 @@ class AdversarialTask(Task):
         self.latent = latent
         self.inputs: Key = inputs
 
-    def train_step(self, batch: Nested) -> Step:
-        assert self.learning is not None
+    def train_step(self, batch: Nested) -> StepOutput:
+        assert self.optimizers is not None
         real = pick(batch, self.inputs)
         fakes = self.generate(real)
         discriminator_loss = self.discriminator_loss(real, fakes.detach())
-        self.learning["discriminator"].step(discriminator_loss, len(real))
+        self.optimizers["discriminator"].step(discriminator_loss, len(real))
         generator_loss = self.generator_loss(fakes)  # as the discriminator judges by now
-        self.learning["generator"].step(generator_loss, len(real))
+        self.optimizers["generator"].step(generator_loss, len(real))
         return self.report("train", real, fakes, generator_loss, discriminator_loss)
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         real = pick(batch, self.inputs)
         fakes = self.generate(real)
         losses = self.generator_loss(fakes), self.discriminator_loss(real, fakes)
@@ -93,11 +93,11 @@ class AdversarialTask(Task):
         fakes: Tensor,
         generator_loss: Tensor,
         discriminator_loss: Tensor,
-    ) -> Step:
+    ) -> StepOutput:
         """The row of a step; its loss is the sum of both."""
         terms = {"generator_loss": generator_loss, "discriminator_loss": discriminator_loss}
         total = generator_loss + discriminator_loss
-        return self.measure(stage, as_pixels(fakes), as_pixels(real), total, terms)
+        return self.step_output(stage, as_pixels(fakes), as_pixels(real), total, terms)
 
 
 def as_pixels(images: Tensor) -> Tensor:

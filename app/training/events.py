@@ -29,7 +29,7 @@ class StageStart:
 class StepEnd:
     """A batch has been given to the device; tensors are there, and reading one waits for it.
 
-    With several ranks, batch and outputs are those of rank 0's share, unless `watches_all`.
+    With several ranks, batch and outputs are those of rank 0's share, unless `needs_all_ranks`.
 
     Attributes:
         stage: `train`, `valid`, `test` or `predict`.
@@ -84,7 +84,7 @@ class Callback:
     def on_stage_start(self, start: StageStart) -> None:
         """A stage begins."""
 
-    def watches_all(self, start: StageStart) -> bool:  # noqa: ARG002
+    def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002
         """Whether its steps in this stage are to be those of all ranks together, on the host."""
         return False
 
@@ -131,8 +131,8 @@ class Callbacks(Callback):
         for callback in self.callbacks:
             callback.on_stage_start(start)
 
-    def watches_all(self, start: StageStart) -> bool:
-        return any(callback.watches_all(start) for callback in self.callbacks)
+    def needs_all_ranks(self, start: StageStart) -> bool:
+        return any(callback.needs_all_ranks(start) for callback in self.callbacks)
 
     def on_step_end(self, step: StepEnd) -> None:
         for callback in self.callbacks:

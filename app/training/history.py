@@ -18,7 +18,7 @@ SMOOTHING = 0.3  # weight of the newest epoch in the expected time of the next
 
 
 @dataclass(frozen=True)
-class Best:
+class BestEpoch:
     """The best value of the goal, and the epoch that had it."""
 
     value: float
@@ -41,40 +41,40 @@ def goal_value(row: Row, goal: MonitorConfig) -> float:
     return float(row[name])
 
 
-def is_measured(history: History, monitor: MonitorConfig) -> bool:
+def has_metric(history: History, monitor: MonitorConfig) -> bool:
     """Whether every row of its stage has the metric, as a number."""
     name = "loss_mean" if monitor.name == "loss" else monitor.name
     return all(name in row for row in history if row["stage"] == monitor.stage)
 
 
-def measured(history: History, goal: MonitorConfig) -> list[Best]:
+def goal_values(history: History, goal: MonitorConfig) -> list[BestEpoch]:
     """The goal's value in every epoch that has one; a NaN is none."""
     rows = [row for row in history if row["stage"] == goal.stage]
-    values = [Best(goal_value(row, goal), int(row["epoch"])) for row in rows]
+    values = [BestEpoch(goal_value(row, goal), int(row["epoch"])) for row in rows]
     return [found for found in values if not math.isnan(found.value)]
 
 
-def best(history: History, goal: MonitorConfig) -> Best | None:
+def best_epoch(history: History, goal: MonitorConfig) -> BestEpoch | None:
     """The best so far, the earliest among equals; None where nothing is measured yet."""
-    values = measured(history, goal)
+    values = goal_values(history, goal)
     choose = max if goal.mode == "max" else min
     return choose(values, key=lambda found: found.value) if values else None
 
 
-def value_in(history: History, goal: MonitorConfig, epoch: int) -> float | None:
+def goal_value_at(history: History, goal: MonitorConfig, epoch: int) -> float | None:
     """The goal's value in an epoch; None where it was not measured."""
-    values = measured(history, goal)
+    values = goal_values(history, goal)
     return next((found.value for found in values if found.epoch == epoch), None)
 
 
-def best_epochs(history: History, goal: MonitorConfig, count: int) -> list[int]:
+def top_k_epochs(history: History, goal: MonitorConfig, count: int) -> list[int]:
     """So many epochs of the best values, the best first; -1: all that have one."""
     sign = -1 if goal.mode == "max" else 1
-    ranked = sorted(measured(history, goal), key=lambda found: (sign * found.value, found.epoch))
+    ranked = sorted(goal_values(history, goal), key=lambda found: (sign * found.value, found.epoch))
     return [found.epoch for found in ranked][: None if count < 0 else count]
 
 
-def waited(history: History, goal: GoalConfig) -> int:
+def epochs_since_best(history: History, goal: GoalConfig) -> int:
     """Measurements since the last that was better than all before it by more than `min_delta`."""
     rows = [row for row in history if row["stage"] == goal.stage]
     sign = 1 if goal.mode == "max" else -1
@@ -90,14 +90,14 @@ def waited(history: History, goal: GoalConfig) -> int:
 
 def reason_to_stop(history: History, goal: GoalConfig) -> str | None:
     """Why training ends before its last epoch, in words; None where it goes on."""
-    found = best(history, goal)
+    found = best_epoch(history, goal)
     if found is not None and goal.threshold is not None:
         reached = (
             found.value >= goal.threshold if goal.mode == "max" else found.value <= goal.threshold
         )
         if reached:
             return f"{goal.metric}={found.value:.6g} reached the threshold {goal.threshold:g}"
-    if goal.patience is not None and (waits := waited(history, goal)) >= goal.patience:
+    if goal.patience is not None and (waits := epochs_since_best(history, goal)) >= goal.patience:
         return f"{goal.metric} has not improved for {waits} validations"
     return None
 
@@ -116,7 +116,9 @@ def _expected(history: History, stage: str) -> float:
     return average
 
 
-State = Literal["running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"]
+StatusName = Literal[
+    "running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"
+]
 STAGES = ("train", "valid", "test")
 TIMES = ("epoch_time", "samples/s")
 

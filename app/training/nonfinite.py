@@ -12,13 +12,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from app.data.batch import Batch, Batches
+from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import rank
 from app.runtime.errors import NonFiniteError
 from app.training.accumulator import StageResult
-from app.training.nonfinite_trace import GRADIENT, LOSS, copied, norm_buffers, origin_of, put_back
-from app.training.optim.finite_check import Flag, Guard
-from app.training.optim.optim_wrapper import Learning
+from app.training.nonfinite_trace import (
+    GRADIENT,
+    LOSS,
+    batchnorm_buffers,
+    clone_all,
+    copy_into,
+    trace,
+)
+from app.training.optim.finite_check import AsyncScalar, FiniteCheck
+from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -27,7 +34,7 @@ LISTED = 1024  # indices of samples at most
 
 
 @dataclass
-class Moment:
+class PendingStep:
     """What is known of the time before a step of the optimizers, until that is known to be good."""
 
     step: int
@@ -35,10 +42,10 @@ class Moment:
     buffers: list[Tensor]
     position: dict[str, Any]
     batches: list[tuple[Batch, bool]] = field(default_factory=list)
-    flag: Flag | None = None
+    flag: AsyncScalar | None = None
 
 
-class NonFinite:
+class NonFinitePolicy:
     """Follows the steps of training, and sees to those that the guard has refused.
 
     Args:
@@ -52,10 +59,10 @@ class NonFinite:
     """
 
     def __init__(self, task: Task, waits: bool = False) -> None:
-        self.task, self.waits, self.record = task, waits, Record()
+        self.task, self.waits, self.stats = task, waits, NonFiniteStats()
         self.has_diverged = False
-        self.held: deque[Moment] = deque()
-        self.moment: Moment | None = None
+        self.held: deque[PendingStep] = deque()
+        self.moment: PendingStep | None = None
         self.void = self.made = self.skipped = self.epoch = 0
         self.indices: Callable[[int, int], Tensor | None] = _unknown
         self.buffers: list[Tensor] = []
@@ -63,15 +70,15 @@ class NonFinite:
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         counts = {"made": self.made, "skipped": self.skipped}
-        return {**counts, "has_diverged": self.has_diverged, "record": self.record.plain()}
+        return {**counts, "has_diverged": self.has_diverged, "record": self.stats.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what `state_dict` gave."""
         self.made, self.skipped = state["made"], state["skipped"]
         self.has_diverged = state["has_diverged"]
-        self.record.take_up(state["record"])
+        self.stats.load_dict(state["record"])
 
-    def begin(self, batches: Batches, epoch: int, goes_on: bool) -> None:
+    def on_epoch_start(self, batches: BatchLoader, epoch: int, goes_on: bool) -> None:
         """An epoch of training begins, or goes on."""
         self.epoch = epoch
         if not goes_on:
@@ -79,70 +86,70 @@ class NonFinite:
         self.moment, self.void = None, 0
         self.held.clear()
         self.indices = getattr(batches, "indices", _unknown)
-        self.buffers = norm_buffers(self.task.model)
-        if self.guard is not None:
-            self.guard.is_over, self.guard.evidence = False, None
-            self.guard.reads = self.guard.reads or self.waits
+        self.buffers = batchnorm_buffers(self.task.model)
+        if self.finite_check is not None:
+            self.finite_check.is_latched, self.finite_check.found_inf = False, None
+            self.finite_check.syncs = self.finite_check.syncs or self.waits
 
     @property
-    def learning(self) -> Learning:
-        assert self.task.learning is not None
-        return self.task.learning
+    def optimizers(self) -> OptimWrapperDict:
+        assert self.task.optimizers is not None
+        return self.task.optimizers
 
     @property
-    def guard(self) -> Guard | None:
-        return self.learning.guard
+    def finite_check(self) -> FiniteCheck | None:
+        return self.optimizers.finite_check
 
-    def before(self, batch: Batch, lent: bool, step: int, global_step: int) -> None:
+    def on_batch_start(self, batch: Batch, lent: bool, step: int, global_step: int) -> None:
         """A batch is about to be learned from."""
-        if self.guard is None:
+        if self.finite_check is None:
             return
         if self.moment is None:
-            position = {} if self.guard.reads else self.learning.position()
-            self.moment = Moment(step, global_step, copied(self.buffers), position)
+            position = {} if self.finite_check.syncs else self.optimizers.snapshot()
+            self.moment = PendingStep(step, global_step, clone_all(self.buffers), position)
         self.moment.batches.append((batch, lent))
 
-    def after(self) -> None:
+    def on_batch_end(self) -> None:
         """It has been; where that made a step, it may turn out that one was bad.
 
         Raises:
             NonFiniteError: So it is, and that ends the run.
         """
-        moment, guard = self.moment, self.guard
-        if guard is None or moment is None or not self.learning.is_between_steps:
+        moment, guard = self.moment, self.finite_check
+        if guard is None or moment is None or not self.optimizers.at_step_boundary:
             return
         self.moment = None
-        if guard.refused:
+        if guard.skipped:
             self._see_to(moment, guard)
             return
         self.made += 1
-        if guard.evidence is not None:
-            moment.flag = Flag(guard.evidence)
+        if guard.found_inf is not None:
+            moment.flag = AsyncScalar(guard.found_inf)
             self.held.append(moment)
             if len(self.held) > LAG:
                 self._look(guard)
 
-    def settle(self, is_whole: bool) -> None:
+    def on_epoch_end(self, is_whole: bool) -> None:
         """No further step comes: nothing stays open. Only a whole epoch had no good step."""
-        self.after()
-        self.look_at_all()
+        self.on_batch_end()
+        self.sync()
         if self.skipped:
             _say(f"epoch {self.epoch}: {self.skipped} steps were skipped")
         if is_whole and self.skipped and not self.made and not self.has_diverged:
             self.has_diverged = True
             _say(f"training ends: no step of epoch {self.epoch} could be made")
 
-    def look_at_all(self) -> None:
+    def sync(self) -> None:
         """At all that the device has found out; waits for it."""
-        while self.held and self.guard is not None:
-            self._look(self.guard)
+        while self.held and self.finite_check is not None:
+            self._look(self.finite_check)
 
-    def void_rows(self) -> int:
+    def num_invalid_rows(self) -> int:
         """How many of the last rows are to count nothing; asked once for each."""
         count, self.void = self.void, 0
         return count
 
-    def _look(self, guard: Guard) -> None:
+    def _look(self, guard: FiniteCheck) -> None:
         """At what the device has found out about the earliest step that is still open."""
         moment = self.held.popleft()
         assert moment.flag is not None
@@ -151,20 +158,20 @@ class NonFinite:
         later = [*self.held, *([self.moment] if self.moment else [])]
         self.held.clear()
         self.moment = None
-        guard.is_over = True
-        self.learning.put_back(moment.position)
+        guard.is_latched = True
+        self.optimizers.restore(moment.position)
         self.void += sum(len(one.batches) for one in later)
         self._see_to(moment, guard)
 
-    def _see_to(self, moment: Moment, guard: Guard) -> None:
-        guard.refused = False
+    def _see_to(self, moment: PendingStep, guard: FiniteCheck) -> None:
+        guard.skipped = False
         self.void += len(moment.batches)
-        put_back(self.buffers, moment.buffers)
-        if guard.policy != "skip" or not self.record.skipped:
+        copy_into(self.buffers, moment.buffers)
+        if guard.policy != "skip" or not self.stats.skipped:
             bad = self._named(moment)
         else:
-            bad = Bad("train", self.epoch, moment.step, moment.global_step)
-        self.record.add(bad)
+            bad = NonFiniteEvent("train", self.epoch, moment.step, moment.global_step)
+        self.stats.add(bad)
         if guard.policy == "raise":
             raise NonFiniteError(
                 f"{bad}; trainer.on_nonfinite=skip leaves out such steps, stop ends training"
@@ -173,34 +180,34 @@ class NonFinite:
             self.has_diverged = True
         else:
             self.skipped += 1
-            self.record.skipped += 1
-        if self.has_diverged or self.record.skipped == 1:
+            self.stats.skipped += 1
+        if self.has_diverged or self.stats.skipped == 1:
             _say(f"{'training ends' if self.has_diverged else 'skipped'}: {bad}")
 
-    def _named(self, moment: Moment) -> Bad:
+    def _named(self, moment: PendingStep) -> NonFiniteEvent:
         """Where it comes from; every rank must ask."""
-        origin = origin_of(self.task, moment.batches)
-        place = origin.place if origin else len(moment.batches) - 1
+        origin = trace(self.task, moment.batches)
+        place = origin.batch_index if origin else len(moment.batches) - 1
         step, total = moment.step + place, moment.global_step + place
         indices = self.indices(self.epoch, step)
         samples = None if indices is None else indices[:LISTED].tolist()
-        by_loss = any(one.by_loss for one in self.learning.optimizations.values())
+        by_loss = any(one.checks_loss_only for one in self.optimizers.wrappers.values())
         kind = LOSS if by_loss else GRADIENT
-        bad = Bad("train", self.epoch, step, total, kind=kind, samples=samples)
+        bad = NonFiniteEvent("train", self.epoch, step, total, kind=kind, samples=samples)
         if origin is None:
             return bad
         return replace(bad, rank=origin.rank, kind=origin.kind, where=origin.where)
 
-    def measured(self, result: StageResult) -> None:
+    def check_eval(self, result: StageResult) -> None:
         """Looks at the losses of a stage that learns nothing."""
         if result.steps.empty:
             return  # another rank than 0
         losses, counts = result.steps["loss"], result.steps["num_samples"]
         steps = result.steps["iter"][~np.isfinite(losses) & (counts > 0)]
         if len(steps):
-            bad = Bad(result.stage, result.epoch, int(steps.iloc[0]))
+            bad = NonFiniteEvent(result.stage, result.epoch, int(steps.iloc[0]))
             more = f", and in {len(steps) - 1} more of its steps" if len(steps) > 1 else ""
-            self.record.add(bad, len(steps))
+            self.stats.add(bad, len(steps))
             log.warning("%s%s", bad, more)
 
 
@@ -219,7 +226,7 @@ SHOWN = 8  # indices of samples at most, in words
 
 
 @dataclass(frozen=True)
-class Bad:
+class NonFiniteEvent:
     """A step that was no number; `step` counts batches of the epoch from 1, `global_step` all."""
 
     stage: str
@@ -242,7 +249,7 @@ class Bad:
 
 
 @dataclass
-class Record:
+class NonFiniteStats:
     """What `status.json` says of it.
 
     Attributes:
@@ -255,15 +262,15 @@ class Record:
     skipped: int = 0
     first: dict[str, Any] | None = None
 
-    def add(self, bad: Bad, count: int = 1) -> None:
+    def add(self, bad: NonFiniteEvent, count: int = 1) -> None:
         """So many, that one the first of them."""
         self.count += count
         self.first = self.first or vars(bad)
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain values."""
         return dict(vars(self))
 
-    def take_up(self, plain: dict[str, Any]) -> None:
+    def load_dict(self, plain: dict[str, Any]) -> None:
         """Goes on from what `plain` gave."""
         self.count, self.skipped, self.first = plain["count"], plain["skipped"], plain["first"]

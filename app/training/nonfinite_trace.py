@@ -22,7 +22,7 @@ LOSS, GRADIENT = "loss", "gradient"
 
 
 @dataclass(frozen=True)
-class Origin:
+class NonFiniteSource:
     """Where it comes from.
 
     Attributes:
@@ -32,13 +32,13 @@ class Origin:
         where: The first module whose output is none, or what else it is.
     """
 
-    place: int
+    batch_index: int
     rank: int
     kind: str
     where: str
 
 
-def origin_of(task: Task, batches: Sequence[tuple[Batch, bool]]) -> Origin | None:
+def trace(task: Task, batches: Sequence[tuple[Batch, bool]]) -> NonFiniteSource | None:
     """Goes through the batches of a step again; every rank must ask, and all get the same.
 
     Weights, statistics of batches, metrics and randomness are as they were afterwards. Chance, as
@@ -58,27 +58,30 @@ def origin_of(task: Task, batches: Sequence[tuple[Batch, bool]]) -> Origin | Non
     first = broadcast_object(
         min((one for part in gather_object(mine) for one in part), default=None)
     )
-    return None if first is None else Origin(*first)
+    return None if first is None else NonFiniteSource(*first)
 
 
 @contextmanager
 def _to_no_effect(task: Task) -> Iterator[None]:
-    model, trained, random = task.model, task.trained, rng_state()
+    model, trained, random = task.model, task.forward_model, rng_state()
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    buffers = copied(norm_buffers(model))
-    task.trained = model
+    buffers = clone_all(batchnorm_buffers(model))
+    task.forward_model = model
     try:
         yield
     finally:
-        task.trained, model._compiled_call_impl = trained, compiled
-        put_back(norm_buffers(model), buffers)
+        task.forward_model, model._compiled_call_impl = trained, compiled
+        copy_into(batchnorm_buffers(model), buffers)
         set_rng_state(random)
 
 
 def _looked_into(task: Task, batch: Batch, lent: bool) -> tuple[str, str] | None:
     """What is no number, and where it comes from; None where all is well."""
-    assert task.learning is not None
-    guard, parallel = task.learning.guard, next(iter(task.learning.optimizations.values())).parallel
+    assert task.optimizers is not None
+    guard, parallel = (
+        task.optimizers.finite_check,
+        next(iter(task.optimizers.wrappers.values())).strategy,
+    )
     assert guard is not None
     bad: list[tuple[str, str]] = []
     modules: list[str] = []
@@ -93,16 +96,16 @@ def _looked_into(task: Task, batch: Batch, lent: bool) -> tuple[str, str] | None
             wrong = [names[p] for p, g in pairs if g is not None and not is_finite(g)]
             bad.extend([(GRADIENT, f"the gradient of {wrong[-1]!r}")] if wrong else [])
 
-    guard.replay = look
+    guard.trace_hook = look
     try:
         with ExitStack() as stack:
             stack.enter_context(SingleDevice.sync_context(parallel, lent, False))
-            stack.enter_context(task.metrics["train"].muted())
+            stack.enter_context(task.metrics["train"].paused())
             stack.enter_context(task.precision.autocast())
             stack.enter_context(_heard(task.model, modules))
             task.train_step(batch)
     finally:
-        guard.replay = None
+        guard.trace_hook = None
     if not bad:
         return None
     kind, end = bad[0]
@@ -147,22 +150,22 @@ def is_finite(nested: Nested) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point())
 
 
-def norm_buffers(model: nn.Module) -> list[Tensor]:
+def batchnorm_buffers(model: nn.Module) -> list[Tensor]:
     """The statistics that a batch leaves behind in going through."""
     kind = torch.nn.modules.batchnorm._NormBase
     norms = (module for module in model.modules() if isinstance(module, kind))
     return [buffer for module in norms for buffer in module.buffers(recurse=False)]
 
 
-def copied(buffers: list[Tensor]) -> list[Tensor]:
+def clone_all(buffers: list[Tensor]) -> list[Tensor]:
     """Their values of now."""
     copies = [torch.empty_like(buffer) for buffer in buffers]
-    put_back(copies, buffers)
+    copy_into(copies, buffers)
     return copies
 
 
 @torch.no_grad()
-def put_back(buffers: list[Tensor], values: list[Tensor]) -> None:
+def copy_into(buffers: list[Tensor], values: list[Tensor]) -> None:
     """In place."""
     if buffers:
         torch._foreach_copy_(buffers, values)

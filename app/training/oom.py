@@ -15,7 +15,7 @@ from app.runtime.errors import UserError
 MIB = 2**20
 
 
-class Memory:
+class OOMReporter:
     """Names what was under way when there was too little memory.
 
     Args:
@@ -27,7 +27,7 @@ class Memory:
         self.device, self.config = device, config
 
     @contextmanager
-    def watched(self, stage: str, epoch: int, step: int) -> Iterator[None]:
+    def guard_step(self, stage: str, epoch: int, step: int) -> Iterator[None]:
         """A step.
 
         Raises:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaveSchedule:
     """When the state of training is written, and what of it stays.
 
     Attributes:
@@ -28,7 +28,7 @@ class Saving:
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingLimits:
     """How long to train, and what comes when.
 
     Attributes:
@@ -43,18 +43,18 @@ class Plan:
     max_epochs: int | None
     max_steps: int | None = None
     valid_every_n_epochs: int = 1
-    saving: Saving = Saving()
+    save_schedule: SaveSchedule = SaveSchedule()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
 
-    def epochs(self, steps_per_epoch: int | None) -> int | None:
+    def num_epochs(self, steps_per_epoch: int | None) -> int | None:
         """Epochs at most, the last one perhaps cut short; None where that is not known."""
         if self.max_steps is None or steps_per_epoch is None:
             return self.max_epochs
         by_steps = math.ceil(self.max_steps / steps_per_epoch)
         return by_steps if self.max_epochs is None else min(by_steps, self.max_epochs)
 
-    def is_over(self, epoch: int, steps: int) -> bool:
+    def is_last_epoch(self, epoch: int, steps: int) -> bool:
         """Whether that epoch, after so many steps of the optimizer, is the last."""
         by_epochs = self.max_epochs is not None and epoch >= self.max_epochs
         return by_epochs or (self.max_steps is not None and steps >= self.max_steps)

@@ -36,7 +36,7 @@ class Precision:
         dtype = torch.bfloat16 if self.name == "bf16" else torch.float16
         return torch.autocast(self.device_type, dtype)
 
-    def off(self) -> AbstractContextManager[object]:
+    def disabled(self) -> AbstractContextManager[object]:
         """Full precision inside an autocast."""
         if self.name == "fp32":
             return nullcontext()

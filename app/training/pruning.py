@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from app.config.instantiate import Build
+from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig, OptunaTrial
 from app.distributed.collectives import broadcast_object, rank
-from app.training.history import History, measured
+from app.training.history import History, goal_values
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
@@ -27,31 +27,33 @@ class Pruning:
 
     def __init__(self, trial: OptunaTrial | None, goal: GoalConfig) -> None:
         self.trial, self.goal = trial, goal
-        self.told = 0  # the last epoch
+        self.last_reported_epoch = 0  # the last epoch
 
-    def is_hopeless(self, history: History) -> bool:
+    def should_prune(self, history: History) -> bool:
         """Whether the run is to end now; all ranks must ask, and get the same answer."""
         if self.trial is None:
             return False
         return broadcast_object(self._asked(history, self.trial) if rank() == 0 else False)
 
     def _asked(self, history: History, trial: OptunaTrial) -> bool:
-        values = measured(history, self.goal)
-        if not values or values[-1].epoch <= self.told:
+        values = goal_values(history, self.goal)
+        if not values or values[-1].epoch <= self.last_reported_epoch:
             return False
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.told = values[-1].epoch
-        storage = storage_of(trial.storage)
-        pruner: Any = Build([PRUNERS])("hydra.sweeper.pruner", trial.pruner)
+        self.last_reported_epoch = values[-1].epoch
+        storage = make_storage(trial.storage)
+        pruner: Any = Instantiator([PRUNERS])("hydra.sweeper.pruner", trial.pruner)
         study = optuna.load_study(study_name=trial.study, storage=storage, pruner=pruner)
         frozen = study.get_trials(deepcopy=False)[trial.number]
-        storage.set_trial_intermediate_value(frozen._trial_id, self.told, values[-1].value)
+        storage.set_trial_intermediate_value(
+            frozen._trial_id, self.last_reported_epoch, values[-1].value
+        )
         return bool(pruner.prune(study, storage.get_trial(frozen._trial_id)))
 
 
-def storage_of(text: str) -> BaseStorage:
+def make_storage(text: str) -> BaseStorage:
     """Where a study is kept.
 
     Args:

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from app.data.batch import Batch, Batches
+from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import LazyAllReduceMax, gather_object, is_distributed
 from app.runtime.nested import Nested, map_tensors
 from app.runtime.signals import StopReason, StopSignal
 
 
-class Asked:
+class StopConsensus:
     """Why to stop, the same in all ranks.
 
     Args:
@@ -32,18 +32,18 @@ class Asked:
         self.reason = StopReason(max(self.reason, self.agreement(self.stop.reason())))
         return self.reason
 
-    def settle(self) -> StopReason:
+    def finish(self) -> StopReason:
         """No further step comes: what was last said counts now."""
         self.reason = StopReason(max(self.reason, self.agreement.wait(self.stop.reason())))
         return self.reason
 
     @property
-    def by_signal(self) -> bool:
+    def is_signal(self) -> bool:
         """Whether nothing more is to be begun; when time is up, the best is still tested."""
         return self.reason > StopReason.TIME
 
 
-class Due:
+class SaveTimer:
     """When to save in the midst of an epoch: after the same step in all ranks.
 
     Args:
@@ -57,11 +57,11 @@ class Due:
         self.agreement = LazyAllReduceMax()
         self.since, self.steps = time.monotonic(), 0
 
-    def saved(self, steps: int) -> None:
+    def mark_saved(self, steps: int) -> None:
         """It has been, after so many steps."""
         self.since, self.steps = time.monotonic(), steps
 
-    def after_step(self, steps: int) -> bool:
+    def is_due(self, steps: int) -> bool:
         """Whether it is time to, after so many steps; every rank must ask."""
         is_late = False
         if self.seconds is not None:
@@ -70,7 +70,7 @@ class Due:
         return (by_steps or is_late) and steps != self.steps
 
 
-def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
+def padded_batches(batches: BatchLoader, epoch: int) -> Iterator[tuple[Batch, bool]]:
     """The batches of this rank, and whether it is only lent: it has no sample of the whole one.
 
     All ranks make every step together, so a rank without a part in it gets something to go through
@@ -80,9 +80,9 @@ def lending(batches: Batches, epoch: int) -> Iterator[tuple[Batch, bool]]:
         yield (batches.first(2), True) if batch is None else (batch, False)
 
 
-def of_all_ranks(mine: Nested, lent: bool) -> list[Nested]:
+def gather_batches(mine: Nested, is_padding: bool) -> list[Nested]:
     """What every rank has, on the host, in rank 0; nothing in the others."""
     if not is_distributed():
         return [mine]
-    parts = gather_object(None if lent else map_tensors(Tensor.cpu, mine))
+    parts = gather_object(None if is_padding else map_tensors(Tensor.cpu, mine))
     return [part for part in parts if part is not None]

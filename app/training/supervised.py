@@ -13,7 +13,7 @@ from app.runtime.device import is_out_of_memory
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, count_samples, describe, pick
 from app.training.precision import Precision
-from app.training.task import Forward, Measured, Step, Task
+from app.training.task import Forward, MetricsLike, StepOutput, Task
 
 
 class SupervisedTask(Task):
@@ -35,7 +35,7 @@ class SupervisedTask(Task):
         self,
         model: nn.Module,
         loss: WeightedSum | Term | Function | Mapping[str, Term | Function],
-        metrics: Mapping[str, Measured] | None = None,
+        metrics: Mapping[str, MetricsLike] | None = None,
         precision: Precision | None = None,
         inputs: int | str | list[Any] | dict[str, Any] | None = 0,
         targets: int | str | list[Any] | dict[str, Any] | None = 1,
@@ -51,24 +51,24 @@ class SupervisedTask(Task):
         self.targets: Key = targets
         self.mix, self.patches = mix, patches
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
         mixed, wanted = self.mix(inputs, targets) if self.mix else (inputs, targets)
         outputs = self.forward(mixed)
         loss, terms = self.loss(outputs, wanted)
-        self.optimization.step(loss, count_samples(inputs))
-        return self.measure("train", outputs, targets, loss, terms)
+        self.optimizer.step(loss, count_samples(inputs))
+        return self.step_output("train", outputs, targets, loss, terms)
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
         outputs = self.predict(inputs)
         loss, terms = self.loss(outputs, targets)
-        return self.measure(stage, outputs, targets, loss, terms)
+        return self.step_output(stage, outputs, targets, loss, terms)
 
     def predict_step(self, batch: Nested) -> Nested:
         return self.predict(pick(batch, self.inputs))
 
-    def forward_step(self, batch: Nested) -> None:
+    def bn_forward(self, batch: Nested) -> None:
         self.forward(pick(batch, self.inputs))
 
     def unpack(self, batch: Nested) -> tuple[Nested, Nested]:
@@ -86,7 +86,7 @@ class SupervisedTask(Task):
         Raises:
             UserError: It cannot take them.
         """
-        model = self.trained if self.model.training else self.model
+        model = self.forward_model if self.model.training else self.model
         try:
             if isinstance(inputs, dict):
                 return model(**inputs)
@@ -103,19 +103,19 @@ class SupervisedTask(Task):
         """The outputs where the model is only used."""
         return self.patches(self.forward, inputs) if self.patches else self.forward(inputs)
 
-    def measure(
+    def step_output(
         self,
         stage: str,
         outputs: Nested,
         targets: Nested,
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
-    ) -> Step:
+    ) -> StepOutput:
         named = {**(terms or {}), **self.loss.learned()}
-        step = super().measure(stage, outputs, targets, loss, named)
-        return Step(step.values, step.outputs, self.loss.scheduled())
+        step = super().step_output(stage, outputs, targets, loss, named)
+        return StepOutput(step.values, step.outputs, self.loss.scheduled())
 
-    def starts(self, epoch: int, step: int) -> None:
+    def on_step_start(self, epoch: int, step: int) -> None:
         self.loss.progress(epoch, step)
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from app.metrics.output_metric import Selected
+from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, describe, map_tensors
-from app.training.accumulator import Mean, StepValues, mean_of
-from app.training.optim.optim_wrapper import Learning, Optimization
+from app.training.accumulator import Average, StepValues, average
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
 
 Forward = Callable[[Nested], Nested]
-Measured = StageMetrics | Mapping[str, Metric | Selected | Callable[..., Tensor]]
+MetricsLike = StageMetrics | Mapping[str, Metric | OutputMetric | Callable[..., Tensor]]
 
 
 @dataclass(frozen=True)
-class Step:
+class StepOutput:
     """What a step gives back; everything stays on the device.
 
     Attributes:
@@ -35,13 +35,13 @@ class Step:
 
     values: StepValues
     outputs: Nested = None
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    host_values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
         """Over which the loss is the mean."""
         loss = self.values["loss"]
-        assert isinstance(loss, Mean), "a loss is a mean over samples: mean_of(loss, count)"
+        assert isinstance(loss, Average), "a loss is a mean over samples: mean_of(loss, count)"
         return loss.count
 
 
@@ -60,11 +60,11 @@ class Task:
     def __init__(
         self,
         model: nn.Module,
-        metrics: Mapping[str, Measured] | None = None,
+        metrics: Mapping[str, MetricsLike] | None = None,
         precision: Precision | None = None,
     ) -> None:
         self.model = model
-        self.trained: Callable[..., Any] = (
+        self.forward_model: Callable[..., Any] = (
             model  # what a training step calls, see `app.distributed.strategies`
         )
         self.precision = precision or Precision("fp32", "cpu")
@@ -73,13 +73,13 @@ class Task:
             stage: _stage_metrics(given.get(stage, {}), stage)
             for stage in ("train", "valid", "test")
         }
-        self.learning: Learning | None = None  # set before the first `train_step`
+        self.optimizers: OptimWrapperDict | None = None  # set before the first `train_step`
 
-    def train_step(self, batch: Nested) -> Step:
+    def train_step(self, batch: Nested) -> StepOutput:
         """Learns from one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no train_step")
 
-    def eval_step(self, stage: str, batch: Nested) -> Step:
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         """Measures one batch of `valid` or `test`."""
         raise NotImplementedError(f"{type(self).__name__} has no eval_step")
 
@@ -87,11 +87,11 @@ class Task:
         """What is predicted for one batch."""
         raise NotImplementedError(f"{type(self).__name__} has no predict_step")
 
-    def forward_step(self, batch: Nested) -> None:
+    def bn_forward(self, batch: Nested) -> None:
         """Only puts a batch through the model, whose batch statistics are measured anew."""
         self.predict_step(batch)
 
-    def starts(self, epoch: int, step: int) -> None:
+    def on_step_start(self, epoch: int, step: int) -> None:
         """A step of training comes; both are counted from 1."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -111,19 +111,19 @@ class Task:
         """Takes back what `state_dict` gave."""
 
     @property
-    def optimization(self) -> Optimization:
+    def optimizer(self) -> OptimWrapper:
         """The only one, where there is one alone; else `self.learning[name]`."""
-        assert self.learning is not None, "nothing is learned here"
-        return self.learning.only
+        assert self.optimizers is not None, "nothing is learned here"
+        return self.optimizers.single
 
-    def measure(
+    def step_output(
         self,
         stage: str,
         outputs: Nested,
         targets: Nested,
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
-    ) -> Step:
+    ) -> StepOutput:
         """The row of a step.
 
         Args:
@@ -134,32 +134,32 @@ class Task:
             terms: Further scalars, means over the batch, by the names of their columns.
         """
         count = count_samples(outputs)
-        means = {n: mean_of(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
-        means["loss"] = mean_of(loss, count)  # whatever terms are called
+        means = {n: average(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
+        means["loss"] = average(loss, count)  # whatever terms are called
         outputs = map_tensors(Tensor.detach, outputs)
-        refused = stage == "train" and self.learning is not None and self.learning.has_refused
-        muted = self.metrics[stage].muted() if refused else nullcontext()
-        with self.precision.off(), muted:
+        refused = stage == "train" and self.optimizers is not None and self.optimizers.skipped_step
+        muted = self.metrics[stage].paused() if refused else nullcontext()
+        with self.precision.disabled(), muted:
             wide = map_tensors(self.precision.widened, (outputs, targets))
             sums = self.metrics[stage].sums(*wide)
-        return Step({**means, **sums}, outputs)
+        return StepOutput({**means, **sums}, outputs)
 
 
-def sound(task: Task, stage: str, step: object) -> Step:
+def check_step_output(task: Task, stage: str, step: object) -> StepOutput:
     """What a step gave back, if it is a step.
 
     Raises:
         UserError: It is none, or has forgotten the loss.
     """
-    if isinstance(step, Step) and "loss" in step.values:
+    if isinstance(step, StepOutput) and "loss" in step.values:
         return step
     method = "train_step" if stage == "train" else "eval_step"
-    gave = f"{sorted(step.values)}" if isinstance(step, Step) else describe(step)
+    gave = f"{sorted(step.values)}" if isinstance(step, StepOutput) else describe(step)
     raise UserError(
         f"task: {type(task).__name__}.{method} must return a Step whose values have a 'loss', as "
         f"self.measure(...) makes it; it gave {gave}"
     )
 
 
-def _stage_metrics(metrics: Measured, stage: str) -> StageMetrics:
+def _stage_metrics(metrics: MetricsLike, stage: str) -> StageMetrics:
     return metrics if isinstance(metrics, StageMetrics) else as_metrics(metrics, stage)

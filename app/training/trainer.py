@@ -15,33 +15,33 @@ import pandas as pd
 import torch
 
 from app.config.schema import GoalConfig, Job, MonitorConfig
-from app.data.batch import Batch, Batches
+from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import broadcast_object, rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.seed import seed_everything
 from app.runtime.signals import StopSignal, TrainingInterrupted
-from app.training.accumulator import Rows, StageResult, nothing_of
+from app.training.accumulator import StageAccumulator, StageResult, zeros_like_row
 from app.training.checkpoint.checkpoint import BEST
-from app.training.checkpoint.mid_epoch import left, position, take_up
-from app.training.checkpoint.policy import Keeping
+from app.training.checkpoint.mid_epoch import remaining_batches, restore_position, save_position
+from app.training.checkpoint.policy import CheckpointPolicy
 from app.training.checkpoint.train_state import TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
-from app.training.history import State, goal_value, summary_table, value_in
+from app.training.history import StatusName, goal_value, goal_value_at, summary_table
 from app.training.history import reason_to_stop as stop_by
-from app.training.nonfinite import NonFinite
-from app.training.oom import Memory
-from app.training.optim.freezing import Freezing
-from app.training.optim.optim_wrapper import Learning
-from app.training.optim.weight_averaging import Averaging, measured_anew
-from app.training.plan import Plan
+from app.training.nonfinite import NonFinitePolicy
+from app.training.oom import OOMReporter
+from app.training.optim.freezing import FreezeSchedule
+from app.training.optim.optim_wrapper import OptimWrapperDict
+from app.training.optim.weight_averaging import WeightAveraging, recompute_bn_stats
+from app.training.plan import TrainingLimits
 from app.training.pruning import Pruning
-from app.training.rank_sync import Asked, lending, of_all_ranks
-from app.training.task import Step, Task, sound
+from app.training.rank_sync import StopConsensus, gather_batches, padded_batches
+from app.training.task import StepOutput, Task, check_step_output
 
 log = logging.getLogger(__name__)
-Stepped = tuple[Batch, Step, dict[str, float]]  # a batch, its step, further columns
+StepResult = tuple[Batch, StepOutput, dict[str, float]]  # a batch, its step, further columns
 TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
 PREDICT = "predict"  # what watchers are told in place of a stage
 
@@ -69,34 +69,36 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        plan: Plan,
+        limits: TrainingLimits,
         folder: Path,
         goal: GoalConfig = TRAIN_LOSS,
         callbacks: Callback | None = None,
         seed: int = 0,
         device: torch.device = CPU,
-        averaging: Averaging | None = None,
-        freezing: Freezing | None = None,
+        averaging: WeightAveraging | None = None,
+        freezing: FreezeSchedule | None = None,
         monitors: Mapping[str, MonitorConfig] | None = None,
         job: Job | None = None,
-        parallel: SingleDevice | None = None,
+        strategy: SingleDevice | None = None,
         stop: StopSignal | None = None,
         pruning: Pruning | None = None,
     ) -> None:
-        self.task, self.plan = task, plan
+        self.task, self.limits = task, limits
         self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
-        self.averaging = averaging or Averaging(task.model)
-        self.freezing = freezing or Freezing(task.model, {})
-        self.state = TrainState(task, self.averaging, folder, job, self.callbacks, plan.saving)
-        self.keeping = Keeping(self.state, plan.saving, goal, monitors or {})
-        self.parallel, self.stop = parallel or SingleDevice(task.model), stop or StopSignal()
-        self.asked = Asked(self.stop)
-        self.pruning, self.is_hopeless = pruning or Pruning(None, goal), False
-        self.nonfinite = NonFinite(task, waits=self.averaging.follows_steps)
+        self.averaging = averaging or WeightAveraging(task.model)
+        self.freezing = freezing or FreezeSchedule(task.model, {})
+        self.state = TrainState(
+            task, self.averaging, folder, job, self.callbacks, limits.save_schedule
+        )
+        self.checkpoints = CheckpointPolicy(self.state, limits.save_schedule, goal, monitors or {})
+        self.strategy, self.stop = strategy or SingleDevice(task.model), stop or StopSignal()
+        self.stop_consensus = StopConsensus(self.stop)
+        self.pruning, self.is_pruned = pruning or Pruning(None, goal), False
+        self.nonfinite = NonFinitePolicy(task, waits=self.averaging.updates_per_step)
         self.state.nonfinite = self.nonfinite
-        self.memory = Memory(device, job.config if job else None)
+        self.oom = OOMReporter(device, job.config if job else None)
 
-    def fit(self, train: Batches, valid: Batches | None = None) -> pd.DataFrame:
+    def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
         """Trains to the end of the plan, or until the goal stops it.
 
         Leaves `best.pt` and `last.pt`, and gives the summary: a line for each stage.
@@ -104,61 +106,61 @@ class Trainer:
         Raises:
             Stopped: It was asked to end before its time; `last.pt` has what there is.
         """
-        with self.stop.deferred_until_step(self.plan.max_seconds), self.state.written():
+        with self.stop.deferred_until_step(self.limits.max_seconds), self.state.flushed():
             try:
-                self.keep_again(train)
+                self.resave_missing_best(train)
                 summary = self.fit_epochs(train, valid)
-                self.stand_in(train)
+                self.replace_missing_best(train)
             except TrainingInterrupted:
-                self.keeping.last()
+                self.checkpoints.save_last()
                 self.state.writer.wait()
                 broadcast_object(None)  # no rank leaves before it is saved
                 raise
         return summary
 
-    def fit_epochs(self, train: Batches, valid: Batches | None) -> pd.DataFrame:
+    def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> pd.DataFrame:
         """Epoch after epoch."""
         began = time.monotonic()
-        if self.is_over():
+        if self.is_finished():
             log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
             return summary_table(self.state.history)
         self.sanity_check(valid)
-        for epoch in count(self.state.epoch + self.state.is_over):
-            if self.state.is_over:
+        for epoch in count(self.state.epoch + self.state.epoch_finished):
+            if self.state.epoch_finished:
                 self.run_stage("train", epoch, train, learns=True)
-                self.state.epoch, self.state.is_over = epoch, False
+                self.state.epoch, self.state.epoch_finished = epoch, False
                 self.averaging.after_epoch(epoch)
-            self.state.time_is_up = bool(self.asked.reason)
-            last = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
+            self.state.time_is_up = bool(self.stop_consensus.reason)
+            last = self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up
             last = last or self.nonfinite.has_diverged
 
-            with self.averaged(train, epoch):
-                if valid is not None and (last or epoch % self.plan.valid_every_n_epochs == 0):
+            with self.averaged_weights(train, epoch):
+                if valid is not None and (last or epoch % self.limits.valid_every_n_epochs == 0):
                     self.run_stage("valid", epoch, valid)
-                self.keeping.best(epoch)
-            self.learning.epoch_end(value_in(self.state.history, self.goal, epoch))
-            self.state.is_over = True
-            self.is_hopeless = self.pruning.is_hopeless(self.state.history) and not last
+                self.checkpoints.save_best(epoch)
+            self.optimizers.epoch_end(goal_value_at(self.state.history, self.goal, epoch))
+            self.state.epoch_finished = True
+            self.is_pruned = self.pruning.should_prune(self.state.history) and not last
             reason = self.reason_to_stop()
-            if last or reason or epoch % self.plan.saving.every_n_epochs == 0:
-                self.keeping.last()
+            if last or reason or epoch % self.limits.save_schedule.every_n_epochs == 0:
+                self.checkpoints.save_last()
 
-            self.callbacks.on_epoch_end(self.epoch_end(epoch, train, time.monotonic() - began))
+            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, time.monotonic() - began))
             if reason:
                 log.info("stopped after epoch %d: %s", epoch, reason)
             if last or reason:
                 break
         return summary_table(self.state.history)
 
-    def is_over(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether training has come to its end already, in a run that goes on."""
-        epoch, ended = self.state.epoch, self.state.is_over and self.state.under_way is None
-        by_plan = self.plan.is_over(epoch, self.learning.steps) or self.state.time_is_up
+        epoch, ended = self.state.epoch, self.state.epoch_finished and self.state.mid_epoch is None
+        by_plan = self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up
         by_plan = by_plan or self.nonfinite.has_diverged
         return ended and (by_plan or (epoch > 0 and self.reason_to_stop() is not None))
 
     def run_stage(
-        self, stage: str, epoch: int, batches: Batches, learns: bool = False
+        self, stage: str, epoch: int, batches: BatchLoader, learns: bool = False
     ) -> StageResult:
         """One pass over the batches; its row joins the history, the watchers hear of it.
 
@@ -167,114 +169,116 @@ class Trainer:
         Raises:
             Stopped: In the midst of it.
         """
-        start = self.starts(stage, epoch, batches)
-        rows = Rows(self.task.metrics[stage], self.device)
-        if learns and self.state.under_way:
-            take_up(rows, self.state.under_way)
-        whole = broadcast_object(self.callbacks.watches_all(start))
+        start = self.begin_stage(stage, epoch, batches)
+        rows = StageAccumulator(self.task.metrics[stage], self.device)
+        if learns and self.state.mid_epoch:
+            restore_position(rows, self.state.mid_epoch)
+        whole = broadcast_object(self.callbacks.needs_all_ranks(start))
         run = self.train_steps if learns else self.eval_steps
         with self.stop.deferred_until_step():
             for batch, step, numbers in run(batches, stage, epoch):
                 rows.add(step.values, numbers)
-                rows.void(self.nonfinite.void_rows())
-                self.tell(start, batch, step, whole)
-                if learns and self.keeping.is_time():
-                    self.save_under_way(rows)
-        rows.void(self.nonfinite.void_rows())
+                rows.mask_last(self.nonfinite.num_invalid_rows())
+                self.notify_step(start, batch, step, whole)
+                if learns and self.checkpoints.is_due():
+                    self.save_mid_epoch(rows)
+        rows.mask_last(self.nonfinite.num_invalid_rows())
         if rows.is_empty:
             raise UserError(f"the {stage} data gives no batch")
-        if self.asked.by_signal and not learns:
-            raise TrainingInterrupted(self.asked.reason)
-        if self.asked.by_signal:
-            self.state.under_way = position(rows, self.state.trained)
+        if self.stop_consensus.is_signal and not learns:
+            raise TrainingInterrupted(self.stop_consensus.reason)
+        if self.stop_consensus.is_signal:
+            self.state.mid_epoch = save_position(rows, self.state.batches_in_epoch)
         result = rows.result(stage, epoch)
         if not learns:
-            self.nonfinite.measured(result)
+            self.nonfinite.check_eval(result)
         history = [*self.state.history, result.row]
-        result = replace(result, is_whole=not self.asked.by_signal)
+        result = replace(result, is_whole=not self.stop_consensus.is_signal)
         self.callbacks.on_stage_end(result, history)
-        if self.asked.by_signal:
+        if self.stop_consensus.is_signal:
             raise TrainingInterrupted(
-                self.asked.reason
+                self.stop_consensus.reason
             )  # the stage is not over, and not part of the history
         self.state.history = history
         return result
 
-    def starts(self, stage: str, epoch: int, batches: Batches) -> StageStart:
+    def begin_stage(self, stage: str, epoch: int, batches: BatchLoader) -> StageStart:
         """A stage begins: seeds, and the watchers hear of it."""
         seed_everything(self.seed, stage, epoch, *([rank()] if rank() else []))
         start = StageStart(stage, epoch, batches.num_batches, batches.num_samples)
         self.callbacks.on_stage_start(start)
         return start
 
-    def train_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
+    def train_steps(self, batches: BatchLoader, stage: str, epoch: int) -> Iterator[StepResult]:
         """Learns from each batch, until there are enough steps."""
-        task, learning = self.task, self.learning
+        task, learning = self.task, self.optimizers
         task.model.train()
         self.freezing.apply(epoch)
-        self.parallel.on_epoch_start()
-        before, self.state.under_way = self.state.under_way, None
-        self.state.trained = before["batches"] if before else 0
-        self.nonfinite.begin(batches, epoch, before is not None)
-        is_over = self.has_enough_steps or self.nonfinite.has_diverged
-        for batch, lent in left(batches, epoch, before) if not is_over else ():
-            self.state.trained += 1
+        self.strategy.on_epoch_start()
+        before, self.state.mid_epoch = self.state.mid_epoch, None
+        self.state.batches_in_epoch = before["batches"] if before else 0
+        self.nonfinite.on_epoch_start(batches, epoch, before is not None)
+        is_over = self.has_reached_max_steps or self.nonfinite.has_diverged
+        for batch, lent in remaining_batches(batches, epoch, before) if not is_over else ():
+            self.state.batches_in_epoch += 1
             self.state.batches += 1
-            task.starts(epoch, self.state.batches)
-            rates = learning.rates()
-            self.nonfinite.before(batch, lent, self.state.trained, self.state.batches)
+            task.on_step_start(epoch, self.state.batches)
+            rates = learning.lrs()
+            self.nonfinite.on_batch_start(
+                batch, lent, self.state.batches_in_epoch, self.state.batches
+            )
             with (
-                self.memory.watched(stage, epoch, self.state.trained),
-                self.counting(stage, lent),
-                self.parallel.sync_context(lent, learning.completes),
+                self.oom.guard_step(stage, epoch, self.state.batches_in_epoch),
+                self.step_context(stage, lent),
+                self.strategy.sync_context(lent, learning.steps_next),
             ):
-                step = sound(task, stage, task.train_step(batch))
-            self.nonfinite.after()
-            self.averaging.after_step(epoch, learning.steps)
-            row = {**step.values, **learning.norms(step.num_samples)}
-            values = nothing_of(row) if lent else row
-            yield batch, Step(values, step.outputs), {**step.numbers, **rates}
-            asked = self.asked.after_step()
+                step = check_step_output(task, stage, task.train_step(batch))
+            self.nonfinite.on_batch_end()
+            self.averaging.update(epoch, learning.steps)
+            row = {**step.values, **learning.grad_norms(step.num_samples)}
+            values = zeros_like_row(row) if lent else row
+            yield batch, StepOutput(values, step.outputs), {**step.host_values, **rates}
+            asked = self.stop_consensus.after_step()
             if self.nonfinite.has_diverged:
                 break
-            if (asked or self.has_enough_steps) and learning.is_between_steps:
+            if (asked or self.has_reached_max_steps) and learning.at_step_boundary:
                 break
-        learning.finish()
-        self.asked.settle()
-        self.nonfinite.settle(is_whole=not self.asked.by_signal)
-        self.averaging.after_step(epoch, learning.steps)
-        self.parallel.on_epoch_end()
+        learning.flush()
+        self.stop_consensus.finish()
+        self.nonfinite.on_epoch_end(is_whole=not self.stop_consensus.is_signal)
+        self.averaging.update(epoch, learning.steps)
+        self.strategy.on_epoch_end()
 
-    def eval_steps(self, batches: Batches, stage: str, epoch: int) -> Iterator[Stepped]:
+    def eval_steps(self, batches: BatchLoader, stage: str, epoch: int) -> Iterator[StepResult]:
         """Measures each batch."""
         self.task.model.eval()
-        for number, (batch, lent) in enumerate(lending(batches, epoch), start=1):
-            told = self.memory.watched(stage, epoch, number)
-            with told, torch.no_grad(), self.counting(stage, lent):
-                step = sound(self.task, stage, self.task.eval_step(stage, batch))
-            yield batch, Step(nothing_of(step.values), step.outputs) if lent else step, {}
-            self.asked.after_step()
-            if self.asked.by_signal:
+        for number, (batch, lent) in enumerate(padded_batches(batches, epoch), start=1):
+            told = self.oom.guard_step(stage, epoch, number)
+            with told, torch.no_grad(), self.step_context(stage, lent):
+                step = check_step_output(self.task, stage, self.task.eval_step(stage, batch))
+            yield batch, StepOutput(zeros_like_row(step.values), step.outputs) if lent else step, {}
+            self.stop_consensus.after_step()
+            if self.stop_consensus.is_signal:
                 break
-        self.asked.settle()
+        self.stop_consensus.finish()
 
     @contextmanager
-    def counting(self, stage: str, lent: bool) -> Iterator[None]:
+    def step_context(self, stage: str, lent: bool) -> Iterator[None]:
         """In the precision of the forward pass; a lent batch counts nothing."""
-        muted = self.task.metrics[stage].muted() if lent else nullcontext()
+        muted = self.task.metrics[stage].paused() if lent else nullcontext()
         with muted, self.task.precision.autocast():
             yield
 
-    def tell(self, start: StageStart, batch: Batch, step: Step, whole: bool) -> None:
+    def notify_step(self, start: StageStart, batch: Batch, step: StepOutput, whole: bool) -> None:
         """The watchers hear of a step; where they want so, of all ranks' parts of it."""
-        parts = of_all_ranks((batch, step.outputs), not step.num_samples) if whole else []
+        parts = gather_batches((batch, step.outputs), not step.num_samples) if whole else []
         if parts or not whole:
             told = concat(parts) if parts else (batch, step.outputs)
             count = step.num_samples * world_size()
             self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, count, *told))
 
     def evaluate(
-        self, batches: Batches, stage: str = "test", epoch: int | None = None
+        self, batches: BatchLoader, stage: str = "test", epoch: int | None = None
     ) -> pd.DataFrame:
         """Measures the weights as they are; gives the stage's line of the summary.
 
@@ -286,7 +290,7 @@ class Trainer:
         row = self.run_stage(stage, self.state.epoch if epoch is None else epoch, batches).row
         return summary_table([row])
 
-    def predict(self, batches: Batches) -> Nested:
+    def predict(self, batches: BatchLoader) -> Nested:
         """The outputs for all samples, on the host, in the form in which the task gives them.
 
         Ranks other than 0 get None.
@@ -294,109 +298,115 @@ class Trainer:
         parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
         return concat(parts) if parts or rank() == 0 else None
 
-    def predictions(self, batches: Batches) -> Iterator[tuple[Batch, Nested]]:
+    def predictions(self, batches: BatchLoader) -> Iterator[tuple[Batch, Nested]]:
         """Each batch with its outputs; the watchers hear of them. Rank 0 has all ranks' shares.
 
         Raises:
             Stopped: In the midst of it.
         """
         epoch = self.state.epoch
-        start = self.starts(PREDICT, epoch, batches)
+        start = self.begin_stage(PREDICT, epoch, batches)
         self.task.model.eval()
         with self.stop.deferred_until_step():
-            for number, (batch, lent) in enumerate(lending(batches, epoch), start=1):
-                told = self.memory.watched(PREDICT, epoch, number)
+            for number, (batch, lent) in enumerate(padded_batches(batches, epoch), start=1):
+                told = self.oom.guard_step(PREDICT, epoch, number)
                 with told, torch.no_grad(), self.task.precision.autocast():
                     outputs = self.task.predict_step(batch)
-                parts = of_all_ranks((batch, outputs), lent)
+                parts = gather_batches((batch, outputs), lent)
                 if parts:
                     made = concat(parts) if len(parts) > 1 else parts[0]
                     end = StepEnd(start.stage, epoch, count_samples(made[1]), *made)
                     self.callbacks.on_step_end(end)
                     yield made
-                self.asked.after_step()
-                if self.asked.by_signal:
+                self.stop_consensus.after_step()
+                if self.stop_consensus.is_signal:
                     break
-            self.asked.settle()
-        if self.asked.by_signal:
-            raise TrainingInterrupted(self.asked.reason)
+            self.stop_consensus.finish()
+        if self.stop_consensus.is_signal:
+            raise TrainingInterrupted(self.stop_consensus.reason)
 
-    def sanity_check(self, valid: Batches | None) -> None:
+    def sanity_check(self, valid: BatchLoader | None) -> None:
         """Validates a few batches, to fail before the first epoch rather than after it."""
-        if valid is None or self.plan.sanity_valid_batches == 0:
+        if valid is None or self.limits.sanity_valid_batches == 0:
             return
-        rows = Rows(self.task.metrics["valid"], self.device)
+        rows = StageAccumulator(self.task.metrics["valid"], self.device)
         steps = self.eval_steps(valid, "valid", 0)
-        for _, step, _ in islice(steps, self.plan.sanity_valid_batches):
+        for _, step, _ in islice(steps, self.limits.sanity_valid_batches):
             rows.add(step.values)
         if not rows.is_empty:
             row = rows.result("valid", 0).row
-            for monitor in (self.goal, *self.keeping.monitors.values()):
+            for monitor in (self.goal, *self.checkpoints.monitors.values()):
                 if monitor.stage == "valid":
                     goal_value(row, monitor)
 
     @contextmanager
-    def averaged(self, train: Batches, epoch: int) -> Iterator[None]:
+    def averaged_weights(self, train: BatchLoader, epoch: int) -> Iterator[None]:
         """The average of the weights stands in for them, where there is one."""
-        with self.averaging.applied():
-            if self.averaging.average and self.averaging.measures_batches:
-                self.measure_batches(train, epoch)
+        with self.averaging.swapped_in():
+            if self.averaging.average and self.averaging.needs_bn_update:
+                self.update_bn(train, epoch)
             yield
 
     @torch.no_grad()
-    def measure_batches(self, train: Batches, epoch: int) -> None:
+    def update_bn(self, train: BatchLoader, epoch: int) -> None:
         """Finds the statistics of batch normalisation anew, where it is not frozen."""
         seed_everything(self.seed, "measured", epoch, *([rank()] if rank() else []))
         self.task.model.eval()
-        with measured_anew(self.task.model) as found:
-            batches = islice(lending(train, epoch), self.state.trained if found else 0)
+        with recompute_bn_stats(self.task.model) as found:
+            batches = islice(
+                padded_batches(train, epoch), self.state.batches_in_epoch if found else 0
+            )
             for batch, lent in batches:
-                with self.parallel.sync_context(lent, True), self.task.precision.autocast():
-                    self.task.forward_step(batch)
-        self.parallel.on_epoch_end()
+                with self.strategy.sync_context(lent, True), self.task.precision.autocast():
+                    self.task.bn_forward(batch)
+        self.strategy.on_epoch_end()
 
     @property
-    def has_enough_steps(self) -> bool:
+    def has_reached_max_steps(self) -> bool:
         """Whether the optimizer has made all that the plan wants."""
-        return self.plan.max_steps is not None and self.learning.steps >= self.plan.max_steps
+        return self.limits.max_steps is not None and self.optimizers.steps >= self.limits.max_steps
 
-    def save_under_way(self, rows: Rows) -> None:
+    def save_mid_epoch(self, rows: StageAccumulator) -> None:
         """Keeps all that is needed to go on after the step just made, if that one was good."""
-        self.nonfinite.look_at_all()
-        rows.void(self.nonfinite.void_rows())
+        self.nonfinite.sync()
+        rows.mask_last(self.nonfinite.num_invalid_rows())
         if not self.nonfinite.has_diverged:
-            self.keeping.under_way(rows)
+            self.checkpoints.save_mid_epoch(rows)
 
-    def go_on_from(self, file: Path) -> None:
+    def resume(self, file: Path) -> None:
         """Takes up a run that was cut, where that state was saved.
 
         Raises:
             UserError: It is damaged, or of another model, loss or optimizer.
         """
-        self.state.take_up(file)
-        for epoch in range(1, self.state.epoch + self.state.is_over) if self.state.anew else ():
-            self.learning.epoch_end(value_in(self.state.history, self.goal, epoch))
+        self.state.load(file)
+        for epoch in (
+            range(1, self.state.epoch + self.state.epoch_finished)
+            if self.state.schedule_changed
+            else ()
+        ):
+            self.optimizers.epoch_end(goal_value_at(self.state.history, self.goal, epoch))
         if self.state.job is not None and self.state.job.differences:
             self.nonfinite.has_diverged = False  # something is tried that may go better
 
-    def keep_again(self, train: Batches) -> None:
+    def resave_missing_best(self, train: BatchLoader) -> None:
         """Writes what is lost of the best weights, where training goes on from just these."""
-        if not self.state.is_over or self.state.under_way:
+        if not self.state.epoch_finished or self.state.mid_epoch:
             return
-        lost = self.keeping.lost(self.state.epoch)
+        lost = self.checkpoints.missing(self.state.epoch)
         if lost:
-            with self.averaged(train, self.state.epoch):
+            with self.averaged_weights(train, self.state.epoch):
                 for name in lost:
-                    self.keeping.save(name)
+                    self.checkpoints.save(name)
 
-    def stand_in(self, train: Batches) -> None:
+    def replace_missing_best(self, train: BatchLoader) -> None:
         """Says which of the best weights are lost; the last ones take the place of `best.pt`."""
-        for name, epoch in self.keeping.lost().items():
+        for name, epoch in self.checkpoints.missing().items():
             if name == BEST:
                 log.warning(
                     "the best epoch was %d, but its weights are lost: the last stand in", epoch
                 )
-                with self.averaged(train, self.state.epoch):
+                with self.averaged_weights(train, self.state.epoch):
                     self.state.save_best()
             else:
                 log.warning("%s is lost: the weights of epoch %d are gone", name, epoch)
@@ -404,37 +414,37 @@ class Trainer:
 
     def reason_to_stop(self) -> str | None:
         """Why training ends before its last epoch, in words; None where it goes on."""
-        if self.is_hopeless:
+        if self.is_pruned:
             return "the search takes it for hopeless"
         return stop_by(self.state.history, self.goal)
 
     @property
-    def end(self) -> State:
+    def outcome(self) -> StatusName:
         """What has become of the training, as in `status.json`."""
         if self.nonfinite.has_diverged:
             return "diverged"
-        return "pruned" if self.is_hopeless else "completed"
+        return "pruned" if self.is_pruned else "completed"
 
     @property
     def goal(self) -> GoalConfig:
         """What best means."""
-        return self.keeping.goal
+        return self.checkpoints.goal
 
     @property
-    def learning(self) -> Learning:
+    def optimizers(self) -> OptimWrapperDict:
         """How the weights change."""
-        return self.state.learning
+        return self.state.optimizers
 
-    def epoch_end(self, epoch: int, train: Batches, elapsed: float) -> EpochEnd:
+    def make_epoch_end(self, epoch: int, train: BatchLoader, elapsed: float) -> EpochEnd:
         """What the watchers are told."""
-        batches, accumulate = train.num_batches, self.learning.accumulate
+        batches, accumulate = train.num_batches, self.optimizers.accumulate
         steps_per_epoch = None if batches is None else math.ceil(batches / accumulate)
-        last_epoch = self.plan.epochs(steps_per_epoch)
+        last_epoch = self.limits.num_epochs(steps_per_epoch)
         return EpochEnd(
             epoch=epoch,
             history=self.state.history,
             goal=self.goal,
             epochs_left=None if last_epoch is None else last_epoch - epoch,
-            valid_every=self.plan.valid_every_n_epochs,
+            valid_every=self.limits.valid_every_n_epochs,
             elapsed=elapsed,
         )

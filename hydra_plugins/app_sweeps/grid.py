@@ -27,9 +27,9 @@ class GridSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         """Runs all jobs; ends the process where not all went well."""
-        from app.sweep.grid import Combinations
+        from app.sweep.grid import GridJobs
         from app.sweep.run import Sweep, run_sweep
 
         assert self.config is not None
         sweep = Sweep(self.config, self.context, self.task, arguments, self.params)
-        run_sweep(sweep, Combinations)
+        run_sweep(sweep, GridJobs)

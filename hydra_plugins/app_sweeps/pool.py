@@ -56,7 +56,7 @@ class PoolLauncher(Launcher):
         return [pool.result(number) for number, _ in enumerate(job_overrides, initial_job_idx)]
 
     def _pool(self) -> Pool:
-        from app.sweep.launchers.pool import pool_of
+        from app.sweep.launchers.pool import make_pool
 
         context, task = self.hydra_context, self.task_function
-        return pool_of(self.config, context, task, self.slots, self.gpus, self.timeout)
+        return make_pool(self.config, context, task, self.slots, self.gpus, self.timeout)

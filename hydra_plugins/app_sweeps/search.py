@@ -36,9 +36,9 @@ class OptunaSweeper(Sweeper):
         pruner: dict[str, Any],
         params: dict[str, Any] | None = None,
     ) -> None:
-        from app.sweep.search_options import Options
+        from app.sweep.search_options import SearchOptions
 
-        self.options = Options(
+        self.options = SearchOptions(
             n_trials, n_jobs, direction, objectives, storage, study_name, sampler, pruner
         )
         self.params = dict(params or {})
@@ -53,9 +53,9 @@ class OptunaSweeper(Sweeper):
         """Runs all trials; ends the process where not all went well."""
         from functools import partial
 
-        from app.sweep.optuna_search import Trials
+        from app.sweep.optuna_search import OptunaJobs
         from app.sweep.run import Sweep, run_sweep
 
         assert self.config is not None
         sweep = Sweep(self.config, self.context, self.task, arguments, self.params)
-        run_sweep(sweep, partial(Trials, options=self.options))
+        run_sweep(sweep, partial(OptunaJobs, options=self.options))

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from app.config.secrets import unsaid
+from app.config.secrets import redact_text
 from app.runtime.errors import ERRORS_BY_EXIT_CODE, StorageError, UserError
 from app.runtime.files import read_status, write_json
 from app.runtime.signals import StopReason, TrainingInterrupted
@@ -76,9 +76,9 @@ class RankFailure:
     def from_exception(cls, rank: int, error: BaseException) -> RankFailure:
         """Of an exception that has ended the rank."""
         reason = error.reason if isinstance(error, TrainingInterrupted) else StopReason.NONE
-        trace = unsaid("".join(traceback.format_exception(error)))
+        trace = redact_text("".join(traceback.format_exception(error)))
         code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-        return cls(rank, kind_of(error), unsaid(one_line(error)), trace, reason, code=code)
+        return cls(rank, kind_of(error), redact_text(one_line(error)), trace, reason, code=code)
 
     @classmethod
     def from_exit_code(cls, rank: int, code: int | None) -> RankFailure:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config.schema import Job
-from app.config.secrets import told
+from app.config.secrets import reveal_config
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.failures import (
     RankFailure,
@@ -204,4 +204,4 @@ def from_json(text: str) -> tuple[Job, Path]:
     job = content["job"]
     if job["trusted"] and (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)  # as rank 0 has done
-    return Job(told(job["plain"]), **job), Path(content["folder"])
+    return Job(reveal_config(job["plain"]), **job), Path(content["folder"])

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from app.runtime.files import write_text
 from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted
 from app.sweep.folder import SweepFolder
-from app.sweep.outcome import outcome_of
+from app.sweep.outcome import read_run_status
 
 log = logging.getLogger(__name__)
 Process = tuple[str, int]
@@ -35,9 +35,7 @@ def this_process() -> Process:
     return platform.node(), os.getpid()
 
 
-def run_elsewhere(
-    job: Callable[[], float | None], sweep: SweepFolder, folder: Path
-) -> float | None:
+def run_external(job: Callable[[], float | None], sweep: SweepFolder, folder: Path) -> float | None:
     """Runs a job where others are that must not end with it.
 
     Args:
@@ -57,16 +55,16 @@ def run_elsewhere(
     asked: list[int] = []
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib has one of its own
     try:
-        if outcome_of(folder).is_over:
-            return outcome_of(folder).value
+        if read_run_status(folder).is_finished:
+            return read_run_status(folder).value
         with _heard_first(asked), StopSignal().installed(), _watched(sweep), _printed(folder):
             return job()
     except (TrainingInterrupted, KeyboardInterrupt, SystemExit) as end:
         if _code(end) == EXIT_INTERRUPTED:
-            sweep.mark(stopped=True)
+            sweep.set_stopped(stopped=True)
     finally:
         lock.release()
-    if asked and not is_to_end(sweep):
+    if asked and not stop_requested(sweep):
         signal.raise_signal(asked[0])
     return None
 
@@ -88,14 +86,14 @@ def is_running(sweep: SweepFolder, folder: Path) -> bool:
     return False
 
 
-def end(sweep: SweepFolder) -> None:
+def request_stop(sweep: SweepFolder) -> None:
     """No further job begins, and those that run save what they have and stop."""
     write_text(sweep.inside / "stopped", NOW)
 
 
-def is_to_end(sweep: SweepFolder) -> bool:
+def stop_requested(sweep: SweepFolder) -> bool:
     """Whether somebody has asked for that."""
-    return sweep.is_marked and (sweep.inside / "stopped").read_text() == NOW
+    return sweep.is_stopped and (sweep.inside / "stopped").read_text() == NOW
 
 
 @contextmanager
@@ -128,7 +126,7 @@ def _watched(sweep: SweepFolder) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(LOOKS):
-            if is_to_end(sweep):
+            if stop_requested(sweep):
                 signal.pthread_kill(main, signal.SIGTERM)
                 return
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from app.distributed.launch.failures import RankFailedError, RankFailure, record_rank_failure
 from app.distributed.launch.local import LocalWorkers
 from app.experiment.entry import run_experiment
-from app.experiment.job import prepared
+from app.experiment.job import prepare
 from app.runtime.errors import UserError
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import FolderInUse, run_lock
@@ -43,7 +43,7 @@ PATIENCE = 30.0  # seconds in which a job that was asked to stop is to save what
 
 
 @dataclass
-class Busy:
+class RunningJob:
     """A slot, and the job in it."""
 
     slot: Slot
@@ -77,7 +77,7 @@ class Pool:
     ) -> None:
         self.config, self.context, self.task = config, context, task
         self.slots, self.timeout = list(slots), timeout
-        self.busy: list[Busy] = []
+        self.busy: list[RunningJob] = []
         self.signals: list[int] = []
         self.first_asked = 0.0
         self.values: dict[int, float | None] = {}
@@ -138,7 +138,7 @@ class Pool:
             record_failure(folder, RankFailure.from_exception(0, error))
             lock.close()
             return False
-        self.busy.append(Busy(slot, number, folder, crew, config, time.monotonic(), lock))
+        self.busy.append(RunningJob(slot, number, folder, crew, config, time.monotonic(), lock))
         for signal_number in self.signals:  # that came while it began
             crew.send_signal(signal_number)
         log.info("job %d begins: %s", number, folder.name)
@@ -164,7 +164,7 @@ class Pool:
         return config
 
     def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> LocalWorkers:
-        job = prepared(config, folder)
+        job = prepare(config, folder)
         ranks = ranks_of(job.config.trainer.devices, len(slot.gpus))
         if slot.gpus and ranks > len(slot.gpus):
             devices = job.config.trainer.devices
@@ -184,7 +184,7 @@ class Pool:
                 self._end(busy)
                 ended(busy.number)
 
-    def _watch_clock(self, busy: Busy) -> None:
+    def _watch_clock(self, busy: RunningJob) -> None:
         """A job that takes too long is asked to stop, then ended."""
         taken = time.monotonic() - busy.began
         if self.timeout is None or taken < self.timeout:
@@ -197,7 +197,7 @@ class Pool:
             busy.crew.sentinels.clear()
             busy.crew.failures.setdefault(0, RankFailure(0, "died", "it did not stop"))
 
-    def _end(self, busy: Busy) -> None:
+    def _end(self, busy: RunningJob) -> None:
         """What became of a job stands in its folder."""
         self.busy.remove(busy)
         failure = None
@@ -243,7 +243,7 @@ class Pool:
             busy.crew.send_signal(number)
 
 
-def pool_of(
+def make_pool(
     config: DictConfig,
     context: HydraContext,
     task: TaskFunction,

@@ -11,7 +11,7 @@ from optuna import visualization
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from app.training.pruning import storage_of
+from app.training.pruning import make_storage
 
 PLOTS: dict[str, Callable[..., Any]] = {
     "History": visualization.plot_optimization_history,
@@ -24,11 +24,11 @@ def figures_of(storage: str, name: str, objectives: Sequence[str]) -> dict[str, 
     """By heading plotly's JSON; none of what too few trials can tell.
 
     Args:
-        storage: Where the study is kept, as `app.training.pruning.storage_of` takes it.
+        storage: Where the study is kept, as `app.training.pruning.make_storage` takes it.
         name: Of the study.
         objectives: Their names.
     """
-    study = optuna.load_study(study_name=name, storage=storage_of(storage))
+    study = optuna.load_study(study_name=name, storage=make_storage(storage))
     return _drawn(study, objectives)
 
 

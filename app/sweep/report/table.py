@@ -16,8 +16,8 @@ from pandas.errors import EmptyDataError
 
 from app.config.schema import MonitorConfig
 from app.sweep.folder import SweepFolder
-from app.sweep.job import plain_value
-from app.sweep.outcome import COMPLETED, Outcome, outcome_of
+from app.sweep.job import parse_value
+from app.sweep.outcome import COMPLETED, RunStatus, read_run_status
 from app.training.history import goal_value
 
 SEED = "seed"
@@ -40,10 +40,10 @@ class Run:
     number: int | None
     values: dict[str, Any]
     attempts: int
-    outcome: Outcome
+    outcome: RunStatus
 
 
-def runs_of(folder: Path) -> list[Run]:
+def list_runs(folder: Path) -> list[Run]:
     """Of a sweep its jobs, of a run itself, of any other folder all runs below it."""
     sweep = SweepFolder(folder)
     if sweep.exists:
@@ -51,17 +51,17 @@ def runs_of(folder: Path) -> list[Run]:
             Run(
                 sweep.of(job),
                 job.number,
-                {key.lstrip("+"): plain_value(text) for key, text in job.values.items()},
+                {key.lstrip("+"): parse_value(text) for key, text in job.values.items()},
                 job.failures + (outcome.status not in ("pending", "failed")),
                 outcome,
             )
             for job in sweep.jobs
-            for outcome in [outcome_of(sweep.of(job))]
+            for outcome in [read_run_status(sweep.of(job))]
         ]
     if (folder / "status.json").exists():
-        return [Run(folder, None, _typed(folder), 1, outcome_of(folder))]
+        return [Run(folder, None, _typed(folder), 1, read_run_status(folder))]
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [run for path in inside if not path.name.startswith(".") for run in runs_of(path)]
+    return [run for path in inside if not path.name.startswith(".") for run in list_runs(path)]
 
 
 def _typed(folder: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _typed(folder: Path) -> dict[str, Any]:
 
 
 def _plain(text: str) -> Any:
-    value = plain_value(text)
+    value = parse_value(text)
     return str(value) if isinstance(value, (dict, list)) else value
 
 

@@ -18,15 +18,15 @@ from app.runtime.errors import as_storage_error
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.sweep.folder import INSIDE, SweepFolder
-from app.sweep.outcome import outcome_of
-from app.sweep.report.table import Results, best_run, by_config, collect, ranked, runs_of
+from app.sweep.outcome import read_run_status
+from app.sweep.report.table import Results, best_run, by_config, collect, list_runs, ranked
 
 log = logging.getLogger(__name__)
 SHOWN = 20  # lines of the leaderboard on the terminal
 TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.html", "plots"
 
 
-def refresh(folder: Path, curves: bool = False) -> Results:
+def update_tables(folder: Path, curves: bool = False) -> Results:
     """The tables as they stand now; several processes may do so at once."""
     lock = FileLock(folder / INSIDE / "table.lock")
     try:
@@ -35,16 +35,16 @@ def refresh(folder: Path, curves: bool = False) -> Results:
     except OSError as error:
         raise as_storage_error(error) from error
     try:
-        results = collect(folder.name, runs_of(folder), folder, curves)
+        results = collect(folder.name, list_runs(folder), folder, curves)
         write_tables(results, folder)
     finally:
         lock.release()
     return results
 
 
-def finish(folder: Path) -> Results:
+def write_report(folder: Path) -> Results:
     """Everything, at the end of a sweep."""
-    results = refresh(folder, curves=True)
+    results = update_tables(folder, curves=True)
     write_pictures(results, folder, figures_in(SweepFolder(folder)))
     told = [
         "the runs, best first:",
@@ -125,6 +125,6 @@ def _brief(value: Any) -> str:
 
 def exit_code(folder: SweepFolder, failure: int) -> int:
     """0 where every job, or its repetition, is over; else `failure`."""
-    over = [job for job in folder.jobs if outcome_of(folder.of(job)).is_over]
+    over = [job for job in folder.jobs if read_run_status(folder.of(job)).is_finished]
     done = {job.number for job in over} | {job.retry_of for job in over}
     return 0 if all(job.number in done for job in folder.jobs) else failure

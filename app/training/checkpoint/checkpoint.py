@@ -16,9 +16,14 @@ from app.distributed.strategies import load_full_state_dict
 from app.runtime.errors import UserError, nearest, one_of
 from app.runtime.files import atomic_write
 from app.training.checkpoint.archive_reader import load_plain, refuse_distributed
-from app.training.checkpoint.checksum import Seal, check_seal, write_archive, write_sealed
+from app.training.checkpoint.checksum import (
+    CheckpointInfo,
+    verify_checksum,
+    write_archive,
+    write_with_checksum,
+)
 from app.training.checkpoint.content_check import check_content
-from app.training.checkpoint.rotation import FOLDER, LAST, States, states_in
+from app.training.checkpoint.rotation import FOLDER, LAST, CheckpointRotation, list_checkpoints
 from app.training.history import Row
 
 FORMAT = 3
@@ -50,13 +55,15 @@ class Checkpoint:
     number: int = 0
 
     @property
-    def seal(self) -> Seal:
+    def info(self) -> CheckpointInfo:
         """What can be known of it without reading it."""
         kind: Literal["state", "weights"] = "weights" if self.training is None else "state"
-        return Seal(kind, self.epoch, self.number)
+        return CheckpointInfo(kind, self.epoch, self.number)
 
 
-def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = None) -> None:
+def save_checkpoint(
+    path: Path, checkpoint: Checkpoint, states: CheckpointRotation | None = None
+) -> None:
     """Writes it whole, durably and with a checksum.
 
     Args:
@@ -76,7 +83,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, states: States | None = 
     }
 
     def write(file: BinaryIO) -> None:
-        write_sealed(file, path.name, checkpoint.seal, lambda inner: torch.save(content, inner))
+        write_with_checksum(
+            file, path.name, checkpoint.info, lambda inner: torch.save(content, inner)
+        )
 
     if states is None:
         atomic_write(path, write)
@@ -92,12 +101,12 @@ def write_model(path: Path, model: dict[str, Tensor]) -> None:
     )
 
 
-def monitored(name: str) -> str:
+def monitor_filename(name: str) -> str:
     """The file of the best checkpoint by a further monitor."""
     return f"best-{name}.pt"
 
 
-def of_epoch(epoch: int) -> str:
+def epoch_filename(epoch: int) -> str:
     """The file of the weights of an epoch that is among the best."""
     return f"epoch{epoch:03d}.pt"
 
@@ -110,7 +119,7 @@ def find_checkpoint(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    candidates = [path / FOLDER / BEST, *states_in(path)]
+    candidates = [path / FOLDER / BEST, *list_checkpoints(path)]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
         raise UserError(f"ckpt={str(path)!r} holds no checkpoint: no {FOLDER}/{BEST} or {LAST}")
@@ -128,7 +137,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     refuse_distributed(path)
     file = find_checkpoint(path)
-    check_seal(file)
+    verify_checksum(file)
     content = load_plain(file)
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{file} is no checkpoint of this program")

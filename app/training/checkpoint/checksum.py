@@ -22,7 +22,7 @@ AT_ONCE = 1 << 20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
-class Seal:
+class CheckpointInfo:
     """What a checkpoint is.
 
     Attributes:
@@ -36,7 +36,7 @@ class Seal:
     number: int = 0
 
 
-class SealedFile:
+class HashingFile:
     """An open file in which everything counts that is written.
 
     Args:
@@ -66,8 +66,8 @@ class SealedFile:
         self.file.flush()
 
 
-def write_sealed(
-    file: BinaryIO, name: str, seal: Seal, write: Callable[[BinaryIO], object]
+def write_with_checksum(
+    file: BinaryIO, name: str, seal: CheckpointInfo, write: Callable[[BinaryIO], object]
 ) -> None:
     """Writes a zip file and seals it.
 
@@ -83,13 +83,13 @@ def write_sealed(
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 
-def write_archive(file: BinaryIO, name: str, write: Callable[[BinaryIO], object]) -> SealedFile:
+def write_archive(file: BinaryIO, name: str, write: Callable[[BinaryIO], object]) -> HashingFile:
     """Writes a zip file by torch, without a seal.
 
     Raises:
         OSError: It cannot be written; torch itself would say where in the zip file it was.
     """
-    sealed = SealedFile(file, name)
+    sealed = HashingFile(file, name)
     try:
         write(cast(BinaryIO, sealed))
     except RuntimeError:
@@ -99,7 +99,7 @@ def write_archive(file: BinaryIO, name: str, write: Callable[[BinaryIO], object]
     return sealed
 
 
-def read_seal(file: Path) -> Seal:
+def read_info(file: Path) -> CheckpointInfo:
     """What a checkpoint says it is; whether that is so only `check_seal` finds out.
 
     Raises:
@@ -108,7 +108,7 @@ def read_seal(file: Path) -> Seal:
     return _read(file)[0]
 
 
-def check_seal(file: Path) -> Seal:
+def verify_checksum(file: Path) -> CheckpointInfo:
     """What a checkpoint is, once all of it has been found as it was written.
 
     Raises:
@@ -126,13 +126,13 @@ def check_seal(file: Path) -> Seal:
     return seal
 
 
-def _comment(seal: Seal, digest: hashlib._Hash) -> bytes:
+def _comment(seal: CheckpointInfo, digest: hashlib._Hash) -> bytes:
     plain = json.dumps(asdict(seal))
     digest.update(plain.encode())
     return json.dumps({**asdict(seal), "sha256": digest.hexdigest()}).encode()
 
 
-def _read(file: Path) -> tuple[Seal, bytes]:
+def _read(file: Path) -> tuple[CheckpointInfo, bytes]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -155,4 +155,4 @@ def _read(file: Path) -> tuple[Seal, bytes]:
         raise UserError(f"{file} is damaged: its last bytes are no seal") from error
     if not sound:
         raise UserError(f"{file} is damaged: its last bytes are no seal")
-    return Seal(kind, epoch, number), comment
+    return CheckpointInfo(kind, epoch, number), comment

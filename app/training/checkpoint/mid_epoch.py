@@ -8,25 +8,25 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from app.data.batch import Batch, Batches
+from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import gather_object, rank, world_size
 from app.runtime.errors import UserError
 from app.runtime.seed import rng_state, set_rng_state
-from app.training.accumulator import Rows
-from app.training.checkpoint.train_state import UNLIKE
-from app.training.rank_sync import lending
+from app.training.accumulator import StageAccumulator
+from app.training.checkpoint.train_state import MISMATCH_ERRORS
+from app.training.rank_sync import padded_batches
 
 log = logging.getLogger(__name__)
-UnderWay = dict[str, Any]  # tensors and plain values
+EpochPosition = dict[str, Any]  # tensors and plain values
 
 
-def position(rows: Rows, batches: int) -> UnderWay:
+def save_position(rows: StageAccumulator, batches: int) -> EpochPosition:
     """Where in an epoch of training all ranks are: rows, what metrics hold, randomness."""
     mine = {"random": rng_state(), "metrics": rows.metrics.state_dict()}
     return {"batches": batches, "rows": rows.state_dict(), "ranks": gather_object(mine)}
 
 
-def take_up(rows: Rows, under_way: UnderWay) -> None:
+def restore_position(rows: StageAccumulator, under_way: EpochPosition) -> None:
     """The rows and metrics go on from there."""
     ranks = under_way["ranks"]
     if len(ranks) != world_size():
@@ -40,9 +40,11 @@ def take_up(rows: Rows, under_way: UnderWay) -> None:
                 rows.metrics.add_state_dict(part["metrics"])
 
 
-def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[tuple[Batch, bool]]:
+def remaining_batches(
+    batches: BatchLoader, epoch: int, under_way: EpochPosition | None
+) -> Iterator[tuple[Batch, bool]]:
     """The batches of an epoch; of one that was cut what is left, with its randomness."""
-    steps = lending(batches, epoch)
+    steps = padded_batches(batches, epoch)
     if under_way is None:
         return steps
     for _ in islice(steps, under_way["batches"]):
@@ -57,7 +59,7 @@ def left(batches: Batches, epoch: int, under_way: UnderWay | None) -> Iterator[t
 def _used() -> Iterator[None]:
     try:
         yield
-    except UNLIKE as error:
+    except MISMATCH_ERRORS as error:
         raise UserError(
             f"what the state has of the epoch under way cannot be used, it is of other metrics or "
             f"damaged: {error!r}"

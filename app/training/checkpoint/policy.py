@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from app.config.schema import GoalConfig, MonitorConfig
-from app.training.accumulator import Rows
-from app.training.checkpoint.checkpoint import BEST, monitored, of_epoch
-from app.training.checkpoint.mid_epoch import position
+from app.training.accumulator import StageAccumulator
+from app.training.checkpoint.checkpoint import BEST, epoch_filename, monitor_filename
+from app.training.checkpoint.mid_epoch import save_position
 from app.training.checkpoint.train_state import TrainState
-from app.training.history import best, best_epochs
-from app.training.optim.optim_wrapper import Learning
-from app.training.plan import Saving
-from app.training.rank_sync import Due
+from app.training.history import best_epoch, top_k_epochs
+from app.training.optim.optim_wrapper import OptimWrapperDict
+from app.training.plan import SaveSchedule
+from app.training.rank_sync import SaveTimer
 
 
-class Keeping:
+class CheckpointPolicy:
     """Keeps the best weights, and all that is needed to go on.
 
     Args:
@@ -28,46 +28,48 @@ class Keeping:
     def __init__(
         self,
         state: TrainState,
-        saving: Saving,
+        saving: SaveSchedule,
         goal: GoalConfig,
         monitors: Mapping[str, MonitorConfig],
     ) -> None:
-        self.state, self.saving, self.goal, self.monitors = state, saving, goal, dict(monitors)
-        self.due = Due(saving.every_n_steps, saving.every_n_minutes)
+        self.state, self.schedule, self.goal, self.monitors = state, saving, goal, dict(monitors)
+        self.timer = SaveTimer(saving.every_n_steps, saving.every_n_minutes)
 
-    def last(self) -> None:
+    def save_last(self) -> None:
         """All that is needed to go on."""
         self.state.save_last()
-        self.due.saved(self.learning.steps)
+        self.timer.mark_saved(self.optimizers.steps)
 
-    def is_time(self) -> bool:
+    def is_due(self) -> bool:
         """Whether that is wanted now, in the midst of an epoch; every rank must ask."""
-        return self.due.after_step(self.learning.steps) and self.learning.is_between_steps
+        return self.timer.is_due(self.optimizers.steps) and self.optimizers.at_step_boundary
 
-    def under_way(self, rows: Rows) -> None:
+    def save_mid_epoch(self, rows: StageAccumulator) -> None:
         """All that is needed to go on after the step just made."""
-        self.state.under_way = position(rows, self.state.trained)
-        self.last()
-        self.state.under_way = None
+        self.state.mid_epoch = save_position(rows, self.state.batches_in_epoch)
+        self.save_last()
+        self.state.mid_epoch = None
 
-    def best(self, epoch: int) -> None:
+    def save_best(self, epoch: int) -> None:
         """The weights, where this epoch is the best by the goal, or by a monitor."""
-        for name, wanted in self.wanted().items():
+        for name, wanted in self.expected().items():
             if wanted == epoch:
                 self.save(name)
-        if self.saving.save_top_k != 1:
-            self.state.remove_others(self._among_best())
+        if self.schedule.save_top_k != 1:
+            self.state.remove_stale_epochs(self._among_best())
 
-    def wanted(self) -> dict[str, int]:
+    def expected(self) -> dict[str, int]:
         """The epoch whose weights each file of the best is to have, as the history says."""
-        monitors = {BEST: self.goal, **{monitored(n): m for n, m in self.monitors.items()}}
-        found = {name: best(self.state.history, monitor) for name, monitor in monitors.items()}
-        top = self._among_best() if self.saving.save_top_k != 1 else []
-        return {of_epoch(epoch): epoch for epoch in top} | {
+        monitors = {BEST: self.goal, **{monitor_filename(n): m for n, m in self.monitors.items()}}
+        found = {
+            name: best_epoch(self.state.history, monitor) for name, monitor in monitors.items()
+        }
+        top = self._among_best() if self.schedule.save_top_k != 1 else []
+        return {epoch_filename(epoch): epoch for epoch in top} | {
             name: one.epoch for name, one in found.items() if one is not None
         }
 
-    def lost(self, epoch: int | None = None) -> dict[str, int]:
+    def missing(self, epoch: int | None = None) -> dict[str, int]:
         """Of what is wanted, what is gone or damaged, or of an epoch that the run went back from.
 
         Args:
@@ -76,8 +78,8 @@ class Keeping:
         every = epoch is not None
         return {
             name: one
-            for name, one in self.wanted().items()
-            if epoch in (None, one) and self.state.epoch_of(name, every or name == BEST) != one
+            for name, one in self.expected().items()
+            if epoch in (None, one) and self.state.saved_epoch(name, every or name == BEST) != one
         }
 
     def save(self, name: str) -> None:
@@ -88,9 +90,9 @@ class Keeping:
             self.state.save_weights(name)
 
     def _among_best(self) -> list[int]:
-        return best_epochs(self.state.history, self.goal, self.saving.save_top_k)
+        return top_k_epochs(self.state.history, self.goal, self.schedule.save_top_k)
 
     @property
-    def learning(self) -> Learning:
+    def optimizers(self) -> OptimWrapperDict:
         """Whose steps are counted."""
-        return self.state.learning
+        return self.state.optimizers

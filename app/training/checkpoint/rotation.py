@@ -11,19 +11,19 @@ from typing import BinaryIO
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.fault_injection import maybe_crash
 from app.runtime.files import atomic_write
-from app.training.checkpoint.checksum import check_seal, read_seal
+from app.training.checkpoint.checksum import read_info, verify_checksum
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
 LAST = "last.pt"
 
 
-def before(number: int) -> str:
+def rotated_name(number: int) -> str:
     """`last-1.pt` is the state before `last.pt`."""
     return f"last-{number}.pt" if number else LAST
 
 
-def states_in(folder: Path) -> list[Path]:
+def list_checkpoints(folder: Path) -> list[Path]:
     """The files of a run folder that may hold a state, the newest first.
 
     They say themselves which they are, since files can be swapped; where one does not, because it
@@ -55,13 +55,13 @@ def _place(path: Path) -> int:
 def _number(path: Path) -> int | None:
     """Which of the run's states it is; None where it does not say."""
     try:
-        seal = read_seal(path)
+        seal = read_info(path)
     except UserError:
         return None
     return seal.number if seal.kind == "state" else None
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
+def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest state that is whole.
 
     Args:
@@ -71,9 +71,9 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
         Its file, None where there is none; and what is wrong with those that are newer.
     """
     problems: list[str] = []
-    for path in states_in(folder):
+    for path in list_checkpoints(folder):
         try:
-            if check_seal(path).kind == "state":
+            if verify_checksum(path).kind == "state":
                 return path, problems
             problems.append(f"{path} holds weights alone")
         except UserError as error:
@@ -81,7 +81,7 @@ def newest_sound(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems
 
 
-class States:
+class CheckpointRotation:
     """Keeps the newest states.
 
     Args:
@@ -91,29 +91,29 @@ class States:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = (folder / FOLDER).resolve(), keep
-        self.sound: list[Path] = []  # the newest first
+        self.valid: list[Path] = []  # the newest first
 
-    def go_on_from(self, file: Path) -> None:
+    def resume_from(self, file: Path) -> None:
         """A run goes on from there: it stays, and what is older; what is newer has its day."""
-        file, every = file.resolve(), states_in(self.folder.parent)
+        file, every = file.resolve(), list_checkpoints(self.folder.parent)
         older = every[every.index(file) + 1 :] if file in every else []
-        self.sound = [file, *older] if file in every else []
+        self.valid = [file, *older] if file in every else []
 
     def write(self, write: Callable[[BinaryIO], object]) -> None:
         """A further state; the one that was the newest is now the one before."""
-        atomic_write(self.folder / LAST, write, self._make_room)
-        self.sound = [self.folder / LAST, *self.sound]
+        atomic_write(self.folder / LAST, write, self._rotate)
+        self.valid = [self.folder / LAST, *self.valid]
         for path in _files(self.folder.parent):
-            if path not in self.sound:
+            if path not in self.valid:
                 maybe_crash("before_old_goes", path.name)
-                remove(path)
+                remove_file(path)
 
-    def _make_room(self) -> None:
+    def _rotate(self) -> None:
         """From the oldest on each takes the name of the one before it."""
         moved: list[Path] = []
-        kept = self.sound[: self.keep - 1]
+        kept = self.valid[: self.keep - 1]
         for number, path in reversed(list(enumerate(kept, start=1))):
-            older = self.folder / before(number)
+            older = self.folder / rotated_name(number)
             maybe_crash("before_old_moves", path.name)
             try:
                 path.replace(older)
@@ -121,10 +121,10 @@ class States:
                 log.warning("%s cannot be kept as %s: %s", path, older.name, error.strerror)
             else:
                 moved.insert(0, older)
-        self.sound = moved
+        self.valid = moved
 
 
-def remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
     """A file that has had its day; training goes on where that cannot be."""
     try:
         path.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from app.config.resolve import select
-from app.config.resume import difference, learns_otherwise
+from app.config.resolve import get_by_path
+from app.config.resume import difference, optimizer_changed
 from app.config.schema import Job
 from app.distributed.collectives import broadcast_object, rank
 from app.distributed.strategies import full_tensor
@@ -22,30 +22,37 @@ from app.runtime.nested import Nested, map_tensors
 from app.training.checkpoint.checkpoint import (
     BEST,
     Checkpoint,
+    epoch_filename,
     load_checkpoint,
     load_weights,
-    of_epoch,
     save_checkpoint,
     write_model,
 )
-from app.training.checkpoint.checksum import check_seal, read_seal
+from app.training.checkpoint.checksum import read_info, verify_checksum
 from app.training.checkpoint.content_check import check_savable
-from app.training.checkpoint.rotation import FOLDER, LAST, States, remove
+from app.training.checkpoint.rotation import FOLDER, LAST, CheckpointRotation, remove_file
 from app.training.history import Row
-from app.training.optim.optim_wrapper import Learning
-from app.training.optim.weight_averaging import Averaging
-from app.training.plan import Saving
+from app.training.optim.optim_wrapper import OptimWrapperDict
+from app.training.optim.weight_averaging import WeightAveraging
+from app.training.plan import SaveSchedule
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
-IN_AN_EPOCH = (  # cannot be changed in the midst of one
+FIXED_WITHIN_EPOCH = (  # cannot be changed in the midst of one
     "seed",
     "data.batch_size",
     "data.sampling",
     "metric.train",
     "trainer.gradient_norm",
 )
-UNLIKE = (ValueError, KeyError, RuntimeError, TypeError, IndexError, AttributeError)  # of others
+MISMATCH_ERRORS = (
+    ValueError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    IndexError,
+    AttributeError,
+)  # of others
 
 
 class Stateful(Protocol):
@@ -71,28 +78,30 @@ class TrainState:
     def __init__(
         self,
         task: Task,
-        averaging: Averaging,
+        averaging: WeightAveraging,
         folder: Path,
         job: Job | None,
-        watchers: Stateful | None = None,
-        saving: Saving = Saving(),  # noqa: B008
+        callbacks: Stateful | None = None,
+        saving: SaveSchedule = SaveSchedule(),  # noqa: B008
     ) -> None:
         self.task, self.averaging = task, averaging
-        self.folder, self.job, self.watchers = folder, job, watchers
-        self.states, self.writer = (
-            States(folder, saving.keep_last),
+        self.folder, self.job, self.callbacks = folder, job, callbacks
+        self.rotation, self.writer = (
+            CheckpointRotation(folder, saving.keep_last),
             BackgroundWriter(saving.in_background),
         )
-        self.saves = 0  # of states
+        self.save_count = 0  # of states
         self.nonfinite: Stateful | None = None  # what is known of steps that were no numbers
         self.epoch = 0  # the last whose batches have all been learned from
-        self.is_over = True  # whether all that follows from it, as its validation, is done
+        self.epoch_finished = True  # whether all that follows from it, as its validation, is done
         self.time_is_up = False  # training has ended by the clock
         self.batches = 0  # of training so far
-        self.trained = 0  # of them, in the epoch under way or the last
-        self.under_way: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
+        self.batches_in_epoch = 0  # of them, in the epoch under way or the last
+        self.mid_epoch: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
         self.history: list[Row] = []
-        self.anew = False  # whether the schedule is another than that of the state it went on from
+        self.schedule_changed = (
+            False  # whether the schedule is another than that of the state it went on from
+        )
 
     def save_best(self) -> None:
         """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
@@ -106,47 +115,47 @@ class TrainState:
         """The weights, as a checkpoint to test with."""
         self._save(name, self._checkpoint(None))
 
-    def remove_others(self, epochs: list[int]) -> None:
+    def remove_stale_epochs(self, epochs: list[int]) -> None:
         """Those `epoch<number>.pt` go whose epochs are not among these."""
-        kept = [of_epoch(epoch) for epoch in epochs]
+        kept = [epoch_filename(epoch) for epoch in epochs]
         for path in (self.folder / FOLDER).glob("epoch*.pt") if rank() == 0 else ():
             if path.name not in kept:
-                remove(path)
+                remove_file(path)
 
     def remove(self, name: str) -> None:
         """A checkpoint that is not what its name says."""
         if rank() == 0:
-            remove(self.folder / FOLDER / name)
+            remove_file(self.folder / FOLDER / name)
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
-        self.saves += 1
+        self.save_count += 1
         training = {
-            "learning": self.learning.state_dict(),
+            "learning": self.optimizers.state_dict(),
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
-            "trained": self.trained,
-            "is_over": self.is_over,
+            "trained": self.batches_in_epoch,
+            "is_over": self.epoch_finished,
             "time_is_up": self.time_is_up,
-            "under_way": self.under_way,
-            "watchers": self.watchers.state_dict() if self.watchers else {},
-            "saves": self.saves,
+            "under_way": self.mid_epoch,
+            "watchers": self.callbacks.state_dict() if self.callbacks else {},
+            "saves": self.save_count,
             "nonfinite": self.nonfinite.state_dict() if self.nonfinite else {},
         }
         checkpoint = self._checkpoint(self._kept(training))
         if rank() == 0:
             path = self.folder / FOLDER / LAST
-            self.writer.submit(lambda: save_checkpoint(path, checkpoint, self.states), True)
+            self.writer.submit(lambda: save_checkpoint(path, checkpoint, self.rotation), True)
 
     @contextmanager
-    def written(self) -> Iterator[None]:
+    def flushed(self) -> Iterator[None]:
         """What is saved inside is on the disk in the end, however it comes."""
         try:
             yield
         finally:
             self.writer.wait()
 
-    def restore(self, file: Path) -> int:
+    def load_weights(self, file: Path) -> int:
         """Takes the weights of a checkpoint, and what the task has beside the model.
 
         Args:
@@ -164,11 +173,11 @@ class TrainState:
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
-        except UNLIKE as error:
+        except MISMATCH_ERRORS as error:
             raise UserError(f"{file} is of another task or loss: {error}") from error
         return checkpoint.epoch
 
-    def take_up(self, file: Path) -> None:
+    def load(self, file: Path) -> None:
         """Takes everything of a state, to go on from there.
 
         Raises:
@@ -179,46 +188,49 @@ class TrainState:
         training = checkpoint.training
         if training is None or "is_over" not in training:
             raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
-        self._check_under_way(file, checkpoint)
+        self._check_mid_epoch(file, checkpoint)
         try:
-            self.anew = self._learns_otherwise(checkpoint.config)
-            self.learning.load_state_dict(training["learning"], self.anew)
+            self.schedule_changed = self._optimizer_changed(checkpoint.config)
+            self.optimizers.load_state_dict(training["learning"], self.schedule_changed)
             self.averaging.load_state_dict(training["averaging"])
-        except UNLIKE as error:
+        except MISMATCH_ERRORS as error:
             raise UserError(f"{file} is of another optimizer or average: {error}") from error
         try:
-            self._take_up_beside(training)
-        except UNLIKE as error:
+            self._load_extras(training)
+        except MISMATCH_ERRORS as error:
             raise UserError(f"{file} is of other callbacks: {error!r}") from error
-        self.batches, self.trained = training["batches"], training["trained"]
-        self.is_over, self.under_way = training["is_over"], training["under_way"]
+        self.batches, self.batches_in_epoch = training["batches"], training["trained"]
+        self.epoch_finished, self.mid_epoch = training["is_over"], training["under_way"]
         self.time_is_up = training["time_is_up"] and not self._has_more_time(checkpoint.config)
-        self.history, self.saves = checkpoint.history, training["saves"]
-        self.states.go_on_from(file)
+        self.history, self.save_count = checkpoint.history, training["saves"]
+        self.rotation.resume_from(file)
 
-    def _take_up_beside(self, training: dict[str, Any]) -> None:
+    def _load_extras(self, training: dict[str, Any]) -> None:
         """What is beside the weights and what learns them."""
         if self.nonfinite is not None and training["nonfinite"]:
             self.nonfinite.load_state_dict(training["nonfinite"])
-        if self.watchers is not None:
-            self.watchers.load_state_dict(training["watchers"])
+        if self.callbacks is not None:
+            self.callbacks.load_state_dict(training["watchers"])
 
-    def _check_under_way(self, file: Path, checkpoint: Checkpoint) -> None:
+    def _check_mid_epoch(self, file: Path, checkpoint: Checkpoint) -> None:
         """What is left of an epoch has the batches and the columns of what is over."""
         training = checkpoint.training or {}
         if self.job is None or not checkpoint.config or not training["under_way"]:
             return
         before, now = checkpoint.config, self.job.plain
-        changes = (difference(select(before, key), select(now, key), key) for key in IN_AN_EPOCH)
+        changes = (
+            difference(get_by_path(before, key), get_by_path(now, key), key)
+            for key in FIXED_WITHIN_EPOCH
+        )
         for change in filter(None, changes):
             raise UserError(
                 f"{change}: {file} was saved in the midst of an epoch, the rest of which cannot be "
                 "another; allowed: as it was, or a state from its end"
             )
 
-    def _learns_otherwise(self, saved: dict[str, Any] | None) -> bool:
+    def _optimizer_changed(self, saved: dict[str, Any] | None) -> bool:
         return (
-            saved is not None and self.job is not None and learns_otherwise(saved, self.job.plain)
+            saved is not None and self.job is not None and optimizer_changed(saved, self.job.plain)
         )
 
     def _has_more_time(self, saved: dict[str, Any] | None) -> bool:
@@ -235,12 +247,12 @@ class TrainState:
         return checkpoint
 
     @property
-    def learning(self) -> Learning:
+    def optimizers(self) -> OptimWrapperDict:
         """How the weights change."""
-        assert self.task.learning is not None, "the task learns nothing: it has no optimizer"
-        return self.task.learning
+        assert self.task.optimizers is not None, "the task learns nothing: it has no optimizer"
+        return self.task.optimizers
 
-    def epoch_of(self, name: str, whole: bool = True) -> int | None:
+    def saved_epoch(self, name: str, whole: bool = True) -> int | None:
         """Whose weights a file has; None where it is gone or damaged; the same in all ranks.
 
         Args:
@@ -250,14 +262,14 @@ class TrainState:
         self.writer.wait()
         epoch = None
         if rank() == 0:
-            read = check_seal if whole else read_seal
+            read = verify_checksum if whole else read_info
             with suppress(UserError):  # who asks says what follows
                 epoch = read(self.folder / FOLDER / name).epoch
         return broadcast_object(epoch)
 
-    def restore_best(self) -> int:
+    def load_best_weights(self) -> int:
         """Takes the best weights so far; gives their epoch."""
-        return self.restore(self.folder / FOLDER / BEST)
+        return self.load_weights(self.folder / FOLDER / BEST)
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
@@ -278,16 +290,16 @@ class TrainState:
             epoch=self.epoch,
             history=self.history,
             training=training,
-            number=self.saves,
+            number=self.save_count,
         )
 
     def _kept(self, nested: Nested) -> Nested:
         """On the host; a copy where it is written while training goes on."""
-        kept = on_host(nested)
+        kept = gather_to_cpu(nested)
         return map_tensors(torch.clone, kept) if self.writer.in_background else kept
 
 
-def on_host(nested: Nested) -> Nested:
+def gather_to_cpu(nested: Nested) -> Nested:
     """Whole tensors on the host, in the usual memory format; every rank must ask, one gets them."""
 
     def held(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ Policy = Literal["stop", "skip", "raise"]
 FUSED = ("Adam", "AdamW", "SGD")  # of torch: their fused steps do nothing where `found_inf` is 1
 
 
-class Guard:
+class FiniteCheck:
     """Looks at what each step is to be made of; shared by all optimizers of a task.
 
     What it looks at is `evidence`: a scalar on the device, finite where the loss and all gradients
@@ -38,12 +38,12 @@ class Guard:
 
     def __init__(self, policy: Policy = "stop", device: torch.device | None = None) -> None:
         self.policy = policy
-        self.reads = policy == "skip" or device is None or device.type != "cuda"
-        self.refused = self.is_over = False
-        self.evidence: Tensor | None = None
-        self.replay: Callable[[list[Tensor], Tensor], None] | None = None
+        self.syncs = policy == "skip" or device is None or device.type != "cuda"
+        self.skipped = self.is_latched = False
+        self.found_inf: Tensor | None = None
+        self.trace_hook: Callable[[list[Tensor], Tensor], None] | None = None
 
-    def allows(
+    def is_finite(
         self, evidence: Tensor, optimizer: Optimizer, steps: int, scaled: bool = False
     ) -> bool:
         """Whether the optimizer may make its step now; all ranks must ask.
@@ -54,20 +54,20 @@ class Guard:
             steps: That it has made; the first is always read, for fused SGD has no momentum yet.
             scaled: A scaler of gradients has a word in it, which uses what would be used here.
         """
-        if self.is_over:
+        if self.is_latched:
             return False
-        if not (self.reads or scaled) and steps and is_fused(optimizer):
-            self._leave_it_to_the_device(evidence, optimizer)
+        if not (self.syncs or scaled) and steps and is_fused(optimizer):
+            self._defer_to_device(evidence, optimizer)
             return True
         if math.isfinite(evidence.item()):
             return True
-        self.refused, self.is_over = True, self.policy != "skip"
+        self.skipped, self.is_latched = True, self.policy != "skip"
         return False
 
-    def _leave_it_to_the_device(self, evidence: Tensor, optimizer: Optimizer) -> None:
+    def _defer_to_device(self, evidence: Tensor, optimizer: Optimizer) -> None:
         now = evidence.detach() * 0  # NaN stays NaN, whatever comes later
-        self.evidence = now if self.evidence is None else self.evidence + now
-        optimizer.found_inf = self.evidence.isnan().float()  # type: ignore[attr-defined]
+        self.found_inf = now if self.found_inf is None else self.found_inf + now
+        optimizer.found_inf = self.found_inf.isnan().float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
@@ -81,7 +81,7 @@ def is_fused(optimizer: Optimizer) -> bool:
     return fused and not sharded and type(optimizer).__name__ in FUSED
 
 
-class Flag:
+class AsyncScalar:
     """A number on its way from the device to the host.
 
     Args:

@@ -11,7 +11,7 @@ from app.config.schema import FreezeConfig
 from app.runtime.errors import UserError, nearest, one_of
 
 
-class Freezing:
+class FreezeSchedule:
     """Freezes and unfreezes parameters by epoch.
 
     Args:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from app.runtime.errors import UserError
 
 
-class Schedule:
+class LRSchedule:
     """One of torch's schedulers per step or per epoch, times a linear warm-up per step.
 
     The scheduler sees the rates without the warm-up, so that any of them can be warmed up.

@@ -18,12 +18,12 @@ from app.distributed.strategies import (
     total_norm,
 )
 from app.runtime.errors import UserError
-from app.training.accumulator import Mean
-from app.training.optim.finite_check import Guard, Policy
-from app.training.optim.lr_schedule import Schedule
+from app.training.accumulator import Average
+from app.training.optim.finite_check import FiniteCheck, Policy
+from app.training.optim.lr_schedule import LRSchedule
 
 
-class Optimization:
+class OptimWrapper:
     """Backward, accumulate, clip, step, schedule.
 
     Args:
@@ -46,30 +46,30 @@ class Optimization:
     def __init__(
         self,
         optimizer: Optimizer,
-        schedule: Schedule | None = None,
+        schedule: LRSchedule | None = None,
         scaler: torch.amp.GradScaler | None = None,
         batch_size: int = 1,
         accumulate: int = 1,
         clip_norm: float | None = None,
         clip_value: float | None = None,
-        alone: bool = True,
-        tracks_norm: bool = False,
+        owns_all_parameters: bool = True,
+        tracks_grad_norm: bool = False,
         zero_non_finite: bool = False,
-        parallel: SingleDevice | None = None,
+        strategy: SingleDevice | None = None,
     ) -> None:
-        self.optimizer, self.schedule = optimizer, schedule or Schedule(optimizer)
+        self.optimizer, self.schedule = optimizer, schedule or LRSchedule(optimizer)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-        self.accumulate, self.full = accumulate, batch_size * accumulate
+        self.accumulate, self.full_batch_size = accumulate, batch_size * accumulate
         self.clip_norm, self.clip_value = clip_norm, clip_value
-        self.alone, self.tracks_norm = alone, tracks_norm
+        self.owns_all_parameters, self.tracks_grad_norm = owns_all_parameters, tracks_grad_norm
         self.zero_non_finite = zero_non_finite
-        self.parallel = parallel or SingleDevice(torch.nn.Module())
-        self.weighted = accumulate > 1 or self.parallel.is_distributed  # samples weigh, not batches
-        self.guard: Guard | None = None
+        self.strategy = strategy or SingleDevice(torch.nn.Module())
+        self.weighted = accumulate > 1 or self.strategy.is_distributed  # samples weigh, not batches
+        self.finite_check: FiniteCheck | None = None
         self.losses: Tensor | None = None  # NaN where one since the last step was no number
-        self.norm: Tensor | None = None  # of the step just made
+        self.grad_norm: Tensor | None = None  # of the step just made
         self.steps = self.batches = self.samples = 0
-        self.latest = 0  # samples of the last batch
+        self.last_batch_samples = 0  # samples of the last batch
         self.total: Callable[[], float] | None = None  # samples of all ranks, once known
 
     @property
@@ -79,16 +79,16 @@ class Optimization:
 
     def step(self, loss: Tensor, num_samples: int) -> None:
         """Learns from the mean loss of so many samples; changes the weights when it is time to."""
-        if self.guard is not None and self.guard.replay is not None:
-            self.guard.replay(list(self._learning()), loss)
+        if self.finite_check is not None and self.finite_check.trace_hook is not None:
+            self.finite_check.trace_hook(list(self._trainable()), loss)
             return
         self.batches += 1
-        self.samples += 0 if self.parallel.is_padding else num_samples
+        self.samples += 0 if self.strategy.is_padding else num_samples
         if self.batches == self.accumulate:
             self.total = all_reduce_async(self.samples)  # ranks tell while gradients are computed
         self.backward(loss, num_samples)
         if self.batches == self.accumulate:
-            self.update()
+            self.apply()
 
     def backward(self, loss: Tensor, num_samples: int) -> None:
         """Adds the gradients of the loss to those of the parameters; frozen ones get none.
@@ -96,45 +96,49 @@ class Optimization:
         Raises:
             UserError: The loss does not depend on what learns.
         """
-        learning = list(self._learning())
+        learning = list(self._trainable())
         if not learning:
             return
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any parameter that learns")
-        self.latest = 0 if self.parallel.is_padding else num_samples
-        begins = None if self.guard is None or self.parallel.is_padding else self._looked_at(loss)
+        self.last_batch_samples = 0 if self.strategy.is_padding else num_samples
+        begins = (
+            None
+            if self.finite_check is None or self.strategy.is_padding
+            else self._initial_gradient(loss)
+        )
         if self.weighted:
-            loss = loss * (self.latest / self.full)
+            loss = loss * (self.last_batch_samples / self.full_batch_size)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
-            scaled.backward(begins, inputs=None if self.alone else learning)
+            scaled.backward(begins, inputs=None if self.owns_all_parameters else learning)
 
     @property
-    def by_loss(self) -> bool:
+    def checks_loss_only(self) -> bool:
         """Whether gradients may be no numbers: they are repaired, or the scaler sees to them."""
         return self.zero_non_finite or self.scaler.is_enabled()
 
-    def _looked_at(self, loss: Tensor) -> Tensor | None:
+    def _initial_gradient(self, loss: Tensor) -> Tensor | None:
         """What the backward pass begins with; the gradients of a bad loss are NaN in all ranks."""
         nothing = loss.detach() * 0  # NaN where the loss is infinite or NaN
-        if not self.by_loss:
+        if not self.checks_loss_only:
             return nothing + 1
         self.losses = nothing if self.losses is None else self.losses + nothing
         return None
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Uses what has accumulated; an epoch ends."""
         if self.batches:
-            self.update()
+            self.apply()
 
-    def update(self) -> None:
+    def apply(self) -> None:
         """Changes the weights by the gradients that are there, and forgets these."""
-        total = (self.total or all_reduce_async(self.samples or self.latest))()
-        self.parallel.all_reduce_gradients(self._parameters())
+        total = (self.total or all_reduce_async(self.samples or self.last_batch_samples))()
+        self.strategy.all_reduce_gradients(self._parameters())
         made = True
         if next(iter(self._gradients()), None) is not None:
-            made = self._learn(total)
-        self.parallel.zero_grad(self._parameters())
+            made = self._apply_gradients(total)
+        self.strategy.zero_grad(self._parameters())
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it holds the old weights until the step is over
         if made:
@@ -143,27 +147,35 @@ class Optimization:
         self.batches = self.samples = 0
         self.total = self.losses = None
 
-    def _learn(self, total: float) -> bool:
+    def _apply_gradients(self, total: float) -> bool:
         """Makes the step, unless the guard is against it; gives whether."""
-        if self.guard is not None and self.by_loss and not self._allowed(self._losses()):
+        if (
+            self.finite_check is not None
+            and self.checks_loss_only
+            and not self._is_step_allowed(self._losses())
+        ):
             return False
-        changes = (self.clip_value, self.clip_norm, self.tracks_norm, self.zero_non_finite)
+        changes = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(changes):
             self.scaler.unscale_(self.optimizer)
-        factor = self.full * self.parallel.grad_divisor / total if self.weighted and total else 1.0
+        factor = (
+            self.full_batch_size * self.strategy.grad_divisor / total
+            if self.weighted and total
+            else 1.0
+        )
         if factor != 1.0:  # as one batch of just these samples
             torch._foreach_mul_(list(self._gradients()), factor)
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
-        guarded = self.guard is not None and not self.by_loss
-        if self.tracks_norm or self.clip_norm is not None:
+        guarded = self.finite_check is not None and not self.checks_loss_only
+        if self.tracks_grad_norm or self.clip_norm is not None:
             norm = evidence = total_norm(list(self._gradients()))
         elif guarded:
             evidence = finite_indicator(list(self._gradients()))
-        if self.tracks_norm:
-            self.norm = norm
-        if guarded and not self._allowed(evidence):
+        if self.tracks_grad_norm:
+            self.grad_norm = norm
+        if guarded and not self._is_step_allowed(evidence):
             return False
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
@@ -176,10 +188,10 @@ class Optimization:
         self.scaler.update()
         return True
 
-    def _allowed(self, evidence: Tensor) -> bool:
+    def _is_step_allowed(self, evidence: Tensor) -> bool:
         scaled = self.scaler.is_enabled()
-        guard, optimizer = self.guard, self.optimizer
-        return guard is None or guard.allows(evidence, optimizer, self.steps, scaled)
+        guard, optimizer = self.finite_check, self.optimizer
+        return guard is None or guard.is_finite(evidence, optimizer, self.steps, scaled)
 
     def _losses(self) -> Tensor:
         """Those of all ranks, as evidence: they are in no gradient that could be looked at."""
@@ -195,35 +207,35 @@ class Optimization:
             "steps": self.steps,
         }
 
-    def position(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """How far it is: plain values, to be put back by `put_back`."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
         return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
 
-    def put_back(self, position: dict[str, Any]) -> None:
+    def restore(self, position: dict[str, Any]) -> None:
         """The steps since then have not been made."""
         self.steps = position["steps"]
         self.schedule.load_state_dict(position["schedule"])
         for group, rate in zip(self.optimizer.param_groups, position["rates"], strict=True):
             group["lr"] = rate
 
-    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any], reset_schedule: bool = False) -> None:
         """Goes on from what `state_dict` gave.
 
         Args:
             state: As given.
-            anew: With the rates, the schedule and the other settings that it has now; of the
-                schedule as much is over as of the one that was saved.
+            reset_schedule: Keep the current rates, schedule and settings, and move the schedule
+                to the number of steps that were saved.
         """
         whole, parameters = state["optimizer"], list(self._parameters())
         parts = {
             number: {n: shard_like(value, parameters[number]) for n, value in values.items()}
             for number, values in whole["state"].items()
         }
-        if anew:
+        if reset_schedule:
             whole = {**whole, "param_groups": self.optimizer.state_dict()["param_groups"]}
         self.optimizer.load_state_dict({**whole, "state": parts})
-        if anew:
+        if reset_schedule:
             self.schedule.go_to(state["steps"])
         else:
             self.schedule.load_state_dict(state["schedule"])
@@ -238,7 +250,7 @@ class Optimization:
     def _parameters(self) -> Iterable[Tensor]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
-    def _learning(self) -> Iterable[Tensor]:
+    def _trainable(self) -> Iterable[Tensor]:
         return (parameter for parameter in self._parameters() if parameter.requires_grad)
 
     def _gradients(self) -> Iterable[Tensor]:
@@ -248,7 +260,7 @@ class Optimization:
 ONLY = ""  # the name of an optimization that has no other beside it
 
 
-class Learning:
+class OptimWrapperDict:
     """The optimizations of a task.
 
     Args:
@@ -259,98 +271,98 @@ class Learning:
 
     def __init__(
         self,
-        optimizations: Mapping[str, Optimization] | Optimization,
+        wrappers: Mapping[str, OptimWrapper] | OptimWrapper,
         on_nonfinite: Policy | None = "stop",
     ) -> None:
-        alone = isinstance(optimizations, Optimization)
-        self.optimizations: dict[str, Optimization] = (
-            {ONLY: optimizations} if alone else dict(optimizations)  # type: ignore[dict-item, arg-type]
+        alone = isinstance(wrappers, OptimWrapper)
+        self.wrappers: dict[str, OptimWrapper] = (
+            {ONLY: wrappers} if alone else dict(wrappers)  # type: ignore[dict-item, arg-type]
         )
-        first = next(iter(self.optimizations.values()))
-        self.guard = Guard(on_nonfinite, first.device) if on_nonfinite else None
-        for one in self.optimizations.values():
-            one.guard = self.guard
+        first = next(iter(self.wrappers.values()))
+        self.finite_check = FiniteCheck(on_nonfinite, first.device) if on_nonfinite else None
+        for one in self.wrappers.values():
+            one.finite_check = self.finite_check
 
-    def __getitem__(self, name: str) -> Optimization:
-        return self.optimizations[name]
+    def __getitem__(self, name: str) -> OptimWrapper:
+        return self.wrappers[name]
 
     @property
-    def only(self) -> Optimization:
+    def single(self) -> OptimWrapper:
         """The only one."""
-        (optimization,) = self.optimizations.values()
+        (optimization,) = self.wrappers.values()
         return optimization
 
     @property
     def steps(self) -> int:
         """How many steps the first optimizer has made."""
-        return next(iter(self.optimizations.values())).steps
+        return next(iter(self.wrappers.values())).steps
 
     @property
     def accumulate(self) -> int:
         """Batches to one step."""
-        return next(iter(self.optimizations.values())).accumulate
+        return next(iter(self.wrappers.values())).accumulate
 
     @property
-    def is_between_steps(self) -> bool:
+    def at_step_boundary(self) -> bool:
         """Whether no gradients wait for further batches."""
-        return not any(one.batches for one in self.optimizations.values())
+        return not any(one.batches for one in self.wrappers.values())
 
     @property
-    def has_refused(self) -> bool:
+    def skipped_step(self) -> bool:
         """Whether a step of the batch under way was not made, since something is no number."""
-        return self.guard is not None and self.guard.refused
+        return self.finite_check is not None and self.finite_check.skipped
 
     @property
-    def completes(self) -> bool:
+    def steps_next(self) -> bool:
         """Whether the next batch makes a step, if it is learned from once."""
-        first = next(iter(self.optimizations.values()))
+        first = next(iter(self.wrappers.values()))
         return first.batches + 1 >= first.accumulate
 
-    def rates(self) -> dict[str, float]:
+    def lrs(self) -> dict[str, float]:
         """The learning rates of the next step: `lr`, or `lr_<name>` of each."""
-        return {column("lr", name): one.lr for name, one in self.optimizations.items()}
+        return {column("lr", name): one.lr for name, one in self.wrappers.items()}
 
-    def norms(self, count: int) -> dict[str, Mean]:
+    def grad_norms(self, count: int) -> dict[str, Average]:
         """The norms of the gradients, where they are kept; batches without a step have none."""
         return {
             column("gradient_norm", name): _norm(one, count)
-            for name, one in self.optimizations.items()
-            if one.tracks_norm
+            for name, one in self.wrappers.items()
+            if one.tracks_grad_norm
         }
 
-    def finish(self) -> None:
+    def flush(self) -> None:
         """Uses what has accumulated; an epoch ends."""
-        for optimization in self.optimizations.values():
-            optimization.finish()
+        for optimization in self.wrappers.values():
+            optimization.flush()
 
     def epoch_end(self, goal_value: float | None) -> None:
         """An epoch is over; `goal_value` is None where the goal was not measured in it."""
-        for optimization in self.optimizations.values():
+        for optimization in self.wrappers.values():
             optimization.schedule.epoch_end(goal_value)
 
-    def position(self) -> dict[str, Any]:
+    def snapshot(self) -> dict[str, Any]:
         """How far all are."""
-        return {name: one.position() for name, one in self.optimizations.items()}
+        return {name: one.snapshot() for name, one in self.wrappers.items()}
 
-    def put_back(self, position: dict[str, Any]) -> None:
+    def restore(self, position: dict[str, Any]) -> None:
         """The steps since then have not been made."""
-        for name, one in self.optimizations.items():
-            one.put_back(position[name])
+        for name, one in self.wrappers.items():
+            one.restore(position[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values."""
-        return {name: one.state_dict() for name, one in self.optimizations.items()}
+        return {name: one.state_dict() for name, one in self.wrappers.items()}
 
-    def load_state_dict(self, state: dict[str, Any], anew: bool = False) -> None:
+    def load_state_dict(self, state: dict[str, Any], reset_schedule: bool = False) -> None:
         """Goes on from what `state_dict` gave; `anew` as in `Optimization.load_state_dict`."""
-        for name, one in self.optimizations.items():
-            one.load_state_dict(state[name], anew)
+        for name, one in self.wrappers.items():
+            one.load_state_dict(state[name], reset_schedule)
 
 
-def _norm(one: Optimization, count: int) -> Mean:
-    if one.norm is None:
-        return Mean(torch.zeros((), device=one.device), 0)
-    return Mean(one.norm, 0 if one.batches else count)
+def _norm(one: OptimWrapper, count: int) -> Average:
+    if one.grad_norm is None:
+        return Average(torch.zeros((), device=one.device), 0)
+    return Average(one.grad_norm, 0 if one.batches else count)
 
 
 def column(what: str, name: str) -> str:

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 from app.distributed.strategies import shard_like
 
 
-class Averaging:
+class WeightAveraging:
     """No average: the weights themselves. Subclasses say when and how one is taken.
 
     Args:
@@ -21,8 +21,8 @@ class Averaging:
         start_epoch: The first whose weights count; from 1.
     """
 
-    follows_steps = False  # whether it takes the weights after steps of the optimizer
-    measures_batches = False  # whether batch statistics must be found anew for the average
+    updates_per_step = False  # whether it takes the weights after steps of the optimizer
+    needs_bn_update = False  # whether batch statistics must be found anew for the average
 
     def __init__(self, model: nn.Module, start_epoch: int = 1) -> None:
         if start_epoch < 1:
@@ -31,14 +31,14 @@ class Averaging:
         self.average: dict[str, Tensor] = {}
         self.count = 0  # of weights in the average
 
-    def after_step(self, epoch: int, steps: int) -> None:
+    def update(self, epoch: int, steps: int) -> None:
         """The optimizer has made so many steps."""
 
     def after_epoch(self, epoch: int) -> None:
         """An epoch of training is over."""
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def swapped_in(self) -> Iterator[None]:
         """The average stands in the model; afterwards the weights that learn stand there again."""
         if not self.average:
             yield
@@ -74,7 +74,7 @@ class Averaging:
         self.count += 1
 
 
-class ExponentialMovingAverage(Averaging):
+class ExponentialMovingAverage(WeightAveraging):
     """The exponential moving average of weights and buffers (Polyak and Juditsky 1992).
 
     Args:
@@ -84,7 +84,7 @@ class ExponentialMovingAverage(Averaging):
         start_epoch: The first whose weights count; from 1.
     """
 
-    follows_steps = True
+    updates_per_step = True
 
     def __init__(
         self,
@@ -108,14 +108,14 @@ class ExponentialMovingAverage(Averaging):
         super().load_state_dict(state)
         self.counted = state["counted"]
 
-    def after_step(self, epoch: int, steps: int) -> None:
+    def update(self, epoch: int, steps: int) -> None:
         due = steps != self.counted and steps % self.every_n_steps == 0
         if due and epoch >= self.start_epoch:
             self.counted = steps
             self._add(self.add)
 
 
-class StochasticWeightAveraging(Averaging):
+class StochasticWeightAveraging(WeightAveraging):
     """The mean of the weights at the end of each epoch (Izmailov et al. 2018, algorithm 1).
 
     Statistics of batch normalisation are measured anew on the training data whenever the average
@@ -126,7 +126,7 @@ class StochasticWeightAveraging(Averaging):
         start_epoch: The first whose weights count; from 1.
     """
 
-    measures_batches = True
+    needs_bn_update = True
 
     def __init__(self, model: nn.Module, start_epoch: int) -> None:
         super().__init__(model, start_epoch)
@@ -138,7 +138,7 @@ class StochasticWeightAveraging(Averaging):
 
 
 @contextmanager
-def measured_anew(model: nn.Module) -> Iterator[list[nn.Module]]:
+def recompute_bn_stats(model: nn.Module) -> Iterator[list[nn.Module]]:
     """The modules of batch normalisation that learn take the mean over all batches put through.
 
     Those that are frozen keep their statistics; all else stays in its mode.

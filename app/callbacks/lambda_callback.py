@@ -9,7 +9,7 @@ from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import History
 
 
-class Function(Callback):
+class LambdaCallback(Callback):
     """Calls a function at each event that has one.
 
     In YAML each is a node `{_target_: my_module.my_function, _partial_: true}`, and its other keys
