@@ -1,96 +1,27 @@
-"""Real runs of the program, shared where several tests look at the same one."""
+"""Fixtures of all lanes; marks come from the folder."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
-import yaml
-from hydra._internal.utils import get_args_parser
-from processes import FAULTY, SHORT, SILENT, TESTS
-from sweeps import Sweeps, in_this_process
-from warm import WarmCommand
 
-from app.config import resolvers
-from app.config.compose import compositions
-from app.config.schema import Job
 from app.distributed.launch.local import launch_local
 from app.experiment.entry import run_experiment
-from app.experiment.job import make_job
-from app.runtime.errors import ConfigError
+from tests.support.processes import FAULTY, SHORT, SILENT, TESTS
+from tests.support.runs import FEW, Ran, job_for, run_app
+from tests.support.sweeps import Sweeps, in_this_process
 
-FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
-
-FIRST = ("test_sweep_pool", "test_sweep_search", "test_ranks", "test_launch", "test_sweep_runs")
+LANES = Path(__file__).parent
+SLOWEST = ("test_sweep_pool", "test_sweep_search", "test_ranks", "test_launch", "test_sweep_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest come first: the last of several workers would else be alone."""
-    items.sort(key=lambda item: item.path.stem not in FIRST)
-
-
-@dataclass(frozen=True)
-class Ran:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-    cwd: Path
-
-    @property
-    def folder(self) -> Path:
-        """The run folder, which must be the only one."""
-        (found,) = self.folders
-        return found
-
-    @property
-    def folders(self) -> list[Path]:
-        """All run folders, oldest first."""
-        return sorted(path.parent for path in (self.cwd / "outputs").glob("*/*/status.json"))
-
-    def csv(self, name: str) -> pd.DataFrame:
-        return pd.read_csv(self.folder / name)
-
-    @property
-    def status(self) -> dict[str, Any]:
-        content: dict[str, Any] = json.loads((self.folder / "status.json").read_text())
-        return content
-
-    @property
-    def config(self) -> dict[str, Any]:
-        content: dict[str, Any] = yaml.safe_load((self.folder / "config.yaml").read_text())
-        return content
-
-
-def run_app(cwd: Path, *words: str, **environment: str) -> Ran:
-    """`python -m app` with those words, in that folder."""
-    with tempfile.TemporaryDirectory() as text:
-        process = WarmCommand(cwd, words, environment, err=Path(text, "err"))
-        try:
-            out, _ = process.communicate(280)
-        finally:
-            process.kill()
-        assert process.returncode is not None
-        return Ran(process.returncode, out, Path(text, "err").read_text(), cwd)
-
-
-def run_cold(cwd: Path, *words: str, **environment: str) -> Ran:
-    """The same from a shell, with all that Python has to import."""
-    command = [sys.executable, "-m", "app", *words]
-    done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=280, env=os.environ | environment
-    )
-    return Ran(done.returncode, done.stdout, done.stderr, cwd)
+    """Mark each test with its lane; start the slowest files first, so that no worker ends alone."""
+    for item in items:
+        item.add_marker(item.path.relative_to(LANES).parts[0])
+    items.sort(key=lambda item: item.path.stem not in SLOWEST)
 
 
 @pytest.fixture
@@ -116,28 +47,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
 def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
     """Runs sweeps of short jobs in a folder of the test's own; gives their exit codes."""
     return in_this_process(tmp_path, monkeypatch)
-
-
-def job_for(*words: str) -> Job:
-    """The job of a command line, without running it."""
-    resolvers.register()
-    ((composed, mistakes),) = compositions(get_args_parser().parse_args(list(words)))
-    if mistakes:
-        raise ConfigError(mistakes)
-    return make_job(composed)
-
-
-def mistakes_in(*words: str) -> list[str]:
-    """What is wrong with a command line, a text for each mistake."""
-    resolvers.register()
-    found: list[str] = []
-    for composed, refused in compositions(get_args_parser().parse_args(list(words))):
-        found += map(str, refused)
-        try:
-            make_job(composed)
-        except ConfigError as error:
-            found += map(str, error.issues)
-    return found
 
 
 @pytest.fixture

@@ -1,0 +1,263 @@
+"""Sweeps that run for real: the table, failures, going on, configuration."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from app.sweep.folder import SweepFolder
+from tests.support.processes import status_of
+from tests.support.runs import run_app
+from tests.support.sweeps import (
+    POOL,
+    SWEEPING,
+    Sweeps,
+    folder_of,
+    in_this_process,
+    jobs_in,
+    started,
+    states_of,
+    steps,
+    table_of,
+)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two learning rates with two seeds each."""
+    cwd = tmp_path_factory.mktemp("swept")
+    with pytest.MonkeyPatch.context() as patch:
+        assert in_this_process(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
+    return folder_of(cwd)
+
+
+def test_the_table_has_what_the_folders_say(swept: Path) -> None:
+    table = table_of(swept)
+    assert table.columns.tolist() == [
+        *("job", "status", "optimizer.lr", "seed"),
+        *("best_accuracy", "best_epoch", "last_accuracy"),
+        *("test/loss", "test/accuracy", "test/total_correct", "test/f1"),
+        *("seconds", "samples/s", "peak_memory_bytes", "attempts", "folder", "error"),
+    ]
+    assert table["job"].tolist() == [0, 1, 2, 3]
+    assert table["optimizer.lr"].tolist() == [0.1, 0.1, 0.01, 0.01]
+    assert table["seed"].tolist() == [0, 1, 0, 1]
+    assert set(table["status"]) == {"completed"}
+    for _, line in table.iterrows():
+        run = swept / line["folder"]
+        valid = pd.read_csv(run / "valid_summary_table.csv")
+        test = pd.read_csv(run / "test_summary_table.csv")
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        assert (config["optimizer"]["lr"], config["seed"]) == (line["optimizer.lr"], line["seed"])
+        assert line["best_accuracy"] == valid["accuracy"].max()
+        assert line["best_epoch"] == valid["epoch"][valid["accuracy"].idxmax()]
+        assert line["last_accuracy"] == valid["accuracy"].iloc[-1]
+        assert line["test/loss"] == test["loss_mean"].item()
+        assert line["test/accuracy"] == test["accuracy"].item()
+        assert line["seconds"] == status_of(run)["seconds"]
+
+
+def test_seeds_are_averaged(swept: Path) -> None:
+    table, averages = table_of(swept), pd.read_csv(swept / "sweep_by_config.csv")
+    assert averages["optimizer.lr"].tolist() == [0.1, 0.01]
+    assert averages["jobs"].tolist() == averages["completed"].tolist() == [2, 2]
+    for name in ("best_accuracy", "test/loss", "seconds"):
+        for row, rate in enumerate((0.1, 0.01)):
+            values = table[table["optimizer.lr"] == rate][name]
+            assert averages[f"{name}_mean"][row] == pytest.approx(values.mean(), rel=1e-12)
+            assert averages[f"{name}_std"][row] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
+
+
+def test_a_sweep_leaves_its_page_its_pictures_and_its_log(swept: Path) -> None:
+    assert (swept / "sweep.html").stat().st_size > 1_000_000  # the library is inside
+    names = {path.name for path in (swept / "plots").iterdir()}
+    assert names == {"curves.png", "by_optimizer.lr.png", "by_seed.png"}
+    log = (swept / "sweep.log").read_text()
+    best = table_of(swept).sort_values("best_accuracy").iloc[-1]
+    assert f"best_accuracy={best['best_accuracy']:.6g} in {best['folder']}" in log
+    assert log.count("completed: best accuracy=") == 4
+
+
+def test_the_command_at_the_end_tests_the_best(swept: Path) -> None:
+    log = (swept / "sweep.log").read_text()
+    command = next(line for line in log.splitlines() if "mode=test" in line).split()
+    assert command[:3] == ["python", "-m", "app"]
+    ran = run_app(swept.parents[3], *command[3:], "data.eval_batch_size=500")
+    assert ran.code == 0, ran.err + ran.out
+    (tested,) = (swept.parents[3] / "outputs").glob("2*/*/test_summary_table.csv")
+    assert len(pd.read_csv(tested)) == 1
+
+
+def test_a_report_makes_all_anew(swept: Path) -> None:
+    before = {name: (swept / name).read_text() for name in ("sweep.csv", "sweep_by_config.csv")}
+    page = (swept / "sweep.html").read_text()
+    for name in (*before, "sweep.html"):
+        (swept / name).unlink()
+    assert subprocess.run([sys.executable, "-m", "app.cli.report", str(swept)]).returncode == 0
+    assert before == {name: (swept / name).read_text() for name in before}
+    assert (swept / "sweep.html").read_text() == page
+
+
+def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: Sweeps, tmp_path: Path) -> None:
+    assert sweep("optimizer.lr=0.05", "hydra.run.dir=single", "trainer.max_epochs=1", flags=()) == 0
+    assert run_app(tmp_path, "report", str(swept), "single", "--to", "joined").code == 0
+    table = table_of(tmp_path / "joined")
+    assert len(table) == 5
+    assert sorted(table["optimizer.lr"]) == [0.01, 0.01, 0.05, 0.1, 0.1]
+    assert table["seed"].tolist() == [0, 1, 0, 1, 0]
+    assert table["trainer.max_epochs"].tolist() == [2, 2, 2, 2, 1]
+    assert (tmp_path / "joined" / table["folder"].iloc[-1] / "status.json").exists()
+    done = run_app(tmp_path, "report", "nowhere")
+    assert (done.code, done.out) == (2, "")
+    assert "no folder" in done.err
+
+
+def test_a_failed_job_does_not_end_the_sweep(sweep: Sweeps, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    pairs = ("+task.does=nothing,raise,nothing", "seed=0,1,2", "sweep.together=[[task.does,seed]]")
+    assert sweep(*SWEEPING, *pairs, "+task.at=1") == 1
+    folder = folder_of(tmp_path)
+    assert states_of(folder) == ["completed", "failed", "completed"]
+    table = table_of(folder)
+    assert table["error"][1] == "RuntimeError: the step broke"
+    assert "RuntimeError: the step broke" in (jobs_in(folder)[1] / "run.log").read_text()
+    assert "Traceback" in (jobs_in(folder)[1] / "run.log").read_text()
+    before = [(job / "status.json").read_bytes() for job in jobs_in(folder)]
+    (tmp_path / "broken").unlink()
+    assert sweep(f"sweep.resume={folder}", short=False) == 0
+    assert states_of(folder) == ["completed"] * 3
+    after = [(job / "status.json").read_bytes() for job in jobs_in(folder)]
+    assert (after[0], after[2]) == (before[0], before[2])
+    assert table_of(folder)["attempts"].tolist() == [1, 2, 1]
+
+
+@pytest.mark.parametrize("launcher", [(), (POOL, "hydra.launcher.slots=1")])
+def test_a_failed_job_ends_the_sweep_where_it_is_to(
+    sweep: Sweeps, tmp_path: Path, launcher: tuple[str, ...]
+) -> None:
+    (tmp_path / "broken").touch()
+    words = (*SWEEPING, "+task.does=raise,nothing", "+task.at=1", "sweep.on_error=stop")
+    assert sweep(*words, *launcher) == 1
+    assert states_of(folder_of(tmp_path)) == ["failed", "pending"]
+
+
+def test_failed_jobs_are_tried_so_often_and_no_more(sweep: Sweeps, tmp_path: Path) -> None:
+    (tmp_path / "broken").touch()
+    assert sweep(*SWEEPING, "+task.does=raise", "+task.at=1", "sweep.max_retries=1") == 1
+    folder = folder_of(tmp_path)
+    assert sweep(f"sweep.resume={folder}", short=False) == 1
+    made = len(steps(tmp_path))
+    assert sweep(f"sweep.resume={folder}", short=False) == 1
+    assert len(steps(tmp_path)) == made
+    assert "job 0 has failed 2 times and is left alone" in (folder / "sweep.log").read_text()
+
+
+def test_a_job_of_the_pool_gives_what_it_gives_alone(swept: Path, sweep: Sweeps) -> None:
+    assert sweep(POOL, "optimizer.lr=0.1,0.01", "seed=0", "hydra.launcher.slots=1") == 0
+    mine = jobs_in(folder_of(Path.cwd()))
+    same = [jobs_in(swept)[0], jobs_in(swept)[2]]
+    for one, other in zip(mine, same, strict=True):
+        values = [pd.read_csv(f / "summary_table.csv")["loss_mean"] for f in (one, other)]
+        np.testing.assert_allclose(*values, rtol=1e-4)  # another number of threads
+
+
+def test_a_folder_in_use_is_said(
+    tmp_path: Path, sweep: Sweeps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("seed=0", "hydra.sweep.dir=first") == 0
+    with SweepFolder(tmp_path / "first").locked():
+        assert sweep("sweep.resume=first", short=False) == 2
+    told = capsys.readouterr().err
+    assert "is being run by another process" in told
+    assert sweep("seed=0", "hydra.sweep.dir=first") == 2
+    assert "holds a sweep; sweep.resume=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["first", "nowhere"])
+@pytest.mark.parametrize("words", [[], ["model=mlp"]])
+def test_only_a_sweep_goes_on_as_one(
+    tmp_path: Path,
+    sweep: Sweeps,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    words: list[str],
+) -> None:
+    begun = SweepFolder(tmp_path / "first")
+    begun.words = ["seed=0,1"]
+    begun.save()
+    assert sweep(*words, f"sweep.resume={where}", short=False, flags=()) == 2
+    needed = f"sweep.resume={where} needs -m, too: python -m app -m sweep.resume={where}"
+    assert capsys.readouterr().err.splitlines()[1:] == [f"  {needed}"]
+    for flags in ((), ("-m",)):
+        assert sweep(*words, "sweep.resume=", short=False, flags=flags) == 2
+        told = capsys.readouterr().err.splitlines()[1:]
+        assert told == ["  sweep.resume='': allowed: null, the folder of a sweep"]
+
+
+def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
+    conf = tmp_path / "conf" / "experiment"
+    conf.mkdir(parents=True)
+    text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
+    (conf / "mine.yaml").write_text(text % (0.1, "before"))
+    words = ("experiment=mine", "+task.slow=0.1", "seed=0,1", "trainer.max_epochs=1")
+    process = started(tmp_path, *words, flags=("--config-dir", "conf"))
+    (conf / "mine.yaml").write_text(text % (0.5, "after"))
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, out
+    configs = [
+        yaml.safe_load((j / "config.yaml").read_text()) for j in jobs_in(folder_of(tmp_path))
+    ]
+    assert [config["optimizer"]["lr"] for config in configs] == [0.1, 0.1]
+    assert [config["notes"] for config in configs] == ["before", "before"]
+
+
+def test_another_configuration_is_refused_unless_forced(
+    tmp_path: Path, sweep: Sweeps, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
+    longer = ("seed=0,1,2", "sweep.resume=first", "trainer.gradient_clip_norm=1.0")
+    assert sweep(*longer, "trainer.max_epochs=1") == 2
+    told = capsys.readouterr().err
+    assert "trainer.gradient_clip_norm: None -> 1.0: the sweep was begun so; sweep.force=" in told
+    assert len(jobs_in(tmp_path / "first")) == 2
+    assert sweep(*longer, "trainer.max_epochs=1", "sweep.force=true") == 0
+    folder = tmp_path / "first"
+    assert states_of(folder) == ["completed"] * 3
+    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in jobs_in(folder)]
+    clips = [config["trainer"]["gradient_clip_norm"] for config in configs]
+    assert clips == [None, None, 1.0]
+
+
+def test_a_sweep_goes_on_with_further_values(tmp_path: Path, sweep: Sweeps) -> None:
+    assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
+    before = [(job / "status.json").read_bytes() for job in jobs_in(tmp_path / "first")]
+    assert sweep("seed=2,0,1", "sweep.resume=first", "trainer.max_epochs=1") == 0
+    folder = tmp_path / "first"
+    assert table_of(folder)["seed"].tolist() == [0, 1, 2]
+    assert [(job / "status.json").read_bytes() for job in jobs_in(folder)][:2] == before
+
+
+def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: Sweeps) -> None:
+    conf = tmp_path / "conf" / "sweep"
+    conf.mkdir(parents=True)
+    (conf / "mine.yaml").write_text(
+        "# @package _global_\n"
+        "hydra:\n  mode: MULTIRUN\n  sweeper:\n    params:\n"
+        "      optimizer.lr: 0.1,0.01\n      data.batch_size: 64,32\n"
+        "sweep:\n  together: [[optimizer.lr, data.batch_size]]\n"
+    )
+    assert sweep("sweep=mine", "trainer.max_epochs=1", flags=("--config-dir", "conf")) == 0
+    table = table_of(folder_of(tmp_path))
+    assert table["optimizer.lr"].tolist() == [0.1, 0.01]
+    assert table["data.batch_size"].tolist() == [64, 32]
+
+
+def test_hydras_own_sweeper_leaves_a_table_too(sweep: Sweeps, tmp_path: Path) -> None:
+    assert sweep("hydra/sweeper=basic", "seed=0,1", "trainer.max_epochs=1") == 0
+    assert len(table_of(folder_of(tmp_path))) == 2

@@ -1,0 +1,415 @@
+"""Run folders from strangers: nothing of theirs is imported, read or expanded unasked."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from app.config import resolvers
+from app.config.allowlist import TargetError, locate
+from app.config.limits import load_json, load_yaml
+from app.config.resolve import resolve
+from app.config.template import safe_template
+from app.runtime.errors import UserError
+from app.training.checkpoint.checkpoint import FORMAT
+from tests.support.hostile_files import sealed
+from tests.support.runs import job_for
+
+resolvers.register()
+JOB = job_for("model=mlp", "data.batch_size=50")
+MODES = ["test", "valid", "predict", "export"]
+
+
+def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
+    """The last.pt of a run folder with that configuration."""
+    content = {
+        "format": FORMAT,
+        "config": json.dumps(config),
+        "template": template if isinstance(template, str) else yaml.safe_dump(template),
+        "model": {},
+        "task": {},
+        "epoch": 1,
+        "history": "[]",
+        "training": None,
+    }
+    file = folder / "theirs" / "checkpoints" / "last.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(sealed(content))
+    return file
+
+
+def theirs() -> tuple[dict[str, Any], dict[str, Any]]:
+    """A configuration, and its template, that may be changed."""
+    return copy.deepcopy(JOB.plain), yaml.safe_load(JOB.template)
+
+
+@pytest.fixture
+def evil(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Modules that leave a file when they are imported; gives it."""
+    left = elsewhere / "was_here"
+    monkeypatch.syspath_prepend(elsewhere)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    code = f"open({str(left)!r}, 'w').close()\nclass Net: pass\n"
+    for name in ("evil", "evil/torch", "evil/torch/nn", "app/models/evil", "torchmetricsevil"):
+        path = elsewhere / name
+        path.mkdir(parents=True)
+        (path / "__init__.py").write_text(code)
+    (elsewhere / "torch").mkdir()
+    (elsewhere / "torch" / "evil.py").write_text(code)
+    return left
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_all_that_would_be_imported_is_named_at_once(
+    mode: str, evil: Path, elsewhere: Path
+) -> None:
+    config, template = theirs()
+    node = {"_target_": "evil.torch.nn.Net"}
+    config["model"] = {"_target_": "evil.Net", "_args_": [[{"deep": node}]]}
+    config["callbacks"]["never"] = {"a": [1, node, {"_target_": "torchmetricsevil.Net"}]}
+    config["optimizer"] = {"_target_": "app.evil.Net"}
+    config["notes"] = {"nowhere": {"_target_": "torch.evil.Net"}}
+    file = checkpoint(elsewhere, config, template)
+    with pytest.raises(UserError) as caught:
+        job_for(f"mode={mode}", f"ckpt={file.parent.parent}")
+    assert str(caught.value).splitlines() == [
+        f"{file.parent.parent} names code from outside this program; nothing of it was imported:",
+        "  callbacks.never.a.1._target_='evil.torch.nn.Net'",
+        "  callbacks.never.a.2._target_='torchmetricsevil.Net'",
+        "  model._args_.0.0.deep._target_='evil.torch.nn.Net'",
+        "  model._target_='evil.Net'",
+        "  optimizer._target_='app.evil.Net'",
+        "if you trust that code: trusted_targets=[app.evil,evil,evil.torch.nn,torchmetricsevil]",
+    ]
+    assert not evil.exists()
+
+
+def test_resume_of_a_strangers_run(evil: Path, elsewhere: Path) -> None:
+    config, template = theirs()
+    config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
+    folder = checkpoint(elsewhere, config, template).parent.parent
+    with pytest.raises(UserError, match=r"nothing of it was imported:\n  model\._target_='evil"):
+        job_for(f"resume={folder}")
+    assert not evil.exists()
+
+
+def test_a_name_that_is_put_together(evil: Path, elsewhere: Path) -> None:
+    config, template = theirs()
+    template["notes"] = "evil"
+    template["model"]["_target_"] = "${or:${notes},1}.Net"
+    file = checkpoint(elsewhere, config, template)
+    job_for("mode=test", f"ckpt={file}")
+    template["model"]["_target_"] = "${data.path}.Net"
+    file = checkpoint(elsewhere, config, template | {"data": template["data"] | {"path": "a"}})
+    with pytest.raises(UserError, match=r"model\._target_"):
+        job_for("mode=test", f"ckpt={file}", "++data.path=evil")
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("name", ["app.models.evil.Net", "torch.nn.evil.Net"])
+def test_a_module_below_an_allowed_package_is_not_theirs(
+    name: str, evil: Path, elsewhere: Path
+) -> None:
+    config, template = theirs()
+    config["model"] = {"_target_": name}
+    file = checkpoint(elsewhere, config, template)
+    with pytest.raises(UserError, match="does not import: no 'evil' in"):
+        job_for("mode=test", f"ckpt={file}")
+    assert not evil.exists()
+
+
+def test_their_own_trust_counts_for_nothing(evil: Path, elsewhere: Path) -> None:
+    config, template = theirs()
+    config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
+    config["trusted_targets"] = template["trusted_targets"] = ["evil"]
+    file = checkpoint(elsewhere, config, template)
+    with pytest.raises(UserError, match="nothing of it was imported"):
+        job_for("mode=test", f"ckpt={file}")
+    assert not evil.exists()
+
+
+def test_trust_is_typed_by_name(evil: Path, elsewhere: Path) -> None:
+    config, template = theirs()
+    config["model"] = template["model"] = {"_target_": "evil.Net"}
+    file = checkpoint(elsewhere, config, template)
+    job = job_for("mode=test", f"ckpt={file}", "trusted_targets=[evil]")
+    assert job.plain["model"] == {"_target_": "evil.Net"}
+    assert evil.exists()
+
+
+def test_a_folder_of_torch_distributed_checkpoint(elsewhere: Path) -> None:
+    (elsewhere / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is of torch\.distributed\.checkpoint"):
+        job_for("mode=test", f"ckpt={elsewhere}")
+
+
+# ---- their templates
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "${oc.env:SECRET}",
+        "${ oc.env:SECRET}",
+        "${or:${oc.env:SECRET},1}",
+        "${or:'${oc.env:SECRET}'}",
+        "${oc.decode:${oc.env:SECRET}}",
+        "${oc.select:secret}",
+        "${oc.create:{a: '${oc.env:SECRET}'}}",
+        "${${data}.env:SECRET}",
+        "$${data}{oc.env:SECRET}",
+        "${now:%Y}",
+        "${hydra:runtime.cwd}",
+    ],
+)
+def test_a_template_reads_nothing_of_this_machine(
+    asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    raw = {"asked": asked, "data": "oc", "secret": "1", "more": ["${asked}", asked]}
+    template = safe_template(yaml.safe_dump(raw), {"asked": "then", "more": ["", 5]}, "a.pt")
+    plain, mistakes = resolve(template)
+    assert (plain["asked"], plain["more"], mistakes) == ("then", ["then", 5], [])
+
+
+def test_a_template_is_interpolated_by_the_programs_own_functions(elsewhere: Path) -> None:
+    raw = {
+        "a": {"size": None, "path": "b"},
+        "size": "${or:${a.size},28}",
+        "path": "${path:${a.path}}",
+    }
+    plain, _ = resolve(safe_template(yaml.safe_dump(raw), {}, "a.pt"))
+    assert (plain["size"], plain["path"]) == (28, str(elsewhere / "b"))
+
+
+def laughs(first: str, line: str) -> str:
+    lines = [line.replace("THIS", f"a{n}").replace("LAST", f"a{n - 1}") for n in range(1, 40)]
+    return "\n".join([first, *lines])
+
+
+GROWING = {
+    "twice the text": laughs("a0: ha", "THIS: ${LAST}${LAST}"),
+    "twice the node": laughs("a0: {b: ha}", "THIS: {b: '${LAST}', c: '${LAST}'}"),
+    "twice beside": laughs("a0: {b: ha}", "THIS: {b: '${..LAST}', c: '${..LAST}'}"),
+    "twice through another": laughs(
+        "a0: {b: {}}", "x_THIS: ${LAST}\nTHIS: {b: ['${x_THIS.b}', 1]}"
+    ),
+    "twice a last item": laughs("a0: [[1]]", "THIS: [['${LAST.-1}', '${LAST.-1}']]"),
+    "broad": "a0: ha\n" + "\n".join(f"a{n}: {f'${{a{n - 1}}}' * 20}" for n in range(1, 9)),
+    "a chain": "\n".join(f"a{n}: ${{a{n + 1}}}" for n in range(900)),
+    "a chain the other way": laughs("a0: ha", "THIS: ${LAST}"),
+    "deeper and deeper": laughs("a0: ha", "THIS: [[[[['${LAST}']]]]]"),
+    "a circle": "a: ${b}\nb: ${a}",
+    "a node in itself": "a: {b: '${a}'}",
+}
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_a_template_that_grows_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"a\.pt: its template (grows|refers to itself)"):
+        resolve(safe_template(GROWING[name], {}, "a.pt"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (laughs("a0: &a0 [ha]", "THIS: &THIS [*LAST, *LAST]"), "more than 100,000 values"),
+        (laughs("a0: &a0 {b: 1}", "THIS: &THIS {<<: [*LAST, *LAST]}"), "more than 100,000 values"),
+        ("a: &a [*a]", "an alias that stands for nothing finished"),
+        ("[" * 100_000, "nested more than 64 deep"),
+        ("- " * 100_000, "nested more than 64 deep"),
+        ("a: " + "b" * 60_000, "a text of 60,000 letters"),
+        ("? " + "b" * 60_000 + "\n: 1", "a text of 60,000 letters"),
+        ("#" * 3_000_000, "has 3,000,000 letters"),
+        ("a: " + "1:" * 5000 + "1", "an integer of more than 64 bits"),
+        ("a: " + "9" * 5000, "is not YAML"),
+        ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ("a: !!python/object/apply:pathlib.PosixPath [a]", "a value of type PosixPath"),
+        ("a: !!binary aGE=", "a value of type bytes"),
+        ("? [a]\n: 1", "found unhashable key"),
+        ("a: \0", "is not YAML"),
+        (5, "is a int, not a YAML text"),
+    ],
+)
+def test_yaml_with_bounds(text: Any, said: str) -> None:
+    with pytest.raises(UserError, match=r"^mine: |^mine (is|has) ") as caught:
+        load_yaml(text, "mine")
+    assert said in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_yaml_within_bounds_is_as_omegaconf_reads_it() -> None:
+    text = "a: &a {b: 1e-3, c: 2026-01-01}\nd: *a\ne: {<<: *a, c: on}\n3: [null, '4']"
+    shared = {"b": 0.001, "c": "2026-01-01"}
+    expected = {"a": shared, "d": shared, "e": {"b": 0.001, "c": True}, 3: [None, "4"]}
+    assert load_yaml(text, "mine") == expected
+
+
+def test_json_with_bounds() -> None:
+    assert load_json('{"a": [1, NaN]}', "mine").keys() == {"a"}
+    for text in ("[" * 500_000, "[" * 65 + "]" * 65, "1" * 5000, str(2**64), "{", b"1"):
+        with pytest.raises(UserError, match=r"^mine"):
+            load_json(text, "mine")
+
+
+# ---- anything in the place of anything
+
+PLACES = [
+    ".".join(map(str, path))
+    for path in [
+        ("model",),
+        ("model", "_target_"),
+        ("data",),
+        ("data", "source"),
+        ("data", "source", "train"),
+        ("data", "split"),
+        ("trainer",),
+        ("trainer", "devices"),
+        ("scheduler",),
+        ("scheduler", "lr_scheduler"),
+        ("optimizer",),
+        ("loss",),
+        ("metric",),
+        ("metric", "test"),
+        ("callbacks",),
+        ("goal",),
+        ("goal", "metric"),
+        ("checkpoint",),
+        ("checkpoint", "monitors"),
+        ("task",),
+        ("average",),
+        ("hydra",),
+        ("seed",),
+    ]
+]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.text(max_size=5)
+    | st.sampled_from(["???", "${a}"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(
+            st.sampled_from(["_target_", "_args_", "_partial_", "a", ""]), inner, max_size=2
+        )
+    ),
+    max_leaves=5,
+)
+CHANGES = st.dictionaries(st.sampled_from(PLACES), VALUES, min_size=1, max_size=3)
+
+
+def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    config = copy.deepcopy(config)
+    for place, value in changes.items():
+        *outer, last = place.split(".")
+        node: Any = config
+        for key in outer:
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[last] = value
+    return config
+
+
+def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> None:
+    config, template = theirs()
+    file = checkpoint(
+        folder, changed(config, changes), changed(template, changes) if in_template else template
+    )
+    for words in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
+        try:
+            job_for(*words, "trainer.limit_test_batches=3")
+        except UserError as error:
+            assert len(str(error)) < 20_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"scheduler": -1},
+        {"scheduler": {"_target_": "torch.nn.Linear"}},
+        {"scheduler.lr_scheduler": 5},
+        {"optimizer": {"_target_": "torch.nn.Linear", "_args_": None}},
+        {"trainer": []},
+        {"hydra": {"a": [{}]}, "data": None},
+    ],
+)
+def test_configurations_that_are_none(elsewhere: Path, changes: dict[str, Any]) -> None:
+    check_config(elsewhere, changes, True)
+    check_config(elsewhere, changes, False)
+
+
+@pytest.mark.long
+@settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(changes=CHANGES, in_template=st.booleans())
+def test_configurations_of_anything(
+    elsewhere: Path, changes: dict[str, Any], in_template: bool
+) -> None:
+    check_config(elsewhere, changes, in_template)
+
+
+# ---- what the program offers itself
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "app.data.torchvision_sets.download_dataset",
+        "app.data.torchvision_sets.download_url",
+        "torchvision.datasets.LSUN",
+        "torchvision.datasets.LSUNClass",
+        "torchvision.datasets.lsun.LSUN",
+        "torchmetrics.functional.multimodal.clip_score.clip_score",
+    ],
+)
+def test_parts_that_run_or_write_what_they_are_told_are_refused(name: str) -> None:
+    with pytest.raises(TargetError, match="is not allowed"):
+        locate(name)
+    assert callable(locate(name, [name]))
+
+
+def test_what_a_part_has_borrowed_is_no_part() -> None:
+    with pytest.raises(TargetError, match=r"belongs to 'torch\.nn\.functional'"):
+        locate("app.callbacks.image_grids.interpolate")
+
+
+def test_parts_are_located() -> None:
+    assert locate("torch.nn.Linear") is torch.nn.Linear
+
+
+def test_a_saved_run_reads_no_variable_that_is_not_asked_for(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its address could be anybody's."""
+    monkeypatch.setenv("MY_TOKEN", "t0p-s3cret")
+    config, template = theirs()
+    address = "https://theirs.example/${oc.env:MY_TOKEN}"
+    config["callbacks"]["mlflow"] = {
+        "_target_": "app.callbacks.mlflow.MLflow",
+        "tracking_uri": address,
+    }
+    template["callbacks"]["mlflow"] = config["callbacks"]["mlflow"]
+    file = checkpoint(elsewhere, config, template)
+    key = "callbacks.mlflow.tracking_uri"
+    with pytest.raises(UserError) as refused:
+        job_for("mode=test", f"ckpt={file}")
+    assert f"{key}={address!r}: the saved run reads this variable" in str(refused.value)
+    assert "t0p" not in str(refused.value)
+    job = job_for("mode=test", f"ckpt={file}", f"+{key}='{address}'")
+    assert "t0p-s3cret" in job.config.callbacks["mlflow"]["tracking_uri"]  # type: ignore[index]
+    assert "t0p-s3cret" not in str(job.plain)

@@ -1,0 +1,75 @@
+"""mode=predict, and the files of predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from app.callbacks.prediction_files import PredictionFiles, table
+
+
+def test_dense_labels_become_pictures_with_a_palette(tmp_path: Path) -> None:
+    logits = torch.randn(3, 4, 6, 5)
+    files = PredictionFiles(tmp_path, classes=[None])
+    for batch in logits.split(2):
+        files.add(batch)
+    files.close()
+    found = sorted((tmp_path / "predictions").iterdir())
+    assert [path.name for path in found] == ["000000.png", "000001.png", "000002.png"]
+    for path, values in zip(found, logits, strict=True):
+        with Image.open(path) as picture:
+            assert picture.mode == "P"
+            assert np.array_equal(np.asarray(picture), values.argmax(0).numpy())
+
+
+def test_images_become_pictures_by_name(tmp_path: Path) -> None:
+    values = torch.rand(2, 3, 4, 4)
+    files = PredictionFiles(tmp_path, names=["a/x.jpg", "y.png"])
+    files.add(values)
+    files.close()
+    for name, wanted in zip(("a/x.png", "y.png"), values, strict=True):
+        with Image.open(tmp_path / "predictions" / name) as picture:
+            pixels = np.asarray(picture).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(pixels, wanted.numpy(), atol=0.5 / 255 + 1e-6)
+
+
+def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path: Path) -> None:
+    volume, value, dense = torch.randn(3, 2, 4, 4, 4), torch.randn(3), torch.randn(3, 2, 4, 4)
+    files = PredictionFiles(tmp_path, classes=["dense"], format="auto")
+    files.add({"volume": volume, "more": (value,), "dense": dense})
+    files.close()
+    with np.load(tmp_path / "predictions_volume.npz") as arrays:
+        assert np.array_equal(arrays["outputs"], volume.numpy())
+    found = pd.read_csv(tmp_path / "predictions_more.0.csv")
+    np.testing.assert_allclose(found["output"], value.numpy(), rtol=1e-6)
+    assert len(list((tmp_path / "predictions_dense").iterdir())) == 3
+    files = PredictionFiles(tmp_path / "npz", classes=[None], format="npz")
+    files.add(dense)
+    files.close()
+    with np.load(tmp_path / "npz" / "predictions.npz") as arrays:
+        assert np.array_equal(arrays["labels"], dense.argmax(1).numpy())
+
+
+def test_outputs_of_a_regression_are_plain_columns() -> None:
+    values = np.array([[1.0, 2.0], [3.0, 4.0]])
+    assert list(table(values, classes=False).columns) == ["sample", "output_0", "output_1"]
+    assert table(values[:, 0], classes=False)["output"].tolist() == [1.0, 3.0]
+
+
+def test_leaves_that_belong_to_no_sample_are_left_out(tmp_path: Path) -> None:
+    files = PredictionFiles(tmp_path)
+    files.add({"values": torch.rand(3), "loss": torch.tensor(0.5), "nothing": None})
+    files.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions_values.csv"]
+
+
+def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    files = PredictionFiles(tmp_path, names=["cat.jpg", "cat.png"])
+    files.add(torch.rand(2, 1, 4, 4))
+    files.close()
+    found = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert found == ["cat.jpg.png", "cat.png.png"]
