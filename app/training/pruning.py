@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 JOURNAL = "journal:"
 PRUNERS = "optuna.pruners"
-SECONDS = 60  # in which another process is done with a database in a file
+DATABASE_TIMEOUT_SECONDS = 60  # in which another process is done with a database in a file
 
 
 class Pruning:
@@ -64,5 +64,5 @@ def make_storage(text: str) -> BaseStorage:
 
     if text.startswith(JOURNAL):
         return JournalStorage(JournalFileBackend(text.removeprefix(JOURNAL)))
-    waits = {"connect_args": {"timeout": SECONDS}} if text.startswith("sqlite:") else {}
+    waits = {"connect_args": {"timeout": DATABASE_TIMEOUT_SECONDS}} if text.startswith("sqlite:") else {}
     return RDBStorage(text, engine_kwargs=waits)
