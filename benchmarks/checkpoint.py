@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from app.experiment.notebook import compose
-from app.training.checkpoint.rotation import FOLDER, LAST
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT
 
 EPOCHS = 4
 MODELS = {"small": ("[128]", 60), "large": ("[4096,4096]", 20)}  # layers, steps of an epoch
@@ -54,7 +54,7 @@ def seconds(hidden: str, steps: int, words: tuple[str, ...]) -> tuple[float, int
             began = time.perf_counter()
             experiment.trainer.fit(experiment.loaders["train"])
             took = time.perf_counter() - began
-        return took, (Path(folder) / FOLDER / LAST).stat().st_size
+        return took, (Path(folder) / CHECKPOINT_DIR / LAST_CHECKPOINT).stat().st_size
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from app.runtime.signals import TrainingInterrupted
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from tests.support.interrupted_runs import Cut, cutting
+from tests.support.interrupted_runs import RunJob, job_runner
 from tests.support.processes import assert_equal_runs
 
 KEEP = ("checkpoint.keep_last=3", "checkpoint.save_top_k=2", "trainer.max_epochs=2")
@@ -26,12 +26,12 @@ WORST = (  # the first epoch has the highest loss
 
 
 @pytest.fixture
-def cut(tmp_path: Path) -> Iterator[Cut]:
-    with cutting(tmp_path) as cut:
+def cut(tmp_path: Path) -> Iterator[RunJob]:
+    with job_runner(tmp_path) as cut:
         yield cut
 
 
-def test_the_best_epochs_stay(cut: Cut) -> None:
+def test_the_best_epochs_stay(cut: RunJob) -> None:
     folder = cut("run", "none:0:0", "checkpoint.save_top_k=2", "checkpoint.keep_last=1")
     rows = pd.read_csv(folder / "valid_summary_table.csv")
     ranked = rows.sort_values(["accuracy", "epoch"], ascending=[False, True])["epoch"][:2]
@@ -43,7 +43,7 @@ def test_the_best_epochs_stay(cut: Cut) -> None:
     assert all(torch.equal(one.model[name], other.model[name]) for name in one.model)
 
 
-def test_a_lost_best_is_written_again_where_it_can_be(cut: Cut) -> None:
+def test_a_lost_best_is_written_again_where_it_can_be(cut: RunJob) -> None:
     """The state stands right behind the best epoch, whose weights it has."""
     whole = cut("whole", "none:0:0", *KEEP)
     folder = cut("run", "raise:0:7", *KEEP)
@@ -55,7 +55,7 @@ def test_a_lost_best_is_written_again_where_it_can_be(cut: Cut) -> None:
     assert load_checkpoint(best).epoch == load_checkpoint(whole / "checkpoints/best.pt").epoch
 
 
-def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> None:
+def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: RunJob) -> None:
     """The best epoch is the last one of the state; a later best had been written already."""
     words = (*WORST, "checkpoint.every_n_steps=null")
     folder = cut("run", "raise:0:7", *words)
@@ -70,7 +70,7 @@ def test_the_weights_of_a_future_that_never_was_are_not_the_best(cut: Cut) -> No
 
 @pytest.mark.parametrize("loss", ["gone", "of another epoch"])
 def test_what_is_lost_for_good_is_said_and_the_last_weights_stand_in(
-    cut: Cut, loss: str, caplog: pytest.LogCaptureFixture
+    cut: RunJob, loss: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """In the midst of the next epoch nobody has the weights of the best one."""
     words = (*WORST, "checkpoint.save_top_k=2")
@@ -96,7 +96,7 @@ def test_what_is_lost_for_good_is_said_and_the_last_weights_stand_in(
 
 
 @pytest.mark.parametrize("where", ["train", "valid"])
-def test_an_average_has_the_same_statistics_of_batches_after_a_cut(cut: Cut, where: str) -> None:
+def test_an_average_has_the_same_statistics_of_batches_after_a_cut(cut: RunJob, where: str) -> None:
     """They are measured on data that is random, too."""
     words = (*KEEP, "average=swa", "average.start_epoch=1", "model._target_=faulty.Normed")
     words = (*words, "+data.augment.noise._target_=torch.nn.Dropout")

@@ -19,7 +19,7 @@ from app.training.checkpoint.checksum import (
 )
 from app.training.checkpoint.rotation import latest_valid, list_checkpoints
 from tests.support.hostile_files import flip_bit
-from tests.support.interrupted_runs import TINY, Cut, cutting, trained_on
+from tests.support.interrupted_runs import TINY_RUN, RunJob, job_runner, samples_per_step
 from tests.support.processes import TESTS, assert_equal_runs
 from tests.support.runs import job_for, run_app
 
@@ -27,8 +27,8 @@ KEEP = ("checkpoint.keep_last=3", "trainer.max_epochs=2")
 
 
 @pytest.fixture
-def cut(tmp_path: Path) -> Iterator[Cut]:
-    with cutting(tmp_path) as cut:
+def cut(tmp_path: Path) -> Iterator[RunJob]:
+    with job_runner(tmp_path) as cut:
         yield cut
 
 
@@ -36,7 +36,7 @@ def cut(tmp_path: Path) -> Iterator[Cut]:
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A run left alone, and one that was cut in the midst of its second epoch."""
     home = tmp_path_factory.mktemp("stopped")
-    with cutting(home) as cut:
+    with job_runner(home) as cut:
         return cut("whole", "none:0:0", *KEEP), cut("run", "raise:0:9", *KEEP)
 
 
@@ -71,26 +71,26 @@ def test_a_damaged_state_is_passed_over(
     shutil.copytree(original, tmp_path / "run")
     files = [tmp_path / "run" / "checkpoints" / n for n in ("last.pt", "last-1.pt", "last-2.pt")]
     damage(files[place])
-    with cutting(tmp_path, writes=False) as cut:
+    with job_runner(tmp_path, writes=False) as cut:
         where = ("--config-dir", str(tmp_path / "conf"), "resume=auto", *cut_words(tmp_path))
         job = job_for(*where)
         assert job.config.resume == str(files[1 if place == 0 else 0])
         if place == 0:
-            (problem,) = job.damaged
+            (problem,) = job.damaged_checkpoints
             assert str(files[0]) in problem
             assert DAMAGE[damage] in problem
         else:
-            assert job.damaged == []
+            assert job.damaged_checkpoints == []
         cut("run", "none:0:0", *KEEP)
     assert_equal_runs(whole, tmp_path / "run")
     for path in list_checkpoints(tmp_path / "run"):
         assert verify_checksum(path).kind == "state"
-    steps = trained_on(tmp_path / "run")
-    assert len(steps) == len(trained_on(whole)) + (place == 0), "at most a step is learned again"
+    steps = samples_per_step(tmp_path / "run")
+    assert len(steps) == len(samples_per_step(whole)) + (place == 0), "at most a step is learned again"
 
 
 def cut_words(home: Path) -> tuple[str, ...]:
-    return (*TINY, *KEEP, f"hydra.run.dir={home / 'run'}")
+    return (*TINY_RUN, *KEEP, f"hydra.run.dir={home / 'run'}")
 
 
 def test_both_files_are_named_in_a_warning(stopped: tuple[Path, Path], tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_where_all_are_damaged_nothing_begins(stopped: tuple[Path, Path], tmp_pa
     shutil.copytree(stopped[1].parent, tmp_path / "home")
     for path in list_checkpoints(tmp_path / "home" / "run"):
         flip_bit(path)
-    with cutting(tmp_path / "home", writes=False) as cut, pytest.raises(ConfigError) as refused:
+    with job_runner(tmp_path / "home", writes=False) as cut, pytest.raises(ConfigError) as refused:
         cut("run", "none:0:0", *KEEP)
     assert str(refused.value).count("does not have its checksum") == 3
 
@@ -122,7 +122,7 @@ def test_a_state_can_be_chosen(stopped: tuple[Path, Path], tmp_path: Path) -> No
     shutil.copytree(original.parent, tmp_path / "home")
     folder = tmp_path / "home" / "run"
     chosen = folder / "checkpoints" / "last-2.pt"
-    with cutting(tmp_path / "home", writes=False) as cut:
+    with job_runner(tmp_path / "home", writes=False) as cut:
         words = ("--config-dir", str(tmp_path / "home" / "conf"), "trusted_targets=[faulty]")
         job = job_for(*words, f"resume={chosen}")
         assert job.config.resume == str(chosen)
@@ -134,10 +134,10 @@ def test_a_state_can_be_chosen(stopped: tuple[Path, Path], tmp_path: Path) -> No
         with pytest.raises(ConfigError, match="is no state of the run in"):
             job_for(*words, f"resume={stray}")
     assert_equal_runs(whole, folder)
-    assert len(trained_on(folder)) == len(trained_on(whole)) + 2
+    assert len(samples_per_step(folder)) == len(samples_per_step(whole)) + 2
 
 
-def test_what_cannot_be_removed_is_a_warning(cut: Cut, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_removed_is_a_warning(cut: RunJob, caplog: pytest.LogCaptureFixture) -> None:
     words = ("checkpoint.save_top_k=1", "checkpoint.keep_last=2", "trainer.max_epochs=1")
     in_the_way = cut("run", "raise:0:4") / "checkpoints" / "last-1.pt" / "full"
     in_the_way.parent.unlink()
@@ -149,14 +149,14 @@ def test_what_cannot_be_removed_is_a_warning(cut: Cut, caplog: pytest.LogCapture
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_saving_by_the_clock(cut: Cut, size: int) -> None:
+def test_saving_by_the_clock(cut: RunJob, size: int) -> None:
     """With several ranks after the same step of all, about five times a second."""
     words = ("checkpoint.every_n_steps=null", "checkpoint.every_n_minutes=1e-6")
     folder = cut("run", "slow:0:0.1", *words, "trainer.max_epochs=2", size=size)
     assert read_info(folder / "checkpoints" / "last.pt").number >= (10 if size == 1 else 4)
 
 
-def test_saved_in_the_background_it_is_the_same(cut: Cut) -> None:
+def test_saved_in_the_background_it_is_the_same(cut: RunJob) -> None:
     whole = cut("whole", "none:0:0", *KEEP)
     folder = cut("run", "none:0:0", *KEEP, "checkpoint.asynchronous=true")
     assert_equal_runs(whole, folder)
@@ -181,7 +181,7 @@ def test_states_are_ordered_by_what_they_are(stopped: tuple[Path, Path], tmp_pat
     assert latest_valid(tmp_path) == (inside / "last-2.pt", [])
 
 
-def test_what_was_written_past_the_state_goes(cut: Cut) -> None:
+def test_what_was_written_past_the_state_goes(cut: RunJob) -> None:
     """With a column that was not there before."""
     folder = cut("run", "raise:0:14")
     later = folder / "epoch_details" / "epoch004_train.csv"

@@ -16,7 +16,7 @@ import torch
 
 from app.runtime.lock import FolderInUse, check_unlocked, run_lock
 from app.training.checkpoint.rotation import latest_valid
-from tests.support.killed_runs import WORDS, assert_readable, wait_until
+from tests.support.killed_runs import STATEFUL_RUN, assert_readable, wait_for_file
 from tests.support.processes import TESTS, assert_equal_runs, started, status_of
 from tests.support.runs import FEW, run_app
 from tests.support.warm import WarmCommand
@@ -24,7 +24,7 @@ from tests.support.warm import WarmCommand
 STORAGE = 74
 TASK = ("task._target_=faulty.FaultyTask", "trusted_targets=[faulty]")
 ENVIRONMENT = {"PYTHONPATH": TESTS, "FAULT": "none:0:0"}
-RUN = (*WORDS, "hydra.run.dir=small/run", "resume=auto")
+RUN = (*STATEFUL_RUN, "hydra.run.dir=small/run", "resume=auto")
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that has a large disk."""
     cwd = tmp_path_factory.mktemp("large")
-    ran = run_app(cwd, *WORDS, "hydra.run.dir=whole")
+    ran = run_app(cwd, *STATEFUL_RUN, "hydra.run.dir=whole")
     assert ran.code == 0, ran.err
     return cwd / "whole"
 
@@ -76,7 +76,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_before_anything_is_written(
 ) -> None:
     fill(small, 100_000)
     words = ("-m", "hydra.sweep.dir=small/run") if multirun else ("hydra.run.dir=small/run",)
-    ran = run_app(tmp_path, *words, *WORDS)
+    ran = run_app(tmp_path, *words, *STATEFUL_RUN)
     assert ran.code == STORAGE
     (line,) = ran.err.splitlines()
     assert "small: the 1,048,576 bytes that any run needs cannot be written: No space" in line
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_from_the_start_is_named_before_anything_is_written(
 def started_on(cwd: Path, first: Path) -> WarmCommand:
     """A command that has just written its first state, and goes on slowly."""
     process = WarmCommand(cwd, [*RUN, *TASK], ENVIRONMENT | {"SLOW": "0.3"})
-    wait_until(first)
+    wait_for_file(first)
     return process
 
 
@@ -167,8 +167,8 @@ def test_so_many_commands_at_once_have_as_many_folders(tmp_path: Path, count: in
 
 def test_a_signal_with_a_save_in_flight_leaves_it_whole(tmp_path: Path) -> None:
     words = ("model.hidden=[3000,3000]", "checkpoint.asynchronous=true", "trainer.max_epochs=100")
-    process = WarmCommand(tmp_path, [*WORDS, *words, "hydra.run.dir=run"], {"OMP_NUM_THREADS": "1"})
-    wait_until(tmp_path / "run" / "checkpoints" / ".last.pt.part")
+    process = WarmCommand(tmp_path, [*STATEFUL_RUN, *words, "hydra.run.dir=run"], {"OMP_NUM_THREADS": "1"})
+    wait_for_file(tmp_path / "run" / "checkpoints" / ".last.pt.part")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out

@@ -12,18 +12,18 @@ import pytest
 
 from tests.support.killed_runs import (
     Kill,
-    assert_as_if_nothing_had_been,
+    assert_same_outcome,
     assert_readable,
-    command,
-    kills,
-    two_ranks,
+    run_command,
+    plan_kills,
+    run_two_ranks,
 )
 
 Run = Callable[[Path, Iterable[str], Kill | None], int]
 AGAIN = ("resume=auto", "hydra.run.dir=run")
 RUNS: dict[int, tuple[Run, tuple[str, ...]]] = {
-    1: (command, AGAIN),
-    2: (two_ranks, ("resume=auto",)),
+    1: (run_command, AGAIN),
+    2: (run_two_ranks, ("resume=auto",)),
 }
 ENDS = (-signal.SIGKILL, -signal.SIGTERM, 143)  # SIGTERM before anybody listened, or heard
 
@@ -94,7 +94,7 @@ def survive_often(
         cwd.mkdir()
         wanted = [kill for kill in planned(number, share) if ranks == 1 or kill.fault]
         came = survive(cwd, ranks, wanted)
-        assert_as_if_nothing_had_been(whole, cwd / "run", older)
+        assert_same_outcome(whole, cwd / "run", older)
         survived += came
         share *= 1.0 if came else 0.5
     return survived
@@ -104,7 +104,7 @@ def test_killed_again_and_again(
     undisturbed: tuple[int, Path], length: float, tmp_path: Path
 ) -> None:
     ranks, whole = undisturbed
-    survive_often(tmp_path, whole, ranks, 3, lambda n, share: kills(16, n, share * length))
+    survive_often(tmp_path, whole, ranks, 3, lambda n, share: plan_kills(16, n, share * length))
 
 
 @pytest.mark.long
@@ -118,7 +118,7 @@ def test_killed_two_hundred_times(
     ranks, whole = undisturbed
     least = int(os.environ.get("KILLS", "200"))
     survived = survive_often(
-        tmp_path, whole, ranks, least, lambda n, share: kills(40, n, share * length)
+        tmp_path, whole, ranks, least, lambda n, share: plan_kills(40, n, share * length)
     )
     record_property("kills survived", survived)
 
@@ -131,5 +131,5 @@ def test_preempted_again_and_again(
         pytest.skip("signals to several ranks have tests of their own")
     number = signal.SIGTERM
     survive_often(
-        tmp_path, whole, 1, 2, lambda n, share: kills(5, n, share * length, number), older=False
+        tmp_path, whole, 1, 2, lambda n, share: plan_kills(5, n, share * length, number), older=False
     )

@@ -15,7 +15,7 @@ import torch
 from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
-from tests.support.hostile_files import Evil, sealed
+from tests.support.hostile_files import MaliciousPickle, checkpoint_bytes
 from tests.support.runs import Ran, job_for
 
 EMBEDDED = Path(__file__).parents[2] / "app" / "data" / "mnist"
@@ -154,7 +154,7 @@ def test_a_checkpoint_with_a_flipped_byte(copy: Path) -> None:
 def test_a_strangers_checkpoint_on_the_command_line(
     app: Callable[..., Ran], tmp_path: Path
 ) -> None:
-    (tmp_path / "evil.pt").write_bytes(sealed({"model": Evil()}))
+    (tmp_path / "evil.pt").write_bytes(checkpoint_bytes({"model": MaliciousPickle()}))
     ran = app("mode=test", "ckpt=evil.pt")
     assert ran.code == 2
     assert len(lines(ran)) == 1
@@ -168,14 +168,14 @@ def test_a_strangers_config_cannot_name_what_is_not_allowed(
 ) -> None:
     content = torch.load(trained.folder / "checkpoints" / "best.pt", weights_only=True)
     content["config"] = content["config"].replace("app.models.mlp.MLP", "os.system")
-    (tmp_path / "sly.pt").write_bytes(sealed(content))
+    (tmp_path / "sly.pt").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
     assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
     content["config"] = content["config"].replace(
         '"trusted_targets": []', '"trusted_targets": ["os"]'
     )
-    (tmp_path / "sly.pt").write_bytes(sealed(content))
+    (tmp_path / "sly.pt").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=sly.pt")
     assert ran.code == 2
     assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err

@@ -15,7 +15,7 @@ import torch
 
 from app.distributed.launch.select import launch_inline
 from app.experiment.entry import run_experiment
-from tests.support.interrupted_runs import TINY, write_indexed
+from tests.support.interrupted_runs import TINY_RUN, write_indexed_data
 from tests.support.processes import TESTS
 from tests.support.runs import job_for
 
@@ -52,8 +52,8 @@ def test_fifty_jobs_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(TESTS)
     monkeypatch.setenv("FAULT", "none:0:0")
     monkeypatch.setenv("IDS", str(tmp_path / "ids"))
-    write_indexed(tmp_path / "conf")
-    words = ("--config-dir", str(tmp_path / "conf"), *TINY, "trainer.max_epochs=1")
+    write_indexed_data(tmp_path / "conf")
+    words = ("--config-dir", str(tmp_path / "conf"), *TINY_RUN, "trainer.max_epochs=1")
     job = job_for(*words, "trainer.deterministic=true", "model.dropout=0.2")
     taken, files, before = 0, 0, {}
     for number in range(JOBS):

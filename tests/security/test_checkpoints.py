@@ -21,22 +21,22 @@ from app.runtime.errors import UserError
 from app.training.checkpoint.archive_reader import load_plain
 from app.training.checkpoint.content_check import check_content
 from tests.support.hostile_files import (
-    BOMBS,
-    CODE,
-    WHOLE,
-    archive,
-    claimed,
-    doubled,
-    named,
-    number,
-    same,
-    saved,
-    text,
-    whole,
+    MEMORY_BOMBS,
+    CODE_PICKLES,
+    SAMPLE_VALUE,
+    make_archive,
+    tensor_pickle,
+    doubling_lists,
+    global_opcode,
+    long_opcode,
+    is_identical,
+    torch_save_bytes,
+    unicode_opcode,
+    make_pickle,
 )
 from tests.support.processes import TESTS
 
-GOOD = saved(WHOLE)
+GOOD = torch_save_bytes(SAMPLE_VALUE)
 FUZZ = settings(
     max_examples=100,
     deadline=None,
@@ -74,7 +74,7 @@ def refused(folder: Path, content: bytes) -> str:
 @pytest.mark.parametrize("other", ["uint16", "uint64", "float8_e4m3fn"])
 def test_all_kinds_of_numbers(tmp_path: Path, name: str, other: str) -> None:
     value = {kind: torch.arange(4).to(getattr(torch, kind)) for kind in (name, other)}
-    found = loaded(tmp_path, saved(value))
+    found = loaded(tmp_path, torch_save_bytes(value))
     assert found.keys() == value.keys()
     for kind, tensor in found.items():
         assert tensor.dtype == getattr(torch, kind)
@@ -82,12 +82,12 @@ def test_all_kinds_of_numbers(tmp_path: Path, name: str, other: str) -> None:
 
 
 def test_a_value_comes_back_to_the_last_bit(tmp_path: Path) -> None:
-    assert same(loaded(tmp_path, GOOD), WHOLE)
+    assert is_identical(loaded(tmp_path, GOOD), SAMPLE_VALUE)
 
 
 def test_tensors_that_share_their_values_share_them_again(tmp_path: Path) -> None:
     tied = torch.zeros(3)
-    found = loaded(tmp_path, saved({"a": tied, "b": tied[1:]}))
+    found = loaded(tmp_path, torch_save_bytes({"a": tied, "b": tied[1:]}))
     found["a"][1] = 5
     assert found["b"].tolist() == [5, 0]
 
@@ -96,7 +96,7 @@ def test_a_seal_behind_the_archive_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / "a.pt").write_bytes(GOOD)
     with zipfile.ZipFile(tmp_path / "a.pt", "a") as file:
         file.comment = b"sha256:" + b"0" * 64
-    assert same(load_plain(tmp_path / "a.pt"), WHOLE)
+    assert is_identical(load_plain(tmp_path / "a.pt"), SAMPLE_VALUE)
 
 
 # ---- what is damaged
@@ -110,7 +110,7 @@ def check_flipped(folder: Path, place: int, bits: int) -> None:
     content = bytearray(GOOD)
     content[place] ^= bits
     found = loaded(folder, bytes(content))
-    assert found is None or same(found, WHOLE)
+    assert found is None or is_identical(found, SAMPLE_VALUE)
 
 
 def check_moved(folder: Path, first: int, second: int, length: int) -> None:
@@ -121,7 +121,7 @@ def check_moved(folder: Path, first: int, second: int, length: int) -> None:
         GOOD[:first] + GOOD[first + length :],
     ):
         found = loaded(folder, content)
-        assert found is None or same(found, WHOLE)
+        assert found is None or is_identical(found, SAMPLE_VALUE)
 
 
 def check_shuffled(folder: Path, order: list[int]) -> None:
@@ -132,7 +132,7 @@ def check_shuffled(folder: Path, order: list[int]) -> None:
         for name, index in zip(names, order, strict=False):
             written.writestr(name, good.read(names[index % len(names)]))
     found = loaded(folder, file.getvalue())
-    assert found is None or found.keys() == WHOLE.keys()
+    assert found is None or found.keys() == SAMPLE_VALUE.keys()
 
 
 INDEX = st.integers(0, len(GOOD) - 1)
@@ -204,18 +204,18 @@ PIECES = st.one_of(
         [bytes([code]) for code in b"(0123456789NQRabdeghijlopqrstu)]}\x81\x85\x86\x87"]
     ),
     st.sampled_from([b"\x88", b"\x89", b"\x8f", b"\x90", b"\x93", b"\x94", b"\x97"]),
-    st.sampled_from(NAMES).map(named),
-    st.sampled_from(TEXTS).map(text),
-    st.integers(-(2**70), 2**70).map(number),
-    st.integers(-3, 20).map(number),
+    st.sampled_from(NAMES).map(global_opcode),
+    st.sampled_from(TEXTS).map(unicode_opcode),
+    st.integers(-(2**70), 2**70).map(long_opcode),
+    st.integers(-3, 20).map(long_opcode),
     st.integers(0, 9).flatmap(lambda n: st.sampled_from([b"q" + bytes([n]), b"h" + bytes([n])])),
-    st.just(claimed(16, (4,), (1,))[2:-1]),
+    st.just(tensor_pickle(16, (4,), (1,))[2:-1]),
     st.binary(max_size=3),
 )
 
 
 def check_pickle(folder: Path, pieces: list[bytes]) -> None:
-    content = archive(whole(b"".join(pieces)), **{"0": bytes(64), "1": b"\x05" * 8})
+    content = make_archive(make_pickle(b"".join(pieces)), **{"0": bytes(64), "1": b"\x05" * 8})
     value = loaded(folder, content)
     assert len(repr(value)) < 1e6
     assert not Path("was_here").exists()
@@ -237,9 +237,9 @@ def test_many_random_pickles(elsewhere: Path, pieces: list[bytes]) -> None:
 # ---- attacks
 
 
-@pytest.mark.parametrize("name", CODE)
+@pytest.mark.parametrize("name", CODE_PICKLES)
 def test_code_is_refused_by_name_and_not_run(elsewhere: Path, name: str) -> None:
-    said = refused(elsewhere, archive(whole(CODE[name])))
+    said = refused(elsewhere, make_archive(make_pickle(CODE_PICKLES[name])))
     assert f"holds more than tensors and plain values; refused: {name}" in said
     assert not Path("was_here").exists()
 
@@ -247,23 +247,23 @@ def test_code_is_refused_by_name_and_not_run(elsewhere: Path, name: str) -> None
 @pytest.mark.parametrize(
     ("pickled", "said"),
     [
-        (named("torch.FloatStorage") + b")R", "a call of torch.FloatStorage with unknown"),
-        (named("collections.OrderedDict") + b"]" + b"\x85R", "a call of collections.OrderedDict"),
+        (global_opcode("torch.FloatStorage") + b")R", "a call of torch.FloatStorage with unknown"),
+        (global_opcode("collections.OrderedDict") + b"]" + b"\x85R", "a call of collections.OrderedDict"),
         (b"])R", "a call of a value"),
-        (b"]" + named("torch.uint16") + b"a", "torch.uint16"),
-        (text("storage") + b"Q", "a persistent id that is no storage"),
+        (b"]" + global_opcode("torch.uint16") + b"a", "torch.uint16"),
+        (unicode_opcode("storage") + b"Q", "a persistent id that is no storage"),
     ],
 )
 def test_calls_and_names_elsewhere_than_in_tensors(
     tmp_path: Path, pickled: bytes, said: str
 ) -> None:
-    assert f"refused: {said}" in refused(tmp_path, archive(whole(pickled)))
+    assert f"refused: {said}" in refused(tmp_path, make_archive(make_pickle(pickled)))
 
 
 def test_pickles_are_not_endless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.training.checkpoint.pickle_reader.OPCODES", 100)
-    assert loaded(tmp_path, archive(whole(b"]" + b"Na" * 48))) == [None] * 48
-    assert "more than 100 opcodes" in refused(tmp_path, archive(whole(b"]" + b"Na" * 50)))
+    monkeypatch.setattr("app.training.checkpoint.pickle_reader.MAX_OPCODES", 100)
+    assert loaded(tmp_path, make_archive(make_pickle(b"]" + b"Na" * 48))) == [None] * 48
+    assert "more than 100 opcodes" in refused(tmp_path, make_archive(make_pickle(b"]" + b"Na" * 50)))
 
 
 class Sly:
@@ -276,7 +276,7 @@ class Sly:
 @pytest.mark.parametrize("protocol", range(6))
 def test_code_is_refused_in_every_protocol(elsewhere: Path, protocol: int) -> None:
     pickled = pickle.dumps({"model": [Sly()]}, protocol)
-    assert "holds more than tensors" in refused(elsewhere, archive(pickled))
+    assert "holds more than tensors" in refused(elsewhere, make_archive(pickled))
     assert not Path("was_here").exists()
 
 
@@ -301,15 +301,15 @@ for file in sys.argv[1:]:
 
 
 def test_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
-    files = [tmp_path / f"{index}.pt" for index in range(len(BOMBS))]
-    for file, content in zip(files, BOMBS.values(), strict=True):
+    files = [tmp_path / f"{index}.pt" for index in range(len(MEMORY_BOMBS))]
+    for file, content in zip(files, MEMORY_BOMBS.values(), strict=True):
         file.write_bytes(content)
     command = [sys.executable, "-c", LIMITED, *map(str, files)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=100, cwd=Path(TESTS).parent
     )
     assert done.returncode == 0, done.stderr
-    for name, line in zip(BOMBS, done.stdout.splitlines(), strict=True):
+    for name, line in zip(MEMORY_BOMBS, done.stdout.splitlines(), strict=True):
         megabytes, _, said = line.partition(" ")
         assert name in said
         assert int(megabytes) < 50, name
@@ -318,37 +318,37 @@ def test_bombs_are_refused_before_they_take_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (claimed(17, (4,), (1,)), "claims 17 elements and has 64 bytes"),
-        (claimed(16, (4,), (6,)), "its storage has 16 elements"),
-        (claimed(16, (4,), (1,), 13), "its storage has 16 elements"),
-        (claimed(16, (17,), (0,)), "its storage has 16 elements"),
-        (claimed(16, (4,), (-1,)), "no tensor has"),
-        (claimed(16, (4, 1), (1,)), "2 sizes and 1 strides"),
-        (claimed(16, (1,) * 100, (1,) * 100), "100 sizes"),
-        (claimed(16, (), (), 17), "its storage has 16 elements"),
-        (claimed(2, (2,), (1,)).replace(b"Float", b"Bool"), "holds more than false and true"),
-        (claimed(2, (2,), (1,)).replace(text("0"), text("../1")), "no item named"),
+        (tensor_pickle(17, (4,), (1,)), "claims 17 elements and has 64 bytes"),
+        (tensor_pickle(16, (4,), (6,)), "its storage has 16 elements"),
+        (tensor_pickle(16, (4,), (1,), 13), "its storage has 16 elements"),
+        (tensor_pickle(16, (17,), (0,)), "its storage has 16 elements"),
+        (tensor_pickle(16, (4,), (-1,)), "no tensor has"),
+        (tensor_pickle(16, (4, 1), (1,)), "2 sizes and 1 strides"),
+        (tensor_pickle(16, (1,) * 100, (1,) * 100), "100 sizes"),
+        (tensor_pickle(16, (), (), 17), "its storage has 16 elements"),
+        (tensor_pickle(2, (2,), (1,)).replace(b"Float", b"Bool"), "holds more than false and true"),
+        (tensor_pickle(2, (2,), (1,)).replace(unicode_opcode("0"), unicode_opcode("../1")), "no item named"),
     ],
 )
 def test_tensors_lie_in_their_storages(tmp_path: Path, content: bytes, said: str) -> None:
-    assert said in refused(tmp_path, archive(content, **{"0": b"\x05" * 64}))
+    assert said in refused(tmp_path, make_archive(content, **{"0": b"\x05" * 64}))
 
 
 def test_what_an_error_names_is_not_spelled_out(tmp_path: Path) -> None:
     for pickled in (
-        whole(doubled(60) + doubled(60) + b"\x93"),
-        claimed(16, (4,), (1,)).replace(number(4), doubled(60)),
-        whole(named("os." + "x" * 10_000)),
-        whole(named("os.x\x1b[31m")),
+        make_pickle(doubling_lists(60) + doubling_lists(60) + b"\x93"),
+        tensor_pickle(16, (4,), (1,)).replace(long_opcode(4), doubling_lists(60)),
+        make_pickle(global_opcode("os." + "x" * 10_000)),
+        make_pickle(global_opcode("os.x\x1b[31m")),
     ):
-        said = refused(tmp_path, archive(pickled, **{"0": bytes(64)}))
+        said = refused(tmp_path, make_archive(pickled, **{"0": bytes(64)}))
         assert len(said) < 400
         assert said.isprintable()
 
 
 def entry(name: str, **more: int) -> bytes:
     """An archive with one entry more, unlike those of a checkpoint."""
-    file = io.BytesIO(archive(whole(b"N")))
+    file = io.BytesIO(make_archive(make_pickle(b"N")))
     info = zipfile.ZipInfo(name)
     for field, value in more.items():
         setattr(info, field, value)
@@ -371,7 +371,7 @@ def entry(name: str, **more: int) -> bytes:
             entry("a/b").replace(b"\x14\x03\x14\x00\x00\x00", b"\x14\x03\x14\x00\x01\x00"),
             "a/data.pkl is encrypted",
         ),
-        (archive(b"", **{"0": b""}).replace(b"data.pkl", b"date.pkl"), "it has no data.pkl"),
+        (make_archive(b"", **{"0": b""}).replace(b"data.pkl", b"date.pkl"), "it has no data.pkl"),
     ],
 )
 def test_archives_unlike_those_of_checkpoints(tmp_path: Path, content: bytes, said: str) -> None:
@@ -380,7 +380,7 @@ def test_archives_unlike_those_of_checkpoints(tmp_path: Path, content: bytes, sa
 
 def test_entries_over_one_another_are_refused(tmp_path: Path) -> None:
     """Each entry of the directory would read the same bytes."""
-    content = bytearray(archive(whole(b"N"), **{"0": bytes(10_000), "1": b""}))
+    content = bytearray(make_archive(make_pickle(b"N"), **{"0": bytes(10_000), "1": b""}))
     with zipfile.ZipFile(io.BytesIO(bytes(content))) as file:
         first, second = file.infolist()[1:]
     at = content.rindex(b"PK\x01\x02", 0, content.rindex(b"a/data/1"))
@@ -394,7 +394,7 @@ def test_entries_over_one_another_are_refused(tmp_path: Path) -> None:
 
 def test_bytes_of_the_other_order(tmp_path: Path) -> None:
     other = {"little": b"big", "big": b"little"}[sys.byteorder]
-    file = io.BytesIO(archive(whole(b"N")))
+    file = io.BytesIO(make_archive(make_pickle(b"N")))
     with zipfile.ZipFile(file, "a") as written:
         written.writestr("a/byteorder", other)
     assert "bytes are ordered otherwise" in refused(tmp_path, file.getvalue())

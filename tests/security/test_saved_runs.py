@@ -20,8 +20,8 @@ from app.config.limits import load_json, load_yaml
 from app.config.resolve import resolve
 from app.config.template import safe_template
 from app.runtime.errors import UserError
-from app.training.checkpoint.checkpoint import FORMAT
-from tests.support.hostile_files import sealed
+from app.training.checkpoint.checkpoint import FORMAT_VERSION
+from tests.support.hostile_files import checkpoint_bytes
 from tests.support.runs import job_for
 
 resolvers.register()
@@ -32,7 +32,7 @@ MODES = ["test", "valid", "predict", "export"]
 def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
     """The last.pt of a run folder with that configuration."""
     content = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "config": json.dumps(config),
         "template": template if isinstance(template, str) else yaml.safe_dump(template),
         "model": {},
@@ -43,7 +43,7 @@ def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
     }
     file = folder / "theirs" / "checkpoints" / "last.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(sealed(content))
+    file.write_bytes(checkpoint_bytes(content))
     return file
 
 

@@ -16,7 +16,7 @@ from app.experiment.entry import run_experiment
 from tests.support.processes import SILENT, TESTS
 from tests.support.runs import job_for
 
-TINY = (  # five steps in each epoch
+TINY_RUN = (  # five steps in each epoch
     "data=indexed",
     "model=mlp",
     "task._target_=faulty.RecordedTask",
@@ -26,10 +26,10 @@ TINY = (  # five steps in each epoch
     "checkpoint.every_n_steps=1",
     "~callbacks.plots",
 )
-Cut = Callable[..., Path]
+RunJob = Callable[..., Path]
 
 
-def write_indexed(conf: Path) -> None:
+def write_indexed_data(conf: Path) -> None:
     """Data whose samples say who they are."""
     (conf / "data").mkdir(parents=True)
     source = "{_target_: faulty.Indexed, count: %d}"
@@ -42,10 +42,10 @@ def write_indexed(conf: Path) -> None:
 
 
 @contextlib.contextmanager
-def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
+def job_runner(home: Path, writes: bool = True) -> Iterator[RunJob]:
     """What runs a job until a fault ends it, or to its end, and gives the run folder."""
     if writes:
-        write_indexed(home / "conf")
+        write_indexed_data(home / "conf")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(TESTS)
 
@@ -54,7 +54,7 @@ def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
             patch.setenv("FAULT", fault)
             patch.setenv("IDS", str(folder / "ids"))
             where = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
-            job = job_for(*where, *TINY, f"trainer.devices={size}", *words)
+            job = job_for(*where, *TINY_RUN, f"trainer.devices={size}", *words)
             folder.mkdir(exist_ok=True)
             try:
                 launch_local(
@@ -67,13 +67,13 @@ def cutting(home: Path, writes: bool = True) -> Iterator[Cut]:
         yield run
 
 
-def trained_on(folder: Path, ranks: int = 1) -> list[str]:
+def samples_per_step(folder: Path, ranks: int = 1) -> list[str]:
     """The samples of each step."""
     lines = [(folder / f"ids{rank}").read_text().splitlines() for rank in range(ranks)]
     return [" ".join(parts) for parts in zip(*lines, strict=True)]
 
 
-def column(folder: Path, stage: str, name: str) -> list[float]:
+def iteration_values(folder: Path, stage: str, name: str) -> list[float]:
     """Of the iterations of all epochs."""
     files = sorted((folder / "epoch_details").glob(f"epoch*_{stage}.csv"))
     return [value for file in files for value in pd.read_csv(file)[name]]

@@ -21,7 +21,7 @@ from tests.support.processes import SILENT, assert_equal_runs, status_of
 from tests.support.runs import job_for
 from tests.support.warm import WarmCommand
 
-WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
+STATEFUL_RUN = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
     "model=mlp",
     "model.dropout=0.1",
     "+data.augment.erase={_target_: torchvision.transforms.v2.RandomErasing, p: 0.5}",
@@ -41,7 +41,7 @@ WORDS = (  # whatever has a state: dropout, augmentation, momenta, averages, met
     "goal.patience=5",
     "~callbacks.plots",
 )
-OF_STATES = (
+CHECKPOINT_FAULT_POINTS = (
     "opened",
     "mid_write",
     "before_fsync",
@@ -50,8 +50,8 @@ OF_STATES = (
     "before_rename",
     "after_rename",
 )
-OF_FILES = ("opened", "before_fsync", "after_fsync", "before_rename", "after_rename")
-FILES = (
+FILE_FAULT_POINTS = ("opened", "before_fsync", "after_fsync", "before_rename", "after_rename")
+FAULTY_FILES = (
     "best.pt",
     "best-loss.pt",
     "model.pt",
@@ -60,8 +60,8 @@ FILES = (
     "status.json",
     "config.yaml",
 )
-POINTS = [f"{place}:last.pt" for place in OF_STATES] + [
-    f"{place}:{file}" for file in FILES for place in OF_FILES
+FAULT_POINTS = [f"{place}:last.pt" for place in CHECKPOINT_FAULT_POINTS] + [
+    f"{place}:{file}" for file in FAULTY_FILES for place in FILE_FAULT_POINTS
 ]
 
 
@@ -80,7 +80,7 @@ class Kill:
     number: int = signal.SIGKILL
 
 
-def kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) -> list[Kill]:
+def plan_kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) -> list[Kill]:
     """Half of them at fault points, all of which have their turn, half of them at any time.
 
     Args:
@@ -89,7 +89,7 @@ def kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) ->
         length: Seconds that a run takes; a signal comes in the first two thirds of it.
         number: Of the signal.
     """
-    draw, points = random.Random(seed), list(POINTS)
+    draw, points = random.Random(seed), list(FAULT_POINTS)
     draw.shuffle(points)
     found = []
     for place in range(count):
@@ -101,10 +101,10 @@ def kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) ->
     return found
 
 
-def command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
+def run_command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs `python -m app` with those words; gives how the process has ended."""
     fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
-    running = WarmCommand(cwd, [*WORDS, *words], {**fault, "OMP_NUM_THREADS": "1"})
+    running = WarmCommand(cwd, [*STATEFUL_RUN, *words], {**fault, "OMP_NUM_THREADS": "1"})
     if kill and kill.seconds:
         running.process.join(kill.seconds)
         running.send_signal(kill.number)
@@ -113,9 +113,9 @@ def command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     return running.returncode
 
 
-def two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
+def run_two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
     """Runs it on two ranks; a fault point kills rank 0."""
-    job = job_for(*WORDS, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
+    job = job_for(*STATEFUL_RUN, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
     fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
     crew = LocalWorkers(job, cwd / "run", 2, SILENT, fault)
     try:
@@ -140,7 +140,7 @@ def assert_readable(folder: Path) -> None:
         torch.load(folder / "model.pt", weights_only=True)
 
 
-def assert_as_if_nothing_had_been(whole: Path, found: Path, older: bool = True) -> None:
+def assert_same_outcome(whole: Path, found: Path, older: bool = True) -> None:
     """The same files with the same in them, but for times.
 
     Args:
@@ -163,7 +163,7 @@ def assert_as_if_nothing_had_been(whole: Path, found: Path, older: bool = True) 
     assert (other["status"], other["best"]) == ("completed", one["best"])
 
 
-def wait_until(path: Path, seconds: float = 60.0) -> None:
+def wait_for_file(path: Path, seconds: float = 60.0) -> None:
     """It is there."""
     until = time.monotonic() + seconds
     while not path.exists():

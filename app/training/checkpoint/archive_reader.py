@@ -15,10 +15,10 @@ from torch import Tensor
 
 from app.runtime.errors import UserError
 from app.training.checkpoint.pickle_reader import read_pickle
-from app.training.checkpoint.tensor_reader import RefusedError, brief
+from app.training.checkpoint.tensor_reader import ForbiddenContentError, shorten
 
 # What zipfile raises for files with wrong bits.
-DAMAGES = (
+READ_ERRORS = (
     zipfile.BadZipFile,
     EOFError,
     OSError,
@@ -68,11 +68,11 @@ def refuse_distributed(path: Path) -> None:
 def _opened(file: Path, opened: BinaryIO) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(opened)
-    except DAMAGES as error:
-        raise UserError(f"{file} is truncated or no checkpoint: {brief(str(error))}") from error
+    except READ_ERRORS as error:
+        raise UserError(f"{file} is truncated or no checkpoint: {shorten(str(error))}") from error
     entries = archive.infolist()
     size = opened.seek(0, 2)
-    wrong = [f"{brief(entry.filename)} {what}" for entry in entries if (what := _odd(entry))]
+    wrong = [f"{shorten(entry.filename)} {what}" for entry in entries if (what := _odd(entry))]
     if wrong:
         raise UserError(f"{file} is damaged: {wrong[0]}")
     if len({entry.filename for entry in entries}) < len(entries):
@@ -113,11 +113,11 @@ def _value(file: Path, archive: zipfile.ZipFile) -> Any:
         return read_pickle(archive.read(f"{top}/data.pkl"), record)
     except UserError:
         raise
-    except RefusedError as error:
+    except ForbiddenContentError as error:
         raise UserError(
             f"{file} holds more than tensors and plain values; refused: {error}"
         ) from error
-    except DAMAGES as error:
+    except READ_ERRORS as error:
         raise UserError(f"{file} is damaged: {_reason(error)}") from error
 
 
@@ -132,4 +132,4 @@ def _record(archive: zipfile.ZipFile, name: str) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    return brief(str(error).replace("Bad CRC-32", "wrong checksum")) or type(error).__name__
+    return shorten(str(error).replace("Bad CRC-32", "wrong checksum")) or type(error).__name__

@@ -23,11 +23,11 @@ from app.training.checkpoint.checksum import (
     write_with_checksum,
 )
 from app.training.checkpoint.content_check import check_content
-from app.training.checkpoint.rotation import FOLDER, LAST, CheckpointRotation, list_checkpoints
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, CheckpointRotation, list_checkpoints
 from app.training.history import Row
 
-FORMAT = 3
-BEST = "best.pt"
+FORMAT_VERSION = 3
+BEST_CHECKPOINT = "best.pt"
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    path: Path, checkpoint: Checkpoint, states: CheckpointRotation | None = None
+    path: Path, checkpoint: Checkpoint, rotation: CheckpointRotation | None = None
 ) -> None:
     """Writes it whole, durably and with a checksum.
 
@@ -72,7 +72,7 @@ def save_checkpoint(
         states: Where it is one to go on from: those that are there already.
     """
     content = {
-        "format": FORMAT,
+        "format": FORMAT_VERSION,
         "config": json.dumps(checkpoint.config),
         "template": checkpoint.template,
         "model": checkpoint.model,
@@ -87,10 +87,10 @@ def save_checkpoint(
             file, path.name, checkpoint.info, lambda inner: torch.save(content, inner)
         )
 
-    if states is None:
+    if rotation is None:
         atomic_write(path, write)
     else:
-        states.write(write)
+        rotation.write(write)
 
 
 def write_model(path: Path, model: dict[str, Tensor]) -> None:
@@ -119,10 +119,10 @@ def find_checkpoint(path: Path) -> Path:
     """
     if path.is_file():
         return path
-    candidates = [path / FOLDER / BEST, *list_checkpoints(path)]
+    candidates = [path / CHECKPOINT_DIR / BEST_CHECKPOINT, *list_checkpoints(path)]
     found = next((candidate for candidate in candidates if candidate.is_file()), None)
     if found is None:
-        raise UserError(f"ckpt={str(path)!r} holds no checkpoint: no {FOLDER}/{BEST} or {LAST}")
+        raise UserError(f"ckpt={str(path)!r} holds no checkpoint: no {CHECKPOINT_DIR}/{BEST_CHECKPOINT} or {LAST_CHECKPOINT}")
     return found
 
 
@@ -141,8 +141,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     content = load_plain(file)
     if not isinstance(content, dict) or "format" not in content:
         raise UserError(f"{file} is no checkpoint of this program")
-    if content["format"] != FORMAT:
-        raise UserError(f"{file} has format {content['format']!r}; this program reads {FORMAT}")
+    if content["format"] != FORMAT_VERSION:
+        raise UserError(f"{file} has format {content['format']!r}; this program reads {FORMAT_VERSION}")
     check_content(file, content)
     return Checkpoint(
         config=load_json(content["config"], f"{file}: config"),

@@ -16,9 +16,9 @@ from typing import BinaryIO, Literal, cast
 from app.runtime.errors import UserError
 from app.runtime.fault_injection import maybe_crash
 
-END = b"PK\x05\x06"  # the record at the end of a zip file, 22 bytes and the comment
-LENGTH = 22
-AT_ONCE = 1 << 20  # bytes that are read at once
+END_RECORD = b"PK\x05\x06"  # the record at the end of a zip file, 22 bytes and the comment
+END_RECORD_LENGTH = 22
+BLOCK_SIZE = 1 << 20  # bytes that are read at once
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def verify_checksum(file: Path) -> CheckpointInfo:
     seal, comment = _read(file)
     digest, left = hashlib.sha256(), file.stat().st_size - len(comment) - 2
     with file.open("rb") as opened:
-        while left and (data := opened.read(min(left, AT_ONCE))):
+        while left and (data := opened.read(min(left, BLOCK_SIZE))):
             digest.update(data)
             left -= len(data)
     digest.update(bytes(2))
@@ -136,13 +136,13 @@ def _read(file: Path) -> tuple[CheckpointInfo, bytes]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
-            opened.seek(max(0, size - LENGTH - 1000))
+            opened.seek(max(0, size - END_RECORD_LENGTH - 1000))
             tail = opened.read()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    start = tail.rfind(END)
-    comment = tail[start + LENGTH :]
-    told = int.from_bytes(tail[start + LENGTH - 2 : start + LENGTH], "little")
+    start = tail.rfind(END_RECORD)
+    comment = tail[start + END_RECORD_LENGTH :]
+    told = int.from_bytes(tail[start + END_RECORD_LENGTH - 2 : start + END_RECORD_LENGTH], "little")
     if start < 0 or told != len(comment):
         raise UserError(f"{file} is truncated or no checkpoint")
     if not comment:

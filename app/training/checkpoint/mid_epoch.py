@@ -37,7 +37,7 @@ def restore_position(rows: StageAccumulator, under_way: EpochPosition) -> None:
             rows.metrics.load_state_dict(ranks[rank()]["metrics"])
         else:
             for part in ranks if rank() == 0 else []:
-                rows.metrics.add_state_dict(part["metrics"])
+                rows.metrics.merge_state_dict(part["metrics"])
 
 
 def remaining_batches(

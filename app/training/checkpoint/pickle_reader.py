@@ -16,15 +16,15 @@ from app.config.limits import DEPTH
 from app.training.checkpoint.tensor_reader import (
     DTYPES,
     STORAGES,
-    RefusedError,
+    ForbiddenContentError,
     Storage,
-    brief,
-    tensor_of,
+    shorten,
+    make_tensor,
 )
 
-OPCODES = 2**22  # in one pickle; each makes at most some hundred bytes
-SHARED = 10  # times as many values as opcodes, where values refer to others again and again
-LONGEST = 9  # bytes of an integer, which is 64 bits with or without a sign
+MAX_OPCODES = 2**22  # in one pickle; each makes at most some hundred bytes
+MAX_VALUES_PER_OPCODE = 10  # times as many values as opcodes, where values refer to others again and again
+MAX_INTEGER_BYTES = 9  # bytes of an integer, which is 64 bits with or without a sign
 ORDERED = "collections.OrderedDict"  # of a tensor's hooks, always empty
 TENSOR, TENSOR_OF_DTYPE = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"
 GLOBALS = {ORDERED, TENSOR, TENSOR_OF_DTYPE, *STORAGES, *DTYPES}
@@ -50,17 +50,17 @@ def read_pickle(content: bytes, record: Record) -> Any:
     """
     reader = _Reader(record)
     for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(content)), 1):
-        if count > OPCODES:
-            raise RefusedError(f"more than {OPCODES:,} opcodes")
+        if count > MAX_OPCODES:
+            raise ForbiddenContentError(f"more than {MAX_OPCODES:,} opcodes")
         step = STEPS.get(opcode.name)
         if step is None:
-            raise RefusedError(reader.told(opcode.name, argument))
+            raise ForbiddenContentError(reader.told(opcode.name, argument))
         try:
             step(reader, argument)
         except (IndexError, KeyError) as error:
             raise ValueError(f"{opcode.name} has nothing to work on: {error}") from error
     (value,) = reader.stack
-    _check_plain(value, SHARED * count)
+    _check_plain(value, MAX_VALUES_PER_OPCODE * count)
     return value
 
 
@@ -71,15 +71,15 @@ def _check_plain(value: Any, most: int) -> None:
         value, depth = left.pop()
         count += 1
         if depth > DEPTH:
-            raise RefusedError(f"values nested more than {DEPTH} deep")
+            raise ForbiddenContentError(f"values nested more than {DEPTH} deep")
         if count > most:
-            raise RefusedError("values that refer to one another over and over")
+            raise ForbiddenContentError("values that refer to one another over and over")
         if type(value) in (list, tuple):
             left += [(part, depth + 1) for part in value]
         elif type(value) in (dict, OrderedDict):
             left += [(part, depth + 1) for part in value.values()]
         elif type(value) not in LEAVES:
-            raise RefusedError(value.name if isinstance(value, _Global) else "a bare storage")
+            raise ForbiddenContentError(value.name if isinstance(value, _Global) else "a bare storage")
 
 
 class _Reader:
@@ -94,10 +94,10 @@ class _Reader:
     def told(self, opcode: str, argument: Any) -> str:
         """What an opcode that is not allowed would do, for errors."""
         if opcode == "INST":
-            return brief(str(argument).replace(" ", "."))
+            return shorten(str(argument).replace(" ", "."))
         names = [part for part in self.stack[-2:] if isinstance(part, str)]
         if opcode == "STACK_GLOBAL" and names:
-            return brief(".".join(names))
+            return shorten(".".join(names))
         return f"the opcode {opcode}"
 
     def go_on(self, _: Any) -> None:
@@ -130,14 +130,14 @@ class _Reader:
         self.push(self.memo[index])
 
     def integer(self, value: int) -> None:
-        if value.bit_length() > 8 * LONGEST:
-            raise RefusedError(f"an integer of more than {LONGEST} bytes")
+        if value.bit_length() > 8 * MAX_INTEGER_BYTES:
+            raise ForbiddenContentError(f"an integer of more than {MAX_INTEGER_BYTES} bytes")
         self.push(value)
 
     def named(self, argument: str) -> None:
         name = argument.replace(" ", ".")
         if name not in GLOBALS:
-            raise RefusedError(brief(name))
+            raise ForbiddenContentError(shorten(name))
         self.push(_Global(name))
 
     def append(self, items: list[Any]) -> None:
@@ -152,7 +152,7 @@ class _Reader:
         # The hash of a nested tuple can take forever.
         wrong = [type(key).__name__ for key in keys if type(key) not in (str, int)]
         if wrong:
-            raise RefusedError(f"a key of type {wrong[0]}")
+            raise ForbiddenContentError(f"a key of type {wrong[0]}")
         target.update(zip(keys, values, strict=True))
 
     def storage(self, _: None) -> None:
@@ -161,12 +161,12 @@ class _Reader:
                 dtype, record = STORAGES[name], self.record(key)
                 if not 0 <= count * dtype.itemsize <= len(record):
                     has = f"has {len(record)} bytes"
-                    raise ValueError(f"storage {brief(key)} claims {count} elements and {has}")
+                    raise ValueError(f"storage {shorten(key)} claims {count} elements and {has}")
                 if dtype == torch.bool and (record > 1).any():
-                    raise ValueError(f"storage {brief(key)} holds more than false and true")
+                    raise ValueError(f"storage {shorten(key)} holds more than false and true")
                 self.push(Storage(record, dtype, count))
             case _:
-                raise RefusedError("a persistent id that is no storage")
+                raise ForbiddenContentError("a persistent id that is no storage")
 
     def call(self, _: None) -> None:
         """The three calls that there are, done here."""
@@ -175,14 +175,14 @@ class _Reader:
             case _Global(name), () if name == ORDERED:
                 self.push(OrderedDict())
             case _Global(name), (Storage(), _, _, _, _, _) if name == TENSOR:
-                self.push(tensor_of(arguments[0].dtype, *arguments))
+                self.push(make_tensor(arguments[0].dtype, *arguments))
             case _Global(name), (Storage(), _, _, _, _, _, _Global(dtype)) if (
                 name == TENSOR_OF_DTYPE and dtype in DTYPES
             ):
-                self.push(tensor_of(DTYPES[dtype], *arguments[:-1]))
+                self.push(make_tensor(DTYPES[dtype], *arguments[:-1]))
             case _:
                 name = function.name if isinstance(function, _Global) else "a value"
-                raise RefusedError(f"a call of {name} with unknown arguments")
+                raise ForbiddenContentError(f"a call of {name} with unknown arguments")
 
 
 STEPS: dict[str, Callable[[_Reader, Any], None]] = {

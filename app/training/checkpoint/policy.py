@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from app.config.schema import GoalConfig, MonitorConfig
 from app.training.accumulator import StageAccumulator
-from app.training.checkpoint.checkpoint import BEST, epoch_filename, monitor_filename
+from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, epoch_filename, monitor_filename
 from app.training.checkpoint.mid_epoch import save_position
 from app.training.checkpoint.train_state import TrainState
 from app.training.history import best_epoch, top_k_epochs
@@ -28,12 +28,12 @@ class CheckpointPolicy:
     def __init__(
         self,
         state: TrainState,
-        saving: SaveSchedule,
+        save_schedule: SaveSchedule,
         goal: GoalConfig,
         monitors: Mapping[str, MonitorConfig],
     ) -> None:
-        self.state, self.schedule, self.goal, self.monitors = state, saving, goal, dict(monitors)
-        self.timer = SaveTimer(saving.every_n_steps, saving.every_n_minutes)
+        self.state, self.schedule, self.goal, self.monitors = state, save_schedule, goal, dict(monitors)
+        self.timer = SaveTimer(save_schedule.every_n_steps, save_schedule.every_n_minutes)
 
     def save_last(self) -> None:
         """All that is needed to go on."""
@@ -60,7 +60,7 @@ class CheckpointPolicy:
 
     def expected(self) -> dict[str, int]:
         """The epoch whose weights each file of the best is to have, as the history says."""
-        monitors = {BEST: self.goal, **{monitor_filename(n): m for n, m in self.monitors.items()}}
+        monitors = {BEST_CHECKPOINT: self.goal, **{monitor_filename(n): m for n, m in self.monitors.items()}}
         found = {
             name: best_epoch(self.state.history, monitor) for name, monitor in monitors.items()
         }
@@ -79,12 +79,12 @@ class CheckpointPolicy:
         return {
             name: one
             for name, one in self.expected().items()
-            if epoch in (None, one) and self.state.saved_epoch(name, every or name == BEST) != one
+            if epoch in (None, one) and self.state.saved_epoch(name, every or name == BEST_CHECKPOINT) != one
         }
 
     def save(self, name: str) -> None:
         """The weights as they are now, as a file of the best."""
-        if name == BEST:
+        if name == BEST_CHECKPOINT:
             self.state.save_best()
         else:
             self.state.save_weights(name)

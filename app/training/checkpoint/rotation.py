@@ -14,13 +14,13 @@ from app.runtime.files import atomic_write
 from app.training.checkpoint.checksum import read_info, verify_checksum
 
 log = logging.getLogger(__name__)
-FOLDER = "checkpoints"
-LAST = "last.pt"
+CHECKPOINT_DIR = "checkpoints"
+LAST_CHECKPOINT = "last.pt"
 
 
 def rotated_name(number: int) -> str:
     """`last-1.pt` is the state before `last.pt`."""
-    return f"last-{number}.pt" if number else LAST
+    return f"last-{number}.pt" if number else LAST_CHECKPOINT
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 @as_user_error()
 def _files(folder: Path) -> list[Path]:
-    inside = folder / FOLDER
+    inside = folder / CHECKPOINT_DIR
     every = inside.iterdir() if inside.is_dir() else ()  # glob would find nothing where it may not
     return [
         path for path in every if re.fullmatch(r"last(-\d+)?\.pt", path.name) and path.is_file()
@@ -90,7 +90,7 @@ class CheckpointRotation:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = (folder / FOLDER).resolve(), keep
+        self.folder, self.keep = (folder / CHECKPOINT_DIR).resolve(), keep
         self.valid: list[Path] = []  # the newest first
 
     def resume_from(self, file: Path) -> None:
@@ -101,8 +101,8 @@ class CheckpointRotation:
 
     def write(self, write: Callable[[BinaryIO], object]) -> None:
         """A further state; the one that was the newest is now the one before."""
-        atomic_write(self.folder / LAST, write, self._rotate)
-        self.valid = [self.folder / LAST, *self.valid]
+        atomic_write(self.folder / LAST_CHECKPOINT, write, self._rotate)
+        self.valid = [self.folder / LAST_CHECKPOINT, *self.valid]
         for path in _files(self.folder.parent):
             if path not in self.valid:
                 maybe_crash("before_old_goes", path.name)

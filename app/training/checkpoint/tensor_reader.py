@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2**60  # of a size or stride
-DIMENSIONS = 64
+MAX_SIZE = 2**60  # of a size or stride
+MAX_DIMENSIONS = 64
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
     "torch.FloatStorage": torch.float32,
@@ -33,7 +33,7 @@ DTYPES = {  # of tensors whose storage does not tell
 }
 
 
-class RefusedError(ValueError):
+class ForbiddenContentError(ValueError):
     """More than tensors and plain values."""
 
 
@@ -46,7 +46,7 @@ class Storage:
     count: int
 
 
-def tensor_of(
+def make_tensor(
     dtype: torch.dtype,
     storage: Storage,
     offset: Any,
@@ -63,24 +63,24 @@ def tensor_of(
     """
     kinds = [type(part) for part in (size, stride, grad, hooks)]
     if kinds != [tuple, tuple, bool, OrderedDict] or (grad and not dtype.is_floating_point):
-        raise RefusedError("a tensor with more than values")
-    if len(size) != len(stride) or len(size) > DIMENSIONS:
+        raise ForbiddenContentError("a tensor with more than values")
+    if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {len(size)} sizes and {len(stride)} strides")
     numbers = (offset, *size, *stride)
-    if any(type(number) is not int or not 0 <= number < LARGEST for number in numbers):
+    if any(type(number) is not int or not 0 <= number < MAX_SIZE for number in numbers):
         raise ValueError("a tensor with a size, stride or offset that no tensor has")
     has = storage.count * storage.dtype.itemsize // dtype.itemsize
     wanted = math.prod(size)
     end = offset + sum((n - 1) * by for n, by in zip(size, stride, strict=True)) + 1
     if wanted > has or (end if wanted else offset) > has:
-        raise ValueError(f"a tensor of size {brief(size)}, its storage has {has} elements")
+        raise ValueError(f"a tensor of size {shorten(size)}, its storage has {has} elements")
     inside = torch.empty(0, dtype=dtype).set_(
         storage.record.untyped_storage(), offset, size, stride
     )
     return inside.requires_grad_(grad)
 
 
-def brief(value: object) -> str:
+def shorten(value: object) -> str:
     """At most some 100 letters of it, on one line."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.config.resolve import get_by_path
-from app.config.resume import difference, optimizer_changed
+from app.config.resume import first_difference, optimizer_changed
 from app.config.schema import Job
 from app.distributed.collectives import broadcast_object, rank
 from app.distributed.strategies import full_tensor
@@ -20,7 +20,7 @@ from app.runtime.background_writer import BackgroundWriter
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, map_tensors
 from app.training.checkpoint.checkpoint import (
-    BEST,
+    BEST_CHECKPOINT,
     Checkpoint,
     epoch_filename,
     load_checkpoint,
@@ -30,7 +30,7 @@ from app.training.checkpoint.checkpoint import (
 )
 from app.training.checkpoint.checksum import read_info, verify_checksum
 from app.training.checkpoint.content_check import check_savable
-from app.training.checkpoint.rotation import FOLDER, LAST, CheckpointRotation, remove_file
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, CheckpointRotation, remove_file
 from app.training.history import Row
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
@@ -82,13 +82,13 @@ class TrainState:
         folder: Path,
         job: Job | None,
         callbacks: Stateful | None = None,
-        saving: SaveSchedule = SaveSchedule(),  # noqa: B008
+        save_schedule: SaveSchedule = SaveSchedule(),  # noqa: B008
     ) -> None:
         self.task, self.averaging = task, averaging
         self.folder, self.job, self.callbacks = folder, job, callbacks
         self.rotation, self.writer = (
-            CheckpointRotation(folder, saving.keep_last),
-            BackgroundWriter(saving.in_background),
+            CheckpointRotation(folder, save_schedule.keep_last),
+            BackgroundWriter(save_schedule.in_background),
         )
         self.save_count = 0  # of states
         self.nonfinite: Stateful | None = None  # what is known of steps that were no numbers
@@ -106,7 +106,7 @@ class TrainState:
     def save_best(self) -> None:
         """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
         checkpoint = self._checkpoint(None)
-        self._save(BEST, checkpoint)
+        self._save(BEST_CHECKPOINT, checkpoint)
         if rank() == 0:
             path, model = self.folder / "model.pt", checkpoint.model
             self.writer.submit(lambda: write_model(path, model))
@@ -118,14 +118,14 @@ class TrainState:
     def remove_stale_epochs(self, epochs: list[int]) -> None:
         """Those `epoch<number>.pt` go whose epochs are not among these."""
         kept = [epoch_filename(epoch) for epoch in epochs]
-        for path in (self.folder / FOLDER).glob("epoch*.pt") if rank() == 0 else ():
+        for path in (self.folder / CHECKPOINT_DIR).glob("epoch*.pt") if rank() == 0 else ():
             if path.name not in kept:
                 remove_file(path)
 
-    def remove(self, name: str) -> None:
+    def remove_checkpoint(self, name: str) -> None:
         """A checkpoint that is not what its name says."""
         if rank() == 0:
-            remove_file(self.folder / FOLDER / name)
+            remove_file(self.folder / CHECKPOINT_DIR / name)
 
     def save_last(self) -> None:
         """Everything, as `last.pt`."""
@@ -144,7 +144,7 @@ class TrainState:
         }
         checkpoint = self._checkpoint(self._kept(training))
         if rank() == 0:
-            path = self.folder / FOLDER / LAST
+            path = self.folder / CHECKPOINT_DIR / LAST_CHECKPOINT
             self.writer.submit(lambda: save_checkpoint(path, checkpoint, self.rotation), True)
 
     @contextmanager
@@ -187,7 +187,7 @@ class TrainState:
         self.epoch = self._restore(file, checkpoint)
         training = checkpoint.training
         if training is None or "is_over" not in training:
-            raise UserError(f"{file} holds weights alone; training goes on from a {LAST}")
+            raise UserError(f"{file} holds weights alone; training goes on from a {LAST_CHECKPOINT}")
         self._check_mid_epoch(file, checkpoint)
         try:
             self.schedule_changed = self._optimizer_changed(checkpoint.config)
@@ -219,7 +219,7 @@ class TrainState:
             return
         before, now = checkpoint.config, self.job.plain
         changes = (
-            difference(get_by_path(before, key), get_by_path(now, key), key)
+            first_difference(get_by_path(before, key), get_by_path(now, key), key)
             for key in FIXED_WITHIN_EPOCH
         )
         for change in filter(None, changes):
@@ -264,16 +264,16 @@ class TrainState:
         if rank() == 0:
             read = verify_checksum if whole else read_info
             with suppress(UserError):  # who asks says what follows
-                epoch = read(self.folder / FOLDER / name).epoch
+                epoch = read(self.folder / CHECKPOINT_DIR / name).epoch
         return broadcast_object(epoch)
 
     def load_best_weights(self) -> int:
         """Takes the best weights so far; gives their epoch."""
-        return self.load_weights(self.folder / FOLDER / BEST)
+        return self.load_weights(self.folder / CHECKPOINT_DIR / BEST_CHECKPOINT)
 
     def _save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
-            path = self.folder / FOLDER / name
+            path = self.folder / CHECKPOINT_DIR / name
             self.writer.submit(lambda: save_checkpoint(path, checkpoint))
 
     def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
