@@ -18,6 +18,7 @@ from app.cli.jobs import run_job
 from app.cli.preflight import check_what_is_shown, is_a_run, preflight
 from app.config import resolvers
 from app.config.compose import CONF, CONFIG_NAME
+from app.config.sources import strict_sources
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
@@ -84,11 +85,12 @@ def with_saved_overrides(args: argparse.Namespace) -> argparse.Namespace:
 def run_rank_zero(args: argparse.Namespace, leader: RankZero | None) -> int:
     """All jobs, from the process that talks to Hydra; gives the exit code."""
     try:
-        if not is_a_run(args):
-            check_what_is_shown(args)
-        elif preflight(args, leader) == POOL:
-            start_forkserver()
-        run_jobs(leader)
+        with strict_sources():
+            if not is_a_run(args):
+                check_what_is_shown(args)
+            elif preflight(args, leader) == POOL:
+                start_forkserver()
+            run_jobs(leader)
         return 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")

@@ -27,11 +27,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.allowlist import trusted_by_environment
+from app.config.allowlist import trusted_from_environment
 from app.config.hydra_guard import hydra_issues
 from app.config.limits import expansion_issues
 from app.config.overrides import SweepSpace, parse_overrides, parse_space, raw_override
 from app.config.resolve import cli_trusted
+from app.config.sources import strict_sources
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest, one_of
 
 PACKAGE = Path(__file__).parents[1]
@@ -57,18 +58,19 @@ NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.
 
 
 @contextmanager
-def composer(args: argparse.Namespace) -> Iterator[Composer]:
+def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
     """What composes the configurations of a command line.
 
     Args:
         args: What Hydra's own argument parser made of it.
     """
-    try:
-        hydra = Hydra("app", SafeConfigLoader(_search_path(args)))
-        GlobalHydra.instance().initialize(hydra)
-        yield Composer(hydra, args.config_name or CONFIG_NAME, args.overrides, args.multirun)
-    finally:
-        GlobalHydra.instance().clear()
+    with strict_sources():
+        try:
+            hydra = Hydra("app", SafeConfigLoader(_search_path(args)))
+            GlobalHydra.instance().initialize(hydra)
+            yield Composer(hydra, args.config_name or CONFIG_NAME, args.overrides, args.multirun)
+        finally:
+            GlobalHydra.instance().clear()
 
 
 class SafeConfigLoader(ConfigLoaderImpl):
@@ -87,7 +89,7 @@ class SafeConfigLoader(ConfigLoaderImpl):
         Raises:
             ConfigError: The configuration is refused.
         """
-        trusted = [*cli_trusted(parse_overrides(overrides)), *trusted_by_environment()]
+        trusted = [*cli_trusted(parse_overrides(overrides)), *trusted_from_environment()]
         try:
             composed = super().load_configuration(
                 config_name, overrides, run_mode, from_shell, validate_sweep_overrides
@@ -107,7 +109,7 @@ class SafeConfigLoader(ConfigLoaderImpl):
 
 def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
     """As `Composer.compositions`."""
-    with composer(args) as composing:
+    with open_composer(args) as composing:
         yield from composing.compositions()
 
 
@@ -122,19 +124,19 @@ class Composer:
     """
 
     def __init__(self, hydra: Hydra, name: str, words: Sequence[str], multirun: bool) -> None:
-        self.hydra, self.name, self.words, self.multirun = hydra, name, list(words), multirun
+        self.hydra, self.config_name, self.overrides, self.multirun = hydra, name, list(words), multirun
         self.known: dict[tuple[str, ...], tuple[DictConfig, list[ConfigIssue]]] = {}
 
     @cached_property
-    def sweeps(self) -> bool:
+    def is_sweep(self) -> bool:
         """Whether it is a sweep."""
         return self.multirun or self._unswept.hydra.mode == RunMode.MULTIRUN
 
     @cached_property
     def space(self) -> SweepSpace:
         """What is typed, and what of it is swept."""
-        params = self._unswept.hydra.sweeper.get("params") if self.sweeps else None
-        return parse_space(self.words, params or {}, self.hydra.config_loader)
+        params = self._unswept.hydra.sweeper.get("params") if self.is_sweep else None
+        return parse_space(self.overrides, params or {}, self.hydra.config_loader)
 
     @cached_property
     def base(self) -> DictConfig:
@@ -148,7 +150,7 @@ class Composer:
     @cached_property
     def _unswept(self) -> DictConfig:
         """Whatever can be composed of the typed words, to see what is swept, and how."""
-        composed, _ = self._composed(parse_space(self.words, {}, self.hydra.config_loader).fixed)
+        composed, _ = self._composed(parse_space(self.overrides, {}, self.hydra.config_loader).fixed)
         return composed
 
     def compositions(self) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
@@ -160,7 +162,7 @@ class Composer:
         Raises:
             ConfigError: Nothing can be composed.
         """
-        for words in self.space.coverage_jobs() if self.sweeps else [self.words]:
+        for words in self.space.coverage_jobs() if self.is_sweep else [self.overrides]:
             composed, mistakes = self._composed(words)
             HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
             yield composed, mistakes
@@ -177,7 +179,7 @@ class Composer:
         return self.known[tuple(words)]
 
     def _compose(self, words: list[str]) -> DictConfig:
-        return self.hydra.compose_config(self.name, words, RunMode.RUN, False, from_shell=False)
+        return self.hydra.compose_config(self.config_name, words, RunMode.RUN, False, from_shell=False)
 
 
 def _search_path(args: argparse.Namespace) -> ConfigSearchPath:

@@ -1,0 +1,86 @@
+"""Hydra's sources of YAML files with limits on what is read and on what is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
+from omegaconf.errors import OmegaConfBaseException
+
+from app.config.allowlist import TRUSTED_TARGETS_VARIABLE, is_trusted, trusted_from_environment
+from app.config.limits import MAX_FILE_BYTES, yaml_problem
+from app.runtime.errors import ConfigError, ConfigIssue
+
+TRUSTED_PACKAGES = ("hydra.conf", "hydra_plugins")
+
+
+@contextmanager
+def strict_sources() -> Iterator[None]:
+    """Read `file://` and `pkg://` configurations with limits while the context is open.
+
+    Only the entry points of this program open it, so other Hydra programs in the same environment,
+    or in the same notebook, keep Hydra's own sources.
+    """
+    Plugins.instance()  # registers Hydra's own sources, once in a process
+    types = SourcesRegistry.instance().types
+    replaced = dict(types)
+    strict = (FileConfigSource, ImportlibResourcesConfigSource)
+    types |= {source.scheme(): source for source in strict}
+    try:
+        yield
+    finally:
+        SourcesRegistry.instance().types = replaced
+
+
+class RefusedSourceError(ConfigError, HydraException):
+    """A configuration source that is not read; Hydra prints it in one line, too."""
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """A folder of YAML files, each checked before it becomes a configuration."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Load a file as Hydra does, unless it is not YAML, too large or too deeply nested."""
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        try:
+            problem = _problem(path)
+            found = None if problem else super().load_config(config_path)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+            problem = " ".join(str(error).split())
+        if problem or found is None:
+            raise RefusedSourceError([ConfigIssue(str(path), f" cannot be read: {problem}")])
+        return found
+
+
+def _problem(path: Path) -> str | None:
+    size = path.stat().st_size
+    if size > MAX_FILE_BYTES:
+        return f"it has {size:,} bytes; allowed: {MAX_FILE_BYTES:,}"
+    return yaml_problem(path.read_text(encoding="utf-8"))
+
+
+class ImportlibResourcesConfigSource(  # Hydra compares the names of sources of one scheme
+    importlib_resources_config_source.ImportlibResourcesConfigSource
+):
+    """A package of YAML files; only trusted ones, because the package is imported.
+
+    Args:
+        provider: What asks for the source.
+        path: `pkg://` and the name of the package.
+    """
+
+    def __init__(self, provider: str, path: str) -> None:
+        super().__init__(provider, path)
+        if not is_trusted(self.path, [*TRUSTED_PACKAGES, *trusted_from_environment()]):
+            problem = (
+                f"={path!r} would import a package; allowed: folders, or packages named in the "
+                f"environment variable {TRUSTED_TARGETS_VARIABLE}"
+            )
+            raise RefusedSourceError([ConfigIssue("hydra.searchpath", problem)])

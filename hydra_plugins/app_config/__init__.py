@@ -1,1 +1,0 @@
-"""Where Hydra reads configurations from, with limits."""
