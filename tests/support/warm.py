@@ -20,7 +20,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from app.distributed.launch.local import PRELOADED
-from tests.support.spare import lend_forkserver
 
 
 class WarmCommand:
@@ -102,7 +101,6 @@ def _work(
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    lend_forkserver()
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
