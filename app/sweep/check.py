@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import is_trusted, trusted_by_environment
+from app.config.allowlist import is_trusted, trusted_from_environment
 from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
@@ -23,23 +23,25 @@ from app.experiment.job import make_job
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.slots import make_slots
-from app.sweep.search_options import GRID as GRID_SAMPLER
-from app.sweep.search_options import NO_PRUNER, PRUNERS, SAMPLERS
+from app.sweep.search_options import GRID_SAMPLER as GRID_SAMPLER
+from app.sweep.search_options import NO_PRUNER, PRUNER_PREFIX, SAMPLER_PREFIX
 
-GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
-SEARCH = "hydra_plugins.app_sweeps.search.OptunaSweeper"
-POOL = "hydra_plugins.app_sweeps.pool.PoolLauncher"
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
+OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"
+POOL_LAUNCHER = "hydra_plugins.app_sweeps.pool.PoolLauncher"
+BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
-def check_is_sweep(composing: Composer) -> None:
+def check_resume_is_multirun(composing: Composer) -> None:
     """Only a sweep goes on as one.
 
     Raises:
         ConfigError: `sweep.resume` is typed for a single run.
     """
-    where = dict(word.partition("=")[::2] for word in composing.words).get("sweep.resume", "null")
-    if where not in ("", "null") and not composing.sweeps:
+    where = dict(word.partition("=")[::2] for word in composing.overrides).get(
+        "sweep.resume", "null"
+    )
+    if where not in ("", "null") and not composing.is_sweep:
         command = f"python -m app -m {shlex.quote(f'sweep.resume={where}')}"
         raise ConfigError([ConfigIssue("sweep.resume", f"={where} needs -m, too: {command}")])
 
@@ -56,17 +58,17 @@ def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
         ConfigError: All that was found.
     """
     mistakes: list[ConfigIssue] = []
-    if first.hydra.sweeper._target_ == GRID:
+    if first.hydra.sweeper._target_ == GRID_SWEEPER:
         mistakes += grid_issues(composing.space, first.sweep.together)
-    elif first.hydra.sweeper._target_ == SEARCH:
+    elif first.hydra.sweeper._target_ == OPTUNA_SWEEPER:
         mistakes += _search_mistakes(composing, first)
-    if first.hydra.sweeper._target_ in (GRID, SEARCH):
+    if first.hydra.sweeper._target_ in (GRID_SWEEPER, OPTUNA_SWEEPER):
         mistakes += _folder_mistakes(first)
     launcher = first.hydra.launcher
-    if not alone and launcher._target_ != BASIC:
+    if not alone and launcher._target_ != BASIC_LAUNCHER:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
         mistakes.append(ConfigIssue("hydra/launcher", problem))
-    if launcher._target_ == POOL:
+    if launcher._target_ == POOL_LAUNCHER:
         mistakes += _pool_mistakes(first)
     if first.sweep.resume is not None:
         mistakes += _resume_mistakes(composing, first)
@@ -79,11 +81,11 @@ def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[ConfigI
         install = 'pip install "torch-experiment-app[optuna]"'
         yield ConfigIssue("hydra/sweeper", f"=optuna needs the library optuna: {install}")
         return
-    from app.sweep.optuna_search import distribution_mistakes
+    from app.sweep.optuna_search import iter_distribution_issues
 
     sweeper: Any = OmegaConf.to_container(first.hydra.sweeper, resolve=True)
     space, goal = composing.space, first.goal
-    yield from distribution_mistakes(space.swept)
+    yield from iter_distribution_issues(space.swept)
     if not space.swept:
         yield ConfigIssue(
             "hydra/sweeper", "=optuna has nothing to search: no key has several values"
@@ -100,7 +102,10 @@ def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[ConfigI
             yield ConfigIssue(
                 f"hydra.sweeper.{key}", f"={value!r}; allowed: a number from 1 on{auto}"
             )
-    if sweeper["n_jobs"] == "auto" and first.hydra.launcher._target_ not in (BASIC, POOL):
+    if sweeper["n_jobs"] == "auto" and first.hydra.launcher._target_ not in (
+        BASIC_LAUNCHER,
+        POOL_LAUNCHER,
+    ):
         problem = "='auto': this launcher does not say how many run at once; give a number"
         yield ConfigIssue("hydra.sweeper.n_jobs", problem)
     if sweeper["storage"] not in ("sqlite", "journal") and "://" not in sweeper["storage"]:
@@ -121,7 +126,7 @@ def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[Co
             yield ConfigIssue(
                 key, " is an interval; hydra/sweeper/sampler=grid needs lists of values"
             )
-    for key, prefix in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
+    for key, prefix in (("sampler", SAMPLER_PREFIX), ("pruner", PRUNER_PREFIX)):
         node = sweeper[key]
         yield from iter_node_issues(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
 
@@ -163,7 +168,7 @@ def _resume_mistakes(composing: Composer, first: DictConfig) -> list[ConfigIssue
         return [
             ConfigIssue("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
         ]
-    mistakes = list(trust_mistakes(folder, composing.words))
+    mistakes = list(iter_trust_issues(folder, composing.overrides))
     if mistakes:
         return mistakes
     with folder.locked():
@@ -187,7 +192,9 @@ def _check_frozen(composing: Composer, folder: SweepFolder) -> None:
     """Jobs are composed of the copies that the folder has, which may be a stranger's."""
     frozen = folder.frozen_loader(composing.hydra.config_loader)
     for words in composing.space.coverage_jobs():
-        composed = frozen.load_configuration(composing.name, words, RunMode.RUN, from_shell=False)
+        composed = frozen.load_configuration(
+            composing.config_name, words, RunMode.RUN, from_shell=False
+        )
         HydraConfig.instance().set_config(composed)
         make_job(composed)
 
@@ -197,7 +204,7 @@ TYPED = ("hydra.job.", "hydra.job_logging", "hydra.hydra_logging", "hydra.output
 TYPED_TOO = ("hydra.searchpath", "hydra.run.", "hydra.sweep.", "hydra.overrides")
 
 
-def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[ConfigIssue]:
+def iter_trust_issues(folder: SweepFolder, typed: Sequence[str]) -> Iterator[ConfigIssue]:
     """Saved words that would have to be typed.
 
     Args:
@@ -205,9 +212,9 @@ def trust_mistakes(folder: SweepFolder, typed: Sequence[str]) -> Iterator[Config
         typed: What is typed now.
     """
     now = [word for word in typed if _key(word) == TRUST]
-    trusted = [*cli_trusted(parse_overrides(now)), *trusted_by_environment()]
-    of_jobs = dict.fromkeys(word for job in folder.jobs for word in job.words)
-    for word in dict.fromkeys([*folder.words, *of_jobs]):
+    trusted = [*cli_trusted(parse_overrides(now)), *trusted_from_environment()]
+    of_jobs = dict.fromkeys(word for job in folder.jobs for word in job.overrides)
+    for word in dict.fromkeys([*folder.overrides, *of_jobs]):
         key = _key(word)
         if key == TRUST and word not in typed:
             names = cli_trusted(parse_overrides([word]))

@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.overrides import quoted
+from app.config.overrides import quote
 from app.distributed.launch.failures import RankFailure, one_line, record_rank_failure
 from app.runtime.signals import (
     REASON_BY_SIGNAL,
@@ -43,13 +43,13 @@ LOOKS = 2.0  # seconds after which it is seen which jobs have ended elsewhere
 class JobSource(Protocol):
     """Where jobs come from."""
 
-    def take(self) -> SweepJob | None:
+    def next_job(self) -> SweepJob | None:
         """The next one; None where there is none now."""
 
-    def words(self, job: SweepJob) -> list[str]:
+    def extra_overrides(self, job: SweepJob) -> list[str]:
         """What else the job is told."""
 
-    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
+    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """A job has ended, in whatever way."""
 
 
@@ -117,7 +117,7 @@ class SweepDriver:
             self._launch(jobs)
 
     def _take(self) -> SweepJob | None:
-        job = None if self.is_stopped else self.source.take()
+        job = None if self.is_stopped else self.source.next_job()
         if job is not None:
             self.taken[job.number] = job
         return job
@@ -134,9 +134,9 @@ class SweepDriver:
 
     def _words(self, job: SweepJob) -> list[str]:
         """All that a job is told; the folder is this one, whatever its own words would make it."""
-        path = quoted(str(self.folder.path))
-        where = [f"hydra.sweep.dir={path}", f"hydra.sweep.subdir={quoted(job.folder)}"]
-        return [*job.words, *self.source.words(job), *where]
+        path = quote(str(self.folder.path))
+        where = [f"hydra.sweep.dir={path}", f"hydra.sweep.subdir={quote(job.folder)}"]
+        return [*job.overrides, *self.source.extra_overrides(job), *where]
 
     def _launch(self, jobs: list[SweepJob]) -> None:
         """Through Hydra's own interface; a job that cannot be composed fails alone."""
@@ -169,7 +169,7 @@ class SweepDriver:
                 log.debug("it came from", exc_info=error)
                 self.is_stopped = True
                 request_stop(self.folder)
-                while any(is_running(self.folder, self.folder.of(job)) for job in jobs):
+                while any(is_running(self.folder, self.folder.run_folder(job)) for job in jobs):
                     time.sleep(0.2)
         return []
 
@@ -197,16 +197,16 @@ class SweepDriver:
             thread.join()
 
     def _tell_of(self, jobs: list[SweepJob], over: threading.Event) -> None:
-        earlier = {job.number: read_run_status(self.folder.of(job)) for job in jobs}
+        earlier = {job.number: read_run_status(self.folder.run_folder(job)) for job in jobs}
         while not over.wait(LOOKS):
             for job in jobs:
-                outcome = read_run_status(self.folder.of(job))
+                outcome = read_run_status(self.folder.run_folder(job))
                 if outcome.status not in (PENDING, RUNNING) and outcome != earlier[job.number]:
                     self._tell(job, outcome)
 
     def _settle(self, job: SweepJob, result: JobReturn | None) -> None:
         """What a job no longer said itself stands in its folder."""
-        folder = self.folder.of(job)
+        folder = self.folder.run_folder(job)
         status = read_run_status(folder).status
         if status not in (PENDING, RUNNING) or is_running(self.folder, folder):
             return
@@ -224,18 +224,18 @@ class SweepDriver:
         return True
 
     def _made(self, job: SweepJob) -> Path:
-        folder = self.folder.of(job)
+        folder = self.folder.run_folder(job)
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def _ended(self, number: int) -> None:
         job = self.taken[number]
-        outcome = read_run_status(self.folder.of(job))
+        outcome = read_run_status(self.folder.run_folder(job))
         if outcome.status == FAILED:
             job.failures += 1
             self.is_stopped = self.is_stopped or self.on_error == "stop"
         self._tell(job, outcome)
-        self.source.ended(job, outcome)
+        self.source.on_job_end(job, outcome)
         self.folder.save()
         update_tables(self.folder.path)
 
@@ -244,7 +244,9 @@ class SweepDriver:
             return
         self.reported[job.number] = outcome.status
         if outcome.status == FAILED:
-            log.error("job %d failed: %s; see %s", job.number, outcome.error, self.folder.of(job))
+            log.error(
+                "job %d failed: %s; see %s", job.number, outcome.error, self.folder.run_folder(job)
+            )
         else:
             log.info("job %d %s: %s", job.number, outcome.status, _told(outcome))
 
@@ -265,7 +267,7 @@ def _told(outcome: RunStatus) -> str:
 
 
 @contextmanager
-def logged(folder: SweepFolder) -> Iterator[None]:
+def sweep_logging(folder: SweepFolder) -> Iterator[None]:
     """What is said of the sweep stands in `sweep.log`, too."""
     folder.path.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(folder.path / "sweep.log")

@@ -29,7 +29,7 @@ class GridJobs:
         self.sweep, self.folder = sweep, folder
         jobs = {}
         for values in grid(space, sweep.config.sweep.together):
-            job = folder.job_with(values) or folder.add(values, space.overrides_for(values))
+            job = folder.find_job(values) or folder.add(values, space.overrides_for(values))
             if job.number in jobs:
                 log.warning("the values of job %d are there twice; they are run once", job.number)
             jobs[job.number] = job
@@ -41,7 +41,7 @@ class GridJobs:
         )
 
     def _is_to_run(self, job: SweepJob) -> bool:
-        status = read_run_status(self.folder.of(job))
+        status = read_run_status(self.folder.run_folder(job))
         limit = self.sweep.config.sweep.max_retries
         if status.status == FAILED and job.failures > limit:
             words = "job %d has failed %d times and is left alone (sweep.max_retries=%d)"
@@ -49,15 +49,15 @@ class GridJobs:
             return False
         return not status.is_finished
 
-    def take(self) -> SweepJob | None:
+    def next_job(self) -> SweepJob | None:
         """The next job; None where there is none."""
         return self.left.popleft() if self.left else None
 
-    def words(self, job: SweepJob) -> list[str]:  # noqa: ARG002
+    def extra_overrides(self, job: SweepJob) -> list[str]:  # noqa: ARG002
         """Nothing else."""
         return []
 
-    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
+    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """Nothing depends on it."""
 
     def batch_size(self, launcher: object) -> int:

@@ -6,12 +6,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from app.config.overrides import Values, parse_overrides
+from app.config.overrides import JobValues, parse_overrides
 
-LONGEST = 80  # characters of a name beside number and hash; file systems allow 255 bytes
+MAX_NAME_LENGTH = 80  # characters of a name beside number and hash; file systems allow 255 bytes
 
 
 @dataclass
@@ -21,32 +21,43 @@ class SweepJob:
     Attributes:
         number: Its own in the sweep, counted from 0.
         values: By swept key, as they would be typed.
-        words: Its whole command line, less what is Hydra's own.
+        overrides: Its whole command line, less what is Hydra's own.
         folder: Its name inside the sweep's.
         failures: How often it has failed.
         retry_of: The number of the failed job that it repeats, in a search.
     """
 
     number: int
-    values: Values
-    words: list[str]
+    values: JobValues
+    overrides: list[str]
     folder: str
     failures: int = 0
     retry_of: int | None = None
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> SweepJob:
+        """Build a job from its entry in `sweep.json`."""
+        fields = dict(content)
+        return cls(overrides=fields.pop("words"), **fields)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the job's entry in `sweep.json`."""
+        fields = asdict(self)
+        return {"words": fields.pop("overrides"), **fields}
+
     @property
     def hash(self) -> str:
         """Of the values."""
-        return hash_of(self.values)
+        return values_hash(self.values)
 
 
-def new_job(number: int, values: Values, words: list[str]) -> SweepJob:
+def new_job(number: int, values: JobValues, words: list[str]) -> SweepJob:
     """A job that has not run yet."""
-    names = [f"{number}", short_name(values), hash_of(values)]
+    names = [f"{number}", short_name(values), values_hash(values)]
     return SweepJob(number, values, words, "_".join(name for name in names if name))
 
 
-def hash_of(values: Mapping[str, str]) -> str:
+def values_hash(values: Mapping[str, str]) -> str:
     """The same for the same values, in whatever order they were typed."""
     return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:8]
 
@@ -59,7 +70,7 @@ def short_name(values: Mapping[str, str]) -> str:
     last = [key.rpartition(".")[2].rpartition("/")[2] for key in values]
     names = [one if last.count(one) == 1 else key for one, key in zip(last, values, strict=True)]
     parts = [f"{name}-{_brief(text)}" for name, text in zip(names, values.values(), strict=True)]
-    return re.sub(r"[^\w.-]+", "-", "_".join(parts), flags=re.ASCII)[:LONGEST].strip("-_.")
+    return re.sub(r"[^\w.-]+", "-", "_".join(parts), flags=re.ASCII)[:MAX_NAME_LENGTH].strip("-_.")
 
 
 def _brief(text: str) -> str:

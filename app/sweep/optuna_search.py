@@ -24,14 +24,20 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from app.config.instantiate import Instantiator
-from app.config.overrides import SweepSpace, Values, choices, quoted, raw_override
+from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig
-from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest
+from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
 from app.sweep.run import Sweep
-from app.sweep.search_options import GRID, NO_PRUNER, PRUNERS, SAMPLERS, SearchOptions
+from app.sweep.search_options import (
+    GRID_SAMPLER,
+    NO_PRUNER,
+    PRUNER_PREFIX,
+    SAMPLER_PREFIX,
+    SearchOptions,
+)
 from app.training.history import Row, goal_value
 from app.training.pruning import make_storage
 
@@ -69,7 +75,7 @@ class OptunaJobs:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
         self.searched = parse_search_space(space.swept)
-        self.objectives = objectives_of(sweep.config, options)
+        self.objectives = make_objectives(sweep.config, options)
         self.storage = folder.storage_name(options.storage)
         self.name = options.study_name or folder.path.name
         self.study = self._study()
@@ -94,8 +100,8 @@ class OptunaJobs:
             problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
             raise ConfigError([ConfigIssue("hydra.sweeper.study_name", problem)])
         node = sampler_node(self.options.sampler, self.searched.distributions, len(study.trials))
-        study.sampler = Instantiator([SAMPLERS])("hydra.sweeper.sampler", node)
-        study.pruner = Instantiator([PRUNERS])("hydra.sweeper.pruner", self.options.pruner)
+        study.sampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
+        study.pruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", self.options.pruner)
         if known:
             log.info("the study %s has %d trials", self.name, len(study.trials))
         return study
@@ -109,9 +115,9 @@ class OptunaJobs:
                 f"the study {self.name} in {self.storage} has no trial {lost[0]} any more"
             )
         running = [j for j in self.folder.jobs if trials[j.number].state is TrialState.RUNNING]
-        outcomes = {job.number: read_run_status(self.folder.of(job)) for job in running}
+        outcomes = {job.number: read_run_status(self.folder.run_folder(job)) for job in running}
         for job in running:  # the study had no time to hear of these
-            self.ended(job, outcomes[job.number])
+            self.on_job_end(job, outcomes[job.number])
         ended = (COMPLETED, DIVERGED, PRUNED, FAILED)
         return [job for job in running if outcomes[job.number].status not in ended]
 
@@ -134,7 +140,7 @@ class OptunaJobs:
             attributes = {RETRY_OF: trial.number, "failures": failures}
             self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
-    def take(self) -> SweepJob | None:
+    def next_job(self) -> SweepJob | None:
         """The next trial; None where there are enough."""
         if self.again:
             return self.again.popleft()
@@ -144,14 +150,14 @@ class OptunaJobs:
         if enough and not waiting:
             return None
         trial = self.study.ask(self.searched.distributions)
-        values = self.searched.typed(trial.params)
+        values = self.searched.to_values(trial.params)
         job = self.folder.add(values, self.space.overrides_for(values), trial.number)
         job.failures = trial.user_attrs.get("failures", 0)
         job.retry_of = trial.user_attrs.get(RETRY_OF)
         self.folder.save()
         return job
 
-    def words(self, job: SweepJob) -> list[str]:
+    def extra_overrides(self, job: SweepJob) -> list[str]:
         """Which trial it is, where it may be pruned."""
         if self.options.pruner["_target_"] == NO_PRUNER:
             return []
@@ -163,10 +169,10 @@ class OptunaJobs:
         }
         return [f"sweep.trial={to_override(trial)}"]
 
-    def ended(self, job: SweepJob, outcome: RunStatus) -> None:
+    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """The study hears of it; what was cut stays under way."""
         if outcome.status == COMPLETED:
-            values = objective_values(self.folder.of(job), outcome, self.objectives)
+            values = objective_values(self.folder.run_folder(job), outcome, self.objectives)
             if any(math.isnan(value) for value in values):
                 log.warning("trial %d has no value of %s", job.number, ", ".join(self.objectives))
                 self.study.tell(job.number, state=TrialState.FAIL)
@@ -182,7 +188,7 @@ class OptunaJobs:
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
 
 
-def objectives_of(config: DictConfig, options: SearchOptions) -> dict[str, MonitorConfig]:
+def make_objectives(config: DictConfig, options: SearchOptions) -> dict[str, MonitorConfig]:
     """By name the goal, and what else is searched for."""
     goal = MonitorConfig(config.goal.metric, config.goal.mode)
     return {goal.metric: goal} | {
@@ -213,7 +219,7 @@ def sampler_node(
     """The sampler, with what it needs to know; going on, it must not draw the same again."""
     seed = node.get("seed")
     node = node | ({"seed": seed + trials} if isinstance(seed, int) else {})
-    if node["_target_"] == GRID:
+    if node["_target_"] == GRID_SAMPLER:
         return node | {"search_space": {k: list(d.choices) for k, d in distributions.items()}}
     return node
 
@@ -225,13 +231,13 @@ def to_override(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(to_override, value))}]"
     if isinstance(value, str):
-        return quoted(value)
+        return quote(value)
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return repr(value)
 
 
-LOG = "log"
+LOG_TAG = "log"
 
 
 @dataclass(frozen=True)
@@ -244,12 +250,12 @@ class SearchSpace:
     """
 
     distributions: dict[str, BaseDistribution]
-    words: dict[str, dict[Any, str]]
+    choice_texts: dict[str, dict[Any, str]]
 
-    def typed(self, drawn: Mapping[str, Any]) -> Values:
+    def to_values(self, drawn: Mapping[str, Any]) -> JobValues:
         """What was drawn, as it would be typed."""
         return {
-            key: self.words[key][_hashed(value)] if key in self.words else repr(value)
+            key: self.choice_texts[key][_hashed(value)] if key in self.choice_texts else repr(value)
             for key, value in drawn.items()
         }
 
@@ -269,11 +275,11 @@ def parse_search_space(swept: Mapping[str, Override]) -> SearchSpace:
 
 
 def _is_choice(override: Override) -> bool:
-    sweep = sweep_of(override)
+    sweep = parse_sweep(override)
     return sweep.shuffle if isinstance(sweep, RangeSweep) else isinstance(sweep, ChoiceSweep)
 
 
-def sweep_of(override: Override) -> ChoiceSweep | RangeSweep | IntervalSweep:
+def parse_sweep(override: Override) -> ChoiceSweep | RangeSweep | IntervalSweep:
     """Its value, with what `glob(*)` stands for as choices."""
     sweep = override.value()
     if isinstance(sweep, (RangeSweep, IntervalSweep)):
@@ -292,10 +298,10 @@ def _value(text: str) -> Any:
 
 
 def _distribution(override: Override) -> BaseDistribution:
-    sweep = sweep_of(override)
+    sweep = parse_sweep(override)
     if isinstance(sweep, ChoiceSweep) or _is_choice(override):
         return CategoricalDistribution([_value(text) for text in choices(override)])
-    log = LOG in sweep.tags
+    log = LOG_TAG in sweep.tags
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
@@ -309,19 +315,19 @@ def _distribution(override: Override) -> BaseDistribution:
     return FloatDistribution(low, high, step=None if log else step, log=log)
 
 
-def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[ConfigIssue]:
+def iter_distribution_issues(swept: Mapping[str, Override]) -> Iterator[ConfigIssue]:
     """What no distribution can be made of."""
     for key, override in swept.items():
-        sweep = sweep_of(override)
+        sweep = parse_sweep(override)
         text = f"={raw_override(override).partition('=')[2]}"
-        wrong = sorted(tag for tag in sweep.tags if tag != LOG)
+        wrong = sorted(tag for tag in sweep.tags if tag != LOG_TAG)
         if wrong:
-            close = nearest(wrong[0], [LOG])
+            close = did_you_mean(wrong[0], [LOG_TAG])
             yield ConfigIssue(
                 key, f"{text}: {wrong[0]!r} is no tag known here; allowed: log{close}"
             )
         elif isinstance(sweep, ChoiceSweep):
-            if LOG in sweep.tags:
+            if LOG_TAG in sweep.tags:
                 yield ConfigIssue(key, f"{text}: log is for interval() and range()")
         else:
             values = [parse_value(one) for one in choices(override)]
@@ -330,7 +336,7 @@ def distribution_mistakes(swept: Mapping[str, Override]) -> Iterator[ConfigIssue
 
 
 def _range_problem(sweep: RangeSweep | IntervalSweep, values: Sequence[Any]) -> str | None:
-    log = LOG in sweep.tags
+    log = LOG_TAG in sweep.tags
     if not values:
         return " has no value"
     if not all(math.isfinite(value) for value in values):

@@ -13,7 +13,7 @@ from app.runtime.files import read_json
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED = "diverged"
-OVER = (COMPLETED, PRUNED, DIVERGED)  # there is nothing left to do
+FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # there is nothing left to do
 DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -36,7 +36,7 @@ class RunStatus:
     @property
     def is_finished(self) -> bool:
         """Whether there is nothing left to do."""
-        return self.status in OVER
+        return self.status in FINISHED_STATUSES
 
 
 def read_run_status(folder: Path) -> RunStatus:
@@ -50,7 +50,7 @@ def read_run_status(folder: Path) -> RunStatus:
     return RunStatus(status, best.get("value"), content.get("error"), content)
 
 
-def record_failure(folder: Path, failure: RankFailure, says: bool = True) -> None:
+def record_failure(folder: Path, failure: RankFailure, write_log: bool = True) -> None:
     """The run's own log and `status.json` say how it failed, whatever it could still say.
 
     Args:
@@ -60,7 +60,7 @@ def record_failure(folder: Path, failure: RankFailure, says: bool = True) -> Non
     """
     if read_run_status(folder).status in (PENDING, RUNNING):
         record_rank_failure(folder, failure)
-    if says:
+    if write_log:
         _write_in_log(folder, failure)
 
 

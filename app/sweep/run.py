@@ -25,7 +25,7 @@ from app.runtime.signals import (
     StopSignal,
     TrainingInterrupted,
 )
-from app.sweep.driver import JobSource, SweepDriver, logged
+from app.sweep.driver import JobSource, SweepDriver, sweep_logging
 from app.sweep.folder import SweepFolder
 from app.sweep.report.write import exit_code, write_report
 
@@ -57,25 +57,27 @@ class Sweep:
         return Path(str(self.config.hydra.sweep.dir)).absolute()
 
 
-class Search(JobSource, Protocol):
+class BatchedJobSource(JobSource, Protocol):
     """A source of jobs that knows how many go together."""
 
     def batch_size(self, launcher: object) -> int:
         """How many jobs a launcher that runs them together is given."""
 
 
-class MakeSearch(Protocol):
+class JobSourceFactory(Protocol):
     """Makes the source of jobs, once there is a folder."""
 
-    def __call__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> Search: ...
+    def __call__(
+        self, sweep: Sweep, folder: SweepFolder, space: SweepSpace
+    ) -> BatchedJobSource: ...
 
 
-def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
+def run_sweep(sweep: Sweep, make_search: JobSourceFactory) -> None:
     """All of it; ends the process where not all went well."""
     try:
         with SweepFolder(sweep.folder).locked():
             folder = SweepFolder(sweep.folder)  # nobody else changes it from now on
-            with logged(folder):
+            with sweep_logging(folder):
                 code = _run(sweep, folder, make_search)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
@@ -84,7 +86,7 @@ def run_sweep(sweep: Sweep, make_search: MakeSearch) -> None:
         sys.exit(code)
 
 
-def _run(sweep: Sweep, folder: SweepFolder, make_search: MakeSearch) -> int:
+def _run(sweep: Sweep, folder: SweepFolder, make_search: JobSourceFactory) -> int:
     loader = _begin(sweep, folder)
     space = parse_space(sweep.arguments, sweep.params, loader)
     context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
@@ -124,14 +126,14 @@ def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
     loader = folder.frozen_loader(own)
     space = parse_space(sweep.arguments, sweep.params, loader)
     if fresh:
-        folder.save_base(base_of(loader.load_sweep_config(sweep.config, space.fixed)))
-    folder.words = typed(sweep.config)
+        folder.save_base(shared_config(loader.load_sweep_config(sweep.config, space.fixed)))
+    folder.overrides = overrides_to_save(sweep.config)
     folder.save()
     OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
     return loader
 
 
-def base_of(config: DictConfig) -> dict[str, Any]:
+def shared_config(config: DictConfig) -> dict[str, Any]:
     """What all jobs share, plainly."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
@@ -141,7 +143,7 @@ def base_of(config: DictConfig) -> dict[str, Any]:
         HydraConfig.instance().cfg = before
 
 
-def typed(config: DictConfig) -> list[str]:
+def overrides_to_save(config: DictConfig) -> list[str]:
     """The command line of the sweep, with which it can be gone on with."""
     overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
     words = [*overrides["hydra"], *overrides["task"]]

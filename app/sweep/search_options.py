@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SAMPLERS, PRUNERS = "optuna.samplers", "optuna.pruners"
-NO_PRUNER, GRID = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
+SAMPLER_PREFIX, PRUNER_PREFIX = "optuna.samplers", "optuna.pruners"
+NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
 
 
 @dataclass(frozen=True)

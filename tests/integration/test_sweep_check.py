@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.sweeps import sweep_errors_in
+from tests.support.sweeps import sweep_errors
 
 ROOT = Path(__file__).parents[2]
 BASH = re.compile(r"```bash\n(.*?)```", re.DOTALL)
@@ -30,4 +30,4 @@ def test_what_the_pages_show_has_no_mistake(command: str) -> None:
     words = shlex.split(command, comments=True)
     if "hydra/launcher=ray" in words and find_spec("hydra_plugins.hydra_ray_launcher") is None:
         pytest.skip("Ray is not installed")
-    assert sweep_errors_in(*words[4:]) == ""
+    assert sweep_errors(*words[4:]) == ""

@@ -19,7 +19,7 @@ import pytest
 from tests.support import fake_slurm as slurm
 from tests.support.processes import TESTS, Command, descendants, gone, status_of, write_numbered
 from tests.support.runs import Ran, run_cold
-from tests.support.sweeps import folder_of, jobs_in, started, states_of, steps
+from tests.support.sweeps import job_folders, job_statuses, start_sweep, step_pids, sweep_folder
 
 RAY = "hydra_plugins.hydra_ray_launcher"
 LAUNCHERS = {
@@ -55,13 +55,13 @@ def ended(process: Command) -> tuple[int, str]:
 def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     words = ("+task.does=raise,nothing", "+task.at=1", *SHORTER)
-    code, printed = ended(started(tmp_path, *words_of(launcher), *words))
-    assert (code, states_of(folder_of(tmp_path))) == (1, FAILED + DONE), printed
+    code, printed = ended(start_sweep(tmp_path, *words_of(launcher), *words))
+    assert (code, job_statuses(sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
     assert "gave up" not in printed
     assert printed.count("job 1 completed") == 1
     assert "loss_mean" not in printed  # several jobs at once: each has its own log
-    for job in jobs_in(folder_of(tmp_path)):
+    for job in job_folders(sweep_folder(tmp_path)):
         assert "run       mlp_mnist" in (job / "logs" / "rank0.log").read_text()
 
 
@@ -74,18 +74,18 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
     words = (*readers, "trainer.devices=1,2", "+task.slow=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
-    process = started(tmp_path, *words_of("joblib"), *words, flags=flags, cold=True)
+    process = start_sweep(tmp_path, *words_of("joblib"), *words, flags=flags, cold=True)
     pids = descendants(process.pid)
-    os.kill(steps(tmp_path)[0], signal.SIGKILL)
+    os.kill(step_pids(tmp_path)[0], signal.SIGKILL)
     code, printed = ended(process)
-    sweep = folder_of(tmp_path)
-    assert (code, states_of(sweep)[:1]) == (1, FAILED), printed
-    assert "completed" not in states_of(sweep)
+    sweep = sweep_folder(tmp_path)
+    assert (code, job_statuses(sweep)[:1]) == (1, FAILED), printed
+    assert "completed" not in job_statuses(sweep)
     assert "the launcher gave up: TerminatedWorkerError" in printed
     assert gone(pids)
     ran = run_cold(tmp_path, *flags, "-m", f"sweep.resume={sweep}", PYTHONPATH=TESTS)
-    assert (ran.code, states_of(sweep)) == (0, DONE * 2), ran.out + ran.err
-    assert [status_of(job)["ranks"] for job in jobs_in(sweep)] == [1, 2]
+    assert (ran.code, job_statuses(sweep)) == (0, DONE * 2), ran.out + ran.err
+    assert [status_of(job)["ranks"] for job in job_folders(sweep)] == [1, 2]
 
 
 @pytest.mark.long
@@ -94,17 +94,17 @@ def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     launcher: str, tmp_path: Path
 ) -> None:
     words = ("seed=0,1,2", "+task.slow=0.3")
-    process = started(tmp_path, *words_of(launcher), *words, marks=6, cold=True)
+    process = start_sweep(tmp_path, *words_of(launcher), *words, marks=6, cold=True)
     pids = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)  # not to the jobs; on another machine they hear nothing
     code, printed = ended(process)
     assert code == 130, printed
     assert gone(pids)
-    sweep = folder_of(tmp_path)
-    cut = [job for job in jobs_in(sweep) if (job / "checkpoints" / "last.pt").exists()]
+    sweep = sweep_folder(tmp_path)
+    cut = [job for job in job_folders(sweep) if (job / "checkpoints" / "last.pt").exists()]
     assert len(cut) >= 1
     assert {status_of(job)["status"] for job in cut} <= {"interrupted", "preempted"}
-    assert "completed" not in states_of(sweep)
+    assert "completed" not in job_statuses(sweep)
     assert f"python -m app -m sweep.resume={sweep}" in printed
 
 
@@ -118,20 +118,20 @@ def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
     monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(here))
     words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.slow=0.3")
-    process = started(tmp_path, *words, *SHORTER, marks=1, cold=True)
+    process = start_sweep(tmp_path, *words, *SHORTER, marks=1, cold=True)
     until = time.monotonic() + 100
-    while len(set(steps(tmp_path))) < 3:  # job 0, and both ranks of job 1
+    while len(set(step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
         assert time.monotonic() < until
         time.sleep(0.05)
     told = int((here / "process-1").read_text())
     for pid in (told, *descendants(told)):  # SLURM tells all processes of a step
         os.kill(pid, signal.SIGUSR2)
     code, printed = ended(process)
-    sweep = folder_of(tmp_path)
-    assert (code, states_of(sweep)) == (0, DONE * 2), printed
+    sweep = sweep_folder(tmp_path)
+    assert (code, job_statuses(sweep)) == (0, DONE * 2), printed
     assert (here / "ended-4242_0").read_text() == "COMPLETED 1"
     assert (here / "ended-4242_1").read_text() == "COMPLETED 2"
-    assert len(steps(tmp_path)) == 12 + 2 * 12  # none is made twice
+    assert len(step_pids(tmp_path)) == 12 + 2 * 12  # none is made twice
     assert "job 1 preempted" in printed
     assert "job 1 completed" in printed
     script = (here / "script").read_text()

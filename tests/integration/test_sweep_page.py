@@ -13,8 +13,8 @@ import plotly.graph_objects as go
 import pytest
 
 from app.config.schema import MonitorConfig
-from app.sweep.report.page import page
-from app.sweep.report.plots import pictures, scale
+from app.sweep.report.page import render_page
+from app.sweep.report.plots import axis_scale, make_plots
 from app.sweep.report.table import Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
@@ -86,7 +86,7 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
     tab.on("pageerror", lambda error: messages.append(str(error)))
 
     def shown(of: Results, **figures: str) -> Any:
-        file.write_text(page(of, figures), encoding="utf-8")
+        file.write_text(render_page(of, figures), encoding="utf-8")
         tab.goto(file.as_uri())
         return tab
 
@@ -296,7 +296,7 @@ def test_nothing_that_users_wrote_is_run(show: Show) -> None:
 
 
 def test_the_policy_lets_nothing_else_run_or_load(chromium: Any, tmp_path: Path) -> None:
-    (tmp_path / "page.html").write_text(page(SWEEP, {}), encoding="utf-8")
+    (tmp_path / "page.html").write_text(render_page(SWEEP, {}), encoding="utf-8")
     tab = chromium.new_page()
     tab.goto((tmp_path / "page.html").as_uri())
     refused = tab.evaluate(
@@ -395,22 +395,22 @@ SEEDS = results(
 
 
 def test_pictures_are_the_curves_and_one_for_each_key() -> None:
-    drawn = pictures(SEEDS)
+    drawn = make_plots(SEEDS)
     assert list(drawn) == ["curves.png", "by_optimizer.lr.png", "by_model.png", "by_seed.png"]
 
 
 def test_pictures_have_names_that_are_files() -> None:
     lines = run(0, "completed", 0.9, **{"+a/b c": 1}), run(1, "completed", 0.8, **{"+a/b c": 2})
-    assert list(pictures(results(*lines, keys=("+a/b c",)))) == ["curves.png", "by_+a_b_c.png"]
+    assert list(make_plots(results(*lines, keys=("+a/b c",)))) == ["curves.png", "by_+a_b_c.png"]
 
 
 @pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[1:2]])
 def test_nothing_finished_gives_no_pictures(table: pd.DataFrame) -> None:
-    assert pictures(Results("nothing", table, ["model"], [ACCURACY], {})) == {}
+    assert make_plots(Results("nothing", table, ["model"], [ACCURACY], {})) == {}
 
 
 def test_the_picture_of_the_curves_has_a_line_for_each_run() -> None:
-    axes = pictures(SWEEP)["curves.png"].axes[0]
+    axes = make_plots(SWEEP)["curves.png"].axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [
         [0.45, 0.9], [0.49, 0.98], [0.35, 0.7],
     ]  # fmt: skip
@@ -422,11 +422,11 @@ def test_the_picture_of_the_curves_has_a_line_for_each_run() -> None:
 
 def test_many_curves_have_no_legend() -> None:
     many = [run(job, "completed", 0.5, model="mlp") for job in range(13)]
-    assert pictures(results(*many, keys=("model",)))["curves.png"].axes[0].get_legend() is None
+    assert make_plots(results(*many, keys=("model",)))["curves.png"].axes[0].get_legend() is None
 
 
 def test_points_stand_at_their_values_and_means_are_of_completed_runs() -> None:
-    axes = pictures(SEEDS)["by_optimizer.lr.png"].axes[0]
+    axes = make_plots(SEEDS)["by_optimizer.lr.png"].axes[0]
     completed, others, means, *_ = [line.get_xydata().tolist() for line in axes.lines]
     assert axes.get_xscale() == "log"
     assert completed == [[0.001, 0.8], [0.001, 0.9], [0.1, 0.95]]
@@ -438,18 +438,18 @@ def test_points_stand_at_their_values_and_means_are_of_completed_runs() -> None:
 
 
 def test_categories_stand_beside_each_other_and_seeds_have_no_mean() -> None:
-    by_model = pictures(SWEEP)["by_model.png"].axes[0]
+    by_model = make_plots(SWEEP)["by_model.png"].axes[0]
     assert [label.get_text() for label in by_model.get_xticklabels()] == ["mlp", "cnn"]
     assert by_model.lines[0].get_xydata().tolist() == [[0, 0.9], [1, 0.98]]
-    assert len(pictures(SEEDS)["by_seed.png"].axes[0].containers) == 0
+    assert len(make_plots(SEEDS)["by_seed.png"].axes[0].containers) == 0
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_single_run_and_missing_values_are_drawn() -> None:
     lines = run(0, "running", 0.9, clip=None, model=True), run(1, "failed", None, clip=1, model=1)
-    for figure in pictures(results(*lines, keys=("clip", "model"))).values():
+    for figure in make_plots(results(*lines, keys=("clip", "model"))).values():
         figure.draw_without_rendering()
-    one = pictures(results(lines[0], keys=("clip",)))["by_clip.png"]
+    one = make_plots(results(lines[0], keys=("clip",)))["by_clip.png"]
     assert [label.get_text() for label in one.axes[0].get_xticklabels()] == ["null"]
 
 
@@ -457,13 +457,13 @@ def test_a_single_run_and_missing_values_are_drawn() -> None:
 def test_pictures_need_no_curves_and_no_completed_run() -> None:
     line = run(0, "running", 0.9, model="mlp", seed=1)
     without = Results("a sweep", pd.DataFrame([line]), ["model", "seed"], [ACCURACY], {})
-    for figure in pictures(without).values():
+    for figure in make_plots(without).values():
         figure.draw_without_rendering()
 
 
 def test_dollars_in_a_value_are_no_formula() -> None:
     line = run(0, "completed", 0.9, **{"data.root": r"$\oops{$" + 100 * "long"})
-    for figure in pictures(results(line, keys=("data.root",))).values():
+    for figure in make_plots(results(line, keys=("data.root",))).values():
         figure.draw_without_rendering()
     (tick,) = figure.axes[0].get_xticklabels()
     assert tick.get_text() == r"\$\oops{\$" + 12 * "long" + "lon…"
@@ -485,4 +485,4 @@ def test_dollars_in_a_value_are_no_formula() -> None:
     ],
 )
 def test_the_scale_of_a_key(values: list[object], kind: str) -> None:
-    assert scale(values) == kind
+    assert axis_scale(values) == kind

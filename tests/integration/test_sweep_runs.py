@@ -16,15 +16,15 @@ from tests.support.processes import status_of
 from tests.support.runs import run_app
 from tests.support.sweeps import (
     POOL,
-    SWEEPING,
-    Sweeps,
-    folder_of,
-    in_this_process,
-    jobs_in,
-    started,
-    states_of,
-    steps,
-    table_of,
+    SWEEP_TASK,
+    RunSweep,
+    job_folders,
+    job_statuses,
+    read_sweep_table,
+    start_sweep,
+    step_pids,
+    sweep_folder,
+    sweep_runner,
 )
 
 
@@ -33,12 +33,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two learning rates with two seeds each."""
     cwd = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
-        assert in_this_process(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
-    return folder_of(cwd)
+        assert sweep_runner(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
+    return sweep_folder(cwd)
 
 
 def test_the_table_has_what_the_folders_say(swept: Path) -> None:
-    table = table_of(swept)
+    table = read_sweep_table(swept)
     assert table.columns.tolist() == [
         *("job", "status", "optimizer.lr", "seed"),
         *("best_accuracy", "best_epoch", "last_accuracy"),
@@ -64,7 +64,7 @@ def test_the_table_has_what_the_folders_say(swept: Path) -> None:
 
 
 def test_seeds_are_averaged(swept: Path) -> None:
-    table, averages = table_of(swept), pd.read_csv(swept / "sweep_by_config.csv")
+    table, averages = read_sweep_table(swept), pd.read_csv(swept / "sweep_by_config.csv")
     assert averages["optimizer.lr"].tolist() == [0.1, 0.01]
     assert averages["jobs"].tolist() == averages["completed"].tolist() == [2, 2]
     for name in ("best_accuracy", "test/loss", "seconds"):
@@ -79,7 +79,7 @@ def test_a_sweep_leaves_its_page_its_pictures_and_its_log(swept: Path) -> None:
     names = {path.name for path in (swept / "plots").iterdir()}
     assert names == {"curves.png", "by_optimizer.lr.png", "by_seed.png"}
     log = (swept / "sweep.log").read_text()
-    best = table_of(swept).sort_values("best_accuracy").iloc[-1]
+    best = read_sweep_table(swept).sort_values("best_accuracy").iloc[-1]
     assert f"best_accuracy={best['best_accuracy']:.6g} in {best['folder']}" in log
     assert log.count("completed: best accuracy=") == 4
 
@@ -104,10 +104,10 @@ def test_a_report_makes_all_anew(swept: Path) -> None:
     assert (swept / "sweep.html").read_text() == page
 
 
-def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: Sweeps, tmp_path: Path) -> None:
+def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("optimizer.lr=0.05", "hydra.run.dir=single", "trainer.max_epochs=1", flags=()) == 0
     assert run_app(tmp_path, "report", str(swept), "single", "--to", "joined").code == 0
-    table = table_of(tmp_path / "joined")
+    table = read_sweep_table(tmp_path / "joined")
     assert len(table) == 5
     assert sorted(table["optimizer.lr"]) == [0.01, 0.01, 0.05, 0.1, 0.1]
     assert table["seed"].tolist() == [0, 1, 0, 1, 0]
@@ -118,57 +118,57 @@ def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: Sweeps, tmp_path: Pa
     assert "no folder" in done.err
 
 
-def test_a_failed_job_does_not_end_the_sweep(sweep: Sweeps, tmp_path: Path) -> None:
+def test_a_failed_job_does_not_end_the_sweep(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     pairs = ("+task.does=nothing,raise,nothing", "seed=0,1,2", "sweep.together=[[task.does,seed]]")
-    assert sweep(*SWEEPING, *pairs, "+task.at=1") == 1
-    folder = folder_of(tmp_path)
-    assert states_of(folder) == ["completed", "failed", "completed"]
-    table = table_of(folder)
+    assert sweep(*SWEEP_TASK, *pairs, "+task.at=1") == 1
+    folder = sweep_folder(tmp_path)
+    assert job_statuses(folder) == ["completed", "failed", "completed"]
+    table = read_sweep_table(folder)
     assert table["error"][1] == "RuntimeError: the step broke"
-    assert "RuntimeError: the step broke" in (jobs_in(folder)[1] / "run.log").read_text()
-    assert "Traceback" in (jobs_in(folder)[1] / "run.log").read_text()
-    before = [(job / "status.json").read_bytes() for job in jobs_in(folder)]
+    assert "RuntimeError: the step broke" in (job_folders(folder)[1] / "run.log").read_text()
+    assert "Traceback" in (job_folders(folder)[1] / "run.log").read_text()
+    before = [(job / "status.json").read_bytes() for job in job_folders(folder)]
     (tmp_path / "broken").unlink()
     assert sweep(f"sweep.resume={folder}", short=False) == 0
-    assert states_of(folder) == ["completed"] * 3
-    after = [(job / "status.json").read_bytes() for job in jobs_in(folder)]
+    assert job_statuses(folder) == ["completed"] * 3
+    after = [(job / "status.json").read_bytes() for job in job_folders(folder)]
     assert (after[0], after[2]) == (before[0], before[2])
-    assert table_of(folder)["attempts"].tolist() == [1, 2, 1]
+    assert read_sweep_table(folder)["attempts"].tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("launcher", [(), (POOL, "hydra.launcher.slots=1")])
 def test_a_failed_job_ends_the_sweep_where_it_is_to(
-    sweep: Sweeps, tmp_path: Path, launcher: tuple[str, ...]
+    sweep: RunSweep, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken").touch()
-    words = (*SWEEPING, "+task.does=raise,nothing", "+task.at=1", "sweep.on_error=stop")
+    words = (*SWEEP_TASK, "+task.does=raise,nothing", "+task.at=1", "sweep.on_error=stop")
     assert sweep(*words, *launcher) == 1
-    assert states_of(folder_of(tmp_path)) == ["failed", "pending"]
+    assert job_statuses(sweep_folder(tmp_path)) == ["failed", "pending"]
 
 
-def test_failed_jobs_are_tried_so_often_and_no_more(sweep: Sweeps, tmp_path: Path) -> None:
+def test_failed_jobs_are_tried_so_often_and_no_more(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    assert sweep(*SWEEPING, "+task.does=raise", "+task.at=1", "sweep.max_retries=1") == 1
-    folder = folder_of(tmp_path)
+    assert sweep(*SWEEP_TASK, "+task.does=raise", "+task.at=1", "sweep.max_retries=1") == 1
+    folder = sweep_folder(tmp_path)
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    made = len(steps(tmp_path))
+    made = len(step_pids(tmp_path))
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    assert len(steps(tmp_path)) == made
+    assert len(step_pids(tmp_path)) == made
     assert "job 0 has failed 2 times and is left alone" in (folder / "sweep.log").read_text()
 
 
-def test_a_job_of_the_pool_gives_what_it_gives_alone(swept: Path, sweep: Sweeps) -> None:
+def test_a_job_of_the_pool_gives_what_it_gives_alone(swept: Path, sweep: RunSweep) -> None:
     assert sweep(POOL, "optimizer.lr=0.1,0.01", "seed=0", "hydra.launcher.slots=1") == 0
-    mine = jobs_in(folder_of(Path.cwd()))
-    same = [jobs_in(swept)[0], jobs_in(swept)[2]]
+    mine = job_folders(sweep_folder(Path.cwd()))
+    same = [job_folders(swept)[0], job_folders(swept)[2]]
     for one, other in zip(mine, same, strict=True):
         values = [pd.read_csv(f / "summary_table.csv")["loss_mean"] for f in (one, other)]
         np.testing.assert_allclose(*values, rtol=1e-4)  # another number of threads
 
 
 def test_a_folder_in_use_is_said(
-    tmp_path: Path, sweep: Sweeps, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep("seed=0", "hydra.sweep.dir=first") == 0
     with SweepFolder(tmp_path / "first").locked():
@@ -183,13 +183,13 @@ def test_a_folder_in_use_is_said(
 @pytest.mark.parametrize("words", [[], ["model=mlp"]])
 def test_only_a_sweep_goes_on_as_one(
     tmp_path: Path,
-    sweep: Sweeps,
+    sweep: RunSweep,
     capsys: pytest.CaptureFixture[str],
     where: str,
     words: list[str],
 ) -> None:
     begun = SweepFolder(tmp_path / "first")
-    begun.words = ["seed=0,1"]
+    begun.overrides = ["seed=0,1"]
     begun.save()
     assert sweep(*words, f"sweep.resume={where}", short=False, flags=()) == 2
     needed = f"sweep.resume={where} needs -m, too: python -m app -m sweep.resume={where}"
@@ -206,44 +206,44 @@ def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
     text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
     (conf / "mine.yaml").write_text(text % (0.1, "before"))
     words = ("experiment=mine", "+task.slow=0.1", "seed=0,1", "trainer.max_epochs=1")
-    process = started(tmp_path, *words, flags=("--config-dir", "conf"))
+    process = start_sweep(tmp_path, *words, flags=("--config-dir", "conf"))
     (conf / "mine.yaml").write_text(text % (0.5, "after"))
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
     configs = [
-        yaml.safe_load((j / "config.yaml").read_text()) for j in jobs_in(folder_of(tmp_path))
+        yaml.safe_load((j / "config.yaml").read_text()) for j in job_folders(sweep_folder(tmp_path))
     ]
     assert [config["optimizer"]["lr"] for config in configs] == [0.1, 0.1]
     assert [config["notes"] for config in configs] == ["before", "before"]
 
 
 def test_another_configuration_is_refused_unless_forced(
-    tmp_path: Path, sweep: Sweeps, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
     longer = ("seed=0,1,2", "sweep.resume=first", "trainer.gradient_clip_norm=1.0")
     assert sweep(*longer, "trainer.max_epochs=1") == 2
     told = capsys.readouterr().err
     assert "trainer.gradient_clip_norm: None -> 1.0: the sweep was begun so; sweep.force=" in told
-    assert len(jobs_in(tmp_path / "first")) == 2
+    assert len(job_folders(tmp_path / "first")) == 2
     assert sweep(*longer, "trainer.max_epochs=1", "sweep.force=true") == 0
     folder = tmp_path / "first"
-    assert states_of(folder) == ["completed"] * 3
-    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in jobs_in(folder)]
+    assert job_statuses(folder) == ["completed"] * 3
+    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in job_folders(folder)]
     clips = [config["trainer"]["gradient_clip_norm"] for config in configs]
     assert clips == [None, None, 1.0]
 
 
-def test_a_sweep_goes_on_with_further_values(tmp_path: Path, sweep: Sweeps) -> None:
+def test_a_sweep_goes_on_with_further_values(tmp_path: Path, sweep: RunSweep) -> None:
     assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
-    before = [(job / "status.json").read_bytes() for job in jobs_in(tmp_path / "first")]
+    before = [(job / "status.json").read_bytes() for job in job_folders(tmp_path / "first")]
     assert sweep("seed=2,0,1", "sweep.resume=first", "trainer.max_epochs=1") == 0
     folder = tmp_path / "first"
-    assert table_of(folder)["seed"].tolist() == [0, 1, 2]
-    assert [(job / "status.json").read_bytes() for job in jobs_in(folder)][:2] == before
+    assert read_sweep_table(folder)["seed"].tolist() == [0, 1, 2]
+    assert [(job / "status.json").read_bytes() for job in job_folders(folder)][:2] == before
 
 
-def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: Sweeps) -> None:
+def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: RunSweep) -> None:
     conf = tmp_path / "conf" / "sweep"
     conf.mkdir(parents=True)
     (conf / "mine.yaml").write_text(
@@ -253,11 +253,11 @@ def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: Sweeps) -> None:
         "sweep:\n  together: [[optimizer.lr, data.batch_size]]\n"
     )
     assert sweep("sweep=mine", "trainer.max_epochs=1", flags=("--config-dir", "conf")) == 0
-    table = table_of(folder_of(tmp_path))
+    table = read_sweep_table(sweep_folder(tmp_path))
     assert table["optimizer.lr"].tolist() == [0.1, 0.01]
     assert table["data.batch_size"].tolist() == [64, 32]
 
 
-def test_hydras_own_sweeper_leaves_a_table_too(sweep: Sweeps, tmp_path: Path) -> None:
+def test_hydras_own_sweeper_leaves_a_table_too(sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("hydra/sweeper=basic", "seed=0,1", "trainer.max_epochs=1") == 0
-    assert len(table_of(folder_of(tmp_path))) == 2
+    assert len(read_sweep_table(sweep_folder(tmp_path))) == 2

@@ -16,14 +16,14 @@ from app.sweep.folder import SweepFolder
 from tests.support.processes import descendants, gone, status_of
 from tests.support.sweeps import (
     POOL,
-    SWEEPING,
-    Sweeps,
-    folder_of,
-    jobs_in,
-    started,
-    states_of,
-    steps,
-    table_of,
+    SWEEP_TASK,
+    RunSweep,
+    job_folders,
+    job_statuses,
+    read_sweep_table,
+    start_sweep,
+    step_pids,
+    sweep_folder,
 )
 
 SEARCH = "hydra/sweeper=optuna"
@@ -40,14 +40,16 @@ def trials(count: int, *words: str) -> tuple[str, ...]:
     return (SEARCH, f"hydra.sweeper.n_trials={count}", *words)
 
 
-def test_a_search_goes_on_after_a_crashing_trial(sweep: Sweeps, tmp_path: Path) -> None:
+def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = (POOL, "hydra.launcher.slots=2", *SWEEPING, "+task.at=1", "+task.does=nothing,raise")
+    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.at=1", "+task.does=nothing,raise")
     assert sweep(*trials(4, *words, LR, "model.hidden=[16],[32]", "seed=2")) == 1
-    folder = folder_of(tmp_path)
-    study, table = study_of(folder), table_of(folder)
+    folder = sweep_folder(tmp_path)
+    study, table = study_of(folder), read_sweep_table(folder)
     assert [trial.number for trial in study.trials] == table["job"].tolist() == [0, 1, 2, 3]
-    for trial, (_, line), job in zip(study.trials, table.iterrows(), jobs_in(folder), strict=True):
+    for trial, (_, line), job in zip(
+        study.trials, table.iterrows(), job_folders(folder), strict=True
+    ):
         config = yaml.safe_load((job / "config.yaml").read_text())
         assert config["optimizer"]["lr"] == trial.params["optimizer.lr"] == line["optimizer.lr"]
         assert str(config["model"]["hidden"]) == trial.params["model.hidden"]
@@ -56,7 +58,7 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: Sweeps, tmp_path: Path) 
         else:
             assert (trial.state, line["status"]) == (TrialState.COMPLETE, "completed")
             assert trial.values == [status_of(job)["best"]["value"]] == [line["best_accuracy"]]
-    assert {"failed", "completed"} == set(states_of(folder))
+    assert {"failed", "completed"} == set(job_statuses(folder))
     assert "History, accuracy" in (folder / "sweep.html").read_text()
 
     (tmp_path / "broken").unlink()
@@ -65,16 +67,18 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: Sweeps, tmp_path: Path) 
     again = study_of(folder).trials[4:]
     assert [trial.params for trial in again] == failed
     assert {trial.state for trial in again} == {TrialState.COMPLETE}
-    assert len(table_of(folder)) == 4 + len(failed)
+    assert len(read_sweep_table(folder)) == 4 + len(failed)
 
 
-def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: Sweeps, tmp_path: Path) -> None:
-    process = started(tmp_path, *trials(4, POOL, LR, "+task.slow=0.1"), marks=2 * 24 + 2 * 12 + 6)
+def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: RunSweep, tmp_path: Path) -> None:
+    process = start_sweep(
+        tmp_path, *trials(4, POOL, LR, "+task.slow=0.1"), marks=2 * 24 + 2 * 12 + 6
+    )
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
     assert gone(pids, 10.0)
-    folder = folder_of(tmp_path)
+    folder = sweep_folder(tmp_path)
     before = study_of(folder)
     running = [trial for trial in before.trials if trial.state is TrialState.RUNNING]
     assert running
@@ -86,29 +90,31 @@ def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: Sweeps, tmp_pa
     for trial in running:
         assert after.trials[trial.number].params == trial.params
     assert {number: after.trials[number].values for number in done} == done
-    assert states_of(folder) == ["completed"] * 4
+    assert job_statuses(folder) == ["completed"] * 4
     rates = [trial.params["optimizer.lr"] for trial in after.trials]
     assert len(set(rates)) == 4  # what follows is drawn anew
 
 
-def test_a_trial_that_ended_untold_is_not_run_again(sweep: Sweeps, tmp_path: Path) -> None:
+def test_a_trial_that_ended_untold_is_not_run_again(sweep: RunSweep, tmp_path: Path) -> None:
     """As where the command is killed between a job's end and the study's hearing of it."""
-    assert sweep(*trials(1, *SWEEPING, LR)) == 0
-    path = folder_of(tmp_path)
+    assert sweep(*trials(1, *SWEEP_TASK, LR)) == 0
+    path = sweep_folder(tmp_path)
     study, folder = study_of(path), SweepFolder(path)
     trial = study.ask(study.trials[0].distributions)
     values = {key: repr(value) for key, value in trial.params.items()}
-    job = folder.add(values, [*folder.jobs[0].words, *(f"{k}={v}" for k, v in values.items())], 1)
+    job = folder.add(
+        values, [*folder.jobs[0].overrides, *(f"{k}={v}" for k, v in values.items())], 1
+    )
     folder.save()
-    shutil.copytree(folder.of(folder.jobs[0]), folder.of(job))
-    made = len(steps(tmp_path))
+    shutil.copytree(folder.run_folder(folder.jobs[0]), folder.run_folder(job))
+    made = len(step_pids(tmp_path))
     assert sweep(f"sweep.resume={path}", "hydra.sweeper.n_trials=2", short=False) == 0
-    assert len(steps(tmp_path)) == made
+    assert len(step_pids(tmp_path)) == made
     assert [t.state for t in study_of(path).trials] == [TrialState.COMPLETE] * 2
     assert study_of(path).trials[1].values == study.trials[0].values
 
 
-def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
+def test_hopeless_trials_are_pruned(sweep: RunSweep, tmp_path: Path) -> None:
     words = (
         "hydra/sweeper/pruner=median",
         "hydra.sweeper.pruner.n_startup_trials=1",
@@ -118,17 +124,17 @@ def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
         "trainer.max_epochs=3",
     )
     assert sweep(*trials(4, *words)) == 0
-    folder = folder_of(tmp_path)
+    folder = sweep_folder(tmp_path)
     from app.training.pruning import make_storage
 
     storage = make_storage(f"journal:{folder}/.sweep/optuna.log")
     study = optuna.load_study(study_name=folder.name, storage=storage)
-    states, table = [trial.state for trial in study.trials], table_of(folder)
+    states, table = [trial.state for trial in study.trials], read_sweep_table(folder)
     pruned = [place for place, state in enumerate(states) if state is TrialState.PRUNED]
     assert pruned
     for place, trial in enumerate(study.trials):
         assert (place in pruned) == (table["status"][place] == "pruned")
-        job = jobs_in(folder)[place]
+        job = job_folders(folder)[place]
         epochs = pd.read_csv(job / "train_summary_table.csv")["epoch"].max()
         assert epochs == (1 if place in pruned else 3)
         assert (job / "test_summary_table.csv").exists() == (place not in pruned)
@@ -137,7 +143,7 @@ def test_hopeless_trials_are_pruned(sweep: Sweeps, tmp_path: Path) -> None:
             assert trial.params["optimizer.lr"] == 1e-7
 
 
-def test_trials_on_two_ranks_are_pruned_together(sweep: Sweeps, tmp_path: Path) -> None:
+def test_trials_on_two_ranks_are_pruned_together(sweep: RunSweep, tmp_path: Path) -> None:
     words = (
         POOL,
         "hydra.launcher.slots=1",
@@ -148,25 +154,25 @@ def test_trials_on_two_ranks_are_pruned_together(sweep: Sweeps, tmp_path: Path) 
         "optimizer.lr=0.1,1e-7",
     )
     assert sweep(*trials(9, *words)) == 0
-    folder = folder_of(tmp_path)
+    folder = sweep_folder(tmp_path)
     assert len(study_of(folder).trials) == 2  # there is nothing else to try
     assert sweep(f"sweep.resume={folder}", short=False) == 0
     assert len(study_of(folder).trials) == 2
-    table = table_of(folder).sort_values("optimizer.lr")
-    assert [status_of(job)["ranks"] for job in jobs_in(folder)] == [2, 2]
+    table = read_sweep_table(folder).sort_values("optimizer.lr")
+    assert [status_of(job)["ranks"] for job in job_folders(folder)] == [2, 2]
     assert table["status"].iloc[1] == "completed"
     first = table["job"].tolist() == [0, 1]  # the bad one came first: there was no median yet
     assert table["status"].iloc[0] == ("completed" if first else "pruned")
 
 
-def test_several_objectives(sweep: Sweeps, tmp_path: Path) -> None:
+def test_several_objectives(sweep: RunSweep, tmp_path: Path) -> None:
     objective = "+hydra.sweeper.objectives.time={metric: train/epoch_time, mode: min}"
     words = ("hydra/sweeper/sampler=nsgaii", objective, "model.hidden=[16],[512]")
     assert sweep(*trials(3, *words)) == 0
-    folder = folder_of(tmp_path)
+    folder = sweep_folder(tmp_path)
     study = study_of(folder)
     assert [one.name for one in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    for trial, job in zip(study.trials, jobs_in(folder), strict=True):
+    for trial, job in zip(study.trials, job_folders(folder), strict=True):
         best, rows = status_of(job)["best"], pd.read_csv(job / "train_summary_table.csv")
         time = rows[rows["epoch"] == best["epoch"]]["epoch_time"].item()
         assert trial.values == [best["value"], time]
@@ -174,7 +180,7 @@ def test_several_objectives(sweep: Sweeps, tmp_path: Path) -> None:
 
 
 def test_a_study_of_another_direction_is_refused(
-    sweep: Sweeps, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = f"sqlite:///{tmp_path}/mine.db"
     optuna.create_study(study_name="mine", storage=storage, direction="minimize")
@@ -189,9 +195,9 @@ def test_a_study_of_another_direction_is_refused(
 
 
 def test_ctrl_c_leaves_a_trial_under_way(tmp_path: Path) -> None:
-    process = started(tmp_path, *trials(3, LR, "+task.slow=0.1"), marks=30)
+    process = start_sweep(tmp_path, *trials(3, LR, "+task.slow=0.1"), marks=30)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
-    states = [trial.state for trial in study_of(folder_of(tmp_path)).trials]
+    states = [trial.state for trial in study_of(sweep_folder(tmp_path)).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]

@@ -45,27 +45,27 @@ class SweepTask(SupervisedTask):
             with Path(os.environ["MARK"]).open("a") as file:
                 file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
         if self.done == 1:
-            meet(self.meets)
+            wait_for_processes(self.meets)
         if self.done == self.at and Path(os.environ.get("BROKEN", "/nowhere")).exists():
-            do(self.does)
+            trigger_fault(self.does)
         return super().train_step(batch)
 
 
-def meet(count: int, patience: float = 120) -> None:
+def wait_for_processes(count: int, patience: float = 120) -> None:
     """Waits for the first steps of other processes."""
     end = time.monotonic() + patience
-    while count > 1 and len(begun()) < count:
+    while count > 1 and len(started_pids()) < count:
         if time.monotonic() > end:
-            raise RuntimeError(f"of {count} processes only {len(begun())} have begun")
+            raise RuntimeError(f"of {count} processes only {len(started_pids())} have begun")
         time.sleep(0.02)
 
 
-def begun() -> set[str]:
+def started_pids() -> set[str]:
     """The processes that have made a step."""
     return {line.split()[0] for line in Path(os.environ["MARK"]).read_text().splitlines()}
 
 
-def do(what: str) -> None:
+def trigger_fault(what: str) -> None:
     if what == "raise":
         raise RuntimeError("the step broke")
     if what == "memory":

@@ -16,18 +16,18 @@ from hydra._internal.utils import get_args_parser
 
 from app.cli import main as cli
 from app.config import resolvers
-from app.config.compose import composer
+from app.config.compose import open_composer
 from app.experiment.job import make_jobs
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
 from tests.support.processes import SHORT, TESTS, Command, begun, status_of, wait_for_lines
 
-SWEEPING = ("task._target_=sweep_task.SweepTask", "trusted_targets=[sweep_task]")
+SWEEP_TASK = ("task._target_=sweep_task.SweepTask", "trusted_targets=[sweep_task]")
 POOL = "hydra/launcher=pool"
-Sweeps = Callable[..., int]
+RunSweep = Callable[..., int]
 
 
-def in_this_process(cwd: Path, patch: pytest.MonkeyPatch) -> Sweeps:
+def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
     """Runs sweeps of short jobs in a folder; gives their exit codes."""
     patch.chdir(cwd)
     patch.syspath_prepend(TESTS)
@@ -48,37 +48,37 @@ def in_this_process(cwd: Path, patch: pytest.MonkeyPatch) -> Sweeps:
     return run
 
 
-def started(
+def start_sweep(
     cwd: Path, *words: str, marks: int = 1, flags: tuple[str, ...] = (), cold: bool = False
 ) -> Command:
     """A sweep under way in a process of its own; so many steps have been made in it."""
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
     known = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": TESTS}
-    process = begun(cwd, ["-m", *flags, *SHORT, *SWEEPING, *words], cold, **known)
+    process = begun(cwd, ["-m", *flags, *SHORT, *SWEEP_TASK, *words], cold, **known)
     wait_for_lines(process, mark, marks)
     return process
 
 
-def folder_of(cwd: Path) -> Path:
+def sweep_folder(cwd: Path) -> Path:
     """Of the only sweep there."""
     (found,) = (cwd / "outputs" / "sweeps").glob("*/*/")
     return found
 
 
-def jobs_in(folder: Path) -> list[Path]:
+def job_folders(folder: Path) -> list[Path]:
     """The run folders of a sweep, by number."""
     found = [path for path in folder.iterdir() if path.name[0].isdigit()]
     return sorted(found, key=lambda path: int(path.name.partition("_")[0]))
 
 
-def table_of(folder: Path) -> pd.DataFrame:
+def read_sweep_table(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "sweep.csv")
 
 
-def states_of(folder: Path) -> list[str]:
+def job_statuses(folder: Path) -> list[str]:
     """As the table says, and as the jobs themselves say."""
-    table = table_of(folder)
+    table = read_sweep_table(folder)
     for _, line in table.iterrows():
         if line["status"] != "pending":
             assert status_of(folder / line["folder"])["status"] == line["status"]
@@ -91,15 +91,15 @@ def copied(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to))
 
 
-def steps(cwd: Path) -> list[Any]:
+def step_pids(cwd: Path) -> list[Any]:
     """The process of each step of training that was made."""
     return [int(line.split()[0]) for line in (cwd / "mark").read_text().splitlines()]
 
 
-def sweep_errors_in(*words: str) -> str:
+def sweep_errors(*words: str) -> str:
     """What is said of a sweep's command line; empty where nothing is."""
     resolvers.register()
-    with composer(get_args_parser().parse_args(["-m", *words])) as composing:
+    with open_composer(get_args_parser().parse_args(["-m", *words])) as composing:
         try:
             jobs = make_jobs(composing)
             check_sweep(composing, jobs[0][0], True)

@@ -25,12 +25,12 @@ from app.sweep.folder import SweepFolder
 from app.sweep.outcome import read_run_status
 
 log = logging.getLogger(__name__)
-Process = tuple[str, int]
+ProcessId = tuple[str, int]
 LOOKS = 1.0  # seconds after which a job looks whether it is to stop
 NOW = "now"  # in the mark of a sweep that is to begin no job: those that run stop, too
 
 
-def this_process() -> Process:
+def current_process_id() -> ProcessId:
     """Its name among the processes of all machines."""
     return platform.node(), os.getpid()
 
@@ -70,7 +70,7 @@ def run_external(job: Callable[[], float | None], sweep: SweepFolder, folder: Pa
 
 
 def _lock(sweep: SweepFolder, folder: Path) -> FileLock:
-    path = sweep.inside / "running" / f"{folder.name}.lock"
+    path = sweep.state_folder / "running" / f"{folder.name}.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     return FileLock(path)
 
@@ -88,12 +88,12 @@ def is_running(sweep: SweepFolder, folder: Path) -> bool:
 
 def request_stop(sweep: SweepFolder) -> None:
     """No further job begins, and those that run save what they have and stop."""
-    write_text(sweep.inside / "stopped", NOW)
+    write_text(sweep.state_folder / "stopped", NOW)
 
 
 def stop_requested(sweep: SweepFolder) -> bool:
     """Whether somebody has asked for that."""
-    return sweep.is_stopped and (sweep.inside / "stopped").read_text() == NOW
+    return sweep.is_stopped and (sweep.state_folder / "stopped").read_text() == NOW
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from app.experiment.entry import run_experiment
 from app.experiment.job import prepare
 from app.runtime.errors import UserError
 from app.runtime.files import remove_temp_files
-from app.runtime.lock import FolderInUse, run_lock
+from app.runtime.lock import FolderInUseError, run_lock
 from app.runtime.signals import (
     REASON_BY_SIGNAL,
     SAME_SIGNAL_SECONDS,
@@ -34,7 +34,7 @@ from app.runtime.signals import (
     TrainingInterrupted,
     signal_handlers,
 )
-from app.sweep.launchers.slots import Slot, make_slots, ranks_of
+from app.sweep.launchers.slots import Slot, make_slots, num_ranks
 from app.sweep.outcome import record_failure
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Pool:
                 crew = self._crew(slot, config, folder)
             self.context.callbacks.on_job_start(config=config, task_function=self.task)
             crew.start()
-        except FolderInUse as error:
+        except FolderInUseError as error:
             log.error("job %d: %s", number, error)
             return False
         except Exception as error:  # noqa: BLE001 - as of any job, it is in its log
@@ -165,7 +165,7 @@ class Pool:
 
     def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> LocalWorkers:
         job = prepare(config, folder)
-        ranks = ranks_of(job.config.trainer.devices, len(slot.gpus))
+        ranks = num_ranks(job.config.trainer.devices, len(slot.gpus))
         if slot.gpus and ranks > len(slot.gpus):
             devices = job.config.trainer.devices
             raise UserError(f"trainer.devices={devices!r}, but the slot has {len(slot.gpus)} GPUs")

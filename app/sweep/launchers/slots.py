@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.runtime.errors import ConfigError, ConfigIssue, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
 MEMORY = 2 * 2**30  # bytes for each job on the CPU: torch itself takes a good part of one
 
@@ -60,10 +60,10 @@ def make_slots(
     chosen = list(range(len(visible))) if gpus == "auto" else list(gpus)
     missing = [str(gpu) for gpu in chosen if gpu not in range(len(visible))]
     if missing:
-        there = one_of(map(str, range(len(visible))))
+        there = join_choices(map(str, range(len(visible))))
         problem = f"={list(gpus)}: there is no GPU {', '.join(missing)}; there is: {there}"
         raise ConfigError([ConfigIssue("hydra.launcher.gpus", problem)])
-    ranks = ranks_of(devices, len(chosen))
+    ranks = num_ranks(devices, len(chosen))
     if chosen and ranks > len(chosen):
         problem = f"={devices!r}, but the pool has {len(chosen)} GPUs"
         raise ConfigError([ConfigIssue("trainer.devices", problem)])
@@ -85,7 +85,7 @@ def _part(chosen: Sequence[int], group: int, ranks: int) -> Sequence[int]:
     return chosen[group * ranks : (group + 1) * ranks]
 
 
-def ranks_of(devices: Devices, gpus: int) -> int:
+def num_ranks(devices: Devices, gpus: int) -> int:
     """How many ranks a job has.
 
     Args:

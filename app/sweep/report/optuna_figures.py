@@ -20,7 +20,7 @@ PLOTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def figures_of(storage: str, name: str, objectives: Sequence[str]) -> dict[str, str]:
+def study_figures(storage: str, name: str, objectives: Sequence[str]) -> dict[str, str]:
     """By heading plotly's JSON; none of what too few trials can tell.
 
     Args:

@@ -15,16 +15,16 @@ from typing import TypeAlias
 import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from app.sweep.report.plots import is_number, labels, scale, text
+from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
 from app.sweep.report.table import Results
 
-Value: TypeAlias = str | int | float | bool | None  # what JSON has
-Curves: TypeAlias = dict[str, dict[str, list[Value]]]  # by stage, then by quantity
+JsonValue: TypeAlias = str | int | float | bool | None  # what JSON has
+Curves: TypeAlias = dict[str, dict[str, list[JsonValue]]]  # by stage, then by quantity
 
 NOT_DRAWN = {"stage", "loss_std", "total_samples", "total_correct"}
 
 
-def page(results: Results, figures: Mapping[str, str]) -> str:
+def render_page(results: Results, figures: Mapping[str, str]) -> str:
     """A page that needs nothing beside itself, and may load nothing.
 
     Args:
@@ -60,7 +60,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
     return {
         "columns": [str(column) for column in table.columns],
         "rows": [[_value(cell) for cell in row] for row in table.to_dict("split")["data"]],
-        "labels": labels(results),
+        "labels": run_labels(results),
         "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
         "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
         "goals": [
@@ -79,19 +79,19 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def _value(cell: object) -> Value:
+def _value(cell: object) -> JsonValue:
     if isinstance(cell, bool | str):
         return cell
     if isinstance(cell, int | float):
         return cell if math.isfinite(cell) else None
-    return None if text(cell) == "null" else str(cell)
+    return None if format_value(cell) == "null" else str(cell)
 
 
 def _axis(values: list[object]) -> dict[str, object]:
     """A key's scale, and for each run its place there."""
-    kind = scale(values)
-    numbers: list[Value] = [value if is_number(value) else None for value in values]
-    words: list[Value] = [text(value) for value in values]
+    kind = axis_scale(values)
+    numbers: list[JsonValue] = [value if is_number(value) else None for value in values]
+    words: list[JsonValue] = [format_value(value) for value in values]
     return {"scale": kind, "values": words if kind == "category" else numbers}
 
 
@@ -113,7 +113,7 @@ def _curves(history: pd.DataFrame) -> Curves:
     }
 
 
-def _short(value: float) -> Value:
+def _short(value: float) -> JsonValue:
     """No more digits than a curve can show: the page of many runs stays small."""
     return (
         float(f"{value:.6g}")

@@ -21,7 +21,7 @@ LONGEST_NAME = 60
 MOST_CATEGORIES = 12  # of a key with numbers, where some runs have none
 
 
-def pictures(results: Results) -> dict[str, Figure]:
+def make_plots(results: Results) -> dict[str, Figure]:
     """The curves of the first goal, and its best values against each swept key.
 
     Returns:
@@ -30,20 +30,20 @@ def pictures(results: Results) -> dict[str, Figure]:
     if not results.goals or best_values(results, results.goals[0]).isna().all():
         return {}
     goal = results.goals[0]
-    drawn = {f"by_{_safe(key)}.png": by_key(results, goal, key) for key in results.keys}
-    return {"curves.png": curves(results, goal), **drawn}
+    drawn = {f"by_{_safe(key)}.png": plot_by_key(results, goal, key) for key in results.keys}
+    return {"curves.png": plot_curves(results, goal), **drawn}
 
 
 def _safe(key: str) -> str:
     return re.sub(r"[^\w.+-]", "_", key)
 
 
-def curves(results: Results, goal: MonitorConfig) -> Figure:
+def plot_curves(results: Results, goal: MonitorConfig) -> Figure:
     """The goal's metric over the epochs, a line for each run, the best one on top."""
     figure, axes = _empty("epoch", goal.metric)
     best = best_values(results, goal)
     winner = best.idxmax() if goal.mode == "max" else best.idxmin()
-    names = zip(results.table["folder"], labels(results), strict=True)
+    names = zip(results.table["folder"], run_labels(results), strict=True)
     for place, (folder, label) in enumerate(names):
         rows = _rows(results.curves.get(folder), goal)
         if rows.empty:
@@ -67,7 +67,7 @@ def _rows(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataFrame:
     return of_stage[["epoch", name]].set_axis(["epoch", "value"], axis=1).dropna()
 
 
-def by_key(results: Results, goal: MonitorConfig, key: str) -> Figure:
+def plot_by_key(results: Results, goal: MonitorConfig, key: str) -> Figure:
     """The goal's best value of each run against one swept key; hollow where not completed.
 
     Where the seeds were swept too: also the mean and the sample standard deviation of the
@@ -115,11 +115,11 @@ def _empty(x: str, y: str) -> tuple[Figure, Axes]:
 
 def _places(axes: Axes, values: list[object]) -> list[float]:
     """Where the values stand on the x axis, which gets its scale and its ticks here."""
-    kind = scale(values)
+    kind = axis_scale(values)
     if kind != "category":
         axes.set_xscale(kind)
         return [float(value) if is_number(value) else math.nan for value in values]
-    words = [text(value) for value in values]
+    words = [format_value(value) for value in values]
     categories = list(dict.fromkeys(words))
     names = list(map(_shown, categories))
     axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 6 else 0)
@@ -127,7 +127,7 @@ def _places(axes: Axes, values: list[object]) -> list[float]:
     return [float(categories.index(word)) for word in words]
 
 
-def scale(values: list[object]) -> Scale:
+def axis_scale(values: list[object]) -> Scale:
     """How an axis shows a key: positive numbers over two decades and more on a logarithmic one.
 
     A key of numbers that some runs do not have, as `clip: [null, 1, 5]`, is one of categories
@@ -136,7 +136,7 @@ def scale(values: list[object]) -> Scale:
     numbers = [value for value in values if is_number(value)]
     others = [value for value in values if not is_number(value)]
     few = len(set(numbers)) < MOST_CATEGORIES
-    if not numbers or any(text(value) != "null" for value in others) or (others and few):
+    if not numbers or any(format_value(value) != "null" for value in others) or (others and few):
         return "category"
     return "log" if min(numbers) > 0 and max(numbers) >= 100 * min(numbers) else "linear"
 
@@ -146,17 +146,19 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def labels(results: Results) -> list[str]:
+def run_labels(results: Results) -> list[str]:
     """What each run is called: the number of its job, and its values of the swept keys."""
     return _words(results.table, ["job", *results.keys])
 
 
 def _words(table: pd.DataFrame, columns: list[str]) -> list[str]:
     rows = table.reindex(columns=columns).to_dict("records")
-    return [", ".join(f"{name}={text(value)}" for name, value in row.items()) for row in rows]
+    return [
+        ", ".join(f"{name}={format_value(value)}" for name, value in row.items()) for row in rows
+    ]
 
 
-def text(value: object) -> str:
+def format_value(value: object) -> str:
     """A value as YAML writes it, with few digits."""
     if value is None or value is pd.NA or value != value:
         return "null"

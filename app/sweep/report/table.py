@@ -49,14 +49,14 @@ def list_runs(folder: Path) -> list[Run]:
     if sweep.exists:
         return [
             Run(
-                sweep.of(job),
+                sweep.run_folder(job),
                 job.number,
                 {key.lstrip("+"): parse_value(text) for key, text in job.values.items()},
                 job.failures + (outcome.status not in ("pending", "failed")),
                 outcome,
             )
             for job in sweep.jobs
-            for outcome in [read_run_status(sweep.of(job))]
+            for outcome in [read_run_status(sweep.run_folder(job))]
         ]
     if (folder / "status.json").exists():
         return [Run(folder, None, _typed(folder), 1, read_run_status(folder))]
@@ -77,7 +77,9 @@ def _plain(text: str) -> Any:
     return str(value) if isinstance(value, (dict, list)) else value
 
 
-def collect(title: str, runs: Sequence[Run], relative_to: Path, curves: bool = True) -> Results:
+def collect_results(
+    title: str, runs: Sequence[Run], relative_to: Path, curves: bool = True
+) -> Results:
     """The table of runs, and their curves.
 
     Args:
@@ -200,7 +202,7 @@ def _curve(folder: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=["epoch", "stage"])
 
 
-def by_config(results: Results) -> pd.DataFrame:
+def aggregate_by_config(results: Results) -> pd.DataFrame:
     """Mean and standard deviation (of a sample) over seeds, a line for each other configuration.
 
     Only completed runs count; `jobs` says how many there are, `completed` how many have.
@@ -228,7 +230,7 @@ def _groups(table: pd.DataFrame, keys: list[str]) -> Iterable[tuple[tuple[Any, .
     return [(tuple(rows.iloc[0][key] for key in keys), rows) for _, rows in groups]
 
 
-def ranked(results: Results) -> pd.DataFrame:
+def sort_by_goal(results: Results) -> pd.DataFrame:
     """The table, the best by the first goal first, those without a value last."""
     if not results.goals:
         return results.table
@@ -247,7 +249,7 @@ def best_run(results: Results) -> pd.Series[Any] | None:
     if not results.goals:
         return None
     column = f"best_{results.goals[0].metric}"
-    for _, line in ranked(results).iterrows():
+    for _, line in sort_by_goal(results).iterrows():
         if line[column] is not None and not math.isnan(float(line[column])):
             return line
     return None

@@ -13,13 +13,20 @@ from typing import Any
 import pandas as pd
 from filelock import FileLock
 
-from app.config.overrides import quoted
+from app.config.overrides import quote
 from app.runtime.errors import as_storage_error
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
-from app.sweep.folder import INSIDE, SweepFolder
+from app.sweep.folder import STATE_FOLDER, SweepFolder
 from app.sweep.outcome import read_run_status
-from app.sweep.report.table import Results, best_run, by_config, collect, list_runs, ranked
+from app.sweep.report.table import (
+    Results,
+    aggregate_by_config,
+    best_run,
+    collect_results,
+    list_runs,
+    sort_by_goal,
+)
 
 log = logging.getLogger(__name__)
 SHOWN = 20  # lines of the leaderboard on the terminal
@@ -28,14 +35,14 @@ TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.ht
 
 def update_tables(folder: Path, curves: bool = False) -> Results:
     """The tables as they stand now; several processes may do so at once."""
-    lock = FileLock(folder / INSIDE / "table.lock")
+    lock = FileLock(folder / STATE_FOLDER / "table.lock")
     try:
-        (folder / INSIDE).mkdir(parents=True, exist_ok=True)
+        (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except OSError as error:
         raise as_storage_error(error) from error
     try:
-        results = collect(folder.name, list_runs(folder), folder, curves)
+        results = collect_results(folder.name, list_runs(folder), folder, curves)
         write_tables(results, folder)
     finally:
         lock.release()
@@ -45,7 +52,7 @@ def update_tables(folder: Path, curves: bool = False) -> Results:
 def write_report(folder: Path) -> Results:
     """Everything, at the end of a sweep."""
     results = update_tables(folder, curves=True)
-    write_pictures(results, folder, figures_in(SweepFolder(folder)))
+    write_page_and_plots(results, folder, optuna_figures(SweepFolder(folder)))
     told = [
         "the runs, best first:",
         leaderboard(results, folder),
@@ -55,7 +62,7 @@ def write_report(folder: Path) -> Results:
     return results
 
 
-def figures_in(folder: SweepFolder) -> dict[str, str]:
+def optuna_figures(folder: SweepFolder) -> dict[str, str]:
     """Optuna's own, where it was a search: by heading, plotly's JSON."""
     study = folder.study
     if study is None:
@@ -63,25 +70,25 @@ def figures_in(folder: SweepFolder) -> dict[str, str]:
     if find_spec("optuna") is None:
         log.warning("the library optuna is not installed: the page is without its pictures")
         return {}
-    from app.sweep.report.optuna_figures import figures_of
+    from app.sweep.report.optuna_figures import study_figures
 
     storage = folder.storage_name(study["storage"])
-    return figures_of(storage, study["name"], study["objectives"])
+    return study_figures(storage, study["name"], study["objectives"])
 
 
 def write_tables(results: Results, folder: Path) -> None:
     """`sweep.csv`, and `sweep_by_config.csv` over seeds."""
     write_csv(folder / TABLE, results.table)
-    write_csv(folder / BY_CONFIG, by_config(results))
+    write_csv(folder / BY_CONFIG, aggregate_by_config(results))
 
 
-def write_pictures(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
+def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
     """`sweep.html`, and `plots/` for papers."""
-    from app.sweep.report.page import page
-    from app.sweep.report.plots import pictures
+    from app.sweep.report.page import render_page
+    from app.sweep.report.plots import make_plots
 
-    write_text(folder / PAGE, page(results, figures))
-    for name, figure in pictures(results).items():
+    write_text(folder / PAGE, render_page(results, figures))
+    for name, figure in make_plots(results).items():
         save_figure(folder / PICTURES / name, figure)
 
 
@@ -92,7 +99,7 @@ def leaderboard(results: Results, folder: Path) -> str:
     values = [f"{kind}_{goal.metric}" for goal in results.goals for kind in ("best", "last")]
     test = [name for name in results.table.columns if name.startswith("test/")][:2]
     columns = ["job", "status", *results.keys, *values, *test, "seconds"]
-    shown = ranked(results)[columns].map(_brief)
+    shown = sort_by_goal(results)[columns].map(_brief)
     lines = [shown.head(SHOWN).to_string(index=False)]
     if len(shown) > SHOWN:
         lines.append(f"... and {len(shown) - SHOWN} more in {TABLE}")
@@ -109,7 +116,7 @@ def _typed(path: Path) -> str:
     """As Hydra reads it: in quotes where it has more than plain characters."""
     text = str(_short(path))
     plain = all(letter.isalnum() or letter in "/._-" for letter in text)
-    return text if plain else quoted(text)
+    return text if plain else quote(text)
 
 
 def _short(path: Path) -> Path:
@@ -125,6 +132,6 @@ def _brief(value: Any) -> str:
 
 def exit_code(folder: SweepFolder, failure: int) -> int:
     """0 where every job, or its repetition, is over; else `failure`."""
-    over = [job for job in folder.jobs if read_run_status(folder.of(job)).is_finished]
+    over = [job for job in folder.jobs if read_run_status(folder.run_folder(job)).is_finished]
     done = {job.number for job in over} | {job.retry_of for job in over}
     return 0 if all(job.number in done for job in folder.jobs) else failure

@@ -11,15 +11,15 @@ from hydra._internal.utils import get_args_parser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from app.config import resolvers
-from app.config.compose import composer
+from app.config.compose import open_composer
 from app.config.overrides import grid, parse_overrides, parse_space
 from app.config.schema import MonitorConfig
 from app.runtime.errors import ConfigError
-from app.sweep.job import hash_of, new_job, short_name
-from app.sweep.launchers.slots import make_slots, ranks_of
+from app.sweep.job import new_job, short_name, values_hash
+from app.sweep.launchers.slots import make_slots, num_ranks
 from app.sweep.optuna_search import parse_search_space, to_override
-from app.sweep.report.table import Results, best_run, by_config, ranked
-from tests.support.sweeps import sweep_errors_in
+from app.sweep.report.table import Results, aggregate_by_config, best_run, sort_by_goal
+from tests.support.sweeps import sweep_errors
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_names_tell_the_values() -> None:
 
 
 def test_the_hash_is_that_of_the_values() -> None:
-    assert hash_of({"a": "1", "b": "2"}) == hash_of({"b": "2", "a": "1"})
-    assert hash_of({"a": "1"}) != hash_of({"a": "2"})
+    assert values_hash({"a": "1", "b": "2"}) == values_hash({"b": "2", "a": "1"})
+    assert values_hash({"a": "1"}) != values_hash({"a": "2"})
     assert new_job(0, {"a": "1"}, []).hash == new_job(7, {"a": "1"}, ["other"]).hash
 
 
@@ -96,15 +96,15 @@ def test_probes_have_each_value_once_and_a_ranges_ends() -> None:
 def test_a_glob_stands_for_options() -> None:
     resolvers.register()
     words = ["-m", "experiment=glob(mnist_alexnet*)"]
-    with composer(get_args_parser().parse_args(words)) as composing:
+    with open_composer(get_args_parser().parse_args(words)) as composing:
         rows = grid(composing.space, [])
     assert rows == [{"experiment": "mnist_alexnet"}, {"experiment": "mnist_alexnet_sgd"}]
 
 
 def test_a_sweep_in_yaml_needs_no_flag() -> None:
     resolvers.register()
-    with composer(get_args_parser().parse_args(["sweep=lr_grid", "model=mlp"])) as composing:
-        assert composing.sweeps
+    with open_composer(get_args_parser().parse_args(["sweep=lr_grid", "model=mlp"])) as composing:
+        assert composing.is_sweep
         assert len(grid(composing.space, [])) == 21
         assert (
             composing.space.overrides_for({"optimizer.lr": "1e-1", "seed": "2"})[-1] == "model=mlp"
@@ -146,7 +146,7 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
     ],
 )
 def test_mistakes_are_named_before_anything_starts(words: list[str], told: str) -> None:
-    assert told in sweep_errors_in(*words)
+    assert told in sweep_errors(*words)
 
 
 SEARCH = "hydra/sweeper=optuna"
@@ -185,12 +185,12 @@ SEARCH = "hydra/sweeper=optuna"
     ],
 )
 def test_mistakes_in_a_search_are_named(words: list[str], told: str) -> None:
-    assert told in sweep_errors_in(SEARCH, *words)
+    assert told in sweep_errors(SEARCH, *words)
 
 
 def test_no_mistake_is_no_mistake() -> None:
-    assert sweep_errors_in("optimizer.lr=0.1,0.01", "seed=0,1", "sweep.together=[[seed]]") == ""
-    assert sweep_errors_in(SEARCH, "optimizer.lr=tag(log,interval(0.1,1))", "model=mlp,lenet") == ""
+    assert sweep_errors("optimizer.lr=0.1,0.01", "seed=0,1", "sweep.together=[[seed]]") == ""
+    assert sweep_errors(SEARCH, "optimizer.lr=tag(log,interval(0.1,1))", "model=mlp,lenet") == ""
 
 
 def test_hydras_sweeps_are_optunas_distributions() -> None:
@@ -208,8 +208,8 @@ def test_hydras_sweeps_are_optunas_distributions() -> None:
     found = parse_search_space(space.swept)
     assert found.distributions == {key: one for key, (one, _) in words.items()}
     drawn = {"a": 0.1 + 0.2, "d": 3, "f": None, "g": "[64,64]"}
-    assert found.typed(drawn) == {"a": repr(0.1 + 0.2), "d": "3", "f": "null", "g": "[64,64]"}
-    assert found.typed({"f": True})["f"] == "True"
+    assert found.to_values(drawn) == {"a": repr(0.1 + 0.2), "d": "3", "f": "null", "g": "[64,64]"}
+    assert found.to_values({"f": True})["f"] == "True"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_the_machine_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
         make_slots("auto", 2, "auto", [0])
     monkeypatch.setattr("app.sweep.launchers.slots._visible", lambda accelerator: [])  # noqa: ARG005
     assert [slot.threads for slot in make_slots("cpu", 2, "auto", "auto")] == [2, 2, 2, 2]
-    assert ranks_of("auto", 0) == ranks_of(None, 3) == 1
+    assert num_ranks("auto", 0) == num_ranks(None, 3) == 1
 
 
 def test_the_users_own_number_of_threads_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_only_completed_runs_are_averaged() -> None:
         }
     )
     results = Results("", table, ["lr", "seed"], [MonitorConfig("accuracy", "max")], {})
-    averages = by_config(results)
+    averages = aggregate_by_config(results)
     assert averages["lr"].tolist() == [0.1, 0.2]
     assert averages["jobs"].tolist() == [3, 1]
     assert averages["completed"].tolist() == [2, 0]
@@ -269,7 +269,7 @@ def test_only_completed_runs_are_averaged() -> None:
 def test_the_best_stand_first_and_those_without_a_value_last() -> None:
     table = pd.DataFrame({"job": [0, 1, 2], "best_loss": [0.5, None, 0.2]})
     results = Results("", table, [], [MonitorConfig("loss", "min")], {})
-    assert ranked(results)["job"].tolist() == [2, 0, 1]
+    assert sort_by_goal(results)["job"].tolist() == [2, 0, 1]
     best = best_run(results)
     assert best is not None
     assert best["job"] == 2
