@@ -1,13 +1,14 @@
-"""What saving costs, as a share of the epoch.
+"""Measure the cost of saving a checkpoint as a share of the epoch time.
 
     python benchmarks/checkpoint.py
 
-The same training with a save after every epoch, written at once and in the background, and with a
-single one at its end. They take turns in each round; medians of rounds and of their ratios are
-printed, since absolute times on a shared machine say little.
+The same training runs three times in each round: with a checkpoint after every epoch (written
+synchronously, then in the background) and with a single checkpoint at the end. The script prints
+the median over the rounds and the median of the per-round ratios, because absolute times on a
+shared machine say little.
 
-- small: an MLP of 0.1 million parameters, 60 steps of 128 samples.
-- large: an MLP of 20 million parameters, 20 steps; its state takes 240 MB.
+- small: an MLP with 0.1 million parameters, 60 steps of 128 samples.
+- large: an MLP with 20 million parameters, 20 steps; a checkpoint takes 240 MB.
 """
 
 from __future__ import annotations
@@ -25,16 +26,17 @@ from app.experiment.notebook import compose
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT
 
 EPOCHS = 4
-MODELS = {"small": ("[128]", 60), "large": ("[4096,4096]", 20)}  # layers, steps of an epoch
-WAYS = {
-    "none but the last": ("checkpoint.every_n_epochs=1000",),
-    "at once": (),
-    "in the background": ("checkpoint.asynchronous=true",),
+MODELS = {"small": ("[128]", 60), "large": ("[4096,4096]", 20)}  # hidden sizes, steps per epoch
+BASELINE = "only at the end"
+SAVE_MODES = {
+    BASELINE: ("checkpoint.every_n_epochs=1000",),
+    "synchronous": (),
+    "background": ("checkpoint.asynchronous=true",),
 }
 
 
-def seconds(hidden: str, steps: int, words: tuple[str, ...]) -> tuple[float, int]:
-    """Of the training, and the bytes of its last state."""
+def time_training(hidden: str, steps: int, overrides: tuple[str, ...]) -> tuple[float, int]:
+    """Return the training time in seconds and the size of the last checkpoint in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = compose(
             [
@@ -43,18 +45,18 @@ def seconds(hidden: str, steps: int, words: tuple[str, ...]) -> tuple[float, int
                 f"trainer.max_epochs={EPOCHS}",
                 f"trainer.limit_train_batches={steps}",
                 "trainer.limit_valid_batches=1",
-                "goal.metric=train/loss",  # best.pt is written as often in every way
+                "goal.metric=train/loss",  # best.pt is written equally often in each mode
                 "goal.mode=max",
                 "callbacks={}",
-                *words,
+                *overrides,
             ],
             folder,
         )
         with experiment:
-            began = time.perf_counter()
+            start = time.perf_counter()
             experiment.trainer.fit(experiment.loaders["train"])
-            took = time.perf_counter() - began
-        return took, (Path(folder) / CHECKPOINT_DIR / LAST_CHECKPOINT).stat().st_size
+            elapsed = time.perf_counter() - start
+        return elapsed, (Path(folder) / CHECKPOINT_DIR / LAST_CHECKPOINT).stat().st_size
 
 
 def main() -> None:
@@ -64,24 +66,24 @@ def main() -> None:
     logging.disable()
     threads = torch.get_num_threads()
     print(f"{rounds} rounds, {EPOCHS} epochs each, {threads} threads")
-    print("| model | state | saved | s an epoch | a save, of the epoch |")
+    print("| model | checkpoint | saving | s per epoch | cost of a save / epoch |")
     print("| --- | --- | --- | --- | --- |")
     for model, (hidden, steps) in MODELS.items():
-        times: dict[str, list[float]] = {way: [] for way in WAYS}
+        times: dict[str, list[float]] = {mode: [] for mode in SAVE_MODES}
         size = 0
         for _ in range(rounds + 1):
-            for way, words in WAYS.items():
-                took, size = seconds(hidden, steps, words)
-                times[way].append(took)
-        base = times["none but the last"][1:]  # the first round warms up
-        for way in WAYS:
-            epoch = statistics.median(times[way][1:]) / EPOCHS
-            more = [
-                (one - other) / (EPOCHS - 1) / (other / EPOCHS)
-                for one, other in zip(times[way][1:], base, strict=True)
+            for mode, overrides in SAVE_MODES.items():
+                elapsed, size = time_training(hidden, steps, overrides)
+                times[mode].append(elapsed)
+        baseline = times[BASELINE][1:]  # the first round is a warm-up
+        for mode in SAVE_MODES:
+            epoch = statistics.median(times[mode][1:]) / EPOCHS
+            costs = [
+                (total - base) / (EPOCHS - 1) / (base / EPOCHS)
+                for total, base in zip(times[mode][1:], baseline, strict=True)
             ]
-            share = f"{statistics.median(more):.1%}" if way != "none but the last" else ""
-            print(f"| {model} | {size / 1e6:.1f} MB | {way} | {epoch:.3f} | {share} |", flush=True)
+            share = f"{statistics.median(costs):.1%}" if mode != BASELINE else ""
+            print(f"| {model} | {size / 1e6:.1f} MB | {mode} | {epoch:.3f} | {share} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What the program costs over bare PyTorch, and what its data path saves.
+"""Measure the overhead over plain PyTorch and the gain of the data loading.
 
     python benchmarks/overhead.py
 
-Each pair is measured in turn in this one process, several rounds; medians and their ratio are
-printed, since absolute times on a shared machine say little. Targets stand in the last column.
+Both sides of each comparison alternate in this process for several rounds. The script prints
+medians and the median ratio, because absolute times on a shared machine say little. The last
+column has the targets.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ CPU = torch.device("cpu")
 MEAN, STD = 0.1307, 0.3081
 
 
-class Terminal(io.StringIO):
-    """Takes the bar as a terminal would, and forgets it."""
+class FakeTerminal(io.StringIO):
+    """Stream that looks like a terminal and discards its input, so the progress bar is drawn."""
 
     def isatty(self) -> bool:
         return True
@@ -54,9 +55,9 @@ class Terminal(io.StringIO):
 
 
 def alternate(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
-    """Medians of both and the median of the ratios of rounds, the order turned every round."""
+    """Return both medians and the median ratio; the order alternates between rounds."""
     pairs = []
-    for number in range(rounds + 1):  # the first round warms up
+    for number in range(rounds + 1):  # the first round is a warm-up
         first, second = (ours, theirs) if number % 2 else (theirs, ours)
         a, b = first(), second()
         pairs.append((a, b) if number % 2 else (b, a))
@@ -65,15 +66,15 @@ def alternate(rounds: int, ours: Callable[[], float], theirs: Callable[[], float
     return [statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio]
 
 
-def job_for(*words: str) -> Job:
+def make_job_from(*overrides: str) -> Job:
     resolvers.register()
-    ((composed, _),) = compositions(get_args_parser().parse_args(list(words)))
+    ((composed, _),) = compositions(get_args_parser().parse_args(list(overrides)))
     return make_job(composed)
 
 
-def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
-    """Seconds of an epoch: the trainer with CSV, accuracy and bar, against a bare loop."""
-    job = job_for(*words, "metric/single@metric.train=[accuracy]")
+def epoch_times(folder: Path, rounds: int, *overrides: str) -> list[float]:
+    """Return seconds per epoch: trainer with tables, accuracy and bar against a bare loop."""
+    job = make_job_from(*overrides, "metric/single@metric.train=[accuracy]")
     parts = make_components(job.config, Instantiator(), CPU)
     callbacks = Callbacks([Tables(folder), Progress()])
     trainer = make_trainer(job, Instantiator(), parts, callbacks, folder)
@@ -82,33 +83,33 @@ def epoch_times(folder: Path, rounds: int, *words: str) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     images, labels = parts.loaders["train"].tensors  # type: ignore[attr-defined]
     count, size = parts.loaders["train"].num_samples, job.config.data.batch_size
-    image = next(p for p in model.parameters()).ndim == 4
+    takes_images = next(p for p in model.parameters()).ndim == 4
 
     def ours() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         trainer.run_stage(
-            "train", len(trainer.state.history) + 1, parts.loaders["train"], learns=True
+            "train", len(trainer.state.history) + 1, parts.loaders["train"], is_training=True
         )
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     def bare() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         model.train()
         for batch in torch.randperm(len(images))[:count].split(size):
             x = images[batch].float().div_(255).sub_(MEAN).div_(STD)
-            if image:
+            if takes_images:
                 x = x.contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return alternate(rounds, ours, bare)
 
 
 def torchvision_mnist(root: Path) -> Path:
-    """Where torchvision finds the embedded files."""
+    """Write the bundled MNIST files where torchvision looks for them; return the root folder."""
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
     for file in Path(str(MNIST)).parent.glob("*.gz"):
@@ -117,23 +118,23 @@ def torchvision_mnist(root: Path) -> Path:
 
 
 def loader_rates(root: Path, rounds: int, workers: int) -> list[float]:
-    """Samples/s of our loader against torchvision's MNIST in a DataLoader."""
+    """Return samples/s of our loader and of torchvision's MNIST in a `DataLoader`."""
     loader = make_components(
-        job_for("model=mlp", "data.batch_size=256").config, Instantiator(), CPU
+        make_job_from("model=mlp", "data.batch_size=256").config, Instantiator(), CPU
     ).loaders
     steps = transforms.Compose([transforms.ToTensor(), transforms.Normalize((MEAN,), (STD,))])
     dataset = Subset(torchvision.datasets.MNIST(str(root), transform=steps), range(10_000))
     theirs = DataLoader(dataset, batch_size=256, shuffle=True, num_workers=workers)
 
     def ours() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         count = sum(len(y) for _, y in loader["train"].epoch(1))
-        return count / (time.perf_counter() - began)
+        return count / (time.perf_counter() - start)
 
     def bare() -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         count = sum(len(y) for _, y in theirs)
-        return count / (time.perf_counter() - began)
+        return count / (time.perf_counter() - start)
 
     return alternate(rounds, ours, bare)
 
@@ -165,14 +166,14 @@ print("test", accuracy(test))
 
 
 def wall_times(root: Path, folder: Path, rounds: int) -> list[float]:
-    """Seconds of a whole 3-epoch run, the start of Python included."""
+    """Return seconds of a complete 3-epoch run, including the start of Python."""
     app = [sys.executable, "-m", "app", "model=mlp", "trainer.max_epochs=3"]
     script = [sys.executable, "-c", SCRIPT, str(root)]
 
     def run(command: list[str]) -> float:
-        began = time.perf_counter()
+        start = time.perf_counter()
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
     return alternate(rounds, lambda: run(app), lambda: run(script))
 
@@ -181,30 +182,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
-    few = max(1, rounds // 3)
-    real, sys.stderr = sys.stderr, Terminal()
-    lines = []
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
+    few_rounds = max(1, rounds // 3)
+    real_stderr, sys.stderr = sys.stderr, FakeTerminal()
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         root = torchvision_mnist(folder / "torchvision")
         plain = ("scheduler=constant", "data.batch_size=256")
         mlp = epoch_times(folder / "mlp", rounds, "model=mlp", *plain)
-        lines.append(["epoch, MLP 784-128-10, batch 256 (s)", "bare loop", *mlp, "<= 1.15"])
-        words = ("model=mlp", "scheduler=cosine", "data.batch_size=256")
-        cosine = epoch_times(folder / "cosine", rounds, *words)
-        lines.append(["same, with warm-up and cosine (s)", "bare loop, fixed lr", *cosine, ""])
+        rows.append(["epoch, MLP 784-128-10, batch 256 (s)", "bare loop", *mlp, "<= 1.15"])
+        warmup = ("model=mlp", "scheduler=cosine", "data.batch_size=256")
+        cosine = epoch_times(folder / "cosine", rounds, *warmup)
+        rows.append(
+            ["same, with warm-up and cosine schedule (s)", "bare loop, fixed lr", *cosine, ""]
+        )
         large = ("model=alexnet", *plain, "trainer.limit_train_batches=40")
         alexnet = epoch_times(folder / "alexnet", rounds, *large)
-        lines.append(["40 steps, AlexNet, batch 256 (s)", "bare loop", *alexnet, "<= 1.03"])
+        rows.append(["40 steps, AlexNet, batch 256 (s)", "bare loop", *alexnet, "<= 1.03"])
         for workers in (0, 2):
-            rates = loader_rates(root, few, workers)
+            rates = loader_rates(root, few_rounds, workers)
             other = f"torchvision, {workers} workers"
-            lines.append(["loader, MNIST (samples/s)", other, *rates, ">= 15"])
-        wall = wall_times(root, folder, few)
-        lines.append(["whole run, MLP, 3 epochs (s)", "torchvision loader", *wall, ""])
-    sys.stderr = real
-    columns = ["what", "against", "ours", "theirs", "ratio", "target"]
-    table = pd.DataFrame(lines, columns=columns)
+            rows.append(["loader, MNIST (samples/s)", other, *rates, ">= 15"])
+        wall = wall_times(root, folder, few_rounds)
+        rows.append(["complete run, MLP, 3 epochs (s)", "torchvision loader", *wall, ""])
+    sys.stderr = real_stderr
+    columns = ["benchmark", "baseline", "ours", "theirs", "ratio", "target"]
+    table = pd.DataFrame(rows, columns=columns)
     print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
 
 

@@ -1,16 +1,16 @@
-"""What the pool saves, and what a job of a sweep costs.
+"""Measure the time that the pool launcher saves and the overhead per job of a sweep.
 
     python benchmarks/sweep.py
 
-Eight short jobs, an MLP on MNIST with eight seeds, in three ways: by the pool with two slots, by
-Hydra's basic launcher, and as eight commands one after the other. They take turns in each round;
-medians of rounds and of their ratios are printed, since absolute times on a shared machine say
-little.
+Eight short jobs (an MLP on MNIST with eight seeds) run in three ways: with the pool launcher on two
+slots, with Hydra's basic launcher, and as eight separate commands. The order rotates between
+rounds. The script prints the median over the rounds and the median of the per-round ratios, because
+absolute times on a shared machine say little.
 
-- whole: seconds from the command to its end.
-- a job's cost: seconds that a job takes beside its training and its evaluation, as its own tables
-  have them; of the pool the time between the first job's beginning and the last one's end, times
-  two slots, shared out over the jobs.
+- total: seconds from start to exit of the command or commands.
+- overhead per job: seconds that a job spends outside training and evaluation, whose times come from
+  its own tables. For the pool, the time from the start of the first job to the end of the last one,
+  times two slots, is divided among the jobs.
 """
 
 from __future__ import annotations
@@ -30,79 +30,81 @@ import pandas as pd
 
 SEEDS = range(8)
 SLOTS = 2
-WORDS = ("model=mlp", "trainer.accelerator=cpu", "~callbacks.plots")
+OVERRIDES = ("model=mlp", "trainer.accelerator=cpu", "~callbacks.plots")
 
 
-def run(folder: Path, *words: str) -> float:
-    """The program; gives the seconds that it took."""
-    began = time.perf_counter()
+def run_app(folder: Path, *overrides: str) -> float:
+    """Run the program; return the seconds it took."""
+    start = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "app", *words],
+        [sys.executable, "-m", "app", *overrides],
         cwd=folder,
         check=True,
         env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
         stdout=subprocess.DEVNULL,
     )
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
-def sweep(folder: Path, *words: str) -> float:
-    """All jobs by one command."""
+def run_sweep(folder: Path, *overrides: str) -> float:
+    """Run all jobs as one sweep; return the seconds it took."""
     seeds = ",".join(map(str, SEEDS))
-    return run(folder, "-m", f"seed={seeds}", f"hydra.sweep.dir={folder}/sweep", *WORDS, *words)
+    sweep = (f"seed={seeds}", f"hydra.sweep.dir={folder}/sweep")
+    return run_app(folder, "-m", *sweep, *OVERRIDES, *overrides)
 
 
-def commands(folder: Path, *words: str) -> float:
-    """A command for each job."""
+def run_commands(folder: Path, *overrides: str) -> float:
+    """Run one command per job; return the seconds they took together."""
     return sum(
-        run(folder, f"seed={seed}", f"hydra.run.dir={folder}/{seed}", *WORDS, *words)
+        run_app(folder, f"seed={seed}", f"hydra.run.dir={folder}/{seed}", *OVERRIDES, *overrides)
         for seed in SEEDS
     )
 
 
-def learning(run: Path) -> float:
-    """Seconds of training, validation and test."""
-    return float(pd.read_csv(run / "summary_table.csv")["epoch_time"].sum())
+def compute_time(run_folder: Path) -> float:
+    """Return seconds of training, validation and test."""
+    return float(pd.read_csv(run_folder / "summary_table.csv")["epoch_time"].sum())
 
 
-def cost_in_pool(folder: Path) -> float:
-    """Seconds that a job takes beside what it is there for."""
+def pool_overhead(folder: Path) -> float:
+    """Return the overhead per job of the pool in seconds."""
     lines = (folder / "sweep" / "sweep.log").read_text().splitlines()
-    begun = [moment(line) for line in lines if re.search(r"job \d+ begins", line)]
-    ended = [moment(line) for line in lines if re.search(r"job \d+ completed", line)]
+    starts = [parse_time(line) for line in lines if re.search(r"job \d+ begins", line)]
+    ends = [parse_time(line) for line in lines if re.search(r"job \d+ completed", line)]
     runs = [path.parent for path in (folder / "sweep").glob("*/summary_table.csv")]
-    assert len(begun) == len(ended) == len(runs) == len(SEEDS)
-    wall = (max(ended) - min(begun)).total_seconds()
-    return (SLOTS * wall - sum(map(learning, runs))) / len(SEEDS)
+    assert len(starts) == len(ends) == len(runs) == len(SEEDS)
+    wall = (max(ends) - min(starts)).total_seconds()
+    return (SLOTS * wall - sum(map(compute_time, runs))) / len(SEEDS)
 
 
-def cost_alone(folder: Path, seconds: float) -> float:
-    """The same of commands one after the other."""
-    return seconds / len(SEEDS) - statistics.mean(learning(folder / str(seed)) for seed in SEEDS)
+def command_overhead(folder: Path, seconds: float) -> float:
+    """Return the overhead per job of separate commands in seconds."""
+    computing = statistics.mean(compute_time(folder / str(seed)) for seed in SEEDS)
+    return seconds / len(SEEDS) - computing
 
 
-def moment(line: str) -> datetime:
-    """At which a line of the log was written."""
+def parse_time(line: str) -> datetime:
+    """Return when a line of the log was written."""
     return datetime.strptime(line[:23], "%Y-%m-%d %H:%M:%S,%f")
 
 
-def measured(epochs: int, number: int) -> dict[str, float]:
-    """One round, in an order of its own."""
-    words = (f"trainer.max_epochs={epochs}",)
+def measure_round(epochs: int, number: int) -> dict[str, float]:
+    """Measure one round; the order depends on its number."""
+    overrides = (f"trainer.max_epochs={epochs}",)
     pool = ("hydra/launcher=pool", f"hydra.launcher.slots={SLOTS}")
-    found: dict[str, float] = {}
+    times: dict[str, float] = {}
     ways = ["pool", "basic", "commands"]
     for way in ways[number % 3 :] + ways[: number % 3]:
-        with tempfile.TemporaryDirectory() as text:
-            folder = Path(text)
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
             if way == "commands":
-                found[way] = commands(folder, *words)
-                found["cost of a command"] = cost_alone(folder, found[way])
+                times[way] = run_commands(folder, *overrides)
+                times["command overhead"] = command_overhead(folder, times[way])
             else:
-                found[way] = sweep(folder, *words, *(pool if way == "pool" else ()))
+                times[way] = run_sweep(folder, *overrides, *(pool if way == "pool" else ()))
             if way == "pool":
-                found["cost in the pool"] = cost_in_pool(folder)
-    return found
+                times["pool overhead"] = pool_overhead(folder)
+    return times
 
 
 def main() -> None:
@@ -110,24 +112,26 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     args = parser.parse_args()
-    rounds = pd.DataFrame([measured(args.epochs, number) for number in range(args.rounds)])
-    pairs = [
-        ("whole (s)", "pool", "basic"),
-        ("whole (s)", "pool", "commands"),
-        ("whole (s)", "basic", "commands"),
-        ("a job's cost (s)", "cost in the pool", "cost of a command"),
+    rounds = pd.DataFrame([measure_round(args.epochs, number) for number in range(args.rounds)])
+    comparisons = [
+        ("total (s)", "pool", "basic"),
+        ("total (s)", "pool", "commands"),
+        ("total (s)", "basic", "commands"),
+        ("overhead per job (s)", "pool overhead", "command overhead"),
     ]
-    lines = [
+    rows = [
         [
-            what,
+            name,
             ours,
             theirs,
             *rounds[[ours, theirs]].median(),
             (rounds[ours] / rounds[theirs]).median(),
         ]
-        for what, ours, theirs in pairs
+        for name, ours, theirs in comparisons
     ]
-    table = pd.DataFrame(lines, columns=["what", "ours", "against", "ours ", "theirs", "ratio"])
+    table = pd.DataFrame(
+        rows, columns=["benchmark", "ours", "baseline", "ours ", "theirs", "ratio"]
+    )
     print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
 
 
