@@ -1,1 +1,1 @@
-"""Those who watch a run: they are told values, change nothing, and see no trainer."""
+"""Callbacks that write tables, plots, predictions and logs of a run."""

@@ -1,4 +1,4 @@
-"""The table after each epoch, the times, the best so far."""
+"""Log a results table, the timing and the best value after each epoch."""
 
 from __future__ import annotations
 
@@ -15,43 +15,42 @@ log = logging.getLogger(__name__)
 
 
 class Console(Callback):
-    """Says in the log what each epoch came to."""
+    """Log the results of each epoch."""
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         if result.stage == "test":
-            log.info("%s", _table(history[-1:]))
+            log.info("%s", _format_rows(history[-1:]))
 
     def on_epoch_end(self, end: EpochEnd) -> None:
         rows = [row for row in end.history if row["epoch"] == end.epoch]
-        log.info("%s", _table(rows))
-        log.info("elapsed %s%s", _clock(end.elapsed), _remaining(end))
-        found = best_epoch(end.history, end.goal)
-        if found is None:
+        log.info("%s", _format_rows(rows))
+        log.info("elapsed %s%s", _format_duration(end.elapsed), _format_remaining(end))
+        best = best_epoch(end.history, end.goal)
+        if best is None:
             log.info("best %s: none yet", end.goal.metric)
             return
-        log.info(
-            "best %s %.6g in epoch %d%s", end.goal.metric, found.value, found.epoch, _patience(end)
-        )
+        patience = _format_patience(end)
+        log.info("best %s %.6g in epoch %d%s", end.goal.metric, best.value, best.epoch, patience)
 
 
-def _remaining(end: EpochEnd) -> str:
-    if end.epochs_left is None:
-        return ""
-    left = seconds_left(end.history, end.epochs_left, end.valid_every)
-    expected = (datetime.now() + timedelta(seconds=left)).strftime("%Y-%m-%d %H:%M:%S")
-    return f", remaining {_clock(left)}, expected end {expected}"
-
-
-def _patience(end: EpochEnd) -> str:
-    if end.goal.patience is None:
-        return ""
-    return f", early stop {epochs_since_best(end.history, end.goal)} of {end.goal.patience}"
-
-
-def _table(rows: History) -> str:
+def _format_rows(rows: History) -> str:
     table: pd.DataFrame = summary_table(rows).dropna(axis="columns", how="all")
     return table.to_string(index=False, float_format=lambda x: f"{x:.5g}", na_rep="")
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
+
+
+def _format_remaining(end: EpochEnd) -> str:
+    if end.epochs_left is None:
+        return ""
+    remaining = seconds_left(end.history, end.epochs_left, end.valid_every)
+    end_time = (datetime.now() + timedelta(seconds=remaining)).strftime("%Y-%m-%d %H:%M:%S")
+    return f", remaining {_format_duration(remaining)}, expected end {end_time}"
+
+
+def _format_patience(end: EpochEnd) -> str:
+    if end.goal.patience is None:
+        return ""
+    return f", early stop {epochs_since_best(end.history, end.goal)} of {end.goal.patience}"

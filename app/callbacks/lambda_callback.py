@@ -10,10 +10,10 @@ from app.training.history import History
 
 
 class LambdaCallback(Callback):
-    """Calls a function at each event that has one.
+    """Call a function at each event for which one is given.
 
-    In YAML each is a node `{_target_: my_module.my_function, _partial_: true}`, and its other keys
-    are further arguments.
+    In YAML, write each function as a node `{_target_: my_module.my_function, _partial_: true}`;
+    other keys of the node are passed to the function as keyword arguments.
 
     Args:
         on_stage_start: Called with a `StageStart`.
@@ -31,11 +31,11 @@ class LambdaCallback(Callback):
         on_epoch_end: Callable[[EpochEnd], object] | None = None,
         on_run_end: Callable[[History], object] | None = None,
     ) -> None:
-        self.stage_start = on_stage_start or _nothing
-        self.step_end = on_step_end or _nothing
-        self.stage_end = on_stage_end or _nothing
-        self.epoch_end = on_epoch_end or _nothing
-        self.run_end = on_run_end or _nothing
+        self.stage_start = on_stage_start or _ignore
+        self.step_end = on_step_end or _ignore
+        self.stage_end = on_stage_end or _ignore
+        self.epoch_end = on_epoch_end or _ignore
+        self.run_end = on_run_end or _ignore
 
     def on_stage_start(self, start: StageStart) -> None:
         self.stage_start(start)
@@ -53,5 +53,5 @@ class LambdaCallback(Callback):
         self.run_end(history)
 
 
-def _nothing(*_: object) -> None:
-    """Where the user gave no function."""
+def _ignore(*_: object) -> None:
+    pass

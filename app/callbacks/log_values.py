@@ -1,4 +1,4 @@
-"""What a run is reported by elsewhere: its settings and its numbers."""
+"""Convert the configuration and the results of a run to what experiment trackers log."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from app.training.history import History, Row, best_epoch
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The innermost values by dotted keys; lists stay whole."""
-    found: dict[str, Any] = {}
+    """Return the leaves of a nested dict by dotted key; lists and empty dicts are leaves."""
+    leaves: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
-        found |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
-    return found
+        leaves |= flatten(value, f"{key}.") if isinstance(value, dict) and value else {key: value}
+    return leaves
 
 
 def row_metrics(row: Row) -> dict[str, float]:
-    """What was measured in a stage, as `<stage>/<name>`."""
+    """Return the values of a stage as `<stage>/<name>`."""
     return {
         f"{row['stage']}/{name}": float(value)
         for name, value in row.items()
@@ -27,7 +27,12 @@ def row_metrics(row: Row) -> dict[str, float]:
 
 
 def final_metrics(history: History, goal: GoalConfig) -> dict[str, float]:
-    """The last numbers of each stage; `best/<metric>` and `best/epoch` where the goal has one."""
+    """Return the last values of each stage, and `best/<metric>` and `best/epoch` if there are any.
+
+    Args:
+        history: All rows of the run.
+        goal: Defines the best epoch.
+    """
     last = {name: value for row in history for name, value in row_metrics(row).items()}
-    found = best_epoch(history, goal)
-    return last | ({f"best/{goal.metric}": found.value, "best/epoch": found.epoch} if found else {})
+    best = best_epoch(history, goal)
+    return last | ({f"best/{goal.metric}": best.value, "best/epoch": best.epoch} if best else {})

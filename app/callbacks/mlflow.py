@@ -1,4 +1,4 @@
-"""The run as one of MLflow."""
+"""Log a run to MLflow."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart
 from app.training.history import History
 
-LONGEST = 500  # letters of a value that every store takes
+MAX_PARAM_LENGTH = 500  # characters of a value that every tracking store accepts
+MAX_PARAMS_PER_BATCH = 100  # that a tracking server accepts
 ARTIFACTS = ("config.yaml", "summary_table.csv")
 
 
 class MLflow(Callback):
-    """Logs the configuration, each stage's numbers by epoch, and the run's main files.
+    """Log the configuration, the metrics of each stage by epoch, and the main files of the run.
 
     Args:
-        folder: Of the run.
-        config: The whole configuration.
-        experiment: Under which the run is listed.
-        tracking_uri: None: files in `mlruns` below the working directory, without a server.
+        folder: Run folder.
+        config: Resolved configuration.
+        experiment: Name of the MLflow experiment that lists the run.
+        tracking_uri: URI of the tracking store; None logs to files in `mlruns` in the working
+            directory, without a server.
 
     Raises:
         UserError: MLflow is not installed.
@@ -40,7 +42,7 @@ class MLflow(Callback):
         experiment: str = "app",
         tracking_uri: str | None = None,
     ) -> None:
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # what MLflow asks for, for files
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # required by the file store
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         try:
             from mlflow.tracking import MlflowClient
@@ -48,37 +50,41 @@ class MLflow(Callback):
             raise UserError('needs MLflow: pip install -e ".[mlflow]"') from error
         self.folder, self.config, self.experiment = folder, config, experiment
         self.goal = GoalConfig(**config["goal"])
-        self.connect = partial(MlflowClient, tracking_uri or Path("mlruns").absolute().as_uri())
+        self.make_client = partial(MlflowClient, tracking_uri or Path("mlruns").absolute().as_uri())
         self.client: MlflowClient | None = None
         self.run_id = ""
-
-    def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
-        """Begins the run with the first stage, since only then is it known to be watched."""
-        if self.client is None:
-            self.client = self.connect()
-            if self.run_id:
-                self.client.update_run(self.run_id, status="RUNNING")
-            else:
-                self.run_id = self._begun()
 
     def state_dict(self) -> dict[str, Any]:
         return {"run": self.run_id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The run that was cut goes on as the same."""
+        """Continue the MLflow run of the interrupted run."""
         self.run_id = state["run"]
 
+    def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
+        """Create or continue the MLflow run at the first stage.
+
+        Not in the constructor: a callback that receives no events must not create a run.
+        """
+        if self.client is None:
+            self.client = self.make_client()
+            if self.run_id:
+                self.client.update_run(self.run_id, status="RUNNING")
+            else:
+                self.run_id = self._create_run()
+
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
-        if result.is_whole:
+        if result.is_complete:
             self._log_metrics(row_metrics(result.row), result.epoch)
 
     def on_run_end(self, history: History) -> None:
         if self.client is None:
             return
         if history:
-            last = int(history[-1]["epoch"])
-            found = final_metrics(history, self.goal)
-            self._log_metrics({k: v for k, v in found.items() if k.startswith("best/")}, last)
+            last_epoch = int(history[-1]["epoch"])
+            metrics = final_metrics(history, self.goal)
+            best = {name: value for name, value in metrics.items() if name.startswith("best/")}
+            self._log_metrics(best, last_epoch)
         for path in [self.folder / name for name in ARTIFACTS]:
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
@@ -87,19 +93,22 @@ class MLflow(Callback):
         self.client.set_terminated(self.run_id)
         self.client = None
 
-    def _begun(self) -> str:
+    def _create_run(self) -> str:
         from mlflow.entities import Param
 
         assert self.client is not None
         found = self.client.get_experiment_by_name(self.experiment)
-        number = found.experiment_id if found else self.client.create_experiment(self.experiment)
+        experiment_id = (
+            found.experiment_id if found else self.client.create_experiment(self.experiment)
+        )
         tags = {"folder": str(self.folder), "tags": ", ".join(self.config["tags"])}
         tags["mlflow.note.content"] = self.config["notes"]
-        run = self.client.create_run(number, run_name=self.config["name"], tags=tags)
+        run = self.client.create_run(experiment_id, run_name=self.config["name"], tags=tags)
         values = flatten(self.config).items()
-        params = [Param(allowed(key), str(value)[:LONGEST]) for key, value in values]
-        for first in range(0, len(params), 100):  # as many as a server takes at once
-            self.client.log_batch(run.info.run_id, params=params[first : first + 100])
+        params = [Param(sanitize_name(key), str(value)[:MAX_PARAM_LENGTH]) for key, value in values]
+        for first in range(0, len(params), MAX_PARAMS_PER_BATCH):
+            batch = params[first : first + MAX_PARAMS_PER_BATCH]
+            self.client.log_batch(run.info.run_id, params=batch)
         return str(run.info.run_id)
 
     def _log_metrics(self, values: dict[str, float], epoch: int) -> None:
@@ -107,10 +116,10 @@ class MLflow(Callback):
 
         assert self.client is not None
         now = round(time.time() * 1000)
-        metrics = [Metric(allowed(name), value, now, epoch) for name, value in values.items()]
+        metrics = [Metric(sanitize_name(name), value, now, epoch) for name, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
 
 
-def allowed(name: str) -> str:
-    """The name with what MLflow does not take in names replaced."""
+def sanitize_name(name: str) -> str:
+    """Replace the characters that MLflow does not accept in names."""
     return re.sub(r"[^\w./ :-]", "_", name)

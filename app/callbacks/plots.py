@@ -1,4 +1,4 @@
-"""Curves of the loss and of each metric, and pictures of matrices."""
+"""Plot the loss and each metric over the epochs, and metrics that are vectors or matrices."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd
 from app.training.history import History
 
-NOT_DRAWN = {"epoch", "stage", "loss_std", "total_samples", "total_correct"}
-SECONDS_BETWEEN = 15.0  # drawing takes a moment; short epochs do not wait for it
+NOT_PLOTTED = {"epoch", "stage", "loss_std", "total_samples", "total_correct"}
+MIN_INTERVAL = 15.0  # seconds between redraws, so that short epochs do not wait for plotting
 
 
 class Plots(Callback):
-    """Draws `plots/` now and then, and at the end.
+    """Write plots to `plots/`; curves at most every 15 seconds, and at the end of the run.
 
     Args:
-        folder: Of the run.
+        folder: Run folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "plots"
-        self.drawn = 0.0
+        self.last_drawn = 0.0
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         for name, value in result.arrays.items():
             title = f"{name}, {result.stage}, epoch {result.epoch}"
-            draw = {1: bars, 2: matrix}.get(value.ndim)
+            draw = {1: draw_vector, 2: draw_matrix}.get(value.ndim)
             if draw is not None and value.size:
                 save_figure(self.folder / f"{result.stage}_{name}.png", draw(value, title))
 
     def on_epoch_end(self, end: EpochEnd) -> None:
-        if time.monotonic() - self.drawn > SECONDS_BETWEEN:
-            self._draw(end.history)
+        if time.monotonic() - self.last_drawn > MIN_INTERVAL:
+            self._draw_curves(end.history)
 
     def on_run_end(self, history: History) -> None:
-        self._draw(history)
+        self._draw_curves(history)
 
-    def _draw(self, history: History) -> None:
+    def _draw_curves(self, history: History) -> None:
         table = pd.DataFrame(list(history))
-        for name in [column for column in table.columns if column not in NOT_DRAWN]:
+        for name in [column for column in table.columns if column not in NOT_PLOTTED]:
             stem = str(name).removesuffix("_mean").replace("/s", "_per_second")
-            save_figure(self.folder / f"{stem}.png", curve(table, str(name)))
-        self.drawn = time.monotonic()
+            save_figure(self.folder / f"{stem}.png", draw_curve(table, str(name)))
+        self.last_drawn = time.monotonic()
 
 
-def curve(table: pd.DataFrame, name: str) -> Figure:
-    """One quantity over the epochs, a line for each stage."""
+def draw_curve(table: pd.DataFrame, name: str) -> Figure:
+    """Draw one column over the epochs, with a line per stage."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for stage, rows in table.dropna(subset=[name]).groupby("stage", sort=False):
@@ -68,23 +68,23 @@ def curve(table: pd.DataFrame, name: str) -> Figure:
     return figure
 
 
-def bars(values: np.ndarray, title: str) -> Figure:
-    """A vector, as of values per class: bars where they are few, else a line."""
+def draw_vector(values: np.ndarray, title: str) -> Figure:
+    """Draw a vector, such as values per class, as bars; as a line above 50 values."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    places = np.arange(len(values))
-    axes.bar(places, values) if len(values) <= 50 else axes.plot(places, values)
+    positions = np.arange(len(values))
+    axes.bar(positions, values) if len(values) <= 50 else axes.plot(positions, values)
     axes.set_title(title)
     axes.grid(alpha=0.3, axis="y")
     return figure
 
 
-def matrix(values: np.ndarray, title: str) -> Figure:
-    """A matrix as a picture, rows (true classes) downwards."""
+def draw_matrix(values: np.ndarray, title: str) -> Figure:
+    """Draw a confusion matrix: rows are true classes, columns are predicted ones."""
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
-    picture = axes.imshow(values, cmap="Blues")
-    figure.colorbar(picture, ax=axes)
+    mesh = axes.imshow(values, cmap="Blues")
+    figure.colorbar(mesh, ax=axes)
     axes.set_title(title)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")

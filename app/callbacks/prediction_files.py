@@ -1,4 +1,4 @@
-"""Files of what a model predicts: tables, pictures, arrays."""
+"""Write the outputs of a model to files: tables, images and arrays."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from app.runtime.files import atomic_write, write_csv
 from app.runtime.nested import Key, Nested
 
 Format = Literal["auto", "csv", "png", "npz"]
-WHOLE = ""  # the name of outputs that are a single tensor
+SINGLE_OUTPUT = ""  # name of the output of a model that returns a single tensor
 
 
 class PredictionFiles:
-    """Writes the outputs of a model as they come.
+    """Write the outputs of a model batch by batch.
 
-    A tensor (N, K) becomes a table: labels and probabilities where it holds logits of classes,
-    else a column for each output. Of (N, K, height, width) each sample becomes a picture: of its
-    labels, or the image itself. All else becomes arrays. Several outputs have files of their own.
+    With `format="auto"`, outputs (N, K) become a table: labels and probabilities if they are class
+    logits, else one column per output. Outputs (N, K, height, width) become one PNG file per
+    sample: a label map if they are class logits, else the image itself, if K is 1 or 3. All other
+    outputs become arrays. Each of several outputs has files of its own.
 
     Args:
-        folder: Files go there.
-        classes: Which outputs are logits of classes: keys of nested outputs, None for the whole.
-        format: `auto` is csv, png or npz as said above.
-        names: Of the samples, in order; None numbers them.
+        folder: Folder of the files.
+        classes: Keys of the outputs that are class logits; None is the key of a single output.
+        format: `auto` chooses csv, png or npz as described above.
+        names: Names of the samples, in order; None numbers them.
     """
 
     def __init__(
@@ -43,40 +44,39 @@ class PredictionFiles:
         names: Sequence[str] | None = None,
     ) -> None:
         self.folder, self.format, self.names = folder, format, names
-        self.classes = {WHOLE if key is None else str(key) for key in classes}
-        self.parts: dict[str, list[Tensor]] = {}
+        self.class_names = {SINGLE_OUTPUT if key is None else str(key) for key in classes}
+        self.batches: dict[str, list[Tensor]] = {}
         self.targets: list[Tensor] = []
-        self.done: dict[str, int] = {}
+        self.num_images: dict[str, int] = {}
         stems = [str(Path(name).with_suffix("")) for name in names or ()]
-        # cat.jpg and cat.png are two samples
+        # Keep the suffixes if cat.jpg and cat.png would otherwise overwrite each other.
         self.stems = stems if len({*stems}) == len(stems) else list(names or ())
 
     def add(self, outputs: Nested, targets: Nested = None) -> None:
-        """A batch; targets are kept where they are one label for each sample."""
+        """Add a batch; targets are kept if they have shape (N,)."""
         if isinstance(targets, Tensor) and targets.ndim == 1:
             self.targets.append(targets.cpu())
-        for name, tensor in flattened(outputs):
+        for name, tensor in flatten_outputs(outputs):
             tensor = tensor.detach().cpu().float()
-            if self._format(name, tensor) == "png":
+            if self._choose_format(name, tensor) == "png":
                 self._write_images(name, tensor)
             else:
-                self.parts.setdefault(name, []).append(tensor)
+                self.batches.setdefault(name, []).append(tensor)
 
     def close(self) -> None:
-        """All batches have come."""
-        for name, parts in self.parts.items():
-            values = [part.numpy() for part in parts]
-            whole = np.concatenate(values)
-            stem = "predictions" + (f"_{name}" if name else "")
-            if self._format(name, parts[0]) == "csv":
-                write_csv(self.folder / f"{stem}.csv", self._table(name, whole))
+        """Write the tables and arrays, after the last batch."""
+        for name, batches in self.batches.items():
+            values = np.concatenate([batch.numpy() for batch in batches])
+            stem = _stem(name)
+            if self._choose_format(name, batches[0]) == "csv":
+                write_csv(self.folder / f"{stem}.csv", self._table(name, values))
             else:
                 content = io.BytesIO()
-                named = {"labels": whole.argmax(1)} if name in self.classes else {}
-                np.savez_compressed(content, allow_pickle=False, outputs=whole, **named)
+                labels = {"labels": values.argmax(1)} if name in self.class_names else {}
+                np.savez_compressed(content, allow_pickle=False, outputs=values, **labels)
                 atomic_write(self.folder / f"{stem}.npz", lambda f: f.write(content.getvalue()))  # noqa: B023
 
-    def _format(self, name: str, tensor: Tensor) -> str:
+    def _choose_format(self, name: str, tensor: Tensor) -> str:
         if self.format != "auto":
             fits = {"csv": tensor.ndim <= 2, "png": tensor.ndim == 4, "npz": True}
             if not fits[self.format]:
@@ -87,35 +87,35 @@ class PredictionFiles:
             return self.format
         if tensor.ndim <= 2:
             return "csv"
-        image = tensor.ndim == 4 and (name in self.classes or tensor.shape[1] in (1, 3))
-        return "png" if image else "npz"
+        is_image = tensor.ndim == 4 and (name in self.class_names or tensor.shape[1] in (1, 3))
+        return "png" if is_image else "npz"
 
     def _table(self, name: str, values: np.ndarray) -> pd.DataFrame:
-        found = table(values, name in self.classes)
+        table = prediction_table(values, name in self.class_names)
         if self.names is not None:
-            found["sample"] = self.names
+            table["sample"] = self.names
         if sum(map(len, self.targets)) == len(values):
-            found.insert(1, "target", np.concatenate([part.numpy() for part in self.targets]))
-        return found
+            table.insert(1, "target", np.concatenate([part.numpy() for part in self.targets]))
+        return table
 
     def _write_images(self, name: str, batch: Tensor) -> None:
-        first = self.done.get(name, 0)
-        folder = self.folder / ("predictions" + (f"_{name}" if name else ""))
-        for place, values in enumerate(batch.numpy(), first):
-            stem = self.stems[place] if self.stems else f"{place:06d}"
-            picture = label_image(values) if name in self.classes else image(values)
+        first = self.num_images.get(name, 0)
+        folder = self.folder / _stem(name)
+        for index, values in enumerate(batch.numpy(), first):
+            stem = self.stems[index] if self.stems else f"{index:06d}"
+            image = to_label_image(values) if name in self.class_names else to_image(values)
             content = io.BytesIO()
-            picture.save(content, format="png")
+            image.save(content, format="png")
             atomic_write(folder / f"{stem}.png", lambda f: f.write(content.getvalue()))  # noqa: B023
-        self.done[name] = first + len(batch)
+        self.num_images[name] = first + len(batch)
 
 
-def table(values: np.ndarray, classes: bool) -> pd.DataFrame:
-    """A line for each sample.
+def prediction_table(values: np.ndarray, classes: bool) -> pd.DataFrame:
+    """Return a table with a row per sample.
 
     Args:
-        values: Of shape (N,) or (N, K).
-        classes: Whether they are logits: then there are labels and probabilities.
+        values: Outputs of shape (N,) or (N, K).
+        classes: Whether they are class logits, which become labels and probabilities.
     """
     samples = {"sample": np.arange(len(values))}
     if values.ndim == 1:
@@ -123,35 +123,43 @@ def table(values: np.ndarray, classes: bool) -> pd.DataFrame:
     columns = range(values.shape[1])
     if not classes:
         return pd.DataFrame(samples | {f"output_{k}": values[:, k] for k in columns})
-    shares = np.exp(values - values.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
-    probabilities = {f"probability_{k}": shares[:, k] for k in columns}
+    softmax = np.exp(values - values.max(1, keepdims=True))
+    softmax /= softmax.sum(1, keepdims=True)
+    probabilities = {f"probability_{k}": softmax[:, k] for k in columns}
     return pd.DataFrame(samples | {"label": values.argmax(1)} | probabilities)
 
 
-def flattened(outputs: Nested, prefix: str = WHOLE) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of samples in nested outputs by name; those of tuples are numbered."""
+def flatten_outputs(outputs: Nested, prefix: str = SINGLE_OUTPUT) -> Iterator[tuple[str, Tensor]]:
+    """Yield the per-sample tensors in nested outputs with dotted names; sequences are numbered."""
     if isinstance(outputs, Tensor):
-        if outputs.ndim:  # a single number, as a loss, belongs to no sample
+        if outputs.ndim:  # a scalar, such as a loss, has no value per sample
             yield prefix, outputs
         return
     if not isinstance(outputs, (dict, tuple, list)):
         return
     parts = outputs.items() if isinstance(outputs, dict) else enumerate(outputs)
     for name, part in parts:
-        yield from flattened(part, f"{prefix}.{name}" if prefix else str(name))
+        yield from flatten_outputs(part, f"{prefix}.{name}" if prefix else str(name))
 
 
-def label_image(logits: np.ndarray) -> Image.Image:
-    """Of logits (K, height, width) the label of each pixel; a palette makes them visible."""
+def to_label_image(logits: np.ndarray) -> Image.Image:
+    """Return the most likely class of each pixel as a palette image.
+
+    Args:
+        logits: Class logits of shape (K, height, width); a single channel is binary.
+    """
     labels = logits.argmax(0) if len(logits) > 1 else (logits[0] > 0)
-    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
+    image = Image.fromarray(labels.astype(np.uint8), mode="P")
     colors = colormaps["tab20"](np.arange(20), bytes=True)[:, :3]
-    picture.putpalette([0, 0, 0, *colors.flatten().tolist()])
-    return picture
+    image.putpalette([0, 0, 0, *colors.flatten().tolist()])
+    return image
 
 
-def image(values: np.ndarray) -> Image.Image:
-    """An image (1 or 3, height, width) of values from 0 to 1; what is beyond them is cut off."""
+def to_image(values: np.ndarray) -> Image.Image:
+    """Return an image of values (1 or 3, height, width), clipped to [0, 1]."""
     pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
+
+
+def _stem(name: str) -> str:
+    return "predictions" + (f"_{name}" if name else "")

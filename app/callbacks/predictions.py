@@ -1,4 +1,4 @@
-"""What the model gave for every sample of an evaluated stage."""
+"""Write the outputs of the model for every sample of an evaluated stage."""
 
 from __future__ import annotations
 
@@ -8,31 +8,33 @@ from pathlib import Path
 from typing import Any, get_args
 
 from app.callbacks.prediction_files import Format, PredictionFiles
-from app.callbacks.selection import check_when, class_outputs, is_due, targets_of
+from app.callbacks.selection import check_selection, class_outputs, is_due, pick_targets
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
 
 log = logging.getLogger(__name__)
-STAGES = ("valid", "test")
+EVALUATION_STAGES = ("valid", "test")
 
 
 class PredictionWriter(Callback):
-    """Writes `predictions/epoch001_valid/` from the outputs that are measured anyway.
+    """Write the outputs of evaluated stages to folders such as `predictions/epoch001_valid/`.
 
-    Each batch is copied to the host as it comes, since all outputs at once may be more than the
-    device holds.
+    The outputs of the evaluation are reused; the model does not run again. Each batch is copied to
+    the CPU at once, since all outputs together may exceed the memory of the device.
 
     Args:
-        folder: Of the run.
-        config: Says which part of a batch is the target, and which outputs are logits of classes.
-        stages: `valid`, `test`.
-        format: As of `app.callbacks.prediction_files.PredictionFiles`.
-        every_n_epochs: Of the validations in training; all else is always written.
+        folder: Run folder.
+        config: Resolved configuration, which tells which part of a batch is the target and which
+            outputs are class logits.
+        stages: `valid`, `test` or both.
+        format: As in `app.callbacks.prediction_files.PredictionFiles`.
+        every_n_epochs: Interval between validations whose outputs are written. The outputs of
+            other evaluations are always written.
 
     Raises:
-        UserError: A stage or the format is none of these.
+        UserError: A stage, the format or the interval is not allowed.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class PredictionWriter(Callback):
         format: Format = "auto",
         every_n_epochs: int = 1,
     ) -> None:
-        check_when(stages, STAGES, every_n_epochs)
+        check_selection(stages, EVALUATION_STAGES, every_n_epochs)
         if format not in get_args(Format):
             raise UserError(f"format={format!r}; allowed: {', '.join(get_args(Format))}")
         self.folder, self.config = folder / "predictions", config
@@ -61,11 +63,14 @@ class PredictionWriter(Callback):
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.files is not None and step.outputs is not None:
-            self.files.add(step.outputs, targets_of(step.batch, self.config))
+            self.files.add(step.outputs, pick_targets(step.batch, self.config))
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if self.files is None:
             return
         self.files.close()
-        if not (self.files.parts or self.files.done):
-            log.warning("no predictions of %s: its steps tell no outputs", result.stage)
+        if not (self.files.batches or self.files.num_images):
+            log.warning(
+                "no predictions written for stage %s: the task's steps return no outputs",
+                result.stage,
+            )

@@ -1,4 +1,4 @@
-"""Pictures of a few samples and of what the model makes of them."""
+"""Draw a few samples together with the predictions of the model."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.callbacks.image_grids import SampleBuffer, grid
-from app.callbacks.prediction_files import image
-from app.callbacks.selection import check_when, is_due
+from app.callbacks.image_grids import SampleBuffer, stack_rows
+from app.callbacks.prediction_files import to_image
+from app.callbacks.selection import check_selection, is_due
 from app.runtime.figures import save_figure
 from app.runtime.files import atomic_write
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
-from app.training.history import History
+from app.training.history import STAGES, History
 
 log = logging.getLogger(__name__)
-STAGES = ("train", "valid", "test")
+MAX_COLUMNS = 8
 
 
 class SampleImages(Callback):
-    """Draws `samples/epoch001_valid.png`: the first inputs, and what the model makes of them.
+    """Draw the first inputs of a stage and their predictions, as `samples/epoch001_valid.png`.
 
-    Labels of whole images become titles; label maps and images stand below the inputs.
+    Class labels become titles; predicted label maps and images are drawn below the inputs.
 
     Args:
-        folder: Of the run.
-        config: Says which parts of a batch are inputs and targets, and which outputs are logits.
-        stages: `train`, `valid`, `test`.
-        count: How many samples.
-        every_n_epochs: Of the stages in training; all else is always drawn.
+        folder: Run folder.
+        config: Resolved configuration, which tells which parts of a batch are inputs and targets
+            and which outputs are class logits.
+        stages: Any of `train`, `valid` and `test`.
+        count: Number of samples.
+        every_n_epochs: Interval in training. Stages that run only once are always drawn.
 
     Raises:
-        UserError: A stage is of another name.
+        UserError: A stage or the interval is not allowed.
     """
 
     def __init__(
@@ -48,14 +49,14 @@ class SampleImages(Callback):
         count: int = 8,
         every_n_epochs: int = 1,
     ) -> None:
-        check_when(stages, STAGES, every_n_epochs)
+        check_selection(stages, STAGES, every_n_epochs)
         self.folder, self.config = folder / "samples", config
         self.stages, self.count, self.every_n_epochs = stages, count, every_n_epochs
         self.samples = SampleBuffer(config, 0)
 
     def on_stage_start(self, start: StageStart) -> None:
-        due = start.stage in self.stages and is_due(start, self.every_n_epochs, self.config)
-        self.samples = SampleBuffer(self.config, self.count if due else 0)
+        should_draw = start.stage in self.stages and is_due(start, self.every_n_epochs, self.config)
+        self.samples = SampleBuffer(self.config, self.count if should_draw else 0)
 
     def on_step_end(self, step: StepEnd) -> None:
         self.samples.add(step)
@@ -64,26 +65,28 @@ class SampleImages(Callback):
         if self.samples.is_empty:
             return
         path = self.folder / f"epoch{result.epoch:03d}_{result.stage}.png"
-        rows, titles = self.samples.pictures(), self.samples.titles()
+        rows, titles = self.samples.image_rows(), self.samples.titles()
         if not rows:
-            log.warning("no samples of %s: no part of the inputs is an image", result.stage)
+            log.warning(
+                "no samples drawn for stage %s: none of the inputs is an image", result.stage
+            )
         elif titles:
-            save_figure(path, titled(rows["inputs"], titles))
+            save_figure(path, draw_titled_images(rows["inputs"], titles))
         else:
-            picture = image(grid(list(rows.values())).numpy())
-            atomic_write(path, lambda file: picture.save(file, format="png"))
+            grid = to_image(stack_rows(list(rows.values())).numpy())
+            atomic_write(path, lambda file: grid.save(file, format="png"))
 
 
-def titled(images: Tensor, titles: Sequence[str]) -> Figure:
-    """Pictures with titles, eight in a row at most."""
-    columns = min(len(images), 8)
-    lines = math.ceil(len(images) / columns)
-    figure = Figure(figsize=(1.5 * columns, 1.8 * lines), layout="constrained")
+def draw_titled_images(images: Tensor, titles: Sequence[str]) -> Figure:
+    """Draw images with titles, at most eight per row."""
+    num_columns = min(len(images), MAX_COLUMNS)
+    num_rows = math.ceil(len(images) / num_columns)
+    figure = Figure(figsize=(1.5 * num_columns, 1.8 * num_rows), layout="constrained")
     figure.suptitle("predicted / true", size=9)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for place in axes:
-        place.axis("off")
-    for place, picture, title in zip(axes, images, titles, strict=False):
-        place.imshow(picture.permute(1, 2, 0).numpy())
-        place.set_title(title, size=9)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flatten()
+    for axes in grid:
+        axes.axis("off")
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set_title(title, size=9)
     return figure

@@ -1,21 +1,26 @@
-"""What of a run is watched: which stages and epochs, which parts of batches and outputs."""
+"""Decide when a callback acts, and which parts of batches and outputs it uses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from app.losses.weighted_sum import LOGITS
+from app.losses.weighted_sum import LOGIT_LOSSES
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, pick
 from app.training.events import StageStart
 
 
-def check_when(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: int) -> None:
-    """Refuses names that are no stage, and epochs that never come.
+def check_selection(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: int) -> None:
+    """Check the stages and the epoch interval of a callback.
+
+    Args:
+        stages: Stages that the user selected.
+        allowed: Stages that the callback supports.
+        every_n_epochs: Interval that the user selected.
 
     Raises:
-        UserError: Names what is allowed.
+        UserError: A stage is not allowed, or the interval is less than 1.
     """
     if not set(stages) <= set(allowed):
         raise UserError(f"stages={list(stages)!r}; allowed: {', '.join(allowed)}")
@@ -24,14 +29,14 @@ def check_when(stages: Sequence[str], allowed: Sequence[str], every_n_epochs: in
 
 
 def is_due(start: StageStart, every_n_epochs: int, config: dict[str, Any]) -> bool:
-    """Whether it is the epoch's turn; a stage that comes but once in a run is always due."""
-    comes_once = start.stage == "test" or config["mode"] != "train"
-    return comes_once or start.epoch % every_n_epochs == 0
+    """Whether to act in this epoch; always true for a stage that runs only once."""
+    runs_once = start.stage == "test" or config["mode"] != "train"
+    return runs_once or start.epoch % every_n_epochs == 0
 
 
 def class_outputs(config: dict[str, Any]) -> list[Key]:
-    """The parts of the outputs that are logits of classes, as the loss terms show."""
-    names = {kind.__name__ for kind in LOGITS}
+    """Return the keys of the outputs that are class logits, judging by their loss functions."""
+    names = {kind.__name__ for kind in LOGIT_LOSSES}
     terms = [term for term in config["loss"].values() if term]
     return [term.get("output") for term in terms if _function_name(term) in names]
 
@@ -40,7 +45,7 @@ def _function_name(term: dict[str, Any]) -> str:
     return str(term["function"]["_target_"]).rpartition(".")[2]
 
 
-def targets_of(batch: Nested, config: dict[str, Any]) -> Nested:
-    """The targets in a batch; None where it has none."""
+def pick_targets(batch: Nested, config: dict[str, Any]) -> Nested:
+    """Return the targets of a batch; None if the data has none."""
     key: Key = config["data"]["targets"]
     return None if key is None else pick(batch, key)

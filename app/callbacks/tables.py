@@ -1,4 +1,4 @@
-"""The CSV files: a line for each iteration, a line for each stage."""
+"""Write the CSV files of a run: a row per iteration, and a row per stage."""
 
 from __future__ import annotations
 
@@ -25,113 +25,117 @@ log = logging.getLogger(__name__)
 
 
 class Tables(Callback):
-    """Writes `epoch_details/` and the summary tables as the run goes.
+    """Write `epoch_details/` and the summary tables after each stage.
 
     Args:
-        folder: Of the run.
-        throughput: Adds `samples/s` to each iteration.
-        memory: Adds `memory_mb` to each iteration, in units of 2**20 bytes: what tensors take on
-            the CUDA device, elsewhere what the process takes (not a number where the system does
-            not tell).
+        folder: Run folder.
+        throughput: Whether to add a column `samples/s` to the iterations.
+        memory: Whether to add a column `memory_mb` to the iterations, in MiB: the memory of
+            tensors on a CUDA device, else the resident memory of the process (NaN if the operating
+            system does not report it).
     """
 
     def __init__(self, folder: Path, throughput: bool = False, memory: bool = False) -> None:
         self.folder, self.throughput, self.memory = folder, throughput, memory
-        self.taken: list[float] = []
-        self.before: list[float] = []  # of a stage that was cut
-        self.stage = ""  # the one under way
+        self.memory_column: list[float] = []
+        self.restored_column: list[float] = []  # of a stage that was interrupted
+        self.stage = ""  # current stage
 
     def state_dict(self) -> dict[str, Any]:
-        goes_on = self.memory and self.stage == "train"  # others begin anew
-        return {"taken": self.taken} if goes_on and self.taken else {}
+        is_resumable = self.memory and self.stage == "train"  # other stages start over
+        return {"taken": self.memory_column} if is_resumable and self.memory_column else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.before = state["taken"]
+        self.restored_column = state["taken"]
 
     def on_stage_start(self, start: StageStart) -> None:
-        self.stage, self.taken, self.before = start.stage, self.before, []
+        self.stage, self.memory_column, self.restored_column = start.stage, self.restored_column, []
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
-            self.taken.append(memory_mb(step.batch))
+            self.memory_column.append(memory_mb(step.batch))
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         details = self.folder / "epoch_details"
         name = f"epoch{result.epoch:03d}_{result.stage}"
         write_csv(details / f"{name}.csv", self._with_usage(result.steps))
         for metric, value in result.arrays.items():
-            write_csv(details / f"{name}_{metric}.csv", as_table(value))
+            write_csv(details / f"{name}_{metric}.csv", array_table(value))
         write_summaries(self.folder, history, [result.stage])
-        if result.is_whole:
-            self.taken = []
+        if result.is_complete:
+            self.memory_column = []
 
     def _with_usage(self, steps: pd.DataFrame) -> pd.DataFrame:
-        """A frame of its own: that of the result belongs to all who watch."""
+        """Return a copy with the optional columns; other callbacks share the original."""
         if self.throughput:
             steps = steps.assign(**{"samples/s": steps["num_samples"] / steps["iter_time"]})
         if self.memory:
-            unknown = [math.nan] * (len(steps) - len(self.taken))  # before it was wanted
-            steps = steps.assign(memory_mb=[*unknown, *self.taken])
+            # Steps of an interrupted run that did not record memory
+            unknown = [math.nan] * (len(steps) - len(self.memory_column))
+            steps = steps.assign(memory_mb=[*unknown, *self.memory_column])
         return steps
 
 
 def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> None:
-    """The table of all stages, and one for each of those."""
+    """Write the summary table of all stages, and one for each of the given stages."""
     summary = summary_table(history)
     write_csv(folder / "summary_table.csv", summary)
     for stage in stages:
-        own = summary[summary["stage"] == stage].dropna(axis="columns", how="all")
-        write_csv(folder / f"{stage}_summary_table.csv", own)
+        rows = summary[summary["stage"] == stage].dropna(axis="columns", how="all")
+        write_csv(folder / f"{stage}_summary_table.csv", rows)
+
+
+def memory_mb(batch: Nested) -> float:
+    """Return the memory in use on the device of a batch, in MiB, without synchronizing."""
+    device = next((tensor.device for tensor in tensors(batch)), torch.device("cpu"))
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return math.nan
+    resident_pages = int(statm.read_text().split()[1])
+    return resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def array_table(value: np.ndarray) -> pd.DataFrame:
+    """Return a vector as one row and an array as rows of its last dimension."""
+    return pd.DataFrame(value.reshape(-1, value.shape[-1]))
 
 
 def truncate_to_history(folder: Path, history: History) -> None:
-    """Takes away what a run had written that now goes on from before it, or begins anew.
+    """Remove table rows and files of stages that are not in the history.
+
+    An interrupted run may have written more than the checkpoint that it resumes from contains.
 
     Raises:
-        StorageError: It may not be.
+        StorageError: A file cannot be changed.
     """
     try:
-        _drop_after(folder, history)
+        _truncate(folder, history)
     except OSError as error:
         raise as_storage_error(error) from error
 
 
-def _drop_after(folder: Path, history: History) -> None:
+def _truncate(folder: Path, history: History) -> None:
     kept = {(int(row["epoch"]), str(row["stage"])) for row in history}
+    kept_stages = {stage for _, stage in kept}
     for path in (folder / "epoch_details").glob("epoch*.csv"):
-        found = re.fullmatch(r"epoch(\d+)_(train|valid|test)(_.*)?", path.stem)
-        if found is not None and (int(found[1]), found[2]) not in kept:
+        match = re.fullmatch(r"epoch(\d+)_(train|valid|test)(_.*)?", path.stem)
+        if match is not None and (int(match[1]), match[2]) not in kept:
             path.unlink()
-        elif found is not None:
+        elif match is not None:
             drop_torn_line(path)
-    there = [stage for stage in STAGES if (folder / f"{stage}_summary_table.csv").exists()]
-    if there and history:
-        write_summaries(folder, history, [s for s in there if any(s == stage for _, stage in kept)])
-    for stage in there:
-        if not any(stage == one for _, one in kept):
+    existing = [stage for stage in STAGES if (folder / f"{stage}_summary_table.csv").exists()]
+    if existing and history:
+        write_summaries(folder, history, [stage for stage in existing if stage in kept_stages])
+    for stage in existing:
+        if stage not in kept_stages:
             (folder / f"{stage}_summary_table.csv").unlink()
 
 
 def drop_torn_line(path: Path) -> None:
-    """Takes away a last line that was cut off."""
+    """Remove an incomplete last line from a file."""
     content = path.read_bytes()
     if content and not content.endswith(b"\n"):
-        log.warning("%s was cut off: its last line is dropped", path)
+        log.warning("%s ends with an incomplete line, which is removed", path)
         atomic_write(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
-
-
-def memory_mb(batch: Nested) -> float:
-    """Memory in use where the batch is; asking does not wait for the device."""
-    device = next((tensor.device for tensor in tensors(batch)), torch.device("cpu"))
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
-    pages = Path("/proc/self/statm")
-    if not pages.exists():
-        return math.nan
-    resident = int(pages.read_text().split()[1])
-    return resident * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def as_table(value: np.ndarray) -> pd.DataFrame:
-    """A vector as one line, a matrix as lines of columns 0, 1, ..., more dimensions flattened."""
-    return pd.DataFrame(value.reshape(-1, value.shape[-1]))

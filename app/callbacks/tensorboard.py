@@ -1,4 +1,4 @@
-"""The run as TensorBoard shows it."""
+"""Log a run to TensorBoard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import nn
 
 from app.callbacks.image_grids import SampleBuffer
 from app.callbacks.log_values import final_metrics, flatten, row_metrics
-from app.callbacks.plots import matrix
+from app.callbacks.plots import draw_matrix
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, tensors
@@ -29,23 +29,25 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
-NOT_DRAWN = ["epoch", "iter", "stage", "num_samples", "iter_time"]
-COMPARED = ("optimizer", "scheduler", "model", "trainer", "data.batch_size", "seed")
+NON_METRIC_COLUMNS = ["epoch", "iter", "stage", "num_samples", "iter_time"]
+# Configuration keys that are logged as hyperparameters, with all keys below them
+HPARAMS = ("optimizer", "scheduler", "model", "trainer", "data.batch_size", "seed")
 
 
 class TensorBoard(Callback):
-    """Writes `tensorboard/`: by epochs `<stage>/<name>`, by iterations `<stage>_step/<name>`.
+    """Write `tensorboard/`: `<stage>/<name>` by epoch and `<stage>_step/<name>` by iteration.
 
     Args:
-        folder: Of the run.
-        model: Its weights and its graph are shown.
-        config: The whole configuration.
-        steps: Draws curves over the iterations, too.
-        histograms_every_n_epochs: Of the weights; 0: never.
-        images: How many samples of each evaluated stage are shown, as inputs and, where the
-            outputs are images or label maps, outputs.
-        graph: Shows the operations of the model.
-        hparams: Shows the run beside others, with its main settings and results.
+        folder: Run folder.
+        model: Model whose weights and graph are logged.
+        config: Resolved configuration.
+        steps: Whether to log the values of each iteration.
+        histograms_every_n_epochs: Interval of the weight histograms; 0 disables them.
+        images: Number of samples to show in each evaluated stage: the inputs, and the outputs if
+            they are images or label maps.
+        graph: Whether to log the graph of the model.
+        hparams: Whether to log the main settings and results to the HParams page, which compares
+            runs.
 
     Raises:
         UserError: TensorBoard is not installed.
@@ -66,54 +68,54 @@ class TensorBoard(Callback):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError('needs TensorBoard: pip install -e ".[tensorboard]"') from error
-        self.create = partial(SummaryWriter, str(folder / "tensorboard"))
+        self.make_writer = partial(SummaryWriter, str(folder / "tensorboard"))
         self.model, self.config, self.goal = model, config, GoalConfig(**config["goal"])
         self.steps, self.images, self.hparams = steps, images, hparams
         self.histograms_every_n_epochs = histograms_every_n_epochs
-        self.done: Counter[str] = Counter()  # iterations of each stage
+        self.num_iterations: Counter[str] = Counter()  # by stage
         self.samples = SampleBuffer(config, 0)
-        self.traced = SampleBuffer(config, 2 if graph else 0)
+        self.graph_samples = SampleBuffer(config, 2 if graph else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"iterations": dict(self.done)}
+        return {"iterations": dict(self.num_iterations)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.done = Counter(state["iterations"])
+        self.num_iterations = Counter(state["iterations"])
 
     @cached_property
     def writer(self) -> SummaryWriter:
-        """Made when there is something to write, which is in the rank alone that is watched."""
-        return self.create()
+        """Writer, created at first use: a callback that receives no events writes no file."""
+        return self.make_writer()
 
     def on_stage_start(self, start: StageStart) -> None:
-        evaluated = start.stage in ("valid", "test")
-        self.samples = SampleBuffer(self.config, self.images if evaluated else 0)
+        is_evaluated = start.stage in ("valid", "test")
+        self.samples = SampleBuffer(self.config, self.images if is_evaluated else 0)
 
     def on_step_end(self, step: StepEnd) -> None:
         self.samples.add(step)
-        self.traced.add(step)
+        self.graph_samples.add(step)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
-        if not result.is_whole:
+        if not result.is_complete:
             return
         for name, value in row_metrics(result.row).items():
             self.writer.add_scalar(name, value, result.epoch)
         if self.steps:
-            self._draw_steps(result)
+            self._log_steps(result)
         for name, array in result.arrays.items():
             if array.ndim == 2:
-                figure = matrix(array, f"{name}, {result.stage}, epoch {result.epoch}")
+                figure = draw_matrix(array, f"{name}, {result.stage}, epoch {result.epoch}")
                 self.writer.add_figure(f"{result.stage}/{name}", figure, result.epoch)
         if not self.samples.is_empty:
-            for name, pictures in self.samples.pictures().items():
-                self.writer.add_images(f"{result.stage}_images/{name}", pictures, result.epoch)
-        if not self.traced.is_empty:
-            self._draw_graph(self.traced.kept[0][0])
-            self.traced = SampleBuffer(self.config, 0)
+            for name, images in self.samples.image_rows().items():
+                self.writer.add_images(f"{result.stage}_images/{name}", images, result.epoch)
+        if not self.graph_samples.is_empty:
+            self._log_graph(self.graph_samples.batches[0][0])
+            self.graph_samples = SampleBuffer(self.config, 0)
 
     def on_epoch_end(self, end: EpochEnd) -> None:
-        every = self.histograms_every_n_epochs
-        if every and end.epoch % every == 0:
+        interval = self.histograms_every_n_epochs
+        if interval and end.epoch % interval == 0:
             for name, weights in self.model.named_parameters():
                 finite = weights.detach().float().flatten()
                 finite = finite[finite.isfinite()]
@@ -125,20 +127,19 @@ class TensorBoard(Callback):
         if not history:
             return
         if self.hparams:
-            found = final_metrics(history, self.goal)
-            metrics = {f"hparam/{name}": value for name, value in found.items()}
-            self.writer.add_hparams(_compared(self.config), metrics, run_name=".")
+            values = final_metrics(history, self.goal)
+            metrics = {f"hparam/{name}": value for name, value in values.items()}
+            self.writer.add_hparams(_hparams(self.config), metrics, run_name=".")
         self.writer.close()
 
-    def _draw_steps(self, result: StageResult) -> None:
-        first = self.done[result.stage] + 1
-        self.done[result.stage] += len(result.steps)
-        for name in result.steps.columns.difference(NOT_DRAWN):
+    def _log_steps(self, result: StageResult) -> None:
+        first = self.num_iterations[result.stage] + 1
+        self.num_iterations[result.stage] += len(result.steps)
+        for name in result.steps.columns.difference(NON_METRIC_COLUMNS):
             for step, value in enumerate(result.steps[name], first):
                 self.writer.add_scalar(f"{result.stage}_step/{name}", value, step)
 
-    def _draw_graph(self, inputs: Nested) -> None:
-        """Of a copy, since tracing a model puts all its modules into the mode of the whole."""
+    def _log_graph(self, inputs: Nested) -> None:
         devices = {tensor.device for tensor in tensors(inputs) if tensor.is_cuda}
         try:
             with (
@@ -147,14 +148,15 @@ class TensorBoard(Callback):
                 torch.random.fork_rng(devices),
             ):
                 warnings.simplefilter("ignore")
+                # Trace a copy: tracing sets the mode of all modules to that of the root module.
                 self.writer.add_graph(copy.deepcopy(self.model).eval(), inputs)
         except (RuntimeError, TypeError) as error:
-            log.warning("the model's graph cannot be drawn: %s", str(error).splitlines()[0])
+            log.warning("cannot log the graph of the model: %s", str(error).splitlines()[0])
 
 
-def _compared(config: dict[str, Any]) -> dict[str, float | str]:
+def _hparams(config: dict[str, Any]) -> dict[str, float | str]:
     return {
         key: value if isinstance(value, (int, float)) else str(value)
         for key, value in flatten(config).items()
-        if any(f"{key}.".startswith(f"{part}.") for part in COMPARED)
+        if any(f"{key}.".startswith(f"{prefix}.") for prefix in HPARAMS)
     }

@@ -1,4 +1,4 @@
-"""The run as one of Weights & Biases."""
+"""Log a run to Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(Callback):
-    """Logs the configuration and each stage's numbers by epoch, into `wandb/` of the run's folder.
+    """Log the configuration and the metrics of each stage by epoch, to `wandb/` in the run folder.
 
     Args:
-        folder: Of the run.
-        config: The whole configuration.
-        project: Under which the run is listed.
-        mode: `offline` needs neither a network nor an account; `wandb sync` sends it later.
-        entity: A user or a team; None: the user's own default.
+        folder: Run folder.
+        config: Resolved configuration.
+        project: Name of the project that lists the run.
+        mode: `offline` needs neither a network nor an account; `wandb sync` uploads the run later.
+        entity: User or team; None selects the user's own default.
 
     Raises:
-        UserError: Weights & Biases is not installed, or the mode is none of these.
+        UserError: Weights & Biases is not installed, or the mode is unknown.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class WeightsAndBiases(Callback):
         except ImportError as error:
             raise UserError('needs Weights & Biases: pip install -e ".[wandb]"') from error
         self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
-        self.begin = partial(
+        self.init_run = partial(
             wandb.init,
             project=project,
             entity=entity,
@@ -57,34 +57,37 @@ class WeightsAndBiases(Callback):
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run: Run | None = None
-        self.id: str | None = None
+        self.run_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self.id}
+        return {"run": self.run_id}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The run that was cut goes on as the same."""
-        self.id = state["run"]
+        """Continue the W&B run of the interrupted run."""
+        self.run_id = state["run"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
-        """Begins the run with the first stage, since only then is it known to be watched."""
+        """Create or continue the W&B run at the first stage.
+
+        Not in the constructor: a callback that receives no events must not create a run.
+        """
         if self.run is None:
-            self.run = self.begin(
+            self.run = self.init_run(
                 dir=self.folder,
                 config=self.config,
                 name=self.config["name"],
                 tags=self.config["tags"],
                 notes=self.config["notes"],
                 reinit="create_new",
-                id=self.id,
-                resume="allow" if self.id else None,
+                id=self.run_id,
+                resume="allow" if self.run_id else None,
             )
-            self.id = self.run.id
+            self.run_id = self.run.id
             self.run.define_metric("*", step_metric="epoch")
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         assert self.run is not None
-        if result.is_whole:
+        if result.is_complete:
             self.run.log({"epoch": result.epoch, **row_metrics(result.row)})
 
     def on_run_end(self, history: History) -> None:

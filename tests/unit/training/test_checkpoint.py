@@ -116,4 +116,4 @@ def test_a_line_that_was_cut_off_goes(tmp_path: Path, caplog: pytest.LogCaptureF
         assert list(table.columns) == ["iter", "loss"]
         assert table["iter"].tolist() == [1, 2][: len(table)]
         assert table["loss"].tolist() == [0.5, 0.25][: len(table)]
-    assert "was cut off: its last line is dropped" in caplog.text
+    assert "ends with an incomplete line, which is removed" in caplog.text
