@@ -1,1 +1,1 @@
-"""Checkpoints: what they hold, when they are saved, how they are read."""
+"""Checkpoints: what they contain, when they are saved, and how they are read."""

@@ -1,7 +1,7 @@
-"""The last bytes of a checkpoint: what it is, and a checksum over all of it.
+"""Write and verify the checksum of a checkpoint, and a short summary of what it contains.
 
-They stand in the comment at the end of the zip file that `torch.save` writes, which is a place for
-them in the format: torch reads the file as it does any other.
+Both are stored as JSON in the comment at the end of the zip file that `torch.save` writes. The zip
+format allows such a comment, so torch reads the file like any other.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import BinaryIO, Literal, cast
 from app.runtime.errors import UserError
 from app.runtime.fault_injection import maybe_crash
 
-END_RECORD = b"PK\x05\x06"  # the record at the end of a zip file, 22 bytes and the comment
-END_RECORD_LENGTH = 22
-BLOCK_SIZE = 1 << 20  # bytes that are read at once
+END_RECORD = b"PK\x05\x06"  # starts the record at the end of a zip file
+END_RECORD_LENGTH = 22  # bytes, without the comment that follows
+BLOCK_SIZE = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is.
+    """Summary of a checkpoint.
 
     Attributes:
-        kind: A `state` to go on from, or `weights` alone.
-        epoch: The last one whose learning is in it.
-        number: Of the state, among those that a run has saved.
+        kind: `state` is a training checkpoint to resume from, `weights` has weights only.
+        epoch: Last epoch trained on.
+        number: Sequence number of a training checkpoint within its run.
     """
 
     kind: Literal["state", "weights"]
@@ -37,19 +37,18 @@ class CheckpointInfo:
 
 
 class HashingFile:
-    """An open file in which everything counts that is written.
+    """Binary file that hashes everything written to it.
 
     Args:
-        file: Empty.
-        name: Of what it becomes.
+        file: Empty file, open for writing.
+        name: Final name of the file, for fault injection.
     """
 
     def __init__(self, file: BinaryIO, name: str) -> None:
         self.file, self.name, self.digest = file, name, hashlib.sha256()
-        self.error: OSError | None = None  # torch puts one of its own in its place
+        self.error: OSError | None = None  # torch replaces it with a RuntimeError
 
     def write(self, data: bytes) -> int:
-        """As that of a file."""
         view = memoryview(data).cast("B")
         try:
             self.file.write(view[: len(view) // 2])
@@ -62,77 +61,76 @@ class HashingFile:
         return len(view)
 
     def flush(self) -> None:
-        """As that of a file."""
         self.file.flush()
 
 
 def write_with_checksum(
-    file: BinaryIO, name: str, seal: CheckpointInfo, write: Callable[[BinaryIO], object]
+    file: BinaryIO, name: str, info: CheckpointInfo, write: Callable[[BinaryIO], object]
 ) -> None:
-    """Writes a zip file and seals it.
+    """Write a zip file with a checksum.
 
     Args:
-        file: Empty.
-        name: Of what it becomes.
-        seal: What it is.
-        write: Given a file to write to.
+        file: Empty file, open for writing.
+        name: Final name of the file, for fault injection.
+        info: Summary to store beside the checksum.
+        write: Writes the zip file to the file it is given.
     """
-    sealed = write_archive(file, name, write)
-    comment = _comment(seal, sealed.digest)
-    file.seek(-2, 2)  # the length of the comment, until now none
+    hashing = write_archive(file, name, write)
+    comment = _make_comment(info, hashing.digest)
+    file.seek(-2, 2)  # the last two bytes are the length of the comment, still 0
     file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def write_archive(file: BinaryIO, name: str, write: Callable[[BinaryIO], object]) -> HashingFile:
-    """Writes a zip file by torch, without a seal.
+    """Write a zip file without a checksum.
 
     Raises:
-        OSError: It cannot be written; torch itself would say where in the zip file it was.
+        OSError: The file cannot be written; torch itself would raise a less helpful RuntimeError.
     """
-    sealed = HashingFile(file, name)
+    hashing = HashingFile(file, name)
     try:
-        write(cast(BinaryIO, sealed))
+        write(cast(BinaryIO, hashing))
     except RuntimeError:
-        if sealed.error is not None:
-            raise sealed.error from None
+        if hashing.error is not None:
+            raise hashing.error from None
         raise
-    return sealed
+    return hashing
 
 
 def read_info(file: Path) -> CheckpointInfo:
-    """What a checkpoint says it is; whether that is so only `check_seal` finds out.
+    """Read the summary of a checkpoint without verifying its checksum.
 
     Raises:
-        UserError: It has no seal.
+        UserError: The summary is missing or damaged.
     """
-    return _read(file)[0]
+    return _read_comment(file)[0]
 
 
 def verify_checksum(file: Path) -> CheckpointInfo:
-    """What a checkpoint is, once all of it has been found as it was written.
+    """Verify the checksum of a checkpoint and return its summary.
 
     Raises:
-        UserError: It has not.
+        UserError: The file is missing or damaged.
     """
-    seal, comment = _read(file)
+    info, comment = _read_comment(file)
     digest, left = hashlib.sha256(), file.stat().st_size - len(comment) - 2
     with file.open("rb") as opened:
         while left and (data := opened.read(min(left, BLOCK_SIZE))):
             digest.update(data)
             left -= len(data)
     digest.update(bytes(2))
-    if comment != _comment(seal, digest):
-        raise UserError(f"{file} is damaged: it does not have its checksum")
-    return seal
+    if comment != _make_comment(info, digest):
+        raise UserError(f"{file} is damaged: its checksum does not match")
+    return info
 
 
-def _comment(seal: CheckpointInfo, digest: hashlib._Hash) -> bytes:
-    plain = json.dumps(asdict(seal))
+def _make_comment(info: CheckpointInfo, digest: hashlib._Hash) -> bytes:
+    plain = json.dumps(asdict(info))
     digest.update(plain.encode())
-    return json.dumps({**asdict(seal), "sha256": digest.hexdigest()}).encode()
+    return json.dumps({**asdict(info), "sha256": digest.hexdigest()}).encode()
 
 
-def _read(file: Path) -> tuple[CheckpointInfo, bytes]:
+def _read_comment(file: Path) -> tuple[CheckpointInfo, bytes]:
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -142,17 +140,23 @@ def _read(file: Path) -> tuple[CheckpointInfo, bytes]:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     start = tail.rfind(END_RECORD)
     comment = tail[start + END_RECORD_LENGTH :]
-    told = int.from_bytes(tail[start + END_RECORD_LENGTH - 2 : start + END_RECORD_LENGTH], "little")
-    if start < 0 or told != len(comment):
-        raise UserError(f"{file} is truncated or no checkpoint")
+    length = int.from_bytes(
+        tail[start + END_RECORD_LENGTH - 2 : start + END_RECORD_LENGTH], "little"
+    )
+    if start < 0 or length != len(comment):
+        raise UserError(f"{file} is truncated or not a checkpoint")
     if not comment:
-        raise UserError(f"{file} has no checksum: it is damaged, or not of this program")
+        raise UserError(
+            f"{file} has no checksum: it is damaged, or was not written by this program"
+        )
     try:
         content = json.loads(comment)
         kind, epoch, number = (content[name] for name in ("kind", "epoch", "number"))
-        sound = kind in ("state", "weights") and isinstance(epoch, int) and isinstance(number, int)
+        is_valid = (
+            kind in ("state", "weights") and isinstance(epoch, int) and isinstance(number, int)
+        )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} is damaged: its last bytes are no seal") from error
-    if not sound:
-        raise UserError(f"{file} is damaged: its last bytes are no seal")
+        raise UserError(f"{file} is damaged: its summary cannot be read") from error
+    if not is_valid:
+        raise UserError(f"{file} is damaged: its summary cannot be read")
     return CheckpointInfo(kind, epoch, number), comment

@@ -1,4 +1,4 @@
-"""What a checkpoint of this program has inside, looked at before any of it is used."""
+"""Check the content of a checkpoint before any of it is used."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 from app.config.limits import load_json
 from app.runtime.errors import UserError
 
-Kinds = tuple[type, ...]
-CONTENT: dict[str, Kinds] = {
+Types = tuple[type, ...]
+CONTENT: dict[str, Types] = {
     "config": (str,),
     "template": (str, NoneType),
     "model": (dict,),
@@ -21,7 +21,7 @@ CONTENT: dict[str, Kinds] = {
     "history": (str,),
     "training": (dict, NoneType),
 }
-TRAINING: dict[str, Kinds] = {
+TRAINING: dict[str, Types] = {
     "learning": (dict,),
     "averaging": (dict,),
     "batches": (int,),
@@ -33,86 +33,90 @@ TRAINING: dict[str, Kinds] = {
     "saves": (int,),
     "nonfinite": (dict,),
 }
-UNDER_WAY: dict[str, Kinds] = {"batches": (int,), "rows": (dict,), "ranks": (list,)}
-SAVED = (str, int, float, bool, NoneType)
-CELLS = (int, float, str)  # of a row of the history
+MID_EPOCH: dict[str, Types] = {"batches": (int,), "rows": (dict,), "ranks": (list,)}
+SAVABLE = (str, int, float, bool, NoneType)
+CELL_TYPES = (int, float, str)  # in a row of the history
 
 
 def check_content(file: Path, content: Any) -> None:
-    """Every part of a checkpoint is there, and is what it should be.
+    """Check that a checkpoint has all its entries, each of the right type.
 
     Args:
-        file: It is from, for errors.
-        content: As `load_plain` gives it, of a format that this program reads.
+        file: Where it comes from, for error messages.
+        content: Result of `load_plain`, of the format version that this program reads.
 
     Raises:
-        UserError: The first part that is missing, or something else.
+        UserError: An entry is missing or of the wrong type; the message names the first one.
     """
-    wrong = _wrong(content)
-    if wrong is not None:
-        raise UserError(f"{file} is no checkpoint of this program: {wrong}")
+    problem = _find_problem(content)
+    if problem is not None:
+        raise UserError(f"{file} is not a checkpoint of this program: {problem}")
     config = load_json(content["config"], f"{file}: config")
     if not isinstance(config, (dict, NoneType)):
-        raise UserError(f"{file} is no checkpoint of this program: config is no configuration")
+        raise UserError(
+            f"{file} is not a checkpoint of this program: config is not a configuration"
+        )
     if config is not None and content["template"] is None:
-        raise UserError(f"{file} is no checkpoint of this program: config has no template")
+        raise UserError(f"{file} is not a checkpoint of this program: config has no template")
     history = load_json(content["history"], f"{file}: history")
     if not isinstance(history, list) or not all(_is_row(row) for row in history):
-        raise UserError(f"{file} is no checkpoint of this program: history is no list of rows")
+        raise UserError(
+            f"{file} is not a checkpoint of this program: history is not a list of rows"
+        )
 
 
 def check_savable(key: str, value: Any) -> None:
-    """What is to be saved can be read again: a checkpoint holds nothing that could be called.
+    """Check that `load_plain` will be able to read a value, before it is saved.
 
     Args:
-        key: Where the value is, for errors.
+        key: Where the value is, for error messages.
         value: Tensors and plain values, in lists, tuples and dicts.
 
     Raises:
-        UserError: Something else is among it.
+        UserError: It contains an object of another type.
     """
     if isinstance(value, dict):
         for name, part in value.items():
             if type(name) not in (str, int):
-                raise UserError(f"{key}: the name {name!r} cannot be saved; allowed: str, int")
+                raise UserError(f"{key}: the key {name!r} cannot be saved; allowed: str, int")
             check_savable(f"{key}.{name}", part)
     elif isinstance(value, (list, tuple)):
-        for place, part in enumerate(value):
-            check_savable(f"{key}.{place}", part)
-    elif not isinstance(value, Tensor) and type(value) not in SAVED:
+        for index, part in enumerate(value):
+            check_savable(f"{key}.{index}", part)
+    elif not isinstance(value, Tensor) and type(value) not in SAVABLE:
         raise UserError(
-            f"{key}: a {type(value).__name__} cannot be saved; allowed: tensors, numbers, texts, "
+            f"{key}: a {type(value).__name__} cannot be saved; allowed: tensors, numbers, strings, "
             "None, and lists, tuples and dicts of them"
         )
 
 
-def _wrong(content: Any) -> str | None:
+def _find_problem(content: Any) -> str | None:
     if not isinstance(content, dict):
         return f"it is a {type(content).__name__}"
-    wrong = _unlike(content, CONTENT, "")
-    if wrong is not None:
-        return wrong
+    problem = _find_entry_problem(content, CONTENT, "")
+    if problem is not None:
+        return problem
     if not all(type(n) is str and isinstance(t, Tensor) for n, t in content["model"].items()):
-        return "model has more than named tensors"
+        return "model contains more than named tensors"
     training = content["training"]
     if training is None or "is_over" not in training:
-        return None  # weights alone
-    wrong = _unlike(training, TRAINING, "training.")
-    if wrong is not None or training["under_way"] is None:
-        return wrong
-    return _unlike(training["under_way"], UNDER_WAY, "training.under_way.")
+        return None  # weights only
+    problem = _find_entry_problem(training, TRAINING, "training.")
+    if problem is not None or training["under_way"] is None:
+        return problem
+    return _find_entry_problem(training["under_way"], MID_EPOCH, "training.under_way.")
 
 
-def _unlike(part: dict[Any, Any], kinds: dict[str, Kinds], key: str) -> str | None:
-    for name, allowed in kinds.items():
+def _find_entry_problem(part: dict[Any, Any], types: dict[str, Types], prefix: str) -> str | None:
+    for name, allowed in types.items():
         if name not in part:
-            return f"it has no {key}{name}"
+            return f"it has no {prefix}{name}"
         value = part[name]
         if type(value) not in allowed:
-            wanted = " or ".join(kind.__name__ for kind in allowed)
-            return f"{key}{name} is of type {type(value).__name__}, not {wanted}"
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            return f"{prefix}{name} is of type {type(value).__name__}, not {expected}"
         if type(value) is int and value < 0:
-            return f"{key}{name}={value} is below 0"
+            return f"{prefix}{name}={value} is below 0"
     return None
 
 
@@ -121,5 +125,5 @@ def _is_row(row: Any) -> bool:
         isinstance(row, dict)
         and isinstance(row.get("epoch"), int)
         and isinstance(row.get("stage"), str)
-        and all(isinstance(cell, CELLS) for cell in row.values())
+        and all(isinstance(cell, CELL_TYPES) for cell in row.values())
     )

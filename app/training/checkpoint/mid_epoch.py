@@ -1,4 +1,4 @@
-"""An epoch of training that was cut, and goes on where it was."""
+"""Save and restore the position within a training epoch, so that it resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -20,47 +20,73 @@ log = logging.getLogger(__name__)
 EpochPosition = dict[str, Any]  # tensors and plain values
 
 
-def save_position(rows: StageAccumulator, batches: int) -> EpochPosition:
-    """Where in an epoch of training all ranks are: rows, what metrics hold, randomness."""
-    mine = {"random": rng_state(), "metrics": rows.metrics.state_dict()}
-    return {"batches": batches, "rows": rows.state_dict(), "ranks": gather_object(mine)}
+def save_position(accumulator: StageAccumulator, batches: int) -> EpochPosition:
+    """Return the position of all ranks in the epoch: rows, metric states and RNG states.
+
+    Every rank must call this.
+
+    Args:
+        accumulator: Rows and metrics of the epoch so far.
+        batches: Number of batches trained on in this epoch.
+    """
+    local = {"random": rng_state(), "metrics": accumulator.metrics.state_dict()}
+    return {"batches": batches, "rows": accumulator.state_dict(), "ranks": gather_object(local)}
 
 
-def restore_position(rows: StageAccumulator, under_way: EpochPosition) -> None:
-    """The rows and metrics go on from there."""
-    ranks = under_way["ranks"]
+def restore_position(accumulator: StageAccumulator, position: EpochPosition) -> None:
+    """Restore the rows and metric states of an interrupted epoch.
+
+    If the number of ranks has changed, rank 0 takes over the metric states of all ranks.
+
+    Raises:
+        UserError: The position does not match the metrics, or is damaged.
+    """
+    ranks = position["ranks"]
     if len(ranks) != world_size():
-        log.warning("the run was cut on %d ranks and goes on on %d", len(ranks), world_size())
-    with _used():
-        rows.load_state_dict(under_way["rows"])
+        log.warning(
+            "the number of ranks has changed: saved on %d, resumed on %d", len(ranks), world_size()
+        )
+    with _mismatch_as_user_error():
+        accumulator.load_state_dict(position["rows"])
         if len(ranks) == world_size():
-            rows.metrics.load_state_dict(ranks[rank()]["metrics"])
+            accumulator.metrics.load_state_dict(ranks[rank()]["metrics"])
         else:
             for part in ranks if rank() == 0 else []:
-                rows.metrics.merge_state_dict(part["metrics"])
+                accumulator.metrics.merge_state_dict(part["metrics"])
 
 
 def remaining_batches(
-    batches: BatchLoader, epoch: int, under_way: EpochPosition | None
+    batches: BatchLoader, epoch: int, position: EpochPosition | None
 ) -> Iterator[tuple[Batch, bool]]:
-    """The batches of an epoch; of one that was cut what is left, with its randomness."""
+    """Return the batches of an epoch from a position on, each with whether it is padding.
+
+    The RNG states are restored, too, if the number of ranks is the same.
+
+    Args:
+        batches: Loader of the training data.
+        epoch: Number of the epoch.
+        position: Where the epoch was interrupted; None returns all its batches.
+
+    Raises:
+        UserError: The position is damaged.
+    """
     steps = padded_batches(batches, epoch)
-    if under_way is None:
+    if position is None:
         return steps
-    for _ in islice(steps, under_way["batches"]):
+    for _ in islice(steps, position["batches"]):
         pass
-    if len(under_way["ranks"]) == world_size():
-        with _used():
-            set_rng_state(under_way["ranks"][rank()]["random"])
+    if len(position["ranks"]) == world_size():
+        with _mismatch_as_user_error():
+            set_rng_state(position["ranks"][rank()]["random"])
     return steps
 
 
 @contextmanager
-def _used() -> Iterator[None]:
+def _mismatch_as_user_error() -> Iterator[None]:
     try:
         yield
     except MISMATCH_ERRORS as error:
         raise UserError(
-            f"what the state has of the epoch under way cannot be used, it is of other metrics or "
-            f"damaged: {error!r}"
+            "the saved position within the epoch cannot be restored, it belongs to other metrics "
+            f"or is damaged: {error!r}"
         ) from error

@@ -1,4 +1,4 @@
-"""What of a training is kept on the disk, and when: the best weights, and states to go on from."""
+"""Decide which checkpoints to save, and when."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from app.training.rank_sync import SaveTimer
 
 
 class CheckpointPolicy:
-    """Keeps the best weights, and all that is needed to go on.
+    """Save the best weights, and training checkpoints to resume from.
 
     Args:
-        state: Of the training.
-        saving: When, and how many.
-        goal: What best means.
-        monitors: Further meanings of best, by name.
+        state: State of the training.
+        save_schedule: When to save, and how many checkpoints to keep.
+        goal: Which epoch is the best.
+        monitors: Additional criteria for the best epoch, by name.
     """
 
     def __init__(
@@ -32,67 +32,75 @@ class CheckpointPolicy:
         goal: GoalConfig,
         monitors: Mapping[str, MonitorConfig],
     ) -> None:
-        self.state, self.schedule, self.goal, self.monitors = state, save_schedule, goal, dict(monitors)
+        self.state, self.schedule = state, save_schedule
+        self.goal, self.monitors = goal, dict(monitors)
         self.timer = SaveTimer(save_schedule.every_n_steps, save_schedule.every_n_minutes)
 
     def save_last(self) -> None:
-        """All that is needed to go on."""
+        """Save a training checkpoint."""
         self.state.save_last()
         self.timer.mark_saved(self.optimizers.steps)
 
     def is_due(self) -> bool:
-        """Whether that is wanted now, in the midst of an epoch; every rank must ask."""
+        """Return whether to save within the epoch now; every rank must call this."""
         return self.timer.is_due(self.optimizers.steps) and self.optimizers.at_step_boundary
 
-    def save_mid_epoch(self, rows: StageAccumulator) -> None:
-        """All that is needed to go on after the step just made."""
-        self.state.mid_epoch = save_position(rows, self.state.batches_in_epoch)
+    def save_mid_epoch(self, accumulator: StageAccumulator) -> None:
+        """Save a training checkpoint after the current step of an epoch."""
+        self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch)
         self.save_last()
         self.state.mid_epoch = None
 
     def save_best(self, epoch: int) -> None:
-        """The weights, where this epoch is the best by the goal, or by a monitor."""
-        for name, wanted in self.expected().items():
-            if wanted == epoch:
+        """Save the weights if this epoch is the best by the goal or by a monitor."""
+        for name, best in self.expected().items():
+            if best == epoch:
                 self.save(name)
         if self.schedule.save_top_k != 1:
-            self.state.remove_stale_epochs(self._among_best())
+            self.state.remove_stale_epochs(self._top_k_epochs())
 
     def expected(self) -> dict[str, int]:
-        """The epoch whose weights each file of the best is to have, as the history says."""
-        monitors = {BEST_CHECKPOINT: self.goal, **{monitor_filename(n): m for n, m in self.monitors.items()}}
+        """Return the best-weights files that should exist, each with its epoch."""
+        monitors = {
+            BEST_CHECKPOINT: self.goal,
+            **{monitor_filename(n): m for n, m in self.monitors.items()},
+        }
         found = {
             name: best_epoch(self.state.history, monitor) for name, monitor in monitors.items()
         }
-        top = self._among_best() if self.schedule.save_top_k != 1 else []
+        top = self._top_k_epochs() if self.schedule.save_top_k != 1 else []
         return {epoch_filename(epoch): epoch for epoch in top} | {
-            name: one.epoch for name, one in found.items() if one is not None
+            name: best.epoch for name, best in found.items() if best is not None
         }
 
     def missing(self, epoch: int | None = None) -> dict[str, int]:
-        """Of what is wanted, what is gone or damaged, or of an epoch that the run went back from.
+        """Return the expected files that are missing, damaged, or have weights of another epoch.
+
+        A file has weights of another epoch if the run resumed from a checkpoint older than it.
 
         Args:
-            epoch: Of the weights; None is any. All of these files are read, of others `best.pt`.
+            epoch: Check only the files of this epoch, and read them completely. None checks all
+                files but reads only `best.pt` completely.
         """
-        every = epoch is not None
+        complete = epoch is not None
         return {
-            name: one
-            for name, one in self.expected().items()
-            if epoch in (None, one) and self.state.saved_epoch(name, every or name == BEST_CHECKPOINT) != one
+            name: best
+            for name, best in self.expected().items()
+            if epoch in (None, best)
+            and self.state.saved_epoch(name, complete or name == BEST_CHECKPOINT) != best
         }
 
     def save(self, name: str) -> None:
-        """The weights as they are now, as a file of the best."""
+        """Save the current weights under the name of a best-weights file."""
         if name == BEST_CHECKPOINT:
             self.state.save_best()
         else:
             self.state.save_weights(name)
 
-    def _among_best(self) -> list[int]:
+    def _top_k_epochs(self) -> list[int]:
         return top_k_epochs(self.state.history, self.goal, self.schedule.save_top_k)
 
     @property
     def optimizers(self) -> OptimWrapperDict:
-        """Whose steps are counted."""
+        """Optimizers whose steps are counted."""
         return self.state.optimizers

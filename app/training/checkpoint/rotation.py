@@ -1,4 +1,4 @@
-"""The states of a run that training can go on from: `last.pt`, and those before it."""
+"""Keep the newest training checkpoints of a run: `last.pt`, `last-1.pt` and so on."""
 
 from __future__ import annotations
 
@@ -18,114 +18,115 @@ CHECKPOINT_DIR = "checkpoints"
 LAST_CHECKPOINT = "last.pt"
 
 
+class CheckpointRotation:
+    """Keep the newest training checkpoints of a run.
+
+    Args:
+        folder: Run folder.
+        keep: How many training checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = (folder / CHECKPOINT_DIR).resolve(), keep
+        self.valid: list[Path] = []  # newest first
+
+    def resume_from(self, file: Path) -> None:
+        """Keep this file and older ones; newer files are removed by the next write."""
+        file, checkpoints = file.resolve(), list_checkpoints(self.folder.parent)
+        older = checkpoints[checkpoints.index(file) + 1 :] if file in checkpoints else []
+        self.valid = [file, *older] if file in checkpoints else []
+
+    def write(self, write: Callable[[BinaryIO], object]) -> None:
+        """Write a new `last.pt`, rename the previous ones and remove those no longer kept.
+
+        Args:
+            write: Writes the checkpoint to the open file it is given.
+        """
+        atomic_write(self.folder / LAST_CHECKPOINT, write, self._rotate)
+        self.valid = [self.folder / LAST_CHECKPOINT, *self.valid]
+        for path in _checkpoint_files(self.folder.parent):
+            if path not in self.valid:
+                maybe_crash("before_old_goes", path.name)
+                remove_file(path)
+
+    def _rotate(self) -> None:
+        """Rename each kept checkpoint to the next higher number, starting with the oldest."""
+        moved: list[Path] = []
+        kept = self.valid[: self.keep - 1]
+        for number, path in reversed(list(enumerate(kept, start=1))):
+            target = self.folder / rotated_name(number)
+            maybe_crash("before_old_moves", path.name)
+            try:
+                path.replace(target)
+            except OSError as error:
+                log.warning("%s cannot be renamed to %s: %s", path, target.name, error.strerror)
+            else:
+                moved.insert(0, target)
+        self.valid = moved
+
+
 def rotated_name(number: int) -> str:
-    """`last-1.pt` is the state before `last.pt`."""
+    """Return the file name of the checkpoint saved `number` checkpoints before the last."""
     return f"last-{number}.pt" if number else LAST_CHECKPOINT
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The files of a run folder that may hold a state, the newest first.
-
-    They say themselves which they are, since files can be swapped; where one does not, because it
-    is damaged, its name does.
-
-    Raises:
-        UserError: The folder cannot be read.
-    """
-    numbers: dict[Path, float] = {}
-    before_it = 0.0
-    for path in sorted(_files(folder), key=_place, reverse=True):
-        before_it = numbers[path] = _number(path) or before_it + 0.5
-    return sorted(numbers, key=lambda path: -numbers[path])
-
-
-@as_user_error()
-def _files(folder: Path) -> list[Path]:
-    inside = folder / CHECKPOINT_DIR
-    every = inside.iterdir() if inside.is_dir() else ()  # glob would find nothing where it may not
-    return [
-        path for path in every if re.fullmatch(r"last(-\d+)?\.pt", path.name) and path.is_file()
-    ]
-
-
-def _place(path: Path) -> int:
-    return int(path.stem.removeprefix("last-")) if "-" in path.stem else 0
-
-
-def _number(path: Path) -> int | None:
-    """Which of the run's states it is; None where it does not say."""
-    try:
-        seal = read_info(path)
-    except UserError:
-        return None
-    return seal.number if seal.kind == "state" else None
-
-
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest state that is whole.
-
-    Args:
-        folder: Of the run.
+    """Return the newest undamaged training checkpoint of a run folder.
 
     Returns:
-        Its file, None where there is none; and what is wrong with those that are newer.
+        The file, or None if there is none; and what is wrong with each newer file.
     """
     problems: list[str] = []
     for path in list_checkpoints(folder):
         try:
             if verify_checksum(path).kind == "state":
                 return path, problems
-            problems.append(f"{path} holds weights alone")
+            problems.append(f"{path} contains weights only")
         except UserError as error:
             problems.append(str(error))
     return None, problems
 
 
-class CheckpointRotation:
-    """Keeps the newest states.
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the `last*.pt` files of a run folder, the newest first.
 
-    Args:
-        folder: Of the run.
-        keep: How many.
+    They are sorted by the sequence number inside, because files may have been swapped; a damaged
+    file without a readable number is sorted by its name.
+
+    Raises:
+        UserError: The folder cannot be read.
     """
+    numbers: dict[Path, float] = {}
+    previous = 0.0
+    for path in sorted(_checkpoint_files(folder), key=_age_in_name, reverse=True):
+        previous = numbers[path] = _sequence_number(path) or previous + 0.5
+    return sorted(numbers, key=lambda path: -numbers[path])
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = (folder / CHECKPOINT_DIR).resolve(), keep
-        self.valid: list[Path] = []  # the newest first
 
-    def resume_from(self, file: Path) -> None:
-        """A run goes on from there: it stays, and what is older; what is newer has its day."""
-        file, every = file.resolve(), list_checkpoints(self.folder.parent)
-        older = every[every.index(file) + 1 :] if file in every else []
-        self.valid = [file, *older] if file in every else []
+@as_user_error()
+def _checkpoint_files(folder: Path) -> list[Path]:
+    inside = folder / CHECKPOINT_DIR
+    # Unlike iterdir(), glob() finds nothing in a folder without read permission.
+    paths = inside.iterdir() if inside.is_dir() else ()
+    return [
+        path for path in paths if re.fullmatch(r"last(-\d+)?\.pt", path.name) and path.is_file()
+    ]
 
-    def write(self, write: Callable[[BinaryIO], object]) -> None:
-        """A further state; the one that was the newest is now the one before."""
-        atomic_write(self.folder / LAST_CHECKPOINT, write, self._rotate)
-        self.valid = [self.folder / LAST_CHECKPOINT, *self.valid]
-        for path in _files(self.folder.parent):
-            if path not in self.valid:
-                maybe_crash("before_old_goes", path.name)
-                remove_file(path)
 
-    def _rotate(self) -> None:
-        """From the oldest on each takes the name of the one before it."""
-        moved: list[Path] = []
-        kept = self.valid[: self.keep - 1]
-        for number, path in reversed(list(enumerate(kept, start=1))):
-            older = self.folder / rotated_name(number)
-            maybe_crash("before_old_moves", path.name)
-            try:
-                path.replace(older)
-            except OSError as error:
-                log.warning("%s cannot be kept as %s: %s", path, older.name, error.strerror)
-            else:
-                moved.insert(0, older)
-        self.valid = moved
+def _age_in_name(path: Path) -> int:
+    return int(path.stem.removeprefix("last-")) if "-" in path.stem else 0
+
+
+def _sequence_number(path: Path) -> int | None:
+    try:
+        info = read_info(path)
+    except UserError:
+        return None
+    return info.number if info.kind == "state" else None
 
 
 def remove_file(path: Path) -> None:
-    """A file that has had its day; training goes on where that cannot be."""
+    """Remove a file that is no longer needed; failure is only a warning."""
     try:
         path.unlink(missing_ok=True)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Tensors from what a file claims of them, if its storages have that."""
+"""Make tensors from what a checkpoint file declares, if it fits into the storages of the file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_SIZE = 2**60  # of a size or stride
+MAX_SIZE = 2**60  # largest size, stride or offset of a tensor
 MAX_DIMENSIONS = 64
 STORAGES = {
     "torch.DoubleStorage": torch.float64,
@@ -27,21 +27,21 @@ STORAGES = {
     "torch.ComplexDoubleStorage": torch.complex128,
     "torch.storage.UntypedStorage": torch.uint8,
 }
-DTYPES = {  # of tensors whose storage does not tell
+DTYPES = {  # of tensors with an untyped storage
     f"torch.{name}": getattr(torch, name)
     for name in ("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2")
 }
 
 
 class ForbiddenContentError(ValueError):
-    """More than tensors and plain values."""
+    """A file contains more than tensors and plain values."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes, and what they are said to be: elements of a dtype, as many as counted."""
+    """Bytes of a storage, with the dtype and number of elements that the file declares."""
 
-    record: Tensor
+    content: Tensor
     dtype: torch.dtype
     count: int
 
@@ -55,32 +55,30 @@ def make_tensor(
     grad: Any,
     hooks: Any,
 ) -> Tensor:
-    """A view of the storage; the arguments as in `torch._utils._rebuild_tensor_v2`.
+    """Return a view of the storage; the arguments are those of `torch._utils._rebuild_tensor_v2`.
 
     Raises:
-        RefusedError: It is more than values.
-        ValueError: It does not lie in the storage, or has more elements than that.
+        ForbiddenContentError: The tensor has hooks or other Python state.
+        ValueError: The view reaches beyond the storage, or has more elements than it.
     """
     kinds = [type(part) for part in (size, stride, grad, hooks)]
     if kinds != [tuple, tuple, bool, OrderedDict] or (grad and not dtype.is_floating_point):
-        raise ForbiddenContentError("a tensor with more than values")
+        raise ForbiddenContentError("a tensor with hooks or other state")
     if len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
-        raise ValueError(f"a tensor of {len(size)} sizes and {len(stride)} strides")
+        raise ValueError(f"a tensor with {len(size)} sizes and {len(stride)} strides")
     numbers = (offset, *size, *stride)
     if any(type(number) is not int or not 0 <= number < MAX_SIZE for number in numbers):
-        raise ValueError("a tensor with a size, stride or offset that no tensor has")
+        raise ValueError("a tensor with an impossible size, stride or offset")
     has = storage.count * storage.dtype.itemsize // dtype.itemsize
     wanted = math.prod(size)
     end = offset + sum((n - 1) * by for n, by in zip(size, stride, strict=True)) + 1
     if wanted > has or (end if wanted else offset) > has:
-        raise ValueError(f"a tensor of size {shorten(size)}, its storage has {has} elements")
-    inside = torch.empty(0, dtype=dtype).set_(
-        storage.record.untyped_storage(), offset, size, stride
-    )
-    return inside.requires_grad_(grad)
+        raise ValueError(f"a tensor of size {shorten(size)}, but its storage has {has} elements")
+    view = torch.empty(0, dtype=dtype).set_(storage.content.untyped_storage(), offset, size, stride)
+    return view.requires_grad_(grad)
 
 
 def shorten(value: object) -> str:
-    """At most some 100 letters of it, on one line."""
+    """Return the value as printable text of at most 100 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

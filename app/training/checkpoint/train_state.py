@@ -1,4 +1,4 @@
-"""What survives a restart: in it means in the checkpoint."""
+"""State of a training run that survives a restart, because checkpoints contain it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,12 @@ from app.training.checkpoint.checkpoint import (
 )
 from app.training.checkpoint.checksum import read_info, verify_checksum
 from app.training.checkpoint.content_check import check_savable
-from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, CheckpointRotation, remove_file
+from app.training.checkpoint.rotation import (
+    CHECKPOINT_DIR,
+    LAST_CHECKPOINT,
+    CheckpointRotation,
+    remove_file,
+)
 from app.training.history import Row
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
@@ -38,25 +43,25 @@ from app.training.plan import SaveSchedule
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
-FIXED_WITHIN_EPOCH = (  # cannot be changed in the midst of one
+FIXED_WITHIN_EPOCH = (  # configuration keys that cannot change between two steps of an epoch
     "seed",
     "data.batch_size",
     "data.sampling",
     "metric.train",
     "trainer.gradient_norm",
 )
-MISMATCH_ERRORS = (
+MISMATCH_ERRORS = (  # raised by load_state_dict for the state of another object
     ValueError,
     KeyError,
     RuntimeError,
     TypeError,
     IndexError,
     AttributeError,
-)  # of others
+)
 
 
 class Stateful(Protocol):
-    """Something whose state goes into a checkpoint: tensors and plain values."""
+    """Object whose state, tensors and plain values, is saved in checkpoints."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -64,15 +69,16 @@ class Stateful(Protocol):
 
 
 class TrainState:
-    """Everything that training changes.
+    """Everything that training changes, and its checkpoints.
 
     Args:
-        task: With the model, what learns it, and what it has beside it.
-        averaging: Of the weights.
-        folder: Of the run.
-        job: Its configuration goes into each checkpoint; None where there is none.
-        watchers: Their states do, too; in rank 0.
-        saving: How many states stay, and whether they are written in the background.
+        task: Task with the model and its optimizers.
+        averaging: Moving average of the weights.
+        folder: Run folder.
+        job: Job whose configuration is saved in each checkpoint; None if there is none.
+        callbacks: Callbacks whose states are saved by rank 0.
+        save_schedule: How many training checkpoints to keep, and whether to write them in the
+            background.
     """
 
     def __init__(
@@ -90,45 +96,42 @@ class TrainState:
             CheckpointRotation(folder, save_schedule.keep_last),
             BackgroundWriter(save_schedule.in_background),
         )
-        self.save_count = 0  # of states
-        self.nonfinite: Stateful | None = None  # what is known of steps that were no numbers
-        self.epoch = 0  # the last whose batches have all been learned from
-        self.epoch_finished = True  # whether all that follows from it, as its validation, is done
-        self.time_is_up = False  # training has ended by the clock
-        self.batches = 0  # of training so far
-        self.batches_in_epoch = 0  # of them, in the epoch under way or the last
-        self.mid_epoch: dict[str, Any] | None = None  # an epoch that was cut: rows and randomness
+        self.save_count = 0  # training checkpoints saved so far
+        self.nonfinite: Stateful | None = None  # statistics of non-finite steps
+        self.epoch = 0  # last epoch with all its batches trained on
+        self.epoch_finished = True  # whether its validation and checkpoints are done, too
+        self.time_is_up = False  # whether the time limit has ended training
+        self.batches = 0  # training batches so far, over all epochs
+        self.batches_in_epoch = 0  # training batches so far in the current or last epoch
+        self.mid_epoch: dict[str, Any] | None = None  # position within an interrupted epoch
         self.history: list[Row] = []
-        self.schedule_changed = (
-            False  # whether the schedule is another than that of the state it went on from
-        )
+        self.schedule_changed = False  # whether the schedule differs from that of the checkpoint
 
     def save_best(self) -> None:
-        """The weights, as `best.pt` with all that testing needs, and as `model.pt` alone."""
-        checkpoint = self._checkpoint(None)
-        self._save(BEST_CHECKPOINT, checkpoint)
+        """Save the weights as `best.pt` with all that testing needs, and as a bare `model.pt`."""
+        checkpoint = self._make_checkpoint(None)
+        self._submit_save(BEST_CHECKPOINT, checkpoint)
         if rank() == 0:
             path, model = self.folder / "model.pt", checkpoint.model
             self.writer.submit(lambda: write_model(path, model))
 
     def save_weights(self, name: str) -> None:
-        """The weights, as a checkpoint to test with."""
-        self._save(name, self._checkpoint(None))
+        """Save the weights as a checkpoint that can be tested."""
+        self._submit_save(name, self._make_checkpoint(None))
 
     def remove_stale_epochs(self, epochs: list[int]) -> None:
-        """Those `epoch<number>.pt` go whose epochs are not among these."""
+        """Remove each `epoch<number>.pt` whose epoch is not in the list."""
         kept = [epoch_filename(epoch) for epoch in epochs]
         for path in (self.folder / CHECKPOINT_DIR).glob("epoch*.pt") if rank() == 0 else ():
             if path.name not in kept:
                 remove_file(path)
 
     def remove_checkpoint(self, name: str) -> None:
-        """A checkpoint that is not what its name says."""
         if rank() == 0:
             remove_file(self.folder / CHECKPOINT_DIR / name)
 
     def save_last(self) -> None:
-        """Everything, as `last.pt`."""
+        """Save the complete state as `last.pt`."""
         self.save_count += 1
         training = {
             "learning": self.optimizers.state_dict(),
@@ -142,78 +145,84 @@ class TrainState:
             "saves": self.save_count,
             "nonfinite": self.nonfinite.state_dict() if self.nonfinite else {},
         }
-        checkpoint = self._checkpoint(self._kept(training))
+        checkpoint = self._make_checkpoint(self._snapshot(training))
         if rank() == 0:
             path = self.folder / CHECKPOINT_DIR / LAST_CHECKPOINT
             self.writer.submit(lambda: save_checkpoint(path, checkpoint, self.rotation), True)
 
     @contextmanager
     def flushed(self) -> Iterator[None]:
-        """What is saved inside is on the disk in the end, however it comes."""
+        """Wait on exit, even after an exception, until all checkpoints are written to disk."""
         try:
             yield
         finally:
             self.writer.wait()
 
     def load_weights(self, file: Path) -> int:
-        """Takes the weights of a checkpoint, and what the task has beside the model.
+        """Load the weights of a checkpoint, and the state of the task besides the model.
 
         Args:
-            file: A checkpoint, or a run folder.
+            file: A checkpoint or a run folder.
 
         Returns:
             The epoch of these weights.
 
         Raises:
-            UserError: They are damaged, or those of another model or loss.
+            UserError: The checkpoint is damaged, or belongs to another model, task or loss.
         """
-        return self._restore(file, self._read(file))
+        return self._load_weights(file, self._read(file))
 
-    def _restore(self, file: Path, checkpoint: Checkpoint) -> int:
+    def _load_weights(self, file: Path, checkpoint: Checkpoint) -> int:
         load_weights(self.task.model, checkpoint.model, str(file))
         try:
             self.task.load_state_dict(checkpoint.task)
         except MISMATCH_ERRORS as error:
-            raise UserError(f"{file} is of another task or loss: {error}") from error
+            raise UserError(f"{file} belongs to another task or loss: {error}") from error
         return checkpoint.epoch
 
+    def load_best_weights(self) -> int:
+        """Load the best weights so far and return their epoch."""
+        return self.load_weights(self.folder / CHECKPOINT_DIR / BEST_CHECKPOINT)
+
     def load(self, file: Path) -> None:
-        """Takes everything of a state, to go on from there.
+        """Load the complete state of a training checkpoint, to resume from it.
 
         Raises:
-            UserError: It is of another model, loss or optimizer, or was not saved to go on from.
+            UserError: The checkpoint contains weights only, belongs to another model, loss or
+                optimizer, or was saved within an epoch of a different configuration.
         """
         checkpoint = self._read(file)
-        self.epoch = self._restore(file, checkpoint)
+        self.epoch = self._load_weights(file, checkpoint)
         training = checkpoint.training
         if training is None or "is_over" not in training:
-            raise UserError(f"{file} holds weights alone; training goes on from a {LAST_CHECKPOINT}")
+            raise UserError(
+                f"{file} contains weights only; training resumes from a {LAST_CHECKPOINT}"
+            )
         self._check_mid_epoch(file, checkpoint)
         try:
-            self.schedule_changed = self._optimizer_changed(checkpoint.config)
+            self.schedule_changed = self._has_other_optimizer(checkpoint.config)
             self.optimizers.load_state_dict(training["learning"], self.schedule_changed)
             self.averaging.load_state_dict(training["averaging"])
         except MISMATCH_ERRORS as error:
-            raise UserError(f"{file} is of another optimizer or average: {error}") from error
+            raise UserError(f"{file} belongs to another optimizer or average: {error}") from error
         try:
             self._load_extras(training)
         except MISMATCH_ERRORS as error:
-            raise UserError(f"{file} is of other callbacks: {error!r}") from error
+            raise UserError(f"{file} belongs to other callbacks: {error!r}") from error
         self.batches, self.batches_in_epoch = training["batches"], training["trained"]
         self.epoch_finished, self.mid_epoch = training["is_over"], training["under_way"]
-        self.time_is_up = training["time_is_up"] and not self._has_more_time(checkpoint.config)
+        self.time_is_up = training["time_is_up"] and not self._has_other_max_time(checkpoint.config)
         self.history, self.save_count = checkpoint.history, training["saves"]
         self.rotation.resume_from(file)
 
     def _load_extras(self, training: dict[str, Any]) -> None:
-        """What is beside the weights and what learns them."""
         if self.nonfinite is not None and training["nonfinite"]:
             self.nonfinite.load_state_dict(training["nonfinite"])
         if self.callbacks is not None:
             self.callbacks.load_state_dict(training["watchers"])
 
     def _check_mid_epoch(self, file: Path, checkpoint: Checkpoint) -> None:
-        """What is left of an epoch has the batches and the columns of what is over."""
+        """Check that the rest of an interrupted epoch has the same batches and columns."""
         training = checkpoint.training or {}
         if self.job is None or not checkpoint.config or not training["under_way"]:
             return
@@ -224,23 +233,23 @@ class TrainState:
         )
         for change in filter(None, changes):
             raise UserError(
-                f"{change}: {file} was saved in the midst of an epoch, the rest of which cannot be "
-                "another; allowed: as it was, or a state from its end"
+                f"{change}: it cannot change within an epoch, and {file} was saved in the middle "
+                "of one; allowed: the saved value, or a checkpoint from the end of an epoch"
             )
 
-    def _optimizer_changed(self, saved: dict[str, Any] | None) -> bool:
+    def _has_other_optimizer(self, saved: dict[str, Any] | None) -> bool:
         return (
             saved is not None and self.job is not None and optimizer_changed(saved, self.job.plain)
         )
 
-    def _has_more_time(self, saved: dict[str, Any] | None) -> bool:
+    def _has_other_max_time(self, saved: dict[str, Any] | None) -> bool:
         if saved is None or self.job is None:
             return False
-        max_time: bool = saved["trainer"]["max_time"] != self.job.config.trainer.max_time
-        return max_time
+        is_other: bool = saved["trainer"]["max_time"] != self.job.config.trainer.max_time
+        return is_other
 
     def _read(self, file: Path) -> Checkpoint:
-        """Rank 0 reads, the others hear of it."""
+        """Load a checkpoint on rank 0 and broadcast it."""
         self.writer.wait()
         checkpoint = broadcast_object(load_checkpoint(file) if rank() == 0 else None)
         assert checkpoint is not None
@@ -248,44 +257,43 @@ class TrainState:
 
     @property
     def optimizers(self) -> OptimWrapperDict:
-        """How the weights change."""
-        assert self.task.optimizers is not None, "the task learns nothing: it has no optimizer"
+        """Optimizers of the task."""
+        assert self.task.optimizers is not None, "the task has no optimizer"
         return self.task.optimizers
 
-    def saved_epoch(self, name: str, whole: bool = True) -> int | None:
-        """Whose weights a file has; None where it is gone or damaged; the same in all ranks.
+    def saved_epoch(self, name: str, verify: bool = True) -> int | None:
+        """Return the epoch of the weights in a file; None if it is missing or damaged.
+
+        All ranks must call this and get the same result.
 
         Args:
-            name: Of a checkpoint.
-            whole: All of it is read, not what it says of itself alone.
+            name: Name of a checkpoint file.
+            verify: Whether to read the complete file and verify its checksum, or only the summary
+                at its end.
         """
         self.writer.wait()
         epoch = None
         if rank() == 0:
-            read = verify_checksum if whole else read_info
-            with suppress(UserError):  # who asks says what follows
+            read = verify_checksum if verify else read_info
+            with suppress(UserError):  # the caller decides what to do about a missing file
                 epoch = read(self.folder / CHECKPOINT_DIR / name).epoch
         return broadcast_object(epoch)
 
-    def load_best_weights(self) -> int:
-        """Takes the best weights so far; gives their epoch."""
-        return self.load_weights(self.folder / CHECKPOINT_DIR / BEST_CHECKPOINT)
-
-    def _save(self, name: str, checkpoint: Checkpoint) -> None:
+    def _submit_save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
             path = self.folder / CHECKPOINT_DIR / name
             self.writer.submit(lambda: save_checkpoint(path, checkpoint))
 
-    def _checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
+    def _make_checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
-        task = self._kept(self.task.state_dict())
+        task = self._snapshot(self.task.state_dict())
         if rank() == 0:
             check_savable("task", task)
             check_savable("training", training)
         return Checkpoint(
             config=job.plain if job else None,
             template=job.template if job else None,
-            model=self._kept(self.task.model.state_dict()),
+            model=self._snapshot(self.task.model.state_dict()),
             task=task,
             epoch=self.epoch,
             history=self.history,
@@ -293,17 +301,17 @@ class TrainState:
             number=self.save_count,
         )
 
-    def _kept(self, nested: Nested) -> Nested:
-        """On the host; a copy where it is written while training goes on."""
-        kept = gather_to_cpu(nested)
-        return map_tensors(torch.clone, kept) if self.writer.in_background else kept
+    def _snapshot(self, nested: Nested) -> Nested:
+        """Gather tensors on the CPU, and copy them if training goes on while they are written."""
+        gathered = gather_to_cpu(nested)
+        return map_tensors(torch.clone, gathered) if self.writer.in_background else gathered
 
 
 def gather_to_cpu(nested: Nested) -> Nested:
-    """Whole tensors on the host, in the usual memory format; every rank must ask, one gets them."""
+    """Gather full, contiguous tensors on the CPU of rank 0; every rank must call this."""
 
-    def held(tensor: Tensor) -> Tensor:
+    def gather(tensor: Tensor) -> Tensor:
         tensor = full_tensor(tensor.detach())
         return tensor.cpu().contiguous() if rank() == 0 else tensor
 
-    return map_tensors(held, nested)
+    return map_tensors(gather, nested)
