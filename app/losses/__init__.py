@@ -1,1 +1,1 @@
-"""Losses that configurations name."""
+"""Loss functions, and their weighted sum."""

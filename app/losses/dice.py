@@ -1,4 +1,4 @@
-"""How little the predicted regions overlap the true ones."""
+"""Dice losses for segmentation."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 
 class DiceLoss(nn.Module):
-    """Soft Dice loss: the mean over classes of 1 - (2 overlap + smooth) / (sizes + smooth).
+    """Soft Dice loss: mean over classes of `1 - (2 * overlap + smooth) / (areas + smooth)`.
 
-    From Milletari et al. 2016, "V-Net" (https://arxiv.org/abs/1606.04797); sizes are the sums of
-    the predicted and of the true probabilities, not of their squares as there.
+    From Milletari et al., "V-Net", 2016 (https://arxiv.org/abs/1606.04797), except that the areas
+    are sums of the predicted and the true probabilities instead of their squares.
 
     Args:
-        smooth: Above 0, so that a class that is neither true nor predicted costs 0, not 0 / 0.
-        include_background: Whether class 0 counts. A single output has no background.
-        ignore_index: The label of positions that count neither way; None where all count.
-        per_sample: Whether overlaps are those of each sample, else those of the whole batch.
+        smooth: Smoothing term, above 0, which gives a loss of 0 instead of 0 / 0 to a class that is
+            neither present nor predicted.
+        include_background: Whether to include class 0. Ignored for a single output channel.
+        ignore_index: Label of positions to ignore; None to use all positions.
+        per_sample: Whether to compute the overlap of each sample instead of that of the batch.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: `smooth` is out of range.
     """
 
     def __init__(
@@ -39,27 +40,27 @@ class DiceLoss(nn.Module):
         self.ignore_index, self.per_sample = ignore_index, per_sample
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, computed in float32 at least.
+        """Return the loss, computed in float32 or wider.
 
         Args:
-            output: Logits of shape (N, C, ...): of a softmax, or of a sigmoid where C is 1.
-            target: Whole-numbered labels of shape (N, ...), 0 or 1 where C is 1; or a floating map
-                of probabilities of shape (N, C, ...), where nothing is ignored.
+            output: Logits of shape (N, C, ...): of a softmax, or of a sigmoid if C is 1.
+            target: Integer labels of shape (N, ...), 0 or 1 if C is 1, or floating-point
+                probabilities of shape (N, C, ...), for which `ignore_index` has no effect.
 
         Raises:
-            ValueError: The shapes do not fit, or there is no class but the background.
+            ValueError: The shapes do not match.
         """
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        truth, counts = _truth(output, target, self.ignore_index)
+        truth, mask = _target_map(output, target, self.ignore_index)
         probabilities = output.sigmoid() if output.shape[1] == 1 else output.softmax(dim=1)
         if self.ignore_index is not None:
-            probabilities = probabilities * counts
+            probabilities = probabilities * mask
         overlap, predicted, true = (
-            self._sums(values) for values in (probabilities * truth, probabilities, truth)
+            self._sum_over_space(values) for values in (probabilities * truth, probabilities, truth)
         )
         return (1 - (2 * overlap + self.smooth) / (predicted + true + self.smooth)).mean()
 
-    def _sums(self, values: Tensor) -> Tensor:
+    def _sum_over_space(self, values: Tensor) -> Tensor:
         if not self.include_background and values.shape[1] > 1:
             values = values[:, 1:]
         sums = values.reshape(*values.shape[:2], -1).sum(dim=-1)
@@ -67,21 +68,21 @@ class DiceLoss(nn.Module):
 
 
 class DiceCrossEntropyLoss(nn.Module):
-    """The weighted sum of the soft Dice loss and the cross-entropy; the binary one where C is 1.
+    """Weighted sum of the soft Dice loss and the cross-entropy (binary for one output channel).
 
-    From Isensee et al. 2021, "nnU-Net" (https://doi.org/10.1038/s41592-020-01008-z). The overlaps
-    are those of each sample. The cross-entropy is the mean over the positions that are not
-    ignored, 0 where all are; the background always counts in it.
+    From Isensee et al., "nnU-Net", 2021 (https://doi.org/10.1038/s41592-020-01008-z). The Dice loss
+    is computed per sample. The cross-entropy is the mean over the positions that are not ignored,
+    or 0 if all are ignored; it always includes the background.
 
     Args:
-        dice_weight: Factor of the Dice loss, at least 0.
-        cross_entropy_weight: Factor of the cross-entropy, at least 0.
-        smooth: As in `Dice`.
-        include_background: As in `Dice`, and for it alone.
-        ignore_index: As in `Dice`.
+        dice_weight: Weight of the Dice loss, at least 0.
+        cross_entropy_weight: Weight of the cross-entropy, at least 0.
+        smooth: See `DiceLoss`.
+        include_background: See `DiceLoss`; does not affect the cross-entropy.
+        ignore_index: See `DiceLoss`.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -101,39 +102,42 @@ class DiceCrossEntropyLoss(nn.Module):
         self.dice = DiceLoss(smooth, include_background, ignore_index)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss; shapes, dtypes and errors are those of `Dice`."""
+        """Return the loss; see `DiceLoss.forward` for shapes, dtypes and errors."""
         dice: Tensor = self.dice_weight * self.dice(output, target)
         return dice + self.cross_entropy_weight * self._cross_entropy(output, target)
 
     def _cross_entropy(self, output: Tensor, target: Tensor) -> Tensor:
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        truth, counts = _truth(output, target, self.dice.ignore_index)
+        truth, mask = _target_map(output, target, self.dice.ignore_index)
         if output.shape[1] == 1:
-            losses = F.binary_cross_entropy_with_logits(output, truth, reduction="none") * counts
+            losses = F.binary_cross_entropy_with_logits(output, truth, reduction="none") * mask
         else:
             losses = -truth * output.log_softmax(dim=1)
-        return losses.sum() / counts.sum().clamp(min=1)
+        return losses.sum() / mask.sum().clamp(min=1)
 
 
-def _truth(output: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """The true map, 0 in all classes where ignored; and what counts, of shape (N, 1, ...)."""
-    labels = not target.is_floating_point()
-    expected = output[:, 0].shape if labels else output.shape
+def _target_map(output: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    """Return the true probabilities (N, C, ...) and the mask of positions to use (N, 1, ...).
+
+    The probabilities of all classes are 0 at ignored positions.
+    """
+    is_labels = not target.is_floating_point()
+    expected = output[:, 0].shape if is_labels else output.shape
     if target.shape != expected:
         raise ValueError(
             f"target has shape {list(target.shape)}; for outputs of shape {list(output.shape)} it "
-            f"must be {list(expected)}, as {'labels' if labels else 'probabilities'}"
+            f"must be {list(expected)}, as {'labels' if is_labels else 'probabilities'}"
         )
-    if labels:
-        return _map_of(output, target.long().unsqueeze(1), ignore_index)
+    if is_labels:
+        return _one_hot(output, target.long().unsqueeze(1), ignore_index)
     return target.to(output.dtype), torch.ones_like(output[:, :1], dtype=torch.bool)
 
 
-def _map_of(output: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    counts = torch.ones_like(labels, dtype=torch.bool)
+def _one_hot(output: Tensor, labels: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
+    mask = torch.ones_like(labels, dtype=torch.bool)
     if ignore_index is not None:
-        counts = labels != ignore_index
-        labels = labels.masked_fill(~counts, 0)
+        mask = labels != ignore_index
+        labels = labels.masked_fill(~mask, 0)
     if output.shape[1] == 1:
-        return labels.to(output.dtype), counts
-    return torch.zeros_like(output).scatter_(1, labels, counts.to(output.dtype)), counts
+        return labels.to(output.dtype), mask
+    return torch.zeros_like(output).scatter_(1, labels, mask.to(output.dtype)), mask

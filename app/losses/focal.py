@@ -1,4 +1,4 @@
-"""Cross-entropies that look away from what is already predicted well."""
+"""Focal losses: cross-entropies that down-weight well-classified examples."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 
 class FocalLoss(nn.Module):
-    """Focal loss over classes: the mean of -alpha_t * (1 - p_t)^gamma * log(p_t), p_t by softmax.
+    """Multi-class focal loss: mean of `-alpha_t * (1 - p_t)^gamma * log(p_t)`, `p_t` by softmax.
 
-    Equation 5 of Lin et al. 2017, "Focal Loss for Dense Object Detection"
-    (https://arxiv.org/abs/1708.02002). The mean is over the positions that are not ignored, not
-    divided by their alphas; 0 where all are ignored.
+    Equation 5 of Lin et al., "Focal Loss for Dense Object Detection", 2017
+    (https://arxiv.org/abs/1708.02002). The mean is over the positions that are not ignored, without
+    normalization by alpha; it is 0 if all are ignored.
 
     Args:
-        gamma: At least 0; how far it looks away. 0 is the cross-entropy.
-        alpha: A factor of at least 0 for each class; None where all weigh the same.
-        ignore_index: The label of positions that do not count.
+        gamma: Focusing parameter, at least 0; 0 gives the cross-entropy.
+        alpha: Weight of each class, at least 0; None weights all classes equally.
+        ignore_index: Label of positions to ignore.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     alpha: Tensor | None
@@ -33,56 +33,59 @@ class FocalLoss(nn.Module):
         super().__init__()
         _check_gamma(gamma)
         if alpha is not None and not (alpha and all(0 <= value < math.inf for value in alpha)):
-            raise ValueError(f"alpha={alpha} must hold a finite number of at least 0 per class")
+            raise ValueError(f"alpha={alpha} must have a finite value of at least 0 per class")
         self.gamma, self.ignore_index = gamma, ignore_index
         weights = None if alpha is None else torch.tensor(alpha, dtype=torch.float32)
         self.register_buffer("alpha", weights, persistent=False)
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, computed in float32 at least.
+        """Return the loss, computed in float32 or wider.
 
         Args:
             output: Logits of shape (N, C, ...).
-            target: Whole-numbered labels of shape (N, ...).
+            target: Integer labels of shape (N, ...).
 
         Raises:
-            ValueError: The shapes do not fit each other or alpha, or the target holds no labels.
+            ValueError: The shapes or the number of alphas do not match, or the target is not of an
+                integer type.
         """
         self._check(output, target)
         labels = target.long()
-        counts = labels != self.ignore_index
-        labels = labels.masked_fill(~counts, 0)
+        mask = labels != self.ignore_index
+        labels = labels.masked_fill(~mask, 0)
         dtype = torch.promote_types(output.dtype, torch.float32)
-        logs = output.log_softmax(dim=1, dtype=dtype).gather(1, labels.unsqueeze(1)).squeeze(1)
-        losses = -_power(-torch.expm1(logs), self.gamma) * logs
+        log_p = output.log_softmax(dim=1, dtype=dtype).gather(1, labels.unsqueeze(1)).squeeze(1)
+        losses = -_power(-torch.expm1(log_p), self.gamma) * log_p
         if self.alpha is not None:
             losses = self.alpha.to(dtype)[labels] * losses
-        return losses.where(counts, 0).sum() / counts.sum().clamp(min=1)
+        return losses.where(mask, 0).sum() / mask.sum().clamp(min=1)
 
     def _check(self, output: Tensor, target: Tensor) -> None:
-        expected, classes = output[:, 0].shape, output.shape[1]
+        expected, num_classes = output[:, 0].shape, output.shape[1]
         if target.shape != expected or target.is_floating_point():
             raise ValueError(
                 f"target is {target.dtype} of shape {list(target.shape)}; for outputs of shape "
-                f"{list(output.shape)} it must hold whole-numbered labels of shape {list(expected)}"
+                f"{list(output.shape)} it must be integer labels of shape {list(expected)}"
             )
-        if self.alpha is not None and len(self.alpha) != classes:
-            raise ValueError(f"alpha has {len(self.alpha)} values, but there are {classes} classes")
+        if self.alpha is not None and len(self.alpha) != num_classes:
+            raise ValueError(
+                f"alpha has {len(self.alpha)} values, but there are {num_classes} classes"
+            )
 
 
 class BinaryFocalLoss(nn.Module):
-    """Focal loss of yes-or-no outputs: the mean of -alpha_t * (1 - p_t)^gamma * log(p_t).
+    """Binary focal loss: mean of `-alpha_t * (1 - p_t)^gamma * log(p_t)`, `p_t` by sigmoid.
 
-    Equation 5 of Lin et al. 2017, "Focal Loss for Dense Object Detection"
+    Equation 5 of Lin et al., "Focal Loss for Dense Object Detection", 2017
     (https://arxiv.org/abs/1708.02002).
 
     Args:
-        gamma: At least 0; how far it looks away. 0 is the binary cross-entropy.
-        alpha: From 0 to 1, the weight of the positives, the negatives having the rest; None where
-            both weigh 1.
+        gamma: Focusing parameter, at least 0; 0 gives the binary cross-entropy.
+        alpha: Weight of the positives, in [0, 1]; negatives have weight `1 - alpha`. None weights
+            both by 1.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float | None = None) -> None:
@@ -93,11 +96,11 @@ class BinaryFocalLoss(nn.Module):
         self.gamma, self.alpha = gamma, alpha
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, computed in float32 at least.
+        """Return the loss, computed in float32 or wider.
 
         Args:
             output: Logits of any shape.
-            target: Of the same shape, from 0 to 1.
+            target: Probabilities of the same shape.
 
         Raises:
             ValueError: The shapes differ.
@@ -105,8 +108,8 @@ class BinaryFocalLoss(nn.Module):
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         target = target.to(output.dtype)
         losses = F.binary_cross_entropy_with_logits(output, target, reduction="none")
-        missed = output.sigmoid() * (1 - target) + (-output).sigmoid() * target
-        losses = _power(missed, self.gamma) * losses
+        one_minus_p = output.sigmoid() * (1 - target) + (-output).sigmoid() * target
+        losses = _power(one_minus_p, self.gamma) * losses
         if self.alpha is not None:
             losses = (self.alpha * target + (1 - self.alpha) * (1 - target)) * losses
         return losses.mean()
@@ -117,6 +120,6 @@ def _check_gamma(gamma: float) -> None:
         raise ValueError(f"gamma={gamma} must be at least 0 and finite")
 
 
-def _power(missed: Tensor, gamma: float) -> Tensor:
-    # at 0 the slope of a power below 1 is infinite, and infinity times a loss of 0 is no number
-    return missed.clamp(min=torch.finfo(missed.dtype).tiny) ** gamma
+def _power(one_minus_p: Tensor, gamma: float) -> Tensor:
+    # For gamma < 1 the slope at 0 is infinite, and its product with a loss of 0 would be NaN.
+    return one_minus_p.clamp(min=torch.finfo(one_minus_p.dtype).tiny) ** gamma

@@ -1,4 +1,4 @@
-"""How far predicted distributions are from those of a teacher."""
+"""KL divergence from target distributions, for example those of a teacher model."""
 
 from __future__ import annotations
 
@@ -13,18 +13,17 @@ Targets = Literal["logits", "probabilities", "log_probabilities"]
 
 
 class KLDivLoss(nn.Module):
-    """KL(target || softmax(output / T)) * T^2: summed over classes, the mean over all else.
+    """`KL(target || softmax(output / T)) * T^2`, summed over classes, averaged over the rest.
 
-    T^2 keeps the gradients as large as they are at T = 1: Hinton et al. 2015, "Distilling the
-    Knowledge in a Neural Network" (https://arxiv.org/abs/1503.02531).
+    The factor T^2 keeps the scale of the gradients independent of T: Hinton et al., "Distilling the
+    Knowledge in a Neural Network", 2015 (https://arxiv.org/abs/1503.02531).
 
     Args:
-        temperature: T, above 0; higher temperatures show more of the unlikely classes.
-        targets: What the target holds. Logits are divided by T too, probabilities taken as they
-            are.
+        temperature: Temperature T, above 0; a higher one gives more weight to unlikely classes.
+        targets: Form of the target. Logits are divided by T, too; probabilities are used as given.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, temperature: float = 1.0, targets: Targets = "probabilities") -> None:
@@ -36,11 +35,11 @@ class KLDivLoss(nn.Module):
         self.temperature, self.targets = temperature, targets
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, computed in float32 at least; classes of probability 0 add nothing.
+        """Return the loss, computed in float32 or wider.
 
         Args:
             output: Logits of shape (N, C, ...).
-            target: Floating values of the same shape.
+            target: Floating-point values of the same shape; classes of probability 0 add 0.
 
         Raises:
             ValueError: The shapes differ.
@@ -51,8 +50,8 @@ class KLDivLoss(nn.Module):
                 "they must be the same"
             )
         output = output.to(torch.promote_types(output.dtype, torch.float32))
-        logs = (output / self.temperature).log_softmax(dim=1)
-        losses = F.kl_div(logs, self._probabilities(target.to(output.dtype)), reduction="none")
+        log_q = (output / self.temperature).log_softmax(dim=1)
+        losses = F.kl_div(log_q, self._probabilities(target.to(output.dtype)), reduction="none")
         return losses.sum(dim=1).mean() * self.temperature**2
 
     def _probabilities(self, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How little images resemble those that were wanted."""
+"""Structural similarity of images as a loss."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 
 class SSIMLoss(nn.Module):
-    """1 - SSIM, the mean over images: 0 for equal ones, 2 at most.
+    """`1 - SSIM`, averaged over images: 0 for identical images, 2 at most.
 
-    Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity",
-    with its Gaussian window of 11 x 11 pixels.
+    Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004,
+    with a Gaussian window of 11 x 11 pixels.
 
     Args:
-        data_range: The largest possible difference of two values; 1 for images in [0, 1].
+        data_range: Difference of the largest and the smallest possible value; 1 for images in
+            [0, 1].
 
     Raises:
-        ValueError: The range is not above 0.
+        ValueError: The range is not above 0 and finite.
     """
 
     def __init__(self, data_range: float = 1.0) -> None:
@@ -29,9 +30,9 @@ class SSIMLoss(nn.Module):
         self.data_range = data_range
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar, computed in float32 at least; both of shape (N, C, H, W)."""
+        """Return the scalar loss of images (N, C, H, W), computed in float32 or wider."""
         dtype = torch.promote_types(output.dtype, torch.float32)
-        # Variances are differences of squares here: half precision would leave nothing of them.
+        # Variances are differences of squares, which cancel out in half precision.
         with torch.autocast(output.device.type, enabled=False):
             similarity = structural_similarity_index_measure(
                 output.to(dtype), target.to(dtype), data_range=self.data_range

@@ -1,4 +1,4 @@
-"""A loss as the weighted sum of named terms."""
+"""Loss as a weighted sum of named terms."""
 
 from __future__ import annotations
 
@@ -15,8 +15,21 @@ from app.losses.weights import ScheduledWeight, UncertaintyWeight
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, describe, pick
 
-Function = Callable[..., Tensor]
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
+LossFunction = Callable[..., Tensor]
+LOGIT_LOSSES = (  # losses whose outputs are class logits
+    nn.CrossEntropyLoss,
+    DiceLoss,
+    DiceCrossEntropyLoss,
+    FocalLoss,
+)
+LOSS_ERRORS = (  # that a loss function raises for outputs or targets that it does not support
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    UserWarning,  # where warnings are turned into errors
+)
 
 
 @dataclass(frozen=True)
@@ -24,14 +37,14 @@ class Term:
     """One term of a loss.
 
     Attributes:
-        function: From outputs and targets to a scalar, the mean over the batch. Several values
-            (`reduction: none`) are averaged; with `reduction: sum` the term is a sum.
-        weight: Its factor in the sum: a number, a schedule, or learned.
-        output: Which part of the outputs it takes; None takes them whole.
-        target: Which part of the targets it takes; None takes them whole.
+        function: Maps outputs and targets to a scalar, the mean over the batch. A tensor of
+            several values (`reduction: none`) is averaged; a sum (`reduction: sum`) is used as is.
+        weight: Factor of the term: a number, a schedule or a learned weight.
+        output: Key of the outputs to pass to the function; None passes all of them.
+        target: Key of the targets to pass to the function; None passes all of them.
     """
 
-    function: Function
+    function: LossFunction
     weight: float | ScheduledWeight | UncertaintyWeight = 1.0
     output: Key = None
     target: Key = None
@@ -40,24 +53,24 @@ class Term:
         if isinstance(self.weight, (int, float)) and not math.isfinite(self.weight):
             raise ValueError(f"weight={self.weight} must be a finite number")
 
-    def value(self, outputs: Nested, targets: Nested) -> Tensor:
-        """Unweighted."""
+    def compute(self, outputs: Nested, targets: Nested) -> Tensor:
+        """Return the unweighted value."""
         return self.function(pick(outputs, self.output), pick(targets, self.target))
 
-    def weighted(self, value: Tensor) -> Tensor:
-        """The value times the weight; a weight of 1 costs no operation."""
+    def apply_weight(self, value: Tensor) -> Tensor:
+        """Return the value times the weight; a weight of 1 needs no operation."""
         if isinstance(self.weight, UncertaintyWeight):
-            weighed: Tensor = self.weight(value)
-            return weighed
+            weighted: Tensor = self.weight(value)
+            return weighted
         factor = self.weight.value if isinstance(self.weight, ScheduledWeight) else self.weight
         return value if factor == 1 else factor * value
 
 
 class WeightedSum(nn.Module):
-    """The sum of the terms, each times its weight.
+    """Sum of the weighted terms.
 
     Args:
-        terms: By name, at least one.
+        terms: Terms by name, at least one.
     """
 
     def __init__(self, terms: Mapping[str, Term]) -> None:
@@ -75,60 +88,66 @@ class WeightedSum(nn.Module):
             for name, term in terms.items()
             if isinstance(term.weight, ScheduledWeight)
         }
-        self.has_columns = len(terms) > 1 or any(term.weight != 1 for term in terms.values())
+        self.has_term_columns = len(terms) > 1 or any(term.weight != 1 for term in terms.values())
 
     @property
     def columns(self) -> set[str]:
-        """The names of what it adds to the tables beside the total."""
-        changing = {*self.scheduled(), *self.learned()}
-        return {*self.terms, *changing} if self.has_columns else set()
+        """Names of the table columns that the loss adds to that of the total."""
+        weights = {*self.scheduled_weights(), *self.learned_weights()}
+        return {*self.terms, *weights} if self.has_term_columns else set()
 
     def forward(self, outputs: Nested, targets: Nested) -> tuple[Tensor, dict[str, Tensor]]:
-        """The total, and the value of each term, unweighted, where it is not the total.
+        """Return the total and the unweighted value of each term.
+
+        The values are empty for a single term of weight 1, which is equal to the total.
 
         Raises:
-            UserError: Names the term that cannot take what it is given.
+            UserError: A term does not support its outputs and targets.
         """
-        values = {name: self._value(name, outputs, targets) for name in self.terms}
-        weighted = [self.terms[name].weighted(value) for name, value in values.items()]
+        values = {name: self._compute_term(name, outputs, targets) for name in self.terms}
+        weighted = [self.terms[name].apply_weight(value) for name, value in values.items()]
         total = sum(weighted[1:], start=weighted[0])
-        return total, values if self.has_columns else {}
+        return total, values if self.has_term_columns else {}
 
-    def _value(self, name: str, outputs: Nested, targets: Nested) -> Tensor:
+    def _compute_term(self, name: str, outputs: Nested, targets: Nested) -> Tensor:
         term = self.terms[name]
         try:
-            value = term.value(outputs, targets)
+            value = term.compute(outputs, targets)
         except torch.OutOfMemoryError:
             raise
-        except (*REFUSALS, UserWarning) as error:  # a warning where warnings are made errors
-            whole = term.output is None and isinstance(outputs, (dict, tuple, list))
-            hint = f"; loss.{name}.output names a part of the outputs" if whole else ""
+        except LOSS_ERRORS as error:
+            takes_all = term.output is None and isinstance(outputs, (dict, tuple, list))
+            hint = f"; set loss.{name}.output to select one of the outputs" if takes_all else ""
             raise UserError(
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
                 f"({describe(targets)}): {error}{hint}"
             ) from error
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(
-                f"loss.{name}: must give a number, the mean over the batch; it gave "
-                f"{describe(value)}"
+                f"loss.{name}: must return a floating-point tensor, the mean over the batch; it "
+                f"returned {describe(value)}"
             )
         return value.mean() if value.ndim else value
 
-    def progress(self, epoch: int, step: int) -> None:
-        """Sets the scheduled weights for the step that comes; both are counted from 1.
+    def update_weights(self, epoch: int, step: int) -> None:
+        """Set the scheduled weights for the next step.
+
+        Args:
+            epoch: Current epoch, counted from 1.
+            step: Next step, counted from 1.
 
         Raises:
-            UserError: A schedule gives no finite number.
+            UserError: A schedule returns a value that is not finite.
         """
         for name, schedule in self.schedules.items():
-            schedule.progress(f"loss.{name}.weight", epoch, step)
+            schedule.update(f"loss.{name}.weight", epoch, step)
 
-    def scheduled(self) -> dict[str, float]:
-        """The weights that are scheduled, as `<term>_weight`."""
+    def scheduled_weights(self) -> dict[str, float]:
+        """Return the scheduled weights as `<term>_weight`."""
         return {f"{name}_weight": schedule.value for name, schedule in self.schedules.items()}
 
-    def learned(self) -> dict[str, Tensor]:
-        """The weights that are learned, as `<term>_weight`; on the device."""
+    def learned_weights(self) -> dict[str, Tensor]:
+        """Return the learned weights as `<term>_weight`, on their device."""
         return {
             f"{name}_weight": term.weight.factor
             for name, term in self.terms.items()
@@ -136,31 +155,24 @@ class WeightedSum(nn.Module):
         }
 
 
-LOGITS = (  # losses that take what the model gives as logits of classes
-    nn.CrossEntropyLoss,
-    DiceLoss,
-    DiceCrossEntropyLoss,
-    FocalLoss,
-)
-
-
-def class_outputs(loss: WeightedSum) -> list[Key]:
-    """The parts of the outputs that are logits of classes, as the terms that take them show."""
-    terms = loss.terms.values()
-    return [term.output for term in terms if isinstance(term.function, LOGITS)]
-
-
-def as_loss(loss: WeightedSum | Term | Function | Mapping[str, Term | Function]) -> WeightedSum:
-    """A loss from terms by name, or from a single one."""
+def as_loss(
+    loss: WeightedSum | Term | LossFunction | Mapping[str, Term | LossFunction],
+) -> WeightedSum:
+    """Return a loss made of named terms, or of a single term named `main`."""
     if isinstance(loss, WeightedSum):
         return loss
     named = loss if isinstance(loss, Mapping) else {"main": loss}
     return WeightedSum({n: t if isinstance(t, Term) else Term(t) for n, t in named.items()})
 
 
+def class_outputs(loss: WeightedSum) -> list[Key]:
+    """Return the keys of the outputs that are class logits, judging by their loss functions."""
+    terms = loss.terms.values()
+    return [term.output for term in terms if isinstance(term.function, LOGIT_LOSSES)]
+
+
 class MeanOutputLoss(nn.Module):
-    """The mean of the output; the target is not looked at."""
+    """Mean of the output, for models that return their own loss; the target is ignored."""
 
     def forward(self, output: Tensor, target: object) -> Tensor:  # noqa: ARG002 - losses take two
-        """Losses of any shape to their mean."""
         return output.mean()

@@ -1,4 +1,4 @@
-"""Weights of a loss's terms that change: by a schedule, or learned."""
+"""Weights of loss terms that change during training, by a schedule or by learning."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ScheduledWeight(nn.Module):
     """A weight that is a function of the step or the epoch.
 
     Args:
-        function: From a step or epoch, counted from 1, to the weight.
-        per: What it is a function of; steps are batches of training.
+        function: Maps a step or an epoch, counted from 1, to the weight.
+        per: Argument of the function; a step is a training batch.
     """
 
     def __init__(
@@ -25,49 +25,51 @@ class ScheduledWeight(nn.Module):
     ) -> None:
         super().__init__()
         if per not in ("step", "epoch"):
-            raise ValueError(f"per={per!r} does not fit; allowed: step, epoch")
+            raise ValueError(f"per={per!r} is not known; allowed: step, epoch")
         self.function, self.per = function, per
-        self.at, self.value = 0, math.nan
-        self.progress("weight", 1, 1)
+        self.index, self.value = 0, math.nan
+        self.update("weight", 1, 1)
 
-    def progress(self, key: str, epoch: int, step: int) -> None:
-        """Sets the value.
+    def update(self, key: str, epoch: int, step: int) -> None:
+        """Set the value for an epoch and a step.
 
         Args:
-            key: Its place in the configuration, for the error.
-            epoch: Counted from 1.
-            step: Counted from 1.
+            key: Configuration key of the weight, for the error.
+            epoch: Epoch, counted from 1.
+            step: Step, counted from 1.
 
         Raises:
-            UserError: It is no finite number.
+            UserError: The value is not finite.
         """
-        now = step if self.per == "step" else epoch
-        if now != self.at:
-            self.at, self.value = now, self._value(key, now)
+        index = step if self.per == "step" else epoch
+        if index != self.index:
+            self.index, self.value = index, self._evaluate(key, index)
 
-    def _value(self, key: str, now: int) -> float:
-        value = float(self.function(now))
+    def _evaluate(self, key: str, index: int) -> float:
+        value = float(self.function(index))
         if not math.isfinite(value):
-            raise UserError(f"{key} is {value} at {self.per} {now}; a finite number is wanted")
+            raise UserError(f"{key} is {value} at {self.per} {index}; it must be finite")
         return value
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Where it stands: testing weighs as the checkpoint's epoch did."""
-        return {"at": self.at, "value": self.value}
+        """Return the value, so that a test uses the weight of the checkpoint's epoch."""
+        return {"at": self.index, "value": self.value}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.at, self.value = int(state["at"]), float(state["value"])
+        self.index, self.value = int(state["at"]), float(state["value"])
 
 
 class UncertaintyWeight(nn.Module):
-    """A weight that is learned from the term's own uncertainty (Kendall et al. 2018, eq. 10).
+    """A weight learned from the uncertainty of its term.
 
-    The term becomes `exp(-s) * value + s / 2`, with half of the first part for a regression;
-    `s = log(sigma^2)` is a parameter that the optimizer learns with the model.
+    The weighted term is `exp(-s) * value + s / 2` for a classification and
+    `exp(-s) * value / 2 + s / 2` for a regression, where `s = log(sigma^2)` is a parameter that is
+    trained with the model. Equation 10 of Kendall et al., "Multi-Task Learning Using Uncertainty to
+    Weigh Losses for Scene Geometry and Semantics", 2018.
 
     Args:
-        kind: `classification` or `regression`, as the likelihood of the term.
-        initial: `s` at the start.
+        kind: Likelihood of the term, `classification` or `regression`.
+        initial: Initial value of `s`.
     """
 
     def __init__(
@@ -77,13 +79,13 @@ class UncertaintyWeight(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in ("classification", "regression"):
-            raise ValueError(f"kind={kind!r} does not fit; allowed: classification, regression")
+            raise ValueError(f"kind={kind!r} is not known; allowed: classification, regression")
         self.scale = 0.5 if kind == "regression" else 1.0
         self.log_variance = nn.Parameter(torch.tensor(float(initial)))
 
     @property
     def factor(self) -> Tensor:
-        """What the value is multiplied by."""
+        """Factor of the value in the weighted term."""
         return self.scale * torch.exp(-self.log_variance)
 
     def forward(self, value: Tensor) -> Tensor:
@@ -91,12 +93,12 @@ class UncertaintyWeight(nn.Module):
 
 
 class LinearSchedule:
-    """From one value to another, evenly; then constant.
+    """Linear change from one value to another, then constant.
 
     Args:
-        start: At the first step or epoch.
-        end: At step or epoch `last` and after it.
-        last: Counted from 1.
+        start: Value at the first step or epoch.
+        end: Value from step or epoch `last` on.
+        last: Step or epoch, counted from 1, that reaches `end`.
     """
 
     def __init__(self, start: float, end: float, last: int) -> None:
@@ -104,23 +106,23 @@ class LinearSchedule:
             raise ValueError(f"last={last} must be at least 2")
         self.start, self.end, self.last = start, end, last
 
-    def __call__(self, now: int) -> float:
-        share = min(1.0, (now - 1) / (self.last - 1))
-        return self.start + share * (self.end - self.start)
+    def __call__(self, index: int) -> float:
+        fraction = min(1.0, (index - 1) / (self.last - 1))
+        return self.start + fraction * (self.end - self.start)
 
 
 class StepSchedule:
-    """A value that changes at given steps or epochs.
+    """Piecewise constant value that changes at given steps or epochs.
 
     Args:
-        start: Up to the first of them.
-        values: From the step or epoch that each key names.
+        start: Initial value.
+        values: New values by the step or epoch, counted from 1, at which they begin.
     """
 
     def __init__(self, start: float, values: dict[Any, float]) -> None:
         self.start = start
         self.values = dict(sorted((int(first), float(v)) for first, v in values.items()))
 
-    def __call__(self, now: int) -> float:
-        reached = [value for first, value in self.values.items() if first <= now]
+    def __call__(self, index: int) -> float:
+        reached = [value for first, value in self.values.items() if first <= index]
         return reached[-1] if reached else self.start

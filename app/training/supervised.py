@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.losses.weighted_sum import Function, Term, WeightedSum, as_loss
+from app.losses.weighted_sum import LossFunction, Term, WeightedSum, as_loss
 from app.runtime.device import is_out_of_memory
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, count_samples, describe, pick
@@ -34,7 +34,7 @@ class SupervisedTask(Task):
     def __init__(
         self,
         model: nn.Module,
-        loss: WeightedSum | Term | Function | Mapping[str, Term | Function],
+        loss: WeightedSum | Term | LossFunction | Mapping[str, Term | LossFunction],
         metrics: Mapping[str, MetricsLike] | None = None,
         precision: Precision | None = None,
         inputs: int | str | list[Any] | dict[str, Any] | None = 0,
@@ -45,7 +45,7 @@ class SupervisedTask(Task):
         super().__init__(model, metrics, precision)
         self.loss = as_loss(loss)
         for stage, measured in self.metrics.items():
-            for name in self.loss.columns & measured.selected.keys():
+            for name in self.loss.columns & measured.output_metrics.keys():
                 raise ValueError(f"metric {name!r} of {stage} is the column of a loss term")
         self.inputs: Key = inputs
         self.targets: Key = targets
@@ -111,12 +111,12 @@ class SupervisedTask(Task):
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        named = {**(terms or {}), **self.loss.learned()}
+        named = {**(terms or {}), **self.loss.learned_weights()}
         step = super().step_output(stage, outputs, targets, loss, named)
-        return StepOutput(step.values, step.outputs, self.loss.scheduled())
+        return StepOutput(step.values, step.outputs, self.loss.scheduled_weights())
 
     def on_step_start(self, epoch: int, step: int) -> None:
-        self.loss.progress(epoch, step)
+        self.loss.update_weights(epoch, step)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         own = {f"loss.{name}": p for name, p in self.loss.named_parameters()}

@@ -30,7 +30,7 @@ from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
 from tests.support.own_task import FEW
-from tests.support.runs import job_for, mistakes_in
+from tests.support.runs import job_for, config_issues
 
 X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
@@ -353,8 +353,14 @@ def test_a_step_that_forgets_the_loss_is_named_in_the_sanity_pass(tmp_path: Path
         (Term(F.cross_entropy, output="digit"), "loss.main: cannot take .*there is no 'digit'"),
         (Term(F.cross_entropy, target=1), "loss.main: cannot take .*there is no part 1"),
         (Term(F.l1_loss, target=0), "loss.main: cannot take .*float32 tensor of shape \\[10, 2\\]"),
-        (Term(lambda o, t: (o, t)), "loss.main: must give a number.* it gave a tuple"),
-        (Term(lambda _, t: t.sum()), "loss.main: must give a number.* it gave a int64 tensor"),
+        (
+            Term(lambda o, t: (o, t)),
+            "loss.main: must return a floating-point tensor.* it returned a tuple",
+        ),
+        (
+            Term(lambda _, t: t.sum()),
+            "loss.main: must return a floating-point tensor.* it returned a int64 tensor",
+        ),
     ],
 )
 def test_a_term_that_does_not_fit_is_named(term: Term, message: str) -> None:
@@ -365,7 +371,7 @@ def test_a_term_that_does_not_fit_is_named(term: Term, message: str) -> None:
 
 def test_outputs_of_several_parts_ask_for_one_of_them() -> None:
     task = SupervisedTask(TwoInputs(), nn.CrossEntropyLoss(), inputs=["0", "0"])
-    with pytest.raises(UserError, match=r"loss\.main\.output names a part of the outputs"):
+    with pytest.raises(UserError, match=r"set loss\.main\.output to select one of the outputs"):
         task.eval_step("valid", (X[:, :2], Y))
 
 
@@ -413,7 +419,7 @@ def test_an_own_task_may_pass_on_what_it_does_not_name(own_task: Path) -> None:
     job = job_for(*FEW, "task=noisy", "trainer.precision=bf16")
     parts = make_components(job.config, Instantiator(job.trusted), torch.device("cpu"))
     assert parts.task.precision.name == "bf16"
-    assert list(parts.task.metrics["valid"].selected) == ["accuracy", "total_correct"]
+    assert list(parts.task.metrics["valid"].output_metrics) == ["accuracy", "total_correct"]
     assert vars(parts.task)["noise"] == 0.5
 
 
@@ -432,7 +438,7 @@ def test_a_metric_may_not_have_the_name_of_a_term() -> None:
         "loss.cross_entropy.weight=2",
         "+metric.valid.cross_entropy={_target_: app.metrics.function.CorrectPredictions}",
     )
-    assert mistakes_in(*words) == [
+    assert config_issues(*words) == [
         "metric.valid.cross_entropy is the column of a loss term; rename it"
     ]
 
@@ -444,7 +450,7 @@ def test_a_term_that_is_called_loss_does_not_hide_the_total(tmp_path: Path) -> N
         load(TensorDataset(X, Y), 60)
     )
     assert row["loss_mean"][0] > 100
-    assert "loss.loss is the name of another column; rename it" in mistakes_in(
+    assert "loss.loss is the name of another column; rename it" in config_issues(
         "+loss.loss={_target_: app.losses.weighted_sum.Term, "
         "function: {_target_: torch.nn.MSELoss}}"
     )
