@@ -1,1 +1,1 @@
-"""Datasets, and how they become batches on the training device."""
+"""Datasets, and the loaders that turn them into batches on the training device."""

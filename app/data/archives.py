@@ -1,4 +1,4 @@
-"""Archives that a stranger may have made: what is in them is looked at before it is unpacked."""
+"""Safe reading of archives from untrusted sources: members are checked before they are unpacked."""
 
 from __future__ import annotations
 
@@ -13,56 +13,57 @@ import numpy as np
 
 from app.runtime.errors import UserError
 
-PLAIN = 2 * 2**30  # bytes up to which nobody asks how well something was compressed
-RATIO = 100  # beyond that, as many bytes may come of one; zeros alone come to a thousand
-READERS = {
+MAX_UNCHECKED_BYTES = 2 * 2**30  # uncompressed size up to which any compression ratio is allowed
+MAX_COMPRESSION_RATIO = 100  # above that size; an array of zeros reaches about 1000
+HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
 
 
-def unpack(archive: Path, folder: Path, names: Iterable[str], largest: int) -> None:
-    """Takes files out of a `.tar.gz`; nothing else in it is read or written.
+def unpack(archive: Path, folder: Path, names: Iterable[str], max_bytes: int) -> None:
+    """Extract the named files from a `.tar.gz`; nothing else in it is written.
 
     Args:
-        archive: The file.
-        folder: Into which they come.
-        names: The paths of the files in the archive.
-        largest: Bytes that each may have.
+        archive: Path of the archive.
+        folder: Destination folder.
+        names: Paths of the wanted files inside the archive.
+        max_bytes: Maximum size of each file.
 
     Raises:
-        UserError: The archive is damaged, lacks a file, or has another kind of thing in its place.
+        UserError: The archive is damaged, a wanted file is missing or too large, or a member is a
+            link, a device, or points outside the destination.
     """
-    wanted = set(names)
+    missing = set(names)
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
-                _check_place(archive, member)
-                if member.name in wanted:
-                    wanted.remove(member.name)
-                    _take(archive, tar.extractfile(member), member, folder, largest)
+                _check_member(archive, member)
+                if member.name in missing:
+                    missing.remove(member.name)
+                    _extract(archive, tar.extractfile(member), member, folder, max_bytes)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{archive} is damaged: {error}; delete it") from error
-    if wanted:
-        raise UserError(f"{archive} has no file {min(wanted)}; delete it")
+    if missing:
+        raise UserError(f"{archive} has no file {min(missing)}; delete it")
 
 
-def _check_place(archive: Path, member: tarfile.TarInfo) -> None:
+def _check_member(archive: Path, member: tarfile.TarInfo) -> None:
     path = Path(member.name)
     if path.is_absolute() or ".." in path.parts:
-        raise UserError(f"{archive}: {member.name!r} would leave the folder; refused")
+        raise UserError(f"{archive}: {member.name!r} would be written outside the folder; refused")
     if not (member.isfile() or member.isdir()):
         raise UserError(f"{archive}: {member.name!r} is a link or a device; refused")
 
 
-def _take(
-    archive: Path, source: IO[bytes] | None, member: tarfile.TarInfo, folder: Path, largest: int
+def _extract(
+    archive: Path, source: IO[bytes] | None, member: tarfile.TarInfo, folder: Path, max_bytes: int
 ) -> None:
-    if source is None or member.size > largest:
+    if source is None or member.size > max_bytes:
         raise UserError(f"{archive}: {member.name!r} has {member.size:,} bytes; refused")
     target = folder / member.name
     if not target.parent.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{target.parent} is a link that leaves {folder}; refused")
+        raise UserError(f"{target.parent} is a link that points outside {folder}; refused")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)  # it may be a link
     with target.open("xb") as file:
@@ -70,20 +71,20 @@ def _take(
 
 
 def check_npz(path: Path) -> None:
-    """Looks at the sizes that the arrays of an `.npz` file would have.
+    """Check the array sizes that an `.npz` file declares, without reading the arrays.
 
     Raises:
-        UserError: They are those of a bomb.
-        zipfile.BadZipFile: It is no archive.
-        ValueError: What is in it is no array, or needs to be unpickled.
+        UserError: The file is a decompression bomb, or a header declares a wrong size.
+        zipfile.BadZipFile: The file is not a zip archive.
+        ValueError: A member is not an array, or would have to be unpickled.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         total = sum(member.file_size for member in members)
-        if total > max(PLAIN, RATIO * path.stat().st_size):
+        if total > max(MAX_UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * path.stat().st_size):
             raise UserError(
-                f"{path}: its {path.stat().st_size:,} bytes would become {total:,}; refused, as "
-                f"that is more than {RATIO} times as many"
+                f"{path}: its {path.stat().st_size:,} bytes would expand to {total:,}, more than "
+                f"{MAX_COMPRESSION_RATIO} times as many; refused"
             )
         for member in members:
             with archive.open(member) as file:
@@ -92,12 +93,12 @@ def check_npz(path: Path) -> None:
 
 def _check_header(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> None:
     version = np.lib.format.read_magic(file)
-    if version not in READERS:
-        raise ValueError(f"{member.filename!r} is of the unknown version {version}")
-    shape, _, dtype = READERS[version](file)
+    if version not in HEADER_READERS:
+        raise ValueError(f"{member.filename!r} has the unknown format version {version}")
+    shape, _, dtype = HEADER_READERS[version](file)
     size = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
     if dtype.hasobject:
-        raise ValueError(f"{member.filename!r} holds objects, which would have to be unpickled")
+        raise ValueError(f"{member.filename!r} contains objects, which would have to be unpickled")
     if size > member.file_size or min(shape, default=0) < 0:
-        problem = f"{member.filename!r} says it has {size:,} bytes, but there are"
+        problem = f"{member.filename!r} declares {size:,} bytes, but contains"
         raise UserError(f"{path}: {problem} {member.file_size:,}; refused")

@@ -1,4 +1,4 @@
-"""A user's own arrays (npz) and tables (csv), whole in memory."""
+"""Arrays (`.npz`) and tables (`.csv`) of the user, read into memory."""
 
 from __future__ import annotations
 
@@ -13,20 +13,27 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from app.data.archives import check_npz
-from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
-# What NumPy and zipfile raise for files with wrong bits, or with sizes that are not true.
-DAMAGES = (zipfile.BadZipFile, zlib.error, EOFError, OSError, MemoryError, NotImplementedError)
+# Raised by NumPy and zipfile for corrupt files and for wrong sizes in headers.
+NPZ_DAMAGE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    MemoryError,
+    NotImplementedError,
+)
 
 
 def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> TensorDataset:
-    """Two arrays of a NumPy file.
+    """Load two arrays of a NumPy file.
 
     Args:
         path: The `.npz` file; nothing in it is unpickled.
         inputs: Name of the array of N samples. (N, H, W) becomes (N, 1, H, W).
-        targets: Name of the array of N labels (whole numbers) or values.
-        channels_last: The samples are (H, W, C).
+        targets: Name of the array of N labels (integers) or values (floats).
+        channels_last: Whether samples have shape (H, W, C).
 
     Raises:
         UserError: The file or an array is missing, damaged, or of the wrong kind.
@@ -37,7 +44,7 @@ def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> Te
         raise UserError(f"{path}: {len(x)} samples in {inputs!r}, {len(y)} in {targets!r}")
     x = np.moveaxis(x, -1, 1) if channels_last else x
     x = x[:, None] if x.ndim == 3 else x
-    return TensorDataset(_inputs(x), _targets(y))
+    return TensorDataset(_to_inputs(x), _to_targets(y))
 
 
 def _load(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -48,30 +55,32 @@ def _load(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file]
             if missing:
-                close = nearest(missing[0], file)
-                raise UserError(f"{path}: no array {missing[0]!r}; it has: {one_of(file)}{close}")
+                close = did_you_mean(missing[0], file)
+                raise UserError(
+                    f"{path}: no array {missing[0]!r}; it has: {join_choices(file)}{close}"
+                )
             return {name: file[name] for name in names}
     except UserError:
         raise
-    except DAMAGES as error:
+    except NPZ_DAMAGE_ERRORS as error:
         raise UserError(f"{path} is damaged: {error}") from error
     except (ValueError, AttributeError, SyntaxError) as error:
         raise UserError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 
-def _inputs(x: np.ndarray) -> Tensor:
+def _to_inputs(x: np.ndarray) -> Tensor:
     if x.dtype.kind not in "uif":
-        raise UserError(f"samples of type {x.dtype} are no numbers")
+        raise UserError(f"samples have the non-numeric dtype {x.dtype}")
     x = np.ascontiguousarray(x)
     return torch.from_numpy(x) if x.dtype == np.uint8 else torch.from_numpy(x.astype(np.float32))
 
 
-def _targets(y: np.ndarray) -> Tensor:
+def _to_targets(y: np.ndarray) -> Tensor:
     if y.dtype.kind in "ui":
         return torch.from_numpy(y.astype(np.int64))
     if y.dtype.kind == "f":
         return torch.from_numpy(y.astype(np.float32))
-    raise UserError(f"labels of type {y.dtype} are no numbers")
+    raise UserError(f"labels have the non-numeric dtype {y.dtype}")
 
 
 def csv(
@@ -81,22 +90,22 @@ def csv(
     classes: list[str] | None = None,
     regression: bool = False,
 ) -> TensorDataset:
-    """A table with a header line.
+    """Load a table with a header line.
 
     Args:
-        path: The file.
-        target: Name of the column of labels.
-        features: Names of the columns of features; None takes all the others.
-        classes: The texts in the label column, in the order of their numbers; None where it
-            holds numbers 0, 1, ... already.
-        regression: The target is a value, not a label.
+        path: The `.csv` file.
+        target: Name of the target column.
+        features: Names of the feature columns; None uses all other columns.
+        classes: Class names in the target column, in the order of their indices; None if the
+            column contains the indices 0, 1, ... already.
+        regression: Whether the target is a value instead of a class label.
 
     Returns:
         Features, float32 of shape (N, columns), and int64 labels of shape (N,) or, for a
         regression, float32 values of shape (N, 1).
 
     Raises:
-        UserError: The file or a column is missing, or a cell is empty or no number.
+        UserError: The file or a column is missing, or a cell is empty or not a number.
     """
     if not Path(path).is_file():
         raise UserError(f"{path!r} is not a file")
@@ -107,33 +116,43 @@ def csv(
     columns = features or [str(name) for name in table.columns if name != target]
     for name in [target, *columns]:
         if name not in table.columns:
-            has, close = one_of(map(str, table.columns)), nearest(name, map(str, table.columns))
+            has, close = (
+                join_choices(map(str, table.columns)),
+                did_you_mean(name, map(str, table.columns)),
+            )
             raise UserError(f"{path}: no column {name!r}; it has: {has}{close}")
-    x = np.stack([_numbers(path, table[name]) for name in columns], axis=1)
-    y = _numbers(path, table[target]) if classes is None else _codes(path, table[target], classes)
+    x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
+    y = (
+        _to_numbers(path, table[target])
+        if classes is None
+        else _to_class_indices(path, table[target], classes)
+    )
     if regression:
-        return TensorDataset(_inputs(x), torch.from_numpy(y.astype(np.float32))[:, None])
+        return TensorDataset(_to_inputs(x), torch.from_numpy(y.astype(np.float32))[:, None])
     if (y != np.round(y)).any():
-        raise UserError(
-            f"{path}: column {target!r} holds {y[y != np.round(y)][0]}, no class number"
-        )
-    return TensorDataset(_inputs(x), torch.from_numpy(y.astype(np.int64)))
+        value = y[y != np.round(y)][0]
+        raise UserError(f"{path}: column {target!r} contains {value}, which is not a class index")
+    return TensorDataset(_to_inputs(x), torch.from_numpy(y.astype(np.int64)))
 
 
-def _numbers(path: str, column: pd.Series) -> np.ndarray:
+def _to_numbers(path: str, column: pd.Series) -> np.ndarray:
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
-    wrong = np.flatnonzero(~np.isfinite(numbers))
-    if len(wrong):
-        cell = column.iloc[wrong[0]]
-        line = int(wrong[0]) + 2
-        raise UserError(f"{path}: line {line}, column {column.name!r}: {cell} is no finite number")
+    invalid = np.flatnonzero(~np.isfinite(numbers))
+    if len(invalid):
+        cell = column.iloc[invalid[0]]
+        line = int(invalid[0]) + 2  # counted from 1, after the header
+        raise UserError(
+            f"{path}: line {line}, column {column.name!r}: {cell} is not a finite number"
+        )
     return numbers
 
 
-def _codes(path: str, column: pd.Series, classes: list[str]) -> np.ndarray:
-    codes = {name: float(code) for code, name in enumerate(classes)}
-    texts = column.astype(str)
-    unknown = texts[~texts.isin(classes)]
+def _to_class_indices(path: str, column: pd.Series, classes: list[str]) -> np.ndarray:
+    index_of = {name: float(index) for index, name in enumerate(classes)}
+    names = column.astype(str)
+    unknown = names[~names.isin(classes)]
     if len(unknown):
-        raise UserError(f"{path}: class {unknown.iloc[0]!r} is not among {one_of(classes)}")
-    return texts.map(codes).to_numpy(np.float64)
+        raise UserError(
+            f"{path}: unknown class {unknown.iloc[0]!r}; allowed: {join_choices(classes)}"
+        )
+    return names.map(index_of).to_numpy(np.float64)

@@ -1,6 +1,7 @@
-"""Augmentations of whole batches in which every image draws its own parameters.
+"""Augmentations of batches in which every image gets its own random parameters.
 
-A transform of torchvision v2 can stand beside them; given a batch, it draws once for all of it.
+Transforms of torchvision v2 can be used beside them; given a batch, those draw their parameters
+once for all images in it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 
 class RandomShift(nn.Module):
-    """Moves each image by up to so many pixels, black coming in: the random crop after padding.
+    """Shift each image by a random offset and fill with zeros.
+
+    Equivalent to a random crop of the original size after zero padding.
 
     Args:
-        pixels: At most so many, in both directions.
+        pixels: Maximum offset along each axis, in both directions.
     """
 
     def __init__(self, pixels: int) -> None:
@@ -24,7 +27,7 @@ class RandomShift(nn.Module):
         self.pixels = pixels
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to the same shape."""
+        """Shift images of shape (N, C, H, W)."""
         count, _, height, width = images.shape
         padded = F.pad(images, [self.pixels] * 4)
         shifts = torch.randint(0, 2 * self.pixels + 1, (2, count, 1), device=images.device)
@@ -35,7 +38,7 @@ class RandomShift(nn.Module):
 
 
 class RandomFlip(nn.Module):
-    """Mirrors each image, left to right, with the given probability.
+    """Flip each image horizontally with the given probability.
 
     Args:
         probability: Between 0 and 1.
@@ -48,6 +51,6 @@ class RandomFlip(nn.Module):
         self.probability = probability
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to the same shape."""
+        """Flip images of shape (N, C, H, W)."""
         flip = torch.rand(len(images), 1, 1, 1, device=images.device) < self.probability
         return torch.where(flip, images.flip(-1), images)

@@ -1,4 +1,4 @@
-"""What the loop asks of data, and what is done to every batch."""
+"""The loader protocol of the training loop, and the preparation of batches on the device."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class BatchLoader(Protocol):
-    """What the loop asks of data.
+    """Interface between the training loop and its data.
 
-    With several ranks each gets its share of every batch; all else is of whole batches.
+    With several ranks, `epoch` yields this rank's share of each batch; everything else refers to
+    global batches.
 
     Attributes:
-        num_samples: In an epoch; None where that is not known.
-        num_batches: Likewise.
+        num_samples: Samples per epoch, or None if unknown.
+        num_batches: Batches per epoch, or None if unknown.
     """
 
     @property
@@ -32,20 +33,21 @@ class BatchLoader(Protocol):
     def num_batches(self) -> int | None: ...
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        """The batches of that epoch, on the training device; None for an empty share of one."""
+        """Yield the batches of an epoch on the training device; None where the share is empty."""
 
     def first(self, count: int) -> Batch:
-        """The first samples of the dataset as a batch."""
+        """Return the first `count` samples of the dataset as a batch."""
 
 
 @dataclass(frozen=True)
 class BatchPreparer:
-    """Brings a batch to the device and transforms its inputs there.
+    """Moves a batch to the device and transforms its inputs there.
 
     Attributes:
-        device: Where batches go.
-        transform: Applied to each tensor of the inputs; None leaves them.
-        inputs: Which part of a batch the inputs are: a position, a name, or several.
+        device: Target device.
+        transform: Applied to each tensor of the inputs; None for no transform.
+        inputs: Key or keys of the inputs within a batch (position or name); None for the entire
+            batch.
     """
 
     device: torch.device
@@ -64,7 +66,7 @@ class BatchPreparer:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor there; from the host to a CUDA device without waiting."""
+    """Move a tensor to the device; copies from the CPU to CUDA are asynchronous."""
     if tensor.device.type == device.type:
         return tensor
     if device.type == "cuda" and not tensor.is_pinned():

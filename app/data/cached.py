@@ -1,4 +1,4 @@
-"""Samples read once, and whole in memory from then on."""
+"""Datasets that are read once and kept in memory, optionally in a cache file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from app.data.archives import check_npz
-from app.data.split import size
+from app.data.split import dataset_size
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write
 
-ARRAYS = ("inputs", "targets")
-# What NumPy and zipfile raise for files with wrong bits.
-DAMAGES = (
+ARRAY_NAMES = ("inputs", "targets")
+# Raised by NumPy and zipfile for corrupt files.
+CACHE_DAMAGE_ERRORS = (
     zipfile.BadZipFile,
     EOFError,
     OSError,
@@ -35,16 +35,18 @@ DAMAGES = (
 
 
 def cached(dataset: Dataset[Any], file: str | None = None, num_workers: int = 0) -> TensorDataset:
-    """Every sample of a dataset, read once: what is random in reading it is drawn once for all.
+    """Read every sample of a dataset once; random transforms in it are applied only once, too.
 
     Args:
-        dataset: Map-style, of (input, target): tensors, arrays or numbers of one shape and type.
-        file: An `.npz` file that keeps what was read; a later run reads it instead of the
-            dataset. It must be deleted when the data change.
-        num_workers: Processes that read; 0 reads in this one.
+        dataset: Map-style, of (input, target): tensors, arrays or numbers, each of the same shape
+            and dtype in all samples.
+        file: An `.npz` cache file; if it exists, it is read instead of the dataset, else it is
+            written. It must be deleted when the data change.
+        num_workers: Worker processes that read samples; 0 reads in this process.
 
     Raises:
-        UserError: The samples are not alike, or the file is damaged or of another dataset.
+        UserError: The samples differ in shape or dtype, or the file is damaged or belongs to
+            another dataset.
     """
     if file is None:
         return TensorDataset(*_read(dataset, num_workers))
@@ -52,69 +54,71 @@ def cached(dataset: Dataset[Any], file: str | None = None, num_workers: int = 0)
     if path.suffix != ".npz":
         raise UserError(f"file={file!r} must end in .npz")
     if path.exists():
-        return TensorDataset(*_load(path, size(dataset)))
+        return TensorDataset(*_load(path, dataset_size(dataset)))
     tensors = _read(dataset, num_workers)
     _save(path, tensors)
     return TensorDataset(*tensors)
 
 
 def _read(dataset: Dataset[Any], num_workers: int) -> tuple[Tensor, ...]:
-    total = size(dataset)
+    total = dataset_size(dataset)
     if total == 0:
         raise UserError("there are no samples to read")
-    # A generator of its own, so that reading leaves the program's randomness as it was.
+    # A separate generator, so that reading does not advance the global one.
     loader = DataLoader(
         dataset, batch_size=None, num_workers=num_workers, generator=torch.Generator()
     )
-    whole: tuple[Tensor, ...] = ()
+    stacked: tuple[Tensor, ...] = ()
     for index, sample in enumerate(loader):
-        parts = _tensors(index, sample)
-        whole = whole or tuple(part.new_empty(total, *part.shape) for part in parts)
-        for name, tensor, part in zip(ARRAYS, whole, parts, strict=True):
-            _check_alike(index, name, part, tensor)
+        parts = _to_tensors(index, sample)
+        stacked = stacked or tuple(part.new_empty(total, *part.shape) for part in parts)
+        for name, tensor, part in zip(ARRAY_NAMES, stacked, parts, strict=True):
+            _check_same_form(index, name, part, tensor)
             tensor[index] = part
-    return whole
+    return stacked
 
 
-def _tensors(index: int, sample: object) -> tuple[Tensor, ...]:
-    if not isinstance(sample, (tuple, list)) or len(sample) != len(ARRAYS):
-        raise UserError(f"sample {index} is no pair of input and target")
+def _to_tensors(index: int, sample: object) -> tuple[Tensor, ...]:
+    if not isinstance(sample, (tuple, list)) or len(sample) != len(ARRAY_NAMES):
+        raise UserError(f"sample {index} is not a pair of input and target")
     try:
         return tuple(torch.as_tensor(part) for part in sample)
     except (TypeError, ValueError, RuntimeError) as error:
-        kinds = ", ".join(type(part).__name__ for part in sample)
-        raise UserError(f"sample {index} ({kinds}) cannot become tensors: {error}") from error
+        types = ", ".join(type(part).__name__ for part in sample)
+        raise UserError(
+            f"sample {index} ({types}) cannot be converted to tensors: {error}"
+        ) from error
 
 
-def _check_alike(index: int, name: str, part: Tensor, whole: Tensor) -> None:
-    if (part.shape, part.dtype) != (whole.shape[1:], whole.dtype):
+def _check_same_form(index: int, name: str, part: Tensor, stacked: Tensor) -> None:
+    if (part.shape, part.dtype) != (stacked.shape[1:], stacked.dtype):
         raise UserError(
             f"sample {index}: {name} have shape {list(part.shape)} ({part.dtype}), those of "
-            f"sample 0 {list(whole.shape[1:])} ({whole.dtype}); allowed: the same for all"
+            f"sample 0 {list(stacked.shape[1:])} ({stacked.dtype}); allowed: the same for all"
         )
 
 
 def _save(path: Path, tensors: tuple[Tensor, ...]) -> None:
     inputs, targets = (tensor.numpy() for tensor in tensors)
-    # Several processes may have read the data at once: each writes its own, the last one stays.
-    own = path.with_name(f"{path.stem}.{os.getpid()}.npz")
-    atomic_write(own, lambda file: np.savez(file, inputs=inputs, targets=targets))
-    own.replace(path)
+    # Several processes may write the cache at once: each writes its own file, the last one wins.
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.npz")
+    atomic_write(temporary, lambda file: np.savez(file, inputs=inputs, targets=targets))
+    temporary.replace(path)
 
 
 def _load(path: Path, count: int) -> tuple[Tensor, ...]:
     try:
         check_npz(path)
         with np.load(path, allow_pickle=False) as file:
-            tensors = tuple(torch.from_numpy(file[name]) for name in ARRAYS)
+            tensors = tuple(torch.from_numpy(file[name]) for name in ARRAY_NAMES)
     except UserError:
         raise
-    except DAMAGES as error:
-        raise UserError(f"{path} is damaged: {error}; delete it to read the data anew") from error
-    for name, tensor in zip(ARRAYS, tensors, strict=True):
+    except CACHE_DAMAGE_ERRORS as error:
+        raise UserError(f"{path} is damaged: {error}; delete it to read the data again") from error
+    for name, tensor in zip(ARRAY_NAMES, tensors, strict=True):
         if tensor.ndim == 0 or len(tensor) != count:
             raise UserError(
-                f"{path} holds {name} of shape {list(tensor.shape)}, but the dataset has {count} "
-                "samples; delete it to read the data anew"
+                f"{path} contains {name} of shape {list(tensor.shape)}, but the dataset has "
+                f"{count} samples; delete it to read the data again"
             )
     return tensors

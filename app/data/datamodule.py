@@ -1,4 +1,4 @@
-"""The batches of each stage, from the node that says where samples come from."""
+"""Datasets and loaders of each stage, built from the configuration."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from app.config.instantiate import Instantiator
+from app.config.rules import STAGES
 from app.config.schema import Config, DataConfig, TrainerConfig
 from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.sampling import EpochSampler
-from app.data.split import check_datasets, labels_of, size, split, subset
+from app.data.split import check_datasets, dataset_labels, dataset_size, split, subset
 from app.data.transform import BatchTransform, channel_statistics
 from app.runtime.errors import UserError, as_user_error
 
-STAGES = ("train", "valid", "test")
 Limit = int | float | None
 
 
 def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]]:
-    """A dataset for each stage that the mode runs, and for training where others are cut from it.
+    """Build a dataset for each stage of the mode, and the training data if others are split off it.
 
     Raises:
         UserError: Data is missing, damaged, empty, or has labels outside the classes.
@@ -30,7 +30,7 @@ def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]
     data = config.data
     datasets = {
         stage: build(f"data.source.{stage}", node)
-        for stage in _sources_wanted(config)
+        for stage in _required_sources(config)
         if (node := getattr(data.source, stage)) is not None
     }
     check_datasets(datasets, data.num_classes, data.targets)
@@ -40,53 +40,28 @@ def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]
     if batches and config.mode == "train":
         if isinstance(datasets["train"], IterableDataset):
             raise UserError(f"trainer.overfit_batches={batches} needs data that is not iterable")
-        count = min(size(datasets["train"]), batches * data.batch_size)
-        few = subset(datasets["train"], torch.arange(count))
-        datasets |= {"train": few, "valid": few}
+        count = min(dataset_size(datasets["train"]), batches * data.batch_size)
+        overfit_data = subset(datasets["train"], torch.arange(count))
+        datasets |= {"train": overfit_data, "valid": overfit_data}
     if config.mode == "predict":
-        datasets["predict"] = _predicted(config, datasets)
+        datasets["predict"] = _prediction_dataset(config, datasets)
     return datasets
 
 
-def _predicted(config: Config, datasets: dict[str, Dataset[Any]]) -> Dataset[Any]:
-    if config.predict.images is None:
-        return datasets[config.predict.stage]
-    with as_user_error("predict.images"):
-        return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
-
-
-def _sources_wanted(config: Config) -> tuple[str, ...]:
-    wanted = stages_run(config)
+def _required_sources(config: Config) -> tuple[str, ...]:
+    stages = active_stages(config)
     if config.mode == "predict":
-        wanted = () if config.predict.images else (config.predict.stage,)
-    if not wanted and config.mode != "predict":
+        stages = () if config.predict.images else (config.predict.stage,)
+    if not stages and config.mode != "predict":
         return ()
-    wanted_values = config.data.normalize
-    measured = wanted_values is not None and "auto" in (wanted_values.mean, wanted_values.std)
-    cut = any(getattr(config.data.source, stage) is None for stage in wanted)
-    return STAGES if measured or cut or "train" in wanted else wanted
+    normalize = config.data.normalize
+    needs_statistics = normalize is not None and "auto" in (normalize.mean, normalize.std)
+    needs_split = any(getattr(config.data.source, stage) is None for stage in stages)
+    return STAGES if needs_statistics or needs_split or "train" in stages else stages
 
 
-def make_loaders(
-    config: Config,
-    build: Instantiator,
-    datasets: dict[str, Dataset[Any]],
-    device: torch.device,
-    format_: torch.memory_format,
-) -> dict[str, BatchLoader]:
-    """The batches of each stage."""
-    if not stages_run(config):
-        return {}
-    plain = _transform(config.data, datasets, device, format_)
-    return {
-        stage: _loader(config, build, stage, datasets[stage], plain, device)
-        for stage in stages_run(config)
-        if stage in datasets
-    }
-
-
-def stages_run(config: Config) -> tuple[str, ...]:
-    """The stages whose batches are gone through; in prediction a single one, `predict`."""
+def active_stages(config: Config) -> tuple[str, ...]:
+    """Return the stages that the mode iterates over; in prediction a single one, `predict`."""
     if config.mode == "export":
         return ()
     if config.mode in ("find_lr", "find_batch_size"):
@@ -94,29 +69,56 @@ def stages_run(config: Config) -> tuple[str, ...]:
     return STAGES if config.mode == "train" else (config.mode,)
 
 
-def _transform(
+def _prediction_dataset(config: Config, datasets: dict[str, Dataset[Any]]) -> Dataset[Any]:
+    if config.predict.images is None:
+        return datasets[config.predict.stage]
+    with as_user_error("predict.images"):
+        return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
+
+
+def make_loaders(
+    config: Config,
+    build: Instantiator,
+    datasets: dict[str, Dataset[Any]],
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> dict[str, BatchLoader]:
+    """Build a loader for each stage of the mode."""
+    if not active_stages(config):
+        return {}
+    transform = _eval_transform(config.data, datasets, device, memory_format)
+    return {
+        stage: _make_loader(config, build, stage, datasets[stage], transform, device)
+        for stage in active_stages(config)
+        if stage in datasets
+    }
+
+
+def _eval_transform(
     data: DataConfig,
     datasets: dict[str, Dataset[Any]],
     device: torch.device,
-    format_: torch.memory_format,
+    memory_format: torch.memory_format,
 ) -> BatchTransform:
     mean = std = None
     if data.normalize is not None:
-        measured = "auto" in (data.normalize.mean, data.normalize.std)
-        means, stds = channel_statistics(datasets["train"], data.inputs) if measured else ([], [])
-        wanted = data.normalize
-        image = len(data.input_shape) == 3
-        mean = _per_channel(means if wanted.mean == "auto" else wanted.mean, image, device)
-        std = _per_channel(stds if wanted.std == "auto" else wanted.std, image, device)
-    return BatchTransform(mean, std, data.resize, data.channels, format_)
+        needs_statistics = "auto" in (data.normalize.mean, data.normalize.std)
+        means, stds = (
+            channel_statistics(datasets["train"], data.inputs) if needs_statistics else ([], [])
+        )
+        normalize = data.normalize
+        is_image = len(data.input_shape) == 3
+        mean = _per_channel(means if normalize.mean == "auto" else normalize.mean, is_image, device)
+        std = _per_channel(stds if normalize.std == "auto" else normalize.std, is_image, device)
+    return BatchTransform(mean, std, data.resize, data.channels, memory_format)
 
 
-def _per_channel(values: object, image: bool, device: torch.device) -> torch.Tensor:
+def _per_channel(values: object, is_image: bool, device: torch.device) -> torch.Tensor:
     vector = torch.tensor(values, dtype=torch.float32, device=device)
-    return vector[:, None, None] if image else vector
+    return vector[:, None, None] if is_image else vector
 
 
-def _loader(
+def _make_loader(
     config: Config,
     build: Instantiator,
     stage: str,
@@ -124,43 +126,52 @@ def _loader(
     transform: BatchTransform,
     device: torch.device,
 ) -> BatchLoader:
-    data, learns = config.data, stage == "train" and not config.trainer.overfit_batches
-    if learns:
-        augment = list(build.named("data.augment", data.augment).values())
+    data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
+    if is_training:
+        augment = list(build.build_all("data.augment", data.augment).values())
         transform = BatchTransform(**{**vars(transform), "augment": augment})
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
-    ready = BatchPreparer(device, transform, data.inputs)
-    limit, reading = _limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
+    prepare = BatchPreparer(device, transform, data.inputs)
+    limit, options = _batch_limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
     if isinstance(dataset, IterableDataset):
         if isinstance(limit, float):
             raise UserError(
-                f"trainer.limit_{stage}_batches={limit}: a share of an iterable dataset is not "
-                "known; give a number of batches"
+                f"trainer.limit_{stage}_batches={limit}: a fraction of an iterable dataset is "
+                "unknown; give a number of batches"
             )
-        if learns and data.sampling:
+        if is_training and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")
-        whole = learns and data.drop_last
-        return IterableLoader(dataset, batch_size, ready, limit, config.seed, reading, whole)
-    seed = config.seed if learns else None
-    weights = _weights(build, data, dataset) if learns and data.sampling else None
-    order = EpochSampler.limited(size(dataset), batch_size, limit, seed, weights)
-    if learns and data.drop_last:
-        order = order.of_whole_batches(batch_size)
+        drop_last = is_training and data.drop_last
+        return IterableLoader(dataset, batch_size, prepare, limit, config.seed, options, drop_last)
+    seed = config.seed if is_training else None
+    weights = _sample_weights(build, data, dataset) if is_training and data.sampling else None
+    sampler = EpochSampler.from_limit(dataset_size(dataset), batch_size, limit, seed, weights)
+    if is_training and data.drop_last:
+        sampler = sampler.drop_last(batch_size)
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
-        return TensorLoader(dataset, order, batch_size, ready, on_device)
-    loader = SampleLoader(dataset, order, batch_size, ready, config.seed, reading)
+        return TensorLoader(dataset, sampler, batch_size, prepare, on_device)
+    loader = SampleLoader(dataset, sampler, batch_size, prepare, config.seed, options)
     loader.names = getattr(dataset, "names", None)
     return loader
 
 
-def _weights(build: Instantiator, data: DataConfig, dataset: Dataset[Any]) -> torch.Tensor:
-    """How likely each sample of the training data is.
+def _batch_limit(trainer: TrainerConfig, stage: str) -> Limit:
+    if stage == "predict":
+        return None
+    if trainer.fast_dev_run:
+        return int(trainer.fast_dev_run)
+    limit: Limit = getattr(trainer, f"limit_{stage}_batches", None)
+    return limit
+
+
+def _sample_weights(build: Instantiator, data: DataConfig, dataset: Dataset[Any]) -> torch.Tensor:
+    """Return the sampling weight of each training sample.
 
     Raises:
-        UserError: It has no labels that can be had without reading the samples.
+        UserError: The labels are not available without reading the samples.
     """
-    labels = labels_of(dataset, data.targets)
+    labels = dataset_labels(dataset, data.targets)
     if labels is None:
         raise UserError("data.sampling needs labels: a dataset with `targets`, or one in memory")
     try:
@@ -168,15 +179,6 @@ def _weights(build: Instantiator, data: DataConfig, dataset: Dataset[Any]) -> to
     except ValueError as error:
         raise UserError(f"data.sampling: {error}") from error
     return weights
-
-
-def _limit(trainer: TrainerConfig, stage: str) -> Limit:
-    if stage == "predict":
-        return None
-    if trainer.fast_dev_run:
-        return int(trainer.fast_dev_run)
-    limit: Limit = getattr(trainer, f"limit_{stage}_batches", None)
-    return limit
 
 
 def _fits_on_device(dataset: TensorDataset, device: torch.device, memory: str) -> bool:

@@ -1,4 +1,4 @@
-"""Datasets of the library `datasets`: saved by it, in files, or on the hub."""
+"""Datasets of the Hugging Face library `datasets`: saved by it, in files, or on the hub."""
 
 from __future__ import annotations
 
@@ -18,11 +18,18 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
-FILES = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow"}
-MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # a byte for each channel
-SECONDS = 10  # for the hub to answer at all
+BUILDERS = {
+    ".csv": "csv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+IMAGE_MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # one byte per channel
+HUB_TIMEOUT = 10  # seconds to wait for any answer of the hub
+MISSING_LIBRARY = 'data of Hugging Face needs datasets: pip install -e ".[hugging_face]"'
 
 
 def hugging_face(
@@ -34,50 +41,53 @@ def hugging_face(
     image_mode: str | None = None,
     transforms: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> HuggingFace:
-    """A split of a dataset, read sample by sample.
+    """Load a split of a dataset; samples are read one by one when they are indexed.
 
     Args:
-        path: A folder that `save_to_disk` wrote, a folder or file that `load_dataset` reads, or a
-            name on the hub. A dataset's own code is never run.
-        split: For instance train.
+        path: A folder written by `save_to_disk`, a folder or file that `load_dataset` reads, or a
+            name on the hub. Loading scripts of datasets are never run.
+        split: Name of the split, for instance `train`.
         inputs: Name of the column of inputs.
         targets: Name of the column of targets.
-        name: Of a configuration, where there are several.
-        image_mode: Pillow's name of what images are converted to, as RGB or L; None leaves them.
-        transforms: Named, applied to each input in turn; they must end in one size.
+        name: Name of a dataset configuration, if there are several.
+        image_mode: Pillow mode that input images are converted to, such as RGB or L; None keeps
+            the mode.
+        transforms: Named transforms, applied to each input in order; together they must give all
+            inputs the same size.
 
     Raises:
-        UserError: The library is not installed, or the data, the split or a column is not there.
+        UserError: The library is not installed, or the data, the split or a column is missing.
     """
-    if image_mode is not None and image_mode not in MODES:
-        close = nearest(image_mode, MODES)
-        raise UserError(f"image_mode={image_mode!r} is not known; allowed: {one_of(MODES)}{close}")
-    library = _library()
-    rows = _load(library, path, split, name)
+    if image_mode is not None and image_mode not in IMAGE_MODES:
+        allowed, hint = join_choices(IMAGE_MODES), did_you_mean(image_mode, IMAGE_MODES)
+        raise UserError(f"image_mode={image_mode!r} is unknown; allowed: {allowed}{hint}")
+    library = _import_library()
+    rows = _load_rows(library, path, split, name)
     for column in (inputs, targets):
         if column not in rows.column_names:
-            has, close = one_of(rows.column_names), nearest(column, rows.column_names)
-            raise UserError(f"{path}: no column {column!r}; it has: {has}{close}")
-    steps = v2.Compose(list(transforms.values())) if transforms else None
-    return HuggingFace(rows, inputs, targets, image_mode, steps)
+            names = rows.column_names
+            allowed, hint = join_choices(names), did_you_mean(column, names)
+            raise UserError(f"{path}: no column {column!r}; it has: {allowed}{hint}")
+    transform = v2.Compose(list(transforms.values())) if transforms else None
+    return HuggingFace(rows, inputs, targets, image_mode, transform)
 
 
 class HuggingFace(Dataset[tuple[Tensor, Any]]):
-    """A sample is (input, target).
+    """Rows of a `datasets.Dataset` as (input, target) samples.
 
-    Images are uint8 of shape (C, H, W); where they are the targets, int64 of shape (H, W). Numbers
-    and lists of them are tensors, labels are int.
+    Images become uint8 of shape (C, H, W), or int64 masks of shape (H, W) if they are targets.
+    Numbers and lists of numbers become tensors, labels become int.
 
     Args:
         rows: A `datasets.Dataset`.
         inputs: Name of the column of inputs.
         targets: Name of the column of targets.
-        image_mode: What images of the inputs are converted to, or None.
+        image_mode: Pillow mode that input images are converted to, or None.
         transform: Applied to each input, or None.
 
     Attributes:
-        classes: Their names, where the targets are labels with names.
-        targets: The label of each sample, where the targets are labels.
+        classes: Class names, if the targets are labels with names.
+        targets: The label of each sample, if the targets are labels.
     """
 
     def __init__(
@@ -93,9 +103,9 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
         self.image_mode, self.transform = image_mode, transform
         feature = rows.features[targets]
         self.classes: list[str] | None = getattr(feature, "names", None)
-        # Arrays have a dtype too.
-        labels = type(feature).__name__ in ("ClassLabel", "Value") and "int" in feature.dtype
-        self.targets: list[int] | None = self.rows[targets][:] if labels else None
+        # The type is checked too, because arrays also have an integer dtype.
+        has_labels = type(feature).__name__ in ("ClassLabel", "Value") and "int" in feature.dtype
+        self.targets: list[int] | None = self.rows[targets][:] if has_labels else None
         if self.targets is not None and None in self.targets:
             raise UserError(f"sample {self.targets.index(None)} has no value in {targets!r}")
 
@@ -108,107 +118,111 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
             row = self.rows[index]
         except (OSError, Image.DecompressionBombError) as error:  # Pillow's others are OSErrors
             raise UserError(f"sample {index} cannot be read: {error}") from error
-        x = self._input(f"sample {index}, column {inputs!r}", row[inputs])
-        return x, _target(f"sample {index}, column {targets!r}", row[targets])
+        x = self._to_input(f"sample {index}, column {inputs!r}", row[inputs])
+        return x, _to_target(f"sample {index}, column {targets!r}", row[targets])
 
-    def _input(self, where: str, value: Any) -> Tensor:
+    def _to_input(self, location: str, value: Any) -> Tensor:
         if isinstance(value, Image.Image):
-            x = _pixels(where, value.convert(self.image_mode) if self.image_mode else value)
+            image = value.convert(self.image_mode) if self.image_mode else value
+            x = _to_pixels(location, image)
         else:
-            x = _numbers(where, value)
+            x = _to_tensor(location, value)
         return x if self.transform is None else self.transform(x)
 
 
-def _target(where: str, value: Any) -> Any:
+def _to_target(location: str, value: Any) -> Any:
     if isinstance(value, Image.Image):
-        mask = _pixels(where, value)
+        mask = _to_pixels(location, value)
         if len(mask) != 1:
-            raise UserError(f"{where}: a mask of {len(mask)} channels; allowed: 1")
+            raise UserError(f"{location}: a mask with {len(mask)} channels; allowed: 1")
         return mask[0].long()
-    return int(value) if isinstance(value, int) else _numbers(where, value)
+    return int(value) if isinstance(value, int) else _to_tensor(location, value)
 
 
-def _pixels(where: str, image: Image.Image) -> Tensor:
+def _to_pixels(location: str, image: Image.Image) -> Tensor:
     pixels: Tensor = pil_to_tensor(image)
     if pixels.dtype != torch.uint8:
-        raise UserError(f"{where}: an image of mode {image.mode}; set image_mode, as RGB or L")
+        raise UserError(
+            f"{location}: an image of mode {image.mode}; set image_mode, for instance to RGB or L"
+        )
     return pixels
 
 
-def _numbers(where: str, value: Any) -> Tensor:
+def _to_tensor(location: str, value: Any) -> Tensor:
     try:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(value).__name__
-        raise UserError(f"{where} is of type {kind}; allowed: images, numbers, labels") from error
+        raise UserError(
+            f"{location} is of type {kind}; allowed: images, numbers, labels"
+        ) from error
 
 
-def _library() -> Any:
+def _import_library() -> Any:
     try:
         library = importlib.import_module("datasets")
     except ModuleNotFoundError as error:
-        raise UserError(MISSING) from error
-    # A folder of that name, as that of downloads, imports as an empty package.
+        raise UserError(MISSING_LIBRARY) from error
+    # A folder named `datasets`, such as that of downloads, is imported as an empty package.
     if not hasattr(library, "load_dataset"):
-        raise UserError(MISSING)
+        raise UserError(MISSING_LIBRARY)
     return library
 
 
-MISSING = 'data of Hugging Face needs datasets: pip install -e ".[hugging_face]"'
-
-
-def _load(library: Any, path: str, split: str, name: str | None) -> Any:
+def _load_rows(library: Any, path: str, split: str, name: str | None) -> Any:
     local = Path(path).expanduser()
     try:
         if (local / "dataset_dict.json").is_file() or (local / "state.json").is_file():
-            return _saved(library.load_from_disk(str(local)), path, split)
+            return _select_split(library.load_from_disk(str(local)), path, split)
         if local.is_file():
-            return _file(library, local, split)
+            return _load_file(library, local, split)
         if local.is_dir():
             return library.load_dataset(str(local), name=name, split=split)
-        with _offline_where_hub_is_silent(library):
+        with _offline_if_hub_unreachable(library):
             return library.load_dataset(path, name=name, split=split)
     except UserError:
         raise
     except ConnectionError as error:
         raise UserError(
-            f"path={path!r} is no file or folder here, and {library.config.HF_ENDPOINT}, which may "
-            "have it, cannot be reached"
+            f"path={path!r} is not a local file or folder, and the hub at "
+            f"{library.config.HF_ENDPOINT} cannot be reached"
         ) from error
     except (library.exceptions.DatasetsError, OSError, ValueError, RuntimeError) as error:
         reason = " ".join(f"{error} ({error.__cause__})".split()).removesuffix(" (None)")
         raise UserError(f"path={path!r}, split={split!r} cannot be loaded: {reason}") from error
 
 
-def _saved(found: Any, path: str, split: str) -> Any:
-    """A folder holds several splits, or one that may have no name."""
-    splits = found if isinstance(found, dict) else {str(found.split or "train"): found}
+def _select_split(saved: Any, path: str, split: str) -> Any:
+    # A saved folder contains either several splits, or a single one that may have no name.
+    splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        raise UserError(f"{path}: no split {split!r}; it has: {one_of(splits)}")
+        raise UserError(f"{path}: no split {split!r}; it has: {join_choices(splits)}")
     return splits[split]
 
 
-def _file(library: Any, path: Path, split: str) -> Any:
-    if path.suffix not in FILES:
-        raise UserError(f"{path} is of no known kind; allowed: {one_of(FILES)}, or a folder")
-    return library.load_dataset(FILES[path.suffix], data_files=str(path), split=split)
+def _load_file(library: Any, path: Path, split: str) -> Any:
+    if path.suffix not in BUILDERS:
+        raise UserError(
+            f"{path} has an unknown file type; allowed: {join_choices(BUILDERS)}, or a folder"
+        )
+    return library.load_dataset(BUILDERS[path.suffix], data_files=str(path), split=split)
 
 
 @contextmanager
-def _offline_where_hub_is_silent(library: Any) -> Iterator[None]:
-    """Left to itself, the library tries for minutes before it looks at what it has downloaded."""
-    before = library.config.HF_HUB_OFFLINE
-    library.config.HF_HUB_OFFLINE = before or not _answers(library.config.HF_ENDPOINT)
+def _offline_if_hub_unreachable(library: Any) -> Iterator[None]:
+    """Use downloaded data at once; by default the library retries for minutes before it does."""
+    previous = library.config.HF_HUB_OFFLINE
+    library.config.HF_HUB_OFFLINE = previous or not _is_reachable(library.config.HF_ENDPOINT)
     try:
         yield
     finally:
-        library.config.HF_HUB_OFFLINE = before
+        library.config.HF_HUB_OFFLINE = previous
 
 
-def _answers(address: str) -> bool:
+def _is_reachable(url: str) -> bool:
     try:
-        request = urllib.request.Request(address, method="HEAD")
-        with urllib.request.urlopen(request, timeout=SECONDS):
+        request = urllib.request.Request(url, method="HEAD")
+        with urllib.request.urlopen(request, timeout=HUB_TIMEOUT):
             return True
     except urllib.error.HTTPError:
         return True

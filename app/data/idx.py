@@ -1,4 +1,4 @@
-"""The IDX file format of MNIST and its kin."""
+"""Reader for the IDX file format of MNIST and related datasets."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch import Tensor
 
 from app.runtime.errors import UserError
 
-UNSIGNED_BYTE = 8
-LARGEST = 2**30  # bytes that a file may become; the largest set of this kind has 550 million
+UNSIGNED_BYTE = 8  # type code in the header
+MAX_BYTES = 2**30  # uncompressed; the largest dataset in this format has 550 million bytes
 
 
 def read_idx(path: Path, md5: str | None = None) -> Tensor:
-    """The array of a gzip-compressed IDX file of unsigned bytes.
+    """Read the array of a gzip-compressed IDX file of unsigned bytes.
 
     Args:
         path: The `.gz` file.
-        md5: Of the uncompressed content; not checked where None.
+        md5: Expected MD5 of the uncompressed content; None skips the check.
 
     Returns:
-        uint8, of the shape that the file says.
+        uint8 tensor of the shape given in the header.
 
     Raises:
         UserError: The file is missing, damaged, or not IDX.
     """
     try:
         with gzip.open(path) as file:
-            content = file.read(LARGEST + 1)
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if len(content) > LARGEST:
-        raise UserError(f"{path} would become more than {LARGEST:,} bytes; refused")
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if md5 is not None and found != md5:
-        raise UserError(f"{path} is damaged: its content has MD5 {found}, expected {md5}")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"{path} would expand to more than {MAX_BYTES:,} bytes; refused")
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if md5 is not None and actual != md5:
+        raise UserError(f"{path} is damaged: its content has MD5 {actual}, expected {md5}")
     return _parse(path, content)
 
 
@@ -52,6 +52,6 @@ def _parse(path: Path, content: bytes) -> Tensor:
     start = 4 + 4 * dimensions
     shape = [int(n) for n in np.frombuffer(content[4:start], ">u4")]
     if len(shape) != dimensions or len(content) - start != int(np.prod(shape, dtype=np.int64)):
-        raise UserError(f"{path} is damaged: {len(content)} bytes do not hold shape {shape}")
+        raise UserError(f"{path} is damaged: {len(content)} bytes do not match shape {shape}")
     values = np.frombuffer(content, np.uint8, offset=start).reshape(shape)
     return torch.from_numpy(values.copy())

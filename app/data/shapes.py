@@ -1,4 +1,4 @@
-"""Segmentation data made by code: circles and rectangles on a noisy background."""
+"""Synthetic segmentation data: circles and rectangles on a noisy background."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-CIRCLE, RECTANGLE = 1, 2
-FEWEST, MOST = 2, 4  # objects of an image
+CIRCLE, RECTANGLE = 1, 2  # classes in the masks; 0 is the background
+MIN_OBJECTS, MAX_OBJECTS = 2, 4  # per image
 
 
 def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> TensorDataset:
-    """Images with two to four objects of random kind, place, size and brightness.
+    """Generate images with two to four objects of random kind, place, size and brightness.
 
     Args:
-        count: Of the images.
-        size: Pixels of a side.
+        count: Number of images.
+        size: Height and width in pixels.
         seed: The same seed gives the same data.
-        noise: Standard deviation of the noise on every pixel.
+        noise: Standard deviation of the noise added to every pixel.
 
     Returns:
         Images, float32 in [0, 1] of shape (N, 1, size, size), and masks, int64 of shape
         (N, size, size): 0 for the background, 1 for circles, 2 for rectangles.
 
     Raises:
-        ValueError: A count below 1, a size below 16, or a negative noise.
+        ValueError: The count is below 1, the size below 16, or the noise negative.
     """
     if count < 1 or size < 16 or noise < 0:
         raise ValueError(
@@ -33,10 +33,10 @@ def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> Ten
     generator = torch.Generator().manual_seed(seed)
     images = _uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
     masks = torch.zeros(count, size, size, dtype=torch.int64)
-    objects = torch.randint(FEWEST, MOST + 1, (count,), generator=generator)
-    for index in range(MOST):
-        inside, kind = _objects(count, size, generator)
-        inside &= (index < objects)[:, None, None]
+    num_objects = torch.randint(MIN_OBJECTS, MAX_OBJECTS + 1, (count,), generator=generator)
+    for index in range(MAX_OBJECTS):
+        inside, kind = _draw_objects(count, size, generator)
+        inside &= (index < num_objects)[:, None, None]
         brightness = _uniform(0.5, 1.0, count, generator)[:, None, None]
         images = torch.where(inside, brightness, images)
         masks = torch.where(inside, kind[:, None, None], masks)
@@ -44,15 +44,16 @@ def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> Ten
     return TensorDataset(images.clamp_(0, 1).unsqueeze(1), masks)
 
 
-def _objects(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One object for each image: its pixels, bool of (N, size, size), and its class."""
+def _draw_objects(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one object per image; returns its pixels, bool of (N, size, size), and its class."""
     kind = torch.randint(CIRCLE, RECTANGLE + 1, (count,), generator=generator)
-    half = _uniform(0.1, 0.2, (count, 2), generator)  # height and width, in shares of a side
+    # Half of height and width, as fractions of the image side.
+    half = _uniform(0.1, 0.2, (count, 2), generator)
     half[:, 1] = torch.where(kind == CIRCLE, half[:, 0], half[:, 1])
-    centre = half + (1 - 2 * half) * _uniform(0.0, 1.0, (count, 2), generator)
-    line = (torch.arange(size) + 0.5) / size
-    rows = (line - centre[:, :1]).div(half[:, :1]).abs()[:, :, None]
-    columns = (line - centre[:, 1:]).div(half[:, 1:]).abs()[:, None, :]
+    center = half + (1 - 2 * half) * _uniform(0.0, 1.0, (count, 2), generator)
+    pixels = (torch.arange(size) + 0.5) / size
+    rows = (pixels - center[:, :1]).div(half[:, :1]).abs()[:, :, None]
+    columns = (pixels - center[:, 1:]).div(half[:, 1:]).abs()[:, None, :]
     circle = rows.square() + columns.square() <= 1
     rectangle = torch.maximum(rows, columns) <= 1
     return torch.where((kind == CIRCLE)[:, None, None], circle, rectangle), kind

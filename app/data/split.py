@@ -1,4 +1,4 @@
-"""A dataset for each stage, cut where need be, and looked over."""
+"""Splitting of the training data into stages, and checks of the datasets of all stages."""
 
 from __future__ import annotations
 
@@ -23,53 +23,48 @@ def split(
     test: int | float | None,
     seed: int,
 ) -> dict[str, Dataset[Any]]:
-    """Cuts validation and test data from the training data.
+    """Split validation and test data off the training data.
 
     Args:
-        datasets: By stage.
-        valid: A number of samples, a share of the training data, or None.
-        test: Likewise.
-        seed: Which samples are cut depends on it alone.
+        datasets: Datasets by stage.
+        valid: Number of samples (int), fraction of the training data (float), or None.
+        test: Same as `valid`, for test data.
+        seed: The choice of samples depends only on the seed.
 
     Raises:
-        UserError: There are not so many samples.
+        UserError: No training sample would be left, or the training data is iterable.
     """
     if valid is None and test is None:
         return datasets
     if isinstance(datasets["train"], IterableDataset):
         raise UserError(
-            f"data.split.valid={valid!r} and data.split.test={test!r}: nothing can be cut from an "
-            "iterable dataset; give data.source.valid and data.source.test"
+            f"data.split.valid={valid!r} and data.split.test={test!r}: an iterable dataset cannot "
+            "be split; give data.source.valid and data.source.test"
         )
-    total = size(datasets["train"])
-    parts = {"valid": _count(valid, total), "test": _count(test, total)}
-    rest = total - sum(parts.values())
+    total = dataset_size(datasets["train"])
+    sizes = {"valid": _split_size(valid, total), "test": _split_size(test, total)}
+    rest = total - sum(sizes.values())
     if rest < 1:
         raise UserError(
-            f"data.split.valid={valid!r} and data.split.test={test!r} leave nothing of "
+            f"data.split.valid={valid!r} and data.split.test={test!r} leave none of the "
             f"{total} training samples"
         )
     order = torch.randperm(
         total, generator=torch.Generator().manual_seed(derive_seed(seed, "split"))
     )
-    chosen = dict(zip(("train", *parts), order.split([rest, *parts.values()]), strict=True))
-    cut = {stage: subset(datasets["train"], i) for stage, i in chosen.items() if len(i)}
-    return datasets | cut
+    indices = dict(zip(("train", *sizes), order.split([rest, *sizes.values()]), strict=True))
+    subsets = {stage: subset(datasets["train"], i) for stage, i in indices.items() if len(i)}
+    return datasets | subsets
 
 
-def _count(part: int | float | None, total: int) -> int:
+def _split_size(part: int | float | None, total: int) -> int:
     if part is None:
         return 0
     return part if isinstance(part, int) else max(1, round(part * total))
 
 
-def size(dataset: Dataset[Any]) -> int:
-    """Its number of samples."""
-    return len(dataset)  # type: ignore[arg-type]
-
-
 def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
-    """Those samples; tensors stay tensors, so that they can still be indexed by batch."""
+    """Return the given samples; a `TensorDataset` remains one, so that batches can be indexed."""
     if isinstance(dataset, TensorDataset):
         return TensorDataset(*(tensor[indices] for tensor in dataset.tensors))
     return Subset(dataset, indices.tolist())
@@ -78,62 +73,73 @@ def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
 def check_datasets(
     datasets: dict[str, Dataset[Any]], num_classes: int | None, targets: Key
 ) -> None:
-    """Refuses empty data and labels outside the classes; warns of classes without a sample.
+    """Refuse empty data and labels outside the classes; warn about classes without samples.
 
     Args:
-        datasets: By stage; iterable ones cannot be looked over.
-        num_classes: None where targets are no classes.
-        targets: Which part of a sample is its target.
+        datasets: Datasets by stage; iterable ones are skipped.
+        num_classes: None if targets are not classes.
+        targets: Key of the target within a sample.
 
     Raises:
-        UserError: Names the stage and the label.
+        UserError: A dataset is empty, has an invalid label, or another number of classes.
     """
     for stage, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
             continue
-        if size(dataset) == 0:
+        if dataset_size(dataset) == 0:
             raise UserError(f"data.source.{stage} has no samples")
         names = getattr(dataset, "classes", None)
         if num_classes is not None and names is not None and len(names) != num_classes:
             raise UserError(
                 f"data.num_classes={num_classes}, but data.source.{stage} has {len(names)} "
-                f"classes: {_listed(names)}"
+                f"classes: {_join_names(names)}"
             )
-        labels = labels_of(dataset, targets)
+        labels = dataset_labels(dataset, targets)
         if num_classes is not None and labels is not None:
             _check_labels(stage, labels, num_classes)
 
 
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(map(str, names[:most])) + (", ..." if len(names) > most else "")
-
-
-def labels_of(dataset: Dataset[Any], targets: Key) -> Tensor | None:
-    """The labels of all samples, where they can be had without reading the samples."""
-    if isinstance(dataset, Subset):
-        labels = labels_of(dataset.dataset, targets)
-        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
-    found = getattr(dataset, "targets", None)
-    if isinstance(dataset, TensorDataset):
-        known = isinstance(targets, int) and targets < len(dataset.tensors)
-        found = dataset.tensors[targets] if known else None  # type: ignore[index]
-    labels = None if found is None else torch.as_tensor(found)
-    return labels if labels is not None and labels.ndim == 1 else None
+def _join_names(names: Sequence[str], max_names: int = 8) -> str:
+    return ", ".join(map(str, names[:max_names])) + (", ..." if len(names) > max_names else "")
 
 
 def _check_labels(stage: str, labels: Tensor, num_classes: int) -> None:
     if labels.is_floating_point():
         raise UserError(
-            f"data.num_classes={num_classes}, but the targets of data.source.{stage} are of type "
-            f"{labels.dtype}; class labels are whole numbers"
+            f"data.num_classes={num_classes}, but the targets of data.source.{stage} have dtype "
+            f"{labels.dtype}; class labels must be integers"
         )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
-        wrong = low if low < 0 else high
+        invalid = low if low < 0 else high
         raise UserError(
-            f"data.num_classes={num_classes}, but data.source.{stage} has the label {wrong}; "
+            f"data.num_classes={num_classes}, but data.source.{stage} has the label {invalid}; "
             f"allowed: 0 to {num_classes - 1}"
         )
     empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
     if empty:
         log.warning("no sample of class %s in the %s data", ", ".join(map(str, empty)), stage)
+
+
+def dataset_size(dataset: Dataset[Any]) -> int:
+    """Return the number of samples of a map-style dataset."""
+    return len(dataset)  # type: ignore[arg-type]
+
+
+def dataset_labels(dataset: Dataset[Any], targets: Key) -> Tensor | None:
+    """Return the labels of all samples, shape (N,), or None if samples would have to be read.
+
+    Args:
+        dataset: Labels are taken from its attribute `targets`, or from the tensors of a
+            `TensorDataset`.
+        targets: Key of the target within a sample.
+    """
+    if isinstance(dataset, Subset):
+        labels = dataset_labels(dataset.dataset, targets)
+        return None if labels is None else labels[torch.as_tensor(dataset.indices)]
+    values = getattr(dataset, "targets", None)
+    if isinstance(dataset, TensorDataset):
+        has_targets = isinstance(targets, int) and targets < len(dataset.tensors)
+        values = dataset.tensors[targets] if has_targets else None  # type: ignore[index]
+    labels = None if values is None else torch.as_tensor(values)
+    return labels if labels is not None and labels.ndim == 1 else None

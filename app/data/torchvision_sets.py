@@ -1,4 +1,4 @@
-"""The small data sets that torchvision downloads, whole in memory, integrity-checked."""
+"""Small datasets that torchvision can download, checked by MD5 and read into memory."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from app.data.archives import unpack
 from app.data.idx import read_idx
 from app.runtime.errors import UserError
 
-IDX_SETS = ("FashionMNIST", "KMNIST")
-ARCHIVES = ("CIFAR10", "CIFAR100")
-BATCH = 500_000_000  # bytes that a file in an archive may have; the largest has 155 million
+IDX_DATASETS = ("FashionMNIST", "KMNIST")
+CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
+MAX_MEMBER_BYTES = 500_000_000  # per file in an archive; the largest has 155 million
 
 
 def torchvision_dataset(name: str, train: bool, root: str) -> TensorDataset:
-    """A data set by torchvision's name.
+    """Load a dataset by its name in torchvision.
 
     Args:
         name: FashionMNIST, KMNIST, CIFAR10, CIFAR100 or SVHN.
-        train: The training samples, else those of the test.
-        root: The folder that holds the files, or into which they are downloaded.
+        train: Whether to load the training samples or the test samples.
+        root: The folder that contains the files, or into which they are downloaded.
 
     Returns:
         Images, uint8 of shape (N, C, H, W), and labels, int64 of shape (N,).
@@ -37,47 +37,77 @@ def torchvision_dataset(name: str, train: bool, root: str) -> TensorDataset:
     Raises:
         UserError: Files are damaged, or are missing and cannot be downloaded.
     """
-    if name in IDX_SETS:
+    if name in IDX_DATASETS:
         source = getattr(datasets, name)
         folder = Path(root) / name / "raw"
         download_dataset(folder, source.mirrors, source.resources)
         prefix = "train" if train else "t10k"
         images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz").unsqueeze(1)
         return TensorDataset(images, read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz").long())
-    if name in ARCHIVES:
-        found = _unpacked(name, root, train)
-        images = torch.from_numpy(found.data).permute(0, 3, 1, 2).contiguous()
-        return TensorDataset(images, torch.tensor(found.targets))
+    if name in CIFAR_DATASETS:
+        cifar = _load_cifar(name, root, train)
+        images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
+        return TensorDataset(images, torch.tensor(cifar.targets))
     if name == "SVHN":
         _require_scipy()
         split = "train" if train else "test"
         url, file, md5 = datasets.SVHN.split_list[split]
         download_dataset(Path(root), [url.removesuffix(file)], [(file, md5)])
-        found = datasets.SVHN(root, split)
-        return TensorDataset(torch.from_numpy(found.data), torch.from_numpy(found.labels).long())
+        svhn = datasets.SVHN(root, split)
+        return TensorDataset(torch.from_numpy(svhn.data), torch.from_numpy(svhn.labels).long())
     raise UserError(
-        f"name={name!r} is not known; allowed: {', '.join((*IDX_SETS, *ARCHIVES))}, SVHN"
+        f"name={name!r} is unknown; allowed: {', '.join((*IDX_DATASETS, *CIFAR_DATASETS))}, SVHN"
     )
+
+
+def _load_cifar(name: str, root: str, train: bool) -> Any:
+    # The batches are pickles; torchvision refuses to load one with an unexpected MD5.
+    source, folder = getattr(datasets, name), Path(root)
+    parts = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    files = {f"{source.base_folder}/{file}": md5 for file, md5 in parts}
+    with _download_lock(folder):
+        if not all(check_integrity(str(folder / file), md5) for file, md5 in files.items()):
+            mirror = source.url.removesuffix(source.filename)
+            _download_missing(folder, [mirror], [(source.filename, source.tgz_md5)])
+            unpack(folder / source.filename, folder, files, MAX_MEMBER_BYTES)
+    try:
+        return source(root, train=train)
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{folder / source.base_folder} is damaged ({error}); delete it") from error
+
+
+def _require_scipy() -> None:
+    try:
+        import scipy.io  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError('SVHN needs scipy: pip install "torch-experiment-app[svhn]"') from error
 
 
 def download_dataset(
     folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]
 ) -> None:
-    """Downloads what is missing of (file name, MD5), and checks all of it.
+    """Download the missing files, and check the MD5 of all of them.
 
-    Of several processes one downloads, and the others wait for it.
+    If several processes do this at once, one downloads and the others wait for it.
+
+    Args:
+        folder: Destination folder.
+        mirrors: Base URLs, tried in order.
+        files: Pairs of (file name, MD5).
 
     Raises:
-        UserError: A file is there with another MD5, or is missing and no mirror answers.
+        UserError: An existing file has another MD5, or a missing one cannot be downloaded.
     """
     if all((folder / name).exists() for name, _ in files):
-        _fetch_alone(folder, mirrors, files)
+        _download_missing(folder, mirrors, files)
         return
-    with _alone(folder):
-        _fetch_alone(folder, mirrors, files)
+    with _download_lock(folder):
+        _download_missing(folder, mirrors, files)
 
 
-def _fetch_alone(folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]) -> None:
+def _download_missing(
+    folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str, str]]
+) -> None:
     for name, md5 in files:
         path = folder / name
         if not path.exists():
@@ -87,13 +117,13 @@ def _fetch_alone(folder: Path, mirrors: Sequence[str], files: Sequence[tuple[str
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process does the same in that folder; a lock ends with its process."""
+def _download_lock(folder: Path) -> Iterator[None]:
+    """Hold the download lock of the folder; the system releases it if the process dies."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".download.lock")
         lock.acquire()
-    except OSError:  # a folder of others, which cannot be written to, has all or is of no use
+    except OSError:  # a read-only folder is either complete or of no use
         yield
         return
     try:
@@ -119,26 +149,3 @@ def _download(path: Path, mirrors: Sequence[str], md5: str) -> None:
         f"{path.name} cannot be downloaded ({'; '.join(reasons)}); "
         f"put it (MD5 {md5}) into {path.parent}"
     )
-
-
-def _unpacked(name: str, root: str, train: bool) -> Any:
-    """Its batches are pickles: torchvision reads none whose MD5 is not the known one."""
-    source, folder = getattr(datasets, name), Path(root)
-    parts = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
-    files = {f"{source.base_folder}/{file}": md5 for file, md5 in parts}
-    with _alone(folder):
-        if not all(check_integrity(str(folder / file), md5) for file, md5 in files.items()):
-            mirror = source.url.removesuffix(source.filename)
-            _fetch_alone(folder, [mirror], [(source.filename, source.tgz_md5)])
-            unpack(folder / source.filename, folder, files, BATCH)
-    try:
-        return source(root, train=train)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{folder / source.base_folder} is damaged ({error}); delete it") from error
-
-
-def _require_scipy() -> None:
-    try:
-        import scipy.io  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError('SVHN needs scipy: pip install "torch-experiment-app[svhn]"') from error

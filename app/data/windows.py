@@ -1,4 +1,4 @@
-"""Large samples window by window, and back; in any number of dimensions."""
+"""Sliding windows over large samples, and inference on windows; in any number of dimensions."""
 
 from __future__ import annotations
 
@@ -12,108 +12,113 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from app.data.split import size as count_of
+from app.data.split import dataset_size
 from app.runtime.errors import UserError
 
-Place = tuple[EllipsisType | slice, ...]  # of a window: leading dimensions whole, then slices
+# Index of a window: an ellipsis for the leading dimensions, then a slice per spatial dimension.
+WindowIndex = tuple[EllipsisType | slice, ...]
 
 
 def sliding_window(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """Windows over the last dimensions, as many as `size` has.
+    """Cut windows over the last `len(size)` dimensions.
 
-    The last window of a dimension is moved back to end at the border, so that all is covered.
+    If the strides do not end at the border, the last window of a dimension is moved back to end
+    there, so that the windows cover everything.
 
     Args:
-        x: Of shape (*leading, *spatial), of any type.
-        size: Of a window, a number for each spatial dimension.
-        stride: The step from window to window; at most the size, which leaves no gap.
+        x: Shape (*leading, *spatial), any dtype.
+        size: Window size in each spatial dimension.
+        stride: Step between windows in each spatial dimension; at most the size, so that there
+            are no gaps.
 
     Returns:
-        Of shape (W, *leading, *size), windows in row-major order.
+        Windows of shape (W, *leading, *size), in row-major order.
 
     Raises:
-        ValueError: A window does not fit into x, or the steps leave gaps.
+        ValueError: A window does not fit into x, or the strides leave gaps.
     """
     if len(size) > x.ndim:
         raise ValueError(f"size={list(size)} has more dimensions than shape {list(x.shape)}")
-    places = _places(x.shape[x.ndim - len(size) :], size, stride)
-    return torch.stack([x[place] for place in places])
+    indices = _window_indices(x.shape[x.ndim - len(size) :], size, stride)
+    return torch.stack([x[index] for index in indices])
 
 
 def reversed_sliding_window(windows: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """What `sliding_window` cut, put together; where windows overlap, their mean.
+    """Merge the windows of `sliding_window`, and average them where they overlap.
 
     Args:
-        windows: Floats of shape (W, *leading, *size); the leading dimensions may be others than
-            before.
-        shape: The spatial dimensions of the result.
-        stride: That of `sliding_window`.
+        windows: Floating point, shape (W, *leading, *size); the leading dimensions may differ
+            from those of the original tensor.
+        shape: Spatial dimensions of the result.
+        stride: The stride given to `sliding_window`.
 
     Returns:
-        Of shape (*leading, *shape), of the windows' type.
+        Shape (*leading, *shape), dtype of the windows.
 
     Raises:
-        ValueError: So many windows of that size do not come from that shape, or they hold whole
-            numbers, which have no mean.
+        ValueError: Number or size of the windows does not match the shape and stride, or the
+            windows contain integers, which cannot be averaged.
     """
     if len(shape) >= windows.ndim:
         raise ValueError(f"shape={list(shape)} has too many dimensions for {_shape(windows)}")
     if not windows.is_floating_point():
-        raise ValueError(f"windows of {windows.dtype} cannot be averaged; allowed: floats")
+        raise ValueError(f"windows of {windows.dtype} cannot be averaged; allowed: floating point")
     first = windows.ndim - len(shape)
-    places = _places(shape, windows.shape[first:], stride)
-    if len(windows) != len(places):
+    indices = _window_indices(shape, windows.shape[first:], stride)
+    if len(windows) != len(indices):
         raise ValueError(
             f"{len(windows)} windows, but shape={list(shape)} and stride={list(stride)} "
-            f"make {len(places)}"
+            f"make {len(indices)}"
         )
     total = _zeros(windows, [*windows.shape[1:first], *shape])
-    for window, place in zip(windows, places, strict=True):
-        total[place] += window
-    return (total / _coverage(total, shape, places)).to(windows.dtype)
+    for window, index in zip(windows, indices, strict=True):
+        total[index] += window
+    return (total / _coverage(total, shape, indices)).to(windows.dtype)
 
 
 class Windows(Dataset[tuple[Tensor, Any]]):
-    """Each window of each sample as a sample of its own.
+    """Dataset of the windows of all samples of another dataset.
 
-    A target whose last dimensions are those of the input is cut likewise; any other (a label)
-    is kept as it is.
+    A target whose last dimensions match those of the input is cut the same way; any other target
+    (a label) is returned as is.
 
     Args:
-        dataset: Map-style, of (input, target); the inputs have one shape (*leading, *spatial).
-        size: Of a window, a number for each spatial dimension.
-        stride: The step from window to window.
+        dataset: Map-style, of (input, target); all inputs have the same shape
+            (*leading, *spatial).
+        size: Window size in each spatial dimension.
+        stride: Step between windows in each spatial dimension.
 
     Raises:
-        ValueError: A window does not fit into a sample, or the steps leave gaps.
-        UserError: The dataset is empty; on reading, a sample has another shape than the first.
+        ValueError: A window does not fit into a sample, or the strides leave gaps.
+        UserError: The dataset is empty, or (when indexed) a sample has another shape than the
+            first.
     """
 
     def __init__(self, dataset: Dataset[Any], size: Sequence[int], stride: Sequence[int]) -> None:
-        if count_of(dataset) == 0:
+        if dataset_size(dataset) == 0:
             raise UserError("there are no samples to cut windows from")
         x: Tensor = dataset[0][0]
         if len(size) > x.ndim:
             raise ValueError(f"size={list(size)} has more dimensions than samples of {_shape(x)}")
         self.dataset, self.shape = dataset, x.shape
         self.spatial = x.shape[x.ndim - len(size) :]
-        self.places = _places(self.spatial, size, stride)
+        self.window_indices = _window_indices(self.spatial, size, stride)
 
     def __len__(self) -> int:
-        return count_of(self.dataset) * len(self.places)
+        return dataset_size(self.dataset) * len(self.window_indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        """A window of shape (*leading, *size), and its target."""
+        """Return a window of shape (*leading, *size), and its target."""
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        sample, number = divmod(index, len(self.places))
+        sample, number = divmod(index, len(self.window_indices))
         x, target = self.dataset[sample]
         if x.shape != self.shape:
             raise UserError(f"sample {sample} has {_shape(x)}, sample 0 has {list(self.shape)}")
-        place = self.places[number]
-        return x[place], target[place] if self._is_map(target) else target
+        window = self.window_indices[number]
+        return x[window], target[window] if self._is_dense(target) else target
 
-    def _is_map(self, target: Any) -> bool:
+    def _is_dense(self, target: Any) -> bool:
         dimensions = len(self.spatial)
         return (
             isinstance(target, Tensor)
@@ -123,15 +128,15 @@ class Windows(Dataset[tuple[Tensor, Any]]):
 
 
 class PatchInference:
-    """Predicts large inputs window by window; where windows overlap, the mean of the outputs.
+    """Runs a model on windows of large inputs, and averages the outputs where windows overlap.
 
     Args:
-        size: Of a window, a number for each spatial dimension.
-        overlap: The share of a window that it has in common with the next; from 0 to below 1.
-        batch_size: Windows that the model gets at once.
+        size: Window size in each spatial dimension.
+        overlap: Fraction of a window shared with the next one; at least 0 and below 1.
+        batch_size: Windows per forward pass.
 
     Raises:
-        ValueError: A number is outside of what is allowed.
+        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: Sequence[int], overlap: float = 0.25, batch_size: int = 8) -> None:
@@ -144,99 +149,104 @@ class PatchInference:
         self.size, self.overlap, self.batch_size = tuple(size), overlap, batch_size
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The model's output for the whole input.
+        """Return the model's output for the entire input.
 
         Args:
-            model: From (B, C, *size) to floats of shape (B, K, *size).
-            x: Of shape (N, C, *spatial); with zeros around it where it is smaller than a window.
+            model: Maps (B, C, *size) to floating-point outputs of shape (B, K, *size).
+            x: Shape (N, C, *spatial); padded with zeros where it is smaller than a window.
 
         Returns:
-            Of shape (N, K, *spatial), of the type of the model's output.
+            Shape (N, K, *spatial), dtype of the model's output.
 
         Raises:
-            ValueError: The input has other dimensions, or the output is not of the windows' size.
+            ValueError: The input has other dimensions, or the output does not have the size of
+                the windows.
         """
         if x.ndim != len(self.size) + 2 or not len(x):
             raise ValueError(
                 f"size={list(self.size)} needs inputs of shape (N, C) and {len(self.size)} more "
                 f"dimensions, not {_shape(x)}"
             )
-        padded, inner = self._pad(x)
+        padded, original = self._pad(x)
         outputs = self._predict(model, padded)
-        return outputs[inner]
+        return outputs[original]
 
-    def _pad(self, x: Tensor) -> tuple[Tensor, Place]:
-        """The input, at least as large as a window, and where the original is in it."""
+    def _pad(self, x: Tensor) -> tuple[Tensor, WindowIndex]:
+        """Pad the input to at least a window; also return the index of the original in it."""
         missing = [max(0, size - n) for size, n in zip(self.size, x.shape[2:], strict=True)]
         ends = zip(missing, x.shape[2:], strict=True)
-        inner: Place = (..., *(slice(m // 2, m // 2 + n) for m, n in ends))
-        sides = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
-        return F.pad(x, sides), inner
+        original: WindowIndex = (..., *(slice(m // 2, m // 2 + n) for m, n in ends))
+        padding = [side for m in reversed(missing) for side in (m // 2, m - m // 2)]
+        return F.pad(x, padding), original
 
     def _predict(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        places = _places(x.shape[2:], self.size, self._stride)
-        windows = list(itertools.product(range(len(x)), places))
+        indices = _window_indices(x.shape[2:], self.size, self._stride)
+        windows = list(itertools.product(range(len(x)), indices))
         total: Tensor | None = None
         for start in range(0, len(windows), self.batch_size):
             batch = windows[start : start + self.batch_size]
-            outputs = model(torch.stack([x[sample][place] for sample, place in batch]))
-            self._check(outputs, len(batch))
+            outputs = model(torch.stack([x[sample][index] for sample, index in batch]))
+            self._check_outputs(outputs, len(batch))
             if total is None:
                 total = _zeros(outputs, [len(x), outputs.shape[1], *x.shape[2:]])
-            for (sample, place), output in zip(batch, outputs, strict=True):
-                total[sample][place] += output
+            for (sample, index), output in zip(batch, outputs, strict=True):
+                total[sample][index] += output
         assert total is not None
-        return (total / _coverage(total, x.shape[2:], places)).to(outputs.dtype)
+        return (total / _coverage(total, x.shape[2:], indices)).to(outputs.dtype)
 
     @property
     def _stride(self) -> list[int]:
         # Rounded first: 20 * (1 - 0.9) is 1.9999999999999996.
         return [max(1, int(round(size * (1 - self.overlap), 6))) for size in self.size]
 
-    def _check(self, outputs: Tensor, count: int) -> None:
+    def _check_outputs(self, outputs: Tensor, count: int) -> None:
         shape = tuple(outputs.shape)
         if len(shape) != len(self.size) + 2 or (shape[0], shape[2:]) != (count, self.size):
             raise ValueError(
-                f"{count} windows of size {list(self.size)} became an output of {_shape(outputs)}; "
+                f"{count} windows of size {list(self.size)} gave an output of {_shape(outputs)}; "
                 f"allowed: ({count}, K, {', '.join(map(str, self.size))})"
             )
         if not outputs.is_floating_point():
-            raise ValueError(f"outputs of {outputs.dtype} cannot be averaged; allowed: floats")
+            raise ValueError(
+                f"outputs of {outputs.dtype} cannot be averaged; allowed: floating point"
+            )
 
 
-def _places(shape: Sequence[int], size: Sequence[int], stride: Sequence[int]) -> list[Place]:
+def _window_indices(
+    shape: Sequence[int], size: Sequence[int], stride: Sequence[int]
+) -> list[WindowIndex]:
     if not len(shape) == len(size) == len(stride) > 0:
         raise ValueError(
             f"size={list(size)} and stride={list(stride)} must have a number for each of the "
             f"{len(shape)} dimensions of {list(shape)}"
         )
-    for whole, window, step in zip(shape, size, stride, strict=True):
-        if not 1 <= window <= whole:
+    for length, window, step in zip(shape, size, stride, strict=True):
+        if not 1 <= window <= length:
             raise ValueError(f"size={list(size)} must be between 1 and the shape {list(shape)}")
         if not 1 <= step <= window:
             raise ValueError(f"stride={list(stride)} must be between 1 and the size {list(size)}")
-    lines = [
-        [slice(start, start + window) for start in _starts(whole, window, step)]
-        for whole, window, step in zip(shape, size, stride, strict=True)
+    slices_by_dimension = [
+        [slice(start, start + window) for start in _window_starts(length, window, step)]
+        for length, window, step in zip(shape, size, stride, strict=True)
     ]
-    return [(..., *slices) for slices in itertools.product(*lines)]
+    return [(..., *slices) for slices in itertools.product(*slices_by_dimension)]
 
 
-def _starts(whole: int, window: int, step: int) -> list[int]:
-    last = whole - window
+def _window_starts(length: int, window: int, step: int) -> list[int]:
+    last = length - window
     return [*range(0, last, step), last]
 
 
-def _coverage(total: Tensor, shape: Sequence[int], places: list[Place]) -> Tensor:
-    """How many windows lie over each place, of that shape, in the type of `total`."""
+def _coverage(total: Tensor, shape: Sequence[int], indices: list[WindowIndex]) -> Tensor:
+    """Count the windows that cover each element of `shape`, in the dtype of `total`."""
     counts = total.new_zeros(*shape)
-    for place in places:
-        counts[place] += 1
+    for index in indices:
+        counts[index] += 1
     return counts
 
 
 def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
-    # Sums of many half-precision values would lose what they add.
+    # At least float32: long sums in half precision would lose small terms.
     return like.new_zeros(*shape, dtype=torch.promote_types(like.dtype, torch.float32))
 
 

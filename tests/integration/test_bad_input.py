@@ -16,16 +16,16 @@ from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from tests.support.hostile_files import MaliciousPickle, checkpoint_bytes
-from tests.support.runs import Ran, job_for
+from tests.support.runs import RunResult, job_for
 
 EMBEDDED = Path(__file__).parents[2] / "app" / "data" / "mnist"
 
 
-def lines(ran: Ran) -> list[str]:
+def lines(ran: RunResult) -> list[str]:
     return [line for line in ran.err.splitlines() if line.strip()]
 
 
-def test_damaged_mnist(app: Callable[..., Ran], tmp_path: Path) -> None:
+def test_damaged_mnist(app: Callable[..., RunResult], tmp_path: Path) -> None:
     for file in EMBEDDED.glob("*.gz"):
         shutil.copy(file, tmp_path)
     path = tmp_path / "train-labels-idx1-ubyte.gz"
@@ -58,11 +58,11 @@ def arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
         ),
         (np.arange(40) % 3, 28, ["model.num_classes=4"], "but the model gives 4 outputs"),
         (np.arange(40) % 3, 28, ["loss=mse"], "loss.mse: cannot take outputs (a float32 tensor of"),
-        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave nothing of 40 training samples"),
+        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave none of the 40 training samples"),
     ],
 )
 def test_data_that_does_not_fit(
-    app: Callable[..., Ran],
+    app: Callable[..., RunResult],
     tmp_path: Path,
     labels: np.ndarray,
     side: int,
@@ -80,7 +80,7 @@ def test_data_that_does_not_fit(
     assert not (ran.folder / "checkpoints").exists()
 
 
-def test_an_output_folder_that_cannot_be_made(app: Callable[..., Ran], tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_made(app: Callable[..., RunResult], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     ran = app("model=mlp", f"hydra.run.dir={tmp_path}/file/run")
     assert ran.code == 2
@@ -88,15 +88,15 @@ def test_an_output_folder_that_cannot_be_made(app: Callable[..., Ran], tmp_path:
     assert "Traceback" not in ran.err
 
 
-def test_a_run_is_never_overwritten(trained: Ran, app: Callable[..., Ran]) -> None:
-    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
-    ran = app("model=mlp", f"hydra.run.dir={trained.folder}")
+def test_a_run_is_never_overwritten(trained_run: RunResult, app: Callable[..., RunResult]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained_run.folder.rglob("*")}
+    ran = app("model=mlp", f"hydra.run.dir={trained_run.folder}")
     assert ran.code == 2
     assert "holds a run; it is not overwritten" in ran.err
-    assert before == {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    assert before == {path: path.stat().st_mtime_ns for path in trained_run.folder.rglob("*")}
 
 
-def test_a_missing_accelerator_is_named(app: Callable[..., Ran]) -> None:
+def test_a_missing_accelerator_is_named(app: Callable[..., RunResult]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
     ran = app("model=mlp", "trainer.accelerator=cuda")
@@ -106,7 +106,7 @@ def test_a_missing_accelerator_is_named(app: Callable[..., Ran]) -> None:
 
 
 def test_a_crash_in_a_users_model_leaves_its_traceback_in_the_log(
-    app: Callable[..., Ran], tmp_path: Path
+    app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
@@ -130,16 +130,16 @@ def test_a_crash_in_a_users_model_leaves_its_traceback_in_the_log(
 
 
 @pytest.fixture
-def copy(trained: Ran, tmp_path: Path) -> Path:
+def copy(trained_run: RunResult, tmp_path: Path) -> Path:
     """A checkpoint that may be damaged."""
-    return Path(shutil.copy(trained.folder / "checkpoints" / "best.pt", tmp_path / "copy.pt"))
+    return Path(shutil.copy(trained_run.folder / "checkpoints" / "best.pt", tmp_path / "copy.pt"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
 def test_a_truncated_checkpoint(copy: Path, share: float) -> None:
     content = copy.read_bytes()
     copy.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=r"copy\.pt is truncated or no checkpoint"):
+    with pytest.raises(UserError, match=r"copy\.pt is truncated or not a checkpoint"):
         load_checkpoint(copy)
 
 
@@ -152,7 +152,7 @@ def test_a_checkpoint_with_a_flipped_byte(copy: Path) -> None:
 
 
 def test_a_strangers_checkpoint_on_the_command_line(
-    app: Callable[..., Ran], tmp_path: Path
+    app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     (tmp_path / "evil.pt").write_bytes(checkpoint_bytes({"model": MaliciousPickle()}))
     ran = app("mode=test", "ckpt=evil.pt")
@@ -164,9 +164,9 @@ def test_a_strangers_checkpoint_on_the_command_line(
 
 
 def test_a_strangers_config_cannot_name_what_is_not_allowed(
-    trained: Ran, app: Callable[..., Ran], tmp_path: Path
+    trained_run: RunResult, app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    content = torch.load(trained.folder / "checkpoints" / "best.pt", weights_only=True)
+    content = torch.load(trained_run.folder / "checkpoints" / "best.pt", weights_only=True)
     content["config"] = content["config"].replace("app.models.mlp.MLP", "os.system")
     (tmp_path / "sly.pt").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=sly.pt")
@@ -181,22 +181,22 @@ def test_a_strangers_config_cannot_name_what_is_not_allowed(
     assert "nothing of it was imported:\n  model._target_='os.system'\n" in ran.err
 
 
-def test_status_says_failed_where_the_goal_is_no_number(elsewhere: Path) -> None:
+def test_status_says_failed_where_the_goal_is_no_number(tmp_cwd: Path) -> None:
     metric = "metric/single@metric.train=[accuracy_per_class]"
     words = ("model=mlp", "debug=fast", metric, "goal.metric=train/accuracy_per_class")
     job = job_for(*words)
     with pytest.raises(UserError, match="is not measured as a number in train"):
-        execute(job, elsewhere / "run")
-    assert json.loads((elsewhere / "run" / "status.json").read_text())["status"] == "failed"
+        execute(job, tmp_cwd / "run")
+    assert json.loads((tmp_cwd / "run" / "status.json").read_text())["status"] == "failed"
 
 
-def test_targets_that_would_be_spread_over_outputs_are_refused(elsewhere: Path) -> None:
+def test_targets_that_would_be_spread_over_outputs_are_refused(tmp_cwd: Path) -> None:
     """(N, 1) against (N,) gives a loss, but never the one that was meant."""
     rows = "\n".join(f"{value},{2 * value}" for value in range(40))
-    (elsewhere / "table.csv").write_text(f"x,y\n{rows}\n")
+    (tmp_cwd / "table.csv").write_text(f"x,y\n{rows}\n")
     words = ["data=csv", "data.path=table.csv", "data.num_classes=null", "data.input_shape=[1]"]
     words += ["data.source.train.target=y", "data.source.train.regression=true", "model=mlp"]
     words += ["++model.num_classes=2", "loss=mse", "metric=none", "goal.metric=loss"]
     job = job_for(*words, "goal.mode=min", "debug=fast", "data.normalize=null")
     with pytest.raises(UserError, match=r"loss\.mse: cannot take outputs .*Using a target size"):
-        execute(job, elsewhere / "run")
+        execute(job, tmp_cwd / "run")

@@ -1,4 +1,4 @@
-"""MNIST, from the files that travel with the program; see LICENSE.md beside this file."""
+"""MNIST, from files included in the package; see LICENSE.md in this folder."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ MD5 = {
 
 
 def mnist(train: bool, root: str | None = None) -> TensorDataset:
-    """60,000 training or 10,000 test digits (LeCun et al. 1998).
+    """Load the 60,000 training or 10,000 test digits of MNIST (LeCun et al. 1998).
 
     Args:
-        train: The training digits, else those of the test.
-        root: A folder with the four gzip files; by default those that travel with the program.
+        train: Whether to load the training digits or the test digits.
+        root: A folder with the four gzip files; None uses those included in the package.
 
     Returns:
         Images, uint8 of shape (N, 1, 28, 28), and labels, int64 of shape (N,).
@@ -39,15 +39,15 @@ def mnist(train: bool, root: str | None = None) -> TensorDataset:
 
 
 def digit_and_parity(train: bool, root: str | None = None) -> TensorDataset:
-    """The digits of `mnist` with two targets each.
+    """Load the digits of `mnist` with two targets each.
 
     Args:
-        train: As there.
-        root: As there.
+        train: Same as in `mnist`.
+        root: Same as in `mnist`.
 
     Returns:
-        Images, uint8 of shape (N, 1, 28, 28), digits, and 0 for even or 1 for odd ones, both int64
-        of shape (N,).
+        Images, uint8 of shape (N, 1, 28, 28); digits, int64 of shape (N,); and parities (0 even,
+        1 odd), int64 of shape (N,).
     """
     images, digits = mnist(train, root).tensors
     return TensorDataset(images, digits, digits % 2)

@@ -27,7 +27,7 @@ from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.events import Callback, StepEnd
 from app.training.history import History
 from app.training.nonfinite_trace import trace
-from app.training.optim.finite_check import Policy
+from app.training.optim.finite_check import NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import ExponentialMovingAverage
@@ -72,7 +72,7 @@ def net() -> nn.Sequential:
 
 def make(
     folder: Path,
-    policy: Policy | None = "stop",
+    policy: NonFiniteAction | None = "stop",
     model: nn.Module | None = None,
     epochs: int = 1,
     fused: bool = False,
@@ -249,14 +249,14 @@ def test_loaders_know_the_samples_of_a_batch() -> None:
         loader = load(TensorDataset(numbers), 10, shuffle)
         for step, (batch,) in enumerate(loader.epoch(3), start=1):
             assert loader.indices(3, step).tolist() == batch.tolist()  # type: ignore[attr-defined]
-    assert EpochSampler(48, 48, None).of_batch(1, 5, 10).tolist() == list(range(40, 48))
+    assert EpochSampler(48, 48, None).batch_indices(1, 5, 10).tolist() == list(range(40, 48))
 
 
 # ---- on a device that nobody waits for
 
 
 @pytest.mark.parametrize("policy", ["stop", "raise"])
-def test_a_device_makes_no_step_until_the_host_has_seen(tmp_path: Path, policy: Policy) -> None:
+def test_a_device_makes_no_step_until_the_host_has_seen(tmp_path: Path, policy: NonFiniteAction) -> None:
     """Fused optimizers can do so on the CPU, too."""
     trainer = make(tmp_path / "a", policy, fused=True, epochs=2)
     assert trainer.optimizers.finite_check is not None
@@ -342,7 +342,7 @@ class Halves(Task):
 
 @pytest.mark.parametrize(("policy", "steps"), [("skip", (6, 5)), ("stop", (3, 2))])
 def test_the_optimizer_with_bad_gradients_makes_no_step(
-    tmp_path: Path, policy: Policy, steps: tuple[int, int]
+    tmp_path: Path, policy: NonFiniteAction, steps: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
     task = Halves(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
@@ -392,7 +392,7 @@ class Signals(Kept):
 def cut_at(step: int, trainer: Trainer, batches: BatchLoader) -> None:
     """Preempted there, with everything saved."""
     trainer.callbacks = Signals(step)
-    with trainer.stop.installed(), pytest.raises(TrainingInterrupted):
+    with trainer.stop_signal.installed(), pytest.raises(TrainingInterrupted):
         trainer.fit(batches)
 
 
