@@ -1,1 +1,1 @@
-"""Models that configurations name. They import nothing of this program."""
+"""Models for use in configurations. They import nothing else of this project."""

@@ -1,30 +1,30 @@
-"""AlexNet, at 224 pixels as published and at 28 to 64 pixels with a stem and pooling to suit."""
+"""AlexNet, as published for 224 pixels, with a smaller stem and pooling for smaller images."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-LARGE = 128  # pixels from which the published stem is used
+LARGE_IMAGE_SIZE = 128  # pixels; from here on the published stem is used
 
 
 class AlexNet(nn.Module):
     """Five convolutions and three linear layers.
 
-    The layers are those of A. Krizhevsky, "One weird trick for parallelizing convolutional neural
-    networks", arXiv:1404.5997 (2014), the single-column form of A. Krizhevsky, I. Sutskever and
-    G. E. Hinton, "ImageNet classification with deep convolutional neural networks", NIPS 2012, and
-    those of `torchvision.models.alexnet`, whose weights fit at 224 pixels and width 1.
+    Follows A. Krizhevsky, "One weird trick for parallelizing convolutional neural networks",
+    arXiv:1404.5997 (2014), the single-column variant of A. Krizhevsky, I. Sutskever and G. E.
+    Hinton, "ImageNet classification with deep convolutional neural networks", NIPS 2012. Weights of
+    `torchvision.models.alexnet` can be loaded at 224 pixels and width 1.
 
-    Small images would be shrunk to nothing by its stem (11 x 11, stride 4). Up to 40 pixels the
-    stem is 5 x 5 with stride 1, up to 128 pixels with stride 2; pooling is 2 x 2, and the last
-    feature map is averaged to 3 x 3 in place of 6 x 6.
+    The published stem (11 x 11, stride 4) would reduce small images to nothing. Below 128 pixels
+    the stem is 5 x 5, with stride 1 up to 40 pixels and stride 2 above; pooling is 2 x 2, and the
+    last feature map is averaged to 3 x 3 instead of 6 x 6.
 
     Args:
-        num_classes: Length of the output.
-        in_channels: Of the images.
-        image_size: Pixels of a side.
-        width: Factor on the number of channels and hidden units.
-        dropout: Probability, before both hidden linear layers.
+        num_classes: Number of output logits.
+        in_channels: Channels of the images.
+        image_size: Height and width in pixels.
+        width: Multiplier of the number of channels and hidden units.
+        dropout: Dropout probability before each hidden linear layer.
     """
 
     def __init__(
@@ -38,26 +38,26 @@ class AlexNet(nn.Module):
         super().__init__()
         if image_size < 24:
             raise ValueError(
-                f"image_size={image_size} is too small for AlexNet: at least 24 pixels"
+                f"image_size={image_size} is too small for AlexNet; allowed: at least 24 pixels"
             )
-        c1, c2, c3, c4, c5 = (scaled(n, width) for n in (64, 192, 384, 256, 256))
-        hidden = scaled(4096, width)
-        large = image_size >= LARGE
-        side = 6 if large else 3
+        c1, c2, c3, c4, c5 = (scale_channels(n, width) for n in (64, 192, 384, 256, 256))
+        hidden = scale_channels(4096, width)
+        is_large = image_size >= LARGE_IMAGE_SIZE
+        side = 6 if is_large else 3
         self.features = nn.Sequential(
             _stem(in_channels, c1, image_size),
             nn.ReLU(inplace=True),
-            _pool(large),
+            _pool(is_large),
             nn.Conv2d(c1, c2, kernel_size=5, padding=2),
             nn.ReLU(inplace=True),
-            _pool(large),
+            _pool(is_large),
             nn.Conv2d(c2, c3, kernel_size=3, padding=1),
             nn.ReLU(inplace=True),
             nn.Conv2d(c3, c4, kernel_size=3, padding=1),
             nn.ReLU(inplace=True),
             nn.Conv2d(c4, c5, kernel_size=3, padding=1),
             nn.ReLU(inplace=True),
-            _pool(large),
+            _pool(is_large),
         )
         self.avgpool = nn.AdaptiveAvgPool2d((side, side))
         self.classifier = nn.Sequential(
@@ -71,24 +71,24 @@ class AlexNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
+        """Map images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
         maps: Tensor = self.avgpool(self.features(images))
         logits: Tensor = self.classifier(maps.flatten(1))
         return logits
 
 
 def _stem(in_channels: int, channels: int, image_size: int) -> nn.Conv2d:
-    if image_size >= LARGE:
+    if image_size >= LARGE_IMAGE_SIZE:
         return nn.Conv2d(in_channels, channels, kernel_size=11, stride=4, padding=2)
     return nn.Conv2d(
         in_channels, channels, kernel_size=5, stride=1 if image_size <= 40 else 2, padding=2
     )
 
 
-def _pool(large: bool) -> nn.MaxPool2d:
-    return nn.MaxPool2d(kernel_size=3, stride=2) if large else nn.MaxPool2d(kernel_size=2)
+def _pool(is_large: bool) -> nn.MaxPool2d:
+    return nn.MaxPool2d(kernel_size=3, stride=2) if is_large else nn.MaxPool2d(kernel_size=2)
 
 
-def scaled(channels: int, width: float) -> int:
-    """The number of channels times the width, a multiple of 8."""
+def scale_channels(channels: int, width: float) -> int:
+    """Multiply the number of channels by the width, and round to a multiple of 8."""
     return max(8, round(channels * width / 8) * 8)

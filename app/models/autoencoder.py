@@ -6,13 +6,13 @@ from torch import Tensor, nn
 
 
 class Autoencoder(nn.Module):
-    """From images to a short code, and from the code back to images.
+    """Encodes images as short vectors, and decodes these back to images.
 
     Args:
-        in_channels: Of the images.
-        image_size: Pixels of a side, a multiple of 4.
-        latent: Numbers in the code.
-        width: Channels after the first convolution; there are twice as many after the second.
+        in_channels: Channels of the images.
+        image_size: Height and width in pixels, a multiple of 4.
+        latent: Dimension of the latent space.
+        width: Channels after the first convolution; the second has twice as many.
     """
 
     def __init__(
@@ -42,6 +42,6 @@ class Autoencoder(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to images of that shape, in [0, 1]."""
-        restored: Tensor = self.decoder(self.encoder(images))
-        return restored
+        """Reconstruct images of shape (N, C, H, W); the result is in [0, 1]."""
+        reconstruction: Tensor = self.decoder(self.encoder(images))
+        return reconstruction

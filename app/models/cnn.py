@@ -1,4 +1,4 @@
-"""A small convolutional network with batch normalisation."""
+"""A small convolutional network with batch normalization."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class CNN(nn.Module):
-    """Blocks of convolution, batch normalisation, ReLU and pooling; then a global average.
+    """Blocks of convolution, batch normalization, ReLU and pooling, then global average pooling.
 
     Args:
-        num_classes: Length of the output.
-        in_channels: Of the images.
-        channels: Of each block; each halves the image.
+        num_classes: Number of output logits.
+        in_channels: Channels of the images.
+        channels: Channels of each block; each block halves the resolution.
     """
 
     def __init__(
@@ -26,15 +26,15 @@ class CNN(nn.Module):
         self.classifier = nn.Linear(channels[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
+        """Map images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
         logits: Tensor = self.classifier(self.features(images))
         return logits
 
 
-def _block(before: int, after: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(after),
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
     )

@@ -9,11 +9,11 @@ class LeNet(nn.Module):
     """Two convolutions and three linear layers, for images of at least 28 pixels.
 
     Y. LeCun, L. Bottou, Y. Bengio and P. Haffner, "Gradient-based learning applied to document
-    recognition", Proceedings of the IEEE 86(11), 1998; with ReLU and max pooling, as is usual now.
+    recognition", Proceedings of the IEEE 86(11), 1998; with the usual ReLU and max pooling.
 
     Args:
-        num_classes: Length of the output.
-        in_channels: Of the images.
+        num_classes: Number of output logits.
+        in_channels: Channels of the images.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 1) -> None:
@@ -37,6 +37,6 @@ class LeNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
+        """Map images of shape (N, C, H, W) to logits of shape (N, num_classes)."""
         logits: Tensor = self.classifier(self.features(images))
         return logits

@@ -13,10 +13,10 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them, for images or tables.
 
     Args:
-        num_classes: Length of the output; None (a regression) is 1.
-        input_shape: Of one sample; it is flattened.
-        hidden: Units of each hidden layer.
-        dropout: Probability, after each hidden layer.
+        num_classes: Number of outputs; None (regression) gives one.
+        input_shape: Shape of one sample; it is flattened.
+        hidden: Number of units in each hidden layer.
+        dropout: Dropout probability after each hidden layer.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [math.prod(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for before, after in pairwise(sizes):
-            layers += [nn.Linear(before, after), nn.ReLU(inplace=True)]
+        for in_features, out_features in pairwise(sizes):
+            layers += [nn.Linear(in_features, out_features), nn.ReLU(inplace=True)]
             layers += [nn.Dropout(dropout)] if dropout else []
         self.layers = nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes or 1))
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Samples of shape (N, *input_shape) to logits of shape (N, num_classes)."""
+        """Map samples of shape (N, *input_shape) to logits of shape (N, num_classes)."""
         logits: Tensor = self.layers(samples)
         return logits

@@ -1,4 +1,4 @@
-"""Two answers from one network."""
+"""A model with two classification heads."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from torch import Tensor, nn
 
 
 class TwoHeads(nn.Module):
-    """A convolutional trunk, and two linear layers on it: the digit, and whether it is odd.
+    """A convolutional trunk with two linear heads: the digit, and its parity.
 
     Args:
-        in_channels: Of the images.
-        num_digits: Classes of the first head.
-        width: Channels of the first of two blocks; the second has twice as many.
+        in_channels: Channels of the images.
+        num_digits: Number of classes of the first head.
+        width: Channels of the first block; the second has twice as many.
     """
 
     def __init__(self, in_channels: int = 1, num_digits: int = 10, width: int = 16) -> None:
@@ -26,15 +26,15 @@ class TwoHeads(nn.Module):
         self.parity = nn.Linear(2 * width * 9, 2)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images of shape (N, C, H, W) to logits: `digit` (N, num_digits) and `parity` (N, 2)."""
+        """Map images of shape (N, C, H, W) to logits: `digit` (N, num_digits), `parity` (N, 2)."""
         features = self.trunk(images)
         return {"digit": self.digit(features), "parity": self.parity(features)}
 
 
-def _block(before: int, after: int) -> list[nn.Module]:
+def _block(in_channels: int, out_channels: int) -> list[nn.Module]:
     return [
-        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(after),
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(2),
     ]

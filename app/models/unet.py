@@ -1,4 +1,4 @@
-"""U-Net, for a class at each pixel."""
+"""U-Net, for semantic segmentation."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class UNet(nn.Module):
-    """Convolutions at halved and halved again resolution, and back up with what lay there before.
+    """Encoder and decoder at halving resolutions, with skip connections between them.
 
     O. Ronneberger, P. Fischer and T. Brox, "U-Net: convolutional networks for biomedical image
     segmentation", MICCAI 2015; with padded convolutions, so that outputs are as large as inputs,
-    and with batch normalisation. Theirs has width 64 and depth 4.
+    and with batch normalization. The published network has width 64 and depth 4.
 
     Args:
-        in_channels: Of the images.
-        num_classes: Channels of the output.
-        width: Channels at full resolution; each level below has twice as many.
-        depth: How often the resolution is halved.
+        in_channels: Channels of the images.
+        num_classes: Number of output channels.
+        width: Channels at full resolution; they double with each halving.
+        depth: Number of halvings of the resolution.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 16, depth: int = 3) -> None:
@@ -35,10 +35,10 @@ class UNet(nn.Module):
         self.classifier = nn.Conv2d(width, num_classes, kernel_size=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images of shape (N, C, H, W) to logits of shape (N, num_classes, H, W).
+        """Map images of shape (N, C, H, W) to logits of shape (N, num_classes, H, W).
 
         Raises:
-            ValueError: H or W is no multiple of `2 ** depth`.
+            ValueError: H or W is not a multiple of `2 ** depth`.
         """
         if any(side % 2**self.depth for side in images.shape[2:]):
             raise ValueError(
@@ -46,22 +46,22 @@ class UNet(nn.Module):
                 f"allowed: multiples of {2**self.depth}"
             )
         maps: Tensor = self.stem(images)
-        passed = []
+        skips = []
         for block in self.down:
-            passed.append(maps)
+            skips.append(maps)
             maps = block(F.max_pool2d(maps, 2))
         for up, merge in zip(self.up, self.merge, strict=True):
-            maps = merge(torch.cat([passed.pop(), up(maps)], dim=1))
+            maps = merge(torch.cat([skips.pop(), up(maps)], dim=1))
         logits: Tensor = self.classifier(maps)
         return logits
 
 
-def _block(before: int, after: int) -> nn.Sequential:
+def _block(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(before, after, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(after),
+        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
-        nn.Conv2d(after, after, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(after),
+        nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1, bias=False),
+        nn.BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     )
