@@ -1,4 +1,4 @@
-"""Files that a checkpoint's reader must survive, byte by byte."""
+"""Malicious and damaged checkpoint files, built byte by byte."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ SAMPLE_VALUE: dict[str, Any] = {
 
 
 def is_identical(one: Any, other: Any) -> bool:
-    """Whether both are equal to the last bit, in form and types, too."""
+    """Return whether two values are equal bit by bit, including their types and layouts."""
     if type(one) is not type(other):
         return False
     if isinstance(one, Tensor):
-        alike = (one.dtype, one.shape, one.stride()) == (other.dtype, other.shape, other.stride())
-        return alike and torch.equal(one, other)
+        layouts = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in (one, other)]
+        return layouts[0] == layouts[1] and torch.equal(one, other)
     if isinstance(one, dict):
         return list(one) == list(other) and all(is_identical(one[key], other[key]) for key in one)
     if isinstance(one, (list, tuple)):
@@ -43,14 +43,14 @@ def is_identical(one: Any, other: Any) -> bool:
 
 
 def torch_save_bytes(value: Any) -> bytes:
-    """As `torch.save` writes it."""
+    """Return the bytes that `torch.save` writes for a value."""
     file = io.BytesIO()
     torch.save(value, file)
     return file.getvalue()
 
 
 def checkpoint_bytes(value: Any) -> bytes:
-    """As this program writes it; whoever wants to can make a checksum."""
+    """Return a file as this program writes it; its checksum is right whatever the value."""
     file = io.BytesIO()
     write_with_checksum(
         file, "", CheckpointInfo("state", 1, 1), lambda inner: torch.save(value, inner)
@@ -58,54 +58,63 @@ def checkpoint_bytes(value: Any) -> bytes:
     return file.getvalue()
 
 
-def make_archive(pickled: bytes, how: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
-    """A file as `torch.save` writes it, around any pickle."""
+def make_archive(pickled: bytes, compression: int = zipfile.ZIP_STORED, **records: bytes) -> bytes:
+    """Return a file like those of `torch.save` around any pickle."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", how) as written:
-        written.writestr("a/data.pkl", pickled)
+    with zipfile.ZipFile(file, "w", compression) as zip_file:
+        zip_file.writestr("a/data.pkl", pickled)
         for key, content in records.items():
-            written.writestr(f"a/data/{key}", content)
+            zip_file.writestr(f"a/data/{key}", content)
     return file.getvalue()
 
 
 def global_opcode(name: str) -> bytes:
-    """The opcode GLOBAL."""
+    """Return the opcode GLOBAL."""
     return (
         b"c" + name.rpartition(".")[0].encode() + b"\n" + name.rpartition(".")[2].encode() + b"\n"
     )
 
 
 def unicode_opcode(value: str) -> bytes:
-    """The opcode BINUNICODE."""
+    """Return the opcode BINUNICODE."""
     return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
 
 
 def long_opcode(value: int) -> bytes:
-    """The opcode LONG1."""
+    """Return the opcode LONG1."""
     content = pickle.encode_long(value)
     return b"\x8a" + bytes([len(content)]) + content
 
 
 def make_pickle(inner: bytes) -> bytes:
-    """A pickle with all that it begins and ends with."""
+    """Add the first and last opcodes of a pickle."""
     return b"\x80\x02" + inner + b"."
 
 
-def tensor_pickle(count: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0) -> bytes:
-    """The pickle of a float32 tensor in the storage 0, whatever that has."""
+def tensor_pickle(
+    count: int, size: tuple[int, ...], stride: tuple[int, ...], offset: int = 0
+) -> bytes:
+    """Return a pickle that declares a float32 tensor in storage 0, which may not fit."""
 
     def numbers(values: tuple[int, ...]) -> bytes:
         return b"(" + b"".join(map(long_opcode, values)) + b"t"
 
-    storage = unicode_opcode("storage") + global_opcode("torch.FloatStorage") + unicode_opcode("0") + unicode_opcode("cpu")
+    storage = (
+        unicode_opcode("storage")
+        + global_opcode("torch.FloatStorage")
+        + unicode_opcode("0")
+        + unicode_opcode("cpu")
+    )
     hooks = global_opcode("collections.OrderedDict") + b")R"
     view = long_opcode(offset) + numbers(size) + numbers(stride) + b"\x89" + hooks
     whole_storage = b"(" + storage + long_opcode(count) + b"tQ"
-    return make_pickle(global_opcode("torch._utils._rebuild_tensor_v2") + b"(" + whole_storage + view + b"tR")
+    return make_pickle(
+        global_opcode("torch._utils._rebuild_tensor_v2") + b"(" + whole_storage + view + b"tR"
+    )
 
 
 def doubling_lists(times: int) -> bytes:
-    """Lists of two, both of which are the list before: short to write, endless to walk through."""
+    """Return lists that contain the list before twice: short to write, endless to traverse."""
     lists = [b"]q\x00"]
     for index in range(times):
         lists.append(b"]q" + bytes([index + 1]) + (b"h" + bytes([index]) + b"a") * 2)
@@ -115,23 +124,37 @@ def doubling_lists(times: int) -> bytes:
 SHELL_COMMAND = "touch was_here"
 CODE_PICKLES = {
     "os.system": global_opcode("os.system") + unicode_opcode(SHELL_COMMAND) + b"\x85R",
-    "posix.system": unicode_opcode("posix") + unicode_opcode("system") + b"\x93" + unicode_opcode(SHELL_COMMAND) + b"\x85R",
-    "builtins.eval": b"]" + global_opcode("builtins.eval") + unicode_opcode("open('was_here', 'w')") + b"\x85Ra",
+    "posix.system": unicode_opcode("posix")
+    + unicode_opcode("system")
+    + b"\x93"
+    + unicode_opcode(SHELL_COMMAND)
+    + b"\x85R",
+    "builtins.eval": b"]"
+    + global_opcode("builtins.eval")
+    + unicode_opcode("open('was_here', 'w')")
+    + b"\x85Ra",
     "torch.load": global_opcode("torch.load") + unicode_opcode("was_here") + b"\x85R",
-    "torch.serialization.load": global_opcode("torch.serialization.load") + unicode_opcode("was_here") + b"\x85R",
+    "torch.serialization.load": global_opcode("torch.serialization.load")
+    + unicode_opcode("was_here")
+    + b"\x85R",
     "os.popen": b"(" + unicode_opcode(SHELL_COMMAND) + b"ios\npopen\n",
     "builtins.bytearray": global_opcode("builtins.bytearray") + long_opcode(10**10) + b"\x85R",
     "torch.Tensor": global_opcode("torch.Tensor") + long_opcode(10**10) + b"\x85R",
     "torch.nn.modules.linear.Linear": global_opcode("torch.nn.modules.linear.Linear") + b")\x81",
-    "_codecs.encode": global_opcode("_codecs.encode") + unicode_opcode("a") + unicode_opcode("latin1") + b"\x86R",
+    "_codecs.encode": global_opcode("_codecs.encode")
+    + unicode_opcode("a")
+    + unicode_opcode("latin1")
+    + b"\x86R",
 }
 MEMORY_BOMBS = {
     "memo number 4294967295": make_archive(make_pickle(b"Nr\xff\xff\xff\xff")),
-    "claims 2500000000 elements": make_archive(tensor_pickle(25 * 10**8, (4,), (1,)), **{"0": bytes(64)}),
+    "claims 2500000000 elements": make_archive(
+        tensor_pickle(25 * 10**8, (4,), (1,)), **{"0": bytes(64)}
+    ),
     "its storage has 16 elements": make_archive(
         tensor_pickle(16, (50_000, 50_000), (0, 0)), **{"0": bytes(64)}
     ),
-    "size, stride or offset that no tensor has": make_archive(
+    "impossible size, stride or offset": make_archive(
         tensor_pickle(16, (2**62, 0), (1, 1)), **{"0": bytes(64)}
     ),
     "is compressed": make_archive(
@@ -146,7 +169,7 @@ MEMORY_BOMBS = {
 
 
 class MaliciousPickle:
-    """A pickle that runs a shell command when it is loaded without care."""
+    """An object whose pickle runs a shell command when it is loaded."""
 
     def __reduce__(self) -> Any:
         return (os.system, (SHELL_COMMAND,))

@@ -1,4 +1,4 @@
-"""Short runs in this process that a fault ends, and that go on."""
+"""Short runs in this process that a fault interrupts, and that resume."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline
 from app.experiment.entry import run_experiment
-from tests.support.processes import SILENT, TESTS
+from tests.support.processes import SILENT_LOGGING, SUPPORT_DIR
 from tests.support.runs import job_for
 
-TINY_RUN = (  # five steps in each epoch
+TINY_RUN = (  # five steps per epoch
     "data=indexed",
     "model=mlp",
     "task._target_=faulty.RecordedTask",
@@ -29,8 +29,42 @@ TINY_RUN = (  # five steps in each epoch
 RunJob = Callable[..., Path]
 
 
+@contextlib.contextmanager
+def job_runner(home: Path, write_data: bool = True) -> Iterator[RunJob]:
+    """Yield a function that runs a job, until a fault or to its end, and returns the run folder.
+
+    The function takes the name of the run folder, a fault as `faulty.FaultyTask` reads it,
+    overrides, and the number of ranks as `size`. A job whose folder exists is resumed.
+
+    Args:
+        home: Contains the run folders and the configuration of the data.
+        write_data: Whether to write that configuration.
+    """
+    if write_data:
+        write_indexed_data(home / "conf")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SUPPORT_DIR)
+
+        def run(name: str, fault: str, *overrides: str, size: int = 1) -> Path:
+            folder = home / name
+            patch.setenv("FAULT", fault)
+            patch.setenv("IDS", str(folder / "ids"))
+            base = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
+            job = job_for(*base, *TINY_RUN, f"trainer.devices={size}", *overrides)
+            folder.mkdir(exist_ok=True)
+            try:
+                launch_local(
+                    run_experiment, job, folder, size, SILENT_LOGGING
+                ) if size > 1 else launch_inline(run_experiment, job, folder)
+            except (RuntimeError, RankFailedError) as error:
+                assert "the rank broke" in str(error), error
+            return folder
+
+        yield run
+
+
 def write_indexed_data(conf: Path) -> None:
-    """Data whose samples say who they are."""
+    """Write a data configuration whose samples start with their own index."""
     (conf / "data").mkdir(parents=True)
     source = "{_target_: faulty.Indexed, count: %d}"
     (conf / "data" / "indexed.yaml").write_text(
@@ -41,39 +75,13 @@ def write_indexed_data(conf: Path) -> None:
     )
 
 
-@contextlib.contextmanager
-def job_runner(home: Path, writes: bool = True) -> Iterator[RunJob]:
-    """What runs a job until a fault ends it, or to its end, and gives the run folder."""
-    if writes:
-        write_indexed_data(home / "conf")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TESTS)
-
-        def run(name: str, fault: str, *words: str, size: int = 1) -> Path:
-            folder = home / name
-            patch.setenv("FAULT", fault)
-            patch.setenv("IDS", str(folder / "ids"))
-            where = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
-            job = job_for(*where, *TINY_RUN, f"trainer.devices={size}", *words)
-            folder.mkdir(exist_ok=True)
-            try:
-                launch_local(
-                    run_experiment, job, folder, size, SILENT
-                ) if size > 1 else launch_inline(run_experiment, job, folder)
-            except (RuntimeError, RankFailedError) as error:
-                assert "the rank broke" in str(error), error
-            return folder
-
-        yield run
-
-
 def samples_per_step(folder: Path, ranks: int = 1) -> list[str]:
-    """The samples of each step."""
+    """Return the indices of the samples of each training step, joined over the ranks."""
     lines = [(folder / f"ids{rank}").read_text().splitlines() for rank in range(ranks)]
     return [" ".join(parts) for parts in zip(*lines, strict=True)]
 
 
 def iteration_values(folder: Path, stage: str, name: str) -> list[float]:
-    """Of the iterations of all epochs."""
+    """Return a column of the iteration tables, over all epochs."""
     files = sorted((folder / "epoch_details").glob(f"epoch*_{stage}.csv"))
     return [value for file in files for value in pd.read_csv(file)[name]]

@@ -1,4 +1,4 @@
-"""A run that is killed again and again, beside one that is left alone."""
+"""Runs that are killed repeatedly, compared with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 
 from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import LocalWorkers
-from app.runtime.fault_injection import VARIABLE
+from app.experiment.entry import run_experiment
+from app.runtime.fault_injection import FAULT_VARIABLE
 from app.training.checkpoint.checksum import verify_checksum
-from tests.support.processes import SILENT, assert_equal_runs, status_of
+from tests.support.processes import SILENT_LOGGING, assert_equal_runs, status_of
 from tests.support.runs import job_for
 from tests.support.warm import WarmCommand
 
-STATEFUL_RUN = (  # whatever has a state: dropout, augmentation, momenta, averages, metrics in flight
+# Everything that has a state: dropout, augmentation, momentum, averages, metrics in progress.
+STATEFUL_RUN = (
     "model=mlp",
     "model.dropout=0.1",
     "+data.augment.erase={_target_: torchvision.transforms.v2.RandomErasing, p: 0.5}",
@@ -46,7 +48,7 @@ CHECKPOINT_FAULT_POINTS = (
     "mid_write",
     "before_fsync",
     "after_fsync",
-    "before_old_moves",
+    "before_move_old",
     "before_rename",
     "after_rename",
 )
@@ -60,76 +62,76 @@ FAULTY_FILES = (
     "status.json",
     "config.yaml",
 )
-FAULT_POINTS = [f"{place}:last.pt" for place in CHECKPOINT_FAULT_POINTS] + [
-    f"{place}:{file}" for file in FAULTY_FILES for place in FILE_FAULT_POINTS
+FAULT_POINTS = [f"{point}:last.pt" for point in CHECKPOINT_FAULT_POINTS] + [
+    f"{point}:{file}" for file in FAULTY_FILES for point in FILE_FAULT_POINTS
 ]
 
 
 @dataclass(frozen=True)
 class Kill:
-    """How a run is ended: at a fault point, or by a signal after so many seconds.
+    """How to end a run: at a fault point, or by a signal after some seconds.
 
     Attributes:
-        fault: As `app.runtime.fault_injection` reads it; empty where a signal comes.
-        seconds: From the start of the process.
-        number: Of the signal.
+        fault: Fault point as `app.runtime.fault_injection` reads it; empty to send a signal.
+        seconds: When to send the signal, from the start of the process.
+        signum: Signal to send.
     """
 
     fault: str = ""
     seconds: float = 0.0
-    number: int = signal.SIGKILL
+    signum: int = signal.SIGKILL
 
 
-def plan_kills(count: int, seed: int, length: float, number: int = signal.SIGKILL) -> list[Kill]:
-    """Half of them at fault points, all of which have their turn, half of them at any time.
+def plan_kills(count: int, seed: int, duration: float, signum: int = signal.SIGKILL) -> list[Kill]:
+    """Plan kills, alternately at a random time and at a fault point; every point gets its turn.
 
     Args:
-        count: How many.
-        seed: Of what is drawn.
-        length: Seconds that a run takes; a signal comes in the first two thirds of it.
-        number: Of the signal.
+        count: Number of kills.
+        seed: Seed of the random choices.
+        duration: Seconds that a run takes; signals are sent in its first two thirds.
+        signum: Signal to send. Only SIGKILL is combined with fault points.
     """
-    draw, points = random.Random(seed), list(FAULT_POINTS)
-    draw.shuffle(points)
-    found = []
-    for place in range(count):
-        if place % 2 and number == signal.SIGKILL:
-            point = points[place // 2 % len(points)]
-            found.append(Kill(f"{point}:{draw.randint(1, 3)}"))
+    rng, points = random.Random(seed), list(FAULT_POINTS)
+    rng.shuffle(points)
+    planned = []
+    for index in range(count):
+        if index % 2 and signum == signal.SIGKILL:
+            point = points[index // 2 % len(points)]
+            planned.append(Kill(f"{point}:{rng.randint(1, 3)}"))
         else:
-            found.append(Kill(seconds=draw.uniform(0.1, 2 / 3) * length, number=number))
-    return found
+            planned.append(Kill(seconds=rng.uniform(0.1, 2 / 3) * duration, signum=signum))
+    return planned
 
 
-def run_command(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
-    """Runs `python -m app` with those words; gives how the process has ended."""
-    fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
-    running = WarmCommand(cwd, [*STATEFUL_RUN, *words], {**fault, "OMP_NUM_THREADS": "1"})
+def run_command(cwd: Path, overrides: Iterable[str], kill: Kill | None = None) -> int:
+    """Run `python -m app` and return the exit code of the process."""
+    fault = {FAULT_VARIABLE: kill.fault} if kill and kill.fault else {}
+    running = WarmCommand(cwd, [*STATEFUL_RUN, *overrides], {**fault, "OMP_NUM_THREADS": "1"})
     if kill and kill.seconds:
         running.process.join(kill.seconds)
-        running.send_signal(kill.number)
-    (cwd / "told").write_text(running.communicate(120)[0])
+        running.send_signal(kill.signum)
+    (cwd / "output").write_text(running.communicate(120)[0])
     assert running.returncode is not None
     return running.returncode
 
 
-def run_two_ranks(cwd: Path, words: Iterable[str], kill: Kill | None = None) -> int:
-    """Runs it on two ranks; a fault point kills rank 0."""
-    job = job_for(*STATEFUL_RUN, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *words)
-    fault = {VARIABLE: kill.fault} if kill and kill.fault else {}
-    crew = LocalWorkers(job, cwd / "run", 2, SILENT, fault)
+def run_two_ranks(cwd: Path, overrides: Iterable[str], kill: Kill | None = None) -> int:
+    """Run a job on two ranks; a fault point kills rank 0."""
+    job = job_for(*STATEFUL_RUN, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *overrides)
+    fault = {FAULT_VARIABLE: kill.fault} if kill and kill.fault else {}
+    workers = LocalWorkers(run_experiment, job, cwd / "run", 2, SILENT_LOGGING, fault)
     try:
-        crew.run()
+        workers.run()
     except RankFailedError as failed:
         assert "SIGKILL" in str(failed), failed.failure.trace
         return -signal.SIGKILL
     finally:
-        crew.kill()
+        workers.kill()
     return 0
 
 
 def assert_readable(folder: Path) -> None:
-    """Nothing that has a good name is torn."""
+    """Check that no file with a final name is incomplete."""
     for path in folder.rglob("*.csv"):
         pd.read_csv(path)
     for path in folder.rglob("*.json"):
@@ -140,32 +142,32 @@ def assert_readable(folder: Path) -> None:
         torch.load(folder / "model.pt", weights_only=True)
 
 
-def assert_same_outcome(whole: Path, found: Path, older: bool = True) -> None:
-    """The same files with the same in them, but for times.
+def assert_same_outcome(expected: Path, actual: Path, compare_older: bool = True) -> None:
+    """Check that two runs have the same files with the same content, except for times.
 
     Args:
-        whole: The run that nobody disturbed.
-        found: The one that was ended again and again.
-        older: States before the last are the same, too; a signal to save puts others there.
+        expected: The undisturbed run.
+        actual: The run that was ended repeatedly.
+        compare_older: Whether to compare `last-1.pt` and `last-2.pt`, too. A run that saves on a
+            signal has others.
     """
-    assert_equal_runs(whole, found)
-    names = {path.name for path in (whole / "checkpoints").iterdir()}
-    assert {path.name for path in (found / "checkpoints").iterdir()} == names
-    for name in names if older else names - {"last-1.pt", "last-2.pt"}:
+    assert_equal_runs(expected, actual)
+    names = {path.name for path in (expected / "checkpoints").iterdir()}
+    assert {path.name for path in (actual / "checkpoints").iterdir()} == names
+    for name in names if compare_older else names - {"last-1.pt", "last-2.pt"}:
         one, other = (
             torch.load(folder / "checkpoints" / name, weights_only=True)
-            for folder in (whole, found)
+            for folder in (expected, actual)
         )
         assert one["epoch"] == other["epoch"], name
         assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
-    assert not [*found.rglob(".*.part")]
-    one, other = status_of(whole), status_of(found)
+    assert not [*actual.rglob(".*.part")]
+    one, other = status_of(expected), status_of(actual)
     assert (other["status"], other["best"]) == ("completed", one["best"])
 
 
 def wait_for_file(path: Path, seconds: float = 60.0) -> None:
-    """It is there."""
-    until = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds
     while not path.exists():
-        assert time.monotonic() < until, path
+        assert time.monotonic() < deadline, path
         time.sleep(0.01)
