@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import FEW, Ran, run_app
+from tests.support.runs import FEW_BATCHES, RunResult, run_app
 
 WORDS = (
     "model=mlp",
@@ -31,7 +31,7 @@ WORDS = (
     "trainer.accelerator=cpu",  # a device for each of two nodes is not to be had
     "trainer.timeout=60",
     "~callbacks.plots",
-    *FEW,
+    *FEW_BATCHES,
 )
 LIMIT = 200.0  # seconds for a run
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1")
@@ -97,7 +97,7 @@ def network(request: pytest.FixtureRequest) -> Iterator[Network]:
         yield laid
 
 
-def run_nodes(network: Network, cwd: Path, *words: str) -> list[Ran]:
+def run_nodes(network: Network, cwd: Path, *words: str) -> list[RunResult]:
     """What torchrun came to on each node; `nodeN.txt` has all that it said."""
     port, said = free_port(), [cwd / "node0.txt", cwd / "node1.txt"]
     agents: list[subprocess.Popen[str]] = []
@@ -110,7 +110,7 @@ def run_nodes(network: Network, cwd: Path, *words: str) -> list[Ran]:
         codes = [agent.wait(until - time.monotonic()) for agent in agents]
     finally:
         end(agents)
-    return [Ran(code, path.read_text(), "", cwd) for code, path in zip(codes, said, strict=True)]
+    return [RunResult(code, path.read_text(), "", cwd) for code, path in zip(codes, said, strict=True)]
 
 
 def free_port() -> int:
@@ -144,7 +144,7 @@ def end(agents: Sequence[subprocess.Popen[str]]) -> None:
 
 
 @pytest.fixture(scope="module")
-def nodes(network: Network, tmp_path_factory: pytest.TempPathFactory) -> list[Ran]:
+def nodes(network: Network, tmp_path_factory: pytest.TempPathFactory) -> list[RunResult]:
     """An MLP trained by both."""
     ran = run_nodes(network, tmp_path_factory.mktemp("nodes"), *WORDS)
     assert [node.code for node in ran] == [0, 0], "\n".join(node.out for node in ran)
@@ -152,14 +152,14 @@ def nodes(network: Network, tmp_path_factory: pytest.TempPathFactory) -> list[Ra
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """The same by one process."""
     ran = run_app(tmp_path_factory.mktemp("alone"), *WORDS)
     assert ran.code == 0, ran.err + ran.out
     return ran
 
 
-def test_two_nodes_are_one_run(nodes: list[Ran]) -> None:
+def test_two_nodes_are_one_run(nodes: list[RunResult]) -> None:
     first, second = nodes
     assert (first.status["status"], first.status["ranks"]) == ("completed", 2)
     assert (first.folder / "logs" / "rank1.log").exists()
@@ -169,7 +169,7 @@ def test_two_nodes_are_one_run(nodes: list[Ran]) -> None:
     assert "everything is in" not in second.out
 
 
-def test_two_nodes_learn_what_one_process_learns(nodes: list[Ran], alone: Ran) -> None:
+def test_two_nodes_learn_what_one_process_learns(nodes: list[RunResult], alone: RunResult) -> None:
     found, wanted = (ran.csv("summary_table.csv") for ran in (nodes[0], alone))
     assert list(found["stage"]) == ["train", "valid", "test"]
     # sums of float32, taken in another order
