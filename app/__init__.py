@@ -1,4 +1,4 @@
-"""Train, validate and test PyTorch models; every run leaves one folder that says everything."""
+"""Train, validate and test PyTorch models; every run is documented in one folder."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 
 def compose(overrides: list[str], folder: str | None = None) -> Any:
-    """The configuration and the objects of a command line, for notebooks.
+    """Build the configuration and the objects of a command line, for notebooks and scripts.
 
     Args:
-        overrides: As they would be typed after `python -m app`.
-        folder: Of the run; None makes a new one under `outputs/`.
+        overrides: The arguments that would follow `python -m app` on the command line.
+        folder: The run folder; by default a new one under `outputs/`.
 
     Returns:
         An `app.experiment.notebook.Experiment`.
 
     Raises:
-        app.runtime.errors.UserError: Whatever is wrong with them.
+        app.runtime.errors.UserError: An override or the resulting configuration is invalid.
     """
-    # By name, so that importing the package imports neither Hydra nor torch.
+    # Imported here so that `import app` imports neither Hydra nor torch.
     return import_module("app.experiment.notebook").compose(overrides, folder)

@@ -1,4 +1,4 @@
-"""One job: run it, and record how it ended."""
+"""Run one job of the command line or of a sweep, and record how it ended."""
 
 from __future__ import annotations
 
@@ -30,23 +30,31 @@ from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.signals import EXIT_INTERRUPTED, StopReason, TrainingInterrupted
 from app.sweep.folder import SweepFolder
-from app.sweep.launchers.external import Process, run_external, this_process
+from app.sweep.launchers.external import ProcessId, current_process_id, run_external
 from app.sweep.outcome import DIVERGED, read_run_status, record_failure
 
 log = logging.getLogger(__name__)
 
 
+class JobFailedError(Exception):
+    """A job failed; the reason has already been logged."""
+
+
 def run_job(
-    composed: DictConfig, leader: RankZero | None = None, driver: Process | None = None
+    composed: DictConfig, rank_zero: RankZero | None = None, main_process: ProcessId | None = None
 ) -> float | None:
-    """One job, in the process that Hydra has chosen for it; what went wrong is in its folder.
+    """Run one job in the process that Hydra chose for it; failures are recorded in its folder.
 
     Args:
-        composed: By Hydra.
-        leader: Where torchrun or srun has started this.
-        driver: The process that was typed.
+        composed: The configuration composed by Hydra.
+        rank_zero: The connection to the other ranks, if torchrun or srun started this process.
+        main_process: The process that the user started.
+
+    Returns:
+        The best value of the goal; None if the job measured none, failed or was skipped.
     """
-    resolvers.register()  # in a process of another launcher nobody else has
+    # A launcher may run this in a process where nothing has registered the resolvers yet.
+    resolvers.register()
     hydra_node = HydraConfig.get()
     folder, multirun = Path(hydra_node.runtime.output_dir), hydra_node.mode == RunMode.MULTIRUN
     sweep = SweepFolder(Path(str(hydra_node.sweep.dir)).absolute())
@@ -57,18 +65,18 @@ def run_job(
     errors_to_stderr()
     logging.captureWarnings(True)
     try:
-        if driver in (None, this_process()):
-            value = run_locked(with_hydra, folder, leader)
+        if main_process in (None, current_process_id()):
+            value = run_locked(with_hydra, folder, rank_zero)
             if not multirun and read_run_status(folder).status == DIVERGED:
                 sys.exit(NonFiniteError.exit_code)
             return value
         return run_external(
-            partial(run_locked, with_hydra, folder, leader, quiet=True), sweep, folder
+            partial(run_locked, with_hydra, folder, rank_zero, quiet=True), sweep, folder
         )
-    except JobFailedError as failed:
-        failure = RankFailure.from_exception(0, failed.__cause__ or failed)
-        record_failure(folder, failure, says=False)
-        if not multirun or leader is not None:
+    except JobFailedError as error:
+        failure = RankFailure.from_exception(0, error.__cause__ or error)
+        record_failure(folder, failure, write_log=False)
+        if not multirun or rank_zero is not None:
             sys.exit(failure.code)
         if composed.sweep.on_error == "stop":
             sweep.set_stopped(stopped=True)
@@ -80,34 +88,36 @@ def run_job(
             update_tables(sweep.path)
 
 
-class JobFailedError(Exception):
-    """A job has ended as it should not, and its log says why."""
-
-
 def run_locked(
-    composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool = False
+    composed: DictConfig, folder: Path, rank_zero: RankZero | None, quiet: bool = False
 ) -> float | None:
-    """One job; a quiet one writes to `logs/` what it would show on the terminal.
+    """Run one job while holding the lock of its folder.
+
+    Args:
+        composed: The configuration composed by Hydra, with the `hydra` node.
+        folder: The run folder.
+        rank_zero: The connection to the other ranks, if torchrun or srun started this process.
+        quiet: Write terminal output to files in `logs/` instead.
 
     Raises:
-        JobFailed: It has.
+        JobFailedError: The job failed.
     """
     with ExitStack() as stack:
         try:
             stack.enter_context(run_lock(folder))
-        except UserError as error:  # what stands in the folder may be another's
+        except UserError as error:  # not logged: run.log may belong to the process with the lock
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
-        return run_job_in_folder(composed, folder, leader, quiet)
+        return run_job_in_folder(composed, folder, rank_zero, quiet)
 
 
 def run_job_in_folder(
-    composed: DictConfig, folder: Path, leader: RankZero | None, quiet: bool
+    composed: DictConfig, folder: Path, rank_zero: RankZero | None, quiet: bool
 ) -> float | None:
-    """One job, in a folder that is its own.
+    """Run one job in a folder that this process has locked.
 
     Raises:
-        JobFailed: It has.
+        JobFailedError: The job failed.
     """
     try:
         remove_temp_files(folder)
@@ -116,19 +126,20 @@ def run_job_in_folder(
         log.error("%s", error)
         raise JobFailedError from error
     try:
-        return launch(job, folder, leader, composed.hydra, quiet)
+        return launch(job, folder, rank_zero, composed.hydra, quiet)
     except UserError as error:
         log.error("%s", redact_text(str(error)))
-        log.debug("it came from\n%s", redact_text("".join(traceback.format_exception(error))))
+        trace = "".join(traceback.format_exception(error))
+        log.debug("traceback of this error:\n%s", redact_text(trace))
         raise JobFailedError from error
     except RankFailedError as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
         raise JobFailedError from error
-    except TrainingInterrupted as stopped:
-        log.warning("%s", stopped)
-        if stopped.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
+    except TrainingInterrupted as interrupt:
+        log.warning("%s", interrupt)
+        if interrupt.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
             requeue()
-        sys.exit(stopped.code)
+        sys.exit(interrupt.code)
     except KeyboardInterrupt:
         log.warning("interrupted")
         sys.exit(EXIT_INTERRUPTED)
@@ -139,13 +150,13 @@ def run_job_in_folder(
 
 
 def launch(
-    job: Job, folder: Path, leader: RankZero | None, hydra_node: DictConfig, quiet: bool
+    job: Job, folder: Path, rank_zero: RankZero | None, hydra_node: DictConfig, quiet: bool
 ) -> float | None:
-    """Runs a job on its devices; gives the goal's best value."""
-    if leader is not None:
-        return leader.launch(run_experiment, job, folder)
-    size = choose_num_ranks(job.config, hydra_node.mode == RunMode.MULTIRUN)
-    if size == 0:
+    """Run a job on its devices and return the best value of its goal."""
+    if rank_zero is not None:
+        return rank_zero.launch(run_experiment, job, folder)
+    num_ranks = choose_num_ranks(job.config, hydra_node.mode == RunMode.MULTIRUN)
+    if num_ranks == 0:
         return launch_inline(run_experiment, job, folder)
     logging_config: Any = OmegaConf.to_container(hydra_node.job_logging, resolve=True)
-    return launch_local(run_experiment, job, folder, size, logging_config, quiet)
+    return launch_local(run_experiment, job, folder, num_ranks, logging_config, quiet)

@@ -1,4 +1,4 @@
-"""`app report <folder>...`: tables, pictures and the page of any runs, made anew at any time."""
+"""Write the tables, plots and HTML page of existing runs: `app report FOLDER...`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ log = logging.getLogger(__name__)
 COMMAND = "report"
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Reads the command line; gives the exit code."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse the command line, write the report, and return the exit code."""
     parser = argparse.ArgumentParser(prog="app report", description=__doc__)
     parser.add_argument(
-        "folders", nargs="+", type=Path, help="sweeps, runs, or folders that have them somewhere"
+        "folders", nargs="+", type=Path, help="sweeps, runs, or folders that contain them"
     )
     parser.add_argument(
-        "--to", type=Path, help="where it is written; else into the folder, where it is only one"
+        "--to",
+        type=Path,
+        help="where to write the report (default: the given folder if there is only one, "
+        "else a new folder under outputs/reports)",
     )
-    args = parser.parse_args(words)
+    args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         with as_user_error():
@@ -36,40 +39,41 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def report(folders: Sequence[Path], to: Path | None = None) -> Path:
-    """Writes the tables, the pictures and the page.
+    """Write the tables, the plots and the page.
 
     Args:
-        folders: Of sweeps or runs, or above them.
-        to: Where; else into the folder where it is only one, or into a new one.
+        folders: Sweeps, runs, or folders that contain them.
+        to: Where to write; by default the given folder if there is only one, else a new folder.
 
     Returns:
-        Where.
+        The folder that was written to.
 
     Raises:
-        UserError: There is no run.
+        UserError: A folder does not exist, or there is no run in any of them.
     """
     from app.sweep.folder import SweepFolder
-    from app.sweep.report.table import collect, list_runs
-    from app.sweep.report.write import leaderboard, write_pictures, write_report, write_tables
+    from app.sweep.report.table import collect_results, list_runs
+    from app.sweep.report.write import leaderboard, write_page_and_plots, write_report, write_tables
 
     missing = [str(folder) for folder in folders if not folder.is_dir()]
     if missing:
-        raise UserError(f"no folder: {', '.join(missing)}")
+        raise UserError(f"no such folder: {', '.join(missing)}")
     if len(folders) == 1 and to is None and SweepFolder(folders[0]).exists:
         write_report(folders[0])
         return folders[0]
     runs = [run for folder in folders for run in list_runs(folder)]
     if not runs:
-        raise UserError(f"no run in {', '.join(map(str, folders))}: no status.json, no .sweep")
-    where = to.expanduser().absolute() if to else _default(folders)
-    results = collect(where.name, runs, where)
-    write_tables(results, where)
-    write_pictures(results, where, {})
-    log.info("%s\neverything is in %s", leaderboard(results, where), where)
-    return where
+        searched = ", ".join(map(str, folders))
+        raise UserError(f"no runs found in {searched}: neither status.json nor .sweep")
+    target = to.expanduser().absolute() if to else _default_target(folders)
+    results = collect_results(target.name, runs, target)
+    write_tables(results, target)
+    write_page_and_plots(results, target, {})
+    log.info("%s\nreport written to %s", leaderboard(results, target), target)
+    return target
 
 
-def _default(folders: Sequence[Path]) -> Path:
+def _default_target(folders: Sequence[Path]) -> Path:
     if len(folders) == 1:
         return folders[0]
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
