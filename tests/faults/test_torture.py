@@ -1,4 +1,4 @@
-"""Killed at any moment and started again, a run ends as if nothing had been."""
+"""A run that is killed at any moment and restarted ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -12,124 +12,136 @@ import pytest
 
 from tests.support.killed_runs import (
     Kill,
-    assert_same_outcome,
     assert_readable,
-    run_command,
+    assert_same_outcome,
     plan_kills,
+    run_command,
     run_two_ranks,
 )
 
 Run = Callable[[Path, Iterable[str], Kill | None], int]
-AGAIN = ("resume=auto", "hydra.run.dir=run")
-RUNS: dict[int, tuple[Run, tuple[str, ...]]] = {
-    1: (run_command, AGAIN),
+RUNS: dict[int, tuple[Run, tuple[str, ...]]] = {  # number of ranks: function, overrides
+    1: (run_command, ("resume=auto", "hydra.run.dir=run")),
     2: (run_two_ranks, ("resume=auto",)),
 }
-ENDS = (-signal.SIGKILL, -signal.SIGTERM, 143)  # SIGTERM before anybody listened, or heard
+# SIGTERM kills the process until its handlers are installed; after that it exits with 143.
+EXPECTED_CODES = (-signal.SIGKILL, -signal.SIGTERM, 143)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def undisturbed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[int, Path]:
-    """The run that nobody disturbs, and on how many ranks."""
-    cwd = tmp_path_factory.mktemp("whole")
-    run, words = RUNS[request.param]
-    assert run(cwd, words, None) == 0
+    """Number of ranks, and the folder of an undisturbed run on them."""
+    cwd = tmp_path_factory.mktemp("undisturbed")
+    run, overrides = RUNS[request.param]
+    assert run(cwd, overrides, None) == 0
     return request.param, cwd / "run"
 
 
 @pytest.fixture(scope="module")
-def length(undisturbed: tuple[int, Path]) -> float:
-    """Seconds that the run takes, from its process to its end."""
-    ranks, whole = undisturbed
+def duration(undisturbed: tuple[int, Path]) -> float:
+    """Seconds that the run takes, including the start of its process."""
+    ranks, expected = undisturbed
     run, _ = RUNS[ranks]
-    began = time.monotonic()
-    run(whole.parent, (f"hydra.run.dir={whole.parent / 'timed'}",), None)
-    return time.monotonic() - began
+    start = time.monotonic()
+    run(expected.parent, (f"hydra.run.dir={expected.parent / 'timed'}",), None)
+    return time.monotonic() - start
 
 
-def survive(cwd: Path, ranks: int, planned: list[Kill]) -> int:
-    """Starts it again until it ends; gives how often it was ended before."""
-    run, words = RUNS[ranks]
+def run_despite_kills(cwd: Path, ranks: int, planned: list[Kill]) -> int:
+    """Restart a run until it completes; return how often it was killed."""
+    run, overrides = RUNS[ranks]
     survived = 0
     for kill in planned:
-        code = run(cwd, words, kill)
+        code = run(cwd, overrides, kill)
         if code == 0:
             break
-        assert code in ENDS, (kill, code, _told(cwd))
+        assert code in EXPECTED_CODES, (kill, code, _output_tail(cwd))
         survived += 1
         assert_readable(cwd / "run")
-    code = run(cwd, words, None)
-    assert code == 0, _told(cwd)
+    code = run(cwd, overrides, None)
+    assert code == 0, _output_tail(cwd)
     return survived
 
 
-def _told(cwd: Path) -> str:
-    return (cwd / "told").read_text()[-3000:] if (cwd / "told").exists() else ""
+def _output_tail(cwd: Path) -> str:
+    return (cwd / "output").read_text()[-3000:] if (cwd / "output").exists() else ""
 
 
-def survive_often(
+def survive_kills(
     home: Path,
-    whole: Path,
+    expected: Path,
     ranks: int,
-    least: int,
-    planned: Callable[[int, float], list[Kill]],
-    older: bool = True,
+    min_kills: int,
+    plan: Callable[[int, float], list[Kill]],
+    compare_older: bool = True,
 ) -> int:
-    """Runs anew until so many kills are survived; one may end before the first of them comes.
+    """Repeat runs until enough kills are survived, and compare each with the undisturbed run.
+
+    A run may complete before its first kill; the next ones are then killed earlier.
 
     Args:
-        home: Of the runs.
-        whole: The run that nobody disturbs, which each must equal.
-        ranks: How many.
-        least: Kills, in all runs.
-        planned: Of a run, by its number and the share of the time in which kills come.
-        older: Nothing but the kill leaves its mark, so that older states are the same, too.
+        home: Folder of the runs.
+        expected: The undisturbed run.
+        ranks: Number of ranks.
+        min_kills: How many kills to survive, over all runs.
+        plan: Returns the kills of a run, by its number and the share of its time to kill it in.
+        compare_older: Whether to compare `last-1.pt` and `last-2.pt`, too.
+
+    Returns:
+        Number of kills survived.
     """
     survived, number, share = 0, 0, 1.0
-    while survived < least:
+    while survived < min_kills:
         number += 1
         cwd = home / str(number)
         cwd.mkdir()
-        wanted = [kill for kill in planned(number, share) if ranks == 1 or kill.fault]
-        came = survive(cwd, ranks, wanted)
-        assert_same_outcome(whole, cwd / "run", older)
-        survived += came
-        share *= 1.0 if came else 0.5
+        planned = [kill for kill in plan(number, share) if ranks == 1 or kill.fault]
+        count = run_despite_kills(cwd, ranks, planned)
+        assert_same_outcome(expected, cwd / "run", compare_older)
+        survived += count
+        share *= 1.0 if count else 0.5
     return survived
 
 
-def test_killed_again_and_again(
-    undisturbed: tuple[int, Path], length: float, tmp_path: Path
+def test_run_killed_repeatedly_ends_like_undisturbed_run(
+    undisturbed: tuple[int, Path], duration: float, tmp_path: Path
 ) -> None:
-    ranks, whole = undisturbed
-    survive_often(tmp_path, whole, ranks, 3, lambda n, share: plan_kills(16, n, share * length))
+    ranks, expected = undisturbed
+    survive_kills(
+        tmp_path, expected, ranks, 3, lambda n, share: plan_kills(16, n, share * duration)
+    )
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
-def test_killed_two_hundred_times(
+def test_run_killed_two_hundred_times_ends_like_undisturbed_run(
     undisturbed: tuple[int, Path],
-    length: float,
+    duration: float,
     tmp_path: Path,
     record_property: Callable[[str, object], None],
 ) -> None:
-    ranks, whole = undisturbed
-    least = int(os.environ.get("KILLS", "200"))
-    survived = survive_often(
-        tmp_path, whole, ranks, least, lambda n, share: plan_kills(40, n, share * length)
+    ranks, expected = undisturbed
+    min_kills = int(os.environ.get("KILLS", "200"))
+    survived = survive_kills(
+        tmp_path, expected, ranks, min_kills, lambda n, share: plan_kills(40, n, share * duration)
     )
     record_property("kills survived", survived)
 
 
-def test_preempted_again_and_again(
-    undisturbed: tuple[int, Path], length: float, tmp_path: Path
+def test_run_preempted_repeatedly_ends_like_undisturbed_run(
+    undisturbed: tuple[int, Path], duration: float, tmp_path: Path
 ) -> None:
-    ranks, whole = undisturbed
+    ranks, expected = undisturbed
     if ranks > 1:
-        pytest.skip("signals to several ranks have tests of their own")
-    number = signal.SIGTERM
-    survive_often(
-        tmp_path, whole, 1, 2, lambda n, share: plan_kills(5, n, share * length, number), older=False
+        pytest.skip("signals to several ranks are tested elsewhere")
+    signum = signal.SIGTERM
+    survive_kills(
+        tmp_path,
+        expected,
+        1,
+        2,
+        lambda n, share: plan_kills(5, n, share * duration, signum),
+        compare_older=False,
     )
