@@ -14,12 +14,13 @@ import numpy as np
 import pandas as pd
 import torch
 
+from app.config.schema import STAGES
 from app.runtime.errors import as_storage_error
 from app.runtime.files import atomic_write, write_csv
-from app.runtime.nested import Nested, tensors
+from app.runtime.nested import Nested, iter_tensors
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
-from app.training.history import STAGES, History, summary_table
+from app.training.history import History, summary_table
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def write_summaries(folder: Path, history: History, stages: Sequence[str]) -> No
 
 def memory_mb(batch: Nested) -> float:
     """Return the memory in use on the device of a batch, in MiB, without synchronizing."""
-    device = next((tensor.device for tensor in tensors(batch)), torch.device("cpu"))
+    device = next((tensor.device for tensor in iter_tensors(batch)), torch.device("cpu"))
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / 2**20
     statm = Path("/proc/self/statm")

@@ -20,7 +20,7 @@ from app.callbacks.log_values import final_metrics, flatten, row_metrics
 from app.callbacks.plots import draw_matrix
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, tensors
+from app.runtime.nested import Nested, iter_tensors
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import History
@@ -140,7 +140,7 @@ class TensorBoard(Callback):
                 self.writer.add_scalar(f"{result.stage}_step/{name}", value, step)
 
     def _log_graph(self, inputs: Nested) -> None:
-        devices = {tensor.device for tensor in tensors(inputs) if tensor.is_cuda}
+        devices = {tensor.device for tensor in iter_tensors(inputs) if tensor.is_cuda}
         try:
             with (
                 warnings.catch_warnings(),

@@ -1,1 +1,1 @@
-"""Metrics that torchmetrics does not have, and how a step and a stage measure any of them."""
+"""Metrics that torchmetrics does not have, and the evaluation of metrics by step and stage."""

@@ -1,4 +1,4 @@
-"""A plain function as a metric."""
+"""Metrics from plain functions, and the count of correct predictions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torchmetrics import Metric
 
 
 class FunctionMetric(Metric):
-    """The mean over all samples of what a function gives.
+    """Mean of a function over all samples.
 
     Args:
-        function: From output and target to their mean over the batch, a scalar, or to one value
-            for each of its N samples, of shape (N,).
+        function: Maps output and target of a batch of N samples to their mean, a scalar, or to one
+            value per sample, of shape (N,).
     """
 
     full_state_update = False
@@ -24,32 +24,31 @@ class FunctionMetric(Metric):
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         if not callable(function):
-            raise ValueError(f"function={function!r} cannot be called; give it as _partial_: true")
+            raise ValueError(f"function={function!r} is not callable; set _partial_: true")
         self.function = function
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Whatever the function takes; the first dimension of the target is the batch."""
+        """Add a batch, of any form that the function accepts; `target` has shape (N, ...)."""
         n = target.shape[0]
         value = torch.as_tensor(self.function(output, target))
         shape = tuple(value.shape)
         if shape not in ((), (n,)):
             raise ValueError(
-                f"the function gives a tensor of shape {shape}; "
-                f"allowed: a scalar, the mean over the batch, or one value for each sample, ({n},)"
+                f"the function returned a tensor of shape {shape}; "
+                f"allowed: a scalar, the mean over the batch, or one value per sample, ({n},)"
             )
-        sums = value.to(self.total.dtype)
-        self.total += sums.sum() if shape else sums * n
+        values = value.to(self.total.dtype)
+        self.total += values.sum() if shape else values * n
         self.count += n
 
     def compute(self) -> Tensor:
-        """A scalar."""
         return self.total / self.count
 
 
 class CorrectPredictions(Metric):
-    """The number of samples whose highest output is that of their label."""
+    """Number of samples whose highest output is that of their label."""
 
     is_differentiable = False
     higher_is_better = True
@@ -61,9 +60,8 @@ class CorrectPredictions(Metric):
         self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Outputs of shape (N, classes, ...), labels of shape (N, ...)."""
+        """Add outputs of shape (N, classes, ...) and labels of shape (N, ...)."""
         self.correct += (preds.argmax(dim=1) == target).sum()
 
     def compute(self) -> Tensor:
-        """The number so far."""
         return self.correct

@@ -1,4 +1,4 @@
-"""A metric together with the parts of outputs and targets that it is fed."""
+"""A metric of one part of the outputs."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from app.runtime.nested import Key
 
 @dataclass(frozen=True)
 class OutputMetric:
-    """A metric of one part of the outputs.
+    """A metric together with the parts of outputs and targets that it receives.
 
     Attributes:
-        metric: Fed that part and its target.
-        output: Which part of the outputs; None feeds them whole.
-        target: Which part of the targets; None feeds them whole.
+        metric: Metric that is updated with these parts.
+        output: Key of the outputs; None passes all of them.
+        target: Key of the targets; None passes all of them.
     """
 
     metric: Metric

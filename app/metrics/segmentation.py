@@ -1,4 +1,4 @@
-"""Overlaps and distances of label maps, from logits (N, C, ...) and labels (N, ...)."""
+"""Segmentation metrics, from logits of shape (N, C, ...) and labels of shape (N, ...)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Mask = NDArray[np.bool_]
 
 
 class DiceScore(Metric):
-    """Dice of each class over all pixels of the stage, twice the overlap by both areas.
+    """Dice score of each class over all pixels of the stage: twice the overlap by both areas.
 
-    A class that occurs neither in targets nor in predictions has no Dice (NaN), and the mean
-    leaves it out. Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
+    The score of a class that occurs neither in targets nor in predictions is NaN, and the mean
+    excludes it. Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
 
     Args:
-        num_classes: The length C of the logits' second dimension.
-        include_background: Whether class 0 counts.
-        average: `macro` is the mean over the classes, `none` one value for each of them.
+        num_classes: Number of classes C.
+        include_background: Whether to include class 0.
+        average: `macro` returns the mean over the classes, `none` one value per class.
     """
 
     is_differentiable = False
@@ -43,32 +43,32 @@ class DiceScore(Metric):
         super().__init__()
         if average not in ("macro", "none"):
             raise ValueError(f"average={average!r} is not known; allowed: macro, none")
-        self.labels = labels_of(num_classes, include_background)
+        self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
         self.average = average
         self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
         self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Logits of shape (N, C, ...), labels of shape (N, ...)."""
-        overlap, areas = overlaps(output, target, self.num_classes)
+        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
+        overlap, areas = count_overlaps(output, target, self.num_classes)
         self.overlap += overlap.sum(dim=0)
         self.areas += areas.sum(dim=0)
 
     def compute(self) -> Tensor:
-        """A scalar, or a vector of the classes from background or the first one on."""
+        """Return a scalar, or with `average="none"` a vector over the included classes."""
         scores = (2 * self.overlap / self.areas)[self.labels.start :]
         return scores.nanmean() if self.average == "macro" else scores
 
 
 class PartialDice(Metric):
-    """The mean Dice of some classes only, over all pixels of the stage.
+    """Mean Dice score of selected classes over all pixels of the stage.
 
-    Those among them that never occur are left out of the mean.
+    Classes that occur neither in targets nor in predictions are excluded from the mean.
 
     Args:
-        num_classes: The length C of the logits' second dimension.
-        classes: The labels to be averaged, each from 0 to C - 1.
+        num_classes: Number of classes C.
+        classes: Labels to average over, each from 0 to C - 1.
     """
 
     is_differentiable = False
@@ -79,7 +79,7 @@ class PartialDice(Metric):
 
     def __init__(self, num_classes: int, classes: Sequence[int]) -> None:
         super().__init__()
-        allowed = labels_of(num_classes, include_background=True)
+        allowed = included_labels(num_classes, include_background=True)
         self.classes = list(classes)
         if not self.classes or not set(self.classes) <= set(allowed):
             raise ValueError(
@@ -90,25 +90,24 @@ class PartialDice(Metric):
         self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Logits of shape (N, C, ...), labels of shape (N, ...)."""
-        overlap, areas = overlaps(output, target, self.num_classes)
+        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
+        overlap, areas = count_overlaps(output, target, self.num_classes)
         self.overlap += overlap.sum(dim=0)
         self.areas += areas.sum(dim=0)
 
     def compute(self) -> Tensor:
-        """A scalar."""
         return (2 * self.overlap / self.areas)[self.classes].nanmean()
 
 
 class MeanIoU(Metric):
-    """The mean over classes of their intersection over union of all pixels of the stage.
+    """Mean over classes of the intersection over union of all pixels of the stage.
 
-    Classes that occur neither in targets nor in predictions are left out. Jaccard, "The
+    Classes that occur neither in targets nor in predictions are excluded. Jaccard, "The
     Distribution of the Flora in the Alpine Zone", 1912.
 
     Args:
-        num_classes: The length C of the logits' second dimension.
-        include_background: Whether class 0 counts.
+        num_classes: Number of classes C.
+        include_background: Whether to include class 0.
     """
 
     is_differentiable = False
@@ -119,31 +118,30 @@ class MeanIoU(Metric):
 
     def __init__(self, num_classes: int, include_background: bool = True) -> None:
         super().__init__()
-        self.labels = labels_of(num_classes, include_background)
+        self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
         self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
         self.add_state("union", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Logits of shape (N, C, ...), labels of shape (N, ...)."""
-        overlap, areas = overlaps(output, target, self.num_classes)
+        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
+        overlap, areas = count_overlaps(output, target, self.num_classes)
         self.overlap += overlap.sum(dim=0)
         self.union += (areas - overlap).sum(dim=0)
 
     def compute(self) -> Tensor:
-        """A scalar."""
         return (self.overlap / self.union)[self.labels.start :].nanmean()
 
 
 class InstanceIoU(Metric):
-    """The mean over images of each image's mean intersection over union.
+    """Mean over images of the mean intersection over union of each image.
 
-    In each image the classes that occur in its target or its prediction are averaged; an image
-    in which none of them occurs is left out.
+    The mean of an image is over the classes that occur in its target or its prediction; images
+    without any such class are excluded.
 
     Args:
-        num_classes: The length C of the logits' second dimension.
-        include_background: Whether class 0 counts.
+        num_classes: Number of classes C.
+        include_background: Whether to include class 0.
     """
 
     is_differentiable = False
@@ -154,36 +152,36 @@ class InstanceIoU(Metric):
 
     def __init__(self, num_classes: int, include_background: bool = True) -> None:
         super().__init__()
-        self.labels = labels_of(num_classes, include_background)
+        self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
         self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Logits of shape (N, C, ...), labels of shape (N, ...)."""
-        overlap, areas = overlaps(output, target, self.num_classes)
-        of_images = (overlap / (areas - overlap))[:, self.labels.start :].nanmean(dim=1)
-        self.total += of_images.nansum()
-        self.count += (~of_images.isnan()).sum()
+        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
+        overlap, areas = count_overlaps(output, target, self.num_classes)
+        image_scores = (overlap / (areas - overlap))[:, self.labels.start :].nanmean(dim=1)
+        self.total += image_scores.nansum()
+        self.count += (~image_scores.isnan()).sum()
 
     def compute(self) -> Tensor:
-        """A scalar."""
         return self.total / self.count
 
 
 class HausdorffDistance95(Metric):
-    """How far the outlines of target and prediction lie apart, in pixels.
+    """Percentile of the Hausdorff distance between the edges of target and prediction, in pixels.
 
-    The larger of both directions' percentiles of the distances from the edge pixels of one to
-    the nearest edge pixel of the other; its mean over the images and classes where the class
-    occurs in both. An edge pixel has a neighbour, across a side, that is not of its class or lies
-    outside of the image. Label maps are kept on the device, one byte a pixel, until `compute`.
-    Huttenlocher et al., "Comparing Images Using the Hausdorff Distance", 1993.
+    For each direction, take the percentile of the distances from the edge pixels of one mask to the
+    nearest edge pixel of the other; the larger of both is averaged over the images and classes in
+    which the class occurs in target and prediction. An edge pixel has a face neighbour that is of
+    another class or outside of the image. Label maps are kept on the device until `compute`, with
+    one byte per pixel for up to 256 classes. Huttenlocher et al., "Comparing Images Using the
+    Hausdorff Distance", 1993.
 
     Args:
-        num_classes: The length C of the logits' second dimension.
-        include_background: Whether class 0 counts.
-        percentile: Above 0 and at most 100, which is the plain Hausdorff distance.
+        num_classes: Number of classes C.
+        include_background: Whether to include class 0.
+        percentile: Percentile, above 0 and at most 100, which is the plain Hausdorff distance.
     """
 
     is_differentiable = False
@@ -198,24 +196,24 @@ class HausdorffDistance95(Metric):
     ) -> None:
         super().__init__()
         if importlib.util.find_spec("scipy") is None:
-            raise ValueError('scipy is not installed; pip install -e ".[segmentation]"')
+            raise ValueError('HausdorffDistance95 needs SciPy: pip install -e ".[segmentation]"')
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100")
-        self.labels = labels_of(num_classes, include_background)
+        self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
         self.percentile = percentile
-        self.dtype_of_labels = torch.uint8 if num_classes <= 256 else torch.int16
+        self.label_dtype = torch.uint8 if num_classes <= 256 else torch.int16
         self.add_state("outputs", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def update(self, output: Tensor, target: Tensor) -> None:
-        """Logits of shape (N, C, H, W) or (N, C, D, H, W), labels without their C."""
-        check_classes(output, self.num_classes)
-        self.outputs.append(output.argmax(dim=1).to(self.dtype_of_labels))
-        self.targets.append(target.to(self.dtype_of_labels))
+        """Add logits (N, C, H, W) or (N, C, D, H, W) and labels (N, H, W) or (N, D, H, W)."""
+        check_num_classes(output, self.num_classes)
+        self.outputs.append(output.argmax(dim=1).to(self.label_dtype))
+        self.targets.append(target.to(self.label_dtype))
 
     def compute(self) -> Tensor:
-        """A scalar in pixels; NaN where no class occurs in both maps of an image."""
+        """Return a scalar; NaN if no class occurs in both maps of any image."""
         outputs, targets = (dim_zero_cat(s).cpu().numpy() for s in (self.outputs, self.targets))
         distances = [
             edge_distance(output == label, target == label, self.percentile)
@@ -226,9 +224,14 @@ class HausdorffDistance95(Metric):
         return torch.tensor(distances, device=self.device).mean()
 
 
-def overlaps(output: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Pixels of each image and class, both (N, C): those in both maps, the sum of those in each."""
-    check_classes(output, num_classes)
+def count_overlaps(output: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Count the pixels of each image and class.
+
+    Returns:
+        The number of pixels in both maps, and the sum of the numbers in each map, both of shape
+        (N, C).
+    """
+    check_num_classes(output, num_classes)
     classes = torch.arange(num_classes, device=output.device)[:, None]
     predicted = output.argmax(dim=1).reshape(len(output), 1, -1) == classes
     actual = target.reshape(len(target), 1, -1) == classes
@@ -236,30 +239,34 @@ def overlaps(output: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, 
 
 
 def edge_distance(output: Mask, target: Mask, percentile: float) -> float:
-    """The larger of both directed distances between the edges of two masks that are not empty."""
+    """Return the larger of both directed distances between the edges of two non-empty masks."""
     from scipy import ndimage
 
-    # Outside of the box that holds both masks there is no edge.
+    # Crop to the bounding box of both masks: there are no edges outside of it.
     (box,) = ndimage.find_objects((output | target).astype(np.uint8))
     edges = [mask[box] & ~ndimage.binary_erosion(mask[box]) for mask in (output, target)]
     return max(
-        float(np.percentile(ndimage.distance_transform_edt(~there)[here], percentile))
-        for here, there in (edges, reversed(edges))
+        float(np.percentile(ndimage.distance_transform_edt(~other)[edge], percentile))
+        for edge, other in (edges, reversed(edges))
     )
 
 
-def labels_of(num_classes: int, include_background: bool) -> range:
-    """The labels that count."""
+def included_labels(num_classes: int, include_background: bool) -> range:
+    """Return the labels that a metric includes."""
     first = 0 if include_background else 1
     if num_classes <= first:
-        raise ValueError(f"num_classes={num_classes!r} is too few; give at least {first + 1}")
+        raise ValueError(f"num_classes={num_classes!r} must be at least {first + 1}")
     return range(first, num_classes)
 
 
-def check_classes(output: Tensor, num_classes: int) -> None:
-    """Refuses logits of another number of classes."""
+def check_num_classes(output: Tensor, num_classes: int) -> None:
+    """Check the number of classes of logits.
+
+    Raises:
+        ValueError: The logits have another number of classes.
+    """
     if output.ndim < 2 or output.shape[1] != num_classes:
         raise ValueError(
             f"num_classes={num_classes} does not fit outputs of shape {tuple(output.shape)}; "
-            f"wanted: (N, {num_classes}, ...)"
+            f"expected: (N, {num_classes}, ...)"
         )

@@ -1,4 +1,4 @@
-"""Metrics as sums: what one step adds, and what the sums of a stage amount to."""
+"""Metrics of a stage: sums that each step adds, and values of the whole stage."""
 
 from __future__ import annotations
 
@@ -20,17 +20,212 @@ from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
 Sums = tuple[Tensor, ...]
-NARROW = 512  # numbers of state up to which a metric is kept step by step
+MetricStates = Mapping[str, Tensor | list[Tensor]]  # by `<path of the metric>:<name of the state>`
+MAX_STATE_SIZE = 512  # numbers in the states of a metric that is evaluated at every step
+MERGE_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {  # by torchmetrics' reduction over ranks
+    dim_zero_sum: torch.add,
+    dim_zero_max: torch.maximum,
+    dim_zero_min: torch.minimum,
+}
+METRIC_ERRORS = (  # that a metric raises for outputs or targets that it does not support
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+)
+
+
+class StageMetrics:
+    """The metrics of one stage.
+
+    A metric with few states, all of them sums, is evaluated at every step: `update` returns what
+    the step adds to its states. The other metrics, such as a curve or a large matrix, accumulate
+    until the end of the stage.
+
+    Of the latter, a metric with list states is deferred: its batches are collected and passed to
+    `update` at the end of the stage, because many such metrics read from the device in their
+    update. A metric sets `collects_in_update = True` to declare that it does not.
+
+    Args:
+        metrics: Metrics by name, on the training device.
+        stage: Name of the stage, for errors.
+    """
+
+    def __init__(self, metrics: Mapping[str, Metric | OutputMetric], stage: str = "") -> None:
+        self.stage = stage
+        self.output_metrics = {
+            n: m if isinstance(m, OutputMetric) else OutputMetric(m) for n, m in metrics.items()
+        }
+        plain = {name: selected.metric for name, selected in self.output_metrics.items()}
+        self.sum_metrics = {n: SumMetric(m) for n, m in plain.items() if has_small_sum_states(m)}
+        self.accumulating_metrics = {n: m for n, m in plain.items() if n not in self.sum_metrics}
+        self.deferred_batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for name in self.deferred:  # batches of all ranks are gathered; states must not be again
+            self.accumulating_metrics[name].distributed_available_fn = lambda: False
+        self.is_enabled = True
+
+    def to(self, device: torch.device) -> StageMetrics:
+        """Return the same metrics on a device."""
+        for selected in self.output_metrics.values():
+            selected.metric.to(device)
+        return StageMetrics(self.output_metrics, self.stage)
+
+    @contextmanager
+    def validating(self) -> Iterator[None]:
+        """Make torchmetrics check its inputs, which synchronizes with the device."""
+        metrics = [selected.metric for selected in self.output_metrics.values()]
+        unchecked = [m for m in metrics if getattr(m, "validate_args", None) is False]
+        for metric in unchecked:
+            metric.validate_args = True
+        try:
+            yield
+        finally:
+            for metric in unchecked:
+                metric.validate_args = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Ignore the batches of updates within the context."""
+        self.is_enabled = False
+        try:
+            yield
+        finally:
+            self.is_enabled = True
+
+    @property
+    def deferred(self) -> list[str]:
+        """Names of the metrics that are updated at the end of the stage."""
+        return [name for name, metric in self.accumulating_metrics.items() if is_deferred(metric)]
+
+    def reset(self) -> None:
+        """Clear what the metrics have accumulated, at the start of a stage."""
+        self.deferred_batches = {name: [] for name in self.deferred}
+        for metric in self.accumulating_metrics.values():
+            metric.reset()
+
+    def update(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
+        """Update the metrics with a batch; return the sums that the step adds, by metric.
+
+        Raises:
+            UserError: A metric does not support its outputs and targets.
+        """
+        step_sums = {}
+        for name, selected in self.output_metrics.items():
+            try:
+                batch = pick(outputs, selected.output), pick(targets, selected.target)
+                if name in self.sum_metrics:
+                    metric = self.sum_metrics[name]
+                    step_sums[name] = metric.sums(*batch) if self.is_enabled else metric.zeros()
+                elif name in self.deferred_batches:
+                    self.deferred_batches[name].append(
+                        batch if self.is_enabled else map_tensors(_empty_slice, batch)
+                    )
+                elif self.is_enabled:
+                    self.accumulating_metrics[name].update(*batch)
+                else:
+                    _update_with_empty(self.accumulating_metrics[name], batch)
+            except torch.OutOfMemoryError:
+                raise
+            except METRIC_ERRORS as error:
+                outputs_text, targets_text = describe(outputs), describe(targets)
+                raise self._update_error(name, outputs_text, targets_text, error) from error
+        return step_sums
+
+    def value(self, name: str, sums: Tensor) -> np.ndarray:
+        """Return the value of a metric that is evaluated at every step, from the stage's sums.
+
+        Raises:
+            UserError: The value cannot be computed.
+        """
+        try:
+            return self.sum_metrics[name].value(sums)
+        except METRIC_ERRORS as error:
+            raise UserError(f"{self._config_key(name)}: {error}") from error
+
+    def compute_accumulating(self) -> dict[str, np.ndarray]:
+        """Return the values of the accumulating metrics over all ranks.
+
+        Ranks other than 0 return no deferred metrics.
+
+        Raises:
+            UserError: A metric does not support its batches, or its value cannot be computed.
+        """
+        values: dict[str, np.ndarray] = {}
+        for name, metric in self.accumulating_metrics.items():
+            if name in self.deferred_batches:
+                batch = _gather_batches(self.deferred_batches[name], metric.device)
+                self.deferred_batches[name] = []
+                if rank() > 0:
+                    continue
+                try:
+                    metric.update(*batch)
+                except METRIC_ERRORS as error:
+                    outputs, targets = map(describe, batch)
+                    raise self._update_error(name, outputs, targets, error) from error
+            try:
+                values |= _to_arrays(name, metric.compute())
+            except METRIC_ERRORS as error:
+                raise UserError(f"{self._config_key(name)}: {error}") from error
+        return values
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this rank has accumulated, as tensors on the CPU."""
+        states = {name: metric_states(metric) for name, metric in self.accumulating_metrics.items()}
+        saved: dict[str, Any] = map_tensors(
+            Tensor.cpu, {"states": states, "fed": self.deferred_batches}
+        )
+        return saved
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Restore the result of `state_dict`."""
+        for name, states in saved["states"].items():
+            set_metric_states(self.accumulating_metrics[name], states)
+        self.deferred_batches = {name: self._saved_batches(name, saved) for name in saved["fed"]}
+
+    def merge_state_dict(self, saved: dict[str, Any]) -> None:
+        """Add the result of another rank's `state_dict`.
+
+        Raises:
+            UserError: The states of a metric cannot be merged.
+        """
+        for name, states in saved["states"].items():
+            try:
+                merge_metric_states(self.accumulating_metrics[name], states)
+            except TypeError as error:
+                raise UserError(
+                    f"{self._config_key(name)}: its states cannot be merged, so the run cannot "
+                    "resume within an epoch on another number of devices"
+                ) from error
+        for name in saved["fed"]:
+            self.deferred_batches[name] += self._saved_batches(name, saved)
+
+    def _saved_batches(self, name: str, saved: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        metric = self.accumulating_metrics[name]
+        batches: list[tuple[Tensor, Tensor]] = map_tensors(
+            _to_device_of(metric), saved["fed"][name]
+        )
+        return batches
+
+    def _config_key(self, name: str) -> str:
+        return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
+
+    def _update_error(self, name: str, outputs: str, targets: str, error: Exception) -> UserError:
+        key = self._config_key(name)
+        return UserError(
+            f"{key}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
+        )
 
 
 class SumMetric:
     """A metric whose states are sums, so that those of steps can be added up.
 
-    Its states after one update from zero are what a step returns; its value is computed from the
-    states of one step, or from their sum over a stage.
+    A step returns the states after one update from zero. The value is computed from the states of
+    one step, or from their sum over a stage.
 
     Args:
-        metric: On the training device.
+        metric: Metric on the training device.
     """
 
     def __init__(self, metric: Metric) -> None:
@@ -38,43 +233,48 @@ class SumMetric:
         self.defaults = {
             n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
         }
-        self.on_host = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
-        self.is_count: bool | None = None  # whether its value is a whole number, once known
+        self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
+        self.is_integer: bool | None = None  # dtype of the value; None until it is first computed
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """The states after this batch alone, on its device; nothing is read back."""
-        # Past the module's __setattr__ and the instance's wrapper of update: both cost time.
+        """Return the states after this batch alone, without synchronizing with the device."""
+        # Bypass Module.__setattr__ and torchmetrics' wrapper of update, which are slow.
         vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.defaults.items()})
         type(self.metric).update(self.metric, outputs, targets)
         return tuple(getattr(self.metric, name) for name in self.defaults)
 
     def zeros(self) -> Sums:
-        """The states after no batch."""
+        """Return the states of a step without samples."""
         return tuple(torch.zeros_like(zero) for zero in self.defaults.values())
 
     def value(self, sums: Tensor) -> np.ndarray:
-        """The metric from a host float64 vector of all states, one after the other.
+        """Return the value of the metric.
 
-        Counts are divided in float64, so that 9 of 10 are 0.9 and not the nearest float32.
+        Args:
+            sums: Concatenated states, a float64 vector on the CPU. Counts are divided in float64,
+                so that 9 of 10 are exactly 0.9 and not the nearest float32.
         """
-        if self.is_count is None:
-            (states,) = self._states(sums[None], exact=False)
-            self.is_count = not self._computed(states).is_floating_point()
-        (states,) = self._states(sums[None], exact=not self.is_count)
-        return self._computed(states).numpy()
+        if self.is_integer is None:
+            (states,) = self._split_states(sums[None], exact=False)
+            self.is_integer = not self._compute(states).is_floating_point()
+        (states,) = self._split_states(sums[None], exact=not self.is_integer)
+        return self._compute(states).numpy()
 
     def values(self, rows: Tensor) -> np.ndarray:
-        """The metric, a single number, of each row of a matrix of such vectors."""
-        exact, found = not self.is_count, np.full(len(rows), np.nan)
-        for place, states in enumerate(self._states(rows, exact)):
-            try:
-                found[place] = self._computed(states).item()
-            except (ValueError, RuntimeError):  # too few samples, as R2 has of a single one
-                continue
-        whole = self.is_count and not np.isnan(found).any()
-        return found.astype(np.int64) if whole else found
+        """Return the values of a scalar metric, for each row of a matrix of concatenated states.
 
-    def _states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
+        NaN marks the rows without a value.
+        """
+        exact, values = not self.is_integer, np.full(len(rows), np.nan)
+        for index, states in enumerate(self._split_states(rows, exact)):
+            try:
+                values[index] = self._compute(states).item()
+            except (ValueError, RuntimeError):  # too few samples, such as R2 of a single one
+                continue
+        is_integer = self.is_integer and not np.isnan(values).any()
+        return values.astype(np.int64) if is_integer else values
+
+    def _split_states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
         sizes = [zero.numel() for zero in self.defaults.values()]
         columns = [
             (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
@@ -82,305 +282,138 @@ class SumMetric:
         ]
         return zip(*columns, strict=True)
 
-    def _computed(self, states: tuple[Tensor, ...]) -> Tensor:
-        vars(self.on_host).update(zip(self.defaults, states, strict=True))
-        value: Tensor = type(self.on_host).compute(self.on_host)
+    def _compute(self, states: tuple[Tensor, ...]) -> Tensor:
+        vars(self.cpu_metric).update(zip(self.defaults, states, strict=True))
+        value: Tensor = type(self.cpu_metric).compute(self.cpu_metric)
         return value
-
-
-class StageMetrics:
-    """The metrics of one stage.
-
-    Args:
-        metrics: By name, on the training device. Those with few states that are sums are kept
-            step by step; the others (a curve, a large matrix) accumulate until the stage ends.
-        stage: In which they are measured, for errors.
-
-    A metric that collects all outputs is updated when the stage ends: many of them read the
-    device in their update. One whose `collects_in_update` is true says that its update does not.
-    """
-
-    def __init__(self, metrics: Mapping[str, Metric | OutputMetric], stage: str = "") -> None:
-        self.stage = stage
-        self.selected = {
-            n: m if isinstance(m, OutputMetric) else OutputMetric(m) for n, m in metrics.items()
-        }
-        plain = {name: selected.metric for name, selected in self.selected.items()}
-        self.by_step = {n: SumMetric(m) for n, m in plain.items() if has_narrow_sums(m)}
-        self.by_stage = {n: m for n, m in plain.items() if n not in self.by_step}
-        self.collected: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for name in self.deferred:  # collected from all ranks, not to be synchronised again
-            self.by_stage[name].distributed_available_fn = lambda: False
-        self.is_counting = True
-
-    def to(self, device: torch.device) -> StageMetrics:
-        """The same, on that device."""
-        for selected in self.selected.values():
-            selected.metric.to(device)
-        return StageMetrics(self.selected, self.stage)
-
-    @contextmanager
-    def validating(self) -> Iterator[None]:
-        """Metrics of torchmetrics look at their inputs, which reads the device."""
-        metrics = [selected.metric for selected in self.selected.values()]
-        lax = [m for m in metrics if getattr(m, "validate_args", None) is False]
-        for metric in lax:
-            metric.validate_args = True
-        try:
-            yield
-        finally:
-            for metric in lax:
-                metric.validate_args = False
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Batches count nothing."""
-        self.is_counting = False
-        try:
-            yield
-        finally:
-            self.is_counting = True
-
-    @property
-    def deferred(self) -> list[str]:
-        """Those that are updated when the stage ends."""
-        return [name for name, metric in self.by_stage.items() if collects(metric)]
-
-    def reset(self) -> None:
-        """Forgets what has accumulated; a stage begins."""
-        self.collected = {name: [] for name in self.deferred}
-        for metric in self.by_stage.values():
-            metric.reset()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What has accumulated in this rank: tensors on the host."""
-        states = {name: states_of(metric) for name, metric in self.by_stage.items()}
-        kept: dict[str, Any] = map_tensors(Tensor.cpu, {"states": states, "fed": self.collected})
-        return kept
-
-    def load_state_dict(self, kept: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-        for name, states in kept["states"].items():
-            set_states(self.by_stage[name], states)
-        self.collected = {name: self._deferred_batches(name, kept) for name in kept["fed"]}
-
-    def add_state_dict(self, kept: dict[str, Any]) -> None:
-        """Takes in what another rank had accumulated.
-
-        Raises:
-            UserError: A metric's states cannot be put together.
-        """
-        for name, states in kept["states"].items():
-            try:
-                add_states(self.by_stage[name], states)
-            except TypeError as error:
-                problem = "cannot go on on another number of devices in the midst of an epoch"
-                raise UserError(f"{self._key(name)}: it {problem}") from error
-        for name in kept["fed"]:
-            self.collected[name] += self._deferred_batches(name, kept)
-
-    def _deferred_batches(self, name: str, kept: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
-        device = self.by_stage[name].device
-        fed: list[tuple[Tensor, Tensor]] = map_tensors(lambda t: t.to(device), kept["fed"][name])
-        return fed
-
-    def sums(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
-        """What this batch adds to each metric that is kept step by step.
-
-        Raises:
-            UserError: Names the metric that cannot take what it is fed.
-        """
-        found = {}
-        for name, selected in self.selected.items():
-            try:
-                fed = pick(outputs, selected.output), pick(targets, selected.target)
-                if name in self.by_step:
-                    step = self.by_step[name]
-                    found[name] = step.sums(*fed) if self.is_counting else step.zeros()
-                elif name in self.collected:
-                    self.collected[name].append(
-                        fed if self.is_counting else map_tensors(_none_of, fed)
-                    )
-                elif self.is_counting:
-                    self.by_stage[name].update(*fed)
-                else:
-                    _update_by_nothing(self.by_stage[name], fed)
-            except torch.OutOfMemoryError:
-                raise
-            except _REFUSALS as error:
-                raise self._refusal(name, describe(outputs), describe(targets), error) from error
-        return found
-
-    def value(self, name: str, sums: Tensor) -> np.ndarray:
-        """That of a metric kept step by step, from the sums of the stage.
-
-        Raises:
-            UserError: It cannot be computed; names the metric.
-        """
-        try:
-            return self.by_step[name].value(sums)
-        except _REFUSALS as error:
-            raise UserError(f"{self._key(name)}: {error}") from error
-
-    def accumulated(self) -> dict[str, np.ndarray]:
-        """The values of those that accumulated, over all ranks; rank 0 has all of them."""
-        values: dict[str, np.ndarray] = {}
-        for name, metric in self.by_stage.items():
-            if name in self.collected:
-                fed = _from_all_ranks(self.collected[name], metric.device)
-                self.collected[name] = []
-                if rank() > 0:
-                    continue
-                try:
-                    metric.update(*fed)
-                except _REFUSALS as error:
-                    outputs, targets = map(describe, fed)
-                    raise self._refusal(name, outputs, targets, error) from error
-            try:
-                values |= _arrays(name, metric.compute())
-            except _REFUSALS as error:
-                raise UserError(f"{self._key(name)}: {error}") from error
-        return values
-
-    def _key(self, name: str) -> str:
-        return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
-
-    def _refusal(self, name: str, outputs: str, targets: str, error: Exception) -> UserError:
-        return UserError(
-            f"{self._key(name)}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
-        )
-
-
-def _none_of(tensor: Tensor) -> Tensor:
-    return tensor[:0]
-
-
-def _from_all_ranks(fed: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
-    """Outputs and targets of all batches and ranks, in rank 0."""
-    mine = [torch.cat(parts) for parts in zip(*fed, strict=True)]
-    if not is_distributed():
-        return mine
-    ranks = gather_object([tensor.cpu() for tensor in mine])
-    return [torch.cat(parts).to(device) for parts in zip(*ranks, strict=True)]
-
-
-def _update_by_nothing(metric: Metric, fed: tuple[Tensor, Tensor]) -> None:
-    """Lists of states become as long as in other ranks, by what holds no sample."""
-    before = states_of(metric)
-    metric.update(*fed)
-    after = states_of(metric)
-    for name, state in before.items():
-        if isinstance(state, list):
-            state += [_none_of(part) for part in after[name][len(state) :]]
-    set_states(metric, before)
-
-
-def _parts(metric: Metric) -> dict[str, Metric]:
-    """The metric, and those that it wraps, by their paths."""
-    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
-
-
-def states_of(metric: Metric) -> dict[str, Tensor | list[Tensor]]:
-    """Copies of all that it has accumulated, by path."""
-    return {
-        f"{path}:{name}": list(state) if isinstance(state, list) else state.clone()
-        for path, part in _parts(metric).items()
-        for name in part._defaults
-        for state in [getattr(part, name)]
-    }
-
-
-def set_states(metric: Metric, states: Mapping[str, Tensor | list[Tensor]]) -> None:
-    """Puts back what `states_of` gave."""
-    parts = _parts(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        setattr(parts[path], name, map_tensors(lambda t: t.to(metric.device), state))
-        parts[path]._update_count = max(1, parts[path]._update_count)  # else it warns
-
-
-def add_states(metric: Metric, states: Mapping[str, Tensor | list[Tensor]]) -> None:
-    """Takes in what the same metric of another rank had accumulated.
-
-    Raises:
-        TypeError: They cannot be put together.
-    """
-    parts, own = _parts(metric), states_of(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        reduction, theirs = parts[path]._reductions[name], map_tensors(_to(metric), state)
-        if isinstance(theirs, list):
-            own[key] += theirs  # type: ignore[operator]
-        elif reduction in MERGES:
-            own[key] = MERGES[reduction](own[key], theirs)
-        else:
-            raise TypeError(f"{key} is not a sum, a maximum, a minimum or a list")
-    set_states(metric, own)
-
-
-def _to(metric: Metric) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(metric.device)
-
-
-MERGES: dict[Any, Callable[..., Tensor]] = {
-    dim_zero_sum: torch.add,
-    dim_zero_max: torch.maximum,
-    dim_zero_min: torch.minimum,
-}
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError)
 
 
 def as_metrics(
     metrics: Mapping[str, Metric | OutputMetric | Callable[..., Tensor]], stage: str = ""
 ) -> StageMetrics:
-    """The metrics of a stage from torchmetrics' and from plain functions, by name."""
+    """Return the metrics of a stage, some of which may be plain functions."""
     return StageMetrics({name: as_metric(metric) for name, metric in metrics.items()}, stage)
 
 
 def as_metric(metric: Metric | OutputMetric | Callable[..., Tensor]) -> Metric | OutputMetric:
-    """A plain function `(output, target) -> tensor` becomes a metric; a metric stays."""
+    """Convert a plain function `(output, target) -> tensor` to a metric; metrics stay the same."""
     if isinstance(metric, OutputMetric):
-        return OutputMetric(_measured(metric.metric), metric.output, metric.target)
-    return _measured(metric)
+        return OutputMetric(_wrap_function(metric.metric), metric.output, metric.target)
+    return _wrap_function(metric)
 
 
-def _measured(metric: Metric | Callable[..., Tensor]) -> Metric:
+def _wrap_function(metric: Metric | Callable[..., Tensor]) -> Metric:
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 
-def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
-    """By name what a metric computed: one tensor, or several in a tuple or dict."""
+def has_small_sum_states(metric: Metric) -> bool:
+    """Whether all states are tensors that are summed over ranks and have few elements in total."""
+    states = metric._defaults.values()
+    return (
+        all(isinstance(state, Tensor) for state in states)
+        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
+        and 0
+        < sum(state.numel() for state in states if isinstance(state, Tensor))
+        <= MAX_STATE_SIZE
+        and _computes_tensor(metric)
+    )
+
+
+def _computes_tensor(metric: Metric) -> bool:
+    """Whether the value is a single tensor, even without any samples."""
+    copied = copy.deepcopy(metric).cpu()
+    try:
+        return isinstance(type(copied).compute(copied), Tensor)
+    except (*METRIC_ERRORS, ArithmeticError):
+        return False
+
+
+def is_deferred(metric: Metric) -> bool:
+    """Whether batches are collected and passed to the metric at the end of the stage."""
+    has_lists = any(isinstance(state, list) for state in metric._defaults.values())
+    return has_lists and not getattr(metric, "collects_in_update", False)
+
+
+def metric_states(metric: Metric) -> dict[str, Tensor | list[Tensor]]:
+    """Return copies of the states of a metric and of the metrics that it wraps."""
+    return {
+        f"{path}:{name}": list(state) if isinstance(state, list) else state.clone()
+        for path, part in _submetrics(metric).items()
+        for name in part._defaults
+        for state in [getattr(part, name)]
+    }
+
+
+def set_metric_states(metric: Metric, states: MetricStates) -> None:
+    """Restore the result of `metric_states`."""
+    parts = _submetrics(metric)
+    for key, state in states.items():
+        path, _, name = key.rpartition(":")
+        setattr(parts[path], name, map_tensors(_to_device_of(metric), state))
+        # Otherwise torchmetrics warns that compute was called before update.
+        parts[path]._update_count = max(1, parts[path]._update_count)
+
+
+def merge_metric_states(metric: Metric, states: MetricStates) -> None:
+    """Add the states of the same metric of another rank.
+
+    Raises:
+        TypeError: A state is neither a sum, a maximum, a minimum nor a list.
+    """
+    parts, merged = _submetrics(metric), metric_states(metric)
+    for key, state in states.items():
+        path, _, name = key.rpartition(":")
+        reduction = parts[path]._reductions[name]
+        other = map_tensors(_to_device_of(metric), state)
+        if isinstance(other, list):
+            merged[key] += other  # type: ignore[operator]
+        elif reduction in MERGE_FUNCTIONS:
+            merged[key] = MERGE_FUNCTIONS[reduction](merged[key], other)
+        else:
+            raise TypeError(f"{key} is not a sum, a maximum, a minimum or a list")
+    set_metric_states(metric, merged)
+
+
+def _submetrics(metric: Metric) -> dict[str, Metric]:
+    """Return the metric and the metrics that it wraps, by path."""
+    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
+
+
+def _to_device_of(metric: Metric) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(metric.device)
+
+
+def _update_with_empty(metric: Metric, batch: tuple[Tensor, Tensor]) -> None:
+    """Extend list states by empty tensors, so that they are as long as on other ranks."""
+    before = metric_states(metric)
+    metric.update(*batch)
+    after = metric_states(metric)
+    for name, state in before.items():
+        if isinstance(state, list):
+            state += [_empty_slice(part) for part in after[name][len(state) :]]
+    set_metric_states(metric, before)
+
+
+def _empty_slice(tensor: Tensor) -> Tensor:
+    return tensor[:0]
+
+
+def _gather_batches(batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
+    """Return the concatenated outputs and targets of all ranks; complete on rank 0 only."""
+    local = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    if not is_distributed():
+        return local
+    by_rank = gather_object([tensor.cpu() for tensor in local])
+    return [torch.cat(parts).to(device) for parts in zip(*by_rank, strict=True)]
+
+
+def _to_arrays(name: str, value: Any) -> dict[str, np.ndarray]:
+    """Return the value of a metric by name; parts of a tuple or dict are named `<name>_<key>`."""
     if isinstance(value, Tensor):
         return {name: value.cpu().numpy()}
     if isinstance(value, (tuple, list)):
         value = dict(enumerate(value))
     if isinstance(value, dict):
-        inner = (_arrays(f"{name}_{key}", part) for key, part in value.items())
-        return {key: part for parts in inner for key, part in parts.items()}
+        nested = (_to_arrays(f"{name}_{key}", part) for key, part in value.items())
+        return {key: array for arrays in nested for key, array in arrays.items()}
     return {name: np.asarray(value)}
-
-
-def collects(metric: Metric) -> bool:
-    """Whether all outputs are kept for it until the stage ends."""
-    lists = any(isinstance(state, list) for state in metric._defaults.values())
-    return lists and not getattr(metric, "collects_in_update", False)
-
-
-def has_narrow_sums(metric: Metric) -> bool:
-    """Whether all of its states are tensors of few numbers that add up."""
-    states = metric._defaults.values()
-    return (
-        all(isinstance(state, Tensor) for state in states)
-        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
-        and 0 < sum(state.numel() for state in states if isinstance(state, Tensor)) <= NARROW
-        and _computes_a_tensor(metric)
-    )
-
-
-def _computes_a_tensor(metric: Metric) -> bool:
-    """Whether its value is one tensor, even of no sample at all."""
-    trial = copy.deepcopy(metric).cpu()
-    try:
-        return isinstance(type(trial).compute(trial), Tensor)
-    except (*_REFUSALS, ArithmeticError):
-        return False

@@ -1,8 +1,8 @@
-"""What the steps of a stage return, and what they add up to.
+"""Accumulation of step values into the tables of a stage.
 
-A step returns a row of sums that stay on the device. When the stage ends they are stacked, reduced
-over ranks and copied to the host once; from that one block come the value of every iteration and
-the exact value of the stage, so the two cannot disagree.
+Each step returns sums that stay on the device. When the stage ends they are stacked, reduced over
+ranks and copied to the host once. The values of every iteration and the exact value of the stage
+are computed from that same block, so they cannot disagree.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from app.distributed.collectives import all_reduce, broadcast_object, rank
 from app.metrics.stage_metrics import StageMetrics, Sums
 from app.training.history import Row
 
-FLUSH_EVERY = 10_000  # rows kept on the device at most
+FLUSH_EVERY = 10_000  # maximum number of steps whose values are kept on the device
 
 
 @dataclass(frozen=True)
 class Average:
-    """A mean over the samples of a step.
+    """Mean over the samples of a step; make it with `average(value, count)`.
 
     Attributes:
-        value: A scalar, on its device.
-        count: How many samples.
+        value: Scalar tensor on the device, detached.
+        count: Number of samples; 0 if the step does not count.
     """
 
     value: Tensor
@@ -39,11 +39,16 @@ class Average:
 
 
 StepValues = Mapping[str, Average | Sums]
-Tick = float | torch.cuda.Event
+Timestamp = float | torch.cuda.Event
+
+
+def average(value: Tensor, count: int) -> Average:
+    """Return a scalar tensor as the mean over `count` samples; detached, but not read."""
+    return Average(value.detach(), count)
 
 
 def zeros_like_row(values: StepValues) -> StepValues:
-    """The same row, counting nothing."""
+    """Return the same columns with values that count for nothing."""
     return {
         name: Average(torch.zeros_like(value.value), 0)
         if isinstance(value, Average)
@@ -52,160 +57,97 @@ def zeros_like_row(values: StepValues) -> StepValues:
     }
 
 
-def average(value: Tensor, count: int) -> Average:
-    """A scalar tensor as the mean over so many samples; cut off from the graph, not read."""
-    return Average(value.detach(), count)
-
-
-@dataclass(frozen=True)
-class StageResult:
-    """A stage that has ended.
-
-    Attributes:
-        stage: `train`, `valid` or `test`.
-        epoch: Counted from 1.
-        row: Its row of the history.
-        steps: A line for each iteration.
-        arrays: Values of metrics that are no single number.
-        is_whole: Whether it has come to its end; what was cut is told again when the run goes on.
-    """
-
-    stage: str
-    epoch: int
-    row: Row
-    steps: pd.DataFrame
-    arrays: dict[str, np.ndarray]
-    is_whole: bool = True
-
-
-class StepTimer:
-    """Seconds of each step, without waiting for the device.
-
-    On a CUDA device the times are those between events in its stream, read when the stage ends.
-
-    Args:
-        device: That the steps run on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-        self.started = time.perf_counter()
-        self.ticks = [self._now()]
-        self.before: list[float] = []  # of steps before the run was taken up again
-        self.elapsed_before = 0.0
-
-    def _now(self) -> Tick:
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def tick(self) -> None:
-        """A step has been given to the device."""
-        self.ticks.append(self._now())
-
-    def step_times(self) -> list[float]:
-        """Seconds between ticks; to be asked once the device is done."""
-        pairs = zip(self.ticks[:-1], self.ticks[1:], strict=True)
-        return [*self.before, *(_seconds(a, b) for a, b in pairs)]
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return self.elapsed_before + time.perf_counter() - self.started
-
-
-def _seconds(before: Tick, after: Tick) -> float:
-    if isinstance(before, float) and isinstance(after, float):
-        return after - before
-    assert isinstance(before, torch.cuda.Event)
-    assert isinstance(after, torch.cuda.Event)
-    return float(before.elapsed_time(after)) / 1000
-
-
 class StageAccumulator:
-    """The rows of the stage under way.
+    """Collects the values of all steps of a stage.
 
     Args:
-        metrics: Those of the stage.
-        device: That the steps run on.
+        metrics: Metrics of the stage; they are reset.
+        device: Device that the steps run on.
     """
 
     def __init__(self, metrics: StageMetrics, device: torch.device) -> None:
         metrics.reset()
-        self.metrics, self.clock = metrics, StepTimer(device)
+        self.metrics, self.timer = metrics, StepTimer(device)
         self.pending: list[StepValues] = []
         self.blocks: list[dict[str, Tensor]] = []
-        self.numbers: dict[str, list[float]] = {}
+        self.host_values: dict[str, list[float]] = {}
 
-    def add(self, values: StepValues, numbers: Mapping[str, float] | None = None) -> None:
-        """One step's values, and numbers that the host knows, as the learning rate it had."""
+    def add(self, values: StepValues, host_values: Mapping[str, float] | None = None) -> None:
+        """Add the values of a step.
+
+        Args:
+            values: Averages and sums that are on the device.
+            host_values: Further columns that are plain numbers, such as the learning rate.
+        """
         self.pending.append(values)
-        self.clock.tick()
-        for name, number in (numbers or {}).items():
-            self.numbers.setdefault(name, []).append(number)
+        self.timer.tick()
+        for name, number in (host_values or {}).items():
+            self.host_values.setdefault(name, []).append(number)
         if len(self.pending) == FLUSH_EVERY:
             self.flush()
 
     @property
     def is_empty(self) -> bool:
-        """Whether no step has come."""
+        """Whether no step has been added."""
         return not (self.pending or self.blocks)
 
     def flush(self) -> None:
-        """Brings what has come in to the host, in one copy."""
+        """Reduce all pending values over ranks and copy them to the host at once."""
         if self.pending:
-            self.blocks.append(to_host(self.pending))
+            self.blocks.append(reduce_to_host(self.pending))
             self.pending = []
 
     def mask_last(self, count: int) -> None:
-        """The last so many steps count nothing; their cells are empty."""
-        late = min(count, len(self.pending))
-        if late:
-            self.pending[-late:] = map(zeros_like_row, self.pending[-late:])
-        left = count - late
-        for block in reversed(self.blocks):  # brought in already
+        """Exclude the last `count` steps from the totals; their cells in the table become empty."""
+        num_pending = min(count, len(self.pending))
+        if num_pending:
+            self.pending[-num_pending:] = map(zeros_like_row, self.pending[-num_pending:])
+        remaining = count - num_pending
+        for block in reversed(self.blocks):  # flushed already
             length = len(next(iter(block.values())))
-            taken = min(left, length)
+            masked = min(remaining, length)
             for column in block.values():
-                column[length - taken :] = 0
-            left -= taken
+                column[length - masked :] = 0
+            remaining -= masked
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values of what has come in; every rank must ask."""
+        """Return the state for a checkpoint: tensors and plain values; all ranks must call this."""
         self.flush()
         return {
             "blocks": self.blocks,
-            "numbers": self.numbers,
-            "times": self.clock.step_times(),
-            "elapsed": self.clock.elapsed(),
+            "numbers": self.host_values,
+            "times": self.timer.step_times(),
+            "elapsed": self.timer.elapsed(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-        self.blocks, self.numbers = list(state["blocks"]), dict(state["numbers"])
-        self.clock.before, self.clock.elapsed_before = state["times"], state["elapsed"]
+        """Restore the state that `state_dict` returned."""
+        self.blocks, self.host_values = list(state["blocks"]), dict(state["numbers"])
+        self.timer.earlier_times, self.timer.earlier_elapsed = state["times"], state["elapsed"]
 
     def result(self, stage: str, epoch: int) -> StageResult:
-        """All rows, added up; ranks other than 0 get the stage's row alone."""
+        """Compute the result of the stage; all ranks must call this.
+
+        On ranks other than 0 only `row` is set.
+        """
         self.flush()
-        accumulated = self.metrics.accumulated()
+        accumulated = self.metrics.compute_accumulating()
         if rank() > 0:
             return StageResult(stage, epoch, broadcast_object({}), pd.DataFrame(), {})
-        found = self._added_up(stage, epoch, accumulated)
-        broadcast_object(found.row)
-        return found
+        result = self._summarize(stage, epoch, accumulated)
+        broadcast_object(result.row)
+        return result
 
-    def _added_up(
+    def _summarize(
         self, stage: str, epoch: int, accumulated: Mapping[str, np.ndarray]
     ) -> StageResult:
         columns = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]}
         steps, totals, arrays = {}, {}, {}
         for name, sums in columns.items():
-            metric = self.metrics.by_step.get(name)
+            metric = self.metrics.sum_metrics.get(name)
             total = sums.sum(0)
             if metric is None:
-                with np.errstate(invalid="ignore"):  # none counted: not a number
+                with np.errstate(invalid="ignore"):  # 0 / 0 of a step without samples is NaN
                     steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
                     totals[name] = float(total[0] / total[1])
             elif (value := self.metrics.value(name, total)).size == 1:
@@ -219,11 +161,11 @@ class StageAccumulator:
             else:
                 arrays[name] = value
         counts = columns["loss"][:, 1].numpy().astype(np.int64)
-        table = self._table(stage, epoch, counts, steps)
-        row = self._row(stage, epoch, counts, steps["loss"], totals)
+        table = self._step_table(stage, epoch, counts, steps)
+        row = self._summary_row(stage, epoch, counts, steps["loss"], totals)
         return StageResult(stage, epoch, row, table, arrays)
 
-    def _table(
+    def _step_table(
         self, stage: str, epoch: int, counts: np.ndarray, steps: dict[str, np.ndarray]
     ) -> pd.DataFrame:
         table = pd.DataFrame(
@@ -236,12 +178,12 @@ class StageAccumulator:
                 **{name: values for name, values in steps.items() if name != "loss"},
             }
         )
-        for name, numbers in self.numbers.items():
+        for name, numbers in self.host_values.items():
             table[name] = numbers
-        table["iter_time"] = self.clock.step_times()
+        table["iter_time"] = self.timer.step_times()
         return table
 
-    def _row(
+    def _summary_row(
         self,
         stage: str,
         epoch: int,
@@ -249,41 +191,118 @@ class StageAccumulator:
         losses: np.ndarray,
         totals: dict[str, float],
     ) -> Row:
-        samples, seconds = int(counts.sum()), self.clock.elapsed()
+        num_samples, seconds = int(counts.sum()), self.timer.elapsed()
         mean = totals.pop("loss")
-        some = counts > 0
-        squares = (losses[some] - mean) ** 2
-        spread = math.sqrt(np.average(squares, weights=counts[some])) if some.any() else math.nan
+        counted = counts > 0
+        squares = (losses[counted] - mean) ** 2
+        variance = np.average(squares, weights=counts[counted]) if counted.any() else math.nan
         return {
             "epoch": epoch,
             "stage": stage,
             "loss_mean": mean,
-            "loss_std": spread,
-            "total_samples": samples,
+            "loss_std": math.sqrt(variance),
+            "total_samples": num_samples,
             **totals,
             "epoch_time": seconds,
-            "samples/s": samples / seconds,
+            "samples/s": num_samples / seconds,
         }
 
 
-def to_host(rows: list[StepValues]) -> dict[str, Tensor]:
-    """By name a host float64 matrix: a line for each step; its sum and count, or its states."""
-    columns = {name: _stacked([row[name] for row in rows]) for name in rows[0]}
+def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
+    """Stack the values of several steps, reduce them over ranks and copy them to the host.
+
+    Args:
+        rows: Values of each step, all with the same columns.
+
+    Returns:
+        By column name, a float64 matrix with one row per step. Its columns are the sum and the
+        count of an `Average`, or all states of a metric.
+    """
+    columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
     widths = [column.shape[1] for column in columns.values()]
     block = all_reduce(torch.cat(list(columns.values()), dim=1)).cpu().double()
     return dict(zip(columns, block.split(widths, dim=1), strict=True))
 
 
-def _stacked(values: Sequence[Average | Sums]) -> Tensor:
-    means = [value for value in values if isinstance(value, Average)]
-    if means:
-        sums = _wide(torch.stack([mean.value for mean in means]))
-        counts = sums.new_tensor([mean.count for mean in means])
-        return torch.stack([sums * counts, counts], dim=1)
+def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
+    averages = [value for value in values if isinstance(value, Average)]
+    if averages:
+        means = _to_float64(torch.stack([item.value for item in averages]))
+        counts = means.new_tensor([item.count for item in averages])
+        return torch.stack([means * counts, counts], dim=1)
     states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
-    return torch.cat([_wide(torch.stack(state)).reshape(len(values), -1) for state in states], 1)
+    stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
+    return torch.cat(stacked, dim=1)
 
 
-def _wide(values: Tensor) -> Tensor:
-    """In float64, in which counts and float32 sums are exact; MPS has float32 alone."""
+def _to_float64(values: Tensor) -> Tensor:
+    """Convert to float64, which sums counts and float32 values exactly; MPS only has float32."""
     return values.float() if values.device.type == "mps" else values.double()
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """Result of a stage.
+
+    Attributes:
+        stage: `train`, `valid` or `test`.
+        epoch: Epoch that was trained, or whose weights were evaluated; counted from 1.
+        row: Summary of the stage, a row of the history.
+        steps: Table with one row per iteration; empty on ranks other than 0.
+        arrays: Values of metrics that are not a single number, such as a confusion matrix.
+        is_complete: Whether the stage ran to its end. If training was interrupted, the complete
+            stage is reported again once the run is resumed.
+    """
+
+    stage: str
+    epoch: int
+    row: Row
+    steps: pd.DataFrame
+    arrays: dict[str, np.ndarray]
+    is_complete: bool = True
+
+
+class StepTimer:
+    """Measures the duration of each step without synchronizing the device.
+
+    On a CUDA device these are the times between events in the stream, which are only read when the
+    stage ends.
+
+    Args:
+        device: Device that the steps run on.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_cuda = device.type == "cuda"
+        self.started = time.perf_counter()
+        self.ticks = [self._timestamp()]
+        self.earlier_times: list[float] = []  # of the steps before the run was resumed
+        self.earlier_elapsed = 0.0
+
+    def tick(self) -> None:
+        """Mark the end of a step."""
+        self.ticks.append(self._timestamp())
+
+    def step_times(self) -> list[float]:
+        """Return the seconds of each step; only call this once the device has finished."""
+        pairs = zip(self.ticks[:-1], self.ticks[1:], strict=True)
+        return [*self.earlier_times, *(_seconds_between(a, b) for a, b in pairs)]
+
+    def elapsed(self) -> float:
+        """Return the seconds since the stage started, without the time between two runs."""
+        return self.earlier_elapsed + time.perf_counter() - self.started
+
+    def _timestamp(self) -> Timestamp:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _seconds_between(start: Timestamp, end: Timestamp) -> float:
+    if isinstance(start, float) and isinstance(end, float):
+        return end - start
+    assert isinstance(start, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return float(start.elapsed_time(end)) / 1000

@@ -1,4 +1,4 @@
-"""What a batch means: forward, losses, metrics, learning. Users subclass this."""
+"""Task: what one training, evaluation or prediction step does. Users subclass it."""
 
 from __future__ import annotations
 
@@ -23,38 +23,54 @@ Forward = Callable[[Nested], Nested]
 MetricsLike = StageMetrics | Mapping[str, Metric | OutputMetric | Callable[..., Tensor]]
 
 
-@dataclass(frozen=True)
-class StepOutput:
-    """What a step gives back; everything stays on the device.
-
-    Attributes:
-        values: The row of the step: the loss and whatever else is to be a column.
-        outputs: What the model gave, for those who watch.
-        numbers: Further columns, known to the host.
-    """
-
-    values: StepValues
-    outputs: Nested = None
-    host_values: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def num_samples(self) -> int:
-        """Over which the loss is the mean."""
-        loss = self.values["loss"]
-        assert isinstance(loss, Average), "a loss is a mean over samples: mean_of(loss, count)"
-        return loss.count
-
-
 class Task:
-    """What the loop needs; a task from scratch answers at least `train_step` or `eval_step`.
+    """Base class of tasks: the model, its metrics, and what a step does with a batch.
 
-    The loop calls the steps inside the autocast of the precision, the model in the right mode,
-    `eval_step` and `predict_step` without gradients.
+    Override `train_step` to train, `eval_step` to validate and test, and `predict_step` to
+    predict. For one model with inputs, targets and a loss, subclass
+    `app.training.supervised.SupervisedTask` instead.
+
+    The training loop does the rest. It calls the steps with batches that are on the device, inside
+    the autocast of the precision and with the model in training or evaluation mode; `eval_step`
+    and `predict_step` also run without gradients. The optimizer wrapper handles accumulation,
+    clipping, gradient scaling, reduction over ranks and the learning rate schedule.
+
+    A step must not read tensors on the host (`.item()`, `.cpu()`, `float(tensor)`,
+    `if tensor`), since that would wait for the device; return them instead, and they become
+    columns of the tables.
+
+    Example::
+
+        class Autoencoder(Task):
+            def train_step(self, batch: Nested) -> StepOutput:
+                images, _ = batch
+                outputs = self.forward_model(images)
+                loss = F.mse_loss(outputs, images)
+                self.optimizer.step(loss, len(images))
+                return self.step_output("train", outputs, images, loss)
+
+            def eval_step(self, stage: str, batch: Nested) -> StepOutput:
+                images, _ = batch
+                outputs = self.model(images)
+                return self.step_output(stage, outputs, images, F.mse_loss(outputs, images))
+
+    With several optimizers, configured under the names of submodules, use
+    `self.optimizers["generator"].step(loss, num_samples)`; see
+    `app.training.dcgan_task.AdversarialTask`.
 
     Args:
-        model: All modules that learn, as one.
-        metrics: By stage.
-        precision: Of the forward pass.
+        model: Module with all trainable parts.
+        metrics: Metrics by name for each of the stages `train`, `valid` and `test`. A metric is
+            one of torchmetrics, an `OutputMetric`, or a function of outputs and targets.
+        precision: Precision of the forward pass; None is fp32.
+
+    Attributes:
+        model: The module itself. Use it to evaluate, and to access submodules.
+        forward_model: What a training step calls in place of `model`. With several ranks it is the
+            strategy that synchronizes gradients, otherwise it is `model`.
+        metrics: Metrics of each stage.
+        optimizers: Optimizer wrappers by name, set before the first `train_step`; None if the task
+            is not trained.
     """
 
     def __init__(
@@ -64,56 +80,93 @@ class Task:
         precision: Precision | None = None,
     ) -> None:
         self.model = model
-        self.forward_model: Callable[..., Any] = (
-            model  # what a training step calls, see `app.distributed.strategies`
-        )
+        self.forward_model: Callable[..., Any] = model
         self.precision = precision or Precision("fp32", "cpu")
-        given = metrics or {}
+        metrics = metrics or {}
         self.metrics = {
-            stage: _stage_metrics(given.get(stage, {}), stage)
+            stage: _as_stage_metrics(metrics.get(stage, {}), stage)
             for stage in ("train", "valid", "test")
         }
-        self.optimizers: OptimWrapperDict | None = None  # set before the first `train_step`
+        self.optimizers: OptimWrapperDict | None = None
 
     def train_step(self, batch: Nested) -> StepOutput:
-        """Learns from one batch."""
+        """Train on one batch: compute the loss and step the optimizer.
+
+        Call `self.optimizer.step(loss, num_samples)` once per batch (or each of
+        `self.optimizers[name]`); it runs the backward pass and steps when enough batches are
+        accumulated. Do not call `loss.backward()` or step optimizers directly.
+
+        Args:
+            batch: Batch of the training data, on the device.
+
+        Returns:
+            The loss and other values of the step, as `step_output` makes them.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no train_step")
 
     def eval_step(self, stage: str, batch: Nested) -> StepOutput:
-        """Measures one batch of `valid` or `test`."""
+        """Evaluate one batch.
+
+        Args:
+            stage: `valid`, `test`, or `train` if the training data is evaluated.
+            batch: Batch of that stage, on the device.
+
+        Returns:
+            The loss and other values of the step, as `step_output` makes them.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no eval_step")
 
     def predict_step(self, batch: Nested) -> Nested:
-        """What is predicted for one batch."""
+        """Return the predictions for one batch.
+
+        Args:
+            batch: Batch on the device; it may contain targets.
+
+        Returns:
+            A tensor, or nested tuples, lists and dicts of tensors, whose first dimension is the
+            batch.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no predict_step")
 
     def bn_forward(self, batch: Nested) -> None:
-        """Only puts a batch through the model, whose batch statistics are measured anew."""
+        """Run the forward pass on a training batch to update batch norm statistics.
+
+        Called when the statistics are recomputed for averaged weights. By default it runs
+        `predict_step`; override it if that does not use the model as training does.
+        """
         self.predict_step(batch)
 
     def on_step_start(self, epoch: int, step: int) -> None:
-        """A step of training comes; both are counted from 1."""
+        """Called before each training step, for anything that changes by epoch or step.
+
+        Args:
+            epoch: Current epoch, counted from 1.
+            step: Number of training batches in the run including this one.
+        """
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What learns, by name: the model's, and what the task has beside it."""
+        """Return the parameters to optimize, by name.
+
+        Override this if the task has parameters outside of the model, such as learned loss weights.
+        """
         return dict(self.model.named_parameters())
 
     def to(self, device: torch.device) -> None:
-        """Moves all that a step uses to the device."""
+        """Move the model, the metrics and everything else that a step uses to the device."""
         self.model.to(device)
         self.metrics = {stage: metrics.to(device) for stage, metrics in self.metrics.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that a checkpoint holds beside the model's."""
+        """Return what a checkpoint must hold besides the model: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned."""
 
     @property
     def optimizer(self) -> OptimWrapper:
-        """The only one, where there is one alone; else `self.learning[name]`."""
-        assert self.optimizers is not None, "nothing is learned here"
+        """The optimizer wrapper, if there is only one; otherwise use `self.optimizers[name]`."""
+        assert self.optimizers is not None, "the task has no optimizer; it is not being trained"
         return self.optimizers.single
 
     def step_output(
@@ -124,42 +177,71 @@ class Task:
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        """The row of a step.
+        """Update the metrics of a stage, and return the values of a step.
+
+        Nothing is read from the device. The metrics see outputs and targets in float32 even if the
+        forward pass runs in a reduced precision.
 
         Args:
-            stage: Whose metrics are measured.
-            outputs: As the metrics take them.
-            targets: Likewise.
-            loss: A scalar, the mean over the batch.
-            terms: Further scalars, means over the batch, by the names of their columns.
+            stage: Stage whose metrics are updated.
+            outputs: Outputs, as the metrics of the stage expect them.
+            targets: Targets, as the metrics of the stage expect them.
+            loss: Scalar, the mean over the batch.
+            terms: Further scalars by column name, each the mean over the batch.
         """
         count = count_samples(outputs)
-        means = {n: average(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
-        means["loss"] = average(loss, count)  # whatever terms are called
+        averages = {n: average(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
+        averages["loss"] = average(loss, count)  # even if a term has the name `loss`
         outputs = map_tensors(Tensor.detach, outputs)
-        refused = stage == "train" and self.optimizers is not None and self.optimizers.skipped_step
-        muted = self.metrics[stage].paused() if refused else nullcontext()
-        with self.precision.disabled(), muted:
-            wide = map_tensors(self.precision.widened, (outputs, targets))
-            sums = self.metrics[stage].sums(*wide)
-        return StepOutput({**means, **sums}, outputs)
+        skipped = stage == "train" and self.optimizers is not None and self.optimizers.skipped_step
+        maybe_paused = self.metrics[stage].paused() if skipped else nullcontext()
+        with self.precision.disabled(), maybe_paused:
+            wide = map_tensors(self.precision.upcast, (outputs, targets))
+            sums = self.metrics[stage].update(*wide)
+        return StepOutput({**averages, **sums}, outputs)
 
 
-def check_step_output(task: Task, stage: str, step: object) -> StepOutput:
-    """What a step gave back, if it is a step.
+@dataclass(frozen=True)
+class StepOutput:
+    """Result of a training or evaluation step; all tensors stay on the device.
+
+    `Task.step_output` makes one. To build one yourself, give `values` at least a `loss`::
+
+        StepOutput({"loss": average(loss, len(inputs)), "entropy": average(entropy, len(inputs))})
+
+    Attributes:
+        values: Columns of the step: `average(...)` of a scalar, or the sums of a metric's states.
+        outputs: Outputs of the model, detached, for callbacks.
+        host_values: Further columns whose values are plain numbers, such as scheduled weights.
+    """
+
+    values: StepValues
+    outputs: Nested = None
+    host_values: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples that the loss is averaged over."""
+        loss = self.values["loss"]
+        assert isinstance(loss, Average), "the loss must be an Average: average(loss, num_samples)"
+        return loss.count
+
+
+def check_step_output(task: Task, stage: str, output: object) -> StepOutput:
+    """Return what a step returned, if it is a `StepOutput` with a loss.
 
     Raises:
-        UserError: It is none, or has forgotten the loss.
+        UserError: If it is anything else.
     """
-    if isinstance(step, StepOutput) and "loss" in step.values:
-        return step
+    if isinstance(output, StepOutput) and "loss" in output.values:
+        return output
     method = "train_step" if stage == "train" else "eval_step"
-    gave = f"{sorted(step.values)}" if isinstance(step, StepOutput) else describe(step)
+    got = f"{sorted(output.values)}" if isinstance(output, StepOutput) else describe(output)
     raise UserError(
-        f"task: {type(task).__name__}.{method} must return a Step whose values have a 'loss', as "
-        f"self.measure(...) makes it; it gave {gave}"
+        f"task: {type(task).__name__}.{method} must return a StepOutput whose values include "
+        f"'loss', as self.step_output(...) does; got {got}"
     )
 
 
-def _stage_metrics(metrics: MetricsLike, stage: str) -> StageMetrics:
+def _as_stage_metrics(metrics: MetricsLike, stage: str) -> StageMetrics:
     return metrics if isinstance(metrics, StageMetrics) else as_metrics(metrics, stage)

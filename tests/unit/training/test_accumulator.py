@@ -14,7 +14,7 @@ from torchmetrics.classification import (
 )
 
 from app.metrics.function import CorrectPredictions
-from app.metrics.stage_metrics import StageMetrics, has_narrow_sums
+from app.metrics.stage_metrics import StageMetrics, has_small_sum_states
 from app.runtime.errors import UserError
 from app.training import accumulator as records
 from app.training.accumulator import StageAccumulator, StageResult, average
@@ -46,7 +46,7 @@ def collect() -> StageResult:
     rows = StageAccumulator(stage, CPU)
     for outputs, targets in batches():
         loss = torch.nn.functional.cross_entropy(outputs, targets)
-        rows.add({"loss": average(loss, len(targets)), **stage.sums(outputs, targets)}, {"lr": 0.1})
+        rows.add({"loss": average(loss, len(targets)), **stage.update(outputs, targets)}, {"lr": 0.1})
     return rows.result("train", 2)
 
 
@@ -88,9 +88,9 @@ def test_metrics_of_wide_or_listed_states_are_reported_per_stage_only() -> None:
     columns = collect().steps.columns
     assert "auroc" not in columns
     assert "confusion" not in columns
-    assert not has_narrow_sums(MulticlassAUROC(3))
-    assert not has_narrow_sums(MulticlassConfusionMatrix(30))
-    assert has_narrow_sums(MulticlassAccuracy(100))
+    assert not has_small_sum_states(MulticlassAUROC(3))
+    assert not has_small_sum_states(MulticlassConfusionMatrix(30))
+    assert has_small_sum_states(MulticlassAccuracy(100))
 
 
 def test_columns_stand_in_order() -> None:
@@ -117,11 +117,11 @@ def test_rows_may_be_brought_to_the_host_in_parts(monkeypatch: pytest.MonkeyPatc
 def test_a_metric_starts_each_step_and_each_stage_from_zero() -> None:
     stage = StageMetrics(metrics())
     outputs, targets = batches()[0]
-    first, second = stage.sums(outputs, targets), stage.sums(outputs, targets)
+    first, second = stage.update(outputs, targets), stage.update(outputs, targets)
     for name in first:
         assert all(torch.equal(a, b) for a, b in zip(first[name], second[name], strict=True))
     StageAccumulator(stage, CPU)
-    assert all(metric.update_count == 0 for metric in stage.by_stage.values())
+    assert all(metric.update_count == 0 for metric in stage.accumulating_metrics.values())
 
 
 class Pair(torchmetrics.Metric):
@@ -153,7 +153,7 @@ def test_values_that_are_several_become_several_columns() -> None:
     stage = StageMetrics({"pair": Pair()})
     rows = StageAccumulator(stage, CPU)
     for outputs, targets in batches():
-        rows.add({"loss": average(torch.zeros(()), len(targets)), **stage.sums(outputs, targets)})
+        rows.add({"loss": average(torch.zeros(()), len(targets)), **stage.update(outputs, targets)})
     row = rows.result("valid", 1).row
     assert row["pair_twice"] == 2 * row["pair_right"]
 
@@ -163,14 +163,14 @@ def test_a_step_without_a_value_is_blank_and_a_stage_without_one_names_the_metri
     rows = StageAccumulator(stage, CPU)
     outputs = torch.eye(3)[torch.tensor([0, 0, 0, 0])]
     for count in (4, 1):
-        sums = stage.sums(outputs[:count], torch.zeros(count, dtype=torch.long))
+        sums = stage.update(outputs[:count], torch.zeros(count, dtype=torch.long))
         rows.add({"loss": average(torch.zeros(()), count), **sums})
     result = rows.result("valid", 1)
     assert result.row["shy"] == 5
     assert result.steps["shy"].tolist()[0] == 4
     assert np.isnan(result.steps["shy"][1])
     rows = StageAccumulator(stage, CPU)
-    sums = stage.sums(outputs[:1], torch.zeros(1, dtype=torch.long))
+    sums = stage.update(outputs[:1], torch.zeros(1, dtype=torch.long))
     rows.add({"loss": average(torch.zeros(()), 1), **sums})
     with pytest.raises(UserError, match=r"metric\.valid\.shy: too few"):
         rows.result("valid", 1)
