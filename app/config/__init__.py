@@ -1,1 +1,1 @@
-"""The bottom floor: schema, composition, checks and the safe build. Never imports torch itself."""
+"""Configuration: schema, composition, validation, instantiation. Importing it never loads torch."""

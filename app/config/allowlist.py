@@ -1,4 +1,4 @@
-"""What a `_target_` may name, and the object it names."""
+"""Allow-list of the classes and functions that a `_target_` may name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from app.runtime.errors import UserError, nearest
+from app.runtime.errors import UserError, did_you_mean
 
-# Parts of this program that a configuration may name, then the libraries it may name.
-PARTS = (
+TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
+TRUSTED_TARGETS_VARIABLE = "APP_TRUSTED_TARGETS"
+APP_PREFIXES = (
     "app.training.optim.weight_averaging.",
     "app.callbacks.",
     "app.data.",
@@ -24,7 +25,7 @@ PARTS = (
     "app.training.task.",
     "app.training.dcgan_task.",
 )
-LIBRARIES = (
+LIBRARY_PREFIXES = (
     "torch.nn.",
     "torch.optim.",
     "torchmetrics.",
@@ -32,66 +33,68 @@ LIBRARIES = (
     "torchvision.models.",
     "torchvision.transforms.",
 )
-# Offered by those, but they run or write what their arguments name.
-DENIED = (
-    "app.data.torchvision_sets.download_dataset",  # downloads anything to anywhere
+# Below the allowed prefixes, but these run code or write files that their arguments name.
+DENIED_PREFIXES = (
+    "app.data.torchvision_sets.download_dataset",  # downloads any URL to any path
     "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
     "torchmetrics.multimodal.clip_score.",
-    "torchvision.datasets.lsun.",  # unpickles a file of the working directory
-    "torchvision.datasets.utils.",  # downloads and unpacks anything to anywhere
+    "torchvision.datasets.lsun.",  # unpickles a file from the working directory
+    "torchvision.datasets.utils.",  # downloads and unpacks any URL to any path
 )
-# In the libraries a class is a part; a function only where functions are what is offered.
-FUNCTIONS = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
-TRUST_VARIABLE = "APP_TRUSTED_TARGETS"
+# Libraries offer classes; functions are allowed only below these prefixes.
+FUNCTION_PREFIXES = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
 
 
 class TargetError(UserError):
-    """A `_target_` that is not allowed or not there."""
+    """A `_target_` is not allowed or cannot be imported."""
 
 
-def trusted_by_environment() -> list[str]:
-    """The module names in the variable APP_TRUSTED_TARGETS, separated by commas."""
-    return [name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",") if name.strip()]
+def trusted_from_environment() -> list[str]:
+    """Module names in the environment variable APP_TRUSTED_TARGETS, separated by commas."""
+    value = os.environ.get(TRUSTED_TARGETS_VARIABLE, "")
+    return [name.strip() for name in value.split(",") if name.strip()]
 
 
 def is_trusted(name: str, trusted: Sequence[str]) -> bool:
-    """Whether the user himself named it, or a module that holds it."""
+    """Return whether the user trusts this name, or a module that contains it."""
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in trusted)
 
 
 def is_allowed(name: object, trusted: Sequence[str] = ()) -> bool:
-    """Whether the name alone allows that `locate` imports what it names."""
+    """Return whether `locate` may import this name, judged by the name alone."""
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         return False
     return is_trusted(name, trusted) or (
-        name.startswith(PARTS + LIBRARIES) and not any(p.startswith("_") for p in name.split("."))
+        name.startswith(APP_PREFIXES + LIBRARY_PREFIXES)
+        and not any(part.startswith("_") for part in name.split("."))
     )
 
 
 def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
-    """The class or function of that dotted name.
+    """Import a class or function by its dotted name.
 
     Args:
         name: For instance `torch.optim.AdamW`.
-        trusted: Modules outside this program that the user named himself.
+        trusted: Modules outside this program that the user trusts by name.
 
     Raises:
-        TargetError: It is not allowed, or not there. Nothing is imported that is not allowed.
+        TargetError: The name is not allowed or does not exist. Modules that are not allowed are
+            not imported.
     """
     if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
         raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
     if not is_allowed(name, trusted):
-        _refuse_unknown(name)
-    target: Callable[..., Any] = _walk(name)
+        _raise_not_allowed(name)
+    target: Callable[..., Any] = _import_object(name)
     if not callable(target):
         raise TargetError(f"{name!r} is not a class or function")
     if not is_trusted(name, trusted):
-        _refuse_reexported(name, target)
+        _check_home(name, target)
     return target
 
 
-def _refuse_unknown(name: str) -> None:
-    allowed = ", ".join(f"{prefix}*" for prefix in PARTS + LIBRARIES)
+def _raise_not_allowed(name: str) -> None:
+    allowed = ", ".join(f"{prefix}*" for prefix in APP_PREFIXES + LIBRARY_PREFIXES)
     module = name.rpartition(".")[0] or name
     raise TargetError(
         f"{name!r} is not allowed; allowed: {allowed}; if the code is yours, "
@@ -99,71 +102,69 @@ def _refuse_unknown(name: str) -> None:
     )
 
 
-def _refuse_reexported(name: str, target: Callable[..., Any]) -> None:
-    """An allowed module may have imported something else: the home of the object counts."""
+def _import_object(name: str) -> Any:
+    first, *rest = name.split(".")
+    found: Any = _import_module(first, name)
+    for part in rest:
+        parent = found
+        if not hasattr(parent, part) and isinstance(parent, types.ModuleType):
+            found = _import_module(f"{parent.__name__}.{part}", name)
+        else:
+            found = getattr(parent, part, None)
+        are_modules = isinstance(found, types.ModuleType) and isinstance(parent, types.ModuleType)
+        if are_modules and not found.__name__.startswith(f"{parent.__name__}."):
+            raise TargetError(f"{name!r} is not allowed: it reaches into {found.__name__!r}")
+    return found
+
+
+def _import_module(module: str, name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise TargetError(f"{name!r} cannot be imported: {error}") from error
+        parent, _, missing = module.rpartition(".")
+        names = dir(importlib.import_module(parent)) if parent else []
+        close = did_you_mean(missing, [n for n in names if not n.startswith("_")])
+        raise TargetError(
+            f"{name!r} cannot be imported: no {missing!r} in {parent!r}{close}"
+        ) from error
+    except Exception as error:  # a module's own code may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise TargetError(f"{name!r} cannot be imported: {reason}") from error
+
+
+def _check_home(name: str, target: Callable[..., Any]) -> None:
+    """Check the module that defines the target: an allowed module may only re-export it."""
     home = f"{getattr(target, '__module__', None)}."
-    if f"{home}{getattr(target, '__qualname__', '')}".startswith(DENIED):
+    if f"{home}{getattr(target, '__qualname__', '')}".startswith(DENIED_PREFIXES):
         raise TargetError(
             f"{name!r} is not allowed: it can run code or write files that its arguments name; "
             f"trusted_targets=[{name}] on the command line allows it"
         )
     if name.startswith("torch.nn.functional.") and inspect.isbuiltin(target):
-        return  # some of them live in torch itself, as cosine_similarity
-    homes = PARTS if name.startswith(PARTS) else (*LIBRARIES, "torch._C._nn.")
+        return  # some of these are defined in torch itself, such as cosine_similarity
+    is_app = name.startswith(APP_PREFIXES)
+    homes = APP_PREFIXES if is_app else (*LIBRARY_PREFIXES, "torch._C._nn.")
     if not home.startswith(homes):
-        raise TargetError(f"{name!r} is not allowed: it belongs to {home[:-1]!r}")
-    if not inspect.isclass(target) and not name.startswith(PARTS + FUNCTIONS):
-        raise TargetError(f"{name!r} is not allowed: only the classes of that module are")
-
-
-def _walk(name: str) -> Any:
-    first, *rest = name.split(".")
-    found: Any = _module(first, name)
-    for part in rest:
-        parent = found
-        if not hasattr(parent, part) and isinstance(parent, types.ModuleType):
-            found = _module(f"{parent.__name__}.{part}", name)
-        else:
-            found = getattr(parent, part, None)
-        borrowed = isinstance(found, types.ModuleType) and isinstance(parent, types.ModuleType)
-        if borrowed and not found.__name__.startswith(f"{parent.__name__}."):
-            raise TargetError(f"{name!r} is not allowed: it reaches into {found.__name__!r}")
-    return found
-
-
-def _module(module: str, name: str) -> types.ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise TargetError(f"{name!r} does not import: {error}") from error
-        parent, _, missing = module.rpartition(".")
-        names = dir(importlib.import_module(parent)) if parent else []
-        close = nearest(missing, [n for n in names if not n.startswith("_")])
-        raise TargetError(
-            f"{name!r} does not import: no {missing!r} in {parent!r}{close}"
-        ) from error
-    except Exception as error:  # whatever a module's own code raises
-        reason = f"{type(error).__name__}: {error}"
-        raise TargetError(f"{name!r} does not import: {reason}") from error
-
-
-TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
+        raise TargetError(f"{name!r} is not allowed: it is defined in {home[:-1]!r}")
+    if not inspect.isclass(target) and not name.startswith(APP_PREFIXES + FUNCTION_PREFIXES):
+        raise TargetError(f"{name!r} is not allowed: only classes of that module are allowed")
 
 
 def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:
-    """A saved configuration imports what the program offers, and what its user trusts by name.
+    """Check that a saved configuration imports only code that is allowed or trusted.
 
     Args:
-        source: The checkpoint or folder that it is from.
-        config: Resolved; each place counts, whether something is built of it or not.
-        trusted: Modules that the user named himself.
+        source: Checkpoint or folder that contains the configuration, for errors.
+        config: Resolved configuration. Every `_target_` in it is checked, used or not.
+        trusted: Modules that the user trusts by name.
 
     Raises:
-        UserError: All that it would import beside that.
+        UserError: Lists every target that is neither allowed nor trusted.
     """
     found = {
-        (key, str(name)) for key, name in _targets("", config) if not is_allowed(name, trusted)
+        (key, str(name)) for key, name in _iter_targets("", config) if not is_allowed(name, trusted)
     }
     if not found:
         return
@@ -172,21 +173,24 @@ def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence
     raise UserError(
         "\n".join(
             [
-                f"{source} names code from outside this program; nothing of it was imported:",
+                f"{source} references code outside this program; none of it was imported:",
                 *lines,
-                f"if you trust that code: trusted_targets=[{','.join(modules)}]",
+                "if you trust that code, add "
+                f"trusted_targets=[{','.join(modules)}] to the command line",
             ]
         )
     )
 
 
-def _targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    left = [(key, node)]
-    while left:
-        key, node = left.pop()
+def _iter_targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:
+    stack = [(key, node)]
+    while stack:
+        key, node = stack.pop()
         if isinstance(node, list):
-            left += [(f"{key}.{index}", part) for index, part in enumerate(node)]
+            stack += [(f"{key}.{index}", child) for index, child in enumerate(node)]
         elif isinstance(node, dict):
-            left += [(f"{key}.{name}" if key else str(name), part) for name, part in node.items()]
+            stack += [
+                (f"{key}.{name}" if key else str(name), child) for name, child in node.items()
+            ]
             if TARGET in node and node[TARGET] is not None:
                 yield (f"{key}.{TARGET}" if key else TARGET), node[TARGET]

@@ -1,6 +1,6 @@
-"""From the words of a command line to a composed configuration, or to all that is wrong with them.
+"""Compose the configuration of a command line, and report all of its wrong overrides.
 
-Hydra stops at the first wrong override and names no alternative; here all are found at once.
+Hydra stops at the first wrong override and suggests no alternative; here all are found at once.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from app.config.limits import expansion_issues
 from app.config.overrides import SweepSpace, parse_overrides, parse_space, raw_override
 from app.config.resolve import cli_trusted
 from app.config.sources import strict_sources
-from app.runtime.errors import ConfigError, ConfigIssue, UserError, nearest, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean, join_choices
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(path for path in (PACKAGE / "conf", PACKAGE.parent / "conf") if path.is_dir())
 CONFIG_NAME = "config"
-EXTRAS = {  # of this program, which bring plugins of Hydra's, by the option that these add
+EXTRA_BY_OPTION = {  # extras of this package that install the Hydra plugin of an option
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/submitit_local": "submitit",
     "hydra/launcher/submitit_slurm": "submitit",
     "hydra/launcher/ray": "ray",
 }
-# What Hydra and OmegaConf raise where a configuration is not at all as they expect.
-NOT_EXPECTED = (
+# Raised by Hydra and OmegaConf for configurations of a shape that they do not expect.
+COMPOSE_ERRORS = (
     ValueError,
     TypeError,
     LookupError,
@@ -59,10 +59,10 @@ NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.
 
 @contextmanager
 def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
-    """What composes the configurations of a command line.
+    """Initialize Hydra and yield the `Composer` of a command line.
 
     Args:
-        args: What Hydra's own argument parser made of it.
+        args: Command line as parsed by Hydra's argument parser.
     """
     with strict_sources():
         try:
@@ -74,7 +74,7 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
 
 
 class SafeConfigLoader(ConfigLoaderImpl):
-    """Composes nothing that would grow without end, or make Hydra act for a stranger."""
+    """Config loader that refuses unbounded configurations and unsafe Hydra settings."""
 
     def load_configuration(
         self,
@@ -84,10 +84,11 @@ class SafeConfigLoader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """As Hydra's.
+        """Compose a configuration and check it.
 
         Raises:
-            ConfigError: The configuration is refused.
+            ConfigError: The configuration expands without bound, or has Hydra settings that are
+                not allowed.
         """
         trusted = [*cli_trusted(parse_overrides(overrides)), *trusted_from_environment()]
         try:
@@ -96,90 +97,96 @@ class SafeConfigLoader(ConfigLoaderImpl):
             )
         except HydraException:
             raise
-        except NOT_EXPECTED as error:
-            told = " ".join(f"{error}".split()) or type(error).__name__
-            raise ConfigCompositionException(f"it cannot be composed: {told}") from error
-        # Only what does not grow is looked at, as that resolves it.
-        mistakes = list(expansion_issues(composed))
-        mistakes = mistakes or list(hydra_issues(composed, overrides, trusted))
-        if mistakes:
-            raise ConfigError(mistakes)
+        except COMPOSE_ERRORS as error:
+            reason = " ".join(f"{error}".split()) or type(error).__name__
+            message = f"the configuration cannot be composed: {reason}"
+            raise ConfigCompositionException(message) from error
+        # The second check resolves values, so it runs only if they are bounded.
+        issues = list(expansion_issues(composed))
+        issues = issues or list(hydra_issues(composed, overrides, trusted))
+        if issues:
+            raise ConfigError(issues)
         return composed
 
 
 def compositions(args: argparse.Namespace) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
-    """As `Composer.compositions`."""
-    with open_composer(args) as composing:
-        yield from composing.compositions()
+    """Yield the compositions of a command line, see `Composer.compositions`."""
+    with open_composer(args) as composer:
+        yield from composer.compositions()
 
 
 class Composer:
-    """Composes one command line, as a job or as the jobs of a sweep.
+    """Composes the configuration of one command line: of a single job, or of a sweep.
 
     Args:
-        hydra: Which has found the configuration files.
-        name: Of the first of them.
-        words: As typed.
-        multirun: Whether that is typed, too; else the configuration says.
+        hydra: Initialized Hydra with its config search path.
+        config_name: Name of the primary configuration file.
+        overrides: Overrides from the command line.
+        multirun: Whether `--multirun` is set; otherwise `hydra.mode` decides.
     """
 
-    def __init__(self, hydra: Hydra, name: str, words: Sequence[str], multirun: bool) -> None:
-        self.hydra, self.config_name, self.overrides, self.multirun = hydra, name, list(words), multirun
-        self.known: dict[tuple[str, ...], tuple[DictConfig, list[ConfigIssue]]] = {}
+    def __init__(
+        self, hydra: Hydra, config_name: str, overrides: Sequence[str], multirun: bool
+    ) -> None:
+        self.hydra, self.config_name = hydra, config_name
+        self.overrides, self.multirun = list(overrides), multirun
+        self._cache: dict[tuple[str, ...], tuple[DictConfig, list[ConfigIssue]]] = {}
 
     @cached_property
     def is_sweep(self) -> bool:
-        """Whether it is a sweep."""
-        return self.multirun or self._unswept.hydra.mode == RunMode.MULTIRUN
+        return self.multirun or self._fixed_config.hydra.mode == RunMode.MULTIRUN
 
     @cached_property
     def space(self) -> SweepSpace:
-        """What is typed, and what of it is swept."""
-        params = self._unswept.hydra.sweeper.get("params") if self.is_sweep else None
+        """Overrides of the command line and of `hydra.sweeper.params`, and which are swept."""
+        params = self._fixed_config.hydra.sweeper.get("params") if self.is_sweep else None
         return parse_space(self.overrides, params or {}, self.hydra.config_loader)
 
     @cached_property
     def base(self) -> DictConfig:
-        """What all jobs of a sweep share: the configuration without what is swept.
+        """Configuration shared by all jobs of a sweep, composed without the swept overrides.
 
         Raises:
-            HydraException: It is none.
+            HydraException: It cannot be composed.
         """
         return self._compose(self.space.fixed)
 
     @cached_property
-    def _unswept(self) -> DictConfig:
-        """Whatever can be composed of the typed words, to see what is swept, and how."""
-        composed, _ = self._composed(parse_space(self.overrides, {}, self.hydra.config_loader).fixed)
+    def _fixed_config(self) -> DictConfig:
+        """Best-effort composition without swept overrides, to read the sweep's own settings."""
+        fixed = parse_space(self.overrides, {}, self.hydra.config_loader).fixed
+        composed, _ = self._compose_or_diagnose(fixed)
         return composed
 
     def compositions(self) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
-        """The configuration of the job, or of jobs that have each swept value once.
+        """Compose the job, or jobs that together use each value of a sweep once.
 
         Yields:
-            What can be composed, and a mistake for every override that had to be left out.
+            The composed configuration, and an issue for each override that had to be left out.
 
         Raises:
             ConfigError: Nothing can be composed.
         """
-        for words in self.space.coverage_jobs() if self.is_sweep else [self.overrides]:
-            composed, mistakes = self._composed(words)
-            HydraConfig.instance().set_config(composed)  # what ${hydra:...} is resolved against
-            yield composed, mistakes
+        for overrides in self.space.coverage_jobs() if self.is_sweep else [self.overrides]:
+            composed, issues = self._compose_or_diagnose(overrides)
+            HydraConfig.instance().set_config(composed)  # for ${hydra:...} interpolations
+            yield composed, issues
 
-    def _composed(self, words: list[str]) -> tuple[DictConfig, list[ConfigIssue]]:
-        if tuple(words) not in self.known:
+    def _compose_or_diagnose(self, overrides: list[str]) -> tuple[DictConfig, list[ConfigIssue]]:
+        if tuple(overrides) not in self._cache:
             try:
-                found: tuple[DictConfig, list[ConfigIssue]] = self._compose(words), []
+                result: tuple[DictConfig, list[ConfigIssue]] = self._compose(overrides), []
             except UserError:
                 raise
             except HydraException:
-                found = _diagnose(self._compose, self.hydra.config_loader, words)
-            self.known[tuple(words)] = found
-        return self.known[tuple(words)]
+                result = _diagnose(self._compose, self.hydra.config_loader, overrides)
+            self._cache[tuple(overrides)] = result
+        return self._cache[tuple(overrides)]
 
-    def _compose(self, words: list[str]) -> DictConfig:
-        return self.hydra.compose_config(self.config_name, words, RunMode.RUN, False, from_shell=False)
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        return self.hydra.compose_config(
+            self.config_name, overrides, RunMode.RUN, False, from_shell=False
+        )
 
 
 def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
@@ -196,92 +203,92 @@ def _search_path(args: argparse.Namespace) -> ConfigSearchPath:
 
 
 def _diagnose(
-    compose: Callable[[list[str]], DictConfig], loader: ConfigLoader, words: list[str]
+    compose: Callable[[list[str]], DictConfig], loader: ConfigLoader, texts: list[str]
 ) -> tuple[DictConfig, list[ConfigIssue]]:
-    """What can be composed without the refused overrides, and what is wrong with those."""
-    overrides = parse_overrides(words)
+    """Compose without the invalid overrides, and return what is wrong with those."""
+    overrides = parse_overrides(texts)
     groups = [o for o in overrides if not o.is_hydra_override() and _options(loader, o)]
-    wrong = [(o, found) for o in groups if (found := _group_mistakes(loader, o))]
-    refused = [o for o, _ in wrong]
-    sound = [raw_override(o) for o in groups if o not in refused]
+    invalid = [(o, issues) for o in groups if (issues := _group_issues(loader, o))]
+    rejected = [o for o, _ in invalid]
+    valid_groups = [raw_override(o) for o in groups if o not in rejected]
     try:
-        config = compose(sound)
+        config = compose(valid_groups)
         keys = [*dotted_keys(config), *loader.list_groups("")]
         values = [o for o in overrides if o not in groups and not o.is_hydra_override()]
-        wrong += [(o, found) for o in values if (found := [*_value_mistakes(config, o, keys)])]
-        refused = [o for o, _ in wrong]
-        composed = compose([raw_override(o) for o in overrides if o not in refused])
+        invalid += [(o, issues) for o in values if (issues := [*_value_issues(config, o, keys)])]
+        rejected = [o for o, _ in invalid]
+        composed = compose([raw_override(o) for o in overrides if o not in rejected])
     except HydraException as error:
         raise ConfigError(
-            [*(m for _, found in wrong for m in found), _as_mistake(error)]
+            [*(issue for _, issues in invalid for issue in issues), _as_issue(error)]
         ) from error
-    return composed, [mistake for _, found in wrong for mistake in found]
-
-
-def _as_mistake(error: HydraException) -> ConfigIssue:
-    reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
-    absent = [o for o in EXTRAS if re.search(f"Could not (find|load) '{o}'", " ".join(reasons))]
-    if absent:
-        group, _, option = absent[0].rpartition("/")
-        install = f'pip install "torch-experiment-app[{EXTRAS[absent[0]]}]"'
-        return ConfigIssue(group, f"={option} is not installed: {install}")
-    told = " ".join(" ".join(reasons).split())
-    if found := re.search(NO_OPTION, told):
-        group, option, options = found[1], found[2], found[3].split()
-        problem = (
-            f"={option!r} does not exist; allowed: {one_of(options)}{nearest(option, options)}"
-        )
-        return ConfigIssue(group, problem)
-    return ConfigIssue("", told)
+    return composed, [issue for _, issues in invalid for issue in issues]
 
 
 def _options(loader: ConfigLoader, override: Override) -> list[str]:
     return loader.get_group_options(override.key_or_group, ObjectType.CONFIG)
 
 
-def _group_mistakes(loader: ConfigLoader, override: Override) -> list[ConfigIssue]:
+def _group_issues(loader: ConfigLoader, override: Override) -> list[ConfigIssue]:
     value = override.value()
     chosen = value if isinstance(value, list) else [value]
     options = _options(loader, override)
     return [
         ConfigIssue(
             override.key_or_group,
-            f"={choice!r} does not exist; allowed: {one_of(options)}"
-            f"{nearest(str(choice), options)}",
+            f"={choice!r} does not exist; allowed: {join_choices(options)}"
+            f"{did_you_mean(str(choice), options)}",
         )
         for choice in chosen
         if choice is not None and choice not in options
     ]
 
 
-def _value_mistakes(
-    config: DictConfig, override: Override, keys: list[str]
-) -> Iterator[ConfigIssue]:
+def _value_issues(config: DictConfig, override: Override, keys: list[str]) -> Iterator[ConfigIssue]:
     key = override.key_or_group
-    known = key in keys
-    if override.is_add() and known and not isinstance(OmegaConf.select(config, key), DictConfig):
-        yield ConfigIssue(f"+{key}", f" is there already; write {key}=... to change it")
-    elif not override.is_add() and not override.is_force_add() and not known:
+    exists = key in keys
+    if override.is_add() and exists and not isinstance(OmegaConf.select(config, key), DictConfig):
+        yield ConfigIssue(f"+{key}", f" already exists; use {key}=... to change it")
+    elif not override.is_add() and not override.is_force_add() and not exists:
         value = "" if override.is_delete() else f"={override.value()!r}"
         yield ConfigIssue(key, f"{value} is not a known key; {_hint(config, key, keys)}")
 
 
 def _hint(config: DictConfig, key: str, keys: list[str]) -> str:
-    """What stands beside the unknown key, and the one most like it."""
+    """Return the valid keys next to an unknown key, and the nearest match."""
     parent, _, last = key.rpartition(".")
-    inside = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(inside, DictConfig):
-        return f"there is no {parent!r}{nearest(key, keys)}"
-    siblings = [str(k) for k in inside if k != "hydra"]
-    namesakes = [known for known in keys if known.rpartition(".")[2] == last]
-    close = nearest(last, siblings)
-    close = close or (f"; did you mean {namesakes[0]!r}?" if namesakes else "")
-    add = f"; another argument is added by +{key}=..." if "_target_" in siblings else ""
-    return f"{parent or 'the configuration'} has: {one_of(siblings)}{close}{add}"
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        return f"there is no {parent!r}{did_you_mean(key, keys)}"
+    siblings = [str(name) for name in node if name != "hydra"]
+    same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    close = did_you_mean(last, siblings)
+    close = close or (f"; did you mean {same_name[0]!r}?" if same_name else "")
+    add = f"; to add an argument use +{key}=..." if "_target_" in siblings else ""
+    return f"{parent or 'the configuration'} has: {join_choices(siblings)}{close}{add}"
+
+
+def _as_issue(error: HydraException) -> ConfigIssue:
+    reasons = [str(error)] if error.__cause__ is None else [str(error), str(error.__cause__)]
+    missing = [
+        option
+        for option in EXTRA_BY_OPTION
+        if re.search(f"Could not (find|load) '{option}'", " ".join(reasons))
+    ]
+    if missing:
+        group, _, option = missing[0].rpartition("/")
+        install = f'pip install "torch-experiment-app[{EXTRA_BY_OPTION[missing[0]]}]"'
+        return ConfigIssue(group, f"={option} is not installed: {install}")
+    message = " ".join(" ".join(reasons).split())
+    if match := re.search(NO_OPTION, message):
+        group, option, options = match[1], match[2], match[3].split()
+        allowed = f"{join_choices(options)}{did_you_mean(option, options)}"
+        return ConfigIssue(group, f"={option!r} does not exist; allowed: {allowed}")
+    return ConfigIssue("", message)
 
 
 def dotted_keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every key of a configuration, inner ones as `outer.inner`; Hydra's own left out."""
+    """Yield every key of a configuration, nested ones as `outer.inner`, without `hydra`."""
     for name in config:
         if name == "hydra" and not prefix:
             continue

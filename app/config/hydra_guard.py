@@ -1,7 +1,8 @@
-"""What a configuration may tell Hydra itself, which builds parts and sets up logging on its own.
+"""Checks of Hydra's own settings, which instantiate objects and configure logging.
 
-A part of a run is looked at by `app.config.validate`, is then frozen and built. Hydra composes anew
-before it acts, so that here all is refused that could be something else by then.
+Components of a run are validated by `app.config.validate`, and built from the resolved
+configuration. Hydra instead composes again before it acts, so that anything whose value could
+differ by then is refused here.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from app.config.allowlist import is_trusted
 from app.config.limits import interpolations
 from app.config.overrides import parse_overrides
 from app.config.secrets import looks_secret
-from app.runtime.errors import ConfigError, ConfigIssue, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
-BUILT = ("launcher", "sweeper", "callbacks")
-LOGGING = ("job_logging", "hydra_logging")
-PARTS = ("hydra.experimental.callbacks.", "optuna.samplers.", "optuna.pruners.")
-LOGS_WITH = (
+INSTANTIATED_NODES = ("launcher", "sweeper", "callbacks")
+LOGGING_NODES = ("job_logging", "hydra_logging")
+COMPONENT_PREFIXES = ("hydra.experimental.callbacks.", "optuna.samplers.", "optuna.pruners.")
+LOGGING_CLASSES = (
     "logging.StreamHandler",
     "logging.FileHandler",
     "logging.NullHandler",
@@ -35,118 +36,133 @@ LOGS_WITH = (
     "logging.handlers.TimedRotatingFileHandler",
     "colorlog.ColoredFormatter",
 )
-STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-OUTPUT = ("${hydra.runtime.output_dir}/", "${hydra.run.dir}/", "${hydra.sweep.dir}/")
-TEXTS = ("oc.env", "now", "path", "run_name", "run_folder", "python_version")  # give no nodes
-ITS_OWN = ("hydra", "trusted_targets")
-WAY_OUT = "if the code is yours, add trusted_targets=[{}] to the command line"
+LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
+RUN_FOLDER_PREFIXES = ("${hydra.runtime.output_dir}/", "${hydra.run.dir}/", "${hydra.sweep.dir}/")
+# Resolvers that return text, never a node.
+TEXT_RESOLVERS = ("oc.env", "now", "path", "run_name", "run_folder", "python_version")
+COMMAND_LINE_ONLY = ("hydra", "trusted_targets")
+TRUST_HINT = "if the code is yours, add trusted_targets=[{}] to the command line"
 
 
 def hydra_issues(
-    config: DictConfig, words: Sequence[str], trusted: Sequence[str]
+    config: DictConfig, overrides: Sequence[str], trusted: Sequence[str]
 ) -> Iterator[ConfigIssue]:
-    """What Hydra is not to act on.
+    """Yield every setting that Hydra must not act on.
 
     Args:
-        config: Composed, Hydra's own node included.
-        words: As typed; what they say of files and of the environment is the user's own will.
-        trusted: Modules that the user named himself.
+        config: Composed configuration including the `hydra` node.
+        overrides: Overrides from the command line. Files and environment variables set there are
+            the user's own decision, and allowed.
+        trusted: Modules that the user trusts by name.
     """
     raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    own = raw["hydra"]
-    look = _Look(raw, trusted)
+    hydra = raw["hydra"]
+    checker = _NodeChecker(raw, trusted)
     for name in ("launcher", "sweeper"):
-        if not (isinstance(own.get(name), dict) and own[name].get("_target_")):
-            yield ConfigIssue(f"hydra/{name}", f"={own.get(name)!r}; Hydra cannot do without one")
-    for name in BUILT:
-        yield from look.at_parts(f"hydra.{name}", own.get(name))
-    for name in LOGGING:
-        yield from look.at_logging(f"hydra.{name}", own.get(name), words)
-    yield from _param_mistakes(own.get("sweeper"))
-    yield from _job_mistakes(own, words)
-    told = [*own["overrides"]["task"], *own["overrides"]["hydra"]]
-    for word in told:
-        if word not in words:
-            yield ConfigIssue("hydra.overrides", f" has {word!r}, which was not typed")
+        if not (isinstance(hydra.get(name), dict) and hydra[name].get("_target_")):
+            yield ConfigIssue(f"hydra/{name}", f"={hydra.get(name)!r}; Hydra requires one")
+    for name in INSTANTIATED_NODES:
+        yield from checker.component_issues(f"hydra.{name}", hydra.get(name))
+    for name in LOGGING_NODES:
+        yield from checker.logging_issues(f"hydra.{name}", hydra.get(name), overrides)
+    yield from _param_issues(hydra.get("sweeper"))
+    yield from _job_issues(hydra, overrides)
+    for override in [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]:
+        if override not in overrides:
+            problem = f" contains {override!r}, which is not on the command line"
+            yield ConfigIssue("hydra.overrides", problem)
 
 
-def plugins() -> list[str]:
-    """The launchers and sweepers that are installed."""
-    known = Plugins.instance()
-    found = [*known.discover(Launcher), *known.discover(Sweeper)]
-    return [f"{one.__module__}.{one.__name__}" for one in found]
-
-
-class _Look:
-    """Looks at nodes as they are written, with their interpolations."""
+class _NodeChecker:
+    """Checks unresolved nodes, so that interpolations are seen as such."""
 
     def __init__(self, raw: dict[str, Any], trusted: Sequence[str]) -> None:
         self.raw, self.trusted = raw, trusted
 
-    def at_parts(self, key: str, node: Any) -> Iterator[ConfigIssue]:
-        """Targets, at any depth."""
+    def component_issues(self, key: str, node: Any) -> Iterator[ConfigIssue]:
+        """Yield issues of all `_target_`s of a node, at any depth."""
         if isinstance(node, str) and not self._is_text(node, 0):
             yield ConfigIssue(
-                key, f"={node!r} may become a part; Hydra's own parts are written out"
+                key,
+                f"={node!r} could resolve to a component; "
+                "interpolations are not allowed for components of Hydra",
             )
         for name, child in _children(node):
             if name == "_target_":
-                yield from self._target(f"{key}._target_", child)
+                yield from self._target_issues(f"{key}._target_", child)
             else:
-                yield from self.at_parts(f"{key}.{name}", child)
+                yield from self.component_issues(f"{key}.{name}", child)
 
-    def _target(self, key: str, name: object) -> Iterator[ConfigIssue]:
-        allowed = plugins() if key.count(".") == 2 and ".callbacks" not in key else PARTS
-        plain = isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
-        if not plain or not isinstance(name, str):
-            yield ConfigIssue(key, f"={name!r} is not a dotted name, which it has to be here")
-        elif not _is_one_of(name, allowed) and not is_trusted(name, self.trusted):
-            way_out = WAY_OUT.format(name.rpartition(".")[0] or name)
+    def _target_issues(self, key: str, name: object) -> Iterator[ConfigIssue]:
+        is_plugin = key.count(".") == 2 and ".callbacks" not in key
+        allowed = installed_plugins() if is_plugin else COMPONENT_PREFIXES
+        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+            problem = f"={name!r} is not a dotted name; interpolations are not allowed here"
+            yield ConfigIssue(key, problem)
+        elif not _matches(name, allowed) and not is_trusted(name, self.trusted):
+            hint = TRUST_HINT.format(name.rpartition(".")[0] or name)
             yield ConfigIssue(
-                key, f"={name!r} is not allowed; allowed: {one_of(allowed)}; {way_out}"
+                key, f"={name!r} is not allowed; allowed: {join_choices(allowed)}; {hint}"
             )
 
-    def at_logging(self, key: str, node: Any, words: Sequence[str]) -> Iterator[ConfigIssue]:
-        """Classes, streams and files that logging would make and open."""
+    def logging_issues(
+        self, key: str, node: Any, overrides: Sequence[str]
+    ) -> Iterator[ConfigIssue]:
+        """Yield issues of the classes, streams and files that logging would create or open."""
         if isinstance(node, str):
-            yield from self._logging_text(key, node, words)
+            yield from self._logging_value_issues(key, node, overrides)
         for name, child in _children(node):
-            yield from self.at_logging(f"{key}.{name}", child, words)
+            yield from self.logging_issues(f"{key}.{name}", child, overrides)
 
-    def _logging_text(self, key: str, text: str, words: Sequence[str]) -> Iterator[ConfigIssue]:
+    def _logging_value_issues(
+        self, key: str, text: str, overrides: Sequence[str]
+    ) -> Iterator[ConfigIssue]:
         name = key.rpartition(".")[2]
         if name in ("class", "()"):
-            if text not in LOGS_WITH and not is_trusted(text, self.trusted):
-                yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {one_of(LOGS_WITH)}")
+            if text not in LOGGING_CLASSES and not is_trusted(text, self.trusted):
+                allowed = join_choices(LOGGING_CLASSES)
+                yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
         elif name == "filename":
-            beneath = text.startswith(OUTPUT) and ".." not in text
-            if not beneath and not _is_typed(key, words):
-                yield ConfigIssue(key, f"={text!r} is not in the run folder: {OUTPUT[0]}NAME.log")
+            is_inside = text.startswith(RUN_FOLDER_PREFIXES) and ".." not in text
+            if not is_inside and not _is_overridden(key, overrides):
+                allowed = f"{RUN_FOLDER_PREFIXES[0]}NAME.log"
+                yield ConfigIssue(key, f"={text!r} is not in the run folder; allowed: {allowed}")
         elif "${" in text:
-            yield ConfigIssue(key, f"={text!r}: what Hydra logs with is written out")
-        elif "://" in text and text not in STREAMS:
-            yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {one_of(STREAMS)}")
+            problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
+            yield ConfigIssue(key, problem)
+        elif "://" in text and text not in LOG_STREAMS:
+            yield ConfigIssue(
+                key, f"={text!r} is not allowed; allowed: {join_choices(LOG_STREAMS)}"
+            )
 
-    def _is_text(self, text: str, chain: int) -> bool:
-        """Whether an interpolation gives a text whenever it is resolved, never a node."""
+    def _is_text(self, text: str, depth: int) -> bool:
+        """Return whether a string resolves to text at any time, never to a node."""
         if not (text.startswith("${") and text.endswith("}")):
-            return True  # has text around the interpolation
+            return True  # there is text around the interpolation
         if text[2:-1] not in interpolations(text):
-            return not re.search(r"[\\'\"]", text)  # several; but quotes may hide where one ends
-        found = re.fullmatch(r"(?:(hydra|[\w.]+):)?(.*)", text[2:-1], flags=re.DOTALL)
-        assert found is not None
-        if found[1] in TEXTS:
+            # Several interpolations; but quotes could hide where one of them ends.
+            return not re.search(r"[\\'\"]", text)
+        match = re.fullmatch(r"(?:(hydra|[\w.]+):)?(.*)", text[2:-1], flags=re.DOTALL)
+        assert match is not None
+        resolver, key = match[1], match[2]
+        if resolver in TEXT_RESOLVERS:
             return True
-        if found[1] not in (None, "hydra") or not re.fullmatch(r"\w+(\.\w+)*", found[2]):
+        if resolver not in (None, "hydra") or not re.fullmatch(r"\w+(\.\w+)*", key):
             return False
-        path = found[2].split(".")
-        value: Any = self.raw["hydra"] if found[1] == "hydra" else self.raw
-        for name in path:
+        value: Any = self.raw["hydra"] if resolver == "hydra" else self.raw
+        for name in key.split("."):
             if not isinstance(value, dict):
                 return False
             value = value.get(name)
-        inner = isinstance(value, str) and chain < 10 and self._is_text(value, chain + 1)
-        return inner or not isinstance(value, (str, dict, list))
+        is_text = isinstance(value, str) and depth < 10 and self._is_text(value, depth + 1)
+        return is_text or not isinstance(value, (str, dict, list))
+
+
+def installed_plugins() -> list[str]:
+    """Class names of the installed launchers and sweepers."""
+    plugins = Plugins.instance()
+    classes = [*plugins.discover(Launcher), *plugins.discover(Sweeper)]
+    return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
 
 
 def _children(node: Any) -> Iterator[tuple[str, Any]]:
@@ -156,44 +172,48 @@ def _children(node: Any) -> Iterator[tuple[str, Any]]:
         yield from ((str(index), child) for index, child in enumerate(node))
 
 
-def _is_one_of(name: str, allowed: Sequence[str]) -> bool:
-    """A prefix stands for what is right below it."""
+def _matches(name: str, allowed: Sequence[str]) -> bool:
+    """Return whether the name is allowed; a prefix allows only the names right below it."""
     return name in allowed or f"{name.rpartition('.')[0]}." in allowed
 
 
-def _is_typed(key: str, words: Sequence[str]) -> bool:
-    """The key itself, or one that holds it or is in it."""
-    typed = [word.lstrip("+~").partition("=")[0] for word in words]
-    return any(f"{key}.".startswith(f"{one}.") or one.startswith(f"{key}.") for one in typed)
+def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
+    """Return whether an override sets the key, one of its parents or one of its children."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
 
 
-def _param_mistakes(sweeper: Any) -> Iterator[ConfigIssue]:
-    """Parameters of a sweeper become words of its jobs, as if they had been typed."""
+def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
+    """Check `hydra.sweeper.params`, which become overrides of its jobs."""
     params = sweeper.get("params") if isinstance(sweeper, dict) else None
     for name, value in _children(params):
         key = f"hydra.sweeper.params.{name}"
         try:
-            found = [word.key_or_group for word in parse_overrides([f"{name}={value}"])]
+            keys = [override.key_or_group for override in parse_overrides([f"{name}={value}"])]
         except (ConfigError, HydraException):
             yield ConfigIssue(key, f"={value!r} cannot be read as key=value")
             continue
-        if any(one.partition(".")[0].partition("/")[0] in ITS_OWN for one in [*found, name]):
+        roots = [other.partition(".")[0].partition("/")[0] for other in [*keys, name]]
+        if any(root in COMMAND_LINE_ONLY for root in roots):
             yield ConfigIssue(key, f"={value!r} may be given on the command line only")
 
 
-def _job_mistakes(own: dict[str, Any], words: Sequence[str]) -> Iterator[ConfigIssue]:
-    """Files outside the run folder, and the environment of the job."""
-    inside = own.get("output_subdir")
-    if inside is not None and not _is_typed("hydra.output_subdir", words):
-        path = PurePath(str(inside))
-        if path.is_absolute() or ".." in path.parts or "${" in str(inside):
-            yield ConfigIssue("hydra.output_subdir", f"={inside!r} is no folder inside the run's")
-    name = own["job"].get("name")
+def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[ConfigIssue]:
+    """Check for files outside the run folder, and for environment variables of the job."""
+    subdir = hydra.get("output_subdir")
+    if subdir is not None and not _is_overridden("hydra.output_subdir", overrides):
+        path = PurePath(str(subdir))
+        if path.is_absolute() or ".." in path.parts or "${" in str(subdir):
+            problem = f"={subdir!r} is not a folder inside the run folder"
+            yield ConfigIssue("hydra.output_subdir", problem)
+    name = hydra["job"].get("name")
     if not re.fullmatch(r"[\w.-]+", str(name), flags=re.ASCII) or ".." in str(name):
-        yield ConfigIssue("hydra.job.name", f"={name!r} is no plain name: letters, digits, _ . -")
-    for variable, value in _children(own["job"].get("env_set")):
+        problem = f"={name!r} is not a plain name; allowed: letters, digits, _ . -"
+        yield ConfigIssue("hydra.job.name", problem)
+    for variable, value in _children(hydra["job"].get("env_set")):
         key = f"hydra.job.env_set.{variable}"
-        if os.environ.get(variable) != value and not _is_typed(key, words):
+        if os.environ.get(variable) != value and not _is_overridden(key, overrides):
             yield ConfigIssue(key, f"={value!r} may be given on the command line only")
         elif looks_secret(variable) and os.environ.get(variable) == value:
-            yield ConfigIssue(key, " would be saved with the run; a job has the variable anyway")
+            problem = " would be saved with the run; jobs inherit the variable anyway"
+            yield ConfigIssue(key, problem)

@@ -1,6 +1,7 @@
-"""Parts from their nodes: `{_target_: torch.optim.AdamW, lr: 0.1}` becomes the object.
+"""Build objects from nodes such as `{_target_: torch.optim.AdamW, lr: 0.1}`.
 
-In place of Hydra's `instantiate`: an allow-list, plain Python values, the node's key in errors.
+Differs from Hydra's `instantiate` by its allow-list, plain Python values as arguments, and the
+key of the node in every error.
 """
 
 from __future__ import annotations
@@ -12,28 +13,30 @@ from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
 from app.config.types import MISSING, UNKNOWN, alternatives, describe, matches_type
-from app.runtime.errors import ConfigIssue, UserError, nearest, one_of
+from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Instantiator:
-    """Builds nodes, trusting what the user trusts.
+    """Builds objects from nodes.
 
     Args:
-        trusted: Modules outside this program that the user named himself.
+        trusted: Modules outside this program that the user trusts by name.
     """
 
     def __init__(self, trusted: Sequence[str] = ()) -> None:
         self.trusted = trusted
 
-    def __call__(self, key: str, node: Any, *given: Any, **offers: Any) -> Any:
-        """The object that a node describes, its children built first.
+    def __call__(self, key: str, node: Any, *positional: Any, **injected: Any) -> Any:
+        """Build the object that a node describes, its children first.
 
         Args:
-            key: The node's place in the configuration, for errors.
-            node: A plain value; dicts with `_target_` become objects, at any depth.
-            *given: First positional arguments that the program adds (parameters, an optimizer).
-            **offers: Further arguments that the program has, passed on where the target has a
-                parameter of that name, or takes any (`**kwargs`).
+            key: Key of the node in the configuration, for errors.
+            node: Plain value; dicts with `_target_` become objects, at any depth.
+            *positional: First positional arguments (parameters, an optimizer).
+            **injected: Further arguments, passed on if the target has a parameter of that name or
+                takes any (`**kwargs`).
 
         Raises:
             UserError: The target cannot be found, or refuses its arguments.
@@ -45,21 +48,26 @@ class Instantiator:
         children = {
             name: self(f"{key}.{name}", child) for name, child in node.items() if name != TARGET
         }
-        return (
-            self._call(key, node[TARGET], children, given, offers) if TARGET in node else children
-        )
+        if TARGET not in node:
+            return children
+        return self._call(key, node[TARGET], children, positional, injected)
 
     def _call(
-        self, key: str, name: str, children: dict[str, Any], given: Any, offers: dict[str, Any]
+        self,
+        key: str,
+        name: str,
+        children: dict[str, Any],
+        positional: Any,
+        injected: dict[str, Any],
     ) -> Any:
         try:
             target = locate(name, self.trusted)
         except TargetError as error:
             raise UserError(f"{key}._target_={error}") from error
-        positional = [*given, *children.pop(POSITIONAL, [])]
-        wanted = parameters(target)
-        passes_on = any(one.kind is one.VAR_KEYWORD for one in wanted.values())
-        arguments = children | {k: v for k, v in offers.items() if k in wanted or passes_on}
+        positional = [*positional, *children.pop(POSITIONAL, [])]
+        accepted = signature_parameters(target)
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+        arguments = children | {k: v for k, v in injected.items() if k in accepted or takes_any}
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
         try:
@@ -69,13 +77,15 @@ class Instantiator:
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{key}: {name} refused its arguments: {error}") from error
 
-    def named(self, key: str, nodes: dict[str, Any], **offers: Any) -> dict[str, Any]:
-        """The objects of a dict of named nodes; a null node is left out."""
-        return {name: self(f"{key}.{name}", node, **offers) for name, node in nodes.items() if node}
+    def build_all(self, key: str, nodes: dict[str, Any], **injected: Any) -> dict[str, Any]:
+        """Build a dict of nodes to a dict of objects, leaving out nodes that are null."""
+        return {
+            name: self(f"{key}.{name}", node, **injected) for name, node in nodes.items() if node
+        }
 
 
-def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """The named parameters of a class or function; empty where Python cannot tell."""
+def signature_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Parameters of a class or function by name; empty if Python cannot determine them."""
     try:
         return dict(inspect.signature(target, eval_str=False).parameters)
     except ValueError:
@@ -83,16 +93,20 @@ def parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def iter_node_issues(
-    key: str, node: object, trusted: Sequence[str], given: int = 0, offers: Sequence[str] = ()
+    key: str,
+    node: object,
+    trusted: Sequence[str],
+    num_positional: int = 0,
+    injected: Sequence[str] = (),
 ) -> Iterator[ConfigIssue]:
-    """What is wrong with the targets at or below `key`, and with their arguments.
+    """Yield everything wrong with the targets at or below `key`, and with their arguments.
 
     Args:
-        key: The node's place in the configuration.
-        node: A plain value.
-        trusted: Modules that the user named himself.
-        given: How many first positional arguments the program adds.
-        offers: Names of further arguments that the program has.
+        key: Key of the node in the configuration.
+        node: Plain value.
+        trusted: Modules that the user trusts by name.
+        num_positional: Number of first positional arguments that the program adds.
+        injected: Names of further arguments that the program passes.
     """
     if isinstance(node, list):
         for index, item in enumerate(node):
@@ -104,79 +118,82 @@ def iter_node_issues(
     if TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
-        yield ConfigIssue(f"{key}.{POSITIONAL}", f"={node[POSITIONAL]!r} is no list of arguments")
+        problem = f"={node[POSITIONAL]!r} is not a list of arguments"
+        yield ConfigIssue(f"{key}.{POSITIONAL}", problem)
         return
     try:
         target = locate(node[TARGET], trusted)
     except TargetError as error:
         yield ConfigIssue(f"{key}.{TARGET}", f"={error}")
         return
-    yield from _argument_issues(key, node, target, given, offers)
+    yield from _argument_issues(key, node, target, num_positional, injected)
 
 
 def _argument_issues(
-    key: str, node: dict[str, Any], target: Callable[..., Any], given: int, offers: Sequence[str]
+    key: str,
+    node: dict[str, Any],
+    target: Callable[..., Any],
+    num_positional: int,
+    injected: Sequence[str],
 ) -> Iterator[ConfigIssue]:
-    named = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
-    wanted = parameters(target)
-    kinds = {parameter.kind for parameter in wanted.values()}
-    taken = list(wanted)[: given + len(node.get(POSITIONAL, []))]
-    open_ = {k: p for k, p in wanted.items() if k not in taken and p.kind not in _VARIADIC}
-    if wanted and inspect.Parameter.VAR_KEYWORD not in kinds:
-        for name in named.keys() - open_.keys():
-            close = nearest(name, open_)
+    arguments = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
+    accepted = signature_parameters(target)
+    kinds = {parameter.kind for parameter in accepted.values()}
+    filled = list(accepted)[: num_positional + len(node.get(POSITIONAL, []))]
+    by_name = {k: p for k, p in accepted.items() if k not in filled and p.kind not in _VARIADIC}
+    if accepted and inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in arguments.keys() - by_name.keys():
+            close = did_you_mean(name, by_name)
             yield ConfigIssue(
                 f"{key}.{name}",
-                f"={named[name]!r} is not an argument of {node[TARGET]}; "
-                f"it takes: {one_of(open_)}{close}",
+                f"={arguments[name]!r} is not an argument of {node[TARGET]}; "
+                f"it takes: {join_choices(by_name)}{close}",
             )
-    for name, parameter in open_.items():
-        if name in named and name in offers:
-            yield ConfigIssue(
-                f"{key}.{name}", f"={named[name]!r} is not yours to give: the run sets it"
-            )
-        elif name in named:
-            yield from _value_issues(f"{key}.{name}", named[name], target, parameter)
-        elif parameter.default is parameter.empty and name not in offers and PARTIAL not in node:
-            yield ConfigIssue(f"{key}.{name}", f" is missing: {node[TARGET]} cannot do without it")
-
-
-_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, parameter in by_name.items():
+        if name in arguments and name in injected:
+            problem = f"={arguments[name]!r} cannot be set: the program passes this argument"
+            yield ConfigIssue(f"{key}.{name}", problem)
+        elif name in arguments:
+            yield from _value_issues(f"{key}.{name}", arguments[name], target, parameter)
+        elif parameter.default is parameter.empty and name not in injected and PARTIAL not in node:
+            yield ConfigIssue(f"{key}.{name}", f" is missing: {node[TARGET]} requires it")
 
 
 def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
-    """A plain number, text or null where the signature clearly wants another kind."""
+    """Check a number, string or null against a parameter that is annotated with another type."""
     expected = _annotation(target, parameter)
     if value == UNKNOWN:
         return
     if value == MISSING:
-        yield ConfigIssue(key, f" has no value; give one, as {key}=... on the command line")
+        yield ConfigIssue(key, f" has no value; set it with {key}=... on the command line")
     elif (
         isinstance(value, (str, int, float))
         and _is_plain(expected)
         and not matches_type(value, expected)
     ):
-        yield ConfigIssue(key, f"={value!r} does not fit; allowed: {_plainly(expected)}")
+        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {_describe_plain(expected)}")
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:
-    owner = target.__init__ if inspect.isclass(target) else target
+    function = target.__init__ if inspect.isclass(target) else target
     try:
-        return get_type_hints(owner).get(parameter.name, parameter.empty)
+        return get_type_hints(function).get(parameter.name, parameter.empty)
     except (NameError, TypeError, AttributeError):  # names that only a type checker can resolve
         return parameter.empty
 
 
-def _plainly(expected: Any) -> str:
-    """The type in words, less the tensors that no configuration can hold."""
-    kinds = [kind for kind in alternatives(expected) if getattr(kind, "__name__", "") != "Tensor"]
-    return ", or ".join(describe(kind) for kind in kinds)
-
-
 def _is_plain(expected: Any) -> bool:
-    """Whether numbers, texts, booleans or null are wanted, with at most tensors beside them."""
+    """Return whether a type is a number, string, bool or None, with at most tensors besides."""
     names = {getattr(alternative, "__name__", "") for alternative in alternatives(expected)}
     plain = {"int", "float", "bool", "str", "NoneType"}
     return bool(plain & names) and names <= plain | {"Tensor"}
+
+
+def _describe_plain(expected: Any) -> str:
+    """Describe a type without tensors, which a configuration cannot contain."""
+    types = [
+        type_ for type_ in alternatives(expected) if getattr(type_, "__name__", "") != "Tensor"
+    ]
+    return ", or ".join(describe(type_) for type_ in types)

@@ -1,4 +1,4 @@
-"""How big a configuration may be, so that none can take all memory or all time."""
+"""Limits on the size and depth of configurations, so that none can exhaust memory or time."""
 
 from __future__ import annotations
 
@@ -17,54 +17,61 @@ from omegaconf.grammar_parser import parse
 
 from app.runtime.errors import ConfigIssue, UserError
 
-WORD = 10_000  # characters of a word of the command line
-DEEPEST = 64  # lists and groups inside one another, or values that are made of others
-FILE = 1_000_000  # bytes
-FILE_VALUES = 20_000  # of a file, those that an alias repeats counted each time
-EXPANDED = 1_000_000  # characters and values of a configuration, once it is resolved
-RESOLVED = 100  # about as long is what a resolver gives
-KEYED = ("oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values")  # these are given a key
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+MAX_NESTING = 64  # levels of nested lists and dicts, or of interpolations of interpolations
+MAX_OVERRIDE_LENGTH = 10_000  # characters of one override
+MAX_FILE_BYTES = 1_000_000  # of a configuration file
+MAX_FILE_VALUES = 20_000  # in a configuration file; aliases count each time they are used
+MAX_EXPANDED_SIZE = 1_000_000  # characters and values of a resolved configuration
+RESOLVER_RESULT_SIZE = 100  # assumed characters of a resolver's result
+KEY_RESOLVERS = ("oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values")  # take a key
+MAX_TEXT_LENGTH = 2_000_000  # characters of a saved YAML text
+MAX_SCALAR_LENGTH = 50_000  # characters of one value or key in it
+MAX_TEXT_VALUES = 100_000  # values in it
+MAX_INT_BITS = 64
+PLAIN_TYPES = (str, int, float, bool, NoneType, list, dict)
+YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+Path = tuple[str, ...]
 
 
-def word_problem(word: str) -> str | None:
-    """Why a word of the command line is not even read."""
-    if len(word) > WORD:
-        return f" has {len(word):,} characters; allowed: {WORD:,}"
+def override_problem(override: str) -> str | None:
+    """Return why an override is too long or too deeply nested to be parsed, or None."""
+    if len(override) > MAX_OVERRIDE_LENGTH:
+        return f" has {len(override):,} characters; allowed: {MAX_OVERRIDE_LENGTH:,}"
     depth = 0
-    for letter in word:
-        depth += (letter in "[{(") - (letter in "]})")
-        if depth > DEEPEST:
-            return f" opens more than {DEEPEST} brackets inside one another"
+    for character in override:
+        depth += (character in "[{(") - (character in "]})")
+        if depth > MAX_NESTING:
+            return f" nests brackets more than {MAX_NESTING} deep"
     return None
 
 
 def yaml_problem(text: str) -> str | None:
-    """Why a YAML text is not made into values.
+    """Return why a YAML file is too large or too deeply nested to be loaded, or None.
 
     Raises:
-        yaml.YAMLError: It is none.
+        yaml.YAMLError: The text is not valid YAML.
     """
-    known: dict[str, tuple[int, int]] = {}  # by anchor: values, depth
-    inside: list[list[Any]] = [[None, 0, 0]]  # anchor, values, depth
-    for event in yaml.parse(text, Loader=LOADER):
+    anchors: dict[str, tuple[int, int]] = {}  # name -> number of values, depth
+    stack: list[list[Any]] = [[None, 0, 0]]  # anchor, number of values, depth
+    for event in yaml.parse(text, Loader=YAML_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
-            inside.append([event.anchor, 1, 0])
+            stack.append([event.anchor, 1, 0])
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, values, depth = inside.pop()
-            known[anchor] = values, depth + 1
-            _add(inside[-1], *known[anchor])
+            anchor, values, depth = stack.pop()
+            anchors[anchor] = values, depth + 1
+            _add(stack[-1], *anchors[anchor])
         elif isinstance(event, yaml.ScalarEvent):
-            known[str(event.anchor)] = 1, 0
-            _add(inside[-1], 1, 0)
+            anchors[str(event.anchor)] = 1, 0
+            _add(stack[-1], 1, 0)
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in known:
-                return f"*{event.anchor} stands inside what it repeats, or repeats nothing"
-            _add(inside[-1], *known[event.anchor])
-        if inside[-1][1] > FILE_VALUES:
-            return f"it holds more than {FILE_VALUES:,} values"
-        if len(inside) + inside[-1][2] > DEEPEST:
-            return f"it opens more than {DEEPEST} lists and groups inside one another"
+            if event.anchor not in anchors:
+                return f"the alias *{event.anchor} refers to itself or to an unknown anchor"
+            _add(stack[-1], *anchors[event.anchor])
+        if stack[-1][1] > MAX_FILE_VALUES:
+            return f"it contains more than {MAX_FILE_VALUES:,} values"
+        if len(stack) + stack[-1][2] > MAX_NESTING:
+            return f"it nests lists and groups more than {MAX_NESTING} deep"
     return None
 
 
@@ -74,77 +81,76 @@ def _add(collection: list[Any], values: int, depth: int) -> None:
 
 
 def expansion_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Interpolations that lead back to themselves, or to more than memory holds.
+    """Yield an issue if interpolations are circular or expand to more than memory holds.
 
-    Nothing is resolved for this but keys of other interpolations.
+    The configuration is not resolved for this, except for keys that contain interpolations.
     """
     raw = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    sizes = _Sizes(config, raw)
     try:
-        sizes.of((), 0)
-    except _TooMuch as found:
-        yield ConfigIssue(".".join(found.path), found.problem)
+        _ExpandedSizes(config, raw).size_at((), 0)
+    except _ExpansionError as error:
+        yield ConfigIssue(".".join(error.path), error.problem)
 
 
-class _TooMuch(Exception):  # noqa: N818
+class _ExpansionError(Exception):
     def __init__(self, path: Path, problem: str) -> None:
         super().__init__(problem)
         self.path, self.problem = path, problem
 
 
-Path = tuple[str, ...]
-
-
 @dataclass
-class _Sizes:
-    """How many characters and values are at a place, all interpolations replaced."""
+class _ExpandedSizes:
+    """Numbers of characters and values at each path once interpolations are expanded."""
 
     config: DictConfig
     raw: Any
 
     def __post_init__(self) -> None:
-        self.known: dict[Path, int] = {}
-        self.open: dict[Path, None] = {}
+        self.sizes: dict[Path, int] = {}
+        self.active: dict[Path, None] = {}
 
-    def of(self, path: Path, chain: int) -> int:
-        """Of what is there.
+    def size_at(self, path: Path, depth: int) -> int:
+        """Return the expanded size of the value at a path.
 
         Args:
-            path: Its keys.
-            chain: Through how many interpolations it was come to.
+            path: Keys that lead to the value.
+            depth: Number of interpolations followed to get there.
         """
-        if path in self.known:
-            return self.known[path]
-        if path in self.open:
-            raise _TooMuch(path, " is made of itself: its interpolations lead back to it")
-        if chain > DEEPEST:
-            raise _TooMuch(path, f" is made of others, these of others, more than {DEEPEST} times")
-        self.open[path] = None
-        self.known[path] = size = self._size(path, _at(self.raw, path), chain)
-        del self.open[path]
-        if size > EXPANDED:
-            problem = f" would become more than {EXPANDED:,} characters and values"
-            raise _TooMuch(path, f"{problem} by its interpolations")
+        if path in self.sizes:
+            return self.sizes[path]
+        if path in self.active:
+            raise _ExpansionError(path, " refers to itself through its interpolations")
+        if depth > MAX_NESTING:
+            raise _ExpansionError(path, f" is a chain of more than {MAX_NESTING} interpolations")
+        self.active[path] = None
+        self.sizes[path] = size = self._size(path, _get(self.raw, path), depth)
+        del self.active[path]
+        if size > MAX_EXPANDED_SIZE:
+            problem = f" would expand to more than {MAX_EXPANDED_SIZE:,} characters and values"
+            raise _ExpansionError(path, f"{problem} through its interpolations")
         return size
 
-    def _size(self, path: Path, value: Any, chain: int) -> int:
+    def _size(self, path: Path, value: Any, depth: int) -> int:
         if isinstance(value, (dict, list)):
             names = value if isinstance(value, dict) else range(len(value))
-            return 1 + sum(self.of((*path, str(name)), chain) for name in names)
+            return 1 + sum(self.size_at((*path, str(name)), depth) for name in names)
         if not isinstance(value, str) or "${" not in value:
             return 1 + len(value) if isinstance(value, str) else 1
-        return len(value) + sum(self._of_one(path, one, chain) for one in interpolations(value))
+        return len(value) + sum(
+            self._interpolation_size(path, inner, depth) for inner in interpolations(value)
+        )
 
-    def _of_one(self, path: Path, inner: str, chain: int) -> int:
+    def _interpolation_size(self, path: Path, inner: str, depth: int) -> int:
         resolver, colon, arguments = inner.partition(":")
-        if colon and "${" not in resolver and resolver not in KEYED:
-            return RESOLVED
-        key = arguments.split(",")[0].strip(" '\"") if colon and resolver in KEYED else inner
-        target = _target(path, self._written_out(key))
-        return self.of(target, chain + 1) if _exists(self.raw, target) else 1
+        if colon and "${" not in resolver and resolver not in KEY_RESOLVERS:
+            return RESOLVER_RESULT_SIZE
+        takes_key = colon and resolver in KEY_RESOLVERS
+        key = arguments.split(",")[0].strip(" '\"") if takes_key else inner
+        target = _target_path(path, self._resolve_key(key))
+        return self.size_at(target, depth + 1) if _exists(self.raw, target) else 1
 
-    def _written_out(self, key: str) -> str:
-        """A key that is itself made by interpolations, whose sizes are known to be bearable."""
+    def _resolve_key(self, key: str) -> str:
+        """Resolve interpolations inside a key; their sizes have been checked before."""
         if "${" not in key:
             return key
         try:
@@ -155,22 +161,22 @@ class _Sizes:
 
 
 def interpolations(text: str) -> Iterator[str]:
-    """What stands between `${` and `}`, innermost first."""
+    """Yield the text between each `${` and its `}`, innermost first."""
     starts: list[int] = []
-    for found in re.finditer(r"\$\{|\{|\}", text):
-        if found[0] != "}":
-            starts.append(found.end() if found[0] == "${" else -1)
+    for match in re.finditer(r"\$\{|\{|\}", text):
+        if match[0] != "}":
+            starts.append(match.end() if match[0] == "${" else -1)
         elif starts and (start := starts.pop()) >= 0:
-            yield text[start : found.start()]
+            yield text[start : match.start()]
 
 
-def _target(path: Path, key: str) -> Path:
+def _target_path(path: Path, key: str) -> Path:
     dots = len(key) - len(key.lstrip("."))
     names = [name for name in re.split(r"[.\[\]]+", key) if name]
     return (*path[: len(path) - dots], *names) if dots else tuple(names)
 
 
-def _at(raw: Any, path: Path) -> Any:
+def _get(raw: Any, path: Path) -> Any:
     for name in path:
         if isinstance(raw, dict):
             raw = next((value for key, value in raw.items() if str(key) == name), None)
@@ -180,48 +186,40 @@ def _at(raw: Any, path: Path) -> Any:
 
 
 def _exists(raw: Any, path: Path) -> bool:
-    return _at(raw, path) is not None
+    return _get(raw, path) is not None
 
 
-DEPTH = 64  # of lists and dicts in one another
-LENGTH = 2_000_000  # letters of a YAML text
-LONGEST = 50_000  # letters of one of its values or keys
-BITS = 64  # of an integer
-KINDS = (str, int, float, bool, NoneType, list, dict)
-VALUES = 100_000  # in a YAML text
-
-
-def load_yaml(text: object, source: str, most: int = VALUES) -> Any:
-    """The plain value of a YAML text, read as OmegaConf reads it.
+def load_yaml(text: object, source: str, max_values: int = MAX_TEXT_VALUES) -> Any:
+    """Load plain values from a YAML text, with the same rules as OmegaConf.
 
     Args:
-        text: What should be one.
-        source: The file or key that it is from, for errors.
-        most: Values in it, those of an alias counted each time that it is used.
+        text: YAML text; any other type is an error.
+        source: File or key that contains the text, for errors.
+        max_values: Largest number of values; aliases count each time they are used.
 
     Raises:
-        UserError: It is none, or far larger or deeper than any configuration.
+        UserError: The text is not YAML, or larger or deeper than any configuration.
     """
     if not isinstance(text, str):
-        raise UserError(f"{source} is a {type(text).__name__}, not a YAML text")
-    if len(text) > LENGTH:
-        raise UserError(f"{source} has {len(text):,} letters; allowed: {LENGTH:,}")
+        raise UserError(f"{source} must be a YAML text, not {type(text).__name__}")
+    if len(text) > MAX_TEXT_LENGTH:
+        raise UserError(f"{source} has {len(text):,} characters; allowed: {MAX_TEXT_LENGTH:,}")
     try:
-        _check_events(text, most)
-        return _plain(yaml.load(text, get_yaml_loader()))
+        _check_events(text, max_values)
+        return _check_plain(yaml.load(text, get_yaml_loader()))
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    # What is no date, or no number that Python takes, is a ValueError.
+    # Invalid dates and numbers raise ValueError or OverflowError.
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source} is not YAML: {reason[:200]}") from error
 
 
-def _check_events(text: str, most: int) -> None:
-    """Counts what the text will become, before it becomes that."""
-    sizes: list[int] = [0]  # of what is open, from the outermost in
+def _check_events(text: str, max_values: int) -> None:
+    """Check the number of values before they are constructed."""
+    sizes: list[int] = [0]  # of the open collections, outermost first
     names: list[str | None] = []  # their anchors
-    anchored: dict[str, int] = {}
+    anchors: dict[str, int] = {}  # name -> number of values
     for event in yaml.parse(text, yaml.SafeLoader):
         size = 0
         if isinstance(event, yaml.CollectionStartEvent):
@@ -230,63 +228,65 @@ def _check_events(text: str, most: int) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             size, name = sizes.pop(), names.pop()
             if name:
-                anchored[name] = size
+                anchors[name] = size
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
             if event.anchor:
-                anchored[event.anchor] = size
-            if len(event.value) > LONGEST:
-                raise UserError(f"a text of {len(event.value):,} letters; allowed: {LONGEST:,}")
+                anchors[event.anchor] = size
+            if len(event.value) > MAX_SCALAR_LENGTH:
+                raise UserError(
+                    f"a value of {len(event.value):,} characters; allowed: {MAX_SCALAR_LENGTH:,}"
+                )
         elif isinstance(event, yaml.AliasEvent):
-            if event.anchor not in anchored or event.anchor in names:
-                raise UserError("an alias that stands for nothing finished")
-            size = anchored[event.anchor]
+            if event.anchor not in anchors or event.anchor in names:
+                raise UserError("an alias refers to itself or to an unknown anchor")
+            size = anchors[event.anchor]
         sizes[-1] += size
-        if len(sizes) > DEPTH:
-            raise UserError(f"values nested more than {DEPTH} deep")
-        if sum(sizes) > most:
-            raise UserError(f"more than {most:,} values")
+        if len(sizes) > MAX_NESTING:
+            raise UserError(f"values nested more than {MAX_NESTING} deep")
+        if sum(sizes) > max_values:
+            raise UserError(f"more than {max_values:,} values")
 
 
 def load_json(text: object, source: str) -> Any:
-    """The plain value of a JSON text.
+    """Load plain values from a JSON text.
 
     Args:
-        text: What should be one.
-        source: The file or key that it is from, for errors.
+        text: JSON text; any other type is an error.
+        source: File or key that contains the text, for errors.
 
     Raises:
-        UserError: It is none, or far deeper than any configuration or table.
+        UserError: The text is not JSON, or deeper than any configuration or table.
     """
     if not isinstance(text, str):
-        raise UserError(f"{source} is a {type(text).__name__}, not a JSON text")
+        raise UserError(f"{source} must be a JSON text, not {type(text).__name__}")
     try:
-        return _plain(json.loads(text))
+        return _check_plain(json.loads(text))
     except RecursionError as error:
-        raise UserError(f"{source}: values nested more than {DEPTH} deep") from error
+        raise UserError(f"{source}: values nested more than {MAX_NESTING} deep") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     except ValueError as error:
         raise UserError(f"{source} is not JSON: {error}") from error
 
 
-def _plain(value: Any) -> Any:
-    """The same, if it is what JSON has, and no deeper than others can follow."""
+def _check_plain(value: Any) -> Any:
+    """Return the value if it has only JSON types and is not nested too deeply."""
     level, depth = [value], 0
     while level:
         depth += 1
-        if depth > DEPTH:
-            raise UserError(f"values nested more than {DEPTH} deep")
-        for one in level:
-            if type(one) not in KINDS:
-                raise UserError(f"a value of type {type(one).__name__}")
-            if type(one) is int and one.bit_length() > BITS:
-                raise UserError(f"an integer of more than {BITS} bits")
-        level = [part for outer in level for part in _parts(outer)]
+        if depth > MAX_NESTING:
+            raise UserError(f"values nested more than {MAX_NESTING} deep")
+        for item in level:
+            if type(item) not in PLAIN_TYPES:
+                raise UserError(f"a value of type {type(item).__name__} is not supported")
+            if type(item) is int and item.bit_length() > MAX_INT_BITS:
+                raise UserError(f"an integer of more than {MAX_INT_BITS} bits")
+        level = [child for item in level for child in _children(item)]
     return value
 
 
-def _parts(value: Any) -> list[Any]:
+def _children(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value, *value.values()]
     return value if isinstance(value, list) else []

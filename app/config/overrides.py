@@ -1,4 +1,4 @@
-"""Which keys a command line sweeps over, and the values of each job."""
+"""Parse command-line overrides, and expand the swept ones to the values of each job."""
 
 from __future__ import annotations
 
@@ -13,149 +13,107 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
-from app.config.limits import word_problem
-from app.runtime.errors import ConfigError, ConfigIssue, nearest, one_of
+from app.config.limits import override_problem
+from app.runtime.errors import ConfigError, ConfigIssue, did_you_mean, join_choices
 
-Values = dict[str, str]  # by swept key, as they would be typed
+JobValues = dict[str, str]  # swept key -> value, as written in an override
 
 
 @dataclass(frozen=True)
 class SweepSpace:
-    """What is typed, and what of it is swept.
+    """Overrides of a sweep, and the values of those that are swept.
 
     Attributes:
-        overrides: The last one of each key, in the order in which keys came.
+        overrides: The last override of each key, in the order in which keys first appear.
     """
 
     overrides: tuple[Override, ...]
 
     @cached_property
     def swept(self) -> dict[str, Override]:
-        """Those with several values, by key as it is typed (`+` included)."""
+        """Overrides with several values, by key as written (`+` included)."""
         return {o.get_key_element(): o for o in self.overrides if o.is_sweep_override()}
 
     @property
     def fixed(self) -> list[str]:
-        """The words that all jobs share."""
+        """Overrides that all jobs share."""
         return [raw_override(o) for o in self.overrides if not o.is_sweep_override()]
 
     def overrides_for(self, values: Mapping[str, str]) -> list[str]:
-        """The words of one job, in the order typed."""
+        """Overrides of one job, in the original order."""
         return [
             f"{key}={values[key]}" if (key := o.get_key_element()) in values else raw_override(o)
             for o in self.overrides
         ]
 
     def coverage_jobs(self) -> list[list[str]]:
-        """The words of jobs that together have each value once; the ends, where it is a range."""
-        choices = {key: _probed(override) for key, override in self.swept.items()}
-        first = {key: values[0] for key, values in choices.items()}
-        others = [first | {key: v} for key, values in choices.items() for v in values[1:]]
+        """Overrides of jobs that together use each value once; of a range only its two ends."""
+        values_by_key = {key: _coverage_values(override) for key, override in self.swept.items()}
+        first = {key: values[0] for key, values in values_by_key.items()}
+        others = [first | {key: v} for key, values in values_by_key.items() for v in values[1:]]
         return [self.overrides_for(values) for values in (first, *others)]
 
 
+def _coverage_values(override: Override) -> list[str]:
+    values = choices(override)
+    return [values[0], values[-1]] if isinstance(override.value(), RangeSweep) else values
+
+
 def parse_space(
-    words: Sequence[str], params: Mapping[str, object], loader: ConfigLoader | None = None
+    overrides: Sequence[str], params: Mapping[str, object], loader: ConfigLoader | None = None
 ) -> SweepSpace:
-    """What those words and `hydra.sweeper.params` say; a word wins over a parameter.
+    """Parse overrides and `hydra.sweeper.params`; an override takes precedence over a parameter.
 
     Args:
-        words: As typed.
-        params: By key the values, as they would be typed.
-        loader: Knows the options that `glob(*)` stands for.
+        overrides: Overrides from the command line.
+        params: Swept values by key, written as in an override.
+        loader: Knows the options that `glob(*)` expands to.
 
     Raises:
-        ConfigError: Words that cannot be read.
+        ConfigError: An override cannot be parsed.
     """
-    given = [*(f"{key}={value}" for key, value in params.items()), *words]
-    overrides = parse_overrides(given, loader)
-    last = {override.get_key_element(): override for override in overrides}
+    texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
+    parsed = parse_overrides(texts, loader)
+    last = {override.get_key_element(): override for override in parsed}
     return SweepSpace(tuple(last.values()))
 
 
-def parse_overrides(words: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
-    """The overrides as Hydra reads them; a `ConfigError` names each that it cannot read."""
-    mistakes, parsed = [], []
+def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) -> list[Override]:
+    """Parse overrides with Hydra.
+
+    Raises:
+        ConfigError: Lists every override that cannot be parsed.
+    """
+    issues, parsed = [], []
     parser = OverridesParser.create(config_loader=loader)
-    for word in words:
-        if (problem := word_problem(word)) is not None:
-            mistakes.append(ConfigIssue(f"{word[:40]}...", problem))
+    for text in texts:
+        if (problem := override_problem(text)) is not None:
+            issues.append(ConfigIssue(f"{text[:40]}...", problem))
             continue
         try:
-            parsed += parser.parse_overrides([word])
+            parsed += parser.parse_overrides([text])
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            mistakes.append(ConfigIssue(word, f" cannot be read as key=value: {reason}"))
-    if mistakes:
-        raise ConfigError(mistakes)
+            issues.append(ConfigIssue(text, f" cannot be read as key=value: {reason}"))
+    if issues:
+        raise ConfigError(issues)
     return parsed
 
 
-def grid(space: SweepSpace, zip_groups: Sequence[Sequence[str]]) -> list[Values]:
-    """The values of every job: all combinations, the last key varying fastest.
-
-    Args:
-        space: Whose swept keys have a list of values each.
-        zip_groups: Groups of keys that vary together, the first values with the first.
-    """
-    lists = {key: choices(override) for key, override in space.swept.items()}
-    axes: list[list[Values]] = []
-    for key, values in lists.items():
-        group = next((keys for keys in _typed_so(space, zip_groups) if key in keys), [key])
-        if key == group[0]:
-            rows = zip(*(lists[one] for one in group), strict=True)
-            axes.append([dict(zip(group, row, strict=True)) for row in rows])
-        else:
-            assert len(values) == len(lists[group[0]])
-    return [
-        {key: value for values in combination for key, value in values.items()}
-        for combination in itertools.product(*axes)
-    ]
+def raw_override(override: Override) -> str:
+    """Return an override as it was written."""
+    assert override.input_line is not None
+    return override.input_line
 
 
-def grid_issues(space: SweepSpace, together: Sequence[Sequence[str]]) -> list[ConfigIssue]:
-    """Why these are no lists of values, or cannot vary together."""
-    mistakes = [
-        ConfigIssue(
-            key,
-            f"={raw_override(override).partition('=')[2]} has no list of values; "
-            "it needs hydra/sweeper=optuna",
-        )
-        for key, override in space.swept.items()
-        if not override.is_discrete_sweep()
-    ]
-    seen: list[str] = []
-    together = _typed_so(space, together)
-    for group in together:
-        for key in group:
-            if key not in space.swept:
-                near = nearest(key, space.swept)
-                problem = f" names {key!r}, which is not swept; swept: {one_of(space.swept)}{near}"
-                mistakes.append(ConfigIssue("sweep.together", problem))
-            elif key in seen:
-                mistakes.append(ConfigIssue("sweep.together", f" names {key!r} twice"))
-            seen.append(key)
-    if not mistakes:
-        mistakes += [m for group in together for m in _uneven(space, group)]
-    return mistakes
-
-
-def _typed_so(space: SweepSpace, together: Sequence[Sequence[str]]) -> list[list[str]]:
-    """With the `+` that a key was typed with."""
-    typed = {key.lstrip("+"): key for key in space.swept}
-    return [[typed.get(key.lstrip("+"), key) for key in group] for group in together]
-
-
-def _uneven(space: SweepSpace, group: Sequence[str]) -> list[ConfigIssue]:
-    counts = {key: len(choices(space.swept[key])) for key in group}
-    if len({*counts.values()}) <= 1:
-        return []
-    told = ", ".join(f"{key} has {count} values" for key, count in counts.items())
-    return [ConfigIssue("sweep.together", f": {told}; as many of each are needed")]
+def quote(text: str) -> str:
+    """Quote a string so that Hydra reads it as it is."""
+    escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def choices(override: Override) -> list[str]:
-    """The values of a sweep, as they would be typed; its ends where it is an interval."""
+    """Values of a swept override as written; of an interval only its two ends."""
     if override.is_discrete_sweep():
         return [str(value) for value in override.sweep_string_iterator()]
     sweep = override.value()
@@ -163,18 +121,66 @@ def choices(override: Override) -> list[str]:
     return [str(sweep.start), str(sweep.end)]
 
 
-def _probed(override: Override) -> list[str]:
-    values = choices(override)
-    return [values[0], values[-1]] if isinstance(override.value(), RangeSweep) else values
+def grid(space: SweepSpace, zip_groups: Sequence[Sequence[str]]) -> list[JobValues]:
+    """Return the values of every job: all combinations, with the last key varying fastest.
+
+    Args:
+        space: Sweep whose swept keys all have lists of values.
+        zip_groups: Groups of keys that vary together, like `zip` of their values.
+    """
+    values_by_key = {key: choices(override) for key, override in space.swept.items()}
+    zip_groups = _match_prefixes(space, zip_groups)
+    axes: list[list[JobValues]] = []
+    for key, values in values_by_key.items():
+        group = next((keys for keys in zip_groups if key in keys), [key])
+        if key == group[0]:
+            rows = zip(*(values_by_key[name] for name in group), strict=True)
+            axes.append([dict(zip(group, row, strict=True)) for row in rows])
+        else:
+            assert len(values) == len(values_by_key[group[0]])
+    return [
+        {key: value for values in combination for key, value in values.items()}
+        for combination in itertools.product(*axes)
+    ]
 
 
-def quoted(text: str) -> str:
-    """A text as Hydra reads it, whatever is in it."""
-    doubled = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), text)
-    return f"'{doubled}'"
+def grid_issues(space: SweepSpace, zip_groups: Sequence[Sequence[str]]) -> list[ConfigIssue]:
+    """Return why swept keys have no list of values, or cannot vary together."""
+    issues = [
+        ConfigIssue(
+            key,
+            f"={raw_override(override).partition('=')[2]} is an interval, not a list of values; "
+            "it needs hydra/sweeper=optuna",
+        )
+        for key, override in space.swept.items()
+        if not override.is_discrete_sweep()
+    ]
+    seen: list[str] = []
+    zip_groups = _match_prefixes(space, zip_groups)
+    for group in zip_groups:
+        for key in group:
+            if key not in space.swept:
+                swept = join_choices(space.swept)
+                close = did_you_mean(key, space.swept)
+                problem = f" names {key!r}, which is not swept; swept: {swept}{close}"
+                issues.append(ConfigIssue("sweep.together", problem))
+            elif key in seen:
+                issues.append(ConfigIssue("sweep.together", f" names {key!r} twice"))
+            seen.append(key)
+    if not issues:
+        issues += [issue for group in zip_groups for issue in _length_issues(space, group)]
+    return issues
 
 
-def raw_override(override: Override) -> str:
-    """As it was typed."""
-    assert override.input_line is not None
-    return override.input_line
+def _match_prefixes(space: SweepSpace, groups: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Give the keys of each group the `+` that their overrides have."""
+    keys = {key.lstrip("+"): key for key in space.swept}
+    return [[keys.get(key.lstrip("+"), key) for key in group] for group in groups]
+
+
+def _length_issues(space: SweepSpace, group: Sequence[str]) -> list[ConfigIssue]:
+    counts = {key: len(choices(space.swept[key])) for key in group}
+    if len({*counts.values()}) <= 1:
+        return []
+    summary = ", ".join(f"{key} has {count} values" for key, count in counts.items())
+    return [ConfigIssue("sweep.together", f": {summary}; the numbers must be equal")]

@@ -1,4 +1,4 @@
-"""A composed configuration as one plain dict: what a run is told, saves, and is tested by."""
+"""Resolve a composed configuration to one plain dict, which a run receives and saves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from app.config.secrets import find_secrets, redact
 from app.config.types import MISSING, UNKNOWN
 from app.runtime.errors import ConfigIssue
 
-FILE_KEYS = ("path", "root")  # arguments of data sources that name files
-Plain = dict[str, Any]
-# Of this command, never saved.
-NOW = (
+PlainConfig = dict[str, Any]
+PATH_ARGUMENTS = ("path", "root")  # arguments of data sources that name files
+# Keys of the current command. The template of a run is saved without them.
+PER_COMMAND_KEYS = (
     "mode",
     "ckpt",
     "resume",
@@ -30,25 +30,28 @@ NOW = (
 )
 
 
-def resolve(config: DictConfig) -> tuple[Plain, list[ConfigIssue]]:
-    """All interpolations resolved, all paths absolute; and every interpolation that is wrong.
+def resolve(config: DictConfig) -> tuple[PlainConfig, list[ConfigIssue]]:
+    """Resolve all interpolations and make all paths absolute.
 
-    Secrets of the environment stay as they are written, see `app.config.secrets`.
+    Values of secret environment variables stay unresolved, see `app.config.secrets`.
+
+    Returns:
+        The plain configuration, and an issue for each interpolation that cannot be resolved.
     """
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     names = [name for name in config if name != "hydra"]
-    plain = {str(name): _resolved(config, name, str(name), mistakes) for name in names}
+    plain = {str(name): _resolve_child(config, name, str(name), issues) for name in names}
     if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = _absolute(plain["ckpt"])
+        plain["ckpt"] = _absolute_path(plain["ckpt"])
     if isinstance(plain.get("data"), dict):
-        _absolute_sources(plain["data"].get("source"))
+        _make_source_paths_absolute(plain["data"].get("source"))
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     secrets = find_secrets({name: value for name, value in raw.items() if name != "hydra"})
-    return redact(plain, secrets), mistakes
+    return redact(plain, secrets), issues
 
 
-def _resolved(parent: Any, name: Any, key: str, mistakes: list[ConfigIssue]) -> Any:
+def _resolve_child(parent: Any, name: Any, key: str, issues: list[ConfigIssue]) -> Any:
     if OmegaConf.is_missing(parent, name):
         return MISSING
     try:
@@ -56,51 +59,54 @@ def _resolved(parent: Any, name: Any, key: str, mistakes: list[ConfigIssue]) -> 
     except InterpolationToMissingValueError:
         return UNKNOWN
     except OmegaConfBaseException as error:
-        mistakes.append(ConfigIssue(key, f" does not resolve: {str(error).splitlines()[0]}"))
+        issues.append(ConfigIssue(key, f" does not resolve: {str(error).splitlines()[0]}"))
         return UNKNOWN
     if isinstance(value, DictConfig):
-        return {str(k): _resolved(value, k, f"{key}.{k!s}", mistakes) for k in value}
+        return {str(k): _resolve_child(value, k, f"{key}.{k!s}", issues) for k in value}
     if isinstance(value, ListConfig):
-        return [_resolved(value, i, f"{key}.{i}", mistakes) for i in range(len(value))]
+        return [_resolve_child(value, i, f"{key}.{i}", issues) for i in range(len(value))]
     return value
 
 
-def _absolute(text: str) -> str:
+def _absolute_path(text: str) -> str:
     return str(Path(text).expanduser().absolute())
 
 
-def _absolute_sources(node: Any) -> None:
+def _make_source_paths_absolute(node: Any) -> None:
     if not isinstance(node, dict):
         return
     for name, value in node.items():
-        if name in FILE_KEYS and isinstance(value, str) and value != MISSING:
-            node[name] = _absolute(value)
+        if name in PATH_ARGUMENTS and isinstance(value, str) and value != MISSING:
+            node[name] = _absolute_path(value)
         else:
-            _absolute_sources(value)
+            _make_source_paths_absolute(value)
 
 
 def cli_trusted(overrides: Sequence[Override]) -> list[str]:
-    """The modules named by `trusted_targets=[...]` on the command line itself."""
+    """Modules that `trusted_targets=[...]` names on the command line itself."""
     values = [o.value() for o in overrides if o.key_or_group == "trusted_targets"]
     names = values[-1] if values else []
     return [str(name) for name in (names if isinstance(names, list) else [names])]
 
 
 def unresolved(config: DictConfig) -> DictConfig:
-    """The configuration with its interpolations, less what belongs to the command alone."""
+    """Return the configuration with its interpolations, without the keys of the command."""
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
-    return OmegaConf.create({k: v for k, v in raw.items() if k != "hydra" and k not in NOW})
+    return OmegaConf.create(
+        {k: v for k, v in raw.items() if k != "hydra" and k not in PER_COMMAND_KEYS}
+    )
 
 
 def shorten(value: object) -> str:
+    """Return a value as one short line: the `_target_` of a component, else its repr."""
     target = value.get("_target_") if isinstance(value, dict) else None
     text = str(target) if target else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def get_by_path(config: Any, key: str) -> Any:
-    """What is at a dotted key; None where there is nothing."""
+    """Return the value at a dotted key, or None if there is none."""
     for name in key.split("."):
         config = config.get(name) if isinstance(config, dict) else None
     return config

@@ -1,4 +1,4 @@
-"""The functions that YAML files may use in `${...}`."""
+"""OmegaConf resolvers: the functions that YAML files may call in `${...}`."""
 
 from __future__ import annotations
 
@@ -9,40 +9,40 @@ from omegaconf import OmegaConf
 
 
 def register() -> None:
-    """Makes them known to OmegaConf; may be called again."""
-    OmegaConf.register_new_resolver("or", _first_given, replace=True)
-    OmegaConf.register_new_resolver("path", _path, replace=True)
+    """Register the resolvers with OmegaConf. Calling it again has no effect."""
+    OmegaConf.register_new_resolver("or", _first_not_none, replace=True)
+    OmegaConf.register_new_resolver("path", _absolute_path, replace=True)
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
 
 
-def _first_given(*values: object) -> object:
+def _first_not_none(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
-def _path(text: str) -> str:
-    """Absolute, against the folder in which the command was typed."""
+def _absolute_path(text: str) -> str:
+    """Make a path absolute, relative to the working directory."""
     return str(Path(text).expanduser().absolute())
 
 
 def _image_part(shape: Sequence[int], index: int) -> int | None:
-    """The channels (0) or the height (1) of an image's shape; None where it is no image."""
+    """Return one entry of an image shape (C, H, W), or None if the shape is not an image's."""
     return shape[index] if len(shape) == 3 else None
 
 
 def _run_name(mode: str, ckpt: object, model: str, data: str) -> str:
-    """`alexnet_mnist`, or `test_alexnet_mnist` after the run whose checkpoint is tested."""
-    if not isinstance(ckpt, str):  # where it is given, it is refused
+    """Return `alexnet_mnist`, or `test_alexnet_mnist` named after the run of the checkpoint."""
+    if not isinstance(ckpt, str):  # None, or a type that is refused later
         return f"{model}_{data}"
     path = Path(ckpt)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
     return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"
 
 
-def _run_folder(resume: object, fresh: str) -> str:
-    """That of the run which is to go on, or whose checkpoint that is; else a new one."""
-    if not isinstance(resume, str) or resume in ("", "auto"):  # what is no path is refused
-        return fresh
-    path = Path(_path(resume))
+def _run_folder(resume: object, new_folder: str) -> str:
+    """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one."""
+    if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
+        return new_folder
+    path = Path(_absolute_path(resume))
     return str(path.parent.parent if path.suffix == ".pt" else path)

@@ -1,4 +1,4 @@
-"""The fixed part of a configuration, typed. Values and their defaults stand in `conf/`."""
+"""Typed schema of the configuration. Default values are in `conf/`."""
 
 from __future__ import annotations
 
@@ -7,40 +7,46 @@ from typing import Annotated, Any, Literal
 
 from app.config.types import Range
 
-Node = dict[str, Any]  # a part: `_target_` and its arguments
-Nodes = dict[str, Node | None]  # named parts; null takes one away
+Node = dict[str, Any]  # a component: `_target_` and its arguments
+Nodes = dict[str, Node | None]  # components by name; null removes one
+
+STAGES = ("train", "valid", "test")
+AUTO = "auto"  # lets the program choose the value of a key
 
 Positive = Annotated[int, Range(1)]
-Count = Annotated[int, Range(0)]
-LARGEST = 2**63 - 1  # that a checkpoint, and those who watch, can hold
-Limit = Positive | Annotated[float, Range(0.0, 1.0, above=True)] | None  # batches, share, or all
-Key = (
-    int | str | list[Any] | dict[str, Any] | None
-)  # a part of a batch, as `app.runtime.nested.pick` takes
+NonNegative = Annotated[int, Range(0)]
+MAX_INT64 = 2**63 - 1  # the largest integer that checkpoints and loggers can store
+# Number of batches or samples, a fraction of all, or null.
+Limit = Positive | Annotated[float, Range(0.0, 1.0, exclusive=True)] | None
+# Selects a part of a batch, see `app.runtime.nested.pick`.
+BatchKey = int | str | list[Any] | dict[str, Any] | None
 Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_batch_size", "check"]
 
 
 @dataclass(frozen=True)
 class MonitorConfig:
-    """A metric, and which of its values is better."""
+    """A metric, and whether higher or lower is better."""
 
     metric: str
     mode: Literal["max", "min"]
 
     @property
     def stage(self) -> str:
-        """The stage that measures the metric: `valid`, unless named as in `train/loss`."""
+        """Stage that computes the metric: `valid` unless prefixed, as in `train/loss`."""
         return self.metric.split("/")[0] if "/" in self.metric else "valid"
 
     @property
     def name(self) -> str:
-        """The metric's name inside its stage."""
+        """Name of the metric without its stage."""
         return self.metric.split("/", 1)[-1]
 
 
 @dataclass(frozen=True)
 class GoalConfig(MonitorConfig):
-    """What "best" means, once: for checkpoints, early stopping, plateaus and sweeps."""
+    """The monitored metric of a run.
+
+    Best checkpoint, early stopping, plateau schedules and sweeps all use it.
+    """
 
     patience: Positive | None = None
     min_delta: Annotated[float, Range(0.0)] = 0.0
@@ -49,11 +55,11 @@ class GoalConfig(MonitorConfig):
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is written, and what is kept."""
+    """When checkpoints are written, and which are kept."""
 
     every_n_epochs: Positive
     every_n_steps: Positive | None
-    every_n_minutes: Annotated[float, Range(0.0, above=True)] | None
+    every_n_minutes: Annotated[float, Range(0.0, exclusive=True)] | None
     keep_last: Positive
     save_top_k: Annotated[int, Range(-1)]
     asynchronous: bool
@@ -62,20 +68,20 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """Parameters that do not learn from one epoch up to another."""
+    """Parameters to freeze, and the range of epochs: `from_epoch <= epoch < until_epoch`."""
 
     parameters: str
     from_epoch: Positive = 1
     until_epoch: Positive | None = None
 
-    def holds(self, epoch: int) -> bool:
-        """Whether they are frozen in that epoch, counted from 1."""
+    def is_frozen_at(self, epoch: int) -> bool:
+        """Return whether the parameters are frozen in an epoch, counted from 1."""
         return self.from_epoch <= epoch and (self.until_epoch is None or epoch < self.until_epoch)
 
 
 @dataclass(frozen=True)
 class PredictConfig:
-    """What `mode=predict` predicts, and how it is written."""
+    """Inputs of `mode=predict`, and the format of its predictions."""
 
     stage: Literal["train", "valid", "test"]
     images: str | None
@@ -84,17 +90,17 @@ class PredictConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What `mode=export` writes."""
+    """File format of `mode=export`."""
 
     format: Literal["safetensors", "torch_export", "onnx"]
 
 
 @dataclass(frozen=True)
 class TunerConfig:
-    """What `mode=find_lr` and `mode=find_batch_size` try."""
+    """Search ranges of `mode=find_lr` and `mode=find_batch_size`."""
 
-    lr_from: Annotated[float, Range(0.0, above=True)]
-    lr_to: Annotated[float, Range(0.0, above=True)]
+    lr_from: Annotated[float, Range(0.0, exclusive=True)]
+    lr_to: Annotated[float, Range(0.0, exclusive=True)]
     steps: Annotated[int, Range(10)]
     batch_size_to: Positive
     batches: Positive
@@ -102,26 +108,26 @@ class TunerConfig:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """What is cut from the training data where a source gives no data for a stage."""
+    """Subsets split off the training data for stages without a dataset of their own."""
 
     valid: Limit
     test: Limit
-    seed: Annotated[int, Range(-LARGEST, LARGEST)]
+    seed: Annotated[int, Range(-MAX_INT64, MAX_INT64)]
 
 
 @dataclass(frozen=True)
 class NormalizeConfig:
-    """Per channel, after scaling to [0, 1]; `auto` measures the training data."""
+    """Mean and std per channel after scaling to [0, 1]; `auto`: those of the training data."""
 
     mean: list[float] | Literal["auto"]
-    std: list[Annotated[float, Range(0.0, above=True)]] | Literal["auto"]
+    std: list[Annotated[float, Range(0.0, exclusive=True)]] | Literal["auto"]
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Arguments of torch's `DataLoader`, for data that is read sample by sample."""
+    """Arguments of `torch.utils.data.DataLoader`, for data that is read sample by sample."""
 
-    num_workers: Count
+    num_workers: NonNegative
     pin_memory: bool
     persistent_workers: bool
     prefetch_factor: Positive | None
@@ -129,7 +135,7 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """A dataset for each stage."""
+    """Dataset of each stage."""
 
     train: Node | None
     valid: Node | None
@@ -150,7 +156,7 @@ class DataConfig:
     source: SourceConfig
     split: SplitConfig
     inputs: int | str | list[int | str] | None
-    targets: Key
+    targets: BatchKey
     batch_size: Positive
     eval_batch_size: Positive | None
     drop_last: bool
@@ -163,24 +169,24 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """How the learning rate moves."""
+    """Learning rate schedule."""
 
     interval: Literal["step", "epoch"]
-    warmup_steps: Count
+    warmup_steps: NonNegative
     lr_scheduler: Node | None
 
 
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How long and how to train."""
+    """Training length, device, precision and optimization settings."""
 
     max_epochs: Positive | None
     max_steps: Positive | None
     valid_every_n_epochs: Positive
-    sanity_valid_batches: Count
+    sanity_valid_batches: NonNegative
     accumulate_grad_batches: Positive
-    gradient_clip_norm: Annotated[float, Range(0.0, above=True)] | None
-    gradient_clip_value: Annotated[float, Range(0.0, above=True)] | None
+    gradient_clip_norm: Annotated[float, Range(0.0, exclusive=True)] | None
+    gradient_clip_value: Annotated[float, Range(0.0, exclusive=True)] | None
     gradient_norm: bool
     zero_non_finite_gradients: bool
     on_nonfinite: Literal["stop", "skip", "raise"]
@@ -188,15 +194,15 @@ class TrainerConfig:
     limit_train_batches: Limit
     limit_valid_batches: Limit
     limit_test_batches: Limit
-    overfit_batches: Count
+    overfit_batches: NonNegative
     fast_dev_run: bool | Positive
-    max_time: str | Annotated[float, Range(0.0, above=True)] | None
+    max_time: str | Annotated[float, Range(0.0, exclusive=True)] | None
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
-    devices: Literal["auto"] | Positive | list[Count] | None
+    devices: Literal["auto"] | Positive | list[NonNegative] | None
     strategy: Literal["ddp", "fsdp"]
     sync_batchnorm: bool
     find_unused_parameters: bool
-    timeout: Annotated[float, Range(0.0, above=True)]
+    timeout: Annotated[float, Range(0.0, exclusive=True)]
     requeue: bool
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: Literal["auto"] | bool
@@ -206,7 +212,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True)
 class MetricConfig:
-    """Named metrics of each stage."""
+    """Metrics of each stage, by name."""
 
     train: Nodes
     valid: Nodes
@@ -215,35 +221,35 @@ class MetricConfig:
 
 @dataclass(frozen=True)
 class OptunaTrial:
-    """Which trial of a search a job is, so that it can be told to end where it is hopeless."""
+    """Optuna trial that a job belongs to, so that the job can report values and be pruned."""
 
     storage: str
     study: str
-    number: Count
+    number: NonNegative
     pruner: Node
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """How a sweep goes on, and what it varies together."""
+    """How a sweep resumes and handles failed jobs, and which keys vary together."""
 
     resume: str | None
     force: bool
     on_error: Literal["continue", "stop"]
-    max_retries: Count
+    max_retries: NonNegative
     together: list[list[str]]
     trial: OptunaTrial | None
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole configuration, checked."""
+    """Validated configuration of a run."""
 
     mode: Mode
     ckpt: str | None
     resume: str | None
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
-    seed: Annotated[int, Range(0, LARGEST)]
+    seed: Annotated[int, Range(0, MAX_INT64)]
     name: str
     tags: list[str]
     notes: str
@@ -269,15 +275,15 @@ class Config:
 
 @dataclass(frozen=True)
 class Job:
-    """All that a run is told; plain values, fit to be sent to another process.
+    """Everything a run needs, as plain values that can be pickled to another process.
 
     Attributes:
-        config: Checked and typed.
-        plain: The same as a dict; the truth about the run.
-        template: The same as YAML with its interpolations, for laying other values over it.
-        trusted: Modules outside this program that the user named himself.
-        differences: To the run that is tested or goes on, a line each.
-        damaged: What is wrong with states newer than the one that it goes on from, a line each.
+        config: Validated, typed configuration.
+        plain: The same as a resolved dict; this is what a run saves.
+        template: The same as YAML with its interpolations, to apply overrides to it later.
+        trusted: Modules outside this program that the user trusts by name.
+        differences: Differences from the saved run that is tested or resumed, one line each.
+        damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
     """
 
     config: Config
@@ -285,4 +291,4 @@ class Job:
     template: str
     trusted: list[str]
     differences: list[str]
-    damaged: list[str] = field(default_factory=list)
+    damaged_checkpoints: list[str] = field(default_factory=list)

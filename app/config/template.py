@@ -1,4 +1,4 @@
-"""The template of a saved run, made harmless before it is interpolated anew."""
+"""Load the template of a saved run, and make it safe to interpolate again."""
 
 from __future__ import annotations
 
@@ -9,65 +9,66 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.limits import DEPTH, load_yaml
-from app.config.secrets import KEPT
+from app.config.limits import MAX_NESTING, load_yaml
+from app.config.secrets import SECRET_REFERENCE
 from app.runtime.errors import UserError
 
-# These give what they are given; others, as `oc.env`, look around on this machine.
-CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
+# These resolvers only use their arguments; others, such as `oc.env`, read from this machine.
+HARMLESS_CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
 REFERENCE = re.compile(r"\$\{\s*([\w.@/\[\]-]+)\s*\}")
-LINK = 4  # what an interpolation adds to the depth, since OmegaConf follows it that deep
-VALUES = 25_000  # that it comes to when it is interpolated
-COST = 10  # of an interpolation, in values
-Place = tuple[Any, ...]  # the keys that lead to a value
+INTERPOLATION_DEPTH = 4  # levels of recursion that OmegaConf needs for an interpolation
+INTERPOLATION_COST = 10  # of an interpolation, counted in values
+MAX_TEMPLATE_VALUES = 25_000  # after interpolation
+KeyPath = tuple[Any, ...]
 
 
 def safe_template(text: object, saved: dict[str, Any], source: str) -> DictConfig:
-    """The configuration with its interpolations.
+    """Load a saved configuration with its interpolations.
 
-    Those that call anything but the program's own plain functions are replaced by what they came
-    to when the run was trained: the environment of today is not read for others.
+    Interpolations that call anything except the program's own pure functions are replaced by the
+    values that they had when the run was trained, so that a file from someone else cannot read
+    today's environment.
 
     Args:
-        text: Its YAML.
+        text: YAML of the template.
         saved: The same configuration, resolved.
-        source: The file that both are from, for errors.
+        source: File that contains both, for errors.
 
     Raises:
-        UserError: It is no YAML, or grows without end when it is interpolated.
+        UserError: The text is not YAML, or expands without bound when it is interpolated.
     """
-    raw = load_yaml(text, f"{source}: its template", VALUES)
+    raw = load_yaml(text, f"{source}: its template", MAX_TEMPLATE_VALUES)
     if not isinstance(raw, dict):
         raise UserError(f"{source}: its template is a {type(raw).__name__}, not a configuration")
-    kept = _kept(raw, saved)
-    _Growth(kept, source).check()
+    safe = _replace_calls(raw, saved)
+    _SizeCheck(safe, source).check()
     try:
-        template = OmegaConf.create(kept)
+        template = OmegaConf.create(safe)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: its template is no configuration: {reason}") from error
+        raise UserError(f"{source}: its template is not a configuration: {reason}") from error
     assert isinstance(template, DictConfig)
     return template
 
 
-def _kept(node: Any, saved: Any) -> Any:
+def _replace_calls(node: Any, saved: Any) -> Any:
     if isinstance(node, dict):
-        return {key: _kept(part, _part(saved, str(key))) for key, part in node.items()}
+        return {key: _replace_calls(child, _child(saved, str(key))) for key, child in node.items()}
     if isinstance(node, list):
-        return [_kept(part, _part(saved, str(index))) for index, part in enumerate(node)]
-    if isinstance(node, str) and "${" in REFERENCE.sub("", CALL.sub("", node)):
-        return saved if isinstance(saved, (int, float)) else _escaped(saved)
+        return [_replace_calls(child, _child(saved, str(i))) for i, child in enumerate(node)]
+    if isinstance(node, str) and "${" in REFERENCE.sub("", HARMLESS_CALL.sub("", node)):
+        return saved if isinstance(saved, (int, float)) else _escape(saved)
     return node
 
 
-def _escaped(saved: Any) -> str | None:
-    """A saved value is a value, whatever it looks like; the name of a secret stays one."""
-    if isinstance(saved, str) and KEPT.fullmatch(saved):
+def _escape(saved: Any) -> str | None:
+    """Escape a saved value so that it is not interpolated; references to secrets stay as text."""
+    if isinstance(saved, str) and SECRET_REFERENCE.fullmatch(saved):
         return f"\\{saved}"
     return saved.replace("${", "") if isinstance(saved, str) else None
 
 
-def _part(node: Any, key: str) -> Any:
+def _child(node: Any, key: str) -> Any:
     if isinstance(node, dict):
         return node.get(key)
     try:
@@ -76,57 +77,58 @@ def _part(node: Any, key: str) -> Any:
         return None
 
 
-class _Growth:
-    """What a template comes to, found without interpolating it."""
+class _SizeCheck:
+    """Computes the size of an interpolated template without interpolating it."""
 
     def __init__(self, root: dict[str, Any], source: str) -> None:
         self.root, self.source = root, source
-        self.known: dict[Place, tuple[int, int]] = {}
-        self.open: set[Place] = set()
+        self.sizes: dict[KeyPath, tuple[int, int]] = {}
+        self.active: set[KeyPath] = set()
 
     def check(self) -> None:
-        """Raises a `UserError` where it is more than any configuration."""
-        self.measured((), self.root)
+        """Raise a `UserError` if the template is larger than any configuration."""
+        self._measure((), self.root)
 
-    def measured(self, place: Place, node: Any) -> tuple[int, int]:
-        """(values, depth) of a value with all it refers to."""
-        if place in self.open or len(self.open) > 2 * DEPTH:
-            raise UserError(f"{self.source}: its template refers to itself over and over")
-        if place not in self.known:
-            self.open.add(place)
-            self.known[place] = self._summed(place, node)
-            self.open.remove(place)
-        return self.known[place]
+    def _measure(self, path: KeyPath, node: Any) -> tuple[int, int]:
+        """Return the number of values and the depth of a node, including what it refers to."""
+        if path in self.active or len(self.active) > 2 * MAX_NESTING:
+            raise UserError(f"{self.source}: its template refers to itself")
+        if path not in self.sizes:
+            self.active.add(path)
+            self.sizes[path] = self._measure_children(path, node)
+            self.active.remove(path)
+        return self.sizes[path]
 
-    def _summed(self, place: Place, node: Any) -> tuple[int, int]:
-        size, deeper = 1, 1
+    def _measure_children(self, path: KeyPath, node: Any) -> tuple[int, int]:
+        size, own_depth = 1, 1
         if isinstance(node, str):
-            parts = [self.measured(*self._found(place, name)) for name in REFERENCE.findall(node)]
+            children = [self._measure(*self._find(path, key)) for key in REFERENCE.findall(node)]
             count = node.count("${")
-            size, deeper = 1 + len(node) // 64 + COST * count, LINK if count else 1
+            size = 1 + len(node) // 64 + INTERPOLATION_COST * count
+            own_depth = INTERPOLATION_DEPTH if count else 1
         else:
-            parts = [self.measured((*place, key), part) for key, part in _children(node)]
-        size += sum(inner for inner, _ in parts)
-        depth = deeper + max((inner for _, inner in parts), default=0)
-        if size > VALUES or depth > DEPTH:
+            children = [self._measure((*path, key), child) for key, child in _items(node)]
+        size += sum(child_size for child_size, _ in children)
+        depth = own_depth + max((child_depth for _, child_depth in children), default=0)
+        if size > MAX_TEMPLATE_VALUES or depth > MAX_NESTING:
             raise UserError(f"{self.source}: its template grows too large when interpolated")
         return size, depth
 
-    def _found(self, place: Place, name: str) -> tuple[Place, Any]:
-        inner = name.lstrip(".")
-        up = len(name) - len(inner)
-        above = place[: max(len(place) - up, 0)] if up else ()
-        whole = (*above, *(key for key in re.split(r"[.\[\]]+", inner) if key))
+    def _find(self, path: KeyPath, reference: str) -> tuple[KeyPath, Any]:
+        key = reference.lstrip(".")
+        dots = len(reference) - len(key)
+        parent = path[: max(len(path) - dots, 0)] if dots else ()
+        target = (*parent, *(name for name in re.split(r"[.\[\]]+", key) if name))
         node: Any = self.root
-        for length, key in enumerate(whole):
-            if isinstance(node, str):  # stands for another; the whole of that counts
-                return whole[:length], node
-            node = _part(node, key)
-        return whole, node
+        for length, name in enumerate(target):
+            if isinstance(node, str):  # an interpolation; everything that it refers to counts
+                return target[:length], node
+            node = _child(node, name)
+        return target, node
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def _items(node: Any) -> Iterator[tuple[Any, Any]]:
     if isinstance(node, dict):
         yield from node.items()
     elif isinstance(node, list):
-        yield from ((str(index), part) for index, part in enumerate(node))
+        yield from ((str(index), child) for index, child in enumerate(node))

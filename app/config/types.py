@@ -1,4 +1,4 @@
-"""Plain values against types: what does not fit, in words, and dataclasses from what does."""
+"""Check plain values against type annotations, and build dataclasses from them."""
 
 from __future__ import annotations
 
@@ -20,49 +20,53 @@ from typing import (
     get_type_hints,
 )
 
-from app.config.limits import BITS
-from app.runtime.errors import ConfigIssue, nearest, one_of
+from app.config.limits import MAX_INT_BITS
+from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
 T = TypeVar("T")
 MISSING = "???"
-UNKNOWN = "?"  # made of a missing value, which is named itself
+UNKNOWN = "?"  # depends on a missing value, which is reported itself
 
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, to be used in `Annotated`; `above` leaves out the lower one."""
+    """Bounds of a number, for use in `Annotated`.
+
+    Attributes:
+        low: Smallest allowed value.
+        high: Largest allowed value.
+        exclusive: Exclude `low` itself.
+    """
 
     low: float
     high: float = math.inf
-    above: bool = False
+    exclusive: bool = False
 
-    def holds(self, value: Any) -> bool:
-        above = self.low < value if self.above else self.low <= value
+    def contains(self, value: Any) -> bool:
+        above = self.low < value if self.exclusive else self.low <= value
         return bool(above and value <= self.high)
 
     def __str__(self) -> str:
-        low = f"{'above' if self.above else 'of at least'} {_number(self.low)}"
-        return low + (f" and at most {_number(self.high)}" if self.high < math.inf else "")
+        low = f"{'above' if self.exclusive else 'of at least'} {_format_bound(self.low)}"
+        return low + (f" and at most {_format_bound(self.high)}" if self.high < math.inf else "")
 
 
-def _number(bound: float) -> str:
+def _format_bound(bound: float) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
 
 
 @cache
-def hints(cls: type) -> dict[str, Any]:
-    """The resolved annotations of a dataclass."""
+def field_types(cls: type) -> dict[str, Any]:
+    """Resolved annotations of a dataclass."""
     return get_type_hints(cls, include_extras=True)
 
 
 def iter_issues(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]:
-    """Every place at or below `key` whose value does not fit the type."""
+    """Yield an issue for every value at or below `key` that does not match its type."""
     if value == UNKNOWN:
         return
     if value == MISSING:
-        yield ConfigIssue(
-            key, f" has no value; give one, as {key or 'key'}=... on the command line"
-        )
+        yield ConfigIssue(key, f" has no value; set it with {key or 'key'}=... on the command line")
     elif is_dataclass(expected) and isinstance(expected, type) and isinstance(value, dict):
         yield from _dataclass_issues(key, value, expected)
     elif isinstance(value, dict) and (entry := _entry_type(expected, dict)) is not None:
@@ -74,64 +78,63 @@ def iter_issues(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]
     elif (only := only_dataclass(expected)) is not None and isinstance(value, dict):
         yield from _dataclass_issues(key, value, only)
     elif not matches_type(value, expected):
-        close = nearest(str(value), _words(expected))
-        yield ConfigIssue(key, f"={value!r} does not fit; allowed: {describe(expected)}{close}")
-    elif isinstance(value, int) and value.bit_length() > BITS:
-        problem = f"={value!r} does not fit into a checkpoint; allowed: {BITS} bits"
+        close = did_you_mean(str(value), _literal_values(expected))
+        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {describe(expected)}{close}")
+    elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
+        problem = f"={value!r} is too large for a checkpoint; allowed: {MAX_INT_BITS} bits"
         yield ConfigIssue(key, problem)
 
 
 def _dataclass_issues(key: str, value: dict[str, Any], cls: type) -> Iterator[ConfigIssue]:
-    expected = hints(cls)
+    expected = field_types(cls)
     prefix = f"{key}." if key else ""
     for name in value.keys() - expected.keys():
-        close = nearest(str(name), expected)
-        has = f"{key or 'the configuration'} has: {one_of(expected)}"
+        close = did_you_mean(str(name), expected)
+        has = f"{key or 'the configuration'} has: {join_choices(expected)}"
         yield ConfigIssue(
-            f"{prefix}{name}", f"={_short(value[name])} is not a known key; {has}{close}"
+            f"{prefix}{name}", f"={_short_repr(value[name])} is not a known key; {has}{close}"
         )
     for name, type_ in expected.items():
         if name in value:
             yield from iter_issues(f"{prefix}{name}", value[name], type_)
-        elif name in _wanted(cls):
+        elif name in _required_fields(cls):
             yield ConfigIssue(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
 
 
-def _wanted(cls: type) -> set[str]:
-    """The fields of a dataclass that have no default."""
+def _required_fields(cls: type) -> set[str]:
     return {field.name for field in fields(cls) if field.default is NO_DEFAULT}
 
 
-def _short(value: object) -> str:
+def _short_repr(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def alternatives(expected: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type alone."""
+    """Members of a union, or the type alone."""
     union = get_origin(expected) in (Union, types.UnionType)
     return get_args(expected) if union else (expected,)
 
 
 def only_dataclass(expected: Any) -> type | None:
-    """The dataclass among the alternatives of a type; None where there is none."""
+    """Return the dataclass among the alternatives of a type, or None."""
     found = [x for x in alternatives(expected) if isinstance(x, type) and is_dataclass(x)]
     return found[0] if found else None
 
 
 def _entry_type(expected: Any, kind: type) -> Any:
-    """The type of the entries of the alternative that is a `kind`, or None."""
+    """Return the type of the entries of a `kind` (list or dict) among the alternatives, or None."""
     found = [x for x in alternatives(expected) if get_origin(x) is kind]
     return get_args(found[0])[-1] if found else None
 
 
-def _words(expected: Any) -> list[str]:
+def _literal_values(expected: Any) -> list[str]:
     literals = [x for x in alternatives(expected) if get_origin(x) is Literal]
-    return [str(word) for literal in literals for word in get_args(literal)]
+    return [str(value) for literal in literals for value in get_args(literal)]
 
 
 def matches_type(value: object, expected: Any) -> bool:
-    """Whether a plain value (number, text, list, dict, None) is of the type."""
+    """Return whether a plain value (number, string, list, dict, None) is of a type."""
     if expected is Any:
         return True
     if expected is None or expected is type(None):
@@ -140,10 +143,10 @@ def matches_type(value: object, expected: Any) -> bool:
     if origin in (Union, types.UnionType):
         return any(matches_type(value, alternative) for alternative in arguments)
     if origin is Literal:
-        return any(value == word and type(value) is type(word) for word in arguments)
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
     if origin is Annotated:
         return matches_type(value, arguments[0]) and all(
-            bound.holds(value) for bound in arguments[1:] if isinstance(bound, Range)
+            bound.contains(value) for bound in arguments[1:] if isinstance(bound, Range)
         )
     if origin is list:
         return isinstance(value, list) and all(matches_type(item, arguments[0]) for item in value)
@@ -157,11 +160,11 @@ def matches_type(value: object, expected: Any) -> bool:
 
 
 def describe(expected: Any) -> str:
-    """The type in a user's words."""
+    """Describe a type for an error message."""
     names = {
-        int: "a whole number",
+        int: "an integer",
         float: "a number",
-        str: "a text",
+        str: "a string",
         bool: "true or false",
         type(None): "null",
         None: "null",
@@ -171,7 +174,7 @@ def describe(expected: Any) -> str:
     if origin in (Union, types.UnionType):
         return ", or ".join(describe(alternative) for alternative in arguments)
     if origin is Literal:
-        return ", ".join(str(word) for word in arguments)
+        return ", ".join(str(choice) for choice in arguments)
     if origin is Annotated:
         bounds = " ".join(str(x) for x in arguments[1:] if isinstance(x, Range))
         return f"{describe(arguments[0])} {bounds}".strip()
@@ -183,17 +186,17 @@ def describe(expected: Any) -> str:
 
 
 def to_dataclass(value: Any, expected: type[T]) -> T:
-    """The dataclass that a checked dict describes."""
-    types_ = hints(cast("type", expected))
-    given = {name: _value(part, types_[name]) for name, part in value.items()}
-    return expected(**given)
+    """Convert a dict that has been checked to a dataclass, nested ones included."""
+    types_ = field_types(cast("type", expected))
+    arguments = {name: _convert(item, types_[name]) for name, item in value.items()}
+    return expected(**arguments)
 
 
-def _value(value: Any, expected: Any) -> Any:
+def _convert(value: Any, expected: Any) -> Any:
     cls = only_dataclass(expected)
     if cls is not None and isinstance(value, dict):
         return to_dataclass(value, cls)
     entry = _entry_type(expected, dict)
     if only_dataclass(entry) is not None and isinstance(value, dict):
-        return {name: _value(part, entry) for name, part in value.items()}
+        return {name: _convert(item, entry) for name, item in value.items()}
     return value
