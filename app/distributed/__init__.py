@@ -1,1 +1,1 @@
-"""Several processes as one: collectives, strategies and how ranks are launched."""
+"""Collectives, strategies and launchers for training on several ranks."""

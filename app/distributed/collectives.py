@@ -1,4 +1,4 @@
-"""Several ranks as one: each function is the identity when alone."""
+"""Collective operations over all ranks; in a single process, each one is the identity."""
 
 from __future__ import annotations
 
@@ -13,41 +13,44 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 T = TypeVar("T")
-SYNC_SECONDS = 0.2  # seconds, about, from one agreement to the next
+SYNC_SECONDS = 0.2  # approximate time between two reductions of a `LazyAllReduceMax`
 
 
 def is_distributed() -> bool:
-    """Whether several processes run as one."""
+    """Whether this process belongs to a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """The number of this process among those that train together; 0 when alone."""
+    """Return the rank of this process; 0 in a single process."""
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of ranks; 1 in a single process."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def local_slice(count: int) -> slice:
-    """Which of so many samples are this rank's: neighbours, ranks in order, some perhaps empty."""
-    mine = rank()
-    few, more = divmod(count, world_size())
-    start = mine * few + min(mine, more)
-    return slice(start, start + few + (mine < more))
+    """Return this rank's contiguous share of `count` samples, which may be empty.
+
+    Shares are in the order of the ranks, and their sizes differ by at most one.
+    """
+    index = rank()
+    size, remainder = divmod(count, world_size())
+    start = index * size + min(index, remainder)
+    return slice(start, start + size + (index < remainder))
 
 
-def all_reduce(block: Tensor) -> Tensor:
-    """The sum of every rank's tensor, on every rank; changes the tensor given."""
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
     if is_distributed():
-        dist.all_reduce(block)
-    return block
+        dist.all_reduce(tensor)
+    return tensor
 
 
 def all_reduce_async(number: float) -> Callable[[], float]:
-    """Begins to add up every rank's number; the function given waits for the total."""
+    """Start to sum a number over all ranks; return a function that waits for the total."""
     if not is_distributed():
         return lambda: number
     tensor = torch.tensor([number], dtype=torch.float64)
@@ -61,7 +64,7 @@ def all_reduce_async(number: float) -> Callable[[], float]:
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every rank; those of the others are lost."""
+    """Return the value of rank 0 on every rank."""
     if not is_distributed():
         return value
     box: list[Any] = [value]
@@ -70,17 +73,20 @@ def broadcast_object(value: T) -> T:
 
 
 def gather_object(value: T) -> list[T]:
-    """Every rank's value, in rank 0; in the others nothing. Tensors must be on the host."""
+    """Return the values of all ranks on rank 0, and an empty list on the others.
+
+    Tensors in the value must be on the CPU.
+    """
     if not is_distributed():
         return [value]
-    found: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    dist.gather_object(value, found)
-    return found or []
+    values: list[Any] | None = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, values)
+    return values or []
 
 
 @contextmanager
 def rank_zero_first() -> Iterator[None]:
-    """Rank 0 goes through it alone, then all others: a download happens once."""
+    """Run the body on rank 0 first and then on all other ranks, e.g. to download only once."""
     if rank() > 0:
         dist.barrier()
     yield
@@ -89,14 +95,14 @@ def rank_zero_first() -> Iterator[None]:
 
 
 def broadcast_tensors(tensors: list[Tensor]) -> None:
-    """Rank 0's values, put into every rank's tensors."""
+    """Overwrite the tensors of every rank with the values of rank 0."""
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
 
 
 class AllReduceSum(torch.autograd.Function):
-    """The sum of every rank's tensor, through which gradients find their way."""
+    """Differentiable sum of a tensor over all ranks."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004
@@ -108,49 +114,53 @@ class AllReduceSum(torch.autograd.Function):
 
 
 class LazyAllReduceMax:
-    """The largest of all ranks' numbers, told late, so that nobody waits for it.
+    """Maximum of a number over all ranks, with a delay, so that no rank waits for it.
 
-    Ranks ask at every step and all make the same steps; they tell each other but some times a
-    second, however short a step is, since each time costs as much as a very small step.
+    All ranks must call it equally often, for example once per step. Because a reduction costs as
+    much as a very small step, only some of the calls start one, about `1 / SYNC_SECONDS` per
+    second.
     """
 
     def __init__(self) -> None:
         self.pending: tuple[dist.Work, Tensor] | None = None
-        self.began, self.calls, self.every = time.monotonic(), 0, 1
+        self.last_reduce_at = time.monotonic()
+        self.calls_since_reduce, self.calls_per_reduce = 0, 1
 
-    def __call__(self, mine: int) -> int:
-        """What all ranks said when they last told; when alone, `mine`."""
+    def __call__(self, value: int) -> int:
+        """Return the maximum of the previous reduction, or 0; in a single process, `value`."""
         if not is_distributed():
-            return mine
-        self.calls += 1
-        if self.calls < self.every:
+            return value
+        self.calls_since_reduce += 1
+        if self.calls_since_reduce < self.calls_per_reduce:
             return 0
-        before = self._finish_reduce()
-        self._start_reduce(mine)
-        return before
+        previous = self._finish_reduce()
+        self._start_reduce(value)
+        return previous
 
-    def wait(self, mine: int) -> int:
-        """What all ranks say now, and have not heard yet; for once it is waited for."""
+    def wait(self, value: int) -> int:
+        """Return the maximum of the pending reduction and of a new one, and wait for both."""
         if not is_distributed():
-            return mine
-        before = self._finish_reduce()
-        self._start_reduce(mine)
-        found = max(before, self._finish_reduce())
-        self.every = 1  # steps of the next stage may be long
-        return found
+            return value
+        previous = self._finish_reduce()
+        self._start_reduce(value)
+        maximum = max(previous, self._finish_reduce())
+        self.calls_per_reduce = 1  # the steps of the next stage may be longer
+        return maximum
 
-    def _start_reduce(self, mine: int) -> None:
-        seconds = (time.monotonic() - self.began) / max(1, self.calls)
-        tensor = torch.tensor([float(mine), seconds], dtype=torch.float64)
+    def _start_reduce(self, value: int) -> None:
+        elapsed = time.monotonic() - self.last_reduce_at
+        seconds_per_call = elapsed / max(1, self.calls_since_reduce)
+        tensor = torch.tensor([float(value), seconds_per_call], dtype=torch.float64)
         work = dist.all_reduce(tensor, dist.ReduceOp.MAX, async_op=True)
         self.pending = work, tensor
-        self.began, self.calls = time.monotonic(), 0
+        self.last_reduce_at, self.calls_since_reduce = time.monotonic(), 0
 
     def _finish_reduce(self) -> int:
         if self.pending is None:
             return 0
         (work, tensor), self.pending = self.pending, None
         work.wait()
-        reason, seconds = tensor.tolist()
-        self.every = max(1, min(1000, int(SYNC_SECONDS / max(seconds, 1e-6))))
-        return int(reason)
+        maximum, seconds_per_call = tensor.tolist()
+        calls = int(SYNC_SECONDS / max(seconds_per_call, 1e-6))
+        self.calls_per_reduce = max(1, min(1000, calls))
+        return int(maximum)

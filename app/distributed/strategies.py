@@ -1,7 +1,7 @@
-"""How several ranks learn as one: who calls the model, and where gradients come together.
+"""Strategies for one or several ranks: they call the model and reduce the gradients.
 
-Each rank gives the gradients of its samples' losses, weighted by how many they are of all; the sum
-over ranks is then the gradient of the mean over all samples, whatever their shares.
+Each rank weights the gradients of its loss by its share of the samples in the global batch. The sum
+over the ranks is then the gradient of the mean over all samples, even if the shares differ.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from app.runtime.errors import UserError
 
 
 class SingleDevice:
-    """One rank: the model as it is, gradients as they are.
+    """Trains a model on a single rank.
 
     Args:
-        model: That is trained.
+        model: The model to train.
 
     Attributes:
-        is_distributed: Whether gradients of several ranks come together.
+        is_distributed: Whether gradients are reduced over several ranks.
+        grad_divisor: What the reduction divides gradients by; 1 for a sum.
         is_padding: Whether the current batch is padding on this rank and does not count.
     """
 
     is_distributed = False
-    grad_divisor = 1  # by which the way of summing divides
+    grad_divisor = 1
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.is_padding = model, False
@@ -45,23 +46,23 @@ class SingleDevice:
         broadcast_tensors([*model.parameters(), *model.buffers()])
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        """The model, as a step of training calls it."""
+        """Run the forward pass of a training step."""
         return self.model(*inputs, **named)
 
     def on_epoch_start(self) -> None:
-        """An epoch of training begins; other parameters may learn than before."""
+        """Prepare for an epoch, whose trainable parameters may differ from the last one."""
 
     def on_epoch_end(self) -> None:
-        """It is over; buffers that ranks have changed apart are those of rank 0 again."""
+        """Reset the buffers, which ranks have updated separately, to those of rank 0."""
         broadcast_tensors(list(self.model.buffers()))
 
     @contextmanager
     def sync_context(self, is_padding: bool, steps_next: bool) -> Iterator[None]:  # noqa: ARG002
-        """A batch is learned from.
+        """Wrap the forward and backward pass of a batch.
 
         Args:
-            is_padding: This rank has no sample of it.
-            steps_next: Gradients are used after it, not kept for the batches to come.
+            is_padding: This rank has no samples in the batch.
+            steps_next: The optimizer steps after this batch, instead of accumulating gradients.
         """
         self.is_padding = is_padding
         for norm in self.batchnorms:
@@ -70,51 +71,57 @@ class SingleDevice:
         self.is_padding = False
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Those of all ranks, put in place of this rank's."""
+        """Replace the gradients by their sums over all ranks."""
 
     def zero_grad(self, parameters: Iterable[Tensor]) -> None:
-        """They have been used."""
+        """Clear the gradients after the optimizer step."""
         for parameter in parameters:
             parameter.grad = None
 
 
 class DDPStrategy(SingleDevice):
-    """Every rank has the whole model; torch's `DistributedDataParallel` sums gradients.
+    """Replicates the model on every rank; torch's `DistributedDataParallel` (DDP) sums gradients.
 
-    It does so while they are still being computed, for the parameters that took part in the first
-    step; what a task does beside the model, or without calling it as a whole, is summed when
-    gradients are used.
+    DDP reduces gradients during the backward pass, for the parameters that were used in the first
+    step. All other gradients, including those of a task that does not call the model as a whole,
+    are reduced before the optimizer step.
 
     Args:
-        model: That is trained.
-        device: That it is on.
-        single: A single optimizer has all its parameters.
-        find_unused: Other parameters take part from step to step.
+        model: The model to train.
+        device: Device of the model.
+        single_optimizer: One optimizer has all parameters of the model.
+        find_unused_parameters: The set of used parameters changes from step to step.
     """
 
     is_distributed = True
 
     def __init__(
-        self, model: nn.Module, device: torch.device, single: bool, find_unused: bool
+        self,
+        model: nn.Module,
+        device: torch.device,
+        single_optimizer: bool,
+        find_unused_parameters: bool,
     ) -> None:
         super().__init__(model)
-        self.device, self.single, self.find_unused = device, single, find_unused
+        self.device, self.single_optimizer = device, single_optimizer
+        self.find_unused_parameters = find_unused_parameters
         self.ddp: DistributedDataParallel | None = None
-        self.reduced: set[Tensor] = set()  # by DDP, since gradients were last used
+        self.reduced: set[Tensor] = set()  # parameters that DDP has reduced since the last step
         self.trainable: list[Tensor] = []
-        self.calls = 0
-        self.ddp_reduces = False  # whether DDP is to sum in the step under way
-        self.ddp_parameters: set[Tensor] = set()  # parameters that DDP sums
+        self.num_forwards = 0  # since the last step
+        self.ddp_reduces = False  # whether DDP reduces gradients of the current batch
+        self.ddp_parameters: set[Tensor] = set()  # parameters that DDP reduces
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
-        self.calls += 1
+        self.num_forwards += 1
         return (self.ddp or self.model)(*inputs, **named)
 
     def on_epoch_start(self) -> None:
-        learning: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        if [*map(id, learning)] != [*map(id, self.trainable)]:
-            self.trainable, self.ddp = learning, None
-            super().zero_grad(self.model.parameters())  # zeros would move what is frozen
+        trainable: list[Tensor] = [p for p in self.model.parameters() if p.requires_grad]
+        if [*map(id, trainable)] != [*map(id, self.trainable)]:
+            self.trainable, self.ddp = trainable, None
+            # Not to zeros, with which weight decay or momentum would still change frozen parameters
+            super().zero_grad(self.model.parameters())
 
     @contextmanager
     def sync_context(self, is_padding: bool, steps_next: bool) -> Iterator[None]:
@@ -127,50 +134,53 @@ class DDPStrategy(SingleDevice):
             self.ddp_reduces = False
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        every = [p for p in parameters if p.requires_grad]
+        trainable = [p for p in parameters if p.requires_grad]
         if (
             self.ddp_reduces
-            and self.calls
-            and not self.find_unused
+            and self.num_forwards
+            and not self.find_unused_parameters
             and not self.ddp_parameters <= self.reduced
         ):
-            raise UserError(  # before any rank waits for what never comes
-                "trainer.find_unused_parameters=False, but not all parameters take part in every "
+            raise UserError(  # before any rank waits for a reduction that never starts
+                "trainer.find_unused_parameters=False, but not all parameters are used in every "
                 "step; allowed: true"
             )
-        rest = [p for p in every if p not in self.reduced]
+        rest = [p for p in trainable if p not in self.reduced]
         used = _used_anywhere(rest)
         _all_reduce_grads(used)
-        if self.ddp is None and self.single and self.calls:
-            self._wrap({*used, *self.reduced})
-        self.calls = 0
+        if self.ddp is None and self.single_optimizer and self.num_forwards:
+            self._wrap_in_ddp({*used, *self.reduced})
+        self.num_forwards = 0
 
     def zero_grad(self, parameters: Iterable[Tensor]) -> None:
-        """Those that are views into DDP's buckets stay there, as zeros, if all are used always."""
-        kept = set() if self.find_unused else self.reduced
-        every = list(parameters)
-        views = [p.grad for p in every if p in kept and p.grad is not None]
+        """Clear the gradients; set views into DDP's buckets to zero, to keep the views.
+
+        With `find_unused_parameters`, an unused parameter must have no gradient instead.
+        """
+        views_kept = set() if self.find_unused_parameters else self.reduced
+        parameters = list(parameters)
+        views = [p.grad for p in parameters if p in views_kept and p.grad is not None]
         if views:
             torch._foreach_zero_(views)
-        super().zero_grad(p for p in every if p not in kept)
+        super().zero_grad(p for p in parameters if p not in views_kept)
         self.reduced = set()
 
-    def _wrap(self, used: set[Tensor]) -> None:
-        """Gives the parameters that take part to DDP."""
+    def _wrap_in_ddp(self, used: set[Tensor]) -> None:
+        """Wrap the model in DDP for the parameters that were used in the first step."""
         self.ddp_parameters = used & {*self.trainable}
-        idle = [p for p in self.trainable if p not in used]
-        for parameter in idle:
-            parameter.requires_grad_(False)  # DDP leaves them alone
+        unused = [p for p in self.trainable if p not in used]
+        for parameter in unused:
+            parameter.requires_grad_(False)  # so that DDP ignores them
         try:
             self.ddp = DistributedDataParallel(
                 self.model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                find_unused_parameters=self.find_unused,
+                find_unused_parameters=self.find_unused_parameters,
                 gradient_as_bucket_view=True,
-                **_no_buffers(),  # type: ignore[arg-type]
+                **_no_buffer_sync(),  # type: ignore[arg-type]
             )
         finally:
-            for parameter in idle:
+            for parameter in unused:
                 parameter.requires_grad_(True)
 
         def sum_bucket(state, bucket):  # type: ignore[no-untyped-def] # noqa: ARG001
@@ -181,19 +191,23 @@ class DDPStrategy(SingleDevice):
         self.ddp.register_comm_hook(None, sum_bucket)
 
 
-def _no_buffers() -> dict[str, bool]:
-    """Running statistics are brought together when an epoch ends; the option's name has changed."""
+def _no_buffer_sync() -> dict[str, bool]:
+    """Return the DDP option against buffer synchronization; its name depends on torch's version.
+
+    `on_epoch_end` synchronizes the buffers.
+    """
     names = inspect.signature(DistributedDataParallel.__init__).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
     return {name: False}
 
 
 def _used_anywhere(parameters: list[Tensor]) -> list[Tensor]:
-    """Those that have a gradient in some rank; where they have none here it becomes zeros."""
+    """Return the parameters with a gradient on any rank; fill in zeros where this rank has none."""
     if not parameters:
         return []
     mask = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32)
-    used = [p for p, n in zip(parameters, all_reduce(mask).tolist(), strict=True) if n]
+    counts = all_reduce(mask).tolist()
+    used = [p for p, count in zip(parameters, counts, strict=True) if count]
     for parameter in used:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -201,24 +215,24 @@ def _used_anywhere(parameters: list[Tensor]) -> list[Tensor]:
 
 
 def _all_reduce_grads(parameters: list[Tensor]) -> None:
-    """Their gradients over all ranks, in one collective for each type."""
+    """Sum the gradients over all ranks, with one collective per dtype."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         same = [gradient for gradient in gradients if gradient.dtype == dtype]
         flat = all_reduce(torch.cat([gradient.reshape(-1) for gradient in same]))
-        parts = flat.split([gradient.numel() for gradient in same])
-        views = [part.view(g.shape) for part, g in zip(parts, same, strict=True)]
-        torch._foreach_copy_(same, views)
+        chunks = flat.split([gradient.numel() for gradient in same])
+        sums = [chunk.view(g.shape) for chunk, g in zip(chunks, same, strict=True)]
+        torch._foreach_copy_(same, sums)
 
 
 class FSDPStrategy(SingleDevice):
-    """Every rank has a part of each weight (FSDP2); gradients come together in each backward.
+    """Shards each parameter over the ranks (FSDP2); gradients are reduced in the backward pass.
 
-    Each module inside a `Sequential` or `ModuleList` is a unit that is put together as it is used;
-    the rest of the model is another.
+    Each child of a `Sequential` or `ModuleList` is sharded as a unit, which is gathered when it is
+    used; the rest of the model is another unit.
 
     Args:
-        model: That is trained; its parameters become distributed tensors.
+        model: The model to train; its parameters become `DTensor`s.
     """
 
     is_distributed = True
@@ -226,7 +240,7 @@ class FSDPStrategy(SingleDevice):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.grad_divisor = world_size()
-        for module in reversed(list(model.modules())):  # the innermost first
+        for module in reversed(list(model.modules())):  # innermost modules first
             if isinstance(module, (nn.Sequential, nn.ModuleList)):
                 for unit in module:
                     if any(True for _ in unit.parameters()):
@@ -234,35 +248,35 @@ class FSDPStrategy(SingleDevice):
         fully_shard(model)
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor]) -> None:
-        beside = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
-        used = _used_anywhere(beside)
+        unsharded = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+        used = _used_anywhere(unsharded)
         _all_reduce_grads(used)
-        for parameter in used:  # they have not been divided
+        for parameter in used:  # FSDP divides only the gradients of sharded parameters
             assert parameter.grad is not None
             parameter.grad /= self.grad_divisor
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that ranks have parts of; every rank must ask."""
+    """Gather a sharded tensor; return any other tensor as is. Every rank must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def split_dtensors(tensors: list[Tensor]) -> list[list[Tensor]]:
-    """Those that ranks have parts of, and the others."""
-    parts: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-    others = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
-    return [same for same in (others, parts) if same]
+    """Split tensors into regular and sharded ones; empty groups are left out."""
+    sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    regular = [tensor for tensor in tensors if not isinstance(tensor, DTensor)]
+    return [group for group in (regular, sharded) if group]
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of all of them together, over all ranks' parts."""
+    """Return the 2-norm of all tensors together, over the shards of all ranks."""
     dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
-    norms = [full_tensor(torch.nn.utils.get_total_norm(same)) for same in split_dtensors(dense)]
+    norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in split_dtensors(dense)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def finite_indicator(tensors: list[Tensor]) -> Tensor:
-    """A scalar that is finite where all of them are; cheaper than `total_norm`."""
+    """Return a scalar that is finite if all tensors are; cheaper than `total_norm`."""
     kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors}
     (kind, layout, *_), *others = kinds
     if others or kind is not Tensor or layout is not torch.strided:
@@ -271,17 +285,19 @@ def finite_indicator(tensors: list[Tensor]) -> Tensor:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """This rank's part of a whole tensor, as it has one of another; all else stays."""
-    is_part = isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
-    if not is_part:
+    """Shard a full tensor in the same way as `like`; return any other value as is."""
+    needs_sharding = (
+        isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
+    )
+    if not needs_sharding:
         return value
     assert isinstance(like, DTensor)
-    given = value.to(like.device, value.dtype)
-    return distribute_tensor(given, like.device_mesh, like.placements)
+    tensor = value.to(like.device, value.dtype)
+    return distribute_tensor(tensor, like.device_mesh, like.placements)
 
 
 @torch.no_grad()
 def load_full_state_dict(state: Mapping[str, Tensor], model: nn.Module) -> None:
-    """A whole state dict into a model, each rank taking its part."""
+    """Load an unsharded state dict into a model, of which each rank takes its shards."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(shard_like(state[name], tensor))

@@ -1,1 +1,1 @@
-"""Files, locks, signals, seeds, devices and errors: what every other package stands on."""
+"""Files, locks, signals, seeds, devices and errors: the layer below every other package."""

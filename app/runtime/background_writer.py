@@ -1,4 +1,4 @@
-"""Files that are written one after the other, where wanted while the program goes on."""
+"""Write files one at a time, optionally in a background thread."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 
 class BackgroundWriter:
-    """Writes files.
+    """Runs file-writing tasks in order.
 
     Args:
-        in_background: A thread does it, a file at a time; what it is given must not change.
+        in_background: Run them in a thread, one at a time. What a task writes must not change
+            until `wait` returns.
     """
 
     def __init__(self, in_background: bool = False) -> None:
@@ -19,14 +20,15 @@ class BackgroundWriter:
         self.pending: list[Future[None]] = []
 
     def submit(self, task: Callable[[], None], wait_first: bool = False) -> None:
-        """Does it now, or as soon as what came before is done.
+        """Run a task now, or queue it behind the earlier ones.
 
         Args:
             task: Writes a file.
-            wait_first: It waits for what came before, so that there are never two of its size.
+            wait_first: Wait for the earlier tasks before queueing this one, so that never two
+                tasks hold their data in memory.
 
         Raises:
-            StorageError: This, or what came before it in the background, cannot be written.
+            StorageError: This file, or an earlier one of the background, cannot be written.
         """
         if self.thread is None:
             task()
@@ -36,11 +38,11 @@ class BackgroundWriter:
         self.pending.append(self.thread.submit(task))
 
     def wait(self) -> None:
-        """Until all is written.
+        """Wait until all tasks have finished.
 
         Raises:
-            StorageError: Something cannot be.
+            StorageError: A file cannot be written.
         """
-        waiting, self.pending = self.pending, []
-        for future in waiting:
+        pending, self.pending = self.pending, []
+        for future in pending:
             future.result()

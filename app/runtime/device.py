@@ -1,4 +1,4 @@
-"""Where and how exactly it is computed: accelerator, precision, memory format, peak memory."""
+"""Choose and describe devices, measure peak memory and recognise out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -8,55 +8,60 @@ import torch
 
 from app.runtime.errors import UserError
 
-Devices = int | str | list[int] | None  # a number, `auto`, ids; None is one
+Devices = int | str | list[int] | None  # a count, `auto`, or device ids; None means one
 
 
 def choose_device(accelerator: str, devices: Devices = None, local_rank: int = 0) -> torch.device:
-    """The device of a rank for `auto`, `cpu`, `cuda` or `mps`.
+    """Return the device of a rank.
 
     Args:
-        accelerator: Which kind.
-        devices: Those wanted of this machine.
-        local_rank: The number of the rank on this machine.
+        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+        devices: The devices of this machine to use.
+        local_rank: Rank on this machine.
 
     Raises:
-        UserError: It is not there.
+        UserError: The accelerator or the device is not available.
     """
-    kind = _kind(accelerator)
+    kind = _resolve_accelerator(accelerator)
     if kind != "cuda":
         return torch.device(kind)
-    found = torch.cuda.device_count()
+    available = torch.cuda.device_count()
     if isinstance(devices, list):
         index = devices[local_rank] if local_rank < len(devices) else local_rank
     else:
-        index = 0 if found == 1 else local_rank  # SLURM may show each of its tasks a single one
-    if index >= found:
-        raise UserError(f"trainer.devices={devices!r}: there is no device {index}; it has {found}")
+        index = 0 if available == 1 else local_rank  # SLURM may show each task one device only
+    if index >= available:
+        raise UserError(
+            f"trainer.devices={devices!r}: device {index} does not exist; this machine has "
+            f"{available}"
+        )
     return torch.device("cuda", index)
 
 
 def count_devices(accelerator: str, devices: Devices) -> int:
-    """How many devices of this machine are wanted.
+    """Return how many devices of this machine to use.
 
     Raises:
-        UserError: They are not there.
+        UserError: They are not available.
     """
-    kind = _kind(accelerator)
-    found = torch.cuda.device_count() if kind == "cuda" else 1
+    kind = _resolve_accelerator(accelerator)
+    available = torch.cuda.device_count() if kind == "cuda" else 1
     if devices is None or devices == "auto":
-        return found if devices == "auto" else 1
+        return available if devices == "auto" else 1
     if kind != "cuda" and isinstance(devices, list):
-        raise UserError(f"trainer.devices={devices!r}: {kind} has no ids; allowed: a number")
-    highest = max(devices) + 1 if isinstance(devices, list) else int(devices)
-    if kind != "cpu" and highest > found:
         raise UserError(
-            f"trainer.devices={devices!r}: this machine has {found} of {kind}; "
-            f"allowed: a number up to {found}, ids from 0 to {found - 1}, auto"
+            f"trainer.devices={devices!r}: {kind} devices have no ids; allowed: a number"
+        )
+    required = max(devices) + 1 if isinstance(devices, list) else int(devices)
+    if kind != "cpu" and required > available:
+        raise UserError(
+            f"trainer.devices={devices!r}: this machine has {available} {kind} devices; "
+            f"allowed: a number up to {available}, ids from 0 to {available - 1}, auto"
         )
     return len(devices) if isinstance(devices, list) else int(devices)
 
 
-def _kind(accelerator: str) -> str:
+def _resolve_accelerator(accelerator: str) -> str:
     available = ["cpu"]
     if torch.backends.mps.is_available():
         available.insert(0, "mps")
@@ -66,14 +71,14 @@ def _kind(accelerator: str) -> str:
         return available[0]
     if accelerator not in available:
         raise UserError(
-            f"trainer.accelerator={accelerator!r} is not on this machine; it has: "
+            f"trainer.accelerator={accelerator!r} is not available on this machine; available: "
             f"{', '.join(available)}"
         )
     return accelerator
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Bytes at most in use so far: of the process, and on a CUDA device."""
+    """Return the peak memory so far in bytes, of this process and of a CUDA device."""
     peaks = {}
     if sys.platform != "win32":
         import resource
@@ -86,14 +91,16 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was too little memory; on the CPU torch says so in words alone."""
-    kinds = (torch.OutOfMemoryError, MemoryError)
-    told = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return told or isinstance(error, kinds)
+    """Whether an error means that memory ran out.
+
+    On the CPU, torch raises a plain `RuntimeError`, which only its message tells apart.
+    """
+    cpu_error = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return cpu_error or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def describe_device(device: torch.device) -> str:
-    """For instance `cuda (NVIDIA H200)` or `cpu (2 threads)`."""
+    """Return for example `cuda (NVIDIA H200)` or `cpu (2 threads)`."""
     if device.type == "cuda":
         return f"cuda ({torch.cuda.get_device_name(device)})"
     return f"{device.type} ({torch.get_num_threads()} threads)"

@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line each."""
+"""Errors that are shown to the user as one line, without a stack trace."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 
 
 class UserError(ValueError):
-    """Something only the user can put right; shown without a stack trace."""
+    """An error that only the user can fix; shown without a stack trace."""
 
-    exit_code = 1  # of a run that it ends
+    exit_code = 1  # of a run that fails with it
 
 
 class StorageError(UserError):
-    """Files cannot be written: the disk is full, the folder is gone, a permission is lost."""
+    """A file cannot be written: the disk is full, a folder is gone, a permission is missing."""
 
-    exit_code = 74  # as `EX_IOERR` of sysexits.h
+    exit_code = 74  # EX_IOERR of sysexits.h
 
 
 class NonFiniteError(UserError):
-    """The loss or a gradient is no number."""
+    """The loss or a gradient is NaN or infinite."""
 
-    exit_code = 65  # as `EX_DATAERR` of sysexits.h
+    exit_code = 65  # EX_DATAERR of sysexits.h
 
 
 ERRORS_BY_EXIT_CODE = {kind.exit_code: kind for kind in (UserError, StorageError, NonFiniteError)}
@@ -31,7 +31,12 @@ ERRORS_BY_EXIT_CODE = {kind.exit_code: kind for kind in (UserError, StorageError
 
 @dataclass(frozen=True)
 class ConfigIssue:
-    """One wrong place in the configuration: where, and what is wrong with it."""
+    """One error in the configuration.
+
+    Attributes:
+        key: Where it is.
+        problem: What is wrong, to be read directly after the key.
+    """
 
     key: str
     problem: str
@@ -41,53 +46,52 @@ class ConfigIssue:
 
 
 class ConfigError(UserError):
-    """All mistakes of a configuration at once."""
+    """All errors of a configuration together."""
 
-    def __init__(self, mistakes: list[ConfigIssue]) -> None:
-        self.issues = list(dict.fromkeys(mistakes))
+    def __init__(self, issues: list[ConfigIssue]) -> None:
+        self.issues = list(dict.fromkeys(issues))
         count = len(self.issues)
-        head = f"{count} mistake{'s' if count > 1 else ''} in the configuration:"
-        super().__init__("\n".join([head, *(f"  {mistake}" for mistake in self.issues)]))
+        head = f"{count} error{'s' if count > 1 else ''} in the configuration:"
+        super().__init__("\n".join([head, *(f"  {issue}" for issue in self.issues)]))
 
 
 @contextmanager
 def as_user_error(key: str | None = None) -> Iterator[None]:
-    """Looks at files that the user has named; what the system refuses is one clear error.
+    """Turn an `OSError` about a file that the user has named into a `UserError`.
 
     Args:
-        key: Which names them, where it is known.
+        key: Configuration key that names the file, if known.
 
     Raises:
-        UserError: The system has refused, and says which file, or the key does.
+        UserError: A file could not be read; the message names the file and the reason.
     """
     try:
         yield
     except OSError as error:
         if error.filename is None and key is None:
-            raise  # nothing that a user could put right
+            raise  # nothing that a user could fix
         problem = describe_read_error(error)
-        mistake = (
+        raise (
             UserError(problem) if key is None else ConfigError([ConfigIssue(key, f": {problem}")])
-        )
-        raise mistake from error
+        ) from error
 
 
 def describe_read_error(error: OSError) -> str:
-    """Which file the system does not let be read, and why."""
+    """Return which file cannot be read and why."""
     return f"{error.filename or 'it'} cannot be read: {error.strerror or error}"
 
 
 def as_storage_error(error: OSError) -> StorageError:
-    """What to raise where the system does not let a file be changed."""
+    """Return the `StorageError` for a file that could not be changed."""
     return StorageError(f"{error.filename} cannot be written: {error.strerror or error}")
 
 
-def nearest(word: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'?` with the closest of `allowed`, or nothing."""
+def did_you_mean(word: str, allowed: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` with the closest of `allowed`, or an empty string."""
     close = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def one_of(allowed: Iterable[str]) -> str:
-    """The allowed words as a sentence's end."""
+def join_choices(allowed: Iterable[str]) -> str:
+    """Return the allowed values, sorted and separated by commas."""
     return ", ".join(sorted(allowed)) or "nothing"

@@ -1,27 +1,27 @@
-"""Places at which tests end the program, to see that nothing is lost there."""
+"""Crash points for tests that check that no data is lost when the process dies while writing."""
 
 from __future__ import annotations
 
 import os
 import signal
 
-VARIABLE = "APP_FAULT"  # place:file:number, as before_rename:last.pt:2; off where it is not set
+FAULT_VARIABLE = "APP_FAULT"  # place:file:count, e.g. before_rename:last.pt:2; unset: no faults
 
 
 def maybe_crash(place: str, file: str) -> None:
-    """Ends this process at once, where it has come to that place for the wanted time.
+    """Kill this process if `APP_FAULT` names this place and file, at the given occurrence.
 
     Args:
         place: `opened`, `mid_write`, `before_fsync`, `after_fsync`, `before_rename`,
-            `after_rename`, `before_old_moves` or `before_old_goes`.
-        file: The name of the file that is written.
+            `after_rename`, `before_move_old` or `before_remove_old`.
+        file: Name of the file being written.
     """
-    wanted = os.environ.get(VARIABLE)
-    if wanted is None:
+    fault = os.environ.get(FAULT_VARIABLE)
+    if fault is None:
         return
-    at, name, number = wanted.rsplit(":", 2)
-    if at != place or name not in file:
+    fault_place, name, count = fault.rsplit(":", 2)
+    if fault_place != place or name not in file:
         return
-    os.environ[VARIABLE] = f"{at}:{name}:{int(number) - 1}"
-    if int(number) == 1:
+    os.environ[FAULT_VARIABLE] = f"{fault_place}:{name}:{int(count) - 1}"
+    if int(count) == 1:
         os.kill(os.getpid(), signal.SIGKILL)

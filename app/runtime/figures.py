@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Save matplotlib figures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from app.runtime.files import atomic_write
 
 
 def save_figure(path: Path, figure: Figure) -> None:
-    """The figure as a PNG file, written whole."""
+    """Save the figure atomically as a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     atomic_write(path, lambda file: file.write(content.getvalue()))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Read and write files atomically, so that they are complete or absent."""
 
 from __future__ import annotations
 
@@ -18,19 +18,9 @@ import pandas as pd
 from app.runtime.errors import StorageError, UserError, as_storage_error, describe_read_error
 from app.runtime.fault_injection import maybe_crash
 
-FORMULA_PREFIXES = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-)  # with these a spreadsheet begins to compute
-
-
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")  # start a formula in spreadsheets
 TEMP_SUFFIX = ".part"
-MIN_FREE_BYTES = 2**20  # bytes; the configuration and the log of a run are smaller
+MIN_FREE_BYTES = 2**20  # more than the configuration and the log of a run
 log = logging.getLogger(__name__)
 
 
@@ -39,21 +29,21 @@ def atomic_write(
     write: Callable[[BinaryIO], object],
     before_replace: Callable[[], object] | None = None,
 ) -> None:
-    """Writes under a temporary name beside `path`, makes it durable, and renames it.
+    """Write a temporary file next to `path`, flush it to disk, and rename it.
 
     Args:
-        path: Its folder is made where it is missing.
-        write: Given the open file.
-        before_replace: Called when the new content is safe, before it takes the name.
+        path: Target file; its folder is created if missing.
+        write: Receives the open file.
+        before_replace: Called when the new content is on disk, before the file is renamed.
 
     Raises:
-        StorageError: It cannot be written; what was there before is still there.
+        StorageError: The file cannot be written; an existing file is unchanged.
     """
-    partial, size = path.with_name(f".{path.name}{TEMP_SUFFIX}"), 0
+    temp_file, size = path.with_name(f".{path.name}{TEMP_SUFFIX}"), 0
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with partial.open("wb") as file:
+            with temp_file.open("wb") as file:
                 maybe_crash("opened", path.name)
                 write(file)
                 size = file.tell()
@@ -64,32 +54,18 @@ def atomic_write(
             if before_replace is not None:
                 before_replace()
             maybe_crash("before_rename", path.name)
-            partial.replace(path)
+            temp_file.replace(path)
             maybe_crash("after_rename", path.name)
             _fsync_folder(path.parent)
         finally:
-            with suppress(OSError):  # what went wrong is told, not that nothing is left to tidy
-                partial.unlink(missing_ok=True)
+            with suppress(OSError):  # a failed cleanup must not hide the original error
+                temp_file.unlink(missing_ok=True)
     except OSError as error:
-        raise _not_written(path, size, error) from error
-
-
-def check_disk_space(folder: Path) -> None:
-    """Tries, in a file without a name, whether there is room for more than a few lines.
-
-    Raises:
-        StorageError: There is none: the disk is full, or a quota is used up.
-    """
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(MIN_FREE_BYTES))
-    except OSError as error:
-        head = f"{folder}: the {MIN_FREE_BYTES:,} bytes that any run needs"
-        raise StorageError(f"{head} {_refuses(folder, error)}") from error
+        raise _storage_error(path, size, error) from error
 
 
 def _fsync_folder(folder: Path) -> None:
-    """What has been renamed in a folder stays so even when the power fails."""
+    """Flush renames in a folder to disk, so that they survive a power failure."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -99,33 +75,62 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _not_written(path: Path, size: int, error: OSError) -> StorageError:
-    there = next(one for one in path.absolute().parents if os.path.exists(one))  # noqa: PTH110
+def _storage_error(path: Path, size: int, error: OSError) -> StorageError:
+    folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
     written = f" ({size:,} bytes)" if size else ""
-    return StorageError(f"{path}{written} {_refuses(there, error)}")
+    return StorageError(f"{path}{written} {_write_problem(folder, error)}")
 
 
-def _refuses(folder: Path, error: OSError) -> str:
+def _write_problem(folder: Path, error: OSError) -> str:
     free = shutil.disk_usage(folder).free
     return f"cannot be written: {error.strerror or error}; {free:,} bytes are free"
 
 
-def remove_temp_files(folder: Path) -> None:
-    """Takes away what a process has left behind that was killed while it wrote.
+def check_disk_space(folder: Path) -> None:
+    """Check, with an unnamed temporary file, that there is room for the files of any run.
 
     Raises:
-        StorageError: It may not be.
+        StorageError: The disk is full or a quota is exhausted.
     """
     try:
-        for partial in _temp_files(folder):
-            partial.unlink()
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(MIN_FREE_BYTES))
+    except OSError as error:
+        head = f"{folder}: the {MIN_FREE_BYTES:,} bytes that every run needs"
+        raise StorageError(f"{head} {_write_problem(folder, error)}") from error
+
+
+def check_writable(folder: Path, names: Iterable[str]) -> None:
+    """Check that the existing files among `names` can be written.
+
+    Raises:
+        StorageError: One of them is a folder or not writable for this user.
+    """
+    for path in (folder / name for name in names):
+        try:
+            if path.exists():
+                path.open("r+b").close()  # `os.access` would miss read-only file systems and ACLs
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def remove_temp_files(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while writing.
+
+    Raises:
+        StorageError: One of them cannot be deleted.
+    """
+    try:
+        for temp_file in _temp_files(folder):
+            temp_file.unlink()
     except OSError as error:
         raise as_storage_error(error) from error
 
 
 def _temp_files(folder: Path) -> list[Path]:
-    inner = [path for path in folder.iterdir() if path.is_dir()]
-    own = [path for path in inner if not (path / "status.json").exists()]  # not those of other runs
+    subfolders = [path for path in folder.iterdir() if path.is_dir()]
+    # A subfolder with a status is another run, which may be writing now.
+    own = [path for path in subfolders if not (path / "status.json").exists()]
     found = [
         *folder.glob(f".*{TEMP_SUFFIX}"),
         *(p for path in own for p in path.rglob(f".*{TEMP_SUFFIX}")),
@@ -133,35 +138,21 @@ def _temp_files(folder: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def check_writable(folder: Path, names: Iterable[str]) -> None:
-    """Those that are there can be written to.
-
-    Raises:
-        StorageError: One is a folder, or not this user's to change.
-    """
-    for path in (folder / name for name in names):
-        try:
-            if path.exists():
-                path.open("r+b").close()  # not `os.access`, which knows less than the system does
-        except OSError as error:
-            raise StorageError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
 def write_text(path: Path, text: str) -> None:
-    """A text file, in UTF-8."""
+    """Write a text file in UTF-8."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """A JSON file, indented; numbers that JSON does not have (NaN, infinity) become null."""
+    """Write indented JSON; NaN and infinity, which JSON does not have, become null."""
     write_text(path, json.dumps(_nonfinite_to_none(content), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds; nothing where there is none.
+    """Return the object in a JSON file, or an empty dict if the file does not exist.
 
     Raises:
-        UserError: It is damaged, or cannot be read.
+        UserError: The file is damaged or cannot be read.
     """
     try:
         if not path.exists():
@@ -172,16 +163,16 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise UserError(f"{path} is damaged: it does not contain a JSON object")
     return content
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """The `status.json` of a run that goes on; nothing where it is damaged, which is said."""
+    """Return the `status.json` of a run; log a warning and return an empty dict if damaged."""
     try:
         return read_json(folder / "status.json")
     except UserError as error:
-        log.warning("%s; it is written anew", error)
+        log.warning("%s; it will be overwritten", error)
         return {}
 
 
@@ -194,22 +185,26 @@ def _nonfinite_to_none(content: Any) -> Any:
 
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
-    """A CSV file with a header and no index; no text in it is a formula to a spreadsheet."""
-    harmless = table.set_axis([_escape_formula(name) for name in table.columns], axis=1)
-    texts = [n for n, kind in enumerate(table.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
-    for number in texts:
-        before = table.iloc[:, number].tolist()
-        cells = [_escape_formula(cell) for cell in before]
-        if any(cell is not was for cell, was in zip(cells, before, strict=True)):
-            harmless.isetitem(number, cells)
-    atomic_write(path, lambda file: harmless.to_csv(file, index=False))
+    """Write a CSV file with a header and no index, in which no text is a spreadsheet formula."""
+    escaped = table.set_axis([_escape_formula(name) for name in table.columns], axis=1)
+    text_columns = [
+        index
+        for index, dtype in enumerate(table.dtypes)
+        if not pd.api.types.is_numeric_dtype(dtype)
+    ]
+    for index in text_columns:
+        cells = table.iloc[:, index].tolist()
+        escaped_cells = [_escape_formula(cell) for cell in cells]
+        if any(new is not old for new, old in zip(escaped_cells, cells, strict=True)):
+            escaped.isetitem(index, escaped_cells)
+    atomic_write(path, lambda file: escaped.to_csv(file, index=False))
 
 
 def _escape_formula(cell: Any) -> Any:
-    """With an apostrophe where a spreadsheet would compute it, as OWASP recommends."""
+    """Prefix text that a spreadsheet would evaluate with an apostrophe, as OWASP recommends."""
     if not isinstance(cell, str):
         return cell
-    if "\r" in cell:  # alone it would begin a line, as pandas puts it in no quotes
+    if "\r" in cell:  # pandas does not quote it, and a lone \r would start a new line
         cell = cell.replace("\r\n", "\n").replace("\r", "\n")
     if not cell.startswith(FORMULA_PREFIXES):
         return cell

@@ -1,4 +1,4 @@
-"""One process at a time writes in a run folder; who dies lets go of it."""
+"""Lock run folders, so that one process at a time writes there; a dead process holds no lock."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ RUN_SUBFOLDERS = (
     ".hydra",
     "tensorboard",
 )
-LOCK, OWNER = ".lock", ".owner.json"
+LOCK_FILE, OWNER_FILE = ".lock", ".owner.json"
 
 
-class FolderInUse(UserError):  # noqa: N818
-    """Another process runs there."""
+class FolderInUseError(UserError):
+    """Another process holds the lock of the folder."""
 
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """The folder of a run is this process's alone.
+    """Hold the exclusive lock of a run folder, which is created if missing.
 
     Raises:
-        FolderInUse: It is another's, which is named.
-        StorageError: It cannot be written to.
+        FolderInUseError: Another process holds it; the message names the owner.
+        StorageError: The folder is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,63 +47,71 @@ def run_lock(folder: Path) -> Iterator[None]:
     refuse_symlinks(folder)
     lock = _acquire(folder)
     if lock is None:
-        log.warning("%s is on a file system without locks: run nothing else there", folder)
+        log.warning(
+            "%s: the file system does not support locks; do not start another run in this folder",
+            folder,
+        )
         yield
         return
     try:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": platform.node(), "process": os.getpid(), "since": now}
-        write_json(folder / OWNER, owner)
+        write_json(folder / OWNER_FILE, owner)
         yield
     finally:
         lock.release()
 
 
 def check_unlocked(folder: Path) -> None:
-    """Nobody runs in that folder now.
+    """Check that no process holds the lock of a folder.
 
     Raises:
-        FolderInUse: Somebody does.
+        FolderInUseError: A process holds it.
     """
     if not folder.is_dir():
         return
     refuse_symlinks(folder)
-    if (folder / LOCK).exists() and (lock := _acquire(folder)) is not None:
+    if (folder / LOCK_FILE).exists() and (lock := _acquire(folder)) is not None:
         lock.release()
 
 
 def _acquire(folder: Path) -> FileLock | None:
-    """The lock of a folder, held; None where the file system has none."""
-    lock = FileLock(folder / LOCK)
+    """Acquire the lock of a folder; return None if the file system does not support locks."""
+    lock = FileLock(folder / LOCK_FILE)
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise FolderInUse(_in_use_message(folder)) from error
+        raise FolderInUseError(_in_use_message(folder)) from error
     except OSError as error:
-        raise FolderInUse(f"{folder / LOCK} cannot be locked: {error.strerror}") from error
+        raise FolderInUseError(
+            f"{folder / LOCK_FILE} cannot be locked: {error.strerror}"
+        ) from error
     except NotImplementedError:
         return None
     return lock
 
 
+def _in_use_message(folder: Path) -> str:
+    owner = read_json(folder / OWNER_FILE)
+    holder = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
+    return (
+        f"{folder} is in use by another run ({holder}); wait until it has ended, or choose "
+        "another folder"
+    )
+
+
 @as_user_error()
 def refuse_symlinks(folder: Path) -> None:
-    """What the program writes goes into the folder, and not where a stranger's link leads.
+    """Check that a run folder has no symbolic links, through which files outside would be written.
 
     Raises:
-        UserError: There is one, or it cannot be seen whether there is.
+        UserError: There is a link, or the folder cannot be read.
     """
-    inner = [folder / name for name in RUN_SUBFOLDERS if not (folder / name).is_symlink()]
-    places = [folder, *(path for path in inner if path.is_dir())]
+    subfolders = [folder / name for name in RUN_SUBFOLDERS if not (folder / name).is_symlink()]
+    places = [folder, *(path for path in subfolders if path.is_dir())]
     for path in (path for place in places for path in place.iterdir()):
         if path.is_symlink() and path.name != "wandb":
             raise UserError(
-                f"{path} is a link; a run is written into files of its own: put there what the "
-                "link leads to"
+                f"{path} is a symbolic link, and a run does not write through links; replace it "
+                "with the file or folder that it points to"
             )
-
-
-def _in_use_message(folder: Path) -> str:
-    owner = read_json(folder / OWNER)
-    by = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
-    return f"{folder} is in use: a run goes on there ({by}); it is not disturbed"

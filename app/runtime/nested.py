@@ -1,4 +1,4 @@
-"""Tensors in tuples, lists and dicts: batches, outputs and targets of any form."""
+"""Work with nested tuples, lists and dicts of tensors: batches, outputs and targets."""
 
 from __future__ import annotations
 
@@ -8,53 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
-Nested = Any  # a tensor, or tuples, lists and dicts of them
+Nested = Any  # a tensor, or nested tuples, lists and dicts of tensors
 Key = int | str | list[Any] | dict[str, Any] | None
 
 
 def pick(nested: Nested, key: Key) -> Nested:
-    """The part that a key names.
+    """Return the item selected by a key.
 
     Args:
-        nested: For instance a batch.
-        key: A position, a name, `outer.inner`, a list or dict of keys (which gives a tuple or
-            dict of parts), or None for the whole.
+        nested: For example a batch.
+        key: A position, a name, `outer.inner`, a list or dict of keys (which returns a tuple or
+            dict of items), or None for everything.
 
     Raises:
-        UserError: There is no such part.
+        UserError: There is no such item.
     """
     if key is None:
         return nested
     if isinstance(key, list):
-        return tuple(pick(nested, one) for one in key)
+        return tuple(pick(nested, inner) for inner in key)
     if isinstance(key, dict):
-        return {name: pick(nested, one) for name, one in key.items()}
+        return {name: pick(nested, inner) for name, inner in key.items()}
     if isinstance(key, str):
         for name in key.split("."):
-            nested = _named(nested, name)
+            nested = _pick_by_name(nested, name)
         return nested
     if not isinstance(nested, (tuple, list)) or not -len(nested) <= key < len(nested):
-        raise UserError(f"there is no part {key}: it is {describe(nested)}")
+        raise UserError(f"there is no item {key} in {describe(nested)}")
     return nested[key]
 
 
-def _named(nested: Nested, name: str) -> Nested:
+def _pick_by_name(nested: Nested, name: str) -> Nested:
     if isinstance(nested, dict) and name in nested:
         return nested[name]
     if isinstance(nested, dict):
-        raise UserError(f"there is no {name!r}; it has: {one_of(nested)}{nearest(name, nested)}")
+        raise UserError(
+            f"there is no {name!r}; available: {join_choices(nested)}{did_you_mean(name, nested)}"
+        )
     if isinstance(nested, (tuple, list)) and name.isdigit() and int(name) < len(nested):
         return nested[int(name)]
-    raise UserError(f"there is no {name!r}: it is {describe(nested)}")
+    raise UserError(f"there is no {name!r} in {describe(nested)}")
 
 
 def replace(nested: Nested, key: int | str, value: Nested) -> Nested:
-    """The same with another part where `pick` finds the one of that key.
+    """Return a copy with another value for the item that `pick` selects.
 
     Raises:
-        UserError: There is no such part.
+        UserError: There is no such item.
     """
     first, _, rest = str(key).partition(".") if isinstance(key, str) else (key, "", "")
     inner = replace(pick(nested, first), rest, value) if rest else value
@@ -62,13 +64,13 @@ def replace(nested: Nested, key: int | str, value: Nested) -> Nested:
         pick(nested, first)
         return {**nested, first: inner}
     pick(nested, first)
-    place = int(first) % len(nested)
-    parts = [inner if index == place else part for index, part in enumerate(nested)]
+    position = int(first) % len(nested)
+    parts = [inner if index == position else part for index, part in enumerate(nested)]
     return parts if isinstance(nested, list) else tuple(parts)
 
 
 def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
-    """The same form with the function applied to each tensor; other leaves stay."""
+    """Apply a function to each tensor; keep the structure and all other values."""
     if isinstance(nested, Tensor):
         return function(nested)
     if isinstance(nested, dict):
@@ -82,8 +84,15 @@ def map_tensors(function: Callable[[Tensor], Tensor], nested: Nested) -> Nested:
 
 
 def slice_batch(nested: Nested, part: slice, count: int) -> Nested:
-    """Some samples of a batch of so many: of its tensors, and of lists of names and the like."""
-    if isinstance(nested, list) and len(nested) == count and not any(True for _ in tensors(nested)):
+    """Return some samples of a batch.
+
+    Args:
+        nested: Tensors and lists of other values (such as file names) of length `count` are
+            sliced; everything else is kept.
+        part: The samples to return.
+        count: Number of samples in the batch.
+    """
+    if isinstance(nested, list) and len(nested) == count and not _has_tensors(nested):
         return nested[part]
     if isinstance(nested, Tensor):
         return nested[part] if nested.ndim and len(nested) == count else nested
@@ -98,7 +107,7 @@ def slice_batch(nested: Nested, part: slice, count: int) -> Nested:
 
 
 def concat(parts: list[Nested]) -> Nested:
-    """Batches as one, whatever their form; single numbers of batches in a row."""
+    """Concatenate batches of the same structure; scalar tensors are stacked."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat(parts) if first.ndim else torch.stack(parts)
@@ -106,34 +115,38 @@ def concat(parts: list[Nested]) -> Nested:
         return None
     if isinstance(first, dict):
         return {name: concat([part[name] for part in parts]) for name in first}
-    if isinstance(first, list) and not any(True for _ in tensors(first)):
+    if isinstance(first, list) and not _has_tensors(first):
         return [name for part in parts for name in part]
     return tuple(concat(list(group)) for group in zip(*parts, strict=True))
 
 
-def tensors(nested: Nested) -> Iterator[Tensor]:
-    """All tensors, from left to right."""
+def _has_tensors(nested: Nested) -> bool:
+    return any(True for _ in iter_tensors(nested))
+
+
+def iter_tensors(nested: Nested) -> Iterator[Tensor]:
+    """Yield all tensors from left to right."""
     if isinstance(nested, Tensor):
         yield nested
     elif isinstance(nested, (tuple, list, dict)):
         for part in nested.values() if isinstance(nested, dict) else nested:
-            yield from tensors(part)
+            yield from iter_tensors(part)
 
 
 def count_samples(batch: Nested) -> int:
-    """The length of the first tensor that has one.
+    """Return the length of the first tensor that is not a scalar.
 
     Raises:
         UserError: There is no such tensor.
     """
-    found = next((len(tensor) for tensor in tensors(batch) if tensor.ndim), None)
-    if found is None:
-        raise UserError(f"a batch without a tensor of samples: {describe(batch)}")
-    return found
+    count = next((len(tensor) for tensor in iter_tensors(batch) if tensor.ndim), None)
+    if count is None:
+        raise UserError(f"the batch contains no tensor of samples: {describe(batch)}")
+    return count
 
 
 def describe(nested: Nested) -> str:
-    """Shapes and types in words, for errors."""
+    """Describe shapes and types for error messages."""
     if isinstance(nested, Tensor):
         kind = str(nested.dtype).removeprefix("torch.")
         return f"a {kind} tensor of shape {list(nested.shape)}"

@@ -1,4 +1,4 @@
-"""Randomness as a function of where the run is: (seed, epoch, rank), never of what came before."""
+"""Derive seeds from the position in a run (seed, epoch, rank), never from earlier random draws."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A number of 63 bits that depends on every part, and is unlike for like parts."""
+    """Return a 63-bit seed that depends on every part; similar parts give unrelated seeds."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def seed_everything(*parts: int | str) -> None:
-    """Seeds Python, NumPy and torch (every device) alike."""
+    """Seed Python, NumPy and torch on all devices."""
     seed_cpu(*parts)
     torch.manual_seed(derive_seed(*parts))
 
 
 def seed_cpu(*parts: int | str) -> None:
-    """Seeds Python, NumPy and torch's generator of the host."""
+    """Seed Python, NumPy and torch's CPU generator."""
     seed = derive_seed(*parts)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -31,20 +31,20 @@ def seed_cpu(*parts: int | str) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Where all generators are, as tensors and plain values."""
+    """Return the states of all generators as tensors and plain values."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     assert isinstance(keys, np.ndarray)
-    on_device = torch.cuda.is_available() and torch.cuda.is_initialized()
+    uses_cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "host": torch.default_generator.get_state(),
-        "device": torch.cuda.get_rng_state() if on_device else None,
+        "device": torch.cuda.get_rng_state() if uses_cuda else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts them back there."""
+    """Restore the generator states returned by `rng_state`."""
     version, values, gauss = state["python"]
     random.setstate((version, tuple(values), gauss))
     kind, keys, *rest = state["numpy"]

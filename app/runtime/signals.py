@@ -1,4 +1,4 @@
-"""What ends a run before its time: a signal, or the clock."""
+"""Stop a run early, on a signal or when its time limit is reached."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from types import FrameType
 from typing import Literal
 
 log = logging.getLogger(__name__)
-EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130  # exit codes
-SAME_SIGNAL_SECONDS = 0.5  # seconds in which two signals are one, sent to the group and passed on
+EXIT_FAILURE, EXIT_USER_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+# A signal to the process group also arrives from the parent, which passes it on: within this many
+# seconds, both count as one.
+DUPLICATE_SIGNAL_SECONDS = 0.5
 
 
 class StopReason(IntEnum):
-    """Why a run ends before its time; ranks go by the largest."""
+    """Why a run stops early; if ranks have different reasons, the largest one counts."""
 
     NONE = 0
     TIME = 1
@@ -37,11 +39,11 @@ STATUS_BY_REASON: dict[StopReason, Literal["preempted", "interrupted"]] = {
     StopReason.PREEMPTED: "preempted",
     StopReason.INTERRUPTED: "interrupted",
 }
-EXIT_CODES = {StopReason.PREEMPTED: 143, StopReason.INTERRUPTED: 130}
+EXIT_CODE_BY_REASON = {StopReason.PREEMPTED: 143, StopReason.INTERRUPTED: 130}
 
 
 class TrainingInterrupted(BaseException):
-    """The run has ended as it was asked to; like `KeyboardInterrupt` no error.
+    """The run has stopped as requested by a signal. Not an error, as with `KeyboardInterrupt`.
 
     Args:
         reason: `PREEMPTED` or `INTERRUPTED`.
@@ -52,92 +54,101 @@ class TrainingInterrupted(BaseException):
         self.reason = reason
 
     @property
-    def state(self) -> Literal["preempted", "interrupted"]:
-        """As in `status.json`."""
+    def status(self) -> Literal["preempted", "interrupted"]:
+        """Status for `status.json`."""
         return STATUS_BY_REASON[self.reason]
 
     @property
-    def code(self) -> int:
-        """The exit code."""
-        return EXIT_CODES[self.reason]
+    def exit_code(self) -> int:
+        """Exit code of the process."""
+        return EXIT_CODE_BY_REASON[self.reason]
+
+
+class StopSignal:
+    """Receives requests to stop: raises at once, or is polled at the end of each training step.
+
+    Args:
+        handles_second_interrupt: Raise `KeyboardInterrupt` on a second Ctrl-C. False for ranks
+            whose parent process handles it.
+    """
+
+    def __init__(self, handles_second_interrupt: bool = True) -> None:
+        self.handles_second_interrupt = handles_second_interrupt
+        self.requested = StopReason.NONE
+        self.last_signal_at = 0.0
+        self.is_deferred = False
+        self.deadline: float | None = None
+        self.pid = os.getpid()
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Handle signals inside the context."""
+        with signal_handlers(self._on_signal):
+            yield
+
+    @contextmanager
+    def deferred_until_step(self, seconds: float | None = None) -> Iterator[None]:
+        """Inside the context, only record requests, for `reason` to return after each step.
+
+        Args:
+            seconds: Time limit from now; None for no limit.
+        """
+        before = self.is_deferred, self.deadline
+        if seconds is not None:
+            self.deadline = time.monotonic() + seconds
+        self.is_deferred = True
+        try:
+            yield
+        finally:
+            self.is_deferred, self.deadline = before
+
+    def reason(self) -> StopReason:
+        """Return why to stop now, or `NONE`."""
+        if self.requested or self.deadline is None or time.monotonic() < self.deadline:
+            return self.requested
+        return StopReason.TIME
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if os.getpid() != self.pid:
+            return  # a forked data loader worker, which ends with its parent
+        reason, now = REASON_BY_SIGNAL[signal.Signals(number).name], time.monotonic()
+        is_recent = now - self.last_signal_at < DUPLICATE_SIGNAL_SECONDS
+        is_repeated, is_first = self.requested == reason, not self.requested
+        self.requested = max(self.requested, reason)
+        self.last_signal_at = now
+        if is_repeated and is_recent:
+            return
+        if not self.is_deferred:
+            raise TrainingInterrupted(reason)
+        if not self.handles_second_interrupt:
+            return
+        if is_repeated and reason is StopReason.INTERRUPTED:
+            raise KeyboardInterrupt
+        if is_first:
+            sys.stderr.write(stop_notice(reason))
+
+
+def stop_notice(reason: StopReason) -> str:
+    """Return the message for the terminal on the first request to stop."""
+    hint = "; press Ctrl-C again to stop at once" if reason is StopReason.INTERRUPTED else ""
+    return f"\nstopping after the current step{hint}\n"
 
 
 @contextmanager
 def signal_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Signals that ask to stop go there meanwhile, but for those that this process is to ignore.
+    """Install a handler for the signals that ask to stop, except for ignored signals.
 
-    Only a process's main thread can hear them.
+    Does nothing outside the main thread, where Python does not deliver signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    there = [getattr(signal, name) for name in REASON_BY_SIGNAL if hasattr(signal, name)]
-    before = {n: signal.getsignal(n) for n in there if signal.getsignal(n) != signal.SIG_IGN}
+    numbers = [getattr(signal, name) for name in REASON_BY_SIGNAL if hasattr(signal, name)]
+    before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
-
-
-class StopSignal:
-    """Hears of signals: at once where nothing is lost, else at the end of the step.
-
-    Args:
-        insists: A second Ctrl-C ends it at once; else somebody above sees to that.
-    """
-
-    def __init__(self, insists: bool = True) -> None:
-        self.insists = insists
-        self.asked = StopReason.NONE
-        self.when = 0.0
-        self.at_steps = False
-        self.deadline: float | None = None
-        self.process = os.getpid()
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Signals come here meanwhile."""
-        with signal_handlers(self._hear):
-            yield
-
-    @contextmanager
-    def deferred_until_step(self, seconds: float | None = None) -> Iterator[None]:
-        """Who is asked to stop inside goes on to the end of the step.
-
-        Args:
-            seconds: After which the clock asks, too; None where it does not.
-        """
-        before = self.at_steps, self.deadline
-        if seconds is not None:
-            self.deadline = time.monotonic() + seconds
-        self.at_steps = True
-        try:
-            yield
-        finally:
-            self.at_steps, self.deadline = before
-
-    def reason(self) -> StopReason:
-        """Why to stop now; `NONE` where nobody has asked."""
-        if self.asked or self.deadline is None or time.monotonic() < self.deadline:
-            return self.asked
-        return StopReason.TIME
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if os.getpid() != self.process:
-            return  # forked from the one that listens: a reader of data ends with it
-        reason, now = REASON_BY_SIGNAL[signal.Signals(number).name], time.monotonic()
-        soon, again = now - self.when < SAME_SIGNAL_SECONDS, self.asked == reason
-        self.asked, first = max(self.asked, reason), not self.asked
-        self.when = now
-        if again and soon:
-            return
-        if not self.at_steps:
-            raise TrainingInterrupted(reason)
-        if again and self.insists and reason is StopReason.INTERRUPTED:
-            raise KeyboardInterrupt
-        if first and self.insists:
-            hint = "; Ctrl-C again ends it at once" if reason is StopReason.INTERRUPTED else ""
-            sys.stderr.write(f"\nstopping after this step{hint}\n")
+        for number, previous in before.items():
+            signal.signal(number, previous)

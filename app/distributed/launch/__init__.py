@@ -1,1 +1,1 @@
-"""How the ranks of a run start."""
+"""Launchers that start the ranks of a run, or join those that torchrun or srun has started."""

@@ -1,4 +1,4 @@
-"""Who starts the ranks, and which of them this process is."""
+"""Detect which launcher has started this process, and as which rank."""
 
 from __future__ import annotations
 
@@ -10,140 +10,159 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from app.runtime.errors import ConfigError, ConfigIssue, one_of
+from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
+log = logging.getLogger(__name__)
 Launcher = Literal["inline", "local", "torchrun", "srun"]
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-SRUN = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID")
-AUTO = "auto"
-KEY = "launch"
+LAUNCH_KEY = "launch"
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SRUN_VARIABLES = (
+    "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+    "SLURM_STEP_ID",
+)
 
 
 @dataclass(frozen=True)
 class ClusterEnvironment:
-    """The ranks of a run, seen from one of them.
+    """The ranks of a run, as seen by one of them.
 
     Attributes:
-        launcher: Who has started it.
-        rank: Its number.
-        size: How many there are.
-        local_rank: Its number on this machine.
-        local_size: How many there are on this machine.
-        address: Where they meet.
-        port: Likewise.
-        hosts: Whether rank 0 opens that port itself; else it is open already.
+        launcher: Who has started the ranks.
+        rank: Global rank of this process.
+        world_size: Number of ranks.
+        local_rank: Rank on this machine.
+        local_world_size: Number of ranks on this machine.
+        master_address: Host of the store through which ranks connect.
+        master_port: Port of that store.
+        hosts_store: Whether rank 0 opens the port itself; else the launcher has opened it.
     """
 
     launcher: Launcher
     rank: int
-    size: int
+    world_size: int
     local_rank: int
-    local_size: int
-    address: str
-    port: int
+    local_world_size: int
+    master_address: str
+    master_port: int
     hosts_store: bool = False
 
 
 def detect_environment(
-    words: Sequence[str], environment: Mapping[str, str]
+    overrides: Sequence[str], variables: Mapping[str, str]
 ) -> ClusterEnvironment | None:
-    """The world that torchrun or srun has made for this process; None where it stands alone.
+    """Return the ranks that torchrun or srun has started; None for a single process.
 
-    What is typed as `launch=` wins; else the environment tells.
+    A `launch=` override takes precedence over what the environment variables say.
+
+    Args:
+        overrides: Command-line overrides.
+        variables: Environment variables.
 
     Raises:
-        ConfigError: What is typed is not what the environment tells of.
+        ConfigError: The environment variables of the given launcher are missing.
     """
-    typed = next((w.partition("=")[2] for w in reversed(words) if w.startswith(f"{KEY}=")), AUTO)
-    if typed in ("torchrun", "srun"):
-        needed = TORCHRUN if typed == "torchrun" else SRUN
-        missing = [name for name in needed if name not in environment]
+    launch = next(
+        (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCH_KEY}=")), "auto"
+    )
+    if launch in ("torchrun", "srun"):
+        required = TORCHRUN_VARIABLES if launch == "torchrun" else SRUN_VARIABLES
+        missing = [name for name in required if name not in variables]
         if missing:
-            problem = f"={typed!r}, but {typed} has not started this: {one_of(missing)} not set"
-            raise ConfigError([ConfigIssue(KEY, problem)])
-    if typed == "torchrun" or (typed == AUTO and all(name in environment for name in TORCHRUN)):
-        return _of_torchrun(environment)
-    if typed == "srun" or (typed == AUTO and _is_step_of_many(environment)):
-        return _of_srun(environment)
+            problem = (
+                f"={launch!r}, but {launch} has not started this process: "
+                f"{join_choices(missing)} not set"
+            )
+            raise ConfigError([ConfigIssue(LAUNCH_KEY, problem)])
+    has_torchrun_variables = all(name in variables for name in TORCHRUN_VARIABLES)
+    if launch == "torchrun" or (launch == "auto" and has_torchrun_variables):
+        return _from_torchrun(variables)
+    if launch == "srun" or (launch == "auto" and _is_multi_task_step(variables)):
+        return _from_srun(variables)
     return None
 
 
-def _is_step_of_many(environment: Mapping[str, str]) -> bool:
-    """Not so in a batch script, which may see `SLURM_NTASKS` too, but is a single process."""
+def _is_multi_task_step(variables: Mapping[str, str]) -> bool:
+    """Whether srun has started several tasks.
+
+    `SLURM_NTASKS` does not tell: a batch script has it too, but is a single process.
+    """
     return (
-        all(name in environment for name in SRUN) and int(environment["SLURM_STEP_NUM_TASKS"]) > 1
+        all(name in variables for name in SRUN_VARIABLES)
+        and int(variables["SLURM_STEP_NUM_TASKS"]) > 1
     )
 
 
-def _of_torchrun(environment: Mapping[str, str]) -> ClusterEnvironment:
-    rank, size, local = (int(environment[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+def _from_torchrun(variables: Mapping[str, str]) -> ClusterEnvironment:
+    rank, world_size, local_rank = (
+        int(variables[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    )
     return ClusterEnvironment(
         launcher="torchrun",
         rank=rank,
-        size=size,
-        local_rank=local,
-        local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
-        address=environment["MASTER_ADDR"],
-        port=int(environment["MASTER_PORT"]),
-        hosts_store=environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=int(variables.get("LOCAL_WORLD_SIZE", world_size)),
+        master_address=variables["MASTER_ADDR"],
+        master_port=int(variables["MASTER_PORT"]),
+        hosts_store=variables.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
     )
 
 
-def _of_srun(environment: Mapping[str, str]) -> ClusterEnvironment:
-    rank, size, local = (
-        int(environment[n]) for n in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+def _from_srun(variables: Mapping[str, str]) -> ClusterEnvironment:
+    rank, world_size, local_rank = (
+        int(variables[name]) for name in ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     )
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_NODELIST", "localhost")
+    nodes = variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "localhost")
     return ClusterEnvironment(
         launcher="srun",
         rank=rank,
-        size=size,
-        local_rank=local,
-        local_size=_tasks_here(environment, size),
-        address=environment.get("MASTER_ADDR") or first_host(nodes),
-        port=int(environment.get("MASTER_PORT") or _port(environment)),
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=_tasks_on_this_node(variables, world_size),
+        master_address=variables.get("MASTER_ADDR") or first_host(nodes),
+        master_port=int(variables.get("MASTER_PORT") or _default_port(variables)),
         hosts_store=True,
     )
 
 
 def first_host(nodes: str) -> str:
-    """Of a list as SLURM writes it: `node[03-05,9],other` begins with `node03`."""
-    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", nodes)
-    assert found is not None
-    return "".join(part or "" for part in found.groups())
+    """Return the first host of a SLURM node list, e.g. `node03` of `node[03-05,9],other`."""
+    match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\])?([^,\[]*)", nodes)
+    assert match is not None
+    return "".join(part or "" for part in match.groups())
 
 
-def _tasks_here(environment: Mapping[str, str], size: int) -> int:
-    """From `SLURM_STEP_TASKS_PER_NODE`, as `2(x3),1`: three nodes of two tasks, then one of one."""
+def _tasks_on_this_node(variables: Mapping[str, str], world_size: int) -> int:
+    """Parse `SLURM_STEP_TASKS_PER_NODE`; `2(x3),1` is three nodes with two tasks, then one."""
     counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", str(size)).split(","):
-        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        assert found is not None
-        counts += [int(found[1])] * int(found[2] or 1)
-    return counts[min(int(environment.get("SLURM_NODEID", 0)), len(counts) - 1)]
+    for part in variables.get("SLURM_STEP_TASKS_PER_NODE", str(world_size)).split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        assert match is not None
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts[min(int(variables.get("SLURM_NODEID", 0)), len(counts) - 1)]
 
 
-def _port(environment: Mapping[str, str]) -> int:
-    """The same for all tasks of a step, others for the steps of other jobs on the machine."""
-    job, step = (int(environment[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+def _default_port(variables: Mapping[str, str]) -> int:
+    """Return a port that all tasks of a step agree on and that differs between jobs and steps."""
+    job, step = (int(variables[name]) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 20_000 + (job * 17 + step) % 20_000
 
 
-log = logging.getLogger(__name__)
-
-
 def requeue() -> None:
-    """Asks SLURM to start this job again; what it cannot do is in the log."""
+    """Ask SLURM to start this job again; log an error if that is not possible."""
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        log.error("trainer.requeue=True, but this is no job of SLURM: SLURM_JOB_ID is not set")
+        log.error("trainer.requeue=True, but this is not a SLURM job: SLURM_JOB_ID is not set")
         return
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format_map(os.environ)
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except FileNotFoundError:
-        log.error("trainer.requeue=True, but there is no scontrol here; start it again by hand")
+        log.error("trainer.requeue=True, but scontrol was not found; resubmit the job by hand")
     except subprocess.CalledProcessError as error:
         log.error("scontrol requeue %s failed: %s", job, error.stderr.strip())
     else:

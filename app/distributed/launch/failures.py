@@ -1,4 +1,4 @@
-"""What became of the ranks of a run: who failed first, and why."""
+"""Describe how ranks failed, and find the failure that caused the others."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from app.runtime.files import read_status, write_json
 from app.runtime.signals import StopReason, TrainingInterrupted
 
 log = logging.getLogger(__name__)
-Kind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
-TRANSPORTS = ("gloo", "NCCL", "distributed")  # in what is said where ranks talk to each other
-LOST = (
+FailureKind = Literal["error", "user", "stopped", "interrupted", "lost", "timeout", "died"]
+TRANSPORT_NAMES = ("gloo", "NCCL", "distributed")  # in the messages of failed collectives
+CONNECTION_LOST_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -30,19 +30,20 @@ LOST = (
     "Software caused connection abort",
     "remote process exited",
 )
-TIMEOUT = (
+TIMEOUT_MESSAGES = (
     "Application timeout caused pair closure",
     "Timed out waiting",
     "wait timeout after",
     "collective operation timeout",
 )
+NO_REPORT = "exited without reporting an error"
 
 
 class RankFailedError(Exception):
-    """A rank has ended as it should not.
+    """A rank has failed.
 
     Args:
-        failure: Of the rank with which it began.
+        failure: The failure that caused all others.
     """
 
     def __init__(self, failure: RankFailure) -> None:
@@ -55,80 +56,63 @@ class RankFailure:
     """How a rank failed.
 
     Attributes:
-        rank: Its number.
-        kind: `lost` and `timeout` follow from the failure of another.
-        error: In a line.
-        trace: Where it happened.
-        reason: Why it stopped, where it did.
-        when: In seconds, on a clock of all ranks of a machine.
-        code: The exit code that a user's mistake ends with.
+        rank: The rank.
+        kind: `lost` and `timeout` are consequences of the failure of another rank.
+        error: Message in one line.
+        trace: Stack trace.
+        reason: Why the rank was asked to stop, if it was.
+        timestamp: Seconds since the epoch.
+        exit_code: Exit code of a `UserError`.
     """
 
     rank: int
-    kind: Kind
+    kind: FailureKind
     error: str
     trace: str = ""
     reason: int = StopReason.NONE
-    when: float = field(default_factory=time.time)
-    code: int = UserError.exit_code
+    timestamp: float = field(default_factory=time.time)
+    exit_code: int = UserError.exit_code
 
     @classmethod
     def from_exception(cls, rank: int, error: BaseException) -> RankFailure:
-        """Of an exception that has ended the rank."""
+        """Describe the exception that has ended a rank."""
         reason = error.reason if isinstance(error, TrainingInterrupted) else StopReason.NONE
         trace = redact_text("".join(traceback.format_exception(error)))
-        code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-        return cls(rank, kind_of(error), redact_text(one_line(error)), trace, reason, code=code)
+        exit_code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
+        return cls(
+            rank,
+            classify_error(error),
+            redact_text(format_error(error)),
+            trace,
+            reason,
+            exit_code=exit_code,
+        )
 
     @classmethod
     def from_exit_code(cls, rank: int, code: int | None) -> RankFailure:
-        """Of a rank that is gone without a word."""
+        """Describe a rank whose process ended without reporting an error."""
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
-            return cls(rank, "died", f"it was killed by {name}{hint}")
-        return cls(rank, "died", f"it ended with exit code {code}")
+            return cls(rank, "died", f"killed by {name}{hint}")
+        return cls(rank, "died", f"exited with code {code}")
 
     def to_exception(self) -> BaseException:
-        """As an exception."""
+        """Return the exception to raise in the parent process."""
         if self.kind == "user":
-            return ERRORS_BY_EXIT_CODE[self.code](self.error)
+            return ERRORS_BY_EXIT_CODE[self.exit_code](self.error)
         if self.kind == "stopped":
             return TrainingInterrupted(StopReason(self.reason))
         return KeyboardInterrupt() if self.kind == "interrupted" else RankFailedError(self)
 
 
-def root_exception(error: BaseException) -> BaseException:
-    """What had gone wrong already when whoever starts ranks asked the others to stop."""
-    before = error.__context__
-    if (
-        isinstance(error, TrainingInterrupted)
-        and isinstance(before, Exception)
-        and not _was_at_home(before)
-    ):
-        return before
-    return error
-
-
-def _was_at_home(error: Exception) -> bool:
-    """Whether it had not left the library that raised it, which may well have dealt with it."""
-    if error.__traceback__ is None:
-        return False
-    frame = error.__traceback__.tb_frame
-    if str(frame.f_globals.get("__name__")).startswith("app."):
-        return False
-    paths = sysconfig.get_paths()
-    homes = (paths["stdlib"], paths["purelib"], paths["platlib"], "<frozen")
-    return frame.f_code.co_filename.startswith(homes)
-
-
-def one_line(error: BaseException) -> str:
-    """The error as one reads it in `status.json`."""
+def format_error(error: BaseException) -> str:
+    """Return the message for `status.json`."""
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
-def kind_of(error: BaseException) -> Kind:
-    """Whether an exception is a cause, or follows from the end of another rank."""
+def classify_error(error: BaseException) -> FailureKind:
+    """Tell whether an exception is a cause or a consequence of the failure of another rank."""
     if isinstance(error, TrainingInterrupted):
         return "stopped"
     if isinstance(error, KeyboardInterrupt):
@@ -138,54 +122,85 @@ def kind_of(error: BaseException) -> Kind:
     while link is not None and link not in chain:
         chain.append(link)
         link = link.__cause__
-    texts = [str(one) for one in chain]
-    if any(word in text for text in texts for word in TIMEOUT):
+    texts = [str(exception) for exception in chain]
+    if any(message in text for text in texts for message in TIMEOUT_MESSAGES):
         return "timeout"
-    if any(word in text and _is_of_ranks(text) for text in texts for word in LOST):
+    if any(
+        message in text and _mentions_transport(text)
+        for text in texts
+        for message in CONNECTION_LOST_MESSAGES
+    ):
         return "lost"
     return "user" if isinstance(error, UserError) else "error"
 
 
-def _is_of_ranks(text: str) -> bool:
-    """Not of a file or a server that a user's own code has lost."""
-    return any(transport in text for transport in TRANSPORTS)
+def _mentions_transport(text: str) -> bool:
+    """Whether ranks lost the connection, and not user code that talks to a server."""
+    return any(name in text for name in TRANSPORT_NAMES)
 
 
-def root_failure(failures: Sequence[RankFailure], size: int, timeout: float) -> RankFailure:
-    """The failure with which it began.
+def root_exception(error: BaseException) -> BaseException:
+    """Return the error that was being handled when a stop signal arrived, else `error` itself.
+
+    When a rank fails, the launcher asks all ranks to stop. That signal must not hide the failure.
+    """
+    context = error.__context__
+    if (
+        isinstance(error, TrainingInterrupted)
+        and isinstance(context, Exception)
+        and not _was_raised_in_library(context)
+    ):
+        return context
+    return error
+
+
+def _was_raised_in_library(error: Exception) -> bool:
+    """Whether an error had not left the library that raised it, which may have handled it."""
+    if error.__traceback__ is None:
+        return False
+    frame = error.__traceback__.tb_frame
+    if str(frame.f_globals.get("__name__")).startswith("app."):
+        return False
+    paths = sysconfig.get_paths()
+    library_paths = (paths["stdlib"], paths["purelib"], paths["platlib"], "<frozen")
+    return frame.f_code.co_filename.startswith(library_paths)
+
+
+def root_failure(failures: Sequence[RankFailure], world_size: int, timeout: float) -> RankFailure:
+    """Return the failure that caused the others.
 
     Args:
-        failures: Of the ranks that told, or died.
-        size: How many ranks there are.
-        timeout: After which they no longer wait for one another.
+        failures: Failures of the ranks that reported one or died.
+        world_size: Number of ranks.
+        timeout: Seconds after which ranks stop waiting for each other.
     """
-    first = sorted(failures, key=lambda failure: failure.when)
-    causes = [failure for failure in first if failure.kind not in ("lost", "timeout")]
+    ordered = sorted(failures, key=lambda failure: failure.timestamp)
+    causes = [failure for failure in ordered if failure.kind not in ("lost", "timeout")]
     if causes:
         return causes[0]
-    silent = sorted({*range(size)} - {failure.rank for failure in failures})
-    waited = [failure for failure in first if failure.kind == "timeout"]
-    if waited and silent:
-        names = ", ".join(map(str, silent))
-        error = f"it has not answered for {timeout:g} s (trainer.timeout); silent: rank {names}"
-        return RankFailure(silent[0], "timeout", error, waited[0].trace)
-    if silent:
-        return RankFailure(silent[0], "died", "it is gone without a word", first[0].trace)
-    return (waited or first)[0]
+    unresponsive = sorted({*range(world_size)} - {failure.rank for failure in failures})
+    timeouts = [failure for failure in ordered if failure.kind == "timeout"]
+    if timeouts and unresponsive:
+        ranks = ", ".join(map(str, unresponsive))
+        error = f"no response for {timeout:g} s (trainer.timeout); unresponsive ranks: {ranks}"
+        return RankFailure(unresponsive[0], "timeout", error, timeouts[0].trace)
+    if unresponsive:
+        return RankFailure(unresponsive[0], "died", NO_REPORT, ordered[0].trace)
+    return (timeouts or ordered)[0]
 
 
 def record_rank_failure(folder: Path, failure: RankFailure) -> None:
-    """`status.json` says `failed`, with the rank and why, whatever rank 0 could still write."""
+    """Write status, rank and error to `status.json`, whatever rank 0 has written before."""
     path = folder / "status.json"
     content = read_status(folder)
-    state = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
+    status = {"stopped": "preempted", "interrupted": "interrupted"}.get(failure.kind, "failed")
     if failure.kind == "stopped":
-        state = TrainingInterrupted(StopReason(failure.reason)).state
+        status = TrainingInterrupted(StopReason(failure.reason)).status
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    error = f"rank {failure.rank}: {failure.error}" if state == "failed" else None
-    rank = failure.rank if state == "failed" else None
-    content |= {"status": state, "updated": now, "error": error, "rank": rank}
+    error = f"rank {failure.rank}: {failure.error}" if status == "failed" else None
+    rank = failure.rank if status == "failed" else None
+    content |= {"status": status, "updated": now, "error": error, "rank": rank}
     try:
         write_json(path, content)
-    except StorageError as full:  # what it ended by is what has to be said
-        log.error("%s", full)
+    except StorageError as storage_error:  # must not hide the failure itself
+        log.error("%s", storage_error)

@@ -1,4 +1,4 @@
-"""Ranks on this machine: a process for each device, watched until the last has ended."""
+"""Launch jobs on this machine, with one process per device, and watch them until the last exits."""
 
 from __future__ import annotations
 
@@ -29,30 +29,31 @@ from app.distributed.launch.failures import (
     root_failure,
 )
 from app.distributed.launch.worker import (
+    SHUTDOWN_GRACE_SECONDS,
     RankFunction,
-    errors_to_stderr,
     redirect_output,
+    route_errors_to_stderr,
     run_rank,
     set_num_threads,
 )
 from app.runtime.signals import (
+    DUPLICATE_SIGNAL_SECONDS,
     REASON_BY_SIGNAL,
-    SAME_SIGNAL_SECONDS,
     StopReason,
     StopSignal,
     signal_handlers,
+    stop_notice,
 )
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
-FAILURE_GRACE_SECONDS = 5.0  # seconds that the others have after the first failure
-SHUTDOWN_GRACE_SECONDS = 60.0  # seconds that the others have after rank 0 is done
+FAILURE_GRACE_SECONDS = 5.0  # between the first failure of a rank and the end of the others
 LOOPBACK = "127.0.0.1"
-READY = "listens"  # what a rank says once signals reach it
-PRELOADED = [
+READY = "ready"  # sent by a rank that handles signals
+PRELOAD_MODULES = [
     "app.distributed.launch.preload",
     "app.cli.main",
-    "app.experiment.run",  # by name: only the process that ranks are forked from imports it
+    "app.experiment.run",  # by name, as only the fork server may import it
     "torchvision",
     "pandas",
     "tqdm",
@@ -63,46 +64,46 @@ def launch_local(
     function: RankFunction,
     job: Job,
     folder: Path,
-    size: int,
+    num_ranks: int,
     logging_config: Mapping[str, Any],
     quiet: bool = False,
 ) -> float | None:
-    """Runs a job on so many ranks.
+    """Run a job on several ranks of this machine.
 
     Args:
-        function: What each rank runs; importable by its name.
-        job: The same for all.
-        folder: Of the run.
-        size: How many ranks.
-        logging_config: Of rank 0, as `logging.config.dictConfig` takes it.
-        quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
+        function: What each rank runs; must be picklable.
+        job: The job, the same for all ranks.
+        folder: Run folder.
+        num_ranks: Number of ranks.
+        logging_config: Logging configuration of rank 0, for `logging.config.dictConfig`.
+        quiet: Redirect the terminal output of rank 0 to `logs/` too.
 
     Returns:
-        What the function gives in rank 0.
+        The result of the function on rank 0.
 
     Raises:
-        RankFailed: A rank failed; all have ended.
-        UserError: The user must put something right.
-        Stopped: It was asked to end, and did.
+        RankFailedError: A rank failed; all have ended.
+        UserError: A rank failed with an error that the user can fix.
+        TrainingInterrupted: The job was asked to stop, and all ranks have ended.
     """
-    crew = LocalWorkers(function, job, folder, size, logging_config, quiet=quiet)
+    workers = LocalWorkers(function, job, folder, num_ranks, logging_config, quiet=quiet)
     try:
-        return crew.run()
+        return workers.run()
     finally:
-        crew.kill()
+        workers.kill()
 
 
 class LocalWorkers:
-    """The processes of one job.
+    """The rank processes of one job.
 
     Args:
-        function: What each rank runs; importable by its name.
-        job: The same for all.
-        folder: Of the run.
-        size: How many.
-        logging_config: Of rank 0.
-        environment: Variables of theirs beside those of this process.
-        quiet: Rank 0, too, writes to `logs/` what it would show on the terminal.
+        function: What each rank runs; must be picklable.
+        job: The job, the same for all ranks.
+        folder: Run folder.
+        num_ranks: Number of ranks.
+        logging_config: Logging configuration of rank 0, for `logging.config.dictConfig`.
+        environment: Additional environment variables of the ranks.
+        quiet: Redirect the terminal output of rank 0 to `logs/` too.
     """
 
     def __init__(
@@ -110,52 +111,87 @@ class LocalWorkers:
         function: RankFunction,
         job: Job,
         folder: Path,
-        size: int,
+        num_ranks: int,
         logging_config: Mapping[str, Any],
         environment: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.function, self.job, self.folder, self.size = function, job, folder, size
+        self.function, self.job, self.folder, self.num_ranks = function, job, folder, num_ranks
         self.logging_config, self.quiet = dict(logging_config), quiet
         self.environment = {**os.environ, **(environment or {})}
         self.processes: list[BaseProcess] = []
-        self.sentinels: dict[int, int] = {}  # of those that have not ended, and their ranks
+        self.sentinels: dict[int, int] = {}  # ranks of the running processes
         self.pipes: dict[Connection, int] = {}
         self.results: dict[int, float | None] = {}
         self.failures: dict[int, RankFailure] = {}
         self.ready_ranks: list[int] = []
-        self.store: object = None  # its port is taken as long as it lives
-        self.signals: list[int] = []  # asked to stop by
+        self.store: object = None  # the port is open as long as this object lives
+        self.signals: list[int] = []  # requests to stop so far
         self.first_signal_at = self.first_result_at = 0.0
 
     def run(self) -> float | None:
-        """To the end."""
+        """Start all ranks and wait for them; return the result of rank 0 or raise its error."""
         with signal_handlers(self._on_signal):
             self.start()
             while not self.is_finished:
                 self.poll(wait(self.wait_handles, timeout=0.2))
         return self.result()
 
+    def start(self) -> None:
+        """Start all ranks without waiting for them."""
+        from torch._C._distributed_c10d import TCPStore
+
+        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        self.store, context = store, _context()
+        for rank in range(self.num_ranks):
+            cluster = ClusterEnvironment(
+                "local", rank, self.num_ranks, rank, self.num_ranks, LOOPBACK, store.port
+            )
+            parent_pipe, child_pipe = context.Pipe(duplex=False)
+            process = context.Process(  # type: ignore[attr-defined]
+                target=worker_main,
+                args=(
+                    self.function,
+                    cluster,
+                    self.job,
+                    self.folder,
+                    child_pipe,
+                    self.environment,
+                    self.logging_config,
+                    self.quiet,
+                ),
+                name=f"rank {rank}",
+            )
+            process.start()
+            child_pipe.close()
+            self.processes.append(process)
+            self.sentinels[process.sentinel] = rank
+            self.pipes[parent_pipe] = rank
+
     @property
     def is_finished(self) -> bool:
-        """Whether every rank has ended, or the grace of those that should have is over."""
+        """Whether all ranks have ended, or have had their time to end after the first one."""
         return not self.sentinels or self._is_overdue()
 
     @property
     def wait_handles(self) -> list[Any]:
-        """What `multiprocessing.connection.wait` is to wait for."""
+        """Handles for `multiprocessing.connection.wait`."""
         return [*self.pipes, *self.sentinels]
 
     def poll(self, ready: Sequence[Any]) -> None:
-        """Hears what ranks have told, and which have ended."""
-        for one in ready:
-            if one in self.sentinels:
-                self._on_exit(self.sentinels.pop(one))
-            elif one in self.pipes:
-                self._receive(one)
+        """Process the messages and exits of ranks.
+
+        Args:
+            ready: Handles of `wait_handles` that are ready.
+        """
+        for handle in ready:
+            if handle in self.sentinels:
+                self._on_exit(self.sentinels.pop(handle))
+            elif handle in self.pipes:
+                self._receive(handle)
 
     def result(self) -> float | None:
-        """What the function gave in rank 0; raises the failure with which it began."""
+        """Return the result of rank 0, or raise the failure that caused the others."""
         if not self.failures:
             return self.results[0]
         failure = self._root_failure()
@@ -165,116 +201,14 @@ class LocalWorkers:
         log.debug("rank %d: %s\n%s", failure.rank, failure.error, failure.trace)
         raise error
 
-    def start(self) -> None:
-        """All ranks, without waiting for them."""
-        from torch._C._distributed_c10d import TCPStore
-
-        store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-        self.store, context, config = store, _context(), self.logging_config
-        for rank in range(self.size):
-            world = ClusterEnvironment(
-                "local", rank, self.size, rank, self.size, LOOPBACK, store.port
-            )
-            mine, its = context.Pipe(duplex=False)
-            process = context.Process(  # type: ignore[attr-defined]
-                target=worker_main,
-                args=(
-                    self.function,
-                    world,
-                    self.job,
-                    self.folder,
-                    its,
-                    self.environment,
-                    config,
-                    self.quiet,
-                ),
-                name=f"rank {rank}",
-            )
-            process.start()
-            its.close()
-            self.processes.append(process)
-            self.sentinels[process.sentinel] = rank
-            self.pipes[mine] = rank
-
-    def _receive(self, pipe: Connection) -> None:
-        rank = self.pipes[pipe]
-        try:
-            told = pipe.recv()
-        except (EOFError, OSError):
-            del self.pipes[pipe]
-            return
-        if isinstance(told, RankFailure):
-            self.failures.setdefault(rank, told)
-        elif told == READY:
-            self.ready_ranks.append(rank)
-            self._signal_rank(rank)  # what came before it could hear
-        else:
-            self.results[rank] = told
-            self.first_result_at = self.first_result_at or time.monotonic()
-
-    def _on_exit(self, rank: int) -> None:
-        """A rank has ended; it should have told how."""
-        for pipe in [pipe for pipe, number in self.pipes.items() if number == rank]:
-            while pipe in self.pipes and pipe.poll():
-                self._receive(pipe)
-        if rank not in self.results and rank not in self.failures:
-            process = self.processes[rank]
-            process.join()
-            self.failures[rank] = RankFailure.from_exit_code(rank, process.exitcode)
-
-    def _is_overdue(self) -> bool:
-        if self.failures:
-            told = self.failures.values()
-            graces = (
-                SHUTDOWN_GRACE_SECONDS if one.kind == "stopped" else FAILURE_GRACE_SECONDS
-                for one in told
-            )
-            ends = (one.when + grace for one, grace in zip(told, graces, strict=True))
-            return time.time() > min(ends)
-        return (
-            0 in self.results and time.monotonic() - self.first_result_at > SHUTDOWN_GRACE_SECONDS
-        )
-
-    def _root_failure(self) -> RankFailure:
-        failures = list(self.failures.values())
-        found = root_failure(failures, self.size, self.job.config.trainer.timeout)
-        stopped = next((one for one in failures if one.kind == "stopped"), None)
-        broke = [one for one in failures if one.kind in ("error", "user")]
-        if broke:  # rank 0 could not save, say; it is no clean end
-            return root_failure(broke, self.size, self.job.config.trainer.timeout)
-        if self.signals and (stopped or found.kind == "died"):
-            reason = max(_reason(number) for number in self.signals)
-            return stopped or RankFailure(found.rank, "stopped", found.error, reason=reason)
-        return found
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """What this process is told, all ranks are told; they are not in its group."""
-        again = (
-            number in self.signals and time.monotonic() - self.first_signal_at > SAME_SIGNAL_SECONDS
-        )
-        if again and number == signal.SIGINT:
-            self.kill()
-            record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
-            raise KeyboardInterrupt
-        if not self.signals:
-            self.first_signal_at = time.monotonic()
-            hint = "; Ctrl-C again ends it at once" if number == signal.SIGINT else ""
-            sys.stderr.write(f"\nstopping after this step{hint}\n")
-        self.send_signal(number)
-
     def send_signal(self, number: int) -> None:
-        """Asks all ranks to stop, by a signal."""
+        """Send a signal to all ranks that handle signals, and to the others once they do."""
         self.signals.append(number)
         for rank in self.ready_ranks:
             self._signal_rank(rank)
 
-    def _signal_rank(self, rank: int) -> None:
-        process = self.processes[rank]
-        if self.signals and process.pid is not None and process.is_alive():
-            os.kill(process.pid, self.signals[-1])
-
     def kill(self) -> None:
-        """Ends every rank and what it has started, at once."""
+        """Kill all ranks and their child processes."""
         for process in self.processes:
             if process.pid is not None:
                 with suppress(ProcessLookupError, PermissionError):
@@ -287,29 +221,99 @@ class LocalWorkers:
             pipe.close()
         self.pipes, self.store = {}, None
 
+    def _receive(self, pipe: Connection) -> None:
+        rank = self.pipes[pipe]
+        try:
+            message = pipe.recv()
+        except (EOFError, OSError):
+            del self.pipes[pipe]
+            return
+        if isinstance(message, RankFailure):
+            self.failures.setdefault(rank, message)
+        elif message == READY:
+            self.ready_ranks.append(rank)
+            self._signal_rank(rank)  # a signal that came before the rank was ready
+        else:
+            self.results[rank] = message
+            self.first_result_at = self.first_result_at or time.monotonic()
 
-def _reason(number: int) -> StopReason:
+    def _on_exit(self, rank: int) -> None:
+        """Read the last messages of a rank that has ended; without a result, it has failed."""
+        for pipe in [pipe for pipe, number in self.pipes.items() if number == rank]:
+            while pipe in self.pipes and pipe.poll():
+                self._receive(pipe)
+        if rank not in self.results and rank not in self.failures:
+            process = self.processes[rank]
+            process.join()
+            self.failures[rank] = RankFailure.from_exit_code(rank, process.exitcode)
+
+    def _is_overdue(self) -> bool:
+        if self.failures:
+            deadlines = [
+                failure.timestamp
+                + (SHUTDOWN_GRACE_SECONDS if failure.kind == "stopped" else FAILURE_GRACE_SECONDS)
+                for failure in self.failures.values()
+            ]
+            return time.time() > min(deadlines)
+        return (
+            0 in self.results and time.monotonic() - self.first_result_at > SHUTDOWN_GRACE_SECONDS
+        )
+
+    def _root_failure(self) -> RankFailure:
+        failures, timeout = list(self.failures.values()), self.job.config.trainer.timeout
+        root = root_failure(failures, self.num_ranks, timeout)
+        stopped = next((failure for failure in failures if failure.kind == "stopped"), None)
+        errors = [failure for failure in failures if failure.kind in ("error", "user")]
+        if errors:  # e.g. rank 0 could not save its checkpoint: not a clean stop
+            return root_failure(errors, self.num_ranks, timeout)
+        if self.signals and (stopped or root.kind == "died"):
+            reason = max(_stop_reason(number) for number in self.signals)
+            return stopped or RankFailure(root.rank, "stopped", root.error, reason=reason)
+        return root
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Forward a signal to the ranks, which are not in this process's group."""
+        is_repeated = (
+            number in self.signals
+            and time.monotonic() - self.first_signal_at > DUPLICATE_SIGNAL_SECONDS
+        )
+        if is_repeated and number == signal.SIGINT:
+            self.kill()
+            record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
+            raise KeyboardInterrupt
+        if not self.signals:
+            self.first_signal_at = time.monotonic()
+            sys.stderr.write(stop_notice(_stop_reason(number)))
+        self.send_signal(number)
+
+    def _signal_rank(self, rank: int) -> None:
+        process = self.processes[rank]
+        if self.signals and process.pid is not None and process.is_alive():
+            os.kill(process.pid, self.signals[-1])
+
+
+def _stop_reason(number: int) -> StopReason:
     return REASON_BY_SIGNAL[signal.Signals(number).name]
 
 
 def _context() -> BaseContext:
-    """Where processes can be made from one that has torch already, they start in no time."""
+    """Return a fork server that has imported torch, so that ranks start quickly, where possible."""
     if "forkserver" not in mp.get_all_start_methods() or sys.platform == "darwin":
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(PRELOAD_MODULES)
     return context
 
 
 def start_forkserver() -> None:
-    """Begins the process that ranks are made from; it imports torch while this one goes on."""
+    """Start the fork server, which imports torch while this process continues."""
     if isinstance(_context(), mp.context.ForkServerContext):
         forkserver.ensure_running()
 
 
 def worker_main(
     function: RankFunction,
-    world: ClusterEnvironment,
+    cluster: ClusterEnvironment,
     job: Job,
     folder: Path,
     pipe: Connection,
@@ -317,39 +321,40 @@ def worker_main(
     logging_config: dict[str, Any],
     quiet: bool,
 ) -> None:
-    """The process of one rank."""
-    os.setpgid(0, 0)  # signals come from the parent alone, and the end comes to its workers, too
+    """Run the process of one rank; send the result or the failure through the pipe."""
+    os.setpgid(0, 0)  # only the parent sends signals, and killing the group ends data workers too
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # as anywhere else: for readers
+    # Data workers start with the platform's default method, not with that of this process.
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     for name in REASON_BY_SIGNAL:
-        signal.signal(getattr(signal, name), signal.SIG_DFL)  # not as where it was forked from
-    stop, code = StopSignal(insists=False), 1
+        signal.signal(getattr(signal, name), signal.SIG_DFL)  # the fork server ignores them
+    stop, exit_code = StopSignal(handles_second_interrupt=False), 1
     with stop.installed():
         try:
             pipe.send(READY)
-            with _printed(folder) if quiet and world.rank == 0 else nullcontext():
-                pipe.send(_run(function, world, job, folder, stop, logging_config))
-            code = 0
+            with _rank_zero_output(folder) if quiet and cluster.rank == 0 else nullcontext():
+                pipe.send(_run(function, cluster, job, folder, stop, logging_config))
+            exit_code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
-            pipe.send(RankFailure.from_exception(world.rank, root_exception(error)))
+            pipe.send(RankFailure.from_exception(cluster.rank, root_exception(error)))
     pipe.close()
     logging.shutdown()
-    if code:
+    if exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # the others have the word; nothing may hold it up
+        os._exit(exit_code)  # skip cleanup, which could hang in a broken process group
 
 
-def _printed(folder: Path) -> AbstractContextManager[None]:
+def _rank_zero_output(folder: Path) -> AbstractContextManager[None]:
     return redirect_output(folder / "logs" / "rank0.log")
 
 
 def _run(
     function: RankFunction,
-    world: ClusterEnvironment,
+    cluster: ClusterEnvironment,
     job: Job,
     folder: Path,
     stop: StopSignal,
@@ -357,13 +362,13 @@ def _run(
 ) -> float | None:
     from torch._C._distributed_c10d import TCPStore
 
-    set_num_threads(world.local_size)
-    if world.rank == 0:
+    set_num_threads(cluster.local_world_size)
+    if cluster.rank == 0:
         logging.config.dictConfig(logging_config)
-        errors_to_stderr()
+        route_errors_to_stderr()
         logging.captureWarnings(True)
-    store = TCPStore(world.address, world.port, is_master=False)
-    return run_rank(function, world, job, folder, store, stop)
+    store = TCPStore(cluster.master_address, cluster.master_port, is_master=False)
+    return run_rank(function, cluster, job, folder, store, stop)
 
 
 def _die_with_parent() -> None:

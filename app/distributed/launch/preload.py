@@ -1,7 +1,7 @@
-"""Imported by the process that ranks are forked from, and by no other: it has to outlive signals.
+"""Imported only by the fork server that ranks are forked from, so that it survives signals.
 
-Whoever asks a whole process group to stop means the run; ranks that learn of it must still be
-there to save what they have, and they end with the process that they come from.
+A signal to the whole process group is meant for the run. The ranks end together with the fork
+server, so it must stay alive until they have handled the signal and saved a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Ranks that torchrun or srun has started: rank 0 alone talks to Hydra, and tells the others."""
+"""Launch jobs on ranks that torchrun or srun has started.
+
+Only rank 0 runs Hydra. It sends each job to the other ranks through a `TCPStore`.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from app.distributed.launch.failures import (
     root_exception,
     root_failure,
 )
-from app.distributed.launch.worker import RankFunction, run_rank
+from app.distributed.launch.worker import SHUTDOWN_GRACE_SECONDS, RankFunction, run_rank
 from app.runtime.errors import UserError
 from app.runtime.signals import StopSignal, TrainingInterrupted
 
@@ -30,178 +33,194 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
-JOB, END, SEEN, FAILED = "job", "end", "seen", "failed"
-CONNECT_TIMEOUT = timedelta(minutes=10)  # until the last rank has come
-SHUTDOWN_GRACE_SECONDS = 60.0  # seconds that rank 0 has when all others have stopped
-FAILURE_GRACE_SECONDS = 3.0  # seconds in which the cause of a lost connection becomes known
+JOB_KEY, SEEN_KEY, FAILED_KEY = "job", "seen", "failed"  # keys of the store
+END_PREFIX = "end"  # value of a job key after the last job, followed by the exit code
+CONNECT_TIMEOUT = timedelta(minutes=10)  # for the last rank to connect
+REPORT_SECONDS = 3.0  # time for other ranks to report a failure, and for a query of the store
+POLL_SECONDS = 0.05
 
 
 class RankZero:
-    """Rank 0: tells the others each job, and in the end to leave.
+    """Rank 0, which sends each job to the other ranks and finally the exit code.
 
     Args:
-        world: All of them.
+        cluster: This rank and all others.
     """
 
-    def __init__(self, world: ClusterEnvironment) -> None:
-        self.world, self.jobs = world, 0
+    def __init__(self, cluster: ClusterEnvironment) -> None:
+        self.cluster, self.num_jobs = cluster, 0
         self.store: Store | None = None
 
     def launch(self, function: RankFunction, job: Job, folder: Path) -> float | None:
-        """Runs a job on all ranks; gives what the function gives.
+        """Run a job on all ranks; return the result of the function on this rank.
 
         Raises:
-            RankFailed: Another rank failed first.
+            RankFailedError: Another rank failed first.
         """
-        self.store = self.store or connect_store(self.world)
-        self.jobs += 1
-        self.store.set(f"{JOB}{self.jobs}", to_json(job, folder))
-        return run_on_rank(function, self.world, self.store, self.jobs, job, folder)
+        self.store = self.store or connect_store(self.cluster)
+        self.num_jobs += 1
+        self.store.set(f"{JOB_KEY}{self.num_jobs}", job_to_json(job, folder))
+        return run_on_rank(function, self.cluster, self.store, self.num_jobs, job, folder)
 
-    def finish(self, code: int) -> None:
-        """No further job comes: the others end with that code."""
-        if self.world.size == 1:
+    def finish(self, exit_code: int) -> None:
+        """Tell the other ranks to exit with this code."""
+        if self.cluster.world_size == 1:
             return
-        self.store = self.store or connect_store(self.world)
-        self.store.set(f"{JOB}{self.jobs + 1}", f"{END}{code}")
-        until = time.monotonic() + FAILURE_GRACE_SECONDS
-        while (
-            self.world.hosts_store and time.monotonic() < until
-        ):  # the store goes with this process
-            if int(self.store.add(SEEN, 0)) == self.world.size - 1:
+        self.store = self.store or connect_store(self.cluster)
+        self.store.set(f"{JOB_KEY}{self.num_jobs + 1}", f"{END_PREFIX}{exit_code}")
+        if not self.cluster.hosts_store:
+            return
+        deadline = time.monotonic() + REPORT_SECONDS
+        while time.monotonic() < deadline:  # the store ends with this process
+            if int(self.store.add(SEEN_KEY, 0)) == self.cluster.world_size - 1:
                 break
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
 
 
-def follow_rank_zero(function: RankFunction, world: ClusterEnvironment) -> int:
-    """Any other rank: runs what rank 0 tells, until it is told to leave; gives the exit code."""
-    store, number = connect_store(world), 0
+def follow_rank_zero(function: RankFunction, cluster: ClusterEnvironment) -> int:
+    """Run the jobs that rank 0 sends, on any other rank; return the exit code that it sends."""
+    store, job_number = connect_store(cluster), 0
     while True:
-        number += 1
-        text = _wait_for(store, f"{JOB}{number}")
-        if text.startswith(END):
-            store.add(SEEN, 1)
-            return int(text.removeprefix(END))
-        run_on_rank(function, world, store, number, *from_json(text))
+        job_number += 1
+        text = _wait_for_value(store, f"{JOB_KEY}{job_number}")
+        if text.startswith(END_PREFIX):
+            store.add(SEEN_KEY, 1)
+            return int(text.removeprefix(END_PREFIX))
+        run_on_rank(function, cluster, store, job_number, *job_from_json(text))
 
 
-def connect_store(world: ClusterEnvironment) -> Store:
-    """Where ranks find each other.
+def connect_store(cluster: ClusterEnvironment) -> Store:
+    """Connect to the store through which ranks find each other; rank 0 may host it.
 
     Raises:
-        UserError: Rank 0 cannot open the port.
+        UserError: The store cannot be reached, or rank 0 cannot open its port.
     """
     from torch._C._distributed_c10d import TCPStore
 
     try:
         return TCPStore(
-            world.address,
-            world.port,
-            world.size,
-            is_master=world.hosts_store and world.rank == 0,
+            cluster.master_address,
+            cluster.master_port,
+            cluster.world_size,
+            is_master=cluster.hosts_store and cluster.rank == 0,
             timeout=CONNECT_TIMEOUT,
             wait_for_workers=False,
         )
     except RuntimeError as error:
+        address = f"{cluster.master_address}:{cluster.master_port}"
         raise UserError(
-            f"launch={world.launcher}: the ranks cannot meet at {world.address}:{world.port} "
-            f"({str(error).splitlines()[0]}); MASTER_ADDR and MASTER_PORT name another place"
+            f"launch={cluster.launcher}: the ranks cannot connect at {address} "
+            f"({str(error).splitlines()[0]}); set MASTER_ADDR and MASTER_PORT to another address"
         ) from error
 
 
 def run_on_rank(
     function: RankFunction,
-    world: ClusterEnvironment,
+    cluster: ClusterEnvironment,
     store: Store,
-    number: int,
+    job_number: int,
     job: Job,
     folder: Path,
 ) -> float | None:
-    """This rank's part of a job; when it fails, the first to fail is known to all."""
-    stop = StopSignal(insists=False)
+    """Run a job on this rank; if it fails, raise the failure that caused the others."""
+    stop = StopSignal(handles_second_interrupt=False)
     with stop.installed():
         try:
-            return run_rank(function, world, job, folder, store, stop, number)
+            return run_rank(function, cluster, job, folder, store, stop, job_number)
         except BaseException as raised:
             error = root_exception(raised)
             if isinstance(error, TrainingInterrupted):
-                if world.rank > 0:
-                    _wait_for_rank_zero(store, number + 1)
+                if cluster.rank > 0:
+                    _wait_for_rank_zero(store, job_number + 1)
                 raise
-            with stop.deferred_until_step():  # whoever started the ranks may already be ending them
-                failure = first_failure(
-                    world, store, number, RankFailure.from_exception(world.rank, error), job
-                )
+            with stop.deferred_until_step():  # the launcher may already be stopping all ranks
+                own_failure = RankFailure.from_exception(cluster.rank, error)
+                failure = find_root_failure(cluster, store, job_number, own_failure, job)
                 record_rank_failure(folder, failure)
-            if failure.rank == world.rank:
+            if failure.rank == cluster.rank:
                 raise error from None
             raise failure.to_exception() from error
 
 
-def first_failure(
-    world: ClusterEnvironment, store: Store, number: int, mine: RankFailure, job: Job
+def find_root_failure(
+    cluster: ClusterEnvironment,
+    store: Store,
+    job_number: int,
+    own_failure: RankFailure,
+    job: Job,
 ) -> RankFailure:
-    """The one with which it began, as far as the ranks have told each other."""
-    _try(lambda: store.set(f"{FAILED}{number}/{mine.rank}", json.dumps(vars(mine))))
-    until = time.monotonic() + FAILURE_GRACE_SECONDS
+    """Report this rank's failure, and return the cause among all failures reported so far."""
+    own_rank, timeout = own_failure.rank, job.config.trainer.timeout
+    own_report = json.dumps(vars(own_failure))
+    _query_store(lambda: store.set(f"{FAILED_KEY}{job_number}/{own_rank}", own_report))
+    deadline = time.monotonic() + REPORT_SECONDS
     while True:
-        others = (rank for rank in range(world.size) if rank != mine.rank)
-        told = [_reported_failure(store, number, r) for r in others if time.monotonic() < until]
-        known = [mine, *(failure for failure in told if failure is not None)]
-        follows = all(failure.kind in ("lost", "timeout") for failure in known)
-        if not follows or time.monotonic() > until:
-            return root_failure(known, world.size, job.config.trainer.timeout)
-        time.sleep(0.05)
+        other_ranks = (rank for rank in range(cluster.world_size) if rank != own_rank)
+        reported = [
+            _reported_failure(store, job_number, rank)
+            for rank in other_ranks
+            if time.monotonic() < deadline
+        ]
+        failures = [own_failure, *(failure for failure in reported if failure is not None)]
+        has_cause = any(failure.kind not in ("lost", "timeout") for failure in failures)
+        if has_cause or time.monotonic() > deadline:
+            return root_failure(failures, cluster.world_size, timeout)
+        time.sleep(POLL_SECONDS)
 
 
-def _reported_failure(store: Store, number: int, rank: int) -> RankFailure | None:
-    key = f"{FAILED}{number}/{rank}"
-    text = _try(lambda: store.get(key).decode() if store.check([key]) else None)
+def _reported_failure(store: Store, job_number: int, rank: int) -> RankFailure | None:
+    key = f"{FAILED_KEY}{job_number}/{rank}"
+    text = _query_store(lambda: store.get(key).decode() if store.check([key]) else None)
     return None if text is None else RankFailure(**json.loads(text))
 
 
-def _try(ask: Callable[[], Any]) -> Any:
-    """None where the store is gone, or silent; the failure at hand is told all the same."""
-    told: list[Any] = []
+def _query_store(query: Callable[[], Any]) -> Any:
+    """Return the result of a query, or None if the store does not respond in time."""
+    results: list[Any] = []
 
-    def hear() -> None:
+    def run() -> None:
         try:
-            told.append(ask())
+            results.append(query())
         except RuntimeError as error:
-            log.debug("the ranks no longer reach each other", exc_info=error)
+            log.debug("the store of the ranks cannot be reached", exc_info=error)
 
-    asking = threading.Thread(target=hear, daemon=True)  # a lost network is found out only late
-    asking.start()
-    asking.join(FAILURE_GRACE_SECONDS)
-    return told[0] if told else None
+    thread = threading.Thread(target=run, daemon=True)  # with a lost network, it blocks for long
+    thread.start()
+    thread.join(REPORT_SECONDS)
+    return results[0] if results else None
 
 
-def _wait_for(store: Store, key: str) -> str:
-    """Looks again and again, so that signals are heard meanwhile."""
+def _wait_for_value(store: Store, key: str) -> str:
+    """Poll the store, so that signal handlers can run meanwhile."""
     while not store.check([key]):
-        time.sleep(0.05)
+        time.sleep(POLL_SECONDS)
     text: str = store.get(key).decode()
     return text
 
 
-def _wait_for_rank_zero(store: Store, number: int) -> None:
-    """Rank 0 is still to write and to ask for what it needs; whoever leaves may end it."""
-    until = time.monotonic() + SHUTDOWN_GRACE_SECONDS
-    while time.monotonic() < until and not _try(lambda: store.check([f"{JOB}{number}"])):
-        time.sleep(0.05)
-    _try(lambda: store.add(SEEN, 1))
+def _wait_for_rank_zero(store: Store, job_number: int) -> None:
+    """Wait until rank 0 has finished the job: launchers may kill it once another rank has exited.
+
+    Rank 0 may still have to save files and to requeue the job.
+    """
+    deadline = time.monotonic() + SHUTDOWN_GRACE_SECONDS
+    while time.monotonic() < deadline:
+        if _query_store(lambda: store.check([f"{JOB_KEY}{job_number}"])):
+            break
+        time.sleep(POLL_SECONDS)
+    _query_store(lambda: store.add(SEEN_KEY, 1))
 
 
-def to_json(job: Job, folder: Path) -> str:
-    """A job in plain words: whoever reaches the port can say nothing that would be executed."""
+def job_to_json(job: Job, folder: Path) -> str:
+    """Serialize a job as JSON, so that nobody who can reach the port can make ranks run code."""
     plain = {name: value for name, value in vars(job).items() if name != "config"}
     return json.dumps({"job": plain, "folder": str(folder)})
 
 
-def from_json(text: str) -> tuple[Job, Path]:
-    """What `as_text` has written."""
+def job_from_json(text: str) -> tuple[Job, Path]:
+    """Return the job and the run folder written by `job_to_json`."""
     content = json.loads(text)
     job = content["job"]
-    if job["trusted"] and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)  # as rank 0 has done
+    if job["trusted"] and (cwd := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, cwd)  # as on rank 0
     return Job(reveal_config(job["plain"]), **job), Path(content["folder"])

@@ -1,4 +1,4 @@
-"""What every rank does around a job: find the others, keep a log, leave nothing behind."""
+"""Set up a rank around a job: process group, logging, output and threads."""
 
 from __future__ import annotations
 
@@ -20,55 +20,66 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
 
 log = logging.getLogger(__name__)
-log.setLevel(logging.DEBUG)  # where errors came from is for the files alone
-MARKED = "rank %d: %%(message)s"
-# What a launcher runs on each rank: job, run folder, stop request, local rank -> goal value.
+log.setLevel(logging.DEBUG)  # stack traces go to the log files only
+# What a launcher runs on each rank: job, run folder, stop signal, local rank -> goal value.
 RankFunction = Callable[[Job, Path, StopSignal, int], float | None]
-DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+RANK_MESSAGE = "rank %d: %%(message)s"
+SHUTDOWN_GRACE_SECONDS = 60.0  # between the regular end of one rank and that of the others
 
 
 def run_rank(
     function: RankFunction,
-    world: ClusterEnvironment,
+    cluster: ClusterEnvironment,
     job: Job,
     folder: Path,
     store: Store,
     stop: StopSignal,
-    number: int = 0,
+    job_number: int = 0,
 ) -> float | None:
-    """This rank's part of a job.
+    """Run a job on this rank.
 
     Args:
         function: What to run.
-        world: Which rank it is, and of how many.
-        job: The same for all.
-        folder: Of the run.
-        store: In which ranks find each other.
-        stop: Who asks to end before the plan is over.
-        number: Of the job, among those of this store.
+        cluster: This rank and all others.
+        job: The job, the same for all ranks.
+        folder: Run folder.
+        store: Store through which ranks connect.
+        stop: Requests to stop early.
+        job_number: Number of the job among those that use the store.
 
     Returns:
-        What the function gives.
+        The result of the function.
     """
     with ExitStack() as stack:
-        if world.rank > 0:
-            stack.enter_context(rank_logging(world.rank, folder))
-        if world.size > 1:
-            stack.enter_context(process_group(world, store, number, job.config.trainer.timeout))
+        if cluster.rank > 0:
+            stack.enter_context(rank_logging(cluster.rank, folder))
+        if cluster.world_size > 1:
+            timeout = job.config.trainer.timeout
+            stack.enter_context(process_group(cluster, store, job_number, timeout))
         try:
-            return function(job, folder, stop, world.local_rank)
+            return function(job, folder, stop, cluster.local_rank)
         except BaseException as error:
-            log.debug("rank %d ends with", world.rank, exc_info=error)
+            log.debug("rank %d ended with an exception", cluster.rank, exc_info=error)
             raise
 
 
 @contextmanager
 def process_group(
-    world: ClusterEnvironment, store: Store, number: int, timeout: float
+    cluster: ClusterEnvironment, store: Store, job_number: int, timeout: float
 ) -> Iterator[None]:
-    """All ranks know each other: tensors of the host go over gloo, of CUDA devices over NCCL.
+    """Connect the ranks: CPU tensors use gloo, CUDA tensors use NCCL.
 
-    After an error the process ends, and what is left of the meeting with it.
+    After an error, the process group is left to the end of the process.
+
+    Args:
+        cluster: This rank and all others.
+        store: Store through which ranks connect.
+        job_number: Number of the job among those that use the store.
+        timeout: Seconds that a collective waits for the other ranks.
+
+    Raises:
+        UserError: The ranks cannot connect to each other.
     """
     import torch
     import torch.distributed as dist
@@ -77,17 +88,17 @@ def process_group(
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo",
-            store=PrefixStore(f"job{number}", store),
-            rank=world.rank,
-            world_size=world.size,
+            store=PrefixStore(f"job{job_number}", store),
+            rank=cluster.rank,
+            world_size=cluster.world_size,
             timeout=timedelta(seconds=timeout),
         )
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
         raise UserError(
-            "the ranks cannot reach each other; set GLOO_SOCKET_IFNAME to the network interface "
-            f"by which they can, as GLOO_SOCKET_IFNAME=eth0 ({error})"
+            "the ranks cannot connect to each other; set GLOO_SOCKET_IFNAME to a network interface "
+            f"that connects them, for example GLOO_SOCKET_IFNAME=eth0 ({error})"
         ) from error
     yield
     dist.destroy_process_group()
@@ -95,40 +106,43 @@ def process_group(
 
 @contextmanager
 def rank_logging(rank: int, folder: Path) -> Iterator[None]:
-    """This rank's log and whatever is printed go to `logs/`; warnings to the console, marked."""
+    """Send this rank's log and output to `logs/`, and its warnings to the console and `run.log`."""
     path = folder / "logs" / f"rank{rank}.log"
     with ExitStack() as stack:
         console = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w"))
         stack.enter_context(redirect_output(path))
-        file = logging.FileHandler(path)
-        file.setFormatter(logging.Formatter(DATED))
-        handlers = [file]
-        for handler in (logging.StreamHandler(console), logging.FileHandler(folder / "run.log")):
-            handler.setLevel(logging.WARNING)
-            dated = isinstance(handler, logging.FileHandler)
-            words = (DATED if dated else "%(message)s").replace("%(message)s", MARKED % rank)
-            handler.setFormatter(logging.Formatter(words))
-            handlers.append(handler)  # type: ignore[arg-type]
-        root, before = logging.getLogger(), logging.getLogger().handlers
-        root.handlers, level = list(handlers), root.level
+        rank_handler = logging.FileHandler(path)
+        rank_handler.setFormatter(logging.Formatter(FILE_FORMAT))
+        handlers: list[logging.Handler] = [rank_handler]
+        warnings_to = (logging.StreamHandler(console), logging.FileHandler(folder / "run.log"))
+        for warning_handler in warnings_to:
+            warning_handler.setLevel(logging.WARNING)
+            is_file = isinstance(warning_handler, logging.FileHandler)
+            line_format = FILE_FORMAT if is_file else "%(message)s"
+            line_format = line_format.replace("%(message)s", RANK_MESSAGE % rank)
+            warning_handler.setFormatter(logging.Formatter(line_format))
+            handlers.append(warning_handler)
+        root = logging.getLogger()
+        previous_handlers, previous_level = root.handlers, root.level
+        root.handlers = list(handlers)
         root.setLevel(logging.INFO)
         logging.captureWarnings(True)
         try:
             yield
         finally:
-            root.handlers = before
-            root.setLevel(level)
+            root.handlers = previous_handlers
+            root.setLevel(previous_level)
             for handler in handlers:
                 handler.flush()
 
 
 @contextmanager
 def redirect_output(path: Path) -> Iterator[None]:
-    """Standard output and errors of this process, whoever writes them."""
+    """Append everything that is written to stdout and stderr, also by C code, to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
+    saved = os.dup(1), os.dup(2)
     target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
@@ -138,28 +152,28 @@ def redirect_output(path: Path) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for number, descriptor in zip((1, 2), kept, strict=True):
+        for number, descriptor in zip((1, 2), saved, strict=True):
             os.dup2(descriptor, number)
             os.close(descriptor)
 
 
-def set_num_threads(local_size: int) -> None:
-    """The cores of this machine, shared out over its ranks, unless `OMP_NUM_THREADS` says else."""
+def set_num_threads(local_world_size: int) -> None:
+    """Divide the cores of this machine among its ranks, unless `OMP_NUM_THREADS` is set."""
     import torch
 
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // local_size)
+    threads = max(1, (cores or 1) // local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
 
 
-def errors_to_stderr() -> None:
-    """Of the two consoles that the logging configuration makes, each gets its own lines.
+def route_errors_to_stderr() -> None:
+    """Keep errors off stdout, as the logging configuration has a handler for stderr too.
 
-    A line that finds no room on a full disk is lost, not a reason for a stack trace.
+    Log lines that cannot be written, for example on a full disk, are dropped without a stack trace.
     """
     logging.raiseExceptions = False
     for handler in logging.getLogger().handlers:
