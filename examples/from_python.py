@@ -1,4 +1,4 @@
-"""The parts without a command line, as in a notebook: python examples/from_python.py [FOLDER]."""
+"""Use the components without the command line: python examples/from_python.py [FOLDER]."""
 
 import logging
 import sys
@@ -25,16 +25,16 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "outputs/from_python")
 
 
 def spirals(count: int, seed: int) -> TensorDataset:
-    """Points on two spirals, and which of them."""
+    """Return points on two spirals, labeled by their spiral."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(2, (count,), generator=generator)
-    turn = torch.rand(count, generator=generator) * 6
-    angle = turn + labels * torch.pi
-    points = torch.stack([turn * angle.cos(), turn * angle.sin()], dim=1) / 6
+    radius = torch.rand(count, generator=generator) * 6
+    angle = radius + labels * torch.pi
+    points = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1) / 6
     return TensorDataset(points, labels)
 
 
-# 1. From objects: a model, a loss, metrics, an optimizer.
+# 1. From objects: a model, a loss, metrics and an optimizer.
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
 task = SupervisedTask(
@@ -60,7 +60,7 @@ trainer.state.load_best_weights()
 print(trainer.evaluate(load(spirals(500, seed=2), 100)))
 print(trainer.predict(load(spirals(4, seed=3), 4)).argmax(1))
 
-# 2. From a command line's words: the same parts by configuration.
+# 2. From command-line overrides: the same components, built from the configuration.
 with app.compose(
     ["model=mlp", "trainer.max_epochs=1", "trainer.limit_train_batches=50"], str(folder / "mnist")
 ) as experiment:

@@ -22,7 +22,7 @@ from app.distributed.launch.failures import RankFailedError, RankFailure
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import choose_num_ranks, launch_inline
 from app.distributed.launch.torchrun import RankZero
-from app.distributed.launch.worker import errors_to_stderr
+from app.distributed.launch.worker import route_errors_to_stderr
 from app.experiment.entry import run_experiment
 from app.experiment.job import prepare
 from app.runtime.errors import NonFiniteError, UserError
@@ -62,7 +62,7 @@ def run_job(
     assert isinstance(with_hydra, DictConfig)
     if multirun and sweep.is_stopped:
         return None
-    errors_to_stderr()
+    route_errors_to_stderr()
     logging.captureWarnings(True)
     try:
         if main_process in (None, current_process_id()):
@@ -77,7 +77,7 @@ def run_job(
         failure = RankFailure.from_exception(0, error.__cause__ or error)
         record_failure(folder, failure, write_log=False)
         if not multirun or rank_zero is not None:
-            sys.exit(failure.code)
+            sys.exit(failure.exit_code)
         if composed.sweep.on_error == "stop":
             sweep.set_stopped(stopped=True)
         return None
@@ -139,7 +139,7 @@ def run_job_in_folder(
         log.warning("%s", interrupt)
         if interrupt.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
             requeue()
-        sys.exit(interrupt.code)
+        sys.exit(interrupt.exit_code)
     except KeyboardInterrupt:
         log.warning("interrupted")
         sys.exit(EXIT_INTERRUPTED)

@@ -25,8 +25,9 @@ from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
 from app.runtime.errors import ConfigError, StorageError, UserError, as_user_error
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
-from app.sweep.check import POOL_LAUNCHER, iter_trust_issues
+from app.sweep.check import iter_trust_issues
 from app.sweep.folder import SweepFolder
+from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def run_follower(world: ClusterEnvironment) -> int:
     try:
         return follow_rank_zero(run_experiment, world)
     except TrainingInterrupted as interrupt:
-        return interrupt.code
+        return interrupt.exit_code
     except Exception as error:  # noqa: BLE001 - rank 0 has logged it if it was still able to
         sys.stderr.write(f"rank {world.rank} failed: {type(error).__name__}: {error}\n")
         return EXIT_FAILURE

@@ -11,7 +11,7 @@ from typing import NoReturn
 from omegaconf import DictConfig
 
 from app.config.compose import open_composer
-from app.config.schema import Job
+from app.config.schema import AUTO, Job
 from app.distributed.launch.select import check_environment, choose_num_ranks
 from app.distributed.launch.torchrun import RankZero
 from app.experiment.job import has_longer_schedule, hydra_value, make_jobs, resolve_folder
@@ -62,21 +62,21 @@ def preflight(args: argparse.Namespace, rank_zero: RankZero | None = None) -> st
         if rank_zero is None:
             choose_num_ranks(job.config, composing.is_sweep)
         else:
-            check_environment(job.config, rank_zero.world)
+            check_environment(job.config, rank_zero.cluster)
     return str(jobs[0][0].hydra.launcher._target_)
 
 
 def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> None:
     """Check that the run folder can be created and does not belong to another run."""
     status = folder / "status.json"
-    resumes = job.config.resume not in (None, "auto") or job.config.sweep.resume is not None
+    resumes = job.config.resume not in (None, AUTO) or job.config.sweep.resume is not None
     check_unlocked(folder)
     saved_status = resumes and str(read_status(folder).get("status"))
     if (saved_status == COMPLETED and not has_longer_schedule(job)) or (
         saved_status in FINISHED_STATUSES and not job.differences
     ):
         _exit_already_finished(folder, saved_status)
-    if status.exists() and not resumes and composed.resume != "auto":
+    if status.exists() and not resumes and composed.resume != AUTO:
         problem = (
             f"={str(folder)!r} already contains a run, which is not overwritten; "
             "use another folder, or resume=FOLDER to resume the run"

@@ -1,4 +1,4 @@
-"""Two samples through everything, so that what does not fit is named before the first epoch."""
+"""Run two samples through the task, so that mismatches are reported before the first epoch."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from app.training.trainer import PREDICT
 
 
 def dry_run(task: Task, stage: str, loader: BatchLoader, data: DataConfig) -> None:
-    """Puts two samples through the step: the model, the loss and the metrics.
+    """Run two samples through the model, the loss and the metrics of a stage.
 
     Raises:
-        UserError: Names the part that does not fit the others, and the shapes.
+        UserError: Something does not fit; the message names the component and the shapes.
     """
     batch = loader.first(2)
     if isinstance(task, SupervisedTask):
         if stage == "train" or task.patches is None:
-            _check_shape(pick(batch, task.inputs), stage, data)
+            _check_input_shape(pick(batch, task.inputs), stage, data)
     elif stage == "train":
         return
     task.model.eval()
     try:
-        looked_over = nullcontext() if stage == PREDICT else task.metrics[stage].validating()
-        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), looked_over:
-            # (N, 1) against (N,) is spread to (N, N): a loss, but never the one that was meant.
+        validating = nullcontext() if stage == PREDICT else task.metrics[stage].validating()
+        with torch.no_grad(), task.precision.autocast(), warnings.catch_warnings(), validating:
+            # (N, 1) against (N,) broadcasts to (N, N): a loss without error, but never intended.
             warnings.filterwarnings("error", "Using a target size")
             if isinstance(task, SupervisedTask):
-                _check_classes(task.predict(pick(batch, task.inputs)), data)
+                _check_num_classes(task.predict(pick(batch, task.inputs)), data)
             elif stage == PREDICT:
                 task.predict_step(batch)
             if stage != PREDICT:
@@ -46,19 +46,21 @@ def dry_run(task: Task, stage: str, loader: BatchLoader, data: DataConfig) -> No
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(
-            f"task: {type(task).__name__} cannot take {stage} data: {reason}"
+            f"task: {type(task).__name__} cannot process the {stage} data: {reason}"
         ) from error
 
 
-def _check_classes(outputs: object, data: DataConfig) -> None:
-    given = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
-    if data.num_classes is not None and given not in (None, data.num_classes):
-        raise UserError(f"data.num_classes={data.num_classes}, but the model gives {given} outputs")
-
-
-def _check_shape(inputs: object, stage: str, data: DataConfig) -> None:
+def _check_input_shape(inputs: object, stage: str, data: DataConfig) -> None:
     shape = list(inputs.shape[1:]) if isinstance(inputs, Tensor) else None
     if shape is not None and shape != data.input_shape:
         raise UserError(
-            f"data.input_shape={data.input_shape}, but the {stage} samples are of shape {shape}"
+            f"data.input_shape={data.input_shape}, but the {stage} samples have shape {shape}"
+        )
+
+
+def _check_num_classes(outputs: object, data: DataConfig) -> None:
+    num_outputs = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else None
+    if data.num_classes is not None and num_outputs not in (None, data.num_classes):
+        raise UserError(
+            f"data.num_classes={data.num_classes}, but the model has {num_outputs} outputs"
         )

@@ -1,4 +1,4 @@
-"""What a launcher runs on each rank."""
+"""The function that a launcher runs on each rank."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from app.runtime.signals import StopSignal
 def run_experiment(
     job: Job, folder: Path, stop: StopSignal | None = None, local_rank: int = 0
 ) -> float | None:
-    """Run this rank's part of a job, as `app.experiment.run.execute` does.
+    """Run this rank's share of a job; see `app.experiment.run.execute`.
 
-    The command line hands this function to a launcher before torch is imported anywhere, so the
-    import stands inside.
+    The command line passes this function to a launcher before torch is imported anywhere, hence
+    the import inside.
     """
     from app.experiment.run import execute
 

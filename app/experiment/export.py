@@ -1,4 +1,4 @@
-"""A trained model for use without this program: safetensors, `torch.export`, ONNX."""
+"""Export a trained model for use without this program: safetensors, `torch.export`, ONNX."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write
-from app.runtime.nested import tensors
+from app.runtime.nested import iter_tensors
 
 T = TypeVar("T")
 Format = Literal["safetensors", "torch_export", "onnx"]
@@ -23,76 +23,75 @@ FILES = {"safetensors": "model.safetensors", "torch_export": "model.pt2", "onnx"
 
 
 def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Path:
-    """Writes a model, and sees that what was written gives the same outputs.
+    """Write a model to a file, and check that the exported model gives the same outputs.
 
     Args:
-        model: On the host, in evaluation mode.
-        sample: Two samples as the model takes them; the number of samples stays free.
-        format: `safetensors` (the weights alone), `torch_export` (loads with torch alone), `onnx`.
-        folder: The file goes there.
+        model: On the CPU, in evaluation mode.
+        sample: Inputs of shape (2, ...); the batch size of the exported model is dynamic.
+        format: `safetensors` (weights only), `torch_export` (loads with torch alone) or `onnx`.
+        folder: Where to write the file.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        UserError: A library is missing, or the model cannot be written so.
+        UserError: A library is missing, or the model cannot be exported to this format.
     """
     path = folder / FILES[format]
-    content = {"safetensors": _safetensors, "torch_export": _program, "onnx": _onnx}[format](
-        model, sample
-    )
+    exporters = {"safetensors": _to_safetensors, "torch_export": _to_torch_export, "onnx": _to_onnx}
+    content = exporters[format](model, sample)
     atomic_write(path, lambda file: file.write(content))
     return path
 
 
-def _safetensors(model: nn.Module, sample: Tensor) -> bytes:  # noqa: ARG001
-    library = needed("safetensors.torch")
+def _to_safetensors(model: nn.Module, sample: Tensor) -> bytes:  # noqa: ARG001
+    library = _import_optional("safetensors.torch")
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     content: bytes = library.save(state)
-    found = library.load(content)
-    _compare(all(torch.equal(found[name], tensor) for name, tensor in state.items()))
+    loaded = library.load(content)
+    _check_same(all(torch.equal(loaded[name], tensor) for name, tensor in state.items()))
     return content
 
 
-def _program(model: nn.Module, sample: Tensor) -> bytes:
-    def traced() -> torch.export.ExportedProgram:
+def _to_torch_export(model: nn.Module, sample: Tensor) -> bytes:
+    def trace() -> torch.export.ExportedProgram:
         shapes = ({0: torch.export.Dim("batch")},)
         return torch.export.export(model, (sample,), dynamic_shapes=shapes)
 
     content = io.BytesIO()
-    torch.export.save(_tried("torch_export", traced), content)
+    torch.export.save(_traced("torch_export", trace), content)
     content.seek(0)
     loaded = torch.export.load(content).module()
     for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        _compare(_alike(tensors(loaded(inputs)), tensors(model(inputs)), 1e-5))
+        _check_same(_all_close(iter_tensors(loaded(inputs)), iter_tensors(model(inputs)), 1e-5))
     return content.getvalue()
 
 
-def _onnx(model: nn.Module, sample: Tensor) -> bytes:
+def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     for library in ("onnx", "onnxscript"):
-        needed(library)
-    runtime = needed("onnxruntime")
-    for talkative in ("onnxscript", "onnx_ir", "torch.onnx"):
-        logging.getLogger(talkative).setLevel(logging.WARNING)
+        _import_optional(library)
+    runtime = _import_optional("onnxruntime")
+    for verbose_library in ("onnxscript", "onnx_ir", "torch.onnx"):
+        logging.getLogger(verbose_library).setLevel(logging.WARNING)
 
-    def traced() -> torch.onnx.ONNXProgram | None:
+    def trace() -> torch.onnx.ONNXProgram | None:
         shapes = ({0: torch.export.Dim("batch")},)
         return torch.onnx.export(
             model, (sample,), dynamo=True, dynamic_shapes=shapes, verbose=False
         )
 
-    program = _tried("onnx", traced)
+    program = _traced("onnx", trace)
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    (name,) = [one.name for one in session.get_inputs()]
+    (name,) = [node.name for node in session.get_inputs()]
     for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        found = map(torch.from_numpy, session.run(None, {name: inputs.numpy()}))
-        _compare(_alike(found, tensors(model(inputs)), 1e-4))
+        outputs = map(torch.from_numpy, session.run(None, {name: inputs.numpy()}))
+        _check_same(_all_close(outputs, iter_tensors(model(inputs)), 1e-4))
     return content
 
 
-def _tried(format: str, trace: Callable[[], T]) -> T:
+def _traced(format: str, trace: Callable[[], T]) -> T:
     try:
         return trace()
     except Exception as error:  # tracers raise whatever the model's code makes them raise
@@ -102,22 +101,17 @@ def _tried(format: str, trace: Callable[[], T]) -> T:
         ) from error
 
 
-def _alike(found: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
-    pairs = zip(found, expected, strict=True)
+def _all_close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
+    pairs = zip(actual, expected, strict=True)
     return all(torch.allclose(a, b, atol=tolerance) for a, b in pairs)
 
 
-def _compare(same: bool) -> None:
+def _check_same(same: bool) -> None:
     if not same:
-        raise UserError("export: what was written gives other outputs than the model")
+        raise UserError("export: the exported model does not give the same outputs as the model")
 
 
-def needed(library: str) -> ModuleType:
-    """The library.
-
-    Raises:
-        UserError: It is not installed.
-    """
+def _import_optional(library: str) -> ModuleType:
     try:
         return import_module(library)
     except ImportError as error:

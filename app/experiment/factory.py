@@ -1,4 +1,7 @@
-"""The parts that a configuration names, put together; below here nobody knows of it."""
+"""Build the components of a run from its configuration: model, data, task, optimizers, callbacks.
+
+The modules below this one take plain arguments and never see the configuration.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from app.config.instantiate import Instantiator
-from app.config.rules import seconds_of
-from app.config.schema import CheckpointConfig, Config, Job, Node
+from app.config.rules import parse_duration
+from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
-from app.data.datamodule import STAGES, make_datasets, make_loaders
+from app.data.datamodule import make_datasets, make_loaders
 from app.distributed.collectives import is_distributed, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
@@ -26,13 +29,13 @@ from app.experiment.dry_run import dry_run
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics, as_metrics
-from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
-from app.training.optim.finite_check import FUSED
+from app.training.optim.finite_check import FUSED_OPTIMIZERS
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.lr_schedule import LRSchedule
-from app.training.optim.optim_wrapper import ONLY, OptimWrapper, OptimWrapperDict
+from app.training.optim.optim_wrapper import SINGLE, OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
 from app.training.plan import SaveSchedule, TrainingLimits
 from app.training.precision import Precision, memory_format
@@ -42,13 +45,13 @@ from app.training.task import Task
 
 @dataclass(frozen=True)
 class Components:
-    """What every mode needs.
+    """The objects that every mode needs.
 
     Attributes:
-        task: The steps, its model on the device.
-        loaders: The batches of each stage that has data and is wanted.
-        freezing: Of the model's parameters.
-        device: That all runs on.
+        task: The train and eval steps; holds the model, which is on the device.
+        loaders: The batch loader of each stage that the mode runs and that has data.
+        freezing: When which parameters of the model are frozen.
+        device: The device of the model and of the batches.
     """
 
     task: Task
@@ -57,230 +60,241 @@ class Components:
     device: torch.device
 
 
-def make_components(config: Config, build: Instantiator, device: torch.device) -> Components:
-    """The model, the data and the steps, tried on two samples.
+def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
+    """Build the model, the data and the task, and try them on two samples of each stage.
 
     Raises:
-        UserError: A part cannot be built, or they do not fit together.
+        UserError: A component cannot be built, or the components do not fit together.
     """
-    model = make_model(config, build, device)
-    format_ = _format(config, model)
+    model = make_model(config, instantiator, device)
+    layout = _memory_format(config, model)
     with rank_zero_first():
-        datasets = make_datasets(config, build)
-    loaders = make_loaders(config, build, datasets, device, format_)
-    task = make_task(config, build, model, device)
+        datasets = make_datasets(config, instantiator)
+    loaders = make_loaders(config, instantiator, datasets, device, layout)
+    task = make_task(config, instantiator, model, device)
     for stage, loader in loaders.items():
         dry_run(task, stage, loader, config.data)
-    frozen = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
-    freezing = FreezeSchedule(model, frozen)
+    freezes = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
+    freezing = FreezeSchedule(model, freezes)
     if config.trainer.compile:
         model.compile()
     return Components(task, loaders, freezing, device)
 
 
-def make_model(config: Config, build: Instantiator, device: torch.device) -> nn.Module:
-    """The model on the device; its first weights depend on the seed alone.
+def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
+    """Build the model on the device; its initial weights depend only on the seed.
 
     Raises:
-        UserError: What is built is no module.
+        UserError: The target does not build a `torch.nn.Module`.
     """
     seed_everything(config.seed, "model")
-    model = build("model", config.model)
+    model = instantiator("model", config.model)
     if not isinstance(model, nn.Module):
-        raise UserError(f"model: {config.model['_target_']} is no torch.nn.Module")
+        raise UserError(f"model: {config.model['_target_']} is not a torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
         model = convert_sync_batchnorm(model, device)
-    format_ = _format(config, model)
-    return model.to(device=device, memory_format=format_)  # type: ignore[call-overload,no-any-return]
+    layout = _memory_format(config, model)
+    return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
 
-def _format(config: Config, model: nn.Module) -> torch.memory_format:
-    """Parts of weights must be contiguous."""
-    if config.trainer.strategy == "fsdp":
+def _memory_format(config: Config, model: nn.Module) -> torch.memory_format:
+    if config.trainer.strategy == "fsdp":  # FSDP shards contiguous weights only
         return torch.contiguous_format
     return memory_format(config.trainer.channels_last, model)
 
 
-def make_task(config: Config, build: Instantiator, model: nn.Module, device: torch.device) -> Task:
-    """The steps on the device, for now without learning.
+def make_task(
+    config: Config, instantiator: Instantiator, model: nn.Module, device: torch.device
+) -> Task:
+    """Build the task on the device, without optimizers yet.
 
     Raises:
-        UserError: A part is not of its kind.
+        UserError: The task, a loss term or a metric is of the wrong type.
     """
-    named = ((stage, getattr(config.metric, stage)) for stage in STAGES)
-    task = build(
+    nodes_of_stages = ((stage, getattr(config.metric, stage)) for stage in STAGES)
+    metrics = {stage: make_metrics(stage, nodes, instantiator) for stage, nodes in nodes_of_stages}
+    task = instantiator(
         "task",
         config.task,
         model=model,
-        loss=make_loss(config, build),
-        metrics={stage: make_metrics(stage, nodes, build) for stage, nodes in named},
+        loss=make_loss(config, instantiator),
+        metrics=metrics,
         precision=Precision.choose(config.trainer.precision, device),
     )
     if not isinstance(task, Task):
-        raise UserError(f"task._target_={config.task['_target_']!r} is no app.training.task.Task")
+        raise UserError(
+            f"task._target_={config.task['_target_']!r} is not an app.training.task.Task"
+        )
     task.to(device)
     return task
 
 
-def make_loss(config: Config, build: Instantiator) -> WeightedSum:
-    """The terms of the loss.
+def make_loss(config: Config, instantiator: Instantiator) -> WeightedSum:
+    """Build the loss as a weighted sum of its terms.
 
     Raises:
-        UserError: One is no term.
+        UserError: A node does not build a `Term`, or its function is not callable.
     """
-    terms = build.named("loss", config.loss)
+    terms = instantiator.build_all("loss", config.loss)
     for name, term in terms.items():
         if not isinstance(term, Term):
             raise UserError(f"loss.{name}._target_ must be app.losses.weighted_sum.Term")
         if not callable(term.function):
-            raise UserError(f"loss.{name}.function={term.function!r} is no function or module")
+            raise UserError(f"loss.{name}.function={term.function!r} is not a function or module")
     return WeightedSum(terms)
 
 
-def make_metrics(stage: str, nodes: Mapping[str, Any], build: Instantiator) -> StageMetrics:
-    """The metrics of a stage.
+def make_metrics(stage: str, nodes: Mapping[str, Any], instantiator: Instantiator) -> StageMetrics:
+    """Build the metrics of a stage.
 
     Raises:
-        UserError: One is neither of torchmetrics nor a function.
+        UserError: A metric is neither a `torchmetrics.Metric` nor a function.
     """
-    named = build.named(f"metric.{stage}", dict(nodes))
-    for name, metric in named.items():
-        measured = metric.metric if isinstance(metric, OutputMetric) else metric
-        if not isinstance(measured, Metric) and not callable(measured):
+    metrics = instantiator.build_all(f"metric.{stage}", dict(nodes))
+    for name, metric in metrics.items():
+        function = metric.metric if isinstance(metric, OutputMetric) else metric
+        if not isinstance(function, Metric) and not callable(function):
             raise UserError(
                 f"metric.{stage}.{name} is neither a torchmetrics.Metric nor a function"
             )
-    return as_metrics(named, stage)
+    return as_metrics(metrics, stage)
 
 
 def make_callbacks(
-    config: Config, build: Instantiator, folder: Path, model: nn.Module, job: Job
+    config: Config, instantiator: Instantiator, folder: Path, model: nn.Module, job: Job
 ) -> list[Callback]:
-    """Those who watch.
+    """Build the callbacks of the configuration.
 
     Raises:
-        UserError: One is no callback.
+        UserError: A target does not build a `Callback`.
     """
     offers = {"folder": folder, "model": model, "config": job.plain}
-    found = build.named("callbacks", config.callbacks, **offers)
-    for name, callback in found.items():
+    callbacks = instantiator.build_all("callbacks", config.callbacks, **offers)
+    for name, callback in callbacks.items():
         if not isinstance(callback, Callback):
-            raise UserError(f"callbacks.{name} is no app.training.events.Callback")
-    return list(found.values())
+            raise UserError(f"callbacks.{name} is not an app.training.events.Callback")
+    return list(callbacks.values())
 
 
-def make_strategy(config: Config, parts: Components) -> SingleDevice:
-    """How several ranks learn as one; from now on the task trains through it."""
-    task, trainer = parts.task, config.trainer
+def make_strategy(config: Config, components: Components) -> SingleDevice:
+    """Choose how several ranks train together; with DDP the task's forward goes through it.
+
+    Raises:
+        UserError: The loss or the task does not work on several devices with this strategy.
+    """
+    task, trainer = components.task, config.trainer
     if not is_distributed():
         return SingleDevice(task.model)
     for module in task.loss.modules() if isinstance(task, SupervisedTask) else ():
         if getattr(module, "reduction", "mean") == "sum":
             raise UserError(
-                f"loss: {type(module).__name__} with reduction='sum' depends on how many devices "
-                "there are; allowed on several: mean"
+                f"loss: {type(module).__name__} with reduction='sum' depends on the number of "
+                "devices; allowed on several devices: mean"
             )
+    has_single_optimizer = len(optimizer_nodes(config.optimizer)) == 1
     if trainer.strategy == "fsdp":
-        single = len(optimizer_nodes(config.optimizer)) == 1
-        if not (isinstance(task, SupervisedTask) and single):
+        if not (isinstance(task, SupervisedTask) and has_single_optimizer):
             raise UserError(
-                "trainer.strategy='fsdp' needs a task that calls the model as a whole, as "
-                "app.training.supervised.SupervisedTask does, and a single optimizer; "
-                "allowed here: ddp"
+                "trainer.strategy='fsdp' needs a single optimizer and a task that calls the "
+                "model itself rather than parts of it, as app.training.supervised.SupervisedTask "
+                "does; allowed here: ddp"
             )
         return FSDPStrategy(task.model)
-    single = len(optimizer_nodes(config.optimizer)) == 1
-    found = DDPStrategy(task.model, parts.device, single, trainer.find_unused_parameters)
-    task.forward_model = found
-    return found
+    strategy = DDPStrategy(
+        task.model, components.device, has_single_optimizer, trainer.find_unused_parameters
+    )
+    task.forward_model = strategy
+    return strategy
 
 
 def make_optimizers(
     config: Config,
-    build: Instantiator,
-    parts: Components,
-    parallel: SingleDevice,
-    scheduled: bool = True,
+    instantiator: Instantiator,
+    components: Components,
+    strategy: SingleDevice,
+    use_scheduler: bool = True,
 ) -> OptimWrapperDict:
-    """An optimizer of all parameters that learn, or one for each part of the model it names.
+    """Build one optimizer for all trainable parameters, or one for each named part of the model.
 
     Args:
-        config: The whole configuration.
-        build: Of nodes.
-        parts: The task, the batches of training, what is frozen.
-        parallel: Brings the gradients of several ranks together.
-        scheduled: Whether learning rates follow the schedule.
+        config: The full configuration.
+        instantiator: Builds the optimizers and schedulers.
+        components: The task, the loaders and the freeze schedule.
+        strategy: Reduces the gradients of several ranks.
+        use_scheduler: Whether learning rates follow the schedule. Without it, steps with a
+            non-finite loss do not end the training either, as the tuners need.
 
     Raises:
-        UserError: An optimizer is left without parameters, or parameters without an optimizer.
+        UserError: An optimizer has no parameters, or a parameter no optimizer.
     """
-    learnable = {
+    trainable = {
         name: parameter
-        for name, parameter in parts.task.parameters().items()
-        if parameter.requires_grad and not parts.freezing.forever(name)
+        for name, parameter in components.task.parameters().items()
+        if parameter.requires_grad and not components.freezing.is_always_frozen(name)
     }
     nodes = optimizer_nodes(config.optimizer)
-    names = {key: key.partition(".")[2] or ONLY for key in nodes}
+    names = {key: key.partition(".")[2] or SINGLE for key in nodes}
     groups = {
-        key: [p for n, p in learnable.items() if name == ONLY or n.startswith(f"{name}.")]
+        key: [p for n, p in trainable.items() if name == SINGLE or n.startswith(f"{name}.")]
         for key, name in names.items()
     }
-    _check_groups(groups, learnable, names)
-    return OptimWrapperDict(
-        {
-            names[key]: _optim_wrapper(config, build, parts, parallel, key, groups[key], scheduled)
-            for key in nodes
-        },
-        config.trainer.on_nonfinite if scheduled else None,  # a search goes on, come what may
-    )
+    _check_groups(groups, trainable, names)
+    wrappers = {
+        names[key]: _make_optim_wrapper(
+            config, instantiator, components, strategy, key, groups[key], use_scheduler
+        )
+        for key in nodes
+    }
+    return OptimWrapperDict(wrappers, config.trainer.on_nonfinite if use_scheduler else None)
 
 
 def _check_groups(
-    groups: dict[str, list[nn.Parameter]], learnable: dict[str, nn.Parameter], names: dict[str, str]
+    groups: dict[str, list[nn.Parameter]], trainable: dict[str, nn.Parameter], names: dict[str, str]
 ) -> None:
-    parts = sorted({name.partition(".")[0] for name in learnable})
+    """Check that every optimizer has parameters and every trainable parameter an optimizer."""
+    modules = sorted({name.partition(".")[0] for name in trainable})
     for key, parameters in groups.items():
-        if not parameters and not learnable:
-            raise UserError(f"{key}: there is nothing to learn: all parameters are frozen")
+        if not parameters and not trainable:
+            raise UserError(f"{key}: nothing to train: all parameters are frozen")
         if not parameters:
             raise UserError(
-                f"{key} has no parameters: {names[key]!r} is no part of the model that learns; "
-                f"parts: {one_of(parts)}{nearest(names[key], parts)}"
+                f"{key} has no parameters: {names[key]!r} is not a trainable part of the model; "
+                f"allowed: {join_choices(modules)}{did_you_mean(names[key], modules)}"
             )
-    held = {id(parameter) for parameters in groups.values() for parameter in parameters}
-    left = [name for name, parameter in learnable.items() if id(parameter) not in held]
-    if left:
+    assigned = {id(parameter) for parameters in groups.values() for parameter in parameters}
+    unassigned = [name for name, parameter in trainable.items() if id(parameter) not in assigned]
+    if unassigned:
         raise UserError(
-            f"optimizer: no optimizer has {left[0]!r}; each part of the model that learns needs "
-            f"one, or a freeze: {one_of(parts)}"
+            f"optimizer: no optimizer for {unassigned[0]!r}; each of these parts of the model "
+            f"needs an optimizer or has to be frozen: {join_choices(modules)}"
         )
 
 
-def _optim_wrapper(
+def _make_optim_wrapper(
     config: Config,
-    build: Instantiator,
-    parts: Components,
-    parallel: SingleDevice,
+    instantiator: Instantiator,
+    components: Components,
+    strategy: SingleDevice,
     key: str,
     parameters: list[nn.Parameter],
-    scheduled: bool,
+    use_scheduler: bool,
 ) -> OptimWrapper:
     trainer = config.trainer
     node = optimizer_nodes(config.optimizer)[key]
-    optimizer = build(key, node, parameters, **_fused(config, node, parts))
+    optimizer = instantiator(key, node, parameters, **_fused_option(config, node, components))
     if not isinstance(optimizer, Optimizer):
-        raise UserError(f"{key} is no torch.optim.Optimizer")
+        raise UserError(f"{key} is not a torch.optim.Optimizer")
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(
-            f"{key}: {type(optimizer).__name__} measures the loss again in each step (a closure), "
-            "which is not possible here"
+            f"{key}: {type(optimizer).__name__} needs a closure that evaluates the loss again "
+            "in each step, which is not supported"
         )
-    batches = parts.loaders["train"].num_batches
+    num_batches = components.loaders["train"].num_batches
     return OptimWrapper(
         optimizer,
-        _schedule(config, build, optimizer, batches) if scheduled else None,
-        parts.task.precision.scaler(),
+        _make_lr_schedule(config, instantiator, optimizer, num_batches) if use_scheduler else None,
+        components.task.precision.grad_scaler(),
         config.data.batch_size,
         trainer.accumulate_grad_batches,
         trainer.gradient_clip_norm,
@@ -288,68 +302,68 @@ def _optim_wrapper(
         len(optimizer_nodes(config.optimizer)) == 1,
         trainer.gradient_norm,
         trainer.zero_non_finite_gradients,
-        parallel,
+        strategy,
     )
 
 
-def _fused(config: Config, node: Node, parts: Components) -> dict[str, bool]:
-    """On a CUDA device one kernel for a step, which needs no waiting to be left out."""
-    own_choice = {"fused", "foreach", "differentiable", "capturable"} & node.keys()
-    known = node["_target_"] in {f"torch.optim.{name}" for name in FUSED}
-    sparse = any(getattr(module, "sparse", False) for module in parts.task.model.modules())
-    on_cuda = parts.device.type == "cuda" and config.trainer.strategy != "fsdp"
-    return {"fused": True} if on_cuda and known and not (own_choice or sparse) else {}
+def _fused_option(config: Config, node: Node, components: Components) -> dict[str, bool]:
+    """Select the fused kernel on CUDA, which can skip a step without synchronizing the device."""
+    user_choice = {"fused", "foreach", "differentiable", "capturable"} & node.keys()
+    has_fused = node["_target_"] in {f"torch.optim.{name}" for name in FUSED_OPTIMIZERS}
+    has_sparse = any(getattr(m, "sparse", False) for m in components.task.model.modules())
+    on_cuda = components.device.type == "cuda" and config.trainer.strategy != "fsdp"
+    return {"fused": True} if on_cuda and has_fused and not (user_choice or has_sparse) else {}
 
 
-def _schedule(
-    config: Config, build: Instantiator, optimizer: Optimizer, batches: int | None
+def _make_lr_schedule(
+    config: Config, instantiator: Instantiator, optimizer: Optimizer, num_batches: int | None
 ) -> LRSchedule:
-    wanted, plan = config.scheduler, make_limits(config)
+    scheduler, limits = config.scheduler, make_limits(config)
     accumulate = config.trainer.accumulate_grad_batches
-    steps_per_epoch = None if batches is None else -(-batches // accumulate)
-    epochs, per_epoch = plan.num_epochs(steps_per_epoch), wanted.interval == "epoch"
-    by_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
-    steps = [number for number in (plan.max_steps, by_epochs) if number is not None]
+    steps_per_epoch = None if num_batches is None else -(-num_batches // accumulate)
+    epochs, per_epoch = limits.num_epochs(steps_per_epoch), scheduler.interval == "epoch"
+    steps_in_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
+    steps = [number for number in (limits.max_steps, steps_in_epochs) if number is not None]
     total = epochs if per_epoch else min(steps, default=None)
-    if total is None and has_auto(wanted.lr_scheduler):
+    if total is None and has_auto(scheduler.lr_scheduler):
         raise UserError(
-            "scheduler.lr_scheduler: 'auto' is the length of the run, which is not known for this "
+            "scheduler.lr_scheduler: 'auto' is the length of the run, which is unknown for this "
             "data; give a number, trainer.max_steps with scheduler.interval=step, or "
             "scheduler=constant"
         )
-    node = fill_auto(wanted.lr_scheduler, total or 1)
-    inner = build("scheduler.lr_scheduler", node, optimizer) if node else None
-    return LRSchedule(optimizer, inner, per_epoch, wanted.warmup_steps)
+    node = fill_auto(scheduler.lr_scheduler, total or 1)
+    lr_scheduler = instantiator("scheduler.lr_scheduler", node, optimizer) if node else None
+    return LRSchedule(optimizer, lr_scheduler, per_epoch, scheduler.warmup_steps)
 
 
-def make_averaging(config: Config, build: Instantiator, model: nn.Module) -> WeightAveraging:
-    """The average of the weights, or the weights themselves.
+def make_averaging(config: Config, instantiator: Instantiator, model: nn.Module) -> WeightAveraging:
+    """Build the weight averaging; without one in the configuration, the weights themselves.
 
     Raises:
-        UserError: It is none.
+        UserError: The target does not build a `WeightAveraging`.
     """
     if config.average is None:
         return WeightAveraging(model)
-    averaging = build("average", config.average, model=model)
+    averaging = instantiator("average", config.average, model=model)
     if not isinstance(averaging, WeightAveraging):
-        raise UserError("average is no app.training.optim.weight_averaging.WeightAveraging")
+        raise UserError("average is not an app.training.optim.weight_averaging.WeightAveraging")
     return averaging
 
 
 def make_limits(config: Config) -> TrainingLimits:
-    """How long to train, and what comes when."""
+    """Collect how long to train, and when to validate and save."""
     trainer = config.trainer
     return TrainingLimits(
         max_epochs=1 if trainer.fast_dev_run else trainer.max_epochs,
         max_steps=trainer.max_steps,
         valid_every_n_epochs=trainer.valid_every_n_epochs,
-        save_schedule=_save_schedule(config.checkpoint),
+        save_schedule=_make_save_schedule(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
-        max_seconds=seconds_of(trainer.max_time),
+        max_seconds=parse_duration(trainer.max_time),
     )
 
 
-def _save_schedule(checkpoint: CheckpointConfig) -> SaveSchedule:
+def _make_save_schedule(checkpoint: CheckpointConfig) -> SaveSchedule:
     return SaveSchedule(
         every_n_epochs=checkpoint.every_n_epochs,
         every_n_steps=checkpoint.every_n_steps,

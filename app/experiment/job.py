@@ -1,4 +1,4 @@
-"""From a composed configuration to what is to be run, checked."""
+"""Turn a composed configuration into a validated job, and decide what a job resumes from."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from app.config.allowlist import check_targets_allowed, trusted_by_environment
+from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
 from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve, unresolved
 from app.config.resume import apply_overrides_to_saved
-from app.config.rules import USES_CKPT
-from app.config.schema import Job
+from app.config.rules import CKPT_MODES
+from app.config.schema import AUTO, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.template import safe_template
 from app.config.types import MISSING, UNKNOWN
@@ -28,67 +28,68 @@ from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
 from app.training.checkpoint.checksum import verify_checksum
-from app.training.checkpoint.rotation import FOLDER, LAST, latest_valid
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
 
 log = logging.getLogger(__name__)
 
-AUTO = "auto"
-SAID = ("name", "tags", "notes")  # to people alone
-PLACES = {  # keys that name a folder or a file
-    "resume": "null, auto, a run folder, a state in one",
+PATH_KEYS = {  # keys that name a folder or a file, and what they allow
+    "resume": "null, auto, a run folder, a training checkpoint in one",
     "ckpt": "null, a run folder, a checkpoint file",
     "sweep.resume": "null, the folder of a sweep",
 }
 
 
 def make_jobs(composing: Composer) -> list[tuple[DictConfig, Job]]:
-    """The job of a command line, or those of a sweep that have each value once.
+    """Make the job of a command line; of a sweep, enough jobs to check each value once.
 
     Args:
-        composing: What composes their configurations.
+        composing: Composes the configurations.
 
     Returns:
-        Each with what Hydra composed for it.
+        Pairs of the configuration that Hydra composed and its job.
 
     Raises:
-        UserError: All that is wrong with any of them.
+        UserError: All errors in all of the configurations.
     """
     jobs: list[tuple[DictConfig, Job]] = []
-    mistakes: list[ConfigIssue] = []
-    for composed, refused in composing.compositions():
-        mistakes += refused
-        if composing.sweeps and composed.get("resume") is not None:
-            problem = f"={composed.resume!r} is for a single run; a sweep has sweep.resume"
-            mistakes.append(ConfigIssue("resume", problem))
+    issues: list[ConfigIssue] = []
+    for composed, override_issues in composing.compositions():
+        issues += override_issues
+        if composing.is_sweep and composed.get("resume") is not None:
+            problem = f"={composed.resume!r} is for a single run; use sweep.resume for a sweep"
+            issues.append(ConfigIssue("resume", problem))
             continue
         try:
             jobs.append((composed, make_job(composed)))
         except ConfigError as error:
-            mistakes += error.issues
-    if mistakes:
-        raise ConfigError(mistakes)
+            issues += error.issues
+    if issues:
+        raise ConfigError(issues)
     return jobs
 
 
 def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
-    """What is to be run.
+    """Resolve and validate a configuration.
+
+    When a run is resumed or a checkpoint is used, the saved configuration is the base, and
+    command-line overrides are applied on top of it.
 
     Args:
-        composed: By Hydra, its own node included.
-        folder: Of a job of a sweep; where it holds a run that was cut, that one goes on.
+        composed: The configuration composed by Hydra, with the `hydra` node.
+        folder: The folder of a job in a sweep; an interrupted run in it is resumed.
 
     Raises:
-        UserError: All that is wrong with it.
+        UserError: All errors in the configuration.
     """
-    words = OmegaConf.to_container(composed.hydra.overrides.task)
-    assert isinstance(words, list)
-    overrides = parse_overrides(words)
-    trusted = [*cli_trusted(overrides), *trusted_by_environment()]
-    if trusted and (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
-    (plain, mistakes), template = resolve(composed), unresolved(composed)
-    mistakes += [*_trust_mistakes(plain, overrides), *_place_mistakes(plain)]
-    today = plain
+    override_strings = OmegaConf.to_container(composed.hydra.overrides.task)
+    assert isinstance(override_strings, list)
+    overrides = parse_overrides(override_strings)
+    trusted = [*cli_trusted(overrides), *trusted_from_environment()]
+    if trusted and (cwd := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, cwd)
+    (plain, issues), template = resolve(composed), unresolved(composed)
+    issues += [*_trust_issues(plain, overrides), *_iter_path_issues(plain)]
+    composed_plain = plain
     differences: list[str] = []
     damaged: list[str] = []
     if plain.get("mode") == "train":
@@ -96,89 +97,89 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
             with as_user_error("resume"):
                 last, damaged = resolve_resume(composed, plain.get("resume"), folder)
         except ConfigError as error:
-            raise ConfigError([*mistakes, *error.issues]) from error
+            raise ConfigError([*issues, *error.issues]) from error
         if last is not None:
-            saved, its_template = _saved_config("resume", str(last))
+            saved, saved_template = _saved_config("resume", str(last))
             plain, template, differences = apply_overrides_to_saved(
-                saved, its_template, composed, overrides, resumes=True
+                saved, saved_template, composed, overrides, resumes=True
             )
             plain["resume"] = str(last)
             check_targets_allowed(str(last), plain, trusted)
-    if plain.get("mode") in USES_CKPT and plain.get("ckpt") not in (None, UNKNOWN):
-        saved, its_template = _saved_config("ckpt", plain["ckpt"])
+    if plain.get("mode") in CKPT_MODES and plain.get("ckpt") not in (None, UNKNOWN):
+        saved, saved_template = _saved_config("ckpt", plain["ckpt"])
         plain, template, differences = apply_overrides_to_saved(
-            saved, its_template, composed, overrides
+            saved, saved_template, composed, overrides
         )
         check_targets_allowed(plain["ckpt"], plain, trusted)
-    mistakes += unexpected_env_reads(plain, today)
-    config = validate(plain, trusted, mistakes)
-    if reveal(plain) != plain:  # only the run itself is told secrets
+    issues += unexpected_env_reads(plain, composed_plain)
+    config = validate(plain, trusted, issues)
+    if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
     return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
-    """What is to be run in a folder, which says so from now on.
+    """Make the job of a run folder and save its configuration there.
 
     Args:
-        composed: By Hydra, its own node included.
-        folder: Of the run, there already.
+        composed: The configuration composed by Hydra, with the `hydra` node.
+        folder: The run folder, which exists.
 
     Raises:
-        UserError: All that is wrong with it.
+        UserError: All errors in the configuration.
     """
     job = make_job(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
     write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
-    for problem in job.damaged:
-        log.warning("%s; going on from %s", problem, job.config.resume)
+    for problem in job.damaged_checkpoints:
+        log.warning("%s; resuming from %s", problem, job.config.resume)
     for difference in job.differences:
         log.warning("differs from the saved run: %s", difference)
     return job
 
 
 def has_longer_schedule(job: Job) -> bool:
-    """Whether a run that goes on has another length than it had."""
+    """Whether a resumed run has another length, or another goal, than before."""
     keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal.")
     return any(line.startswith(keys) for line in job.differences)
 
 
-def _trust_mistakes(plain: dict[str, Any], overrides: Sequence[Override]) -> list[ConfigIssue]:
+def _trust_issues(plain: dict[str, Any], overrides: Sequence[Override]) -> list[ConfigIssue]:
     if not plain.get("trusted_targets") or cli_trusted(overrides):
         return []
-    problem = f"={plain['trusted_targets']!r} may be given on the command line only"
+    problem = f"={plain['trusted_targets']!r} can only be set on the command line"
     return [ConfigIssue("trusted_targets", problem)]
 
 
-def _place_mistakes(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
-    """What is no path; it becomes unknown, so that nothing more is said of it."""
-    for key, allowed in PLACES.items():
+def _iter_path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Report values that are no paths, and replace them so that they are reported only once."""
+    for key, allowed in PATH_KEYS.items():
         group, _, name = key.rpartition(".")
-        inside: Any = plain.get(group) if group else plain
-        value = inside.get(name) if isinstance(inside, dict) else None
+        parent: Any = plain.get(group) if group else plain
+        value = parent.get(name) if isinstance(parent, dict) else None
         if value is not None and (not isinstance(value, str) or value == ""):
             yield ConfigIssue(key, f"={value!r}: allowed: {allowed}")
-            inside[name] = UNKNOWN
+            parent[name] = UNKNOWN
 
 
 def resolve_folder(composed: DictConfig, key: str) -> Path:
-    """The absolute folder that `hydra.run.dir` or `hydra.sweep.dir` names.
+    """Return the absolute path that `hydra.run.dir` or `hydra.sweep.dir` sets.
 
     Raises:
-        ConfigError: It names none.
+        ConfigError: The key has no value or does not resolve.
     """
     return Path(str(hydra_value(composed, key))).absolute()
 
 
 def hydra_value(composed: DictConfig, key: str) -> Any:
-    """What a key of Hydra's own holds.
+    """Return the value of one of Hydra's own keys.
 
     Raises:
-        ConfigError: Nothing, or it does not resolve.
+        ConfigError: The key has no value or does not resolve.
     """
     try:
         return OmegaConf.select(composed, key, throw_on_missing=True)
     except MissingMandatoryValue as error:
-        problem = f" has no value; give one, as {key}=outputs/my_run"
+        problem = f" has no value; set it, for example {key}=outputs/my_run"
         raise ConfigError([ConfigIssue(key, problem)]) from error
     except OmegaConfBaseException as error:
         problem = f" does not resolve: {str(error).splitlines()[0]}"
@@ -188,63 +189,66 @@ def hydra_value(composed: DictConfig, key: str) -> Any:
 def resolve_resume(
     composed: DictConfig, resume: str | None, folder: Path | None
 ) -> tuple[Path | None, list[str]]:
-    """The state from which a run goes on; None where it has yet to begin.
+    """Return the training checkpoint that a run resumes from.
 
     Args:
-        composed: By Hydra.
-        resume: As typed: a run folder, a state in one, `auto`.
-        folder: Of a job of a sweep.
+        composed: The configuration composed by Hydra, with the `hydra` node.
+        resume: The value of `resume`: a run folder, a training checkpoint in one, or `auto`.
+        folder: The folder of a job in a sweep.
 
     Returns:
-        Its file, and what is wrong with newer ones.
+        The file, or None if the run starts from the beginning; and what is wrong with each
+        newer file.
 
     Raises:
-        ConfigError: There is none, or the folder would be another each time.
+        ConfigError: There is no checkpoint to resume from, or `auto` has no fixed folder.
     """
     if resume in (UNKNOWN, MISSING):
         return None, []
     if resume is None:
-        return _newest(folder) if folder else (None, [])
+        return _latest_checkpoint(folder) if folder else (None, [])
     if resume == AUTO:
-        raw = OmegaConf.to_container(composed.hydra.run, resolve=False)
-        assert isinstance(raw, dict)
-        if "${now:" in raw["dir"]:
-            problem = "='auto' needs a folder that stays the same: hydra.run.dir=outputs/my_run"
+        hydra_run = OmegaConf.to_container(composed.hydra.run, resolve=False)
+        assert isinstance(hydra_run, dict)
+        if "${now:" in hydra_run["dir"]:
+            problem = "='auto' needs a fixed run folder, for example hydra.run.dir=outputs/my_run"
             raise ConfigError([ConfigIssue("resume", problem)])
     folder = resolve_folder(composed, "hydra.run.dir")
     if resume.endswith(".pt"):
-        return _chosen(resume, folder), []
-    last, damaged = _newest(folder)
+        return _checkpoint_in(folder, resume), []
+    last, damaged = _latest_checkpoint(folder)
     if last is None and resume != AUTO:
-        problem = f"={resume!r} holds no run to go on: no {folder / FOLDER / LAST}"
+        missing = folder / CHECKPOINT_DIR / LAST_CHECKPOINT
+        problem = f"={resume!r} contains no run to resume: {missing} does not exist"
         raise ConfigError([ConfigIssue("resume", problem)])
     return last, damaged
 
 
-def _newest(folder: Path) -> tuple[Path | None, list[str]]:
+def _latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     last, damaged = latest_valid(folder)
     if last is None and damaged:
         raise ConfigError([ConfigIssue("resume", f": {problem}") for problem in damaged])
     return last, damaged
 
 
-def _chosen(resume: str, folder: Path) -> Path:
-    """A state that the user has named himself."""
+def _checkpoint_in(folder: Path, resume: str) -> Path:
+    """Check a checkpoint file that the user named, and return its absolute path."""
     file = Path(resume).expanduser().absolute()
-    if file.parent != folder / FOLDER:
-        problem = f"={resume!r} is no state of the run in {folder}: it lies elsewhere"
+    if file.parent != folder / CHECKPOINT_DIR:
+        problem = f"={resume!r} is not a checkpoint of the run in {folder}"
         raise ConfigError([ConfigIssue("resume", problem)])
     try:
         kind = verify_checksum(file).kind
     except UserError as error:
         raise ConfigError([ConfigIssue("resume", f": {error}")]) from error
     if kind != "state":
-        problem = f"={resume!r} holds weights alone; training goes on from a {LAST}"
+        problem = f"={resume!r} contains weights only; resume from a {LAST_CHECKPOINT}"
         raise ConfigError([ConfigIssue("resume", problem)])
     return file
 
 
 def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
+    """Return the configuration and the template that are saved in a checkpoint."""
     from app.training.checkpoint.checkpoint import load_checkpoint
 
     with as_user_error(key):

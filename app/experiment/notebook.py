@@ -1,4 +1,4 @@
-"""The parts of a command line as objects, for notebooks and scripts."""
+"""The components of one job as objects, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -11,63 +11,104 @@ import pandas as pd
 import yaml
 from hydra._internal.utils import get_args_parser
 
-from app.callbacks.prediction_files import table
+from app.callbacks.prediction_files import prediction_table
 from app.callbacks.tables import truncate_to_history
 from app.config import resolvers
-from app.config.compose import composer
+from app.config.compose import open_composer
 from app.config.instantiate import Instantiator
-from app.config.schema import Job
+from app.config.schema import AUTO, Job
 from app.data.batch import BatchLoader
 from app.experiment.factory import make_callbacks, make_components
 from app.experiment.job import make_jobs, resolve_folder
-from app.experiment.run import logit_keys, make_trainer, restore_from
-from app.experiment.status import StatusWriter
+from app.experiment.run import load_ckpt_weights, logit_keys, make_trainer
+from app.experiment.status import RUN_INFO_KEYS, StatusWriter
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files, write_text
 from app.runtime.lock import run_lock
 from app.runtime.nested import Nested, describe
-from app.training.checkpoint.checkpoint import BEST
+from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.events import Callbacks
 from app.training.precision import make_deterministic
 
 
+def compose(overrides: list[str], folder: str | None = None) -> Experiment:
+    """Build the objects of the command line `python -m app <overrides>`.
+
+    Raises:
+        UserError: The configuration is invalid, or it needs the command line (a sweep, several
+            devices).
+    """
+    resolvers.register()
+    with open_composer(get_args_parser().parse_args(list(overrides))) as composing:
+        if composing.is_sweep:
+            raise UserError("compose() builds a single job; run sweeps from the command line")
+        jobs = make_jobs(composing)
+    composed, job = jobs[0]
+    if job.config.mode == "check":
+        raise UserError(
+            "mode='check' is for the command line; compose() checks every configuration anyway"
+        )
+    trainer = job.config.trainer
+    if count_devices(trainer.accelerator, trainer.devices) > 1:
+        raise UserError(
+            f"trainer.devices={trainer.devices!r}: training on several devices needs the command "
+            "line; allowed here: null, 1, or one id"
+        )
+    run_folder = Path(folder).absolute() if folder else resolve_folder(composed, "hydra.run.dir")
+    with as_user_error():
+        contains_run = (run_folder / "status.json").exists()
+    if contains_run and job.config.resume is None:
+        raise UserError(
+            f"folder={str(run_folder)!r} already contains a run, which is not overwritten; "
+            "use another folder, or resume=FOLDER to resume the run"
+        )
+    resume = job.config.resume
+    if resume not in (None, AUTO) and Path(str(resume)).parent.parent != run_folder:
+        raise UserError(
+            f"folder={str(run_folder)!r} is not the folder of the run to resume: resume={resume}"
+        )
+    return Experiment(job, run_folder)
+
+
 class Experiment:
-    """The parts of one job. Used as a context manager, it closes what watches at the end.
+    """The objects of one job; as a context manager it locks the folder and closes the callbacks.
 
     Args:
-        job: Checked.
-        folder: Of the run; it is made with the first file.
+        job: The validated job.
+        folder: The run folder; it is created with the first file.
 
     Attributes:
-        config: Typed.
-        task: The steps, with the model as `task.model`.
-        loaders: The batches, by stage.
-        trainer: The loop.
+        config: The typed configuration.
+        task: The train and eval steps, with the model as `task.model`.
+        loaders: The batch loader of each stage.
+        trainer: The training loop.
     """
 
     def __init__(self, job: Job, folder: Path) -> None:
-        build, self.config, self.folder = Instantiator(job.trusted), job.config, folder
+        instantiator, self.config, self.folder = Instantiator(job.trusted), job.config, folder
         device = choose_device(self.config.trainer.accelerator, self.config.trainer.devices)
         make_deterministic(self.config.trainer.deterministic)
-        parts = make_components(self.config, build, device)
-        about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
-        self._goes_on = self.config.resume not in (None, "auto")
-        self._status = StatusWriter(folder, about, self.config.goal, device, self._goes_on)
-        watchers = make_callbacks(self.config, build, folder, parts.task.model, job)
-        self._callbacks = Callbacks([self._status, *watchers])
+        components = make_components(self.config, instantiator, device)
+        run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
+        self._resume_pending = self.config.resume not in (None, AUTO)
+        self._status = StatusWriter(
+            folder, run_info, self.config.goal, device, self._resume_pending
+        )
+        callbacks = make_callbacks(self.config, instantiator, folder, components.task.model, job)
+        self._callbacks = Callbacks([self._status, *callbacks])
         self._stack = ExitStack()
-        self._epoch: int | None = None  # of the weights, where they are not the last
-        self.job, self.task, self.loaders = job, parts.task, parts.loaders
-        self.trainer = make_trainer(job, build, parts, self._callbacks, folder)
+        self._best_epoch: int | None = None  # set once the best weights are loaded
+        self.job, self.task, self.loaders = job, components.task, components.loaders
+        self.trainer = make_trainer(job, instantiator, components, self._callbacks, folder)
         self._status.nonfinite = self.trainer.nonfinite.stats
         if self.config.ckpt is not None:
-            restore_from(self.trainer, self.config)
+            load_ckpt_weights(self.trainer, self.config)
 
     def __enter__(self) -> Experiment:
         self._stack.enter_context(run_lock(self.folder))
         remove_temp_files(self.folder)
-        self._go_on()
+        self._resume_once()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
         self._stack.enter_context(self._status.recording())
         self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))
@@ -81,72 +122,42 @@ class Experiment:
     ) -> None:
         self._stack.__exit__(kind, error, traceback)
 
-    def _go_on(self) -> None:
-        """Once, where it is a run that was cut."""
-        if self._goes_on:
-            self._goes_on = False
-            self.trainer.resume(Path(str(self.config.resume)))
-            truncate_to_history(self.folder, self.trainer.state.history)
-
     def fit(self) -> pd.DataFrame:
-        """Trains, puts the best weights back, and gives the summary: a line for each stage."""
-        self._go_on()
-        summary = self.trainer.fit(self._batches("train"), self.loaders.get("valid"))
+        """Train, load the best weights, and return the summary table: a row per epoch and stage."""
+        self._resume_once()
+        summary = self.trainer.fit(self._loader("train"), self.loaders.get("valid"))
         self._status.final_status = self.trainer.outcome
-        if (self.folder / "checkpoints" / BEST).exists():
-            self._epoch = self.trainer.state.load_best_weights()
+        if (self.folder / "checkpoints" / BEST_CHECKPOINT).exists():
+            self._best_epoch = self.trainer.state.load_best_weights()
         return summary
 
     def evaluate(self, stage: str = "test") -> pd.DataFrame:
-        """Measures the weights as they are; gives the stage's line of the summary."""
-        return self.trainer.evaluate(self._batches(stage), stage, self._epoch)
+        """Evaluate the current weights on a stage, and return its row of the summary table."""
+        return self.trainer.evaluate(self._loader(stage), stage, self._best_epoch)
 
     def predict(self, stage: str = "test") -> pd.DataFrame:
-        """A line for each sample: label and probabilities, or outputs.
+        """Return a row for each sample: the label and probabilities, or the outputs.
 
         Raises:
-            UserError: Outputs are no table; `trainer.predict(loaders[stage])` gives them.
+            UserError: The outputs do not fit a table; `trainer.predict(loaders[stage])` returns
+                them as tensors.
         """
-        outputs: Nested = self.trainer.predict(self._batches(stage))
+        outputs: Nested = self.trainer.predict(self._loader(stage))
         values = outputs.float().numpy() if hasattr(outputs, "numpy") else np.empty((0, 0, 0))
         if values.ndim > 2:
             raise UserError(
-                f"the outputs are no table but {describe(outputs)}; trainer.predict(...)"
+                f"the outputs do not fit a table: {describe(outputs)}; "
+                "use trainer.predict(loaders[stage])"
             )
-        return table(values, None in logit_keys(self.task))
+        return prediction_table(values, None in logit_keys(self.task))
 
-    def _batches(self, stage: str) -> BatchLoader:
+    def _loader(self, stage: str) -> BatchLoader:
         if stage not in self.loaders:
-            raise UserError(f"there is no {stage} data; there is: {', '.join(self.loaders)}")
+            raise UserError(f"there is no {stage} data; available: {', '.join(self.loaders)}")
         return self.loaders[stage]
 
-
-def compose(overrides: list[str], folder: str | None = None) -> Experiment:
-    """The parts of the command line `python -m app <overrides>`.
-
-    Raises:
-        UserError: Whatever is wrong with it.
-    """
-    resolvers.register()
-    with composer(get_args_parser().parse_args(list(overrides))) as composing:
-        if composing.sweeps:
-            raise UserError("several jobs at once: a sweep belongs on the command line")
-        jobs = make_jobs(composing)
-    composed, job = jobs[0]
-    if job.config.mode == "check":
-        raise UserError("mode='check' is for the command line: composing has checked already")
-    trainer = job.config.trainer
-    if count_devices(trainer.accelerator, trainer.devices) > 1:
-        raise UserError(
-            f"trainer.devices={trainer.devices!r}: several devices are for the command line; "
-            "allowed here: null, 1, or one id"
-        )
-    where = Path(folder).absolute() if folder else resolve_folder(composed, "hydra.run.dir")
-    with as_user_error():
-        holds_a_run = (where / "status.json").exists()
-    if holds_a_run and job.config.resume is None:
-        raise UserError(f"folder={str(where)!r} holds a run; it is not overwritten")
-    resume = job.config.resume
-    if resume not in (None, "auto") and Path(str(resume)).parent.parent != where:
-        raise UserError(f"folder={str(where)!r}: the run that goes on is in another, {resume}")
-    return Experiment(job, where)
+    def _resume_once(self) -> None:
+        if self._resume_pending:
+            self._resume_pending = False
+            self.trainer.resume(Path(str(self.config.resume)))
+            truncate_to_history(self.folder, self.trainer.state.history)

@@ -1,4 +1,4 @@
-"""What one rank does: build the parts, then train, measure, predict or search."""
+"""What each rank runs: build the components, then train, evaluate, predict, export or tune."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from app.callbacks.prediction_files import PredictionFiles
 from app.callbacks.tables import truncate_to_history
 from app.config.instantiate import Instantiator
-from app.config.schema import Config, FreezeConfig, Job
+from app.config.schema import AUTO, Config, FreezeConfig, Job
 from app.data.batch import BatchLoader
-from app.data.datamodule import stages_run
+from app.data.datamodule import active_stages
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.experiment.export import export
@@ -28,8 +28,8 @@ from app.experiment.factory import (
     make_optimizers,
     make_strategy,
 )
-from app.experiment.status import StatusWriter, versions
-from app.experiment.tuner import find_batch_size, find_batch_size_first, find_learning_rate
+from app.experiment.status import RUN_INFO_KEYS, StatusWriter, versions
+from app.experiment.tuner import apply_batch_size_finder, find_batch_size, find_learning_rate
 from app.losses.weighted_sum import class_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
@@ -51,66 +51,72 @@ T = TypeVar("T")
 def execute(
     job: Job, folder: Path, stop: StopSignal | None = None, local_rank: int = 0
 ) -> float | None:
-    """Runs what the configuration says; each rank its part.
+    """Run this rank's share of a job in the mode of its configuration.
 
     Args:
-        job: The configuration, checked.
-        folder: Of the run, there already.
-        stop: Who asks to end before the plan is over.
-        local_rank: The number of this rank on its machine.
+        job: The validated job.
+        folder: The run folder, which exists.
+        stop: Set by signals that ask the training to stop early.
+        local_rank: The index of this rank on its machine.
 
     Returns:
-        The goal's best value, where training measured one.
+        The best value of the goal; None if the mode is not `train` or there is no finite value.
 
     Raises:
-        UserError: The user must put something right; `status.json` says so, too.
-        Stopped: It was asked to end, and did.
+        UserError: The user has to change something; the error is also in `status.json`.
+        TrainingInterrupted: The training stopped early, as `stop` asked.
     """
-    config, build = job.config, Instantiator(job.trusted)
+    config, instantiator = job.config, Instantiator(job.trusted)
     device = choose_device(config.trainer.accelerator, config.trainer.devices, local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
-    about = {key: job.plain[key] for key in ("mode", "ckpt", "name", "tags", "notes", "seed")}
-    goes_on = config.resume not in (None, "auto")
-    status = StatusWriter(folder, about, config.goal, device, goes_on)
+    run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
+    is_resumed = config.resume not in (None, AUTO)
+    status = StatusWriter(folder, run_info, config.goal, device, is_resumed)
     with status.recording() if rank() == 0 else nullcontext():
-        if config.mode == "train" and config.trainer.batch_size_finder and not goes_on:
-            job = find_batch_size_first(job, device, folder)
+        if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
+            job = apply_batch_size_finder(job, device, folder)
             config = job.config
-        parts = make_components(config, build, device)
-        log_run_header(config, parts, folder)
+        components = make_components(config, instantiator, device)
+        log_run_header(config, components, folder)
         if config.mode in TUNERS:
-            parallel = SingleDevice(parts.task.model)
-            parts.task.optimizers = make_optimizers(config, build, parts, parallel, scheduled=False)
-            parts.freezing.apply(1)
-            TUNERS[config.mode](config, parts, folder)
+            strategy = SingleDevice(components.task.model)
+            components.task.optimizers = make_optimizers(
+                config, instantiator, components, strategy, use_scheduler=False
+            )
+            components.freezing.apply(1)
+            TUNERS[config.mode](config, components, folder)
             return None
-        with _watchers(job, build, parts, status, folder) as callbacks:
-            trainer = make_trainer(job, build, parts, callbacks, folder, stop)
+        with _run_callbacks(job, instantiator, components, status, folder) as callbacks:
+            trainer = make_trainer(job, instantiator, components, callbacks, folder, stop)
             status.nonfinite = trainer.nonfinite.stats
             if config.mode == "train":
-                if goes_on:
+                if is_resumed:
                     trainer.resume(Path(str(config.resume)))
                 if rank() == 0:
                     truncate_to_history(folder, trainer.state.history)
-                value = train(trainer, parts)
+                value = train(trainer, components)
                 status.final_status = trainer.outcome
                 return value
-            MODES[config.mode](trainer, parts, config)
+            MODES[config.mode](trainer, components, config)
             return None
 
 
 @contextmanager
-def _watchers(
-    job: Job, build: Instantiator, parts: Components, status: StatusWriter, folder: Path
+def _run_callbacks(
+    job: Job,
+    instantiator: Instantiator,
+    components: Components,
+    status: StatusWriter,
+    folder: Path,
 ) -> Iterator[Callback]:
-    """Those who watch, told of the end however it comes; nobody watches in ranks other than 0."""
+    """Build the callbacks, which exist on rank 0 only, and tell them when the run ends."""
     if rank() > 0:
         yield Callback()
         return
-    named = make_callbacks(job.config, build, folder, parts.task.model, job)
-    callbacks = Callbacks([status, *named])
+    from_config = make_callbacks(job.config, instantiator, folder, components.task.model, job)
+    callbacks = Callbacks([status, *from_config])
     try:
         yield callbacks
     finally:
@@ -119,67 +125,69 @@ def _watchers(
 
 def make_trainer(
     job: Job,
-    build: Instantiator,
-    parts: Components,
+    instantiator: Instantiator,
+    components: Components,
     callbacks: Callback,
     folder: Path,
     stop: StopSignal | None = None,
 ) -> Trainer:
-    """The loop around the parts; where it trains, with an optimizer and what goes with it."""
-    config, averaging, parallel = job.config, None, SingleDevice(parts.task.model)
+    """Build the training loop; in `mode=train` also the strategy, optimizers and averaging."""
+    config, averaging = job.config, None
+    strategy = SingleDevice(components.task.model)
     if config.mode == "train":
-        parallel = make_strategy(config, parts)
-        parts.task.optimizers = make_optimizers(config, build, parts, parallel)
-        averaging = make_averaging(config, build, parts.task.model)
+        strategy = make_strategy(config, components)
+        components.task.optimizers = make_optimizers(config, instantiator, components, strategy)
+        averaging = make_averaging(config, instantiator, components.task.model)
     return Trainer(
-        parts.task,
+        components.task,
         make_limits(config),
         folder,
         config.goal,
         callbacks,
         config.seed,
-        parts.device,
-        averaging or WeightAveraging(parts.task.model),
-        parts.freezing,
+        components.device,
+        averaging or WeightAveraging(components.task.model),
+        components.freezing,
         {name: monitor for name, monitor in config.checkpoint.monitors.items() if monitor},
         job,
-        parallel,
+        strategy,
         stop,
         Pruning(config.sweep.trial, config.goal),
     )
 
 
-def train(trainer: Trainer, parts: Components) -> float | None:
-    """Trains, then tests the best; gives the goal's best value."""
-    trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
+def train(trainer: Trainer, components: Components) -> float | None:
+    """Train, test the best weights, and return the best value of the goal."""
+    trainer.fit(components.loaders["train"], components.loaders.get("valid"))
     state, goal = trainer.state, trainer.goal
-    found = best_epoch(state.history, goal)
-    if found is None:
-        log.warning("%s was never a number: the last weights are kept as best", goal.metric)
+    best = best_epoch(state.history, goal)
+    if best is None:
+        log.warning("%s was never finite: saving the last weights as the best", goal.metric)
         state.save_best()
     epoch = state.load_best_weights()
-    kind = "best" if found and epoch == found.epoch else "last"
-    log.info("the %s weights are those of epoch %d", kind, epoch)
-    if "test" in parts.loaders and not trainer.is_pruned:
-        trainer.evaluate(parts.loaders["test"], "test", epoch)
-    log.info("everything is in %s", state.folder)
-    return found.value if found else None
+    kind = "best" if best and epoch == best.epoch else "last"
+    log.info("loaded the %s weights, from epoch %d", kind, epoch)
+    if "test" in components.loaders and not trainer.is_pruned:
+        trainer.evaluate(components.loaders["test"], "test", epoch)
+    log.info("results are in %s", state.folder)
+    return best.value if best else None
 
 
-def evaluate(trainer: Trainer, parts: Components, config: Config) -> None:
-    """Measures a checkpoint on the stage that the mode names."""
-    file = restore_from(trainer, config)
-    result = trainer.run_stage(config.mode, trainer.state.epoch, parts.loaders[config.mode])
-    log.info("%s of %s: %s", config.mode, file, _numbers(result.row))
-    log.info("everything is in %s", trainer.state.folder)
+def evaluate(trainer: Trainer, components: Components, config: Config) -> None:
+    """Evaluate a checkpoint on the stage that the mode names."""
+    file = load_ckpt_weights(trainer, config)
+    result = trainer.run_stage(config.mode, trainer.state.epoch, components.loaders[config.mode])
+    log.info("%s results of %s: %s", config.mode, file, _format_metrics(result.row))
+    log.info("results are in %s", trainer.state.folder)
 
 
-def predict(trainer: Trainer, parts: Components, config: Config) -> None:
-    """Writes what a checkpoint predicts."""
-    file, task, loader = restore_from(trainer, config), parts.task, parts.loaders[PREDICT]
-    classes = logit_keys(task)
+def predict(trainer: Trainer, components: Components, config: Config) -> None:
+    """Write the predictions of a checkpoint."""
+    file, task = load_ckpt_weights(trainer, config), components.task
+    loader = components.loaders[PREDICT]
+    logits = logit_keys(task)
     names = getattr(loader, "names", None)
-    files = PredictionFiles(trainer.state.folder, classes, config.predict.format, names)
+    files = PredictionFiles(trainer.state.folder, logits, config.predict.format, names)
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
@@ -187,110 +195,124 @@ def predict(trainer: Trainer, parts: Components, config: Config) -> None:
     log.info("predictions of %s are in %s", file, trainer.state.folder)
 
 
-def export_model(trainer: Trainer, parts: Components, config: Config) -> None:
-    """Writes a checkpoint's model for use elsewhere."""
-    file, model = restore_from(trainer, config), parts.task.model
+def export_model(trainer: Trainer, components: Components, config: Config) -> None:
+    """Export the model of a checkpoint."""
+    file, model = load_ckpt_weights(trainer, config), components.task.model
     sample = torch.rand(2, *config.data.input_shape)
     path = export(model.cpu().eval(), sample, config.export.format, trainer.state.folder)
-    log.info("the model of %s is in %s", file, path)
-
-
-def logit_keys(task: Task) -> list[Key]:
-    """The parts of predictions that are logits of classes; none where a task has its own way."""
-    own_way = type(task).predict_step is not SupervisedTask.predict_step
-    return [] if own_way or not isinstance(task, SupervisedTask) else class_outputs(task.loss)
+    log.info("exported the model of %s to %s", file, path)
 
 
 MODES = {"valid": evaluate, "test": evaluate, "predict": predict, "export": export_model}
 
 
-def restore_from(trainer: Trainer, config: Config) -> Path:
-    """Takes the weights of the checkpoint that `ckpt` names; gives its file."""
+def load_ckpt_weights(trainer: Trainer, config: Config) -> Path:
+    """Load the weights of the checkpoint that `ckpt` names, and return its file."""
     assert config.ckpt is not None
     file = find_checkpoint(Path(config.ckpt))
     trainer.state.epoch = trainer.state.load_weights(file)
     return file
 
 
-def tune_lr(config: Config, parts: Components, folder: Path) -> None:
-    """Tries learning rates; suggests the one that lowers the loss fastest."""
-    suggestion = find_learning_rate(parts.task, parts.loaders["train"], config.find, folder)
-    log.info("suggested: optimizer.lr=%.3g", suggestion)
-    log.info("the losses at each learning rate are in %s", folder / "find_lr.csv")
+def logit_keys(task: Task) -> list[Key]:
+    """Return which outputs are class logits; none if the task overrides `predict_step`."""
+    overridden = type(task).predict_step is not SupervisedTask.predict_step
+    return [] if overridden or not isinstance(task, SupervisedTask) else class_outputs(task.loss)
 
 
-def tune_batch_size(config: Config, parts: Components, folder: Path) -> None:
-    """Tries batch sizes; suggests the fastest that fits."""
-    suggestion = find_batch_size(
-        parts.task, parts.loaders["train"], config.data.batch_size, config.find, folder
+def tune_lr(config: Config, components: Components, folder: Path) -> None:
+    """Try learning rates and suggest the one at which the loss falls fastest."""
+    suggestion = find_learning_rate(
+        components.task, components.loaders["train"], config.find, folder
     )
-    log.info("suggested: data.batch_size=%d", suggestion)
+    log.info("suggested learning rate: optimizer.lr=%.3g", suggestion)
+    log.info("the loss at each learning rate is in %s", folder / "find_lr.csv")
+
+
+def tune_batch_size(config: Config, components: Components, folder: Path) -> None:
+    """Try batch sizes and suggest the fastest one that fits into memory."""
+    suggestion = find_batch_size(
+        components.task,
+        components.loaders["train"],
+        config.data.batch_size,
+        config.find,
+        folder,
+    )
+    log.info("suggested batch size: data.batch_size=%d", suggestion)
     log.info("the speed of each batch size is in %s", folder / "find_batch_size.csv")
 
 
 TUNERS = {"find_lr": tune_lr, "find_batch_size": tune_batch_size}
 
 
-def _numbers(row: dict[str, Any]) -> str:
+def _format_metrics(row: dict[str, Any]) -> str:
     hidden = ("epoch", "stage", "epoch_time", "samples/s", "loss_std")
     return ", ".join(f"{key} {value:.6g}" for key, value in row.items() if key not in hidden)
 
 
-def log_run_header(config: Config, parts: Components, folder: Path) -> None:
-    """Says in the log what is about to run, so that a wrong assumption is seen at once."""
-    model, goal = parts.task.model, config.goal
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    stop = f"after {goal.patience} validations without a better value" if goal.patience else "off"
-    lines = {
+def log_run_header(config: Config, components: Components, folder: Path) -> None:
+    """Log a summary of what is about to run, so that wrong settings are noticed at once."""
+    model = components.task.model
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    fields = {
         "run": f"{config.name} (mode {config.mode}, seed {config.seed})",
         "folder": folder,
         "notes": " ".join([*(f"[{tag}]" for tag in config.tags), config.notes]),
-        "model": f"{config.model['_target_']}, {weights:,} parameters",
+        "model": f"{config.model['_target_']}, {num_parameters:,} parameters",
         "task": config.task["_target_"],
-        "data": "; ".join(_described(s, parts.loaders.get(s)) for s in stages_run(config)),
-        "device": f"{_several()}{describe_device(parts.device)}, {parts.task.precision.name}",
+        "data": "; ".join(
+            _describe_data(stage, components.loaders.get(stage)) for stage in active_stages(config)
+        ),
+        "device": _describe_devices(components),
         "loss": ", ".join(config.loss),
         "metrics": "; ".join(
             f"{stage}: {', '.join(getattr(config.metric, stage)) or 'none'}"
-            for stage in parts.loaders
+            for stage in components.loaders
             if stage != PREDICT
         ),
-        "goal": f"{goal.mode} {goal.metric}; early stop {stop}" if config.mode == "train" else "",
+        "goal": _describe_goal(config) if config.mode == "train" else "",
         "monitors": "; ".join(
-            f"{n}: {m.mode} {m.metric}" for n, m in _given(config.checkpoint.monitors)
+            f"{name}: {monitor.mode} {monitor.metric}"
+            for name, monitor in _not_none(config.checkpoint.monitors)
         ),
         "average": config.average["_target_"] if config.average else "",
-        "frozen": "; ".join(_frozen(freeze) for _, freeze in _given(config.freeze)),
-        "length": _length(config) if config.mode == "train" else "",
+        "frozen": "; ".join(_describe_freeze(freeze) for _, freeze in _not_none(config.freeze)),
+        "length": _describe_length(config) if config.mode == "train" else "",
         "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
     }
-    log.info(
-        "%s", "\n".join(f"{name:9} {text}" for name, text in lines.items() if str(text).strip())
-    )
+    lines = [f"{name:9} {text}" for name, text in fields.items() if str(text).strip()]
+    log.info("%s", "\n".join(lines))
 
 
-def _several() -> str:
-    return f"{world_size()} x " if world_size() > 1 else ""
+def _describe_data(stage: str, loader: BatchLoader | None) -> str:
+    if loader is None:
+        return f"no {stage} data"
+    if loader.num_samples is None:
+        return f"{stage} of unknown length"
+    return f"{stage} {loader.num_samples:,} samples in {loader.num_batches:,} batches"
 
 
-def _given(named: dict[str, T | None]) -> list[tuple[str, T]]:
-    return [(name, one) for name, one in named.items() if one is not None]
+def _describe_devices(components: Components) -> str:
+    count = f"{world_size()} x " if world_size() > 1 else ""
+    return f"{count}{describe_device(components.device)}, {components.task.precision.name}"
 
 
-def _frozen(freeze: FreezeConfig) -> str:
+def _describe_goal(config: Config) -> str:
+    goal = config.goal
+    patience = f"after {goal.patience} validations without improvement" if goal.patience else "off"
+    return f"{goal.mode} {goal.metric}; early stopping {patience}"
+
+
+def _describe_freeze(freeze: FreezeConfig) -> str:
     until = f" until epoch {freeze.until_epoch}" if freeze.until_epoch else ""
     return f"{freeze.parameters} from epoch {freeze.from_epoch}{until}"
 
 
-def _length(config: Config) -> str:
-    plan = make_limits(config)
-    bounds = {"epochs": plan.max_epochs, "steps": plan.max_steps, "seconds": plan.max_seconds}
-    return " or ".join(f"{count} {name}" for name, count in bounds.items() if count is not None)
+def _describe_length(config: Config) -> str:
+    limits = make_limits(config)
+    counts = {"epochs": limits.max_epochs, "steps": limits.max_steps, "seconds": limits.max_seconds}
+    return " or ".join(f"{count} {unit}" for unit, count in counts.items() if count is not None)
 
 
-def _described(stage: str, loader: BatchLoader | None) -> str:
-    if loader is None:
-        return f"{stage} none"
-    if loader.num_samples is None:
-        return f"{stage} an unknown number of samples"
-    return f"{stage} {loader.num_samples:,} samples in {loader.num_batches:,} batches"
+def _not_none(nodes: dict[str, T | None]) -> list[tuple[str, T]]:
+    return [(name, node) for name, node in nodes.items() if node is not None]

@@ -1,4 +1,4 @@
-"""`status.json`: how the run stands, for people and for programs."""
+"""`status.json`: the state of a run, for people and for programs."""
 
 from __future__ import annotations
 
@@ -28,54 +28,59 @@ from app.training.nonfinite import NonFiniteStats
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
+RUN_INFO_KEYS = ("mode", "ckpt", "name", "tags", "notes", "seed")  # copied from the configuration
 
 
 class StatusWriter(Callback):
-    """The state of a run, written whenever it changes.
+    """Writes the state of a run to `status.json` whenever it changes.
 
     Args:
-        folder: Of the run.
-        about: What is known from the start, as its name and tags.
-        goal: What best means.
-        device: On which it runs.
-        goes_on: It is a run that was cut: its seconds count, too.
+        folder: The run folder.
+        run_info: Fields that are known from the start, such as the name and tags of the run.
+        goal: The metric and mode that define the best epoch.
+        device: The device of the run.
+        is_resumed: Whether an earlier run is resumed, whose `seconds` are counted, too.
+
+    Attributes:
+        final_status: The status to write when the run ends without an exception.
+        nonfinite: Counts of non-finite steps; set to those of the trainer once there is one.
     """
 
     def __init__(
         self,
         folder: Path,
-        about: dict[str, Any],
+        run_info: dict[str, Any],
         goal: GoalConfig,
         device: torch.device,
-        goes_on: bool = False,
+        is_resumed: bool = False,
     ) -> None:
-        self.path, self.about = folder / "status.json", about
+        self.path, self.run_info = folder / "status.json", run_info
         self.goal, self.device = goal, device
         self.history: History = ()
-        self.began, self.started = time.monotonic(), _now()
+        self.start_time, self.started_at = time.monotonic(), _utc_now()
         self.final_status: StatusName = "completed"
-        if goes_on:
+        if is_resumed:
             seconds = read_status(folder).get("seconds")
-            self.began -= seconds if isinstance(seconds, (int, float)) else 0.0
-        self.nonfinite = NonFiniteStats()  # who trains puts its own in place
+            self.start_time -= seconds if isinstance(seconds, (int, float)) else 0.0
+        self.nonfinite = NonFiniteStats()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """`running` inside; then `completed`, or what else became of it."""
+        """Write `running` on entry, and how the run ended on exit."""
         self.write("running")
         try:
             yield
         except KeyboardInterrupt:
             self.write("interrupted")
             raise
-        except TrainingInterrupted as stopped:
-            self.write(stopped.state)
+        except TrainingInterrupted as interrupt:
+            self.write(interrupt.status)
             raise
         except BaseException as error:
             try:
                 self.write("failed", redact_text(f"{type(error).__name__}: {error}"))
-            except StorageError as full:  # what it ended by is what has to be said
-                log.error("%s", full)
+            except StorageError as storage_error:  # must not hide the error that ended the run
+                log.error("%s", storage_error)
             raise
         self.write(self.final_status)
 
@@ -83,37 +88,37 @@ class StatusWriter(Callback):
         self.history = history
         self.write("running")
 
-    def write(self, state: StatusName, error: str | None = None) -> None:
-        """Replaces the file."""
-        found = best_epoch(self.history, self.goal) if has_metric(self.history, self.goal) else None
+    def write(self, status: StatusName, error: str | None = None) -> None:
+        """Replace `status.json`."""
+        best = best_epoch(self.history, self.goal) if has_metric(self.history, self.goal) else None
         content = {
-            "status": state,
-            **self.about,
-            "started": self.started,
-            "updated": _now(),
-            "seconds": time.monotonic() - self.began,
+            "status": status,
+            **self.run_info,
+            "started": self.started_at,
+            "updated": _utc_now(),
+            "seconds": time.monotonic() - self.start_time,
             "goal": {"metric": self.goal.metric, "mode": self.goal.mode},
-            "best": {"value": found.value, "epoch": found.epoch} if found else None,
+            "best": {"value": best.value, "epoch": best.epoch} if best else None,
             "metrics": {str(row["stage"]): row for row in self.history},
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
             "nonfinite": self.nonfinite.to_dict(),
             "error": error,
-            "rank": None,  # that failed; whoever watches over all of them knows
+            "rank": None,  # the rank that failed; filled in by the process that monitors all ranks
             "versions": versions(),
         }
         write_json(self.path, content)
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
 def versions() -> dict[str, str]:
-    """Of Python, the platform and the libraries."""
+    """Return the versions of Python, the platform and the main libraries."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: version(name) for name in LIBRARIES},
     }
+
+
+def _utc_now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

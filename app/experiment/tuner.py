@@ -1,4 +1,8 @@
-"""Searches for a learning rate and for a batch size, before a training."""
+"""Search for a learning rate (`mode=find_lr`) or a batch size before training.
+
+The batch size search runs on its own (`mode=find_batch_size`) or as the first part of a training
+(`trainer.batch_size_finder`).
+"""
 
 from __future__ import annotations
 
@@ -34,95 +38,133 @@ from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task, check_step_output
 
 log = logging.getLogger(__name__)
-SMOOTHING = 0.05  # weight of the newest loss
-DIVERGENCE_FACTOR = 4.0  # times the lowest smoothed loss so far
+SMOOTHING = 0.05  # weight of the newest loss in the moving average
+DIVERGENCE_FACTOR = 4.0  # the search ends at this multiple of the lowest smoothed loss
+
+
+# ---- learning rate
 
 
 def find_learning_rate(task: Task, train: BatchLoader, find: TunerConfig, folder: Path) -> float:
-    """Raises the learning rate step by step, evenly on a logarithmic scale (Smith 2017).
+    """Raise the learning rate after each step, evenly on a logarithmic scale (Smith 2017).
 
     Writes `find_lr.csv` and `find_lr.png`.
 
     Args:
-        task: With its learning; its weights are changed.
-        train: Batches, begun anew where there are too few.
-        find: From where to where, in how many steps.
-        folder: Files go there.
+        task: Has optimizers; its weights are changed.
+        train: The training batches, repeated if there are fewer than steps.
+        find: The range of learning rates and the number of steps.
+        folder: Where to write the files.
 
     Returns:
-        The rate at which the smoothed loss falls steepest.
+        The learning rate at which the smoothed loss falls fastest.
 
     Raises:
-        UserError: The loss is not a number from the start, or never falls.
+        UserError: The loss diverges in the first steps, or never falls.
     """
     assert task.optimizers is not None
     task.model.train()
     rates = np.geomspace(find.lr_from, find.lr_to, find.steps)
     losses, smoothed, average = [], [], 0.0
-    for step, (rate, batch) in enumerate(zip(rates, endless(train), strict=False), start=1):
-        for optimization in task.optimizers.wrappers.values():
-            for group in optimization.optimizer.param_groups:
+    for step, (rate, batch) in enumerate(zip(rates, cycle_batches(train), strict=False), start=1):
+        for wrapper in task.optimizers.wrappers.values():
+            for group in wrapper.optimizer.param_groups:
                 group["lr"] = rate
         task.on_step_start(1, step)
         with task.precision.autocast():
-            value = check_step_output(task, "train", task.train_step(batch)).values["loss"]
-        losses.append(float(value.value))  # type: ignore[union-attr]
+            loss = check_step_output(task, "train", task.train_step(batch)).values["loss"]
+        losses.append(float(loss.value))  # type: ignore[union-attr]
         average += SMOOTHING * (losses[-1] - average)
         smoothed.append(average / (1 - (1 - SMOOTHING) ** step))
-        if diverges(smoothed):
+        if has_diverged(smoothed):
             log.info("the loss diverges at a learning rate of %.3g", rate)
             break
     table = pd.DataFrame({"lr": rates[: len(losses)], "loss": losses, "smoothed_loss": smoothed})
     write_csv(folder / "find_lr.csv", table)
-    suggestion = steepest(table[np.isfinite(table["smoothed_loss"])])
-    save_figure(folder / "find_lr.png", _curve(table, suggestion))
+    suggestion = steepest_lr(table[np.isfinite(table["smoothed_loss"])])
+    save_figure(folder / "find_lr.png", _plot_losses(table, suggestion))
     return suggestion
 
 
-def diverges(smoothed: list[float]) -> bool:
-    """Whether the last loss lies far above the lowest, or is no number."""
+def cycle_batches(train: BatchLoader) -> Iterator[Batch]:
+    """Yield the batches of one epoch after another, without end.
+
+    Raises:
+        UserError: The loader yields no batch.
+    """
+    for epoch in count(1):
+        empty = True
+        for batch in train.epoch(epoch):
+            empty = False
+            yield batch
+        if empty:
+            raise UserError("the train data yields no batches")
+
+
+def has_diverged(smoothed: list[float]) -> bool:
+    """Whether the last loss is far above the lowest one, or not finite."""
     low = min(smoothed)
     margin = max(abs(low), 0.1 * abs(smoothed[0]))
     return not math.isfinite(smoothed[-1]) or smoothed[-1] > low + (DIVERGENCE_FACTOR - 1) * margin
 
 
-def steepest(table: pd.DataFrame) -> float:
-    """The learning rate at which the smoothed loss falls steepest.
+def steepest_lr(table: pd.DataFrame) -> float:
+    """Return the learning rate at which the smoothed loss falls fastest.
 
     Raises:
-        UserError: It never falls.
+        UserError: There are too few losses, or they never fall.
     """
     if len(table) < 3:
-        raise UserError("find.lr_from: the loss diverges at once; try a smaller one")
+        raise UserError("find.lr_from: the loss diverges immediately; try a smaller value")
     slope = np.gradient(table["smoothed_loss"].to_numpy(), np.log(table["lr"].to_numpy()))
     if slope.min() >= 0:
         raise UserError("find: the loss never falls between find.lr_from and find.lr_to")
     return float(table["lr"].iloc[int(slope.argmin())])
 
 
+def _plot_losses(table: pd.DataFrame, suggestion: float) -> Figure:
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["lr"], table["loss"], alpha=0.3, label="loss")
+    axes.plot(table["lr"], table["smoothed_loss"], label="smoothed")
+    axes.axvline(suggestion, ls="--", color="k", lw=1, label=f"suggested: {suggestion:.2g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.legend()
+    return figure
+
+
+# ---- batch size
+
+
 def find_batch_size(
     task: Task, train: BatchLoader, start: int, find: TunerConfig, folder: Path
 ) -> int:
-    """Doubles the batch size until memory, the data or `find.batch_size_to` ends it.
+    """Double the batch size until it exceeds memory, the dataset or `find.batch_size_to`.
 
-    Writes `find_batch_size.csv`: samples per second and peak memory of each size.
+    Writes `find_batch_size.csv` with the samples per second and peak memory of each size.
 
     Args:
-        task: With its learning; its weights are changed.
-        train: A batch of it is repeated to make larger ones.
-        start: The smallest size.
-        find: The largest size, and how many batches each is measured on.
-        folder: Files go there.
+        task: Has optimizers; its weights are changed.
+        train: Its first samples make up the batches.
+        start: The smallest batch size.
+        find: The largest batch size, and the number of batches to time for each size.
+        folder: Where to write the file.
 
     Returns:
-        The size of the most samples per second among those that fit into memory.
+        The batch size with the most samples per second among those that fit into memory.
+
+    Raises:
+        UserError: Not even the smallest batch size fits into memory.
     """
     assert task.optimizers is not None
     task.model.train()
     rows = []
-    for size in _doubled(start, min(find.batch_size_to, train.num_samples or find.batch_size_to)):
+    end = min(find.batch_size_to, train.num_samples or find.batch_size_to)
+    for size in _doubling_sizes(start, end):
         try:
-            seconds = _seconds(task, train.first(size), find.batches)
+            seconds = _time_steps(task, train.first(size), find.batches)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -140,101 +182,80 @@ def find_batch_size(
     return int(table["batch_size"].iloc[int(table["samples/s"].argmax())])
 
 
-def _doubled(start: int, end: int) -> Iterator[int]:
+def _doubling_sizes(start: int, end: int) -> Iterator[int]:
     size = min(start, end)
     while size <= end:
         yield size
         size *= 2
 
 
-def _seconds(task: Task, batch: Batch, batches: int) -> float:
-    """Of so many steps, one more before the clock starts."""
-    for step in range(batches + 1):
+def _time_steps(task: Task, batch: Batch, num_steps: int) -> float:
+    """Return the seconds of `num_steps` training steps, after one warmup step."""
+    for step in range(num_steps + 1):
         if step == 1:
-            _wait(batch)
-            began = time.perf_counter()
+            _synchronize(batch)
+            start = time.perf_counter()
         with task.precision.autocast():
             task.train_step(batch)
-    _wait(batch)
-    return time.perf_counter() - began
+    _synchronize(batch)
+    return time.perf_counter() - start
 
 
-def _wait(batch: Batch) -> None:
-    """Until the device is done."""
+def _synchronize(batch: Batch) -> None:
     map_tensors(lambda tensor: tensor.flatten()[:1].cpu(), batch)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def endless(train: BatchLoader) -> Iterator[Batch]:
-    """Epoch after epoch."""
-    for epoch in count(1):
-        empty = True
-        for batch in train.epoch(epoch):
-            empty = False
-            yield batch
-        if empty:
-            raise UserError("the train data gives no batch")
+def apply_batch_size_finder(job: Job, device: torch.device, folder: Path) -> Job:
+    """Search for a batch size before training, and return the job with that size.
 
-
-def _curve(table: pd.DataFrame, suggestion: float) -> Figure:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(table["lr"], table["loss"], alpha=0.3, label="loss")
-    axes.plot(table["lr"], table["smoothed_loss"], label="smoothed")
-    axes.axvline(suggestion, ls="--", color="k", lw=1, label=f"suggested: {suggestion:.2g}")
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate")
-    axes.set_ylabel("loss")
-    axes.legend()
-    return figure
-
-
-def find_batch_size_first(job: Job, device: torch.device, folder: Path) -> Job:
-    """The job with the size of the most samples per second among those that fit into memory.
-
-    The parts of the search are its own; `find_batch_size.csv` and `config.yaml` are written.
+    The search builds its own components and does not advance the random generators. Writes
+    `find_batch_size.csv`, and replaces `config.yaml`.
 
     Args:
-        job: With the smallest size.
-        device: That it is to run on.
-        folder: Of the run.
+        job: Its batch size is the smallest one to try.
+        device: The device of the run.
+        folder: The run folder.
 
     Raises:
-        UserError: There are several ranks, or not even the smallest size fits.
+        UserError: There are several ranks, or not even the smallest size fits into memory.
     """
     if world_size() > 1:
         raise UserError(
-            f"trainer.batch_size_finder=True is for one device, but there are {world_size()} ranks"
+            "trainer.batch_size_finder=True needs a single device, "
+            f"but there are {world_size()} ranks"
         )
-    random = rng_state()
-    size = _search(job, device, folder)
-    set_rng_state(random)
+    saved_rng_state = rng_state()
+    size = _search_batch_size(job, device, folder)
+    set_rng_state(saved_rng_state)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     log.info("trainer.batch_size_finder: training runs with data.batch_size=%d", size)
-    found = with_batch_size(job, size)
-    write_text(folder / "config.yaml", yaml.safe_dump(found.plain, sort_keys=False))
-    return found
+    tuned = replace_batch_size(job, size)
+    write_text(folder / "config.yaml", yaml.safe_dump(tuned.plain, sort_keys=False))
+    return tuned
 
 
-def _search(job: Job, device: torch.device, folder: Path) -> int:
-    config, build = job.config, Instantiator(job.trusted)
-    parts = make_components(config, build, device)
-    parallel = SingleDevice(parts.task.model)
-    parts.task.optimizers = make_optimizers(config, build, parts, parallel, scheduled=False)
-    parts.freezing.apply(1)
-    start, train = config.data.batch_size, parts.loaders["train"]
-    return find_batch_size(parts.task, train, start, config.find, folder)
+def _search_batch_size(job: Job, device: torch.device, folder: Path) -> int:
+    config, instantiator = job.config, Instantiator(job.trusted)
+    components = make_components(config, instantiator, device)
+    strategy = SingleDevice(components.task.model)
+    components.task.optimizers = make_optimizers(
+        config, instantiator, components, strategy, use_scheduler=False
+    )
+    components.freezing.apply(1)
+    start, train = config.data.batch_size, components.loaders["train"]
+    return find_batch_size(components.task, train, start, config.find, folder)
 
 
-def with_batch_size(job: Job, size: int) -> Job:
-    """The same job with batches of that size, and whatever else is made of it."""
+def replace_batch_size(job: Job, size: int) -> Job:
+    """Return the job with another batch size, and with all values interpolated from it."""
     template = OmegaConf.create(job.template)
     assert isinstance(template, DictConfig)
-    plain, changed = replace_value(job.plain, template, "data.batch_size", size)
+    plain, new_template = replace_value(job.plain, template, "data.batch_size", size)
     return Job(
-        reveal_config(plain), plain, OmegaConf.to_yaml(changed), job.trusted, job.differences
+        reveal_config(plain), plain, OmegaConf.to_yaml(new_template), job.trusted, job.differences
     )
