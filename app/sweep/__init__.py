@@ -1,1 +1,1 @@
-"""Sweeps: the jobs, who runs them, the table and the page at the end."""
+"""Sweeps: their jobs, the launchers that run them, and the report at the end."""

@@ -1,4 +1,4 @@
-"""Mistakes in a sweep, found before it begins."""
+"""Checks of a sweep before its first job starts."""
 
 from __future__ import annotations
 
@@ -22,135 +22,138 @@ from app.config.types import iter_issues
 from app.experiment.job import make_job
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
+from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
 from app.sweep.launchers.slots import make_slots
-from app.sweep.search_options import GRID_SAMPLER as GRID_SAMPLER
-from app.sweep.search_options import NO_PRUNER, PRUNER_PREFIX, SAMPLER_PREFIX
+from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, PRUNER_PREFIX, SAMPLER_PREFIX
 
 GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
 OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"
-POOL_LAUNCHER = "hydra_plugins.app_sweeps.pool.PoolLauncher"
-BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+TRUST_KEY = "trusted_targets"
+RESTRICTED_KEYS = (  # prefixes of keys that take effect from the command line only
+    TRUST_KEY,
+    "hydra.job.",
+    "hydra.job_logging",
+    "hydra.hydra_logging",
+    "hydra.output_subdir",
+    "hydra.searchpath",
+    "hydra.run.",
+    "hydra.sweep.",
+    "hydra.overrides",
+)
 
 
-def check_resume_is_multirun(composing: Composer) -> None:
-    """Only a sweep goes on as one.
+def check_resume_is_multirun(composer: Composer) -> None:
+    """Check that `sweep.resume` is only set for a multirun.
 
     Raises:
-        ConfigError: `sweep.resume` is typed for a single run.
+        ConfigError: `sweep.resume` is set for a single run.
     """
-    where = dict(word.partition("=")[::2] for word in composing.overrides).get(
-        "sweep.resume", "null"
-    )
-    if where not in ("", "null") and not composing.is_sweep:
-        command = f"python -m app -m {shlex.quote(f'sweep.resume={where}')}"
-        raise ConfigError([ConfigIssue("sweep.resume", f"={where} needs -m, too: {command}")])
+    pairs = dict(override.partition("=")[::2] for override in composer.overrides)
+    path = pairs.get("sweep.resume", "null")
+    if path not in ("", "null") and not composer.is_sweep:
+        command = f"python -m app -m {shlex.quote(f'sweep.resume={path}')}"
+        raise ConfigError([ConfigIssue("sweep.resume", f"={path} also needs -m: {command}")])
 
 
-def check_sweep(composing: Composer, first: DictConfig, alone: bool) -> None:
-    """Looks for mistakes.
+def check_sweep(composer: Composer, first: DictConfig, is_standalone: bool) -> None:
+    """Check the settings of a sweep as a whole.
 
     Args:
-        composing: What is typed.
-        first: Its first job.
-        alone: Whether neither torchrun nor srun has started this.
+        composer: Composes the jobs from the command line.
+        first: Configuration of the first job.
+        is_standalone: Whether this process was started by neither torchrun nor srun.
 
     Raises:
-        ConfigError: All that was found.
+        ConfigError: Every error that was found.
     """
-    mistakes: list[ConfigIssue] = []
+    issues: list[ConfigIssue] = []
     if first.hydra.sweeper._target_ == GRID_SWEEPER:
-        mistakes += grid_issues(composing.space, first.sweep.together)
+        issues += grid_issues(composer.space, first.sweep.together)
     elif first.hydra.sweeper._target_ == OPTUNA_SWEEPER:
-        mistakes += _search_mistakes(composing, first)
+        issues += _iter_search_issues(composer, first)
     if first.hydra.sweeper._target_ in (GRID_SWEEPER, OPTUNA_SWEEPER):
-        mistakes += _folder_mistakes(first)
+        issues += _iter_subdir_issues(first)
     launcher = first.hydra.launcher
-    if not alone and launcher._target_ != BASIC_LAUNCHER:
+    if not is_standalone and launcher._target_ != BASIC_LAUNCHER:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
-        mistakes.append(ConfigIssue("hydra/launcher", problem))
+        issues.append(ConfigIssue("hydra/launcher", problem))
     if launcher._target_ == POOL_LAUNCHER:
-        mistakes += _pool_mistakes(first)
+        issues += _pool_issues(first)
     if first.sweep.resume is not None:
-        mistakes += _resume_mistakes(composing, first)
-    if mistakes:
-        raise ConfigError(mistakes)
+        issues += _resume_issues(composer, first)
+    if issues:
+        raise ConfigError(issues)
 
 
-def _search_mistakes(composing: Composer, first: DictConfig) -> Iterator[ConfigIssue]:
+def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[ConfigIssue]:
     if find_spec("optuna") is None:
         install = 'pip install "torch-experiment-app[optuna]"'
-        yield ConfigIssue("hydra/sweeper", f"=optuna needs the library optuna: {install}")
+        yield ConfigIssue("hydra/sweeper", f"=optuna needs the package optuna: {install}")
         return
     from app.sweep.optuna_search import iter_distribution_issues
 
     sweeper: Any = OmegaConf.to_container(first.hydra.sweeper, resolve=True)
-    space, goal = composing.space, first.goal
+    space, goal = composer.space, first.goal
     yield from iter_distribution_issues(space.swept)
     if not space.swept:
         yield ConfigIssue(
             "hydra/sweeper", "=optuna has nothing to search: no key has several values"
         )
     if first.sweep.together:
-        yield ConfigIssue("sweep.together", " is for hydra/sweeper=grid")
+        yield ConfigIssue("sweep.together", " only applies to hydra/sweeper=grid")
     if sweeper["direction"] not in (None, goal.mode):
         problem = f"={sweeper['direction']!r}, but goal.mode={goal.mode!r}; allowed: {goal.mode}"
         yield ConfigIssue("hydra.sweeper.direction", problem)
     for key in ("n_trials", "n_jobs"):
         value = sweeper[key]
         if not (type(value) is int and value > 0) and not (key == "n_jobs" and value == "auto"):
-            auto = " or auto" if key == "n_jobs" else ""
-            yield ConfigIssue(
-                f"hydra.sweeper.{key}", f"={value!r}; allowed: a number from 1 on{auto}"
-            )
-    if sweeper["n_jobs"] == "auto" and first.hydra.launcher._target_ not in (
-        BASIC_LAUNCHER,
-        POOL_LAUNCHER,
-    ):
-        problem = "='auto': this launcher does not say how many run at once; give a number"
+            auto = ", auto" if key == "n_jobs" else ""
+            yield ConfigIssue(f"hydra.sweeper.{key}", f"={value!r}; allowed: an integer >= 1{auto}")
+    is_known_launcher = first.hydra.launcher._target_ in (BASIC_LAUNCHER, POOL_LAUNCHER)
+    if sweeper["n_jobs"] == "auto" and not is_known_launcher:
+        problem = "='auto': this launcher does not report how many jobs it runs; set a number"
         yield ConfigIssue("hydra.sweeper.n_jobs", problem)
     if sweeper["storage"] not in ("sqlite", "journal") and "://" not in sweeper["storage"]:
-        problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, the address of a database"
+        problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, a database URL"
         yield ConfigIssue("hydra.sweeper.storage", problem)
-    yield from _study_mistakes(composing, sweeper)
+    yield from _iter_study_issues(composer, sweeper)
 
 
-def _study_mistakes(composing: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
+def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
     for name, objective in sweeper["objectives"].items():
         yield from iter_issues(f"hydra.sweeper.objectives.{name}", objective, MonitorConfig)
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
-        problem = "=none is all there is where there are several objectives"
+        problem = ": Optuna cannot prune trials with several objectives; allowed: none"
         yield ConfigIssue("hydra/sweeper/pruner", problem)
     if sweeper["sampler"]["_target_"] == GRID_SAMPLER:
-        uneven = [key for key, one in composing.space.swept.items() if not one.is_discrete_sweep()]
-        for key in uneven:
-            yield ConfigIssue(
-                key, " is an interval; hydra/sweeper/sampler=grid needs lists of values"
-            )
+        for key, override in composer.space.swept.items():
+            if not override.is_discrete_sweep():
+                problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
+                yield ConfigIssue(key, problem)
     for key, prefix in (("sampler", SAMPLER_PREFIX), ("pruner", PRUNER_PREFIX)):
         node = sweeper[key]
-        yield from iter_node_issues(f"hydra.sweeper.{key}", node, [prefix], offers=["search_space"])
+        yield from iter_node_issues(
+            f"hydra.sweeper.{key}", node, [prefix], injected=["search_space"]
+        )
 
 
-def _folder_mistakes(first: DictConfig) -> Iterator[ConfigIssue]:
-    key = "hydra.sweep.subdir"
-    for word in first.hydra.overrides.hydra:
-        if word.partition("=")[0].lstrip("+") == key:
-            problem = ": the sweep names its jobs' folders itself; hydra/sweeper=basic does not"
-            yield ConfigIssue(word, problem)
+def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:
+    for override in first.hydra.overrides.hydra:
+        if override.partition("=")[0].lstrip("+") == "hydra.sweep.subdir":
+            problem = ": this sweeper names the job folders itself; hydra/sweeper=basic does not"
+            yield ConfigIssue(override, problem)
 
 
-def _pool_mistakes(first: DictConfig) -> list[ConfigIssue]:
-
+def _pool_issues(first: DictConfig) -> list[ConfigIssue]:
     launcher = first.hydra.launcher
     if first.launch not in ("auto", "local"):
         problem = f"={first.launch!r}: the pool starts a process for each job; allowed: auto, local"
         return [ConfigIssue("launch", problem)]
-    for key in ("slots", "timeout"):
+    for key, minimum in (("slots", 1), ("timeout", 0)):
         value = launcher[key]
-        least = 1 if key == "slots" else 0
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value not in ("auto", None) and not (number and value >= least):
-            problem = f"={value!r}; allowed: a number from {least} on, auto, null"
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value not in ("auto", None) and not (is_number and value >= minimum):
+            problem = f"={value!r}; allowed: a number >= {minimum}, auto, null"
             return [ConfigIssue(f"hydra.launcher.{key}", problem)]
     trainer: Any = OmegaConf.to_container(first.trainer, resolve=True)
     try:
@@ -161,71 +164,67 @@ def _pool_mistakes(first: DictConfig) -> list[ConfigIssue]:
 
 
 @as_user_error("sweep.resume")
-def _resume_mistakes(composing: Composer, first: DictConfig) -> list[ConfigIssue]:
+def _resume_issues(composer: Composer, first: DictConfig) -> list[ConfigIssue]:
     path = Path(str(first.sweep.resume)).expanduser().absolute()
     folder = SweepFolder(path)
     if not folder.exists:
-        return [
-            ConfigIssue("sweep.resume", f"={first.sweep.resume!r} holds no sweep: no {path}/.sweep")
-        ]
-    mistakes = list(iter_trust_issues(folder, composing.overrides))
-    if mistakes:
-        return mistakes
+        problem = f"={first.sweep.resume!r} is not the folder of a sweep: there is no {path}/.sweep"
+        return [ConfigIssue("sweep.resume", problem)]
+    issues = list(iter_trust_issues(folder, composer.overrides))
+    if issues:
+        return issues
     with folder.locked():
         pass
     if not first.sweep.force:
-        _check_frozen(composing, folder)
-    base = composing.base
+        _check_frozen_configs(composer, folder)
+    base = composer.base
     HydraConfig.instance().set_config(base)
     plain, _ = resolve(base)
     if first.sweep.force:
         return []
-    return [
-        ConfigIssue(
-            line, ": the sweep was begun so; sweep.force=true goes on with what is typed now"
-        )
-        for line in folder.differences(plain)
-    ]
+    problem = ": changed since the sweep was started; sweep.force=true uses the new configuration"
+    return [ConfigIssue(line, problem) for line in folder.differences(plain)]
 
 
-def _check_frozen(composing: Composer, folder: SweepFolder) -> None:
-    """Jobs are composed of the copies that the folder has, which may be a stranger's."""
-    frozen = folder.frozen_loader(composing.hydra.config_loader)
-    for words in composing.space.coverage_jobs():
+def _check_frozen_configs(composer: Composer, folder: SweepFolder) -> None:
+    """Check jobs composed from the configuration files in the sweep's folder.
+
+    The folder may come from somebody else, so its files are not trusted.
+    """
+    frozen = folder.frozen_loader(composer.hydra.config_loader)
+    for overrides in composer.space.coverage_jobs():
         composed = frozen.load_configuration(
-            composing.config_name, words, RunMode.RUN, from_shell=False
+            composer.config_name, overrides, RunMode.RUN, from_shell=False
         )
         HydraConfig.instance().set_config(composed)
         make_job(composed)
 
 
-TRUST = "trusted_targets"
-TYPED = ("hydra.job.", "hydra.job_logging", "hydra.hydra_logging", "hydra.output_subdir")
-TYPED_TOO = ("hydra.searchpath", "hydra.run.", "hydra.sweep.", "hydra.overrides")
+def iter_trust_issues(folder: SweepFolder, cli_overrides: Sequence[str]) -> Iterator[ConfigIssue]:
+    """Yield an issue for each saved override that must be repeated on the command line.
 
-
-def iter_trust_issues(folder: SweepFolder, typed: Sequence[str]) -> Iterator[ConfigIssue]:
-    """Saved words that would have to be typed.
+    A file cannot grant trust: overrides that choose which code runs or where files are written
+    only take effect when the user gives them again.
 
     Args:
-        folder: Of the sweep.
-        typed: What is typed now.
+        folder: Folder of the sweep to resume.
+        cli_overrides: Overrides on the command line of this process.
     """
-    now = [word for word in typed if _key(word) == TRUST]
-    trusted = [*cli_trusted(parse_overrides(now)), *trusted_from_environment()]
-    of_jobs = dict.fromkeys(word for job in folder.jobs for word in job.overrides)
-    for word in dict.fromkeys([*folder.overrides, *of_jobs]):
-        key = _key(word)
-        if key == TRUST and word not in typed:
-            names = cli_trusted(parse_overrides([word]))
-            own = all(is_trusted(name, trusted) for name in names)
+    cli_trust = [override for override in cli_overrides if _key(override) == TRUST_KEY]
+    trusted = [*cli_trusted(parse_overrides(cli_trust)), *trusted_from_environment()]
+    job_overrides = dict.fromkeys(override for job in folder.jobs for override in job.overrides)
+    for override in dict.fromkeys([*folder.overrides, *job_overrides]):
+        key = _key(override)
+        if key == TRUST_KEY and override not in cli_overrides:
+            names = cli_trusted(parse_overrides([override]))
+            is_allowed = all(is_trusted(name, trusted) for name in names)
         else:
-            own = word in typed or not key.startswith((TRUST, *TYPED, *TYPED_TOO))
-            own = own and not (word in of_jobs and key.startswith("hydra"))
-        if not own:
-            problem = f": the sweep was begun with {word}; type it, too, if you trust it"
+            is_allowed = override in cli_overrides or not key.startswith(RESTRICTED_KEYS)
+            is_allowed = is_allowed and not (override in job_overrides and key.startswith("hydra"))
+        if not is_allowed:
+            problem = f": the sweep was started with {override}; repeat it here if you trust it"
             yield ConfigIssue("sweep.resume", problem)
 
 
-def _key(word: str) -> str:
-    return word.partition("=")[0].strip().lstrip("+~")
+def _key(override: str) -> str:
+    return override.partition("=")[0].strip().lstrip("+~")

@@ -1,4 +1,4 @@
-"""The folder of a sweep: which jobs it has, with which configuration, and who runs it."""
+"""The folder of a sweep: its jobs, its configuration files, and the lock of who runs it."""
 
 from __future__ import annotations
 
@@ -22,29 +22,34 @@ from app.runtime.errors import ConfigError, ConfigIssue, UserError
 from app.runtime.files import write_json, write_text
 from app.sweep.job import SweepJob, new_job, values_hash
 
-SWEEP_FORMAT = 1
+SWEEP_FORMAT = 1  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
 FILE_SCHEME = "file://"
 
 
 class SweepFolder:
-    """What `.sweep/` in the folder of a sweep keeps.
+    """The folder of a sweep, with the state in its subfolder `.sweep/`.
 
     Args:
-        path: Of the sweep.
+        path: Path of the folder, which need not exist yet.
+
+    Attributes:
+        jobs: Jobs of the sweep in the order of their numbers.
+        overrides: Command-line overrides of the sweep.
+        study: Storage, name and objectives of the Optuna study; None without a search.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.state_folder = path, path / STATE_FOLDER
         self.jobs: list[SweepJob] = []
         self.overrides: list[str] = []
-        self.study: dict[str, Any] | None = None  # of a search: storage, name, objectives
+        self.study: dict[str, Any] | None = None
         if self.exists:
             self._read()
 
     @property
     def exists(self) -> bool:
-        """Whether there is a sweep already."""
+        """Whether the folder holds a sweep."""
         return (self.state_folder / "sweep.json").exists()
 
     def _read(self) -> None:
@@ -53,14 +58,14 @@ class SweepFolder:
             content = json.loads(file.read_text())
             self.overrides, self.study = content["words"], content["study"]
             self.jobs = [SweepJob.from_json(job) for job in content["jobs"]]
-            outside = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
-            if outside:
-                raise ValueError(f"{outside[0]!r} is no folder of a job")
+            for job in self.jobs:
+                if not re.match(r"\w[^/\\]*$", job.folder):
+                    raise ValueError(f"{job.folder!r} is not the name of a job folder")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from error
 
     def save(self) -> None:
-        """Replaces `sweep.json`."""
+        """Replace `sweep.json`."""
         content = {
             "format": SWEEP_FORMAT,
             "words": self.overrides,
@@ -70,26 +75,32 @@ class SweepFolder:
         write_json(self.state_folder / "sweep.json", content)
 
     def find_job(self, values: JobValues) -> SweepJob | None:
-        """The job that has these values."""
+        """Return the job with these values of the swept keys, if there is one."""
         return next((job for job in self.jobs if job.hash == values_hash(values)), None)
 
-    def add(self, values: JobValues, words: list[str], number: int | None = None) -> SweepJob:
-        """A further job; without a number of its own it gets the next one."""
+    def add(self, values: JobValues, overrides: list[str], number: int | None = None) -> SweepJob:
+        """Add a job.
+
+        Args:
+            values: Values of the swept keys.
+            overrides: Command-line overrides of the job.
+            number: Number of the job; the next free one by default.
+        """
         if number is None:
             number = max((job.number for job in self.jobs), default=-1) + 1
-        self.jobs.append(new_job(number, values, words))
+        self.jobs.append(new_job(number, values, overrides))
         return self.jobs[-1]
 
     def run_folder(self, job: SweepJob) -> Path:
-        """The run folder of a job."""
+        """Return the run folder of a job."""
         return self.path / job.folder
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Nobody else runs this sweep meanwhile; the lock ends with its process.
+        """Hold the lock on this sweep; it is released when the process ends.
 
         Raises:
-            ConfigError: Somebody does.
+            ConfigError: Another process holds it.
         """
         self.state_folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.state_folder / "lock")
@@ -105,16 +116,16 @@ class SweepFolder:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether jobs that have not begun are not to begin, in whichever process."""
+        """Whether no further job of this sweep may start, in any process."""
         return (self.state_folder / "stopped").exists()
 
     def set_stopped(self, stopped: bool) -> None:
-        """Says so."""
+        """Set `is_stopped` for all processes."""
         path = self.state_folder / "stopped"
         path.touch() if stopped else path.unlink(missing_ok=True)
 
     def storage_name(self, storage: str) -> str:
-        """Of a study: `sqlite` and `journal` are files here; else it is an address."""
+        """Return the storage of a study: a file of this folder for `sqlite` and `journal`."""
         names = {
             "sqlite": f"sqlite:///{self.state_folder / 'optuna.db'}",
             "journal": f"journal:{self.state_folder / 'optuna.log'}",
@@ -122,57 +133,56 @@ class SweepFolder:
         return names.get(storage, storage)
 
     def save_base(self, plain: dict[str, Any]) -> None:
-        """Keeps what all jobs share."""
-        write_text(self.state_folder / "base.yaml", yaml.safe_dump(_shared(plain), sort_keys=False))
+        """Save the configuration that all jobs share."""
+        text = yaml.safe_dump(_shared_part(plain), sort_keys=False)
+        write_text(self.state_folder / "base.yaml", text)
 
     def differences(self, plain: dict[str, Any]) -> list[str]:
-        """A line for each value in which a configuration differs from the one of all jobs."""
+        """Return a line for each value that differs from the saved shared configuration."""
         saved = yaml.safe_load((self.state_folder / "base.yaml").read_text())
-        return list(_differences(saved, _shared(plain), ""))
+        return list(_iter_differences(saved, _shared_part(plain), ""))
 
     def freeze(self, loader: ConfigLoader) -> None:
-        """Copies the configuration files, so that editing them changes no later job."""
+        """Copy the configuration files, so that editing them changes no later job."""
         conf = self.state_folder / "conf"
         shutil.rmtree(conf, ignore_errors=True)
-        for number, (_, path) in enumerate(_sources(loader)):
+        for number, (_, path) in enumerate(_config_sources(loader)):
             if path.startswith(FILE_SCHEME):
-                copied = conf / str(number)
-                for file in sorted(Path(path.removeprefix(FILE_SCHEME)).rglob("*.y*ml")):
-                    target = copied / file.relative_to(path.removeprefix(FILE_SCHEME))
+                source = path.removeprefix(FILE_SCHEME)
+                for file in sorted(Path(source).rglob("*.y*ml")):
+                    target = conf / str(number) / file.relative_to(source)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, target)
 
     def frozen_loader(self, loader: ConfigLoader) -> ConfigLoader:
-        """What composes from the copies."""
-        search = ConfigSearchPathImpl()
-        for number, (provider, path) in enumerate(_sources(loader)):
-            copied = self.state_folder / "conf" / str(number)
-            local = path.startswith(FILE_SCHEME)
-            search.append(provider, f"{FILE_SCHEME}{copied}" if local else path)
-        return SafeConfigLoader(config_search_path=search)
+        """Return a loader that reads the copied configuration files."""
+        search_path = ConfigSearchPathImpl()
+        for number, (provider, path) in enumerate(_config_sources(loader)):
+            is_file = path.startswith(FILE_SCHEME)
+            copied = f"{FILE_SCHEME}{self.state_folder / 'conf' / str(number)}"
+            search_path.append(provider, copied if is_file else path)
+        return SafeConfigLoader(config_search_path=search_path)
 
 
-def _sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
-    """Those of folders begin with `file://`, which Hydra does not ask for."""
-    found = [(one.provider, one.path) for one in loader.get_search_path().get_path()]
-    return [(name, path if "://" in path else f"{FILE_SCHEME}{path}") for name, path in found]
+def _config_sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
+    """Providers and paths of the search path; folders always with the `file://` Hydra may omit."""
+    sources = [(source.provider, source.path) for source in loader.get_search_path().get_path()]
+    return [(name, path if "://" in path else f"{FILE_SCHEME}{path}") for name, path in sources]
 
 
-def _shared(plain: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: value for key, value in plain.items() if key == "mode" or key not in PER_COMMAND_KEYS
-    }
+def _shared_part(plain: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in plain.items() if k == "mode" or k not in PER_COMMAND_KEYS}
 
 
-def _differences(before: Any, after: Any, key: str) -> Iterator[str]:
+def _iter_differences(before: Any, after: Any, key: str) -> Iterator[str]:
     if isinstance(before, dict) and isinstance(after, dict):
         for name in dict.fromkeys([*before, *after]):
-            inner = f"{key}.{name}" if key else str(name)
+            child = f"{key}.{name}" if key else str(name)
             if name not in after:
-                yield f"{inner}: {before[name]!r} -> removed"
+                yield f"{child}: {before[name]!r} -> removed"
             elif name not in before:
-                yield f"{inner}: new -> {after[name]!r}"
+                yield f"{child}: new -> {after[name]!r}"
             else:
-                yield from _differences(before[name], after[name], inner)
+                yield from _iter_differences(before[name], after[name], child)
     elif before != after:
         yield f"{key}: {before!r} -> {after!r}"

@@ -1,4 +1,4 @@
-"""The jobs of a grid: every combination of the swept values, less those that are over."""
+"""The jobs of a grid: every combination of the swept values that has not finished yet."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from app.config.overrides import SweepSpace, grid
 from app.sweep.driver import StreamingLauncher
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
+from app.sweep.launchers import BASIC_LAUNCHER
 from app.sweep.outcome import FAILED, RunStatus, read_run_status
 from app.sweep.run import Sweep
 
 log = logging.getLogger(__name__)
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 
 
 class GridJobs:
-    """Gives the jobs of a grid in their order.
+    """Source of the jobs of a grid, in order.
 
     Args:
-        sweep: What was asked for.
-        folder: Knows the jobs of earlier goes.
-        space: What is swept.
+        sweep: Configuration of the sweep.
+        folder: Folder with the jobs of earlier commands.
+        space: Swept keys and their values.
     """
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> None:
@@ -31,36 +31,36 @@ class GridJobs:
         for values in grid(space, sweep.config.sweep.together):
             job = folder.find_job(values) or folder.add(values, space.overrides_for(values))
             if job.number in jobs:
-                log.warning("the values of job %d are there twice; they are run once", job.number)
+                log.warning("the values of job %d are listed twice; it runs once", job.number)
             jobs[job.number] = job
         folder.save()
-        self.left = deque(job for job in jobs.values() if self._is_to_run(job))
-        done = len(jobs) - len(self.left)
-        log.info(
-            "%d jobs%s in %s", len(jobs), f", {done} of them over" if done else "", folder.path
-        )
+        self.pending = deque(job for job in jobs.values() if self._should_run(job))
+        num_done = len(jobs) - len(self.pending)
+        done = f", {num_done} of them done" if num_done else ""
+        log.info("%d jobs%s in %s", len(jobs), done, folder.path)
 
-    def _is_to_run(self, job: SweepJob) -> bool:
+    def _should_run(self, job: SweepJob) -> bool:
         status = read_run_status(self.folder.run_folder(job))
         limit = self.sweep.config.sweep.max_retries
         if status.status == FAILED and job.failures > limit:
-            words = "job %d has failed %d times and is left alone (sweep.max_retries=%d)"
-            log.warning(words, job.number, job.failures, limit)
+            message = "job %d has failed %d times and is not retried (sweep.max_retries=%d)"
+            log.warning(message, job.number, job.failures, limit)
             return False
         return not status.is_finished
 
     def next_job(self) -> SweepJob | None:
-        """The next job; None where there is none."""
-        return self.left.popleft() if self.left else None
+        """Return the next job; None if all have been taken."""
+        return self.pending.popleft() if self.pending else None
 
     def extra_overrides(self, job: SweepJob) -> list[str]:  # noqa: ARG002
-        """Nothing else."""
+        """Return no overrides: those of the job are complete."""
         return []
 
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
-        """Nothing depends on it."""
+        """Do nothing: the jobs of a grid do not depend on each other."""
 
     def batch_size(self, launcher: object) -> int:
-        """One by one in this process; any other launcher gets all of them."""
-        basic = self.sweep.config.hydra.launcher._target_ == BASIC
-        return 1 if basic or isinstance(launcher, StreamingLauncher) else max(1, len(self.left))
+        """Return 1 for the basic launcher; any other gets all jobs at once."""
+        is_basic = self.sweep.config.hydra.launcher._target_ == BASIC_LAUNCHER
+        is_single = is_basic or isinstance(launcher, StreamingLauncher)
+        return 1 if is_single else max(1, len(self.pending))

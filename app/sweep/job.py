@@ -1,4 +1,4 @@
-"""A job of a sweep: its number, its values, its folder."""
+"""A job of a sweep: its number, its values and its folder."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 from app.config.overrides import JobValues, parse_overrides
 
-MAX_NAME_LENGTH = 80  # characters of a name beside number and hash; file systems allow 255 bytes
+MAX_NAME_LENGTH = 80  # without number and hash; file systems allow 255 bytes
 
 
 @dataclass
 class SweepJob:
-    """One of the jobs.
+    """A job of a sweep.
 
     Attributes:
-        number: Its own in the sweep, counted from 0.
-        values: By swept key, as they would be typed.
-        overrides: Its whole command line, less what is Hydra's own.
-        folder: Its name inside the sweep's.
-        failures: How often it has failed.
-        retry_of: The number of the failed job that it repeats, in a search.
+        number: Number of the job, counted from 0.
+        values: Values of the swept keys, as texts that Hydra can parse.
+        overrides: All overrides of the job except those of Hydra itself.
+        folder: Name of the job's folder inside the folder of the sweep.
+        failures: How often the job has failed.
+        retry_of: In a search, the number of the failed job that this one repeats.
     """
 
     number: int
@@ -47,34 +47,38 @@ class SweepJob:
 
     @property
     def hash(self) -> str:
-        """Of the values."""
+        """Hash of the values."""
         return values_hash(self.values)
 
 
-def new_job(number: int, values: JobValues, words: list[str]) -> SweepJob:
-    """A job that has not run yet."""
-    names = [f"{number}", short_name(values), values_hash(values)]
-    return SweepJob(number, values, words, "_".join(name for name in names if name))
+def new_job(number: int, values: JobValues, overrides: list[str]) -> SweepJob:
+    """Make a job that has not run yet; its folder is named after its number and values."""
+    parts = [f"{number}", short_name(values), values_hash(values)]
+    return SweepJob(number, values, overrides, "_".join(part for part in parts if part))
 
 
 def values_hash(values: Mapping[str, str]) -> str:
-    """The same for the same values, in whatever order they were typed."""
+    """Return a hash of the values that does not depend on their order."""
     return hashlib.sha256(json.dumps(sorted(values.items())).encode()).hexdigest()[:8]
 
 
 def short_name(values: Mapping[str, str]) -> str:
-    """`lr-0.1_model-lenet`: safe in a file name, and in `ckpt=...` without quotes.
+    """Return a name such as `lr-0.1_model-lenet`.
 
-    Hydra cannot read an unquoted value with an equals sign, and a comma would make it a sweep.
+    The name is safe in a file name, and needs no quotes in `ckpt=...`: Hydra cannot read an
+    unquoted value with an equals sign, and a comma would make it a sweep.
     """
     last = [key.rpartition(".")[2].rpartition("/")[2] for key in values]
-    names = [one if last.count(one) == 1 else key for one, key in zip(last, values, strict=True)]
-    parts = [f"{name}-{_brief(text)}" for name, text in zip(names, values.values(), strict=True)]
-    return re.sub(r"[^\w.-]+", "-", "_".join(parts), flags=re.ASCII)[:MAX_NAME_LENGTH].strip("-_.")
+    names = [name if last.count(name) == 1 else key for name, key in zip(last, values, strict=True)]
+    parts = [
+        f"{name}-{_shorten_number(text)}" for name, text in zip(names, values.values(), strict=True)
+    ]
+    name = re.sub(r"[^\w.-]+", "-", "_".join(parts), flags=re.ASCII)
+    return name[:MAX_NAME_LENGTH].strip("-_.")
 
 
-def _brief(text: str) -> str:
-    """A number in few digits, as a search draws many."""
+def _shorten_number(text: str) -> str:
+    """Round the long numbers that a search draws."""
     try:
         return f"{float(text):.4g}" if len(text) > 7 else text
     except ValueError:
@@ -82,6 +86,6 @@ def _brief(text: str) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """What Hydra reads where the text is typed: `1e-3` is a number, `null` is None."""
+    """Parse a value of an override as Hydra does: `1e-3` is a number, `null` is None."""
     (override,) = parse_overrides([f"value={text}"])
     return override.value()

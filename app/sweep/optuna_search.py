@@ -1,4 +1,4 @@
-"""The jobs of a search: trials that a study of Optuna's asks for."""
+"""The jobs of a search: trials of an Optuna study, and the study's search space."""
 
 from __future__ import annotations
 
@@ -43,30 +43,18 @@ from app.training.pruning import make_storage
 
 log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-RETRY_OF, EXHAUSTED = "retry_of", "exhausted"
-
-
-class AskTellStudy(Study):
-    """One that is asked trial by trial: a sampler that has tried everything says so here."""
-
-    def stop(self) -> None:
-        """There is nothing left to try."""
-        self.set_user_attr(EXHAUSTED, True)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether it has said so, now or in an earlier go."""
-        return bool(self.user_attrs.get(EXHAUSTED))
+RETRY_OF, EXHAUSTED = "retry_of", "exhausted"  # user attributes of trials and of the study
+LOG_TAG = "log"
 
 
 class OptunaJobs:
-    """Asks a study for trials, and tells it what became of them.
+    """Source of jobs that asks an Optuna study for trials, and tells it their results.
 
     Args:
-        sweep: What was asked for.
-        folder: Knows the jobs of earlier goes.
-        space: What is searched.
-        options: How.
+        sweep: Configuration of the sweep.
+        folder: Folder with the jobs of earlier commands.
+        space: Swept keys and their values.
+        options: Options of the search.
     """
 
     def __init__(
@@ -74,83 +62,83 @@ class OptunaJobs:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
-        self.searched = parse_search_space(space.swept)
+        self.search_space = parse_search_space(space.swept)
         self.objectives = make_objectives(sweep.config, options)
         self.storage = folder.storage_name(options.storage)
-        self.name = options.study_name or folder.path.name
-        self.study = self._study()
+        self.study_name = options.study_name or folder.path.name
+        self.study = self._open_study()
         folder.study = {
             "storage": options.storage,
-            "name": self.name,
+            "name": self.study_name,
             "objectives": list(self.objectives),
         }
         folder.save()
-        self.again = deque(self._cut())
-        self._retry()
+        self.interrupted = deque(self._interrupted_jobs())
+        self._enqueue_retries()
 
-    def _study(self) -> AskTellStudy:
+    def _open_study(self) -> AskTellStudy:
         storage = make_storage(self.storage)
-        known = self.name in optuna.get_all_study_names(storage)
+        exists = self.study_name in optuna.get_all_study_names(storage)
         directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
-        if not known:
-            optuna.create_study(study_name=self.name, storage=storage, directions=directions)
-        study = AskTellStudy(study_name=self.name, storage=storage)
+        if not exists:
+            optuna.create_study(study_name=self.study_name, storage=storage, directions=directions)
+        study = AskTellStudy(study_name=self.study_name, storage=storage)
         if study.directions != directions:
-            there, here = (", ".join(one.name for one in d) for d in (study.directions, directions))
-            problem = f"={self.name!r} is there already, to {there}; the goals here are to {here}"
-            raise ConfigError([ConfigIssue("hydra.sweeper.study_name", problem)])
-        node = sampler_node(self.options.sampler, self.searched.distributions, len(study.trials))
+            raise ConfigError([_direction_issue(self.study_name, study.directions, directions)])
+        distributions = self.search_space.distributions
+        node = sampler_node(self.options.sampler, distributions, len(study.trials))
         study.sampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
         study.pruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", self.options.pruner)
-        if known:
-            log.info("the study %s has %d trials", self.name, len(study.trials))
+        if exists:
+            log.info("the study %s has %d trials", self.study_name, len(study.trials))
         return study
 
-    def _cut(self) -> list[SweepJob]:
-        """Those of this folder that were under way when it ended."""
+    def _interrupted_jobs(self) -> list[SweepJob]:
+        """Jobs of this folder whose run did not end; results the study missed are told first."""
         trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
         lost = [job.number for job in self.folder.jobs if job.number not in trials]
         if lost:
             raise UserError(
-                f"the study {self.name} in {self.storage} has no trial {lost[0]} any more"
+                f"the study {self.study_name} in {self.storage} no longer has trial {lost[0]}, "
+                f"which is a job of {self.folder.path}"
             )
         running = [j for j in self.folder.jobs if trials[j.number].state is TrialState.RUNNING]
         outcomes = {job.number: read_run_status(self.folder.run_folder(job)) for job in running}
-        for job in running:  # the study had no time to hear of these
+        for job in running:
             self.on_job_end(job, outcomes[job.number])
         ended = (COMPLETED, DIVERGED, PRUNED, FAILED)
         return [job for job in running if outcomes[job.number].status not in ended]
 
-    def _retry(self) -> None:
-        """Failed trials are drawn again, unless they have been often enough."""
+    def _enqueue_retries(self) -> None:
+        """Enqueue failed trials of this folder again, up to `sweep.max_retries` times."""
         trials = self.study.get_trials(deepcopy=False)
-        own = {job.number: job for job in self.folder.jobs}
+        jobs = {job.number: job for job in self.folder.jobs}
         retried = [trial.user_attrs.get(RETRY_OF) for trial in trials]
         for trial in trials:
-            failed = trial.number in own and trial.state is TrialState.FAIL
-            if failed and trial.number not in retried:
-                self._draw_again(trial, own[trial.number].failures)
+            has_failed = trial.number in jobs and trial.state is TrialState.FAIL
+            if has_failed and trial.number not in retried:
+                self._enqueue_retry(trial, jobs[trial.number].failures)
 
-    def _draw_again(self, trial: FrozenTrial, failures: int) -> None:
+    def _enqueue_retry(self, trial: FrozenTrial, failures: int) -> None:
         limit = self.sweep.config.sweep.max_retries
         if failures > limit:
-            words = "trial %d has failed %d times and is left alone (sweep.max_retries=%d)"
-            log.warning(words, trial.number, failures, limit)
+            message = "trial %d has failed %d times and is not retried (sweep.max_retries=%d)"
+            log.warning(message, trial.number, failures, limit)
         else:
             attributes = {RETRY_OF: trial.number, "failures": failures}
             self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def next_job(self) -> SweepJob | None:
-        """The next trial; None where there are enough."""
-        if self.again:
-            return self.again.popleft()
+        """Return the job of the next trial; None if there are enough."""
+        if self.interrupted:
+            return self.interrupted.popleft()
         waiting = self.study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        own = sum(job.retry_of is None for job in self.folder.jobs)
-        enough = own >= self.options.n_trials or self.study.is_exhausted
-        if enough and not waiting:
+        num_trials = sum(job.retry_of is None for job in self.folder.jobs)
+        is_enough = num_trials >= self.options.n_trials or self.study.is_exhausted
+        if is_enough and not waiting:
             return None
-        trial = self.study.ask(self.searched.distributions)
-        values = self.searched.to_values(trial.params)
+        trial = self.study.ask(self.search_space.distributions)
+        values = self.search_space.to_values(trial.params)
         job = self.folder.add(values, self.space.overrides_for(values), trial.number)
         job.failures = trial.user_attrs.get("failures", 0)
         job.retry_of = trial.user_attrs.get(RETRY_OF)
@@ -158,19 +146,19 @@ class OptunaJobs:
         return job
 
     def extra_overrides(self, job: SweepJob) -> list[str]:
-        """Which trial it is, where it may be pruned."""
+        """Return `sweep.trial`, which the run needs to prune itself; nothing without a pruner."""
         if self.options.pruner["_target_"] == NO_PRUNER:
             return []
         trial = {
             "storage": self.storage,
-            "study": self.name,
+            "study": self.study_name,
             "number": job.number,
             "pruner": self.options.pruner,
         }
         return [f"sweep.trial={to_override(trial)}"]
 
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
-        """The study hears of it; what was cut stays under way."""
+        """Tell the study the result of a trial; an interrupted one stays running there."""
         if outcome.status == COMPLETED:
             values = objective_values(self.folder.run_folder(job), outcome, self.objectives)
             if any(math.isnan(value) for value in values):
@@ -179,27 +167,52 @@ class OptunaJobs:
             else:
                 self.study.tell(job.number, values)
         elif outcome.status in (PRUNED, DIVERGED, FAILED):
-            over = TrialState.PRUNED  # not to be drawn again, and no value to be proud of
-            states = {PRUNED: over, DIVERGED: over, FAILED: TrialState.FAIL}
+            # A diverged trial has no meaningful value, and must not be retried as a failed one is.
+            states = {
+                PRUNED: TrialState.PRUNED,
+                DIVERGED: TrialState.PRUNED,
+                FAILED: TrialState.FAIL,
+            }
             self.study.tell(job.number, state=states[outcome.status])
 
     def batch_size(self, launcher: object) -> int:  # noqa: ARG002
-        """As many as are asked for; one by one in this process, and the pool fills its slots."""
+        """Return `n_jobs`; the pool ignores it and fills its slots."""
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
 
 
+class AskTellStudy(Study):
+    """A study for ask and tell that records when its sampler has tried everything."""
+
+    def stop(self) -> None:
+        """Record that the search space is exhausted; samplers call this method."""
+        self.set_user_attr(EXHAUSTED, True)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether the sampler has tried everything, in this or an earlier process."""
+        return bool(self.user_attrs.get(EXHAUSTED))
+
+
+def _direction_issue(
+    name: str, saved: Sequence[StudyDirection], wanted: Sequence[StudyDirection]
+) -> ConfigIssue:
+    saved_names, wanted_names = (", ".join(d.name for d in ds) for ds in (saved, wanted))
+    problem = f"={name!r} exists with direction {saved_names}; this search needs {wanted_names}"
+    return ConfigIssue("hydra.sweeper.study_name", problem)
+
+
 def make_objectives(config: DictConfig, options: SearchOptions) -> dict[str, MonitorConfig]:
-    """By name the goal, and what else is searched for."""
+    """Return all objectives by name, the goal first."""
     goal = MonitorConfig(config.goal.metric, config.goal.mode)
     return {goal.metric: goal} | {
-        name: MonitorConfig(**one) for name, one in options.objectives.items()
+        name: MonitorConfig(**objective) for name, objective in options.objectives.items()
     }
 
 
 def objective_values(
     folder: Path, outcome: RunStatus, objectives: dict[str, MonitorConfig]
 ) -> list[float]:
-    """The goal's best value, and those of the others in the epoch that had it."""
+    """Return the best value of the goal, and the values of the other objectives in that epoch."""
     _, *others = objectives.values()
     best = outcome.content.get("best") or {}
     values = [outcome.value if outcome.value is not None else math.nan]
@@ -214,20 +227,24 @@ def objective_values(
 
 
 def sampler_node(
-    node: dict[str, Any], distributions: dict[str, Any], trials: int
+    node: dict[str, Any], distributions: dict[str, Any], num_trials: int
 ) -> dict[str, Any]:
-    """The sampler, with what it needs to know; going on, it must not draw the same again."""
+    """Complete the config node of a sampler.
+
+    The number of trials is added to the seed, as a resumed search must not draw the same values
+    again; the grid sampler gets its search space.
+    """
     seed = node.get("seed")
-    node = node | ({"seed": seed + trials} if isinstance(seed, int) else {})
+    node = node | ({"seed": seed + num_trials} if isinstance(seed, int) else {})
     if node["_target_"] == GRID_SAMPLER:
         return node | {"search_space": {k: list(d.choices) for k, d in distributions.items()}}
     return node
 
 
 def to_override(value: Any) -> str:
-    """A value as Hydra reads it from a command line."""
+    """Format a value as Hydra parses it on the command line."""
     if isinstance(value, dict):
-        return "{{{}}}".format(",".join(f"{key}:{to_override(one)}" for key, one in value.items()))
+        return "{{{}}}".format(",".join(f"{key}:{to_override(v)}" for key, v in value.items()))
     if isinstance(value, (list, tuple)):
         return f"[{','.join(map(to_override, value))}]"
     if isinstance(value, str):
@@ -237,113 +254,112 @@ def to_override(value: Any) -> str:
     return repr(value)
 
 
-LOG_TAG = "log"
-
-
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched.
+    """What an Optuna study searches.
 
     Attributes:
-        distributions: By key.
-        words: By key and value of a choice, how it is typed.
+        distributions: Distribution of each key.
+        choice_texts: For each categorical key, the text of each choice in an override.
     """
 
     distributions: dict[str, BaseDistribution]
     choice_texts: dict[str, dict[Any, str]]
 
-    def to_values(self, drawn: Mapping[str, Any]) -> JobValues:
-        """What was drawn, as it would be typed."""
+    def to_values(self, params: Mapping[str, Any]) -> JobValues:
+        """Convert the parameters of a trial to values of overrides."""
         return {
-            key: self.choice_texts[key][_hashed(value)] if key in self.choice_texts else repr(value)
-            for key, value in drawn.items()
+            key: self.choice_texts[key][_typed_key(value)]
+            if key in self.choice_texts
+            else repr(value)
+            for key, value in params.items()
         }
 
 
 def parse_search_space(swept: Mapping[str, Override]) -> SearchSpace:
-    """The distributions of swept keys.
+    """Convert swept keys to distributions.
 
-    A `choice` is categorical; an `interval` is drawn from evenly, by `tag(log, ...)` evenly in its
-    logarithm; a `range` has the values that Hydra gives it, in their order.
+    A `choice` is categorical; an `interval` is uniform, or log-uniform with `tag(log, ...)`; a
+    `range` has the same values as in Hydra, in order.
     """
-    words = {
-        key: {_hashed(_value(text)): text for text in choices(override)}
+    choice_texts = {
+        key: {_typed_key(_choice_value(text)): text for text in choices(override)}
         for key, override in swept.items()
-        if _is_choice(override)
+        if _is_categorical(override)
     }
-    return SearchSpace({key: _distribution(one) for key, one in swept.items()}, words)
-
-
-def _is_choice(override: Override) -> bool:
-    sweep = parse_sweep(override)
-    return sweep.shuffle if isinstance(sweep, RangeSweep) else isinstance(sweep, ChoiceSweep)
+    distributions = {key: _distribution(override) for key, override in swept.items()}
+    return SearchSpace(distributions, choice_texts)
 
 
 def parse_sweep(override: Override) -> ChoiceSweep | RangeSweep | IntervalSweep:
-    """Its value, with what `glob(*)` stands for as choices."""
+    """Return the sweep of an override; a `glob` counts as a choice."""
     sweep = override.value()
     if isinstance(sweep, (RangeSweep, IntervalSweep)):
         return sweep
     return sweep if isinstance(sweep, ChoiceSweep) else ChoiceSweep(list=[])
 
 
-def _hashed(value: Any) -> Any:
-    """`True` and `1` are two choices."""
+def _is_categorical(override: Override) -> bool:
+    sweep = parse_sweep(override)
+    return sweep.shuffle if isinstance(sweep, RangeSweep) else isinstance(sweep, ChoiceSweep)
+
+
+def _typed_key(value: Any) -> Any:
+    """A dict key that tells `True` from `1`."""
     return (type(value).__name__, value)
 
 
-def _value(text: str) -> Any:
+def _choice_value(text: str) -> Any:
+    """The value of a choice; Optuna cannot store dicts and lists, so these stay texts."""
     value = parse_value(text)
     return text if isinstance(value, (dict, list)) else value
 
 
 def _distribution(override: Override) -> BaseDistribution:
     sweep = parse_sweep(override)
-    if isinstance(sweep, ChoiceSweep) or _is_choice(override):
-        return CategoricalDistribution([_value(text) for text in choices(override)])
-    log = LOG_TAG in sweep.tags
+    if isinstance(sweep, ChoiceSweep) or _is_categorical(override):
+        return CategoricalDistribution([_choice_value(text) for text in choices(override)])
+    is_log = LOG_TAG in sweep.tags
     if isinstance(sweep, IntervalSweep):
         assert sweep.start is not None and sweep.end is not None
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
-            return IntDistribution(sweep.start, sweep.end, log=log)
-        return FloatDistribution(sweep.start, sweep.end, log=log)
+            return IntDistribution(sweep.start, sweep.end, log=is_log)
+        return FloatDistribution(sweep.start, sweep.end, log=is_log)
     values = [parse_value(text) for text in choices(override)]
     low, high = min(values), max(values)
     step: Any = abs(sweep.step or 1)
     if all(isinstance(value, int) for value in values):
-        return IntDistribution(low, high, step=step, log=log)
-    return FloatDistribution(low, high, step=None if log else step, log=log)
+        return IntDistribution(low, high, step=step, log=is_log)
+    return FloatDistribution(low, high, step=None if is_log else step, log=is_log)
 
 
 def iter_distribution_issues(swept: Mapping[str, Override]) -> Iterator[ConfigIssue]:
-    """What no distribution can be made of."""
+    """Yield an issue for each swept key that cannot be converted to a distribution."""
     for key, override in swept.items():
         sweep = parse_sweep(override)
         text = f"={raw_override(override).partition('=')[2]}"
-        wrong = sorted(tag for tag in sweep.tags if tag != LOG_TAG)
-        if wrong:
-            close = did_you_mean(wrong[0], [LOG_TAG])
-            yield ConfigIssue(
-                key, f"{text}: {wrong[0]!r} is no tag known here; allowed: log{close}"
-            )
+        unknown = sorted(tag for tag in sweep.tags if tag != LOG_TAG)
+        if unknown:
+            hint = did_you_mean(unknown[0], [LOG_TAG])
+            yield ConfigIssue(key, f"{text}: unknown tag {unknown[0]!r}; allowed: log{hint}")
         elif isinstance(sweep, ChoiceSweep):
             if LOG_TAG in sweep.tags:
-                yield ConfigIssue(key, f"{text}: log is for interval() and range()")
+                yield ConfigIssue(key, f"{text}: tag log is only for interval() and range()")
         else:
-            values = [parse_value(one) for one in choices(override)]
+            values = [parse_value(value) for value in choices(override)]
             if problem := _range_problem(sweep, values):
                 yield ConfigIssue(key, f"{text}{problem}")
 
 
 def _range_problem(sweep: RangeSweep | IntervalSweep, values: Sequence[Any]) -> str | None:
-    log = LOG_TAG in sweep.tags
+    is_log = LOG_TAG in sweep.tags
     if not values:
-        return " has no value"
+        return " has no values"
     if not all(math.isfinite(value) for value in values):
-        return " has no end"
+        return " is not finite"
     if isinstance(sweep, IntervalSweep):
         if values[0] > values[-1]:
-            return " ends below its beginning"
-    elif log and sweep.step not in (1, None):
-        return ": with log a range has no step"
-    return ": a logarithm needs values above 0" if log and min(values) <= 0 else None
+            return ": the end of the interval is below its start"
+    elif is_log and sweep.step not in (1, None):
+        return ": a range with tag log cannot have a step"
+    return ": tag log needs values above 0" if is_log and min(values) <= 0 else None

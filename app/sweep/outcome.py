@@ -1,4 +1,4 @@
-"""How a run has ended, from its folder; and saying so where the run itself no longer could."""
+"""The status of a run as recorded in its folder, and the record of a run that has failed."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from app.runtime.files import read_json
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED = "diverged"
-FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # there is nothing left to do
-DATED = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # nothing is left to do
+LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run stands.
+    """Status of a run.
 
     Attributes:
-        status: As in `status.json`; `pending` where there is none.
-        value: The goal's best so far.
-        error: In a line, where it failed.
-        content: All of `status.json`.
+        status: As in `status.json`; `pending` without that file.
+        value: Best value of the goal so far.
+        error: One line, if the run has failed.
+        content: The content of `status.json`.
     """
 
     status: str = PENDING
@@ -35,39 +35,43 @@ class RunStatus:
 
     @property
     def is_finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether nothing is left to do."""
         return self.status in FINISHED_STATUSES
 
 
 def read_run_status(folder: Path) -> RunStatus:
-    """How the run in that folder stands."""
+    """Read the status of the run in a folder.
+
+    Raises:
+        UserError: `status.json` is damaged.
+    """
     content = read_json(folder / "status.json")
     if not content:
         return RunStatus()
     best, status = content.get("best") or {}, content.get("status")
     if not isinstance(status, str) or not isinstance(best, dict):
-        raise UserError(f"{folder / 'status.json'} is damaged: it does not say how the run stands")
+        raise UserError(f"{folder / 'status.json'} is damaged: it has no valid status")
     return RunStatus(status, best.get("value"), content.get("error"), content)
 
 
 def record_failure(folder: Path, failure: RankFailure, write_log: bool = True) -> None:
-    """The run's own log and `status.json` say how it failed, whatever it could still say.
+    """Record in `status.json` and `run.log` of a run that it has failed.
 
     Args:
-        folder: Of the run.
-        failure: Its own.
-        says: In the log, too; else it stands there already.
+        folder: Run folder.
+        failure: Failure of the run.
+        write_log: Whether to append the failure to `run.log`; False if it is there already.
     """
     if read_run_status(folder).status in (PENDING, RUNNING):
         record_rank_failure(folder, failure)
     if write_log:
-        _write_in_log(folder, failure)
+        _append_to_log(folder, failure)
 
 
-def _write_in_log(folder: Path, failure: RankFailure) -> None:
+def _append_to_log(folder: Path, failure: RankFailure) -> None:
     handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter(DATED))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     trace = "" if failure.kind == "user" else f"\n{failure.trace}"
-    told = ("the run failed: %s%s", (failure.error, trace), None)
-    handler.emit(logging.LogRecord(__name__, logging.ERROR, __file__, 0, *told))
+    message = ("the run failed: %s%s", (failure.error, trace), None)
+    handler.emit(logging.LogRecord(__name__, logging.ERROR, __file__, 0, *message))
     handler.close()

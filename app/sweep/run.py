@@ -1,4 +1,4 @@
-"""A sweep from its first job to its page: what a sweeper of Hydra's does."""
+"""Run a sweep from its first job to its report: the work of our Hydra sweepers."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from app.sweep.folder import SweepFolder
 from app.sweep.report.write import exit_code, write_report
 
 log = logging.getLogger(__name__)
-NOT_KEPT = ("sweep.resume", "sweep.force")
+NOT_SAVED = ("sweep.resume", "sweep.force", "hydra.mode", "hydra.sweep.dir")
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweeper knows.
+    """What Hydra passes to a sweeper.
 
     Attributes:
-        config: As Hydra composed it.
-        context: How Hydra composes.
+        config: Configuration as composed by Hydra.
+        context: Hydra's config loader and callbacks.
         task: Runs a job.
-        arguments: What was typed, less what is Hydra's own.
-        params: Likewise from the configuration.
+        arguments: Overrides on the command line, except those of Hydra itself.
+        params: The same from the configuration, `hydra.sweeper.params`.
     """
 
     config: DictConfig
@@ -53,32 +53,32 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Of the sweep."""
+        """Folder of the sweep."""
         return Path(str(self.config.hydra.sweep.dir)).absolute()
 
 
 class BatchedJobSource(JobSource, Protocol):
-    """A source of jobs that knows how many go together."""
+    """A source of jobs that knows how many may run together."""
 
     def batch_size(self, launcher: object) -> int:
-        """How many jobs a launcher that runs them together is given."""
+        """Return the number of jobs per call of a launcher that runs batches."""
 
 
 class JobSourceFactory(Protocol):
-    """Makes the source of jobs, once there is a folder."""
+    """Makes the source of jobs once the folder exists."""
 
     def __call__(
         self, sweep: Sweep, folder: SweepFolder, space: SweepSpace
     ) -> BatchedJobSource: ...
 
 
-def run_sweep(sweep: Sweep, make_search: JobSourceFactory) -> None:
-    """All of it; ends the process where not all went well."""
+def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
+    """Run a sweep; exit the process with an error code unless every job has finished."""
     try:
         with SweepFolder(sweep.folder).locked():
-            folder = SweepFolder(sweep.folder)  # nobody else changes it from now on
+            folder = SweepFolder(sweep.folder)  # read again: no other process changes it now
             with sweep_logging(folder):
-                code = _run(sweep, folder, make_search)
+                code = _run(sweep, folder, make_source)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(EXIT_USER_ERROR)
@@ -86,55 +86,55 @@ def run_sweep(sweep: Sweep, make_search: JobSourceFactory) -> None:
         sys.exit(code)
 
 
-def _run(sweep: Sweep, folder: SweepFolder, make_search: JobSourceFactory) -> int:
-    loader = _begin(sweep, folder)
+def _run(sweep: Sweep, folder: SweepFolder, make_source: JobSourceFactory) -> int:
+    loader = _prepare_folder(sweep, folder)
     space = parse_space(sweep.arguments, sweep.params, loader)
     context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
-    search = make_search(sweep, folder, space)
+    source = make_source(sweep, folder, space)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=sweep.task, config=sweep.config
     )
     on_error = sweep.config.sweep.on_error
-    drive = SweepDriver(folder, search, launcher, on_error, sweep.config, loader)
+    driver = SweepDriver(folder, source, launcher, on_error, sweep.config, loader)
     try:
         with StopSignal().installed():
-            drive.run(search.batch_size(launcher))
+            driver.run(source.batch_size(launcher))
         return exit_code(folder, EXIT_FAILURE)
     except TrainingInterrupted as stopped:
         log.warning("the sweep was %s", stopped)
-        return stopped.code
+        return stopped.exit_code
     except KeyboardInterrupt:
         log.warning("the sweep was interrupted")
         return EXIT_INTERRUPTED
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else EXIT_FAILURE
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_FAILURE
     finally:
         folder.save()
         write_report(folder.path)
         if exit_code(folder, EXIT_FAILURE):
             names = ",".join(sweep.config.trusted_targets)
             trust = f" trusted_targets=[{names}]" if names else ""
-            log.info("to go on: python -m app -m sweep.resume=%s%s", folder.path, trust)
+            log.info("to resume: python -m app -m sweep.resume=%s%s", folder.path, trust)
 
 
-def _begin(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
-    """The configuration files as they were when the sweep began, or are taken now."""
-    own = sweep.context.config_loader
-    fresh = not folder.exists or sweep.config.sweep.force
-    if fresh:
-        folder.freeze(own)
-    loader = folder.frozen_loader(own)
-    space = parse_space(sweep.arguments, sweep.params, loader)
-    if fresh:
-        folder.save_base(shared_config(loader.load_sweep_config(sweep.config, space.fixed)))
+def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
+    """Save what resuming needs; return a loader of the configuration files of the sweep's start."""
+    loader = sweep.context.config_loader
+    is_fresh = not folder.exists or sweep.config.sweep.force
+    if is_fresh:
+        folder.freeze(loader)
+    frozen = folder.frozen_loader(loader)
+    space = parse_space(sweep.arguments, sweep.params, frozen)
+    if is_fresh:
+        folder.save_base(shared_config(frozen.load_sweep_config(sweep.config, space.fixed)))
     folder.overrides = overrides_to_save(sweep.config)
     folder.save()
     OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
-    return loader
+    return frozen
 
 
 def shared_config(config: DictConfig) -> dict[str, Any]:
-    """What all jobs share, plainly."""
+    """Return the resolved configuration that all jobs share."""
     before = HydraConfig.instance().cfg
     HydraConfig.instance().set_config(config)
     try:
@@ -144,8 +144,10 @@ def shared_config(config: DictConfig) -> dict[str, Any]:
 
 
 def overrides_to_save(config: DictConfig) -> list[str]:
-    """The command line of the sweep, with which it can be gone on with."""
+    """Return the overrides with which `sweep.resume` starts the sweep again."""
     overrides: Any = OmegaConf.to_container(config.hydra.overrides, resolve=False)
-    words = [*overrides["hydra"], *overrides["task"]]
-    left_out = (*NOT_KEPT, "hydra.mode", "hydra.sweep.dir")
-    return [word for word in words if word.partition("=")[0].lstrip("+") not in left_out]
+    return [
+        override
+        for override in [*overrides["hydra"], *overrides["task"]]
+        if override.partition("=")[0].lstrip("+") not in NOT_SAVED
+    ]

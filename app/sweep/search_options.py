@@ -1,4 +1,4 @@
-"""What `hydra/sweeper=optuna` is told."""
+"""Options of `hydra/sweeper=optuna`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampl
 
 @dataclass(frozen=True)
 class SearchOptions:
-    """The keys of `conf/hydra/sweeper/optuna.yaml`, where their meaning stands."""
+    """The keys of `conf/hydra/sweeper/optuna.yaml`, which documents them."""
 
     n_trials: int
     n_jobs: int | Literal["auto"]

@@ -1,7 +1,7 @@
-"""Jobs in processes that a launcher has started for them, on this machine or another.
+"""Run jobs in processes of another launcher (joblib, submitit, Ray), maybe on other machines.
 
-They share nothing with who drives the sweep but its folder; so a job holds a lock there as long as
-it runs, and looks there whether it is to stop.
+Such a process shares nothing with the sweep's own process except the folder of the sweep. So a job
+holds a lock there while it runs, and polls there whether it should stop.
 """
 
 from __future__ import annotations
@@ -25,59 +25,58 @@ from app.sweep.folder import SweepFolder
 from app.sweep.outcome import read_run_status
 
 log = logging.getLogger(__name__)
-ProcessId = tuple[str, int]
-LOOKS = 1.0  # seconds after which a job looks whether it is to stop
-NOW = "now"  # in the mark of a sweep that is to begin no job: those that run stop, too
+ProcessId = tuple[str, int]  # host name and PID
+STOP_POLL_SECONDS = 1.0  # how often a job checks whether it should stop
+STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 
 
 def current_process_id() -> ProcessId:
-    """Its name among the processes of all machines."""
+    """Return an identifier of this process that is unique across machines."""
     return platform.node(), os.getpid()
 
 
 def run_external(job: Callable[[], float | None], sweep: SweepFolder, folder: Path) -> float | None:
-    """Runs a job where others are that must not end with it.
+    """Run a job in a process of another launcher, which must survive the end of the job.
 
     Args:
-        job: Ends as a run that has a process of its own does.
-        sweep: Whose it is.
-        folder: Of the run.
+        job: Runs the job; may raise or exit as a run with a process of its own does.
+        sweep: Folder of the sweep.
+        folder: Run folder of the job.
 
     Returns:
-        What the job gives; None where it was stopped, which its folder says.
+        The result of the job; None if it was stopped, which `status.json` records.
     """
-    lock = _lock(sweep, folder)
+    lock = _job_lock(sweep, folder)
     try:
         lock.acquire(timeout=0)
     except Timeout:
         log.warning("%s is being run by another process", folder)
         return None
-    asked: list[int] = []
-    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib has one of its own
+    received: list[int] = []
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib replaces the default
     try:
         if read_run_status(folder).is_finished:
             return read_run_status(folder).value
-        with _heard_first(asked), StopSignal().installed(), _watched(sweep), _printed(folder):
+        with (
+            _save_on_sigusr2(received),
+            StopSignal().installed(),
+            _stopping_with_sweep(sweep),
+            _output_to_rank_log(folder),
+        ):
             return job()
-    except (TrainingInterrupted, KeyboardInterrupt, SystemExit) as end:
-        if _code(end) == EXIT_INTERRUPTED:
+    except (TrainingInterrupted, KeyboardInterrupt, SystemExit) as error:
+        if _exit_code(error) == EXIT_INTERRUPTED:
             sweep.set_stopped(stopped=True)
     finally:
         lock.release()
-    if asked and not stop_requested(sweep):
-        signal.raise_signal(asked[0])
+    if received and not stop_requested(sweep):
+        signal.raise_signal(received[0])
     return None
 
 
-def _lock(sweep: SweepFolder, folder: Path) -> FileLock:
-    path = sweep.state_folder / "running" / f"{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
-
-
 def is_running(sweep: SweepFolder, folder: Path) -> bool:
-    """Whether a process runs the job in that folder; however it ends, its lock ends with it."""
-    lock = _lock(sweep, folder)
+    """Return whether a process runs the job in a folder; its lock ends with the process."""
+    lock = _job_lock(sweep, folder)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -87,67 +86,76 @@ def is_running(sweep: SweepFolder, folder: Path) -> bool:
 
 
 def request_stop(sweep: SweepFolder) -> None:
-    """No further job begins, and those that run save what they have and stop."""
-    write_text(sweep.state_folder / "stopped", NOW)
+    """Ask running jobs to save and stop, and start no further ones."""
+    write_text(sweep.state_folder / "stopped", STOP_RUNNING_JOBS)
 
 
 def stop_requested(sweep: SweepFolder) -> bool:
-    """Whether somebody has asked for that."""
-    return sweep.is_stopped and (sweep.state_folder / "stopped").read_text() == NOW
+    """Return whether running jobs should stop."""
+    return sweep.is_stopped and (sweep.state_folder / "stopped").read_text() == STOP_RUNNING_JOBS
+
+
+def _job_lock(sweep: SweepFolder, folder: Path) -> FileLock:
+    path = sweep.state_folder / "running" / f"{folder.name}.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path)
 
 
 @contextmanager
-def _heard_first(asked: list[int]) -> Iterator[None]:
-    """SIGUSR2 is submitit's: it queues the job again, which first has to save what it has.
+def _save_on_sigusr2(received: list[int]) -> Iterator[None]:
+    """Translate SIGUSR2 to SIGUSR1, on which a run saves and stops.
+
+    submitit requeues its job in its own SIGUSR2 handler; the job has to save before that, so the
+    signal is raised again after the run.
 
     Args:
-        asked: Gets the signal.
+        received: List to which the signal is added.
     """
-    own = signal.getsignal(signal.SIGUSR2) if hasattr(signal, "SIGUSR2") else None
-    if not callable(own) or threading.current_thread() is not threading.main_thread():
+    handler = signal.getsignal(signal.SIGUSR2) if hasattr(signal, "SIGUSR2") else None
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def hear(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        asked.append(number)
+    def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        received.append(number)
         signal.raise_signal(signal.SIGUSR1)
 
-    signal.signal(signal.SIGUSR2, hear)
+    signal.signal(signal.SIGUSR2, on_signal)
     try:
         yield
     finally:
-        signal.signal(signal.SIGUSR2, own)
+        signal.signal(signal.SIGUSR2, handler)
 
 
 @contextmanager
-def _watched(sweep: SweepFolder) -> Iterator[None]:
-    """This process gets a signal as soon as the sweep is to end."""
-    over, main = threading.Event(), threading.get_ident()
+def _stopping_with_sweep(sweep: SweepFolder) -> Iterator[None]:
+    """Send SIGTERM to this process as soon as the sweep asks its jobs to stop."""
+    is_done, main_thread = threading.Event(), threading.get_ident()
 
-    def watch() -> None:
-        while not over.wait(LOOKS):
+    def poll() -> None:
+        while not is_done.wait(STOP_POLL_SECONDS):
             if stop_requested(sweep):
-                signal.pthread_kill(main, signal.SIGTERM)
+                signal.pthread_kill(main_thread, signal.SIGTERM)
                 return
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=poll, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        is_done.set()
         thread.join()
 
 
 @contextmanager
-def _printed(folder: Path) -> Iterator[None]:
+def _output_to_rank_log(folder: Path) -> Iterator[None]:
     from app.distributed.launch.worker import redirect_output
 
     with redirect_output(folder / "logs" / "rank0.log"):
         yield
 
 
-def _code(end: BaseException) -> int | str | None:
-    if isinstance(end, TrainingInterrupted):
-        return end.code
-    return end.code if isinstance(end, SystemExit) else EXIT_INTERRUPTED
+def _exit_code(error: BaseException) -> int | str | None:
+    if isinstance(error, TrainingInterrupted):
+        return error.exit_code
+    return error.code if isinstance(error, SystemExit) else EXIT_INTERRUPTED

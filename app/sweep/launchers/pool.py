@@ -1,4 +1,4 @@
-"""Jobs side by side on this machine, each in a fresh process, with devices of its own."""
+"""Run several jobs in parallel on this machine, each in a new process with its own devices."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from app.runtime.errors import UserError
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import FolderInUseError, run_lock
 from app.runtime.signals import (
+    DUPLICATE_SIGNAL_SECONDS,
     REASON_BY_SIGNAL,
-    SAME_SIGNAL_SECONDS,
     StopReason,
     TrainingInterrupted,
     signal_handlers,
@@ -38,33 +38,19 @@ from app.sweep.launchers.slots import Slot, make_slots, num_ranks
 from app.sweep.outcome import record_failure
 
 log = logging.getLogger(__name__)
-Take = Callable[[], tuple[int, Sequence[str]] | None]
-PATIENCE = 30.0  # seconds in which a job that was asked to stop is to save what it has
-
-
-@dataclass
-class RunningJob:
-    """A slot, and the job in it."""
-
-    slot: Slot
-    number: int
-    folder: Path
-    crew: LocalWorkers
-    config: DictConfig
-    began: float
-    lock: ExitStack
-    is_late: bool = False
+NextJob = Callable[[], tuple[int, Sequence[str]] | None]
+STOP_GRACE_SECONDS = 30.0  # for a job that exceeded its timeout to save and stop
 
 
 class Pool:
     """Runs jobs in slots.
 
     Args:
-        config: Of the sweep, as Hydra composed it.
-        context: How Hydra composes, and whom it tells of jobs.
-        task: What Hydra tells those of.
-        slots: One job at a time in each.
-        timeout: Seconds that a job may take; None for ever.
+        config: Configuration of the sweep as composed by Hydra.
+        context: Hydra's config loader and callbacks.
+        task: The task function that Hydra passes to its callbacks.
+        slots: Each runs one job at a time.
+        timeout: Maximum duration of a job in seconds; None for no limit.
     """
 
     def __init__(
@@ -77,93 +63,95 @@ class Pool:
     ) -> None:
         self.config, self.context, self.task = config, context, task
         self.slots, self.timeout = list(slots), timeout
-        self.busy: list[RunningJob] = []
+        self.running: list[RunningJob] = []
         self.signals: list[int] = []
-        self.first_asked = 0.0
-        self.values: dict[int, float | None] = {}
+        self.first_signal_at = 0.0
+        self.values: dict[int, float | None] = {}  # of completed jobs, by number
 
-    def run(self, take: Take, ended: Callable[[int], None]) -> None:
-        """Until there is no job left.
+    def run(self, next_job: NextJob, on_job_end: Callable[[int], None]) -> None:
+        """Run jobs until there are none left.
 
         Args:
-            take: Gives the number and the words of the next job; None where there is none now.
-            ended: Is told the number of each job that has ended, in whatever way.
+            next_job: Returns the number and the overrides of the next job; None if there is none
+                now.
+            on_job_end: Called with the number of each job that has ended, whatever its status.
 
         Raises:
-            Stopped: It was asked to end; all jobs have.
-            KeyboardInterrupt: Asked twice.
+            TrainingInterrupted: A signal has asked to stop, and all jobs have stopped.
+            KeyboardInterrupt: Ctrl-C was pressed twice.
         """
         try:
-            with signal_handlers(self._hear):
-                while self._fill(take, ended) or self.busy:
-                    self._attend(ended)
+            with signal_handlers(self._on_signal):
+                while self._fill_slots(next_job, on_job_end) or self.running:
+                    self._poll(on_job_end)
         finally:
-            for busy in self.busy:
-                busy.crew.kill()
-                busy.lock.close()
+            for job in self.running:
+                job.workers.kill()
+                job.lock.close()
         if self.signals:
             raise TrainingInterrupted(
-                max(REASON_BY_SIGNAL[signal.Signals(one).name] for one in self.signals)
+                max(REASON_BY_SIGNAL[signal.Signals(number).name] for number in self.signals)
             )
 
-    def _fill(self, take: Take, ended: Callable[[int], None]) -> bool:
-        """Begins jobs while there are slots and jobs; whether one could not even begin."""
-        used = [busy.slot for busy in self.busy]
+    def _fill_slots(self, next_job: NextJob, on_job_end: Callable[[int], None]) -> bool:
+        """Start jobs in free slots; return True when one failed to start, so more may be left."""
+        used = [job.slot for job in self.running]
         for slot in [slot for slot in self.slots if slot not in used]:
-            job = None if self.signals else take()
+            job = None if self.signals else next_job()
             if job is None:
                 return False
-            if not self._begin(slot, *job):
-                ended(job[0])
+            if not self._start(slot, *job):
+                on_job_end(job[0])
                 return True
         return False
 
-    def _begin(self, slot: Slot, number: int, words: Sequence[str]) -> bool:
+    def _start(self, slot: Slot, number: int, overrides: Sequence[str]) -> bool:
         folder, lock = None, ExitStack()
         try:
-            config = self._compose(number, words)
+            config = self._compose(number, overrides)
             folder = Path(config.hydra.runtime.output_dir)
             lock.enter_context(run_lock(folder))
             remove_temp_files(folder)
             with env_override(config.hydra.job.env_set):
-                crew = self._crew(slot, config, folder)
+                workers = self._make_workers(slot, config, folder)
             self.context.callbacks.on_job_start(config=config, task_function=self.task)
-            crew.start()
+            workers.start()
         except FolderInUseError as error:
             log.error("job %d: %s", number, error)
             return False
-        except Exception as error:  # noqa: BLE001 - as of any job, it is in its log
-            folder = folder or _folder_of(self.config, words)
+        except Exception as error:  # noqa: BLE001 - the job fails, and its log has the traceback
+            folder = folder or _run_folder(self.config, overrides)
             folder.mkdir(parents=True, exist_ok=True)
             record_failure(folder, RankFailure.from_exception(0, error))
             lock.close()
             return False
-        self.busy.append(RunningJob(slot, number, folder, crew, config, time.monotonic(), lock))
-        for signal_number in self.signals:  # that came while it began
-            crew.send_signal(signal_number)
-        log.info("job %d begins: %s", number, folder.name)
+        started_at = time.monotonic()
+        self.running.append(RunningJob(slot, number, folder, workers, config, started_at, lock))
+        for signal_number in self.signals:  # received while the job started
+            workers.send_signal(signal_number)
+        log.info("job %d started: %s", number, folder.name)
         return True
 
-    def _compose(self, number: int, words: Sequence[str]) -> DictConfig:
-        """As `hydra.core.utils.run_job` does, but for the logging of this process."""
-        config = self.context.config_loader.load_sweep_config(self.config, list(words))
+    def _compose(self, number: int, overrides: Sequence[str]) -> DictConfig:
+        """Compose a job as `hydra.core.utils.run_job` does, without configuring logging here."""
+        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with read_write(config), open_dict(config):
             config.hydra.job.id, config.hydra.job.num = str(number), number
             folder = Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
             config.hydra.runtime.output_dir = str(folder.absolute())
         HydraConfig.instance().set_config(config)
         folder.mkdir(parents=True, exist_ok=True)
-        task = copy.deepcopy(config)
-        with read_write(task), open_dict(task):
-            del task["hydra"]
-        own = OmegaConf.create({"hydra": copy.deepcopy(config.hydra)})
-        inside = folder / str(config.hydra.output_subdir)
-        _save_config(task, "config.yaml", inside)
-        _save_config(own, "hydra.yaml", inside)
-        _save_config(config.hydra.overrides.task, "overrides.yaml", inside)
+        task_config = copy.deepcopy(config)
+        with read_write(task_config), open_dict(task_config):
+            del task_config["hydra"]
+        hydra_config = OmegaConf.create({"hydra": copy.deepcopy(config.hydra)})
+        output = folder / str(config.hydra.output_subdir)
+        _save_config(task_config, "config.yaml", output)
+        _save_config(hydra_config, "hydra.yaml", output)
+        _save_config(config.hydra.overrides.task, "overrides.yaml", output)
         return config
 
-    def _crew(self, slot: Slot, config: DictConfig, folder: Path) -> LocalWorkers:
+    def _make_workers(self, slot: Slot, config: DictConfig, folder: Path) -> LocalWorkers:
         job = prepare(config, folder)
         ranks = num_ranks(job.config.trainer.devices, len(slot.gpus))
         if slot.gpus and ranks > len(slot.gpus):
@@ -174,73 +162,92 @@ class Pool:
             run_experiment, job, folder, ranks, logging_config, slot.environment(ranks), quiet=True
         )
 
-    def _attend(self, ended: Callable[[int], None]) -> None:
-        awaited = [one for busy in self.busy for one in busy.crew.wait_handles]
-        ready = wait(awaited, timeout=0.2)
-        for busy in list(self.busy):
-            busy.crew.poll([one for one in ready if one in busy.crew.wait_handles])
-            self._watch_clock(busy)
-            if busy.crew.is_finished:
-                self._end(busy)
-                ended(busy.number)
+    def _poll(self, on_job_end: Callable[[int], None]) -> None:
+        handles = [handle for job in self.running for handle in job.workers.wait_handles]
+        ready = wait(handles, timeout=0.2)
+        for job in list(self.running):
+            job.workers.poll([handle for handle in ready if handle in job.workers.wait_handles])
+            self._check_timeout(job)
+            if job.workers.is_finished:
+                self._finish(job)
+                on_job_end(job.number)
 
-    def _watch_clock(self, busy: RunningJob) -> None:
-        """A job that takes too long is asked to stop, then ended."""
-        taken = time.monotonic() - busy.began
-        if self.timeout is None or taken < self.timeout:
+    def _check_timeout(self, job: RunningJob) -> None:
+        """Ask a job that exceeds the timeout to stop, and kill it after a grace period."""
+        elapsed = time.monotonic() - job.started_at
+        if self.timeout is None or elapsed < self.timeout:
             return
-        if not busy.is_late:
-            busy.is_late = True
-            busy.crew.send_signal(signal.SIGTERM)
-        elif taken > self.timeout + PATIENCE:
-            busy.crew.kill()
-            busy.crew.sentinels.clear()
-            busy.crew.failures.setdefault(0, RankFailure(0, "died", "it did not stop"))
+        if not job.is_timed_out:
+            job.is_timed_out = True
+            job.workers.send_signal(signal.SIGTERM)
+        elif elapsed > self.timeout + STOP_GRACE_SECONDS:
+            job.workers.kill()
+            job.workers.sentinels.clear()
+            failure = RankFailure(0, "died", "the process did not stop when asked to")
+            job.workers.failures.setdefault(0, failure)
 
-    def _end(self, busy: RunningJob) -> None:
-        """What became of a job stands in its folder."""
-        self.busy.remove(busy)
+    def _finish(self, job: RunningJob) -> None:
+        """Record the result of a job that has ended, and release its slot and lock."""
+        self.running.remove(job)
         failure = None
         try:
-            self.values[busy.number] = busy.crew.result()
+            self.values[job.number] = job.workers.result()
         except RankFailedError as error:
             failure = error.failure
         except (UserError, KeyboardInterrupt) as error:
             failure = RankFailure.from_exception(0, error)
         except TrainingInterrupted:
-            pass  # its folder says so
+            pass  # the run has recorded it
         finally:
-            busy.crew.kill()
-        if busy.is_late and busy.number not in self.values:
-            key = "hydra.launcher.timeout"
-            failure = RankFailure(0, "user", f"it took more than {self.timeout:g} s ({key})")
-            record_rank_failure(busy.folder, failure)
+            job.workers.kill()
+        if job.is_timed_out and job.number not in self.values:
+            reason = f"the job took more than {self.timeout:g} s (hydra.launcher.timeout)"
+            failure = RankFailure(0, "user", reason)
+            record_rank_failure(job.folder, failure)
         if failure is not None:
-            record_failure(busy.folder, failure)
-        busy.lock.close()
-        self.context.callbacks.on_job_end(config=busy.config, job_return=self.result(busy.number))
+            record_failure(job.folder, failure)
+        job.lock.close()
+        self.context.callbacks.on_job_end(config=job.config, job_return=self.result(job.number))
 
     def result(self, number: int) -> JobReturn:
-        """Of a job that has ended, as Hydra knows it."""
-        result, done = JobReturn(), number in self.values
-        result.status = JobStatus.COMPLETED if done else JobStatus.FAILED
-        result.return_value = self.values[number] if done else RuntimeError("its log says why")
+        """Return the result of a job that has ended in Hydra's form."""
+        result, is_completed = JobReturn(), number in self.values
+        result.status = JobStatus.COMPLETED if is_completed else JobStatus.FAILED
+        error = RuntimeError("the job did not complete; see its run.log")
+        result.return_value = self.values[number] if is_completed else error
         return result
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """All jobs stop, and no further one begins; the second Ctrl-C ends them at once."""
-        again = number in self.signals and time.monotonic() - self.first_asked > SAME_SIGNAL_SECONDS
-        if again and REASON_BY_SIGNAL[signal.Signals(number).name] is StopReason.INTERRUPTED:
-            for busy in self.busy:
-                busy.crew.kill()
-                record_rank_failure(busy.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Ask all jobs to stop, and start no further ones; a second Ctrl-C kills the jobs."""
+        is_repeated = (
+            number in self.signals
+            and time.monotonic() - self.first_signal_at > DUPLICATE_SIGNAL_SECONDS
+        )
+        if is_repeated and REASON_BY_SIGNAL[signal.Signals(number).name] is StopReason.INTERRUPTED:
+            for job in self.running:
+                job.workers.kill()
+                record_rank_failure(job.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
             raise KeyboardInterrupt
         if not self.signals:
-            self.first_asked = time.monotonic()
-            sys.stderr.write("\nall jobs stop after this step; Ctrl-C again ends them at once\n")
+            self.first_signal_at = time.monotonic()
+            sys.stderr.write("\nstopping all jobs after this step; Ctrl-C again kills them\n")
         self.signals.append(number)
-        for busy in self.busy:
-            busy.crew.send_signal(number)
+        for job in self.running:
+            job.workers.send_signal(number)
+
+
+@dataclass
+class RunningJob:
+    """A job and the slot in which it runs."""
+
+    slot: Slot
+    number: int
+    folder: Path
+    workers: LocalWorkers
+    config: DictConfig
+    started_at: float
+    lock: ExitStack
+    is_timed_out: bool = False
 
 
 def make_pool(
@@ -251,25 +258,25 @@ def make_pool(
     gpus: Sequence[int] | Literal["auto"],
     timeout: float | None,
 ) -> Pool:
-    """A pool as the configuration of the sweep says.
+    """Make a pool from the configuration of the sweep.
 
     Raises:
-        ConfigError: The machine cannot be shared out so.
+        ConfigError: The machine cannot be divided into these slots.
     """
     devices: Any = OmegaConf.to_container(config)["trainer"]["devices"]  # type: ignore[index,call-overload]
     made = make_slots(config.trainer.accelerator, devices, slots, gpus)
-    told = "; ".join(f"{one.number}: {_described(one)}" for one in made)
-    log.info("%d slots (%s)", len(made), told)
+    descriptions = "; ".join(f"{slot.number}: {_describe(slot)}" for slot in made)
+    log.info("%d slots (%s)", len(made), descriptions)
     return Pool(config, context, task, made, timeout)
 
 
-def _described(slot: Slot) -> str:
+def _describe(slot: Slot) -> str:
     gpus = f"GPU {', '.join(slot.gpus)}, " if slot.gpus else ""
     return f"{gpus}{slot.threads} threads"
 
 
-def _folder_of(config: DictConfig, words: Sequence[str]) -> Path:
-    """Where a job that cannot be composed would have been."""
+def _run_folder(config: DictConfig, overrides: Sequence[str]) -> Path:
+    """The run folder of a job whose configuration could not be composed."""
     key = "hydra.sweep.subdir="
-    name = next(word.removeprefix(key) for word in words if word.startswith(key))
+    name = next(text.removeprefix(key) for text in overrides if text.startswith(key))
     return Path(str(config.hydra.sweep.dir)).absolute() / name.strip("'")

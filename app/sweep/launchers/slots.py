@@ -1,4 +1,4 @@
-"""Which part of the machine each of several jobs gets."""
+"""Divide the GPUs or CPU cores of this machine into slots, one for each parallel job."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Literal
 
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
-MEMORY = 2 * 2**30  # bytes for each job on the CPU: torch itself takes a good part of one
+CPU_JOB_BYTES = 2 * 2**30  # memory to reserve per job on the CPU; torch alone takes about 1 GiB
+UNKNOWN_MEMORY_BYTES = 2**40  # assumed where the system does not report its memory
+Devices = Literal["auto"] | int | list[int] | None  # as `trainer.devices`
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A place for one job at a time.
+    """A share of the machine that runs one job at a time.
 
     Attributes:
-        number: Its own.
-        gpus: As `CUDA_VISIBLE_DEVICES` names them; none on the CPU.
-        threads: For the whole job.
+        number: Number of the slot, counted from 0.
+        gpus: Ids for `CUDA_VISIBLE_DEVICES`; empty on the CPU.
+        threads: CPU threads for all ranks of a job.
     """
 
     number: int
@@ -27,14 +29,11 @@ class Slot:
     threads: int
 
     def environment(self, ranks: int) -> dict[str, str]:
-        """The variables of a job on so many ranks."""
-        given = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "")}
-        threads = given["OMP_NUM_THREADS"] or str(max(1, self.threads // ranks))
+        """Return the environment variables of a job with that number of ranks."""
+        set_by_user = os.environ.get("OMP_NUM_THREADS", "")
+        threads = set_by_user or str(max(1, self.threads // ranks))
         gpus = {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)} if self.gpus else {}
         return {"OMP_NUM_THREADS": threads, **gpus}
-
-
-Devices = Literal["auto"] | int | list[int] | None  # as `trainer.devices`
 
 
 def make_slots(
@@ -43,86 +42,87 @@ def make_slots(
     slots: int | Literal["auto"],
     gpus: Sequence[int] | Literal["auto"],
 ) -> list[Slot]:
-    """The machine, shared out.
+    """Divide the machine into slots.
 
-    Where there are more slots than GPUs for them, several jobs share a GPU.
+    With more slots than groups of GPUs, several jobs share a group.
 
     Args:
-        accelerator: On which jobs run, as `trainer.accelerator`.
-        devices: How many a job takes.
-        slots: How many; `auto` as many as there are devices (or cores, and memory) for.
-        gpus: Their ids; `auto` is all of them.
+        accelerator: Accelerator of the jobs, as `trainer.accelerator`.
+        devices: Number of devices per job, as `trainer.devices`.
+        slots: Number of slots; `auto` for as many as the GPUs, or cores and memory, allow.
+        gpus: Indices of the GPUs to use; `auto` for all.
 
     Raises:
-        ConfigError: The machine has no such GPUs, or not enough for a job.
+        ConfigError: The machine lacks one of the GPUs, or has too few for a job.
     """
-    visible = _visible(accelerator)
-    chosen = list(range(len(visible))) if gpus == "auto" else list(gpus)
-    missing = [str(gpu) for gpu in chosen if gpu not in range(len(visible))]
+    visible = _visible_gpus(accelerator)
+    selected = list(range(len(visible))) if gpus == "auto" else list(gpus)
+    missing = [str(gpu) for gpu in selected if gpu not in range(len(visible))]
     if missing:
-        there = join_choices(map(str, range(len(visible))))
-        problem = f"={list(gpus)}: there is no GPU {', '.join(missing)}; there is: {there}"
+        allowed = join_choices(map(str, range(len(visible))))
+        problem = f"={list(gpus)}: there is no GPU {', '.join(missing)}; available: {allowed}"
         raise ConfigError([ConfigIssue("hydra.launcher.gpus", problem)])
-    ranks = num_ranks(devices, len(chosen))
-    if chosen and ranks > len(chosen):
-        problem = f"={devices!r}, but the pool has {len(chosen)} GPUs"
+    ranks = num_ranks(devices, len(selected))
+    if selected and ranks > len(selected):
+        problem = f"={devices!r}, but the pool has {len(selected)} GPUs"
         raise ConfigError([ConfigIssue("trainer.devices", problem)])
-    cores = _cores()
-    possible = len(chosen) // ranks if chosen else min(cores // ranks, _memory() // MEMORY)
-    count = max(1, possible) if slots == "auto" else slots
-    groups = len(chosen) // ranks if chosen else 0
+    cores = _num_cores()
+    num_groups = len(selected) // ranks if selected else 0
+    cpu_slots = min(cores // ranks, _memory_bytes() // CPU_JOB_BYTES)
+    count = max(1, num_groups if selected else cpu_slots) if slots == "auto" else slots
     return [
         Slot(
             number,
-            tuple(visible[gpu] for gpu in _part(chosen, number % groups, ranks)) if groups else (),
+            tuple(visible[gpu] for gpu in _group(selected, number % num_groups, ranks))
+            if num_groups
+            else (),
             max(1, cores // count),
         )
         for number in range(count)
     ]
 
 
-def _part(chosen: Sequence[int], group: int, ranks: int) -> Sequence[int]:
-    return chosen[group * ranks : (group + 1) * ranks]
-
-
-def num_ranks(devices: Devices, gpus: int) -> int:
-    """How many ranks a job has.
+def num_ranks(devices: Devices, num_gpus: int) -> int:
+    """Return the number of ranks of a job.
 
     Args:
-        devices: Of the job.
-        gpus: In all of the pool, or in its slot.
+        devices: As `trainer.devices`.
+        num_gpus: GPUs of the pool, or of the job's slot.
 
     Raises:
-        ConfigError: It names devices, which only the pool can.
+        ConfigError: `devices` lists particular devices, which the pool assigns itself.
     """
     if isinstance(devices, list):
-        problem = f"={devices}: the pool chooses them; allowed: how many, auto, null"
+        problem = f"={devices}: the pool assigns devices to jobs; allowed: a number, auto, null"
         raise ConfigError([ConfigIssue("trainer.devices", problem)])
     if devices == "auto":
-        return max(1, gpus)
+        return max(1, num_gpus)
     return devices or 1
 
 
-def _visible(accelerator: str) -> list[str]:
+def _group(gpus: Sequence[int], number: int, size: int) -> Sequence[int]:
+    return gpus[number * size : (number + 1) * size]
+
+
+def _visible_gpus(accelerator: str) -> list[str]:
     if accelerator not in ("auto", "cuda"):
         return []
     import torch
 
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    ids = named.split(",") if named else [str(number) for number in range(count)]
+    ids = visible.split(",") if visible else [str(number) for number in range(count)]
     return ids[:count]
 
 
-def _cores() -> int:
+def _num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def _memory() -> int:
-    """Of the machine, in bytes; plenty where the system does not tell."""
+def _memory_bytes() -> int:
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return 2**40
+        return UNKNOWN_MEMORY_BYTES

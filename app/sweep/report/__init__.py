@@ -1,1 +1,1 @@
-"""The tables, plots and page of a sweep."""
+"""The tables, plots and HTML page of a sweep."""
