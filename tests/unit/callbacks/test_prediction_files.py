@@ -1,4 +1,4 @@
-"""mode=predict, and the files of predictions."""
+"""Files of predictions, read back."""
 
 from __future__ import annotations
 
@@ -9,43 +9,43 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from app.callbacks.prediction_files import PredictionFiles, table
+from app.callbacks.prediction_files import PredictionFiles, prediction_table
 
 
-def test_dense_labels_become_pictures_with_a_palette(tmp_path: Path) -> None:
+def test_dense_logits_become_palette_images(tmp_path: Path) -> None:
     logits = torch.randn(3, 4, 6, 5)
     files = PredictionFiles(tmp_path, classes=[None])
     for batch in logits.split(2):
         files.add(batch)
     files.close()
-    found = sorted((tmp_path / "predictions").iterdir())
-    assert [path.name for path in found] == ["000000.png", "000001.png", "000002.png"]
-    for path, values in zip(found, logits, strict=True):
-        with Image.open(path) as picture:
-            assert picture.mode == "P"
-            assert np.array_equal(np.asarray(picture), values.argmax(0).numpy())
+    paths = sorted((tmp_path / "predictions").iterdir())
+    assert [path.name for path in paths] == ["000000.png", "000001.png", "000002.png"]
+    for path, values in zip(paths, logits, strict=True):
+        with Image.open(path) as image:
+            assert image.mode == "P"
+            assert np.array_equal(np.asarray(image), values.argmax(0).numpy())
 
 
-def test_images_become_pictures_by_name(tmp_path: Path) -> None:
-    values = torch.rand(2, 3, 4, 4)
+def test_image_outputs_become_images_named_by_sample(tmp_path: Path) -> None:
+    outputs = torch.rand(2, 3, 4, 4)
     files = PredictionFiles(tmp_path, names=["a/x.jpg", "y.png"])
-    files.add(values)
+    files.add(outputs)
     files.close()
-    for name, wanted in zip(("a/x.png", "y.png"), values, strict=True):
-        with Image.open(tmp_path / "predictions" / name) as picture:
-            pixels = np.asarray(picture).transpose(2, 0, 1) / 255
-        np.testing.assert_allclose(pixels, wanted.numpy(), atol=0.5 / 255 + 1e-6)
+    for name, expected in zip(("a/x.png", "y.png"), outputs, strict=True):
+        with Image.open(tmp_path / "predictions" / name) as image:
+            pixels = np.asarray(image).transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(pixels, expected.numpy(), atol=0.5 / 255 + 1e-6)
 
 
-def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path: Path) -> None:
+def test_other_outputs_become_arrays_and_each_output_has_its_file(tmp_path: Path) -> None:
     volume, value, dense = torch.randn(3, 2, 4, 4, 4), torch.randn(3), torch.randn(3, 2, 4, 4)
     files = PredictionFiles(tmp_path, classes=["dense"], format="auto")
     files.add({"volume": volume, "more": (value,), "dense": dense})
     files.close()
     with np.load(tmp_path / "predictions_volume.npz") as arrays:
         assert np.array_equal(arrays["outputs"], volume.numpy())
-    found = pd.read_csv(tmp_path / "predictions_more.0.csv")
-    np.testing.assert_allclose(found["output"], value.numpy(), rtol=1e-6)
+    table = pd.read_csv(tmp_path / "predictions_more.0.csv")
+    np.testing.assert_allclose(table["output"], value.numpy(), rtol=1e-6)
     assert len(list((tmp_path / "predictions_dense").iterdir())) == 3
     files = PredictionFiles(tmp_path / "npz", classes=[None], format="npz")
     files.add(dense)
@@ -54,22 +54,23 @@ def test_other_outputs_become_arrays_and_several_outputs_several_files(tmp_path:
         assert np.array_equal(arrays["labels"], dense.argmax(1).numpy())
 
 
-def test_outputs_of_a_regression_are_plain_columns() -> None:
+def test_prediction_table_of_regression_has_plain_columns() -> None:
     values = np.array([[1.0, 2.0], [3.0, 4.0]])
-    assert list(table(values, classes=False).columns) == ["sample", "output_0", "output_1"]
-    assert table(values[:, 0], classes=False)["output"].tolist() == [1.0, 3.0]
+    columns = prediction_table(values, classes=False).columns
+    assert list(columns) == ["sample", "output_0", "output_1"]
+    assert prediction_table(values[:, 0], classes=False)["output"].tolist() == [1.0, 3.0]
 
 
-def test_leaves_that_belong_to_no_sample_are_left_out(tmp_path: Path) -> None:
+def test_outputs_without_sample_dimension_are_skipped(tmp_path: Path) -> None:
     files = PredictionFiles(tmp_path)
     files.add({"values": torch.rand(3), "loss": torch.tensor(0.5), "nothing": None})
     files.close()
     assert [path.name for path in tmp_path.iterdir()] == ["predictions_values.csv"]
 
 
-def test_images_of_one_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
+def test_images_with_the_same_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
     files = PredictionFiles(tmp_path, names=["cat.jpg", "cat.png"])
     files.add(torch.rand(2, 1, 4, 4))
     files.close()
-    found = sorted(path.name for path in (tmp_path / "predictions").iterdir())
-    assert found == ["cat.jpg.png", "cat.png.png"]
+    names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
+    assert names == ["cat.jpg.png", "cat.png.png"]

@@ -1,0 +1,74 @@
+"""Images of samples, read back from their files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from app.callbacks.image_grids import normalize_images
+from app.callbacks.samples import SampleImages
+from app.runtime.errors import UserError
+from tests.support.callback_events import send_stage
+
+
+def read_png(path: Path) -> Tensor:
+    """Return an image (3, height, width) in [0, 1]."""
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+
+
+def test_samples_of_segmentation_show_label_maps_below_inputs(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    callback = SampleImages(tmp_path, config, count=3)
+    labels = torch.randint(0, 4, (4, 8, 6), generator=torch.Generator().manual_seed(0))
+    logits = nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
+    images = torch.rand(4, 1, 8, 6)
+    targets = labels.clone()
+    targets[:, 0] = 255  # ignored
+    send_stage(
+        callback, [((images[:2], targets[:2]), logits[:2]), ((images[2:], targets[2:]), logits[2:])]
+    )
+    grid = read_png(tmp_path / "samples/epoch001_valid.png")
+    # 3 columns and 3 rows with a padding of 2 pixels
+    assert grid.shape == (3, 3 * (8 + 2) + 2, 3 * (6 + 2) + 2)
+    tiles = grid[:, 2:, 2:].unfold(1, 8, 10).unfold(2, 6, 8)
+    inputs, predicted, true = tiles[:, 0], tiles[:, 1], tiles[:, 2]
+    torch.testing.assert_close(inputs[0], normalize_images(images[:3])[:, 0], atol=1 / 255, rtol=0)
+    assert torch.equal(predicted[:, :, 1:], true[:, :, 1:])
+    assert true[:, :, 0].max() == 0
+    colors = {tuple(predicted[:, n, y, x].tolist()) for n, y, x in np.ndindex(3, 8, 6)}
+    assert len(colors) == 4
+
+
+def test_samples_of_different_sizes_are_enlarged(tmp_path: Path, config: dict[str, Any]) -> None:
+    outputs = {"image": torch.rand(2, 3, 8, 8), "code": torch.rand(2, 5)}
+    send_stage(
+        SampleImages(tmp_path, config, ["test"]),
+        [((torch.rand(2, 1, 4, 4), torch.zeros(2)), outputs)],
+        "test",
+    )
+    grid = read_png(tmp_path / "samples/epoch001_test.png")
+    assert grid.shape == (3, 2 * (8 + 2) + 2, 2 * (8 + 2) + 2)
+    expected = normalize_images(outputs["image"])[1]
+    torch.testing.assert_close(grid[:, 12:20, 12:20], expected, atol=1 / 255, rtol=0)
+
+
+def test_samples_without_image_inputs_log_a_warning(
+    tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    batch = (torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
+    send_stage(SampleImages(tmp_path, config), [(batch, torch.zeros(2, 3))])
+    assert "none of the inputs is an image" in caplog.text
+    assert not (tmp_path / "samples").exists()
+
+
+def test_samples_interval_of_zero_raises(tmp_path: Path, config: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="every_n_epochs=0; allowed: 1 or more"):
+        SampleImages(tmp_path, config, every_n_epochs=0)

@@ -1,0 +1,54 @@
+"""TensorBoard event files, read back with TensorBoard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from app.callbacks.tensorboard import TensorBoard
+from app.config.schema import GoalConfig
+from app.training.events import EpochEnd
+from tests.support.callback_events import send_stage, stage_result
+
+
+def test_graph_leaves_model_and_rng_unchanged(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784), nn.Dropout(0.5), nn.Linear(784, 10))
+    model[1].eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    rng_state = torch.get_rng_state()
+    callback = TensorBoard(tmp_path, model, config, graph=True)
+    images = torch.zeros(4, 1, 28, 28)
+    send_stage(callback, [((images, torch.zeros(4)), torch.zeros(4, 10))], "train")
+    assert [module.training for module in model] == [True, False, True, True]
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng_state)
+
+
+def test_graph_that_cannot_be_traced_logs_a_warning(
+    tmp_path: Path, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = TensorBoard(tmp_path, nn.Linear(3, 3), config, graph=True)
+    send_stage(callback, [((torch.zeros(4, 2), torch.zeros(4)), torch.zeros(4, 3))], "train")
+    assert "cannot log the graph of the model" in caplog.text
+
+
+def test_steps_continue_over_epochs_and_nan_weights_have_no_histogram(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, torch.nan)
+    callback = TensorBoard(tmp_path, model, config, histograms_every_n_epochs=2, hparams=False)
+    for epoch in (1, 2):
+        callback.on_stage_end(stage_result("train", epoch), [])
+        callback.on_epoch_end(EpochEnd(epoch, [], GoalConfig("loss", "min"), None, 1, 0.0))
+    callback.on_run_end([stage_result("train").row])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [scalar.step for scalar in events.Scalars("train_step/loss")] == [1, 2]
+    assert events.Tags()["histograms"] == ["weights/bias"]
+    assert [histogram.step for histogram in events.Histograms("weights/bias")] == [2]
