@@ -1,0 +1,29 @@
+"""Saving the state of training."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.checkpoint.train_state import TrainState
+from app.training.optim.weight_averaging import WeightAveraging
+from app.training.plan import SaveSchedule
+from app.training.supervised import SupervisedTask
+
+
+def test_save_best_in_background_ignores_later_changes(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    task = SupervisedTask(model, nn.MSELoss())
+    schedule = SaveSchedule(in_background=True)
+    state = TrainState(task, WeightAveraging(model), tmp_path, None, None, schedule)
+    expected, may_write = model.weight.detach().clone(), threading.Event()
+    state.writer.submit(lambda: may_write.wait(60) and None)
+    state.save_best()
+    model.weight.data.zero_()
+    may_write.set()
+    state.writer.wait()
+    assert torch.equal(load_checkpoint(tmp_path).model["weight"], expected)
