@@ -1,4 +1,4 @@
-"""Fixtures of all lanes; marks come from the folder."""
+"""Fixtures of all lanes; each test is marked with the name of its folder."""
 
 from __future__ import annotations
 
@@ -9,62 +9,63 @@ import pytest
 
 from app.distributed.launch.local import launch_local
 from app.experiment.entry import run_experiment
-from tests.support.processes import FAULTY, SHORT, SILENT, TESTS
-from tests.support.runs import FEW, Ran, job_for, run_app
-from tests.support.sweeps import Sweeps, in_this_process
+from tests.support.processes import FAULTY_TASK, SHORT_RUN, SILENT_LOGGING, SUPPORT_DIR
+from tests.support.runs import FEW_BATCHES, RunResult, job_for, run_app
+from tests.support.sweeps import RunSweep, sweep_runner
 
 LANES = Path(__file__).parent
 SLOWEST = ("test_sweep_pool", "test_sweep_search", "test_ranks", "test_launch", "test_sweep_runs")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark each test with its lane; start the slowest files first, so that no worker ends alone."""
+    """Mark each test with its lane, and start the slowest files first to keep all workers busy."""
     for item in items:
         item.add_marker(item.path.relative_to(LANES).parts[0])
     items.sort(key=lambda item: item.path.stem not in SLOWEST)
 
 
 @pytest.fixture
-def app(tmp_path: Path) -> Callable[..., Ran]:
-    """Runs the program in a folder of the test's own."""
+def app(tmp_path: Path) -> Callable[..., RunResult]:
+    """Function that runs the program in a temporary folder."""
 
-    def run(*words: str, **environment: str) -> Ran:
-        return run_app(tmp_path, *words, **environment)
+    def run(*arguments: str, **environment: str) -> RunResult:
+        return run_app(tmp_path, *arguments, **environment)
 
     return run
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> RunResult:
     """An MLP trained for two short epochs and tested on all of MNIST."""
     cwd = tmp_path_factory.mktemp("trained")
-    ran = run_app(cwd, "model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW)
-    assert ran.code == 0, ran.err + ran.out
-    return ran
+    overrides = ("model=mlp", "trainer.max_epochs=2", "tags=[a,b]", "notes=a note", *FEW_BATCHES)
+    result = run_app(cwd, *overrides)
+    assert result.code == 0, result.err + result.out
+    return result
 
 
 @pytest.fixture
-def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeps:
-    """Runs sweeps of short jobs in a folder of the test's own; gives their exit codes."""
-    return in_this_process(tmp_path, monkeypatch)
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunSweep:
+    """Function that runs sweeps of short jobs in a temporary folder and returns the exit code."""
+    return sweep_runner(tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of the test's own."""
+def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Runs two ranks in which something goes wrong; gives the run folder."""
-    monkeypatch.syspath_prepend(TESTS)
+def run_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Function that trains on several ranks with an injected fault and returns the run folder."""
+    monkeypatch.syspath_prepend(SUPPORT_DIR)
 
-    def run(fault: str, *words: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
+    def run(fault: str, *overrides: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
         monkeypatch.setenv("FAULT", fault)
-        job = job_for(*flags, *SHORT, *FAULTY, f"trainer.devices={size}", *words)
-        launch_local(run_experiment, job, tmp_path, size, SILENT)
+        arguments = (*flags, *SHORT_RUN, *FAULTY_TASK, f"trainer.devices={size}", *overrides)
+        launch_local(run_experiment, job_for(*arguments), tmp_path, size, SILENT_LOGGING)
         return tmp_path
 
     return run

@@ -1,4 +1,4 @@
-"""Run the program, and read what a run left."""
+"""Run the program, and read what a run wrote."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from app.experiment.job import make_job
 from app.runtime.errors import ConfigError
 from tests.support.warm import WarmCommand
 
-FEW = ("trainer.limit_train_batches=6", "trainer.limit_valid_batches=3", "data.batch_size=50")
+FEW_BATCHES = (
+    "trainer.limit_train_batches=6",
+    "trainer.limit_valid_batches=3",
+    "data.batch_size=50",
+)
 
 
 @dataclass(frozen=True)
-class Ran:
-    """What a command came to."""
+class RunResult:
+    """The exit code, output and working directory of a finished command."""
 
     code: int
     out: str
@@ -37,8 +41,8 @@ class Ran:
     @property
     def folder(self) -> Path:
         """The run folder, which must be the only one."""
-        (found,) = self.folders
-        return found
+        (folder,) = self.folders
+        return folder
 
     @property
     def folders(self) -> list[Path]:
@@ -59,42 +63,42 @@ class Ran:
         return content
 
 
-def run_app(cwd: Path, *words: str, **environment: str) -> Ran:
-    """`python -m app` with those words, in that folder."""
-    with tempfile.TemporaryDirectory() as text:
-        process = WarmCommand(cwd, words, environment, err=Path(text, "err"))
+def run_app(cwd: Path, *arguments: str, **environment: str) -> RunResult:
+    """Run `python -m app` in a working directory, in a process that has already imported torch."""
+    with tempfile.TemporaryDirectory() as temp:
+        process = WarmCommand(cwd, arguments, environment, err=Path(temp, "err"))
         try:
             out, _ = process.communicate(280)
         finally:
             process.kill()
         assert process.returncode is not None
-        return Ran(process.returncode, out, Path(text, "err").read_text(), cwd)
+        return RunResult(process.returncode, out, Path(temp, "err").read_text(), cwd)
 
 
-def run_cold(cwd: Path, *words: str, **environment: str) -> Ran:
-    """The same from a shell, with all that Python has to import."""
-    command = [sys.executable, "-m", "app", *words]
+def run_cold(cwd: Path, *arguments: str, **environment: str) -> RunResult:
+    """Run `python -m app` in a new Python process, as from a shell."""
+    command = [sys.executable, "-m", "app", *arguments]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=280, env=os.environ | environment
     )
-    return Ran(done.returncode, done.stdout, done.stderr, cwd)
+    return RunResult(done.returncode, done.stdout, done.stderr, cwd)
 
 
-def job_for(*words: str) -> Job:
-    """The job of a command line, without running it."""
+def job_for(*arguments: str) -> Job:
+    """Return the job of a command line without running it."""
     resolvers.register()
-    ((composed, mistakes),) = compositions(get_args_parser().parse_args(list(words)))
-    if mistakes:
-        raise ConfigError(mistakes)
+    ((composed, issues),) = compositions(get_args_parser().parse_args(list(arguments)))
+    if issues:
+        raise ConfigError(issues)
     return make_job(composed)
 
 
-def mistakes_in(*words: str) -> list[str]:
-    """What is wrong with a command line, a text for each mistake."""
+def config_issues(*arguments: str) -> list[str]:
+    """Return the text of each error in the configuration of a command line."""
     resolvers.register()
     found: list[str] = []
-    for composed, refused in compositions(get_args_parser().parse_args(list(words))):
-        found += map(str, refused)
+    for composed, issues in compositions(get_args_parser().parse_args(list(arguments))):
+        found += map(str, issues)
         try:
             make_job(composed)
         except ConfigError as error:

@@ -1,7 +1,7 @@
-"""Commands in processes forked from one that has torch already, so that they start in no time.
+"""Run commands in processes forked from one that has already imported torch, so they start fast.
 
-They are processes of their own with their own files, environment and signals; only Python and the
-libraries have been imported before.
+Each command is a separate process with its own files, environment and signal handlers; only Python
+and the libraries have been loaded before.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from app.distributed.launch.local import PRELOADED
+from app.distributed.launch.local import PRELOAD_MODULES
 
 
 class WarmCommand:
-    """A command under way, used as a `subprocess.Popen` is; it has a session of its own.
+    """A running command with the interface of `subprocess.Popen`, in a session of its own.
 
     Args:
-        cwd: Where it runs.
-        words: What follows `python -m app`.
-        environment: Variables beside those of this process.
-        err: The file for what it says of errors; None where that goes with the rest.
-        module: What Python runs, instead of `app`.
+        cwd: Its working directory.
+        arguments: What follows `python -m app`.
+        environment: Variables to add to those of this process.
+        err: File for stderr; None sends stderr to stdout.
+        module: The module to run instead of `app`.
     """
 
     def __init__(
         self,
         cwd: Path,
-        words: Sequence[str],
+        arguments: Sequence[str],
         environment: Mapping[str, str],
         err: Path | None = None,
         module: str = "app",
     ) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        self.words, self.told = words, b""
-        self.pipe, its = context.Pipe(duplex=False)
-        given = (cwd, module, words, {**os.environ, **environment}, its, err)
-        self.process = context.Process(target=_work, args=given)
+        context.set_forkserver_preload(PRELOAD_MODULES)
+        self.arguments, self.output = arguments, b""
+        self.pipe, child_pipe = context.Pipe(duplex=False)
+        args = (cwd, module, arguments, {**os.environ, **environment}, child_pipe, err)
+        self.process = context.Process(target=_child_main, args=args)
         self.process.start()
-        its.close()
-        atexit.register(self.kill)  # else multiprocessing would wait for what a failed test leaves
+        child_pipe.close()
+        atexit.register(self.kill)  # at exit, multiprocessing joins processes of failed tests
         assert self.process.pid is not None
         self.pid = self.process.pid
 
     @property
     def returncode(self) -> int | None:
-        """As of a `subprocess.Popen`: below 0 where a signal has ended it."""
+        """Exit code as in `subprocess.Popen`: negative if a signal ended the process."""
         return self.process.exitcode
 
     def poll(self) -> int | None:
@@ -69,33 +69,33 @@ class WarmCommand:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, timeout: float = 280.0) -> tuple[str, None]:
-        """All that it has said, once it and whoever else might say something has ended."""
-        until = time.monotonic() + timeout
+        """Wait for the command and everything that shares its output, and return the output."""
+        deadline = time.monotonic() + timeout
         while not self.pipe.closed:
-            if not select.select([self.pipe], [], [], max(0.0, until - time.monotonic()))[0]:
-                raise subprocess.TimeoutExpired(self.words, timeout, self.told)
-            said = os.read(self.pipe.fileno(), 65536)
-            self.told += said
-            if not said:
+            if not select.select([self.pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                raise subprocess.TimeoutExpired(self.arguments, timeout, self.output)
+            chunk = os.read(self.pipe.fileno(), 65536)
+            self.output += chunk
+            if not chunk:
                 self.pipe.close()
-        self.process.join(max(0.0, until - time.monotonic()))
+        self.process.join(max(0.0, deadline - time.monotonic()))
         if self.returncode is None:
-            raise subprocess.TimeoutExpired(self.words, timeout, self.told)
-        return self.told.decode(), None
+            raise subprocess.TimeoutExpired(self.arguments, timeout, self.output)
+        return self.output.decode(), None
 
 
-def _work(
+def _child_main(
     cwd: Path,
     module: str,
-    words: Sequence[str],
+    arguments: Sequence[str],
     environment: dict[str, str],
     out: Connection,
     err: Path | None,
 ) -> None:
     os.setsid()
-    _as_by_a_shell(cwd, environment)
-    _write_to(out, err)
-    sys.argv = [module, *words]
+    _reset_process(cwd, environment)
+    _redirect_output(out, err)
+    sys.argv = [module, *arguments]
     sys.path[:0] = [str(cwd), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     if "OMP_NUM_THREADS" in environment:
         import torch
@@ -109,17 +109,18 @@ def _work(
         sys.stderr.flush()
 
 
-def _as_by_a_shell(cwd: Path, environment: dict[str, str]) -> None:
+def _reset_process(cwd: Path, environment: dict[str, str]) -> None:
+    """Restore what a process started from a shell would have."""
     for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # as in any other process
+    mp.set_start_method(mp.get_all_start_methods()[0], force=True)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
 
 
-def _write_to(out: Connection, err: Path | None) -> None:
+def _redirect_output(out: Connection, err: Path | None) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out.fileno(), 1)
     os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT, 0o644) if err else 1, 2)
