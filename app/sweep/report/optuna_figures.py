@@ -1,4 +1,4 @@
-"""Optuna's own pictures of a study, for the page of a sweep."""
+"""Optuna's plots of a study, for the page of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import optuna
 from optuna import visualization
 from optuna.study import Study, StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from app.training.pruning import make_storage
 
@@ -21,42 +21,43 @@ PLOTS: dict[str, Callable[..., Any]] = {
 
 
 def study_figures(storage: str, name: str, objectives: Sequence[str]) -> dict[str, str]:
-    """By heading plotly's JSON; none of what too few trials can tell.
+    """Return Plotly figures of a study as JSON by heading; those need enough completed trials.
 
     Args:
-        storage: Where the study is kept, as `app.training.pruning.make_storage` takes it.
-        name: Of the study.
-        objectives: Their names.
+        storage: Storage of the study, as `app.training.pruning.make_storage` takes it.
+        name: Name of the study.
+        objectives: Names of the objectives.
     """
     study = optuna.load_study(study_name=name, storage=make_storage(storage))
-    return _drawn(study, objectives)
+    return _plot_study(study, objectives)
 
 
-def _drawn(study: Study, names: Sequence[str]) -> dict[str, str]:
-    done = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
-    if not done:
+def _plot_study(study: Study, names: Sequence[str]) -> dict[str, str]:
+    completed = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    if not completed:
         return {}
-    drawn: dict[str, str] = {}
-    for place, name in enumerate(names):
-        of_name: dict[str, Any] = {"target_name": name}
+    figures: dict[str, str] = {}
+    for index, name in enumerate(names):
+        target: dict[str, Any] = {"target_name": name}
         if len(names) > 1:
-            of_name["target"] = partial(_value, place)
-        plots = {title: draw(study, **of_name) for title, draw in PLOTS.items()}
-        if len({trial.values[place] for trial in done}) > 1:
-            if study.directions[place] is StudyDirection.MAXIMIZE and len(names) > 1:
-                of_name["target"] = partial(_negative, place)  # what makes it low is looked for
-            plots["Importance"] = visualization.plot_param_importances(study, **of_name)
-        drawn |= {f"{title}, {name}": figure.to_json() for title, figure in plots.items()}
+            target["target"] = partial(_objective_value, index)
+        plots = {title: plot(study, **target) for title, plot in PLOTS.items()}
+        if len({trial.values[index] for trial in completed}) > 1:
+            if study.directions[index] is StudyDirection.MAXIMIZE and len(names) > 1:
+                # With a target, importance is measured for low values.
+                target["target"] = partial(_negative_objective_value, index)
+            plots["Importance"] = visualization.plot_param_importances(study, **target)
+        figures |= {f"{title}, {name}": figure.to_json() for title, figure in plots.items()}
     if 2 <= len(names) <= 3:
         front = visualization.plot_pareto_front(study, target_names=list(names))
-        drawn["Pareto front"] = front.to_json()
-    return drawn
+        figures["Pareto front"] = front.to_json()
+    return figures
 
 
-def _value(place: int, trial: Any) -> float:
-    value: float = trial.values[place]
+def _objective_value(index: int, trial: FrozenTrial) -> float:
+    value: float = trial.values[index]
     return value
 
 
-def _negative(place: int, trial: Any) -> float:
-    return -_value(place, trial)
+def _negative_objective_value(index: int, trial: FrozenTrial) -> float:
+    return -_objective_value(index, trial)

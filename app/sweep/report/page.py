@@ -1,4 +1,4 @@
-"""One HTML page that shows a sweep: its table, its curves, and what its keys did."""
+"""A self-contained HTML page of a sweep: its table, learning curves and swept keys."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
 from app.sweep.report.table import Results
 
-JsonValue: TypeAlias = str | int | float | bool | None  # what JSON has
+JsonValue: TypeAlias = str | int | float | bool | None
 Curves: TypeAlias = dict[str, dict[str, list[JsonValue]]]  # by stage, then by quantity
 
 NOT_DRAWN = {"stage", "loss_std", "total_samples", "total_correct"}
 
 
 def render_page(results: Results, figures: Mapping[str, str]) -> str:
-    """A page that needs nothing beside itself, and may load nothing.
+    """Return an HTML page that loads nothing from elsewhere.
 
     Args:
-        results: Its texts may hold anything: they are shown, never run.
-        figures: By heading: Plotly figures as JSON, drawn at the end.
+        results: Results of the sweep; its texts may contain anything, as they are never run.
+        figures: Plotly figures as JSON by heading, drawn at the end of the page.
     """
     scripts = {"plotly": get_plotlyjs(), "script": _read("page.js")}
     return Template(_read("page.html")).substitute(
@@ -37,7 +37,7 @@ def render_page(results: Results, figures: Mapping[str, str]) -> str:
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts.values()),
         title=html.escape(results.title),
         style=_read("page.css"),
-        content=_embedded(_content(results, figures)),
+        content=_embeddable_json(_content(results, figures)),
     )
 
 
@@ -49,8 +49,8 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _embedded(content: Mapping[str, object]) -> str:
-    """JSON for inside a script element, which only a `<` could end."""
+def _embeddable_json(content: Mapping[str, object]) -> str:
+    """JSON without `<`, which could end the script element that contains it."""
     return json.dumps(content, allow_nan=False).replace("<", r"\u003c")
 
 
@@ -59,7 +59,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
     folders = table.reindex(columns=["folder"])["folder"]
     return {
         "columns": [str(column) for column in table.columns],
-        "rows": [[_value(cell) for cell in row] for row in table.to_dict("split")["data"]],
+        "rows": [[_json_value(cell) for cell in row] for row in table.to_dict("split")["data"]],
         "labels": run_labels(results),
         "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
         "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
@@ -79,7 +79,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
     }
 
 
-def _value(cell: object) -> JsonValue:
+def _json_value(cell: object) -> JsonValue:
     if isinstance(cell, bool | str):
         return cell
     if isinstance(cell, int | float):
@@ -88,11 +88,11 @@ def _value(cell: object) -> JsonValue:
 
 
 def _axis(values: list[object]) -> dict[str, object]:
-    """A key's scale, and for each run its place there."""
-    kind = axis_scale(values)
+    """The scale of a swept key, and the value of each run on it."""
+    scale = axis_scale(values)
     numbers: list[JsonValue] = [value if is_number(value) else None for value in values]
-    words: list[JsonValue] = [format_value(value) for value in values]
-    return {"scale": kind, "values": words if kind == "category" else numbers}
+    texts: list[JsonValue] = [format_value(value) for value in values]
+    return {"scale": scale, "values": texts if scale == "category" else numbers}
 
 
 def _curves(history: pd.DataFrame) -> Curves:
@@ -105,7 +105,7 @@ def _curves(history: pd.DataFrame) -> Curves:
     }
     return {
         str(stage): {
-            name: [_short(value) for value in rows[column].tolist()]
+            name: [_round(value) for value in rows[column].tolist()]
             for column, name in names.items()
             if rows[column].notna().any()
         }
@@ -113,10 +113,7 @@ def _curves(history: pd.DataFrame) -> Curves:
     }
 
 
-def _short(value: float) -> JsonValue:
-    """No more digits than a curve can show: the page of many runs stays small."""
-    return (
-        float(f"{value:.6g}")
-        if isinstance(value, float) and math.isfinite(value)
-        else _value(value)
-    )
+def _round(value: float) -> JsonValue:
+    """Round to the digits that a curve can show, which keeps the page of many runs small."""
+    is_rounded = isinstance(value, float) and math.isfinite(value)
+    return float(f"{value:.6g}") if is_rounded else _json_value(value)

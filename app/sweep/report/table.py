@@ -1,4 +1,4 @@
-"""The table of a sweep, or of any runs: a line for each, read from their folders."""
+"""The table of a sweep, or of any runs: one row per run, read from the run folders."""
 
 from __future__ import annotations
 
@@ -22,18 +22,40 @@ from app.training.history import goal_value
 
 SEED = "seed"
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}
-OWN = ("name", "hydra")  # keys that differ anyway
+ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs compare
+
+
+@dataclass(frozen=True)
+class Results:
+    """Source of the tables, the plots and the page.
+
+    Attributes:
+        title: Title of the page; the name of the folder.
+        table: One row per run, as in `sweep.csv`; values are missing where a run has none yet.
+        keys: Columns of the table that were swept, or that differ between single runs.
+        goals: Goals of the runs, the most frequent first; their columns are `best_<metric>` and
+            `last_<metric>`.
+        curves: Summary table of each run (epoch, stage, loss_mean, accuracy, ...) by its `folder`
+            in the table, one row per finished stage.
+    """
+
+    title: str
+    table: pd.DataFrame
+    keys: list[str]
+    goals: list[MonitorConfig]
+    curves: dict[str, pd.DataFrame]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run, and what is known of it beside its folder.
+    """A run to be listed in a table.
 
     Attributes:
-        folder: Its own.
-        number: In its sweep; None where it is of none.
-        values: By swept key.
-        attempts: How often it was begun.
+        folder: Run folder.
+        number: Number of the job in its sweep; None for a single run.
+        values: Values of the swept keys, or of the command line of a single run.
+        attempts: How often the run was started, not counting interruptions.
+        outcome: Status of the run.
     """
 
     folder: Path
@@ -44,7 +66,7 @@ class Run:
 
 
 def list_runs(folder: Path) -> list[Run]:
-    """Of a sweep its jobs, of a run itself, of any other folder all runs below it."""
+    """Return the jobs of a sweep, a single run, or all runs below any other folder."""
     sweep = SweepFolder(folder)
     if sweep.exists:
         return [
@@ -59,20 +81,20 @@ def list_runs(folder: Path) -> list[Run]:
             for outcome in [read_run_status(sweep.run_folder(job))]
         ]
     if (folder / "status.json").exists():
-        return [Run(folder, None, _typed(folder), 1, read_run_status(folder))]
+        return [Run(folder, None, _cli_values(folder), 1, read_run_status(folder))]
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return [run for path in inside if not path.name.startswith(".") for run in list_runs(path)]
 
 
-def _typed(folder: Path) -> dict[str, Any]:
-    """What was typed for a single run."""
+def _cli_values(folder: Path) -> dict[str, Any]:
+    """Values that were set on the command line of a single run."""
     path = folder / ".hydra" / "overrides.yaml"
-    words = yaml.safe_load(path.read_text()) if path.exists() else []
-    pairs = [str(word).partition("=") for word in words]
-    return {key.lstrip("+"): _plain(text) for key, _, text in pairs if not key.startswith("~")}
+    overrides = yaml.safe_load(path.read_text()) if path.exists() else []
+    pairs = [str(override).partition("=") for override in overrides]
+    return {key.lstrip("+"): _scalar(text) for key, _, text in pairs if not key.startswith("~")}
 
 
-def _plain(text: str) -> Any:
+def _scalar(text: str) -> Any:
     value = parse_value(text)
     return str(value) if isinstance(value, (dict, list)) else value
 
@@ -80,56 +102,58 @@ def _plain(text: str) -> Any:
 def collect_results(
     title: str, runs: Sequence[Run], relative_to: Path, curves: bool = True
 ) -> Results:
-    """The table of runs, and their curves.
+    """Read the table of runs, and their curves.
 
     Args:
-        title: Of the page.
-        runs: In the order of the table.
-        relative_to: Their folders are given so.
-        curves: Are read, too; a table alone takes less time.
+        title: Title of the page.
+        runs: Runs in the order of the table.
+        relative_to: Folder to which the run folders in the table are relative.
+        curves: Whether to read the curves, too; False is faster.
     """
-    keys = _keys(runs)
-    goals = _goals(runs)
+    keys = _varied_keys(runs)
+    goals = _count_goals(runs)
     rows = [_row(run, keys, relative_to) for run in runs]
-    table = pd.DataFrame({name: _column(rows, name) for name in _columns(rows, keys, goals)})
+    table = pd.DataFrame({name: _column(rows, name) for name in _column_names(rows, keys, goals)})
     folders = {str(row["folder"]): run.folder for run, row in zip(runs, rows, strict=True)}
-    read = {name: _curve(folder) for name, folder in folders.items()} if curves else {}
+    read = {name: _read_curve(folder) for name, folder in folders.items()} if curves else {}
     return Results(title, table, keys, goals, read)
 
 
-def _keys(runs: Sequence[Run]) -> list[str]:
-    """What was swept; of single runs, what differs."""
+def _varied_keys(runs: Sequence[Run]) -> list[str]:
+    """Keys that were swept, then those that differ between single runs."""
     swept = dict.fromkeys(key for run in runs if run.number is not None for key in run.values)
-    typed = dict.fromkeys(key for run in runs for key in run.values)
-    differ = [key for key in typed if key not in swept and _differs(runs, key)]
-    return [*swept, *differ]
+    candidates = dict.fromkeys(key for run in runs for key in run.values)
+    different = [key for key in candidates if key not in swept and _is_different(runs, key)]
+    return [*swept, *different]
 
 
-def _differs(runs: Sequence[Run], key: str) -> bool:
-    return key.partition(".")[0] not in OWN and len({repr(_value(run, key)) for run in runs}) > 1
+def _is_different(runs: Sequence[Run], key: str) -> bool:
+    if key.partition(".")[0] in ALWAYS_DIFFERENT:
+        return False
+    return len({repr(_key_value(run, key)) for run in runs}) > 1
 
 
-def _value(run: Run, key: str) -> Any:
-    """As swept or typed, else as the run's configuration has it."""
+def _key_value(run: Run, key: str) -> Any:
+    """The value of a key in a run's overrides, its group choices or its configuration."""
     if key in run.values:
         return run.values[key]
-    choices = _yaml(run.folder / ".hydra" / "hydra.yaml")
-    chosen = choices.get("hydra", {}).get("runtime", {}).get("choices", {})
-    if key in chosen:
-        return chosen[key]
-    config: Any = _yaml(run.folder / "config.yaml")
+    hydra = _read_yaml(run.folder / ".hydra" / "hydra.yaml")
+    choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
+    if key in choices:
+        return choices[key]
+    value: Any = _read_yaml(run.folder / "config.yaml")
     for name in key.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return None if isinstance(config, dict) else config
+        value = value.get(name) if isinstance(value, dict) else None
+    return None if isinstance(value, dict) else value
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
-def _goals(runs: Sequence[Run]) -> list[MonitorConfig]:
-    found = [_goal(run) for run in runs if run.outcome.content.get("goal")]
-    return [MonitorConfig(metric, mode) for (metric, mode), _ in Counter(found).most_common()]
+def _count_goals(runs: Sequence[Run]) -> list[MonitorConfig]:
+    goals = [_goal(run) for run in runs if run.outcome.content.get("goal")]
+    return [MonitorConfig(metric, mode) for (metric, mode), _ in Counter(goals).most_common()]
 
 
 def _goal(run: Run) -> tuple[str, Any]:
@@ -139,36 +163,29 @@ def _goal(run: Run) -> tuple[str, Any]:
 
 def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
     content = run.outcome.content
-    rows = content.get("metrics") or {}
-    test = rows.get("test", {})
+    metrics = content.get("metrics") or {}
+    test = metrics.get("test", {})
     return {
         "job": run.number,
         "status": run.outcome.status,
-        **{key: _value(run, key) for key in keys},
+        **{key: _key_value(run, key) for key in keys},
         **(_goal_columns(content, MonitorConfig(*_goal(run))) if content.get("goal") else {}),
-        **{f"test/{_short(name)}": test[name] for name in test if name not in NOT_RESULTS},
+        **{f"test/{_short_name(name)}": test[name] for name in test if name not in NOT_RESULTS},
         "seconds": content.get("seconds"),
-        "samples/s": rows.get("train", {}).get("samples/s"),
+        "samples/s": metrics.get("train", {}).get("samples/s"),
         "peak_memory_bytes": content.get("peak_memory_bytes"),
-        **_given(content, "peak_device_memory_bytes"),
+        **_optional(content, "peak_device_memory_bytes"),
         "attempts": run.attempts,
         "folder": os.path.relpath(run.folder, relative_to),
         "error": run.outcome.error,
     }
 
 
-def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pd.Series[Any]:
-    """Whole numbers stay so where some runs have none."""
-    values = [row.get(name) for row in rows]
-    whole = all(value is None or type(value) is int for value in values)
-    return pd.Series(values, dtype=object if whole and None in values else None)
-
-
-def _given(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _optional(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {name: content[name]} if name in content else {}
 
 
-def _short(name: str) -> str:
+def _short_name(name: str) -> str:
     return "loss" if name == "loss_mean" else name
 
 
@@ -182,20 +199,28 @@ def _goal_columns(content: Mapping[str, Any], goal: MonitorConfig) -> dict[str, 
     }
 
 
-def _columns(
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pd.Series[Any]:
+    """A column in which integers stay integers even if some runs have none."""
+    values = [row.get(name) for row in rows]
+    is_integer = all(value is None or type(value) is int for value in values)
+    return pd.Series(values, dtype=object if is_integer and None in values else None)
+
+
+def _column_names(
     rows: Iterable[Mapping[str, Any]], keys: Sequence[str], goals: Sequence[MonitorConfig]
 ) -> list[str]:
-    """Always in the same order, whichever run has come furthest."""
+    """Columns of the table, in an order that does not depend on how far each run has come."""
     found = dict.fromkeys(name for row in rows for name in row)
     values = [c for goal in goals for c in (f"best_{goal.metric}", f"last_{goal.metric}")]
     values = [*values[:1], "best_epoch", *values[1:]] if values else []
     test = [name for name in found if name.startswith("test/") and name not in keys]
-    last = ["seconds", "samples/s", "peak_memory_bytes", "peak_device_memory_bytes"]
-    known = [name for name in last if name in found or name != last[-1]]
-    return ["job", "status", *keys, *values, *test, *known, "attempts", "folder", "error"]
+    costs = ["seconds", "samples/s", "peak_memory_bytes"]
+    if "peak_device_memory_bytes" in found:
+        costs.append("peak_device_memory_bytes")
+    return ["job", "status", *keys, *values, *test, *costs, "attempts", "folder", "error"]
 
 
-def _curve(folder: Path) -> pd.DataFrame:
+def _read_curve(folder: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(folder / "summary_table.csv")
     except (FileNotFoundError, EmptyDataError):
@@ -203,35 +228,38 @@ def _curve(folder: Path) -> pd.DataFrame:
 
 
 def aggregate_by_config(results: Results) -> pd.DataFrame:
-    """Mean and standard deviation (of a sample) over seeds, a line for each other configuration.
+    """Return the mean and sample standard deviation over seeds, one row per other configuration.
 
-    Only completed runs count; `jobs` says how many there are, `completed` how many have.
+    Only completed runs count. The column `jobs` has the number of runs, `completed` the number of
+    completed ones.
     """
     table, keys = results.table, [key for key in results.keys if key != SEED]
-    numbers = [c for c in table.columns if c.startswith(("best_", "last_", "test/"))]
-    numbers = [c for c in [*numbers, "seconds", "samples/s"] if c not in results.keys]
-    lines = []
-    for values, rows in _groups(table, keys):
-        done = rows[rows["status"] == COMPLETED]
-        line: dict[str, Any] = dict(zip(keys, values, strict=True))
-        line |= {"jobs": len(rows), "completed": len(done)}
-        for name in numbers:
-            column = pd.to_numeric(done[name], errors="coerce")
-            line |= {f"{name}_mean": column.mean(), f"{name}_std": column.std()}
-        lines.append(line)
-    return pd.DataFrame(lines)
+    numeric = [c for c in table.columns if c.startswith(("best_", "last_", "test/"))]
+    numeric = [c for c in [*numeric, "seconds", "samples/s"] if c not in results.keys]
+    rows = []
+    for values, runs in _group_by(table, keys):
+        completed = runs[runs["status"] == COMPLETED]
+        row: dict[str, Any] = dict(zip(keys, values, strict=True))
+        row |= {"jobs": len(runs), "completed": len(completed)}
+        for name in numeric:
+            column = pd.to_numeric(completed[name], errors="coerce")
+            row |= {f"{name}_mean": column.mean(), f"{name}_std": column.std()}
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def _groups(table: pd.DataFrame, keys: list[str]) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
+def _group_by(
+    table: pd.DataFrame, keys: list[str]
+) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
     if not keys:
         return [((), table)]
-    text = [table[key].map(repr) for key in keys]  # values may be of several types
-    groups = table.groupby(text, sort=False)
+    texts = [table[key].map(repr) for key in keys]  # values may be of several types
+    groups = table.groupby(texts, sort=False)
     return [(tuple(rows.iloc[0][key] for key in keys), rows) for _, rows in groups]
 
 
 def sort_by_goal(results: Results) -> pd.DataFrame:
-    """The table, the best by the first goal first, those without a value last."""
+    """Return the table with the best run by the first goal on top, runs without a value last."""
     if not results.goals:
         return results.table
     goal = results.goals[0]
@@ -245,32 +273,11 @@ def sort_by_goal(results: Results) -> pd.DataFrame:
 
 
 def best_run(results: Results) -> pd.Series[Any] | None:
-    """The line of the best run; None where none has a value."""
+    """Return the row of the best run; None if no run has a value."""
     if not results.goals:
         return None
     column = f"best_{results.goals[0].metric}"
-    for _, line in sort_by_goal(results).iterrows():
-        if line[column] is not None and not math.isnan(float(line[column])):
-            return line
+    for _, row in sort_by_goal(results).iterrows():
+        if row[column] is not None and not math.isnan(float(row[column])):
+            return row
     return None
-
-
-@dataclass(frozen=True)
-class Results:
-    """What the table, the pictures and the page are made of.
-
-    Attributes:
-        title: Of the page, as the name of the sweep's folder.
-        table: A line for each run, as in `sweep.csv`; without a value where a run has none yet.
-        keys: The columns of the table that were swept, or that differ.
-        goals: What the runs were to reach, the most frequent first; their columns are
-            `best_<metric>` and `last_<metric>`.
-        curves: By the table's column `folder`: a run's summary table (epoch, stage, loss_mean,
-            accuracy, ...), a line for each finished stage.
-    """
-
-    title: str
-    table: pd.DataFrame
-    keys: list[str]
-    goals: list[MonitorConfig]
-    curves: dict[str, pd.DataFrame]

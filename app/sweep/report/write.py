@@ -1,4 +1,4 @@
-"""What a sweep leaves: tables, pictures, the page, and a few lines on the terminal."""
+"""Write the report of a sweep: tables, plots, the page, and a leaderboard in the log."""
 
 from __future__ import annotations
 
@@ -29,12 +29,31 @@ from app.sweep.report.table import (
 )
 
 log = logging.getLogger(__name__)
-SHOWN = 20  # lines of the leaderboard on the terminal
-TABLE, BY_CONFIG, PAGE, PICTURES = "sweep.csv", "sweep_by_config.csv", "sweep.html", "plots"
+LEADERBOARD_ROWS = 20
+TABLE_FILE, BY_CONFIG_FILE = "sweep.csv", "sweep_by_config.csv"
+PAGE_FILE, PLOTS_FOLDER = "sweep.html", "plots"
+
+
+def write_report(folder: Path) -> Results:
+    """Write tables, plots and the page of a sweep, and log its leaderboard."""
+    results = update_tables(folder, curves=True)
+    write_page_and_plots(results, folder, search_figures(SweepFolder(folder)))
+    lines = [
+        "the runs, best first:",
+        leaderboard(results, folder),
+        f"everything is in {folder}; the page is {PAGE_FILE}",
+    ]
+    log.info("%s", "\n".join(lines))
+    return results
 
 
 def update_tables(folder: Path, curves: bool = False) -> Results:
-    """The tables as they stand now; several processes may do so at once."""
+    """Write the tables of a sweep as it is now; several processes may do so at the same time.
+
+    Args:
+        folder: Folder of the sweep.
+        curves: Whether the results should include the learning curves.
+    """
     lock = FileLock(folder / STATE_FOLDER / "table.lock")
     try:
         (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
@@ -49,26 +68,19 @@ def update_tables(folder: Path, curves: bool = False) -> Results:
     return results
 
 
-def write_report(folder: Path) -> Results:
-    """Everything, at the end of a sweep."""
-    results = update_tables(folder, curves=True)
-    write_page_and_plots(results, folder, optuna_figures(SweepFolder(folder)))
-    told = [
-        "the runs, best first:",
-        leaderboard(results, folder),
-        f"everything is in {folder}; the page is {PAGE}",
-    ]
-    log.info("%s", "\n".join(told))
-    return results
+def write_tables(results: Results, folder: Path) -> None:
+    """Write `sweep.csv`, and `sweep_by_config.csv` with the statistics over seeds."""
+    write_csv(folder / TABLE_FILE, results.table)
+    write_csv(folder / BY_CONFIG_FILE, aggregate_by_config(results))
 
 
-def optuna_figures(folder: SweepFolder) -> dict[str, str]:
-    """Optuna's own, where it was a search: by heading, plotly's JSON."""
+def search_figures(folder: SweepFolder) -> dict[str, str]:
+    """Return Optuna's Plotly figures of a search as JSON by heading; none for a grid."""
     study = folder.study
     if study is None:
         return {}
     if find_spec("optuna") is None:
-        log.warning("the library optuna is not installed: the page is without its pictures")
+        log.warning("optuna is not installed: the page is written without plots of the search")
         return {}
     from app.sweep.report.optuna_figures import study_figures
 
@@ -76,62 +88,62 @@ def optuna_figures(folder: SweepFolder) -> dict[str, str]:
     return study_figures(storage, study["name"], study["objectives"])
 
 
-def write_tables(results: Results, folder: Path) -> None:
-    """`sweep.csv`, and `sweep_by_config.csv` over seeds."""
-    write_csv(folder / TABLE, results.table)
-    write_csv(folder / BY_CONFIG, aggregate_by_config(results))
-
-
 def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
-    """`sweep.html`, and `plots/` for papers."""
+    """Write `sweep.html`, and PNG files to `plots/`.
+
+    Args:
+        results: Results of the sweep.
+        folder: Folder to write to.
+        figures: Further Plotly figures for the page, as JSON by heading.
+    """
     from app.sweep.report.page import render_page
     from app.sweep.report.plots import make_plots
 
-    write_text(folder / PAGE, render_page(results, figures))
+    write_text(folder / PAGE_FILE, render_page(results, figures))
     for name, figure in make_plots(results).items():
-        save_figure(folder / PICTURES / name, figure)
+        save_figure(folder / PLOTS_FOLDER / name, figure)
 
 
 def leaderboard(results: Results, folder: Path) -> str:
-    """The best runs, and how to test the best of them."""
+    """Return the best runs as text, with the command that tests the best of them."""
     if results.table.empty:
         return "no run yet"
     values = [f"{kind}_{goal.metric}" for goal in results.goals for kind in ("best", "last")]
     test = [name for name in results.table.columns if name.startswith("test/")][:2]
     columns = ["job", "status", *results.keys, *values, *test, "seconds"]
-    shown = sort_by_goal(results)[columns].map(_brief)
-    lines = [shown.head(SHOWN).to_string(index=False)]
-    if len(shown) > SHOWN:
-        lines.append(f"... and {len(shown) - SHOWN} more in {TABLE}")
+    table = sort_by_goal(results)[columns].map(_format_cell)
+    lines = [table.head(LEADERBOARD_ROWS).to_string(index=False)]
+    if len(table) > LEADERBOARD_ROWS:
+        lines.append(f"... and {len(table) - LEADERBOARD_ROWS} more in {TABLE_FILE}")
     best = best_run(results)
     if best is not None:
         column = f"best_{results.goals[0].metric}"
         ckpt = folder / str(best["folder"])
         lines.append(f"best: {column}={best[column]:.6g} in {ckpt.name}; to test it:")
-        lines.append(f"  python -m app mode=test {shlex.quote(f'ckpt={_typed(ckpt)}')}")
+        lines.append(f"  python -m app mode=test {shlex.quote(f'ckpt={_override_value(ckpt)}')}")
     return "\n".join(lines)
 
 
-def _typed(path: Path) -> str:
-    """As Hydra reads it: in quotes where it has more than plain characters."""
-    text = str(_short(path))
-    plain = all(letter.isalnum() or letter in "/._-" for letter in text)
-    return text if plain else quote(text)
+def _override_value(path: Path) -> str:
+    """A path as a value of an override, quoted if it has more than plain characters."""
+    text = str(_relative_to_cwd(path))
+    is_plain = all(letter.isalnum() or letter in "/._-" for letter in text)
+    return text if is_plain else quote(text)
 
 
-def _short(path: Path) -> Path:
+def _relative_to_cwd(path: Path) -> Path:
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _brief(value: Any) -> str:
+def _format_cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def exit_code(folder: SweepFolder, failure: int) -> int:
-    """0 where every job, or its repetition, is over; else `failure`."""
-    over = [job for job in folder.jobs if read_run_status(folder.run_folder(job)).is_finished]
-    done = {job.number for job in over} | {job.retry_of for job in over}
+    """Return 0 if every job or a retry of it has finished, else `failure`."""
+    finished = [job for job in folder.jobs if read_run_status(folder.run_folder(job)).is_finished]
+    done = {job.number for job in finished} | {job.retry_of for job in finished}
     return 0 if all(job.number in done for job in folder.jobs) else failure
