@@ -1,4 +1,5 @@
-"""What Hydra finds of this program: `hydra/sweeper=grid`, `hydra/launcher=pool`.
+"""Hydra plugins of this package: `hydra/sweeper=grid`, `=optuna` and `hydra/launcher=pool`.
 
-Hydra imports these modules whenever it starts, so they import the rest where it is used.
+Every Hydra program in the same environment imports these modules, so they import `app` only inside
+methods.
 """

@@ -1,4 +1,4 @@
-"""`hydra/sweeper=grid`."""
+"""The plugin `hydra/sweeper=grid`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 
 
 class GridSweeper(Sweeper):
-    """Every combination of the swept values; `app.sweep` does the work.
+    """Runs every combination of the swept values; implemented in `app.sweep.grid`.
 
     Args:
-        params: By key the values, as they would be typed.
+        params: Values of swept keys, written as on the command line.
     """
 
     def __init__(self, params: dict[str, Any] | None = None) -> None:
@@ -22,11 +22,11 @@ class GridSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """What Hydra tells before it begins."""
+        """Store what Hydra passes before the sweep."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs all jobs; ends the process where not all went well."""
+        """Run all jobs; exit the process with an error code unless every job has finished."""
         from app.sweep.grid import GridJobs
         from app.sweep.run import Sweep, run_sweep
 

@@ -1,4 +1,4 @@
-"""`hydra/launcher=pool`."""
+"""The plugin `hydra/launcher=pool`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 class PoolLauncher(Launcher):
-    """Jobs side by side, each in a fresh process; `app.sweep.launchers.pool` does the work.
+    """Runs jobs in parallel, each in a new process; implemented in `app.sweep.launchers.pool`.
 
     Args:
-        slots: Jobs at once.
-        gpus: Ids of the GPUs that are shared out.
-        timeout: Seconds that a job may take; None for ever.
+        slots: Number of parallel jobs.
+        gpus: Indices of the GPUs to use.
+        timeout: Maximum duration of a job in seconds; None for no limit.
     """
 
     def __init__(
@@ -34,28 +34,28 @@ class PoolLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """What Hydra tells before it begins."""
+        """Store what Hydra passes before the sweep."""
         self.hydra_context, self.config = hydra_context, config
         self.task_function = task_function
 
     def stream(
         self,
-        take: Callable[[], tuple[int, Sequence[str]] | None],
-        ended: Callable[[int], None],
+        next_job: Callable[[], tuple[int, Sequence[str]] | None],
+        on_job_end: Callable[[int], None],
     ) -> None:
-        """Runs jobs, the next as soon as there is room for it."""
-        self._pool().run(take, ended)
+        """Run jobs, each as soon as a slot is free; see `app.sweep.driver.StreamingLauncher`."""
+        self._make_pool().run(next_job, on_job_end)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
-        """Runs these jobs."""
+        """Run a batch of jobs, and wait for all of them."""
         jobs = iter(list(enumerate(job_overrides, initial_job_idx)))
-        pool = self._pool()
+        pool = self._make_pool()
         pool.run(lambda: next(jobs, None), lambda _: None)
         return [pool.result(number) for number, _ in enumerate(job_overrides, initial_job_idx)]
 
-    def _pool(self) -> Pool:
+    def _make_pool(self) -> Pool:
         from app.sweep.launchers.pool import make_pool
 
         context, task = self.hydra_context, self.task_function

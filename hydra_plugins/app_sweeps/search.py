@@ -1,4 +1,4 @@
-"""`hydra/sweeper=optuna`."""
+"""The plugin `hydra/sweeper=optuna`."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from omegaconf import DictConfig
 
 
 class OptunaSweeper(Sweeper):
-    """Trials that a study of Optuna's asks for; `app.sweep.optuna_search` does the work.
+    """Runs the trials of an Optuna study; implemented in `app.sweep.optuna_search`.
 
     Args:
-        n_trials: How many.
-        n_jobs: At once; `auto` as many as the launcher has slots.
-        direction: Of the goal; None takes it from there.
-        objectives: Further ones, by name.
-        storage: Where the study is kept.
-        study_name: None takes that of the folder.
-        sampler: A node; it draws.
-        pruner: A node; it ends hopeless trials.
-        params: By key the values, as they would be typed.
+        n_trials: Number of trials, not counting retries.
+        n_jobs: Number of parallel trials; `auto` for as many as the launcher has slots.
+        direction: Direction of the goal, `max` or `min`; None for that of `goal.mode`.
+        objectives: Further objectives by name, each with a metric and a mode.
+        storage: `sqlite`, `journal` or a database URL.
+        study_name: Name of the study; None for that of the folder.
+        sampler: Config node of the sampler.
+        pruner: Config node of the pruner.
+        params: Values of swept keys, written as on the command line.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class OptunaSweeper(Sweeper):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        """What Hydra tells before it begins."""
+        """Store what Hydra passes before the sweep."""
         self.context, self.task, self.config = hydra_context, task_function, config
 
     def sweep(self, arguments: list[str]) -> None:
-        """Runs all trials; ends the process where not all went well."""
+        """Run all trials; exit the process with an error code unless every job has finished."""
         from functools import partial
 
         from app.sweep.optuna_search import OptunaJobs
