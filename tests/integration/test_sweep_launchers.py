@@ -17,8 +17,15 @@ from pathlib import Path
 import pytest
 
 from tests.support import fake_slurm as slurm
-from tests.support.processes import TESTS, Command, descendants, gone, status_of, write_numbered
-from tests.support.runs import Ran, run_cold
+from tests.support.processes import (
+    SUPPORT_DIR,
+    Command,
+    descendants,
+    wait_until_exited,
+    status_of,
+    write_numbered_data,
+)
+from tests.support.runs import RunResult, run_cold
 from tests.support.sweeps import job_folders, job_statuses, start_sweep, step_pids, sweep_folder
 
 RAY = "hydra_plugins.hydra_ray_launcher"
@@ -70,7 +77,7 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "none:0:0")
-    write_numbered(tmp_path / "conf")
+    write_numbered_data(tmp_path / "conf")
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
     words = (*readers, "trainer.devices=1,2", "+task.slow=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
@@ -82,8 +89,8 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     assert (code, job_statuses(sweep)[:1]) == (1, FAILED), printed
     assert "completed" not in job_statuses(sweep)
     assert "the launcher gave up: TerminatedWorkerError" in printed
-    assert gone(pids)
-    ran = run_cold(tmp_path, *flags, "-m", f"sweep.resume={sweep}", PYTHONPATH=TESTS)
+    assert wait_until_exited(pids)
+    ran = run_cold(tmp_path, *flags, "-m", f"sweep.resume={sweep}", PYTHONPATH=SUPPORT_DIR)
     assert (ran.code, job_statuses(sweep)) == (0, DONE * 2), ran.out + ran.err
     assert [status_of(job)["ranks"] for job in job_folders(sweep)] == [1, 2]
 
@@ -99,7 +106,7 @@ def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     os.kill(process.pid, signal.SIGINT)  # not to the jobs; on another machine they hear nothing
     code, printed = ended(process)
     assert code == 130, printed
-    assert gone(pids)
+    assert wait_until_exited(pids)
     sweep = sweep_folder(tmp_path)
     cut = [job for job in job_folders(sweep) if (job / "checkpoints" / "last.pt").exists()]
     assert len(cut) >= 1
@@ -147,7 +154,7 @@ def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
 
 @pytest.mark.skipif(find_spec(RAY) is not None, reason="Ray is installed")
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(
-    app: Callable[..., Ran], tmp_path: Path
+    app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     install = 'hydra/launcher=ray is not installed: pip install "torch-experiment-app[ray]"'
     (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
@@ -155,5 +162,5 @@ def test_a_launcher_that_is_not_installed_is_named_with_its_extra(
     for option in ("ray", "mine"):  # itself, or by what is made from it
         ran = app("--config-dir", "conf", "-m", f"hydra/launcher={option}", "seed=0,1")
         assert (ran.code, ran.out) == (2, "")
-        assert ran.err == f"1 mistake in the configuration:\n  {install}\n"
+        assert ran.err == f"1 error in the configuration:\n  {install}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["conf"]

@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import alive, assert_equal_runs, descendants, gone, status_of
+from tests.support.processes import (
+    alive_pids,
+    assert_equal_runs,
+    descendants,
+    wait_until_exited,
+    status_of,
+)
 from tests.support.sweeps import (
     POOL,
     SWEEP_TASK,
@@ -92,7 +98,7 @@ def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: RunSweep) -> 
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert "Traceback" not in out
-    assert gone(pids)
+    assert wait_until_exited(pids)
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "interrupted", "pending"]
     assert (folder / "sweep.html").exists()
@@ -115,7 +121,7 @@ def test_the_parent_killed_nothing_is_left_and_it_goes_on(tmp_path: Path, sweep:
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
-    assert gone(pids, 10.0)
+    assert wait_until_exited(pids, 10.0)
     folder = sweep_folder(tmp_path)
     states = [
         status_of(job)["status"] for job in job_folders(folder) if (job / "status.json").exists()
@@ -162,5 +168,5 @@ def test_nothing_of_the_pool_is_left(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
-    assert not alive(pids) or gone(pids)
+    assert not alive_pids(pids) or wait_until_exited(pids)
     assert set(job_statuses(sweep_folder(tmp_path))) <= {"preempted", "pending"}

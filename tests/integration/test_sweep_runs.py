@@ -176,7 +176,7 @@ def test_a_folder_in_use_is_said(
     told = capsys.readouterr().err
     assert "is being run by another process" in told
     assert sweep("seed=0", "hydra.sweep.dir=first") == 2
-    assert "holds a sweep; sweep.resume=" in capsys.readouterr().err
+    assert "already contains a sweep; resume it with sweep.resume=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["first", "nowhere"])

@@ -13,7 +13,7 @@ import yaml
 from optuna.trial import TrialState
 
 from app.sweep.folder import SweepFolder
-from tests.support.processes import descendants, gone, status_of
+from tests.support.processes import descendants, wait_until_exited, status_of
 from tests.support.sweeps import (
     POOL,
     SWEEP_TASK,
@@ -77,7 +77,7 @@ def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: RunSweep, tmp_
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
-    assert gone(pids, 10.0)
+    assert wait_until_exited(pids, 10.0)
     folder = sweep_folder(tmp_path)
     before = study_of(folder)
     running = [trial for trial in before.trials if trial.state is TrialState.RUNNING]

@@ -20,7 +20,14 @@ from app.config.compose import open_composer
 from app.experiment.job import make_jobs
 from app.runtime.errors import ConfigError
 from app.sweep.check import check_sweep
-from tests.support.processes import SHORT, TESTS, Command, begun, status_of, wait_for_lines
+from tests.support.processes import (
+    SHORT_RUN,
+    SUPPORT_DIR,
+    Command,
+    start_command,
+    status_of,
+    wait_for_lines,
+)
 
 SWEEP_TASK = ("task._target_=sweep_task.SweepTask", "trusted_targets=[sweep_task]")
 POOL = "hydra/launcher=pool"
@@ -30,14 +37,14 @@ RunSweep = Callable[..., int]
 def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
     """Runs sweeps of short jobs in a folder; gives their exit codes."""
     patch.chdir(cwd)
-    patch.syspath_prepend(TESTS)
+    patch.syspath_prepend(SUPPORT_DIR)
     patch.setenv("BROKEN", str(cwd / "broken"))
     patch.setenv("MARK", str(cwd / "mark"))
     patch.setenv("APP_TRUSTED_TARGETS", "sweep_task,faulty")  # not from the sweep's folder
     resolvers.register()
 
     def run(*words: str, short: bool = True, flags: tuple[str, ...] = ("-m",)) -> int:
-        patch.setattr(sys, "argv", ["app", *flags, *(SHORT if short else ()), *words])
+        patch.setattr(sys, "argv", ["app", *flags, *(SHORT_RUN if short else ()), *words])
         root = logging.getLogger()
         kept = root.handlers[:], root.level
         with suppress(KeyError), pytest.raises(SystemExit) as end:
@@ -54,8 +61,8 @@ def start_sweep(
     """A sweep under way in a process of its own; so many steps have been made in it."""
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
-    known = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": TESTS}
-    process = begun(cwd, ["-m", *flags, *SHORT, *SWEEP_TASK, *words], cold, **known)
+    known = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": SUPPORT_DIR}
+    process = start_command(cwd, ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *words], cold, **known)
     wait_for_lines(process, mark, marks)
     return process
 

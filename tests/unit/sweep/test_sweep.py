@@ -116,7 +116,7 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
     [
         (
             ["optimizer.lr=interval(0.1,1)"],
-            "interval(0.1,1) has no list of values; it needs hydra/",
+            "interval(0.1,1) is an interval, not a list of values; it needs hydra/",
         ),
         (
             ["seed=0,1", "sweep.together=[[seed,optimizer.lr]]"],
@@ -124,7 +124,7 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
         ),
         (
             ["seed=0,1", "optimizer.lr=1,2,3", "sweep.together=[[seed,optimizer.lr]]"],
-            "seed has 2 values, optimizer.lr has 3 values; as many of each are needed",
+            "seed has 2 values, optimizer.lr has 3 values; the numbers must be equal",
         ),
         (["seed=0,1", "sweep.together=[[seed],[seed]]"], "names 'seed' twice"),
         (["optimizer.lr=0.1,-1"], "optimizer"),
@@ -133,7 +133,7 @@ def test_a_sweep_in_yaml_needs_no_flag() -> None:
         (["seed=0,1", "hydra/launcher=poool"], "did you mean 'pool'?"),
         (["seed=0,1", "hydra/sweeper=gird"], "did you mean 'grid'?"),
         (["seed=0,1", "hydra.sweep.subdir=${seed}"], "names its jobs' folders itself"),
-        (["seed=0,1", "resume=auto"], "is for a single run; a sweep has sweep.resume"),
+        (["seed=0,1", "resume=auto"], "is for a single run; use sweep.resume for a sweep"),
         (["seed=0,1", "sweep.on_error=sotp"], "sweep.on_error='sotp'"),
         (["seed=0,1", "sweep.resume=nowhere"], "sweep.resume='nowhere' holds no sweep"),
         (["seed=0,1", "hydra/launcher=pool", "launch=inline"], "launch='inline': the pool starts"),
