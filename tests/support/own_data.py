@@ -1,12 +1,10 @@
-"""Batches by configuration: streams, sampling, sizes, caches, windows."""
+"""A dataset module and a data configuration as a user would write them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-OWN = """
+MODULE = """
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
@@ -20,16 +18,16 @@ def table(count: int):
     return TensorDataset(*points(count))
 
 
-def turned(count: int):
+def targets_first(count: int):
     return TensorDataset(*points(count)[::-1])
 
 
 class Stream(IterableDataset):
-    def __init__(self, count: int, known: bool = False) -> None:
-        self.count, self.known = count, known
+    def __init__(self, count: int, has_length: bool = False) -> None:
+        self.count, self.has_length = count, has_length
 
     def __len__(self):
-        if not self.known:
+        if not self.has_length:
             raise TypeError
         return self.count
 
@@ -47,7 +45,7 @@ class Dicts(Dataset):
     def __getitem__(self, index):
         return {"x": self.points[0][index], "y": self.points[1][index]}
 """
-CONF = """
+DATA_CONFIG = """
 defaults: [base/arrays@_here_, _self_]
 name: own
 path: null
@@ -61,14 +59,12 @@ source:
   train: {_target_: own_data.table, count: 100}
   valid: {_target_: own_data.table, count: 40}
 """
-WORDS = ("--config-dir", "conf", "data=own", "model=mlp", "trusted_targets=[own_data]")
+OWN_DATA = ("--config-dir", "conf", "data=own", "model=mlp", "trusted_targets=[own_data]")
 STREAM = ("data.source.train._target_=own_data.Stream", "trainer.max_epochs=2")
 
 
-@pytest.fixture(autouse=True)
-def own_data(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (elsewhere / "own_data.py").write_text(OWN)
-    (elsewhere / "conf" / "data").mkdir(parents=True)
-    (elsewhere / "conf" / "data" / "own.yaml").write_text(CONF)
-    monkeypatch.syspath_prepend(elsewhere)
-    return elsewhere
+def write_own_data(folder: Path) -> None:
+    """Write the module `own_data` and the configuration `data=own` into the folder."""
+    (folder / "own_data.py").write_text(MODULE)
+    (folder / "conf" / "data").mkdir(parents=True)
+    (folder / "conf" / "data" / "own.yaml").write_text(DATA_CONFIG)

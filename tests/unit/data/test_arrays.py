@@ -1,0 +1,75 @@
+"""Arrays and tables of the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from app.data.arrays import csv, npz
+from app.runtime.errors import UserError
+from tests.support.hostile_files import MaliciousPickle
+
+
+def test_npz_reads_images_and_tables(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.npz")
+    np.savez(
+        path, x=np.zeros((4, 8, 8, 3), np.uint8), y=np.arange(4, dtype=np.int8), t=np.ones((4, 2))
+    )
+    images, labels = npz(path, "x", "y", channels_last=True).tensors
+    assert (images.shape, images.dtype) == ((4, 3, 8, 8), torch.uint8)
+    assert labels.dtype == torch.int64
+    assert npz(path, "t", "y").tensors[0].dtype == torch.float32
+
+
+def test_npz_errors_name_missing_array_length_and_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.npz")
+    np.savez(path, images=np.zeros((4, 2)), y=np.zeros(3))
+    with pytest.raises(
+        UserError, match=r"no array 'image'; available: images, y; did you mean 'images'"
+    ):
+        npz(path, "image", "y")
+    with pytest.raises(UserError, match="4 samples in 'images', 3 in 'y'"):
+        npz(path, "images", "y")
+    with pytest.raises(UserError, match="is not a file"):
+        npz(str(tmp_path / "none.npz"), "x", "y")
+
+
+def test_npz_never_unpickles(tmp_cwd: Path) -> None:
+    np.savez("a.npz", x=np.array([MaliciousPickle()], dtype=object), y=np.zeros(1))
+    with pytest.raises(UserError, match=r"is not an \.npz file of plain arrays"):
+        npz("a.npz", "x", "y")
+    assert not (tmp_cwd / "was_here").exists()
+
+
+def test_csv_reads_numbers_and_classes(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.csv")
+    pd.DataFrame({"a": [1, 2], "b": [0.5, 1.5], "label": ["dog", "cat"]}).to_csv(path, index=False)
+    x, y = csv(path, "label", classes=["cat", "dog"]).tensors
+    assert x.tolist() == [[1.0, 0.5], [2.0, 1.5]]
+    assert y.tolist() == [1, 0]
+    assert csv(path, "b", features=["a"], regression=True).tensors[1].tolist() == [[0.5], [1.5]]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("a,label\n1,0\n,1\n", {}, "line 3, column 'a': nan is not a finite number"),
+        ("a,label\n1,0\nx,1\n", {}, "line 3, column 'a': x is not a finite number"),
+        ("a,lable\n1,0\n", {}, "no column 'label'; available: a, lable; did you mean 'lable'"),
+        ("a,label\n1,0.5\n", {}, "contains 0.5, which is not a class index"),
+        ("a,label\n1,cow\n", {"classes": ["cat"]}, "unknown class 'cow'; allowed: cat"),
+        ("", {}, "cannot be read as a table"),
+    ],
+)
+def test_csv_errors_name_line_column_and_value(
+    tmp_path: Path, text: str, options: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        csv(str(path), "label", **options)

@@ -1,0 +1,64 @@
+"""Transforms of batches on the device, and measured statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
+
+from app.data.transform import BatchTransform, channel_statistics
+from app.runtime.errors import UserError
+
+
+def make_transform(**options: Any) -> BatchTransform:
+    defaults: dict[str, Any] = {
+        "mean": None,
+        "std": None,
+        "size": None,
+        "channels": None,
+        "memory_format": torch.contiguous_format,
+    }
+    return BatchTransform(**(defaults | options))
+
+
+def test_transform_scales_bytes_and_normalizes_per_channel() -> None:
+    x = torch.randint(0, 256, (4, 3, 5, 5), dtype=torch.uint8)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    result = make_transform(mean=mean[:, None, None], std=std[:, None, None])(x)
+    scaled = v2.functional.to_dtype(x, torch.float32, scale=True)
+    expected = v2.functional.normalize(scaled, mean.tolist(), std.tolist())
+    torch.testing.assert_close(result, expected)  # one rounding more or less
+
+
+def test_transform_does_not_modify_stored_data() -> None:
+    x = torch.rand(2, 1, 4, 4)
+    before = x.clone()
+    mean, std = torch.tensor([0.5])[:, None, None], torch.tensor([2.0])[:, None, None]
+    make_transform(mean=mean, std=std)(x)
+    assert torch.equal(x, before)
+
+
+def test_transform_resizes_and_converts_channels() -> None:
+    x = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
+    assert make_transform(size=64, channels=3)(x).shape == (2, 3, 64, 64)
+    assert make_transform(channels=1)(x.expand(-1, 3, -1, -1)).shape == (2, 1, 28, 28)
+    with pytest.raises(UserError, match=r"data\.channels=4, but the images have 1"):
+        make_transform(channels=4)(x)
+
+
+def test_transform_sets_memory_format() -> None:
+    x = torch.rand(2, 3, 8, 8)
+    assert make_transform(memory_format=torch.channels_last)(x).is_contiguous(
+        memory_format=torch.channels_last
+    )
+
+
+def test_channel_statistics_normalize_to_mean_0_and_std_1() -> None:
+    x = torch.randint(0, 256, (50, 2, 6, 6), dtype=torch.uint8)
+    mean, std = channel_statistics(TensorDataset(x, torch.zeros(50)))
+    y = (x.double() / 255 - torch.tensor(mean).view(2, 1, 1)) / torch.tensor(std).view(2, 1, 1)
+    torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(2).double())
