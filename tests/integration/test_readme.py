@@ -1,4 +1,4 @@
-"""What README tells users to write works as it stands there."""
+"""The commands and code blocks of README.md work as they are written there."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.runs import Ran, mistakes_in
+from tests.support.runs import RunResult, config_issues
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCK = re.compile(r"```(\w+)\n(.*?)```", re.DOTALL)
 
 
 def section(title: str) -> str:
-    found = re.search(rf"^### {title}\n(.*?)(?=^##)", README, re.DOTALL | re.MULTILINE)
-    assert found, title
-    return found[1]
+    match = re.search(rf"^### {title}\n(.*?)(?=^##)", README, re.DOTALL | re.MULTILINE)
+    assert match, title
+    return match[1]
 
 
-def words_of(command: str) -> list[str]:
-    words = shlex.split(command, comments=True)
-    assert words[:3] == ["python", "-m", "app"]
-    return words[3:]
+def arguments_of(command: str) -> list[str]:
+    arguments = shlex.split(command, comments=True)
+    assert arguments[:3] == ["python", "-m", "app"]
+    return arguments[3:]
 
 
 @pytest.mark.parametrize("title", ["A model", "A dataset", "A task", "A metric", "A callback"])
-def test_adding_ones_own(title: str, app: Callable[..., Ran], tmp_path: Path) -> None:
+def test_readme_example_of_own_component_trains(
+    title: str, app: Callable[..., RunResult], tmp_path: Path
+) -> None:
     command = None
     for language, content in BLOCK.findall(section(title)):
         if language == "bash":
@@ -38,50 +40,50 @@ def test_adding_ones_own(title: str, app: Callable[..., Ran], tmp_path: Path) ->
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     assert command
-    ran = app(*words_of(command), "debug=fast")
-    assert ran.code == 0, ran.err
+    result = app(*arguments_of(command), "debug=fast")
+    assert result.code == 0, result.err
     if title == "A metric":
-        assert "kappa" in ran.csv("epoch_details/epoch001_valid.csv")
+        assert "kappa" in result.csv("epoch_details/epoch001_valid.csv")
     if title == "A callback":
-        assert "valid 1 took" in ran.out
+        assert "valid 1 took" in result.out
 
 
-def test_the_lines_for_python_run(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_python_example_runs(tmp_cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (block,) = re.findall(
         r"^## From Python\n+```python\n(.*?)```", README, re.DOTALL | re.MULTILINE
     )
     exec(block.replace('"trainer.max_epochs=1"', '"debug=fast"'))
     assert "probability_9" in capsys.readouterr().out.replace("...", "probability_9")
-    assert len(list((elsewhere / "outputs").glob("*/*/model.pt"))) == 1
+    assert len(list((tmp_cwd / "outputs").glob("*/*/model.pt"))) == 1
 
 
-def test_the_loss_of_readme_composes(elsewhere: Path) -> None:
+def test_readme_loss_composes(tmp_cwd: Path) -> None:
     (block,) = re.findall(r"```yaml\n# conf/loss/my_loss.yaml\n(.*?)```", README, re.DOTALL)
-    (elsewhere / "conf" / "loss").mkdir(parents=True)
-    (elsewhere / "conf" / "loss" / "my_loss.yaml").write_text(block)
-    assert not mistakes_in("--config-dir", "conf", "loss=my_loss")
+    (tmp_cwd / "conf" / "loss").mkdir(parents=True)
+    (tmp_cwd / "conf" / "loss" / "my_loss.yaml").write_text(block)
+    assert not config_issues("--config-dir", "conf", "loss=my_loss")
 
 
-def test_the_rows_of_the_table_of_options_are_without_mistakes() -> None:
+def test_readme_table_of_options_has_no_config_errors() -> None:
     table = README.partition("| to | write |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| [^|]+ \| `(.+)` \|$", table, re.MULTILINE)
     assert len(rows) > 8
     for row in rows:
-        assert not mistakes_in(*shlex.split(row)), row
+        assert not config_issues(*shlex.split(row)), row
 
 
-def test_the_goals_of_readme_are_without_mistakes() -> None:
-    goals = [c for c in README.splitlines() if c.startswith("python -m app goal.")]
-    assert len(goals) == 2
-    for command in goals:
-        assert not mistakes_in(*words_of(command)), command
+def test_readme_goals_have_no_config_errors() -> None:
+    commands = [c for c in README.splitlines() if c.startswith("python -m app goal.")]
+    assert len(commands) == 2
+    for command in commands:
+        assert not config_issues(*arguments_of(command)), command
 
 
-def test_the_mistakes_shown_are_those_found() -> None:
+def test_readme_shows_the_config_errors_that_are_found() -> None:
     shown = README.partition("$ python -m app ")[2].partition("```")[0].splitlines()
-    found = mistakes_in(*shown[0].split())
-    assert shown[1] == f"{len(found)} mistakes in the configuration:"
-    for line, mistake in zip(shown[2:], found, strict=True):
+    issues = config_issues(*shown[0].split())
+    assert shown[1] == f"{len(issues)} errors in the configuration:"
+    for line, issue in zip(shown[2:], issues, strict=True):
         start, _, end = line.strip().partition("...")
-        assert mistake.startswith(start)
-        assert mistake.endswith(end)
+        assert issue.startswith(start)
+        assert issue.endswith(end)

@@ -1,4 +1,4 @@
-"""Whole runs of the program on real MNIST: what they leave, and whether it is true."""
+"""Complete runs of the program on MNIST: the files they write, and whether these are correct."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from torch import nn
 
 from app.data.mnist import mnist
 from app.data.split import split
-from tests.support.runs import FEW, Ran
+from tests.support.runs import FEW_BATCHES, RunResult
 
-FOLDER = {
+RUN_FOLDER_FILES = {
     ".hydra",
     ".lock",
     ".owner.json",
@@ -43,35 +43,35 @@ FOLDER = {
 }
 
 
-def mlp() -> nn.Sequential:
+def make_mlp() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
 
 
-def weights_of(folder: Path) -> nn.Sequential:
-    """The model of a run, loaded with torch alone."""
+def load_model(folder: Path) -> nn.Sequential:
+    """Load the model of a run with torch alone."""
     state = torch.load(folder / "model.pt", weights_only=True)
-    model = mlp()
+    model = make_mlp()
     model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
     return model.eval()
 
 
-# ---- what a run leaves
+# ---- files of a run
 
 
-def test_the_folder_says_everything(trained: Ran) -> None:
-    assert {path.name for path in trained.folder.iterdir()} == FOLDER
-    details = {path.name for path in (trained.folder / "epoch_details").iterdir()}
+def test_run_folder_after_training_has_all_files(trained_run: RunResult) -> None:
+    assert {path.name for path in trained_run.folder.iterdir()} == RUN_FOLDER_FILES
+    details = {path.name for path in (trained_run.folder / "epoch_details").iterdir()}
     assert {f"epoch00{n}_{stage}.csv" for n in (1, 2) for stage in ("train", "valid")} < details
     assert len([name for name in details if name.endswith("_test.csv")]) == 1
-    assert {path.name for path in (trained.folder / "checkpoints").iterdir()} == {
+    assert {path.name for path in (trained_run.folder / "checkpoints").iterdir()} == {
         "best.pt",
         "last.pt",
         "last-1.pt",
     }
 
 
-def test_iterations_have_a_line_each(trained: Ran) -> None:
-    table = trained.csv("epoch_details/epoch002_train.csv")
+def test_epoch_details_have_one_row_per_iteration(trained_run: RunResult) -> None:
+    table = trained_run.csv("epoch_details/epoch002_train.csv")
     expected = "epoch iter stage loss num_samples accuracy total_correct lr iter_time"
     assert list(table.columns) == expected.split()
     assert table["iter"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -79,208 +79,210 @@ def test_iterations_have_a_line_each(trained: Ran) -> None:
     assert (table["iter_time"] > 0).all()
 
 
-def test_summary_tables_are_sorted_and_agree(trained: Ran) -> None:
-    table = trained.csv("summary_table.csv")
+def test_summary_tables_are_sorted_and_agree_with_each_other(trained_run: RunResult) -> None:
+    table = trained_run.csv("summary_table.csv")
     stages = list(zip(table["epoch"], table["stage"], strict=True))
     best = int(table[table["stage"] == "test"]["epoch"].iloc[0])
     expected = [(1, "train"), (1, "valid"), (2, "train"), (2, "valid")]
     expected.insert(2 * best, (best, "test"))
     assert stages == expected
     for stage in ("train", "valid", "test"):
-        own = trained.csv(f"{stage}_summary_table.csv")
+        own = trained_run.csv(f"{stage}_summary_table.csv")
         rows = table[table["stage"] == stage].dropna(axis="columns").reset_index(drop=True)
         pd.testing.assert_frame_equal(own, rows, check_dtype=False)
     columns = (
         "epoch stage loss_mean loss_std total_samples accuracy total_correct epoch_time samples/s"
     )
-    assert list(trained.csv("train_summary_table.csv").columns) == columns.split()
+    assert list(trained_run.csv("train_summary_table.csv").columns) == columns.split()
 
 
 @pytest.mark.parametrize("stage", ["train", "valid"])
-def test_the_summary_is_what_the_iterations_add_up_to(trained: Ran, stage: str) -> None:
-    table = trained.csv(f"epoch_details/epoch001_{stage}.csv")
-    row = trained.csv(f"{stage}_summary_table.csv").iloc[0]
+def test_summary_row_equals_sums_over_iterations(trained_run: RunResult, stage: str) -> None:
+    table = trained_run.csv(f"epoch_details/epoch001_{stage}.csv")
+    row = trained_run.csv(f"{stage}_summary_table.csv").iloc[0]
     counts = table["num_samples"].to_numpy()
     assert row["total_samples"] == counts.sum()
     assert row["total_correct"] == table["total_correct"].sum()
     assert row["accuracy"] == row["total_correct"] / row["total_samples"]
     mean = np.average(table["loss"], weights=counts)
     assert row["loss_mean"] == pytest.approx(mean, rel=1e-12)
-    spread = np.sqrt(np.average((table["loss"] - mean) ** 2, weights=counts))
-    assert row["loss_std"] == pytest.approx(spread, rel=1e-9)
+    std = np.sqrt(np.average((table["loss"] - mean) ** 2, weights=counts))
+    assert row["loss_std"] == pytest.approx(std, rel=1e-9)
     assert row["samples/s"] == pytest.approx(counts.sum() / row["epoch_time"])
 
 
-def test_the_test_row_is_that_of_an_independent_recomputation(trained: Ran) -> None:
+def test_test_row_equals_independent_recomputation(trained_run: RunResult) -> None:
     images, labels = mnist(train=False).tensors
     with torch.no_grad():
-        logits = weights_of(trained.folder)((images.float() / 255 - 0.1307) / 0.3081)
-    row = trained.csv("test_summary_table.csv").iloc[0]
+        logits = load_model(trained_run.folder)((images.float() / 255 - 0.1307) / 0.3081)
+    row = trained_run.csv("test_summary_table.csv").iloc[0]
     assert row["total_correct"] == (logits.argmax(1) == labels).sum().item()
     assert row["accuracy"] == row["total_correct"] / 10_000
-    # float32 sums in another order
+    # float32 sums in a different order
     assert row["loss_mean"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
     epoch = int(row["epoch"])
-    matrix = trained.csv(f"epoch_details/epoch00{epoch}_test_confusion_matrix.csv").to_numpy()
+    matrix = trained_run.csv(f"epoch_details/epoch00{epoch}_test_confusion_matrix.csv").to_numpy()
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (labels.numpy(), logits.argmax(1).numpy()), 1)
     assert (matrix == expected).all()
 
 
-def test_the_valid_rows_are_those_of_the_split(trained: Ran) -> None:
+def test_valid_rows_match_the_seeded_split(trained_run: RunResult) -> None:
     valid = split({"train": mnist(train=True)}, 5000, None, seed=0)["valid"]
     images, labels = (tensor[:150] for tensor in valid.tensors)  # type: ignore[attr-defined]
     with torch.no_grad():
-        logits = weights_of(trained.folder)((images.float() / 255 - 0.1307) / 0.3081)
-    table = trained.csv("valid_summary_table.csv")
+        logits = load_model(trained_run.folder)((images.float() / 255 - 0.1307) / 0.3081)
+    table = trained_run.csv("valid_summary_table.csv")
     best = table.loc[table["accuracy"].idxmax()]
     assert best["total_correct"] == (logits.argmax(1) == labels).sum().item()
 
 
-def test_status_says_how_it_went(trained: Ran) -> None:
-    status = trained.status
+def test_status_json_after_training_describes_the_run(trained_run: RunResult) -> None:
+    status = trained_run.status
     assert status["status"] == "completed"
     assert (status["tags"], status["notes"], status["seed"]) == (["a", "b"], "a note", 0)
     assert status["peak_memory_bytes"] > 100e6
     assert torch.__version__.startswith(status["versions"]["torch"])
-    table = trained.csv("valid_summary_table.csv")
+    table = trained_run.csv("valid_summary_table.csv")
     assert status["best"]["value"] == table["accuracy"].max()
     assert status["best"]["epoch"] == table["epoch"][table["accuracy"].idxmax()]
     assert status["metrics"]["test"]["total_samples"] == 10_000
 
 
-def test_the_log_begins_with_a_report_and_ends_with_the_folder(trained: Ran) -> None:
-    log = (trained.folder / "run.log").read_text()
+def test_log_has_run_header_progress_and_folder(trained_run: RunResult) -> None:
+    log = (trained_run.folder / "run.log").read_text()
     for part in (
         "model     app.models.mlp.MLP, 101,770 parameters",
         "train 300 samples in 6 batches; valid 150 samples in 3 batches; test 10,000 samples",
-        "goal      max accuracy; early stop off",
+        "goal      max accuracy; early stopping off",
         "notes     [a] [b] a note",
         "expected end",
         "best accuracy",
-        f"everything is in {trained.folder}",
+        f"results are in {trained_run.folder}",
     ):
         assert part in log
 
 
-def test_the_plots_are_pictures(trained: Ran) -> None:
-    names = {path.name for path in (trained.folder / "plots").iterdir()}
+def test_plots_are_valid_images(trained_run: RunResult) -> None:
+    names = {path.name for path in (trained_run.folder / "plots").iterdir()}
     assert {"loss.png", "accuracy.png", "test_confusion_matrix.png"} < names
-    for path in (trained.folder / "plots").iterdir():
-        with Image.open(path) as picture:
-            assert picture.size[0] > 300
+    for path in (trained_run.folder / "plots").iterdir():
+        with Image.open(path) as image:
+            assert image.size[0] > 300
 
 
-def test_without_a_terminal_there_are_plain_lines_and_no_bar(trained: Ran) -> None:
-    assert "\r" not in trained.out + trained.err
-    assert "it/s" not in trained.err
-    assert "loss_mean" in trained.out
+def test_output_without_terminal_has_no_progress_bar(trained_run: RunResult) -> None:
+    assert "\r" not in trained_run.out + trained_run.err
+    assert "it/s" not in trained_run.err
+    assert "loss_mean" in trained_run.out
 
 
-def test_on_a_terminal_there_is_a_bar(tmp_path: Path) -> None:
-    words = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=1000", "~callbacks.plots")
-    command = [sys.executable, "-m", "app", *words]
+def test_output_on_terminal_shows_progress_bar(tmp_path: Path) -> None:
+    overrides = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=1000", "~callbacks.plots")
+    command = [sys.executable, "-m", "app", *overrides]
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     with subprocess.Popen(command, cwd=tmp_path, stdout=child, stderr=child) as process:
         os.close(child)
-        shown = b""
+        output = b""
         while True:
             try:
-                piece = os.read(parent, 65536)
-            except OSError:  # the other end is closed
+                chunk = os.read(parent, 65536)
+            except OSError:  # the child has closed its end
                 break
-            if not piece:
+            if not chunk:
                 break
-            shown += piece
+            output += chunk
         assert process.wait() == 0
     os.close(parent)
-    text = shown.decode()
+    text = output.decode()
     assert "epoch 1 train:" in text
     assert "samples/s" in text
     assert "55.0k" in text
 
 
-# ---- testing what was trained
+# ---- evaluating a trained run
 
 
-def test_mode_test_reproduces_the_test_to_the_last_digit(
-    trained: Ran, app: Callable[..., Ran]
+def test_mode_test_reproduces_test_results_exactly(
+    trained_run: RunResult, app: Callable[..., RunResult]
 ) -> None:
-    timed = ["epoch_time", "samples/s"]
-    expected = trained.csv("test_summary_table.csv").drop(columns=timed)
-    again = app("mode=test", f"ckpt={trained.folder}")
+    time_columns = ["epoch_time", "samples/s"]
+    expected = trained_run.csv("test_summary_table.csv").drop(columns=time_columns)
+    again = app("mode=test", f"ckpt={trained_run.folder}")
     assert again.code == 0, again.err
-    pd.testing.assert_frame_equal(again.csv("test_summary_table.csv").drop(columns=timed), expected)
-    assert again.config["model"] == trained.config["model"], "not today's default, which is alexnet"
+    pd.testing.assert_frame_equal(
+        again.csv("test_summary_table.csv").drop(columns=time_columns), expected
+    )
+    assert again.config["model"] == trained_run.config["model"], (
+        "must be the saved model, not the default alexnet"
+    )
     assert again.folder.name.endswith("_test_mlp_mnist")
 
 
-def test_mode_valid_reproduces_the_validation(trained: Ran, app: Callable[..., Ran]) -> None:
-    timed = ["epoch_time", "samples/s"]
-    table = trained.csv("valid_summary_table.csv").drop(columns=timed)
-    file = trained.folder / "checkpoints" / "last.pt"
+def test_mode_valid_reproduces_validation_results(
+    trained_run: RunResult, app: Callable[..., RunResult]
+) -> None:
+    time_columns = ["epoch_time", "samples/s"]
+    table = trained_run.csv("valid_summary_table.csv").drop(columns=time_columns)
+    file = trained_run.folder / "checkpoints" / "last.pt"
     again = app("mode=valid", f"ckpt={file}")
     assert again.code == 0, again.err
-    found = again.csv("valid_summary_table.csv").drop(columns=timed)
-    pd.testing.assert_frame_equal(found, table[table["epoch"] == 2].reset_index(drop=True))
+    actual = again.csv("valid_summary_table.csv").drop(columns=time_columns)
+    pd.testing.assert_frame_equal(actual, table[table["epoch"] == 2].reset_index(drop=True))
 
 
-def test_what_is_typed_is_laid_over_the_saved_configuration(
-    trained: Ran, app: Callable[..., Ran]
+def test_mode_test_applies_overrides_on_top_of_saved_config(
+    trained_run: RunResult, app: Callable[..., RunResult]
 ) -> None:
-    ran = app(
+    result = app(
         "mode=test",
-        f"ckpt={trained.folder}",
+        f"ckpt={trained_run.folder}",
         "data.batch_size=32",
         "metric/single@metric.test=[accuracy,auroc]",
     )
-    assert ran.code == 0, ran.err
-    assert "differs from the saved run: data.batch_size: 50 -> 32" in ran.out
-    assert (
-        len(
-            ran.csv(
-                f"epoch_details/epoch00{ran.csv('test_summary_table.csv')['epoch'][0]}_test.csv"
-            )
-        )
-        == 313
-    )
-    before, after = (x.csv("test_summary_table.csv") for x in (trained, ran))
+    assert result.code == 0, result.err
+    assert "differs from the saved run: data.batch_size: 50 -> 32" in result.out
+    epoch = result.csv("test_summary_table.csv")["epoch"][0]
+    assert len(result.csv(f"epoch_details/epoch00{epoch}_test.csv")) == 313
+    before, after = (x.csv("test_summary_table.csv") for x in (trained_run, result))
     assert before["total_correct"][0] / 10_000 == after["accuracy"][0]
     assert 0.5 < after["auroc"][0] <= 1
 
 
-def test_another_model_or_split_than_that_of_the_run_is_refused(
-    trained: Ran, app: Callable[..., Ran]
+def test_mode_test_with_other_model_or_split_is_rejected(
+    trained_run: RunResult, app: Callable[..., RunResult]
 ) -> None:
-    ran = app("mode=test", f"ckpt={trained.folder}", "model=lenet", "data.split.seed=1")
-    assert ran.code == 2
-    assert "model._target_: 'app.models.mlp.MLP' -> 'app.models.lenet.LeNet'" in ran.err
-    assert "data.split.seed: 0 -> 1: the run was trained so" in ran.err
-    assert not (ran.cwd / "outputs").exists()
+    result = app("mode=test", f"ckpt={trained_run.folder}", "model=lenet", "data.split.seed=1")
+    assert result.code == 2
+    assert "model._target_: 'app.models.mlp.MLP' -> 'app.models.lenet.LeNet'" in result.err
+    assert "data.split.seed: 0 -> 1: cannot be changed" in result.err
+    assert not (result.cwd / "outputs").exists()
 
 
-def test_a_typed_key_reaches_what_is_made_of_it(tmp_path: Path, app: Callable[..., Ran]) -> None:
+def test_mode_test_override_reaches_interpolated_values(
+    tmp_path: Path, app: Callable[..., RunResult]
+) -> None:
     generator = np.random.default_rng(0)
     for name, classes in (("a.npz", 3), ("b.npz", 2)):
         labels = generator.integers(0, classes, 60)
         np.savez(tmp_path / name, x=generator.normal(labels[:, None], 0.1, (60, 4)), y=labels)
-    words = ("data=npz", "data.num_classes=3", "data.input_shape=[4]", "model=mlp")
-    trained = app(*words, "data.path=a.npz", "trainer.max_epochs=2", "data.batch_size=10")
-    assert trained.code == 0, trained.err
-    ran = app("mode=test", f"ckpt={trained.folder}", "data.path=b.npz")
-    assert ran.code == 0, ran.err
-    assert str(tmp_path / "b.npz") in ran.out
-    # The template keeps the interpolation: the source follows data.path.
-    config = ran.folders[-1] / "config.yaml"
+    overrides = ("data=npz", "data.num_classes=3", "data.input_shape=[4]", "model=mlp")
+    first = app(*overrides, "data.path=a.npz", "trainer.max_epochs=2", "data.batch_size=10")
+    assert first.code == 0, first.err
+    result = app("mode=test", f"ckpt={first.folder}", "data.path=b.npz")
+    assert result.code == 0, result.err
+    assert str(tmp_path / "b.npz") in result.out
+    # The source is interpolated from data.path, so it must follow the override.
+    config = result.folders[-1] / "config.yaml"
     assert f"path: {tmp_path / 'b.npz'}" in config.read_text()
 
 
-# ---- options, each doing what it says
+# ---- options
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ("trainer.precision=bf16",),
         ("trainer.precision=fp16", "trainer.gradient_clip_norm=1.0"),
@@ -288,18 +290,25 @@ def test_a_typed_key_reaches_what_is_made_of_it(tmp_path: Path, app: Callable[..
         ("trainer.compile=true",),
     ],
 )
-def test_ways_of_computing(app: Callable[..., Ran], words: tuple[str, ...]) -> None:
-    short = ("trainer.max_epochs=1", "trainer.limit_test_batches=2", "~callbacks.plots", *FEW)
-    ran = app("model=mlp", *short, *words)
-    assert ran.code == 0, ran.err + ran.out
-    assert ran.csv("train_summary_table.csv")["loss_mean"][0] < 3
-    keys = torch.load(ran.folder / "model.pt", weights_only=True).keys()
+def test_precision_determinism_and_compile_options_train(
+    app: Callable[..., RunResult], overrides: tuple[str, ...]
+) -> None:
+    short = (
+        "trainer.max_epochs=1",
+        "trainer.limit_test_batches=2",
+        "~callbacks.plots",
+        *FEW_BATCHES,
+    )
+    result = app("model=mlp", *short, *overrides)
+    assert result.code == 0, result.err + result.out
+    assert result.csv("train_summary_table.csv")["loss_mean"][0] < 3
+    keys = torch.load(result.folder / "model.pt", weights_only=True).keys()
     assert not any("_orig_mod" in key for key in keys)
-    name = words[0].partition("precision=")[2] or "fp32"
-    assert f"threads), {name}" in ran.out
+    name = overrides[0].partition("precision=")[2] or "fp32"
+    assert f"threads), {name}" in result.out
 
 
-def test_bf16_computes_in_bf16(tmp_path: Path, app: Callable[..., Ran]) -> None:
+def test_precision_bf16_outputs_are_bfloat16(tmp_path: Path, app: Callable[..., RunResult]) -> None:
     (tmp_path / "spy.py").write_text(
         "import pathlib, torch\n"
         "from torch import nn\n"
@@ -311,36 +320,40 @@ def test_bf16_computes_in_bf16(tmp_path: Path, app: Callable[..., Ran]) -> None:
         "        pathlib.Path('dtype').write_text(str(y.dtype))\n"
         "        return y\n"
     )
-    words = ("model=own_file", "model._target_=spy.Net", "trusted_targets=[spy]", "debug=fast")
-    assert app(*words, "trainer.precision=bf16", "~callbacks.plots").code == 0
+    overrides = ("model=own_file", "model._target_=spy.Net", "trusted_targets=[spy]", "debug=fast")
+    assert app(*overrides, "trainer.precision=bf16", "~callbacks.plots").code == 0
     assert (tmp_path / "dtype").read_text() == "torch.bfloat16"
 
 
-def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(app: Callable[..., Ran]) -> None:
+def test_runs_with_same_seed_are_equal_and_with_other_seed_differ(
+    app: Callable[..., RunResult],
+) -> None:
     for seed in (0, 0, 1):
-        ran = app("model=cnn", "debug=fast", "~callbacks.plots", f"seed={seed}")
-        assert ran.code == 0, ran.err
+        result = app("model=cnn", "debug=fast", "~callbacks.plots", f"seed={seed}")
+        assert result.code == 0, result.err
     first, second, third = (
-        torch.load(folder / "model.pt", weights_only=True) for folder in ran.folders
+        torch.load(folder / "model.pt", weights_only=True) for folder in result.folders
     )
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not torch.equal(first["classifier.weight"], third["classifier.weight"])
 
 
-def test_fast_dev_run_is_one_epoch_of_one_batch(app: Callable[..., Ran]) -> None:
-    ran = app("model=alexnet", "trainer.fast_dev_run=true", "data.batch_size=8")
-    assert ran.code == 0, ran.err
-    table = ran.csv("summary_table.csv")
+def test_fast_dev_run_trains_one_epoch_of_one_batch(app: Callable[..., RunResult]) -> None:
+    result = app("model=alexnet", "trainer.fast_dev_run=true", "data.batch_size=8")
+    assert result.code == 0, result.err
+    table = result.csv("summary_table.csv")
     assert table["total_samples"].tolist() == [8, 8, 8]
 
 
-def test_own_table_end_to_end(tmp_path: Path, app: Callable[..., Ran]) -> None:
+def test_csv_classification_learns_end_to_end(
+    tmp_path: Path, app: Callable[..., RunResult]
+) -> None:
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, 300)
     table = pd.DataFrame(generator.normal(labels[:, None], 0.2, (300, 4)), columns=list("abcd"))
     table["label"] = np.array(["low", "mid", "top"])[labels]
     table.to_csv(tmp_path / "my.csv", index=False)
-    ran = app(
+    result = app(
         "data=csv",
         "data.path=my.csv",
         "data.num_classes=3",
@@ -352,18 +365,18 @@ def test_own_table_end_to_end(tmp_path: Path, app: Callable[..., Ran]) -> None:
         "scheduler.warmup_steps=0",
         "optimizer.lr=0.01",
     )
-    assert ran.code == 0, ran.err
-    assert ran.csv("summary_table.csv").iloc[-1]["accuracy"] > 0.9
-    assert ran.status["metrics"]["test"]["total_samples"] == 30
+    assert result.code == 0, result.err
+    assert result.csv("summary_table.csv").iloc[-1]["accuracy"] > 0.9
+    assert result.status["metrics"]["test"]["total_samples"] == 30
 
 
-def test_regression_end_to_end_has_no_total_correct(
-    tmp_path: Path, app: Callable[..., Ran]
+def test_csv_regression_learns_and_has_no_total_correct(
+    tmp_path: Path, app: Callable[..., RunResult]
 ) -> None:
     x = np.random.default_rng(0).normal(size=(300, 2))
     table = pd.DataFrame({"a": x[:, 0], "b": x[:, 1], "value": x @ [2.0, -1.0]})
     table.to_csv(tmp_path / "my.csv", index=False)
-    ran = app(
+    result = app(
         "data=csv",
         "data.path=my.csv",
         "data.num_classes=null",
@@ -380,32 +393,34 @@ def test_regression_end_to_end_has_no_total_correct(
         "trainer.max_epochs=30",
         "data.batch_size=30",
     )
-    assert ran.code == 0, ran.err
-    table = ran.csv("summary_table.csv")
+    assert result.code == 0, result.err
+    table = result.csv("summary_table.csv")
     assert "total_correct" not in table
     assert table["mae"].iloc[-1] < 0.2
 
 
-def test_image_folder_end_to_end(tmp_path: Path, app: Callable[..., Ran]) -> None:
+def test_image_folder_trains_and_tests_again_end_to_end(
+    tmp_path: Path, app: Callable[..., RunResult]
+) -> None:
     images, labels = mnist(train=False).tensors
-    for stage, picked in (("train", range(60)), ("test", range(60, 80))):
-        for number in picked:
-            folder = tmp_path / "pictures" / stage / ("even" if labels[number] % 2 == 0 else "odd")
+    for stage, indices in (("train", range(60)), ("test", range(60, 80))):
+        for number in indices:
+            folder = tmp_path / "images" / stage / ("even" if labels[number] % 2 == 0 else "odd")
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[number, 0].numpy()).save(folder / f"{number}.png")
-    ran = app(
+    result = app(
         "data=image_folder",
-        "data.path=pictures",
+        "data.path=images",
         "data.num_classes=2",
         "data.image_size=32",
         "data.batch_size=16",
         "model=lenet",
         "trainer.max_epochs=2",
     )
-    assert ran.code == 0, ran.err + ran.out
-    table = ran.csv("summary_table.csv")
+    assert result.code == 0, result.err + result.out
+    table = result.csv("summary_table.csv")
     assert table["total_samples"].tolist().count(54) == 2
-    again = app("mode=test", f"ckpt={ran.folder}")
+    again = app("mode=test", f"ckpt={result.folder}")
     assert again.code == 0, again.err
     first, second = (
         pd.read_csv(folder / "test_summary_table.csv")["loss_mean"][0] for folder in again.folders
@@ -413,23 +428,23 @@ def test_image_folder_end_to_end(tmp_path: Path, app: Callable[..., Ran]) -> Non
     assert first == second
 
 
-def test_a_sweep_runs_every_combination(app: Callable[..., Ran]) -> None:
-    ran = app("-m", "model=mlp,lenet", "optimizer.lr=0.1,0.01", "debug=fast")
-    assert ran.code == 0, ran.err
-    folders = sorted((ran.cwd / "outputs" / "sweeps").glob("*/*/*/status.json"))
+def test_multirun_runs_every_combination(app: Callable[..., RunResult]) -> None:
+    result = app("-m", "model=mlp,lenet", "optimizer.lr=0.1,0.01", "debug=fast")
+    assert result.code == 0, result.err
+    folders = sorted((result.cwd / "outputs" / "sweeps").glob("*/*/*/status.json"))
     assert len(folders) == 4
-    states = [json.loads(path.read_text()) for path in folders]
-    assert {state["status"] for state in states} == {"completed"}
+    statuses = [json.loads(path.read_text()) for path in folders]
+    assert {status["status"] for status in statuses} == {"completed"}
 
 
-def test_callbacks_can_be_taken_away(app: Callable[..., Ran]) -> None:
-    ran = app("model=mlp", "debug=fast", "~callbacks.plots", "~callbacks.tables")
-    assert ran.code == 0, ran.err
-    assert not (ran.folder / "plots").exists()
-    assert not (ran.folder / "epoch_details").exists()
+def test_deleted_callbacks_write_no_files(app: Callable[..., RunResult]) -> None:
+    result = app("model=mlp", "debug=fast", "~callbacks.plots", "~callbacks.tables")
+    assert result.code == 0, result.err
+    assert not (result.folder / "plots").exists()
+    assert not (result.folder / "epoch_details").exists()
 
 
-def test_a_metric_of_the_users_own_file(tmp_path: Path, app: Callable[..., Ran]) -> None:
+def test_metric_from_user_file_is_measured(tmp_path: Path, app: Callable[..., RunResult]) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch, torchmetrics\n"
         "class Samples(torchmetrics.Metric):\n"
@@ -441,7 +456,7 @@ def test_a_metric_of_the_users_own_file(tmp_path: Path, app: Callable[..., Ran])
         "    def compute(self):\n"
         "        return self.n\n"
     )
-    own = "+metric.valid.samples={_target_: mine.Samples}"
-    ran = app("model=mlp", "debug=fast", own, "trusted_targets=[mine]", "goal.metric=samples")
-    assert ran.code == 0, ran.err
-    assert ran.csv("valid_summary_table.csv")["samples"][0] == 256
+    metric = "+metric.valid.samples={_target_: mine.Samples}"
+    result = app("model=mlp", "debug=fast", metric, "trusted_targets=[mine]", "goal.metric=samples")
+    assert result.code == 0, result.err
+    assert result.csv("valid_summary_table.csv")["samples"][0] == 256

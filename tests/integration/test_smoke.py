@@ -1,12 +1,14 @@
-"""The one whole run of the fast lane."""
+"""The one complete run of the fast lane."""
 
 from __future__ import annotations
 
-from tests.support.runs import Ran
+from tests.support.runs import RunResult
 
 
-def test_run_of_two_epochs_leaves_the_promised_files(trained: Ran) -> None:
-    names = {path.relative_to(trained.folder).as_posix() for path in trained.folder.rglob("*")}
+def test_run_of_two_epochs_writes_all_files(trained_run: RunResult) -> None:
+    names = {
+        path.relative_to(trained_run.folder).as_posix() for path in trained_run.folder.rglob("*")
+    }
     assert names >= {
         "checkpoints/best.pt",
         "checkpoints/last.pt",
@@ -19,7 +21,7 @@ def test_run_of_two_epochs_leaves_the_promised_files(trained: Ran) -> None:
         "summary_table.csv",
         "test_summary_table.csv",
     }
-    assert trained.status["status"] == "completed"
-    assert list(trained.csv("summary_table.csv")["stage"]) == [
+    assert trained_run.status["status"] == "completed"
+    assert list(trained_run.csv("summary_table.csv")["stage"]) == [
         *("train", "valid", "train", "valid", "test")
     ]
