@@ -1,7 +1,7 @@
-"""A stand-in for SLURM on this machine: sbatch, srun, sacct and scontrol, as submitit calls them.
+"""Fake SLURM on this machine: sbatch, srun, sacct and scontrol, as submitit calls them.
 
-It runs batch scripts for real, their arrays all at once, and starts a job again that asks for it.
-It knows nothing of nodes, limits and queues, and sends no signals by itself.
+It runs batch scripts as processes, all tasks of an array at once, and supports requeueing. It has
+no nodes, limits or queues, and sends no signals.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 
 COMMANDS = ("sbatch", "srun", "sacct", "scontrol")
-JOB = "4242"
-STEP = {  # the variables of one task of a step of two
+JOB_ID = "4242"
+STEP_VARIABLES = {  # of each task in a step of two
     "SLURM_JOB_ID": "4711",
     "SLURM_STEP_ID": "3",
     "SLURM_STEP_NUM_TASKS": "2",
@@ -25,7 +25,7 @@ STEP = {  # the variables of one task of a step of two
 
 
 def install(folder: Path) -> None:
-    """The commands, in a folder that belongs on `PATH`; what they are told is kept there, too."""
+    """Write the commands to a folder that belongs on `PATH`."""
     folder.mkdir()
     for name in COMMANDS:
         script = folder / name
@@ -37,58 +37,60 @@ def sbatch(here: Path, script: str) -> None:
     (here / "script").write_text(Path(script).read_text())
     array = re.search(r"--array=0-(\d+)", (here / "script").read_text())
     for number in range(int(array[1]) + 1) if array else [None]:
-        words = [
-            sys.executable,
-            __file__,
-            "job",
-            script,
-            *([] if number is None else [str(number)]),
-        ]
+        arguments = [script] if number is None else [script, str(number)]
+        command = [sys.executable, __file__, "run_job", *arguments]
         log = (here / "log").open("a")
-        subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
-    sys.stdout.write(f"Submitted batch job {JOB}\n")
+        subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    sys.stdout.write(f"Submitted batch job {JOB_ID}\n")
 
 
-def job(here: Path, script: str, number: str | None = None) -> None:
-    name = JOB if number is None else f"{JOB}_{number}"
-    array = {"SLURM_ARRAY_JOB_ID": JOB, "SLURM_ARRAY_TASK_ID": str(number)} if number else {}
-    known = {"SLURM_JOB_ID": str(int(JOB) + int(number or 0)), "SLURM_JOB_NUM_NODES": "1", **array}
-    again, begun = here / f"again-{name}", 0
-    while begun == 0 or again.exists():
-        again.unlink(missing_ok=True)
-        begun += 1
-        code = subprocess.call(["bash", script], env=os.environ | known)
-    (here / f"ended-{name}").write_text(f"{'FAILED' if code else 'COMPLETED'} {begun}")
+def run_job(here: Path, script: str, number: str | None = None) -> None:
+    name = JOB_ID if number is None else f"{JOB_ID}_{number}"
+    array = {"SLURM_ARRAY_JOB_ID": JOB_ID, "SLURM_ARRAY_TASK_ID": str(number)} if number else {}
+    job_id = str(int(JOB_ID) + int(number or 0))
+    variables = {"SLURM_JOB_ID": job_id, "SLURM_JOB_NUM_NODES": "1", **array}
+    requeued, starts = here / f"requeued-{name}", 0
+    while starts == 0 or requeued.exists():
+        requeued.unlink(missing_ok=True)
+        starts += 1
+        code = subprocess.call(["bash", script], env=os.environ | variables)
+    (here / f"ended-{name}").write_text(f"{'FAILED' if code else 'COMPLETED'} {starts}")
 
 
-def srun(here: Path, *words: str) -> None:
-    command = list(words[words.index(sys.executable) :])
-    files = dict(pairwise(words))
-    job, number = (os.environ.get(f"SLURM_ARRAY_{name}_ID", JOB) for name in ("JOB", "TASK"))
-    known = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_NTASKS": "1"}
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
-    for descriptor, name in ((1, "--output"), (2, "--error")):
-        path = files[name]
-        for pattern, text in (("%A", job), ("%a", number), ("%j", JOB), ("%t", "0")):
+def srun(here: Path, *arguments: str) -> None:
+    command = list(arguments[arguments.index(sys.executable) :])
+    options = dict(pairwise(arguments))
+    job, number = (os.environ.get(f"SLURM_ARRAY_{name}_ID", JOB_ID) for name in ("JOB", "TASK"))
+    variables = {
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_NTASKS": "1",
+    }
+    variables |= {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    for descriptor, option in ((1, "--output"), (2, "--error")):
+        path = options[option]
+        for pattern, text in (("%A", job), ("%a", number), ("%j", JOB_ID), ("%t", "0")):
             path = path.replace(pattern, text)
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     (here / f"process-{number}").write_text(str(os.getpid()))
-    os.execvpe(command[0], command, os.environ | known | step)
+    os.execvpe(command[0], command, os.environ | variables)
 
 
-def sacct(here: Path, *words: str) -> None:  # noqa: ARG001
+def sacct(here: Path, *arguments: str) -> None:  # noqa: ARG001
     lines = ["JobID|State|NodeList"]
     for path in here.glob("process-*"):
-        name = JOB if path.name == f"process-{JOB}" else f"{JOB}_{path.name.partition('-')[2]}"
+        number = path.name.partition("-")[2]
+        name = JOB_ID if number == JOB_ID else f"{JOB_ID}_{number}"
         ended = here / f"ended-{name}"
         state = ended.read_text().split()[0] if ended.exists() else "RUNNING"
         lines.append(f"{name}|{state}|here")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def scontrol(here: Path, what: str, name: str) -> None:
-    assert what == "requeue"
-    (here / f"again-{name}").touch()
+def scontrol(here: Path, action: str, name: str) -> None:
+    assert action == "requeue"
+    (here / f"requeued-{name}").touch()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What goes wrong in one rank of a run, for real, at a step that the environment names."""
+"""Tasks, datasets and callbacks that fail in one rank of a run, as environment variables say."""
 
 from __future__ import annotations
 
@@ -22,46 +22,80 @@ from app.training.history import History
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput
 
-FAULT = "FAULT"  # kind:rank:step, or kind:rank:step:stage, or once:rank:step:file
+# kind:rank:step, kind:rank:step:stage, or once:rank:step:file (raises unless the file exists)
+FAULT_VARIABLE = "FAULT"
 
 
 class FaultyTask(SupervisedTask):
-    """Does what `FAULT` says."""
+    """Fails at the step of the rank that `FAULT` names.
 
-    done = 0
+    Each step sleeps for `SLOW` seconds; rank 0 appends a line per step to the file `MARK`.
+    """
+
+    num_steps = 0
 
     def train_step(self, batch: Nested) -> StepOutput:
-        self.at("train")
+        self.maybe_fail("train")
         return super().train_step(batch)
 
     def eval_step(self, stage: str, batch: Nested) -> StepOutput:
-        self.at(stage)
+        self.maybe_fail(stage)
         return super().eval_step(stage, batch)
 
-    def at(self, stage: str) -> None:
-        kind, where, step, *rest = os.environ[FAULT].split(":")
+    def maybe_fail(self, stage: str) -> None:
+        kind, faulty_rank, step, *rest = os.environ[FAULT_VARIABLE].split(":")
         if kind == "once":
             kind, rest = ("none" if Path(rest[0]).exists() else "raise"), []
         if stage != (rest[0] if rest else "train"):
             return
-        self.done += 1
+        self.num_steps += 1
         time.sleep(float(os.environ.get("SLOW", "0")))
         if "MARK" in os.environ and rank() == 0:
             with Path(os.environ["MARK"]).open("a") as file:
-                file.write(f"{stage} {self.done}\n")
+                file.write(f"{stage} {self.num_steps}\n")
         if kind == "slow":
             time.sleep(float(step))
-        elif rank() == int(where) and self.done == int(step):
-            if os.environ[FAULT].startswith("once"):
-                Path(os.environ[FAULT].split(":")[3]).touch()
-            do(kind)
+        elif rank() == int(faulty_rank) and self.num_steps == int(step):
+            if os.environ[FAULT_VARIABLE].startswith("once"):
+                Path(os.environ[FAULT_VARIABLE].split(":")[3]).touch()
+            trigger_fault(kind)
 
 
-class Greedy(SupervisedTask):
-    """Needs more memory than there is for batches above a size, and some time for any."""
+def trigger_fault(kind: str) -> None:
+    """Make this process fail in the given way."""
+    if kind == "raise":
+        raise RuntimeError("injected failure")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if kind == "hang":
+        time.sleep(1000)
+    if kind == "exit":
+        os._exit(7)
+    if kind == "memory":
+        torch.empty(1 << 50)
+    if kind == "warn":
+        warnings.warn("injected warning", stacklevel=1)
+    if kind in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        os.kill(os.getpid(), getattr(signal, kind))
 
-    def __init__(self, *given: Any, largest: int = 10**6, pause: float = 0.0, **named: Any) -> None:
-        super().__init__(*given, **named)
+
+class RecordedTask(FaultyTask):
+    """Appends the sample numbers of each training step to the file that `IDS` names."""
+
+    def train_step(self, batch: Nested) -> StepOutput:
+        step = super().train_step(batch)
+        with Path(f"{os.environ['IDS']}{rank()}").open("a") as file:
+            file.write(f"{' '.join(map(str, batch[0][:, 0].long().tolist()))}\n")
+        return step
+
+
+class MemoryHungryTask(SupervisedTask):
+    """Runs out of memory on batches larger than `largest`, and sleeps in each forward pass."""
+
+    def __init__(self, *args: Any, largest: int = 10**6, pause: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.largest, self.pause = largest, pause
 
     def forward(self, inputs: Nested) -> Nested:
@@ -71,15 +105,15 @@ class Greedy(SupervisedTask):
         return super().forward(inputs)
 
 
-class Normed(nn.Sequential):
-    """Normalises batches; what it is given beside is that of an MLP."""
+class BatchNormMLP(nn.Sequential):
+    """MLP with batch normalization; ignores the arguments that `model=mlp` passes."""
 
     def __init__(self, **_: object) -> None:
         super().__init__(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
 
-class Numbered(Dataset[tuple[torch.Tensor, int]]):
-    """Samples that are read one by one."""
+class FaultyDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Random samples, one of which cannot be read in one rank (`FAULT=data:rank:index`)."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -88,13 +122,13 @@ class Numbered(Dataset[tuple[torch.Tensor, int]]):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if os.environ[FAULT] == f"data:{rank()}:{index}":
-            raise OSError("the file broke")
+        if os.environ[FAULT_VARIABLE] == f"data:{rank()}:{index}":
+            raise OSError("injected read failure")
         return torch.rand(4), index % 2
 
 
-class Indexed(Dataset[tuple[torch.Tensor, int]]):
-    """Samples that begin with their own number and go on at random."""
+class IndexedDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Samples whose first value is their index; the other values are random."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -106,25 +140,8 @@ class Indexed(Dataset[tuple[torch.Tensor, int]]):
         return torch.cat([torch.tensor([float(index)]), torch.rand(3)]), index % 2
 
 
-class RecordedTask(FaultyTask):
-    """Writes down which samples it learns from, into the file that `IDS` names."""
-
-    def train_step(self, batch: Nested) -> StepOutput:
-        step = super().train_step(batch)
-        with Path(f"{os.environ['IDS']}{rank()}").open("a") as file:
-            file.write(f"{' '.join(map(str, batch[0][:, 0].long().tolist()))}\n")
-        return step
-
-
-class Drawing(Callback):
-    """Draws random numbers where the run does, too."""
-
-    def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
-        self.drawn = (random.random(), np.random.rand(), torch.rand(1))
-
-
-class Tainted(Dataset[tuple[torch.Tensor, int]]):
-    """Samples of which one may be no number."""
+class NaNDataset(Dataset[tuple[torch.Tensor, int]]):
+    """Random samples, one of which may be NaN."""
 
     def __init__(self, count: int, bad: int | None) -> None:
         self.inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(0))
@@ -139,15 +156,22 @@ class Tainted(Dataset[tuple[torch.Tensor, int]]):
         return self.inputs[index], self.targets[index]
 
 
+class RandomDrawCallback(Callback):
+    """Draws from the global random generators after each step."""
+
+    def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
+        self.drawn = (random.random(), np.random.rand(), torch.rand(1))
+
+
 class FaultyCallback(Callback):
-    """Fails in rank 0, where the others do not look."""
+    """Fails in rank 0, while the other ranks have no callbacks."""
 
     def on_epoch_end(self, end: EpochEnd) -> None:  # noqa: ARG002
-        raise RuntimeError("the watcher broke")
+        raise RuntimeError("injected callback failure")
 
 
-class SlowEnd(Callback):
-    """Takes its time in the end."""
+class SlowCallback(Callback):
+    """Takes some time at the end of the run, and then creates a file."""
 
     def __init__(self, folder: Path, seconds: float) -> None:
         self.folder, self.seconds = folder, seconds
@@ -155,23 +179,3 @@ class SlowEnd(Callback):
     def on_run_end(self, history: History) -> None:  # noqa: ARG002
         time.sleep(self.seconds)
         (self.folder / "ended").touch()
-
-
-def do(kind: str) -> None:
-    """Let it happen."""
-    if kind == "raise":
-        raise RuntimeError("the rank broke")
-    if kind == "kill":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "stop":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    if kind == "hang":
-        time.sleep(1000)
-    if kind == "exit":
-        os._exit(7)
-    if kind == "memory":
-        torch.empty(1 << 50)
-    if kind == "warn":
-        warnings.warn("the rank is uneasy", stacklevel=1)
-    if kind in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        os.kill(os.getpid(), getattr(signal, kind))

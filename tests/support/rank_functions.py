@@ -1,4 +1,4 @@
-"""Functions of a test in several processes that talk to each other over gloo."""
+"""Run a function on several ranks, which are processes connected by gloo."""
 
 from __future__ import annotations
 
@@ -14,38 +14,40 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.distributed.launch.local import PRELOADED
+from app.distributed.launch.local import PRELOAD_MODULES
 
 TIMEOUT = 60
 
 
-def in_ranks(size: int, function: Callable[..., Any], *given: Any) -> list[Any]:
-    """What the function gives in each rank; a failure of one is raised here."""
+def run_on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Return the result of a function on each rank; fail if it raises on any of them."""
     if size == 1:
-        return [function(*given)]
+        return [function(*args)]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)  # commands of other tests come from there, too
+    context.set_forkserver_preload(PRELOAD_MODULES)  # other tests share the fork server
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):
-        mine, its = context.Pipe(duplex=False)
-        process = context.Process(target=_rank, args=(rank, size, store.port, its, function, given))
+        parent_pipe, child_pipe = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_run_rank, args=(rank, size, store.port, child_pipe, function, args)
+        )
         process.start()
-        its.close()
-        pipes.append(mine)
+        child_pipe.close()
+        pipes.append(parent_pipe)
         processes.append(process)
     try:
-        told = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
+        messages = [pickle.loads(pipe.recv_bytes()) for pipe in pipes]
     finally:
         for process in processes:
             process.kill()
-    failed = [text for text, _ in told if text]
-    assert not failed, "\n".join(failed)
-    return [value for _, value in told]
+    errors = [error for error, _ in messages if error]
+    assert not errors, "\n".join(errors)
+    return [result for _, result in messages]
 
 
-def _rank(
-    rank: int, size: int, port: int, pipe: Connection, function: Callable[..., Any], given: Any
+def _run_rank(
+    rank: int, size: int, port: int, pipe: Connection, function: Callable[..., Any], args: Any
 ) -> None:
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -55,10 +57,10 @@ def _rank(
         "cpu:gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
     try:
-        told = "", function(*given)
-    except BaseException:  # noqa: BLE001 - it is raised again in the test
-        told = f"rank {rank}: {traceback.format_exc()}", None
-    pipe.send_bytes(pickle.dumps(told))  # tensors by value
+        error, result = "", function(*args)
+    except BaseException:  # noqa: BLE001 - the test raises it
+        error, result = f"rank {rank}: {traceback.format_exc()}", None
+    pipe.send_bytes(pickle.dumps((error, result)))  # not `send`, which would share tensor memory
     pipe.close()
-    if not told[0]:
+    if not error:
         dist.destroy_process_group()
