@@ -82,10 +82,10 @@ def test_resume_with_lost_best_weights_warns_and_uses_last_weights(
         file.unlink() if problem == "missing" else save_checkpoint(file, replace(state, epoch=3))
     caplog.set_level(logging.INFO, "app.experiment.run")
     run_job("run", "none:0:0", *overrides)
-    assert "the best epoch was 1, but its weights are lost: the last stand in" in caplog.text
-    assert "the last weights are those of epoch 4" in caplog.text
-    assert "best-worst.pt is lost" in caplog.text
-    assert "epoch001.pt is lost" in caplog.text
+    assert "best.pt with the weights of the best epoch 1 is missing or damaged" in caplog.text
+    assert "loaded the last weights, from epoch 4" in caplog.text
+    assert "best-worst.pt with the weights of epoch" in caplog.text
+    assert "epoch001.pt with the weights of epoch 1 is missing or damaged" in caplog.text
     last = load_checkpoint(folder / "checkpoints" / "last.pt")
     replacement = load_checkpoint(files["best.pt"])
     assert (replacement.epoch, last.epoch) == (4, 4)
@@ -100,7 +100,12 @@ def test_resume_with_weight_average_keeps_batch_norm_statistics(
     run_job: RunJob, where: str
 ) -> None:
     """The statistics are recomputed on data with random augmentation."""
-    overrides = (*KEEP, "average=swa", "average.start_epoch=1", "model._target_=faulty.Normed")
+    overrides = (
+        *KEEP,
+        "average=swa",
+        "average.start_epoch=1",
+        "model._target_=faulty.BatchNormMLP",
+    )
     overrides = (*overrides, "+data.augment.noise._target_=torch.nn.Dropout")
     overrides = (*overrides, "goal.metric=train/loss", "goal.mode=min")
     expected = run_job("uninterrupted", "none:0:0", *overrides)

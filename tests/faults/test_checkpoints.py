@@ -103,7 +103,7 @@ def test_resume_warns_with_names_of_damaged_and_used_checkpoint(
     assert ran.code == 0, ran.err + ran.out
     line = next(line for line in ran.out.splitlines() if "its checksum does not match" in line)
     assert str(folder / "checkpoints" / "last.pt") in line
-    assert f"going on from {folder / 'checkpoints' / 'last-1.pt'}" in line
+    assert f"resuming from {folder / 'checkpoints' / 'last-1.pt'}" in line
     assert "its checksum does not match" in (folder / "run.log").read_text()
 
 
@@ -129,11 +129,11 @@ def test_resume_from_chosen_checkpoint(runs: tuple[Path, Path], tmp_path: Path) 
         job = job_for(*arguments, f"resume={chosen}")
         assert job.config.resume == str(chosen)
         run_job("run", "none:0:0", f"resume={chosen}", *KEEP)
-        with pytest.raises(ConfigError, match="holds weights alone"):
+        with pytest.raises(ConfigError, match="contains weights only"):
             job_for(*arguments, f"resume={folder / 'checkpoints' / 'best.pt'}")
         stray = tmp_path / "stray.pt"
         shutil.copy(folder / "checkpoints" / "last.pt", stray)
-        with pytest.raises(ConfigError, match="is no state of the run in"):
+        with pytest.raises(ConfigError, match="is not a checkpoint of the run in"):
             job_for(*arguments, f"resume={stray}")
     assert_equal_runs(expected, folder)
     assert len(samples_per_step(folder)) == len(samples_per_step(expected)) + 2

@@ -111,7 +111,10 @@ def test_resume_keeps_patience_count_and_best_epoch(run_job: RunJob, step: int) 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resume_keeps_random_samples_and_dropout(run_job: RunJob, workers: int) -> None:
     """Samples are random, also in workers, and a callback draws random numbers in between."""
-    overrides = (f"data.loader.num_workers={workers}", "+callbacks.draws._target_=faulty.Drawing")
+    overrides = (
+        f"data.loader.num_workers={workers}",
+        "+callbacks.draws._target_=faulty.RandomDrawCallback",
+    )
     overrides = (*overrides, "trainer.max_epochs=2", "model.dropout=0.3")
     expected = run_job("uninterrupted", "none:0:0", *overrides)
     folder = run_job("run", "raise:0:9", *overrides)
@@ -332,4 +335,4 @@ def test_resume_with_other_architecture_fails(
     with pytest.raises(ConfigError) as refused:
         run_shared_job("other", "none:0:0", override)
     assert message in str(refused.value)
-    assert "the run was trained so, and cannot be changed" in str(refused.value)
+    assert "cannot be changed; the run was trained with the saved value" in str(refused.value)

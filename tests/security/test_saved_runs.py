@@ -89,7 +89,7 @@ def test_untrusted_targets_are_listed_and_not_imported(
         "  model._target_='evil.Net'",
         "  optimizer._target_='app.evil.Net'",
         "if you trust that code, add "
-        "trusted_targets=[app.evil,evil,evil.torch.nn,torchmetricsevil]",
+        "trusted_targets=[app.evil,evil,evil.torch.nn,torchmetricsevil] to the command line",
     ]
     assert not import_marker.exists()
 
@@ -233,9 +233,9 @@ def test_expanding_template_is_refused(name: str) -> None:
         ("a: &a [*a]", "an alias refers to itself or to an unknown anchor"),
         ("[" * 100_000, "nested more than 64 deep"),
         ("- " * 100_000, "nested more than 64 deep"),
-        ("a: " + "b" * 60_000, "a text of 60,000 letters"),
-        ("? " + "b" * 60_000 + "\n: 1", "a text of 60,000 letters"),
-        ("#" * 3_000_000, "has 3,000,000 letters"),
+        ("a: " + "b" * 60_000, "a value of 60,000 characters"),
+        ("? " + "b" * 60_000 + "\n: 1", "a value of 60,000 characters"),
+        ("#" * 3_000_000, "has 3,000,000 characters"),
         ("a: " + "1:" * 5000 + "1", "an integer of more than 64 bits"),
         ("a: " + "9" * 5000, "is not YAML"),
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
@@ -250,7 +250,7 @@ def test_expanding_template_is_refused(name: str) -> None:
     ],
 )
 def test_load_yaml_beyond_limits_fails(text: Any, message: str) -> None:
-    with pytest.raises(UserError, match=r"^mine: |^mine (is|has) ") as caught:
+    with pytest.raises(UserError, match=r"^mine: |^mine (is|has|must) ") as caught:
         load_yaml(text, "mine")
     assert message in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -397,7 +397,7 @@ def test_locate_refuses_targets_that_run_code_or_write_files(name: str) -> None:
 
 
 def test_locate_refuses_name_imported_from_elsewhere() -> None:
-    with pytest.raises(TargetError, match=r"belongs to 'torch\.nn\.functional'"):
+    with pytest.raises(TargetError, match=r"is defined in 'torch\.nn\.functional'"):
         locate("app.callbacks.image_grids.interpolate")
 
 
