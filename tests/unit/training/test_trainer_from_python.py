@@ -1,4 +1,4 @@
-"""The same parts from Python: a Trainer from objects, and `app.compose`."""
+"""`Trainer` built from Python objects, without a configuration."""
 
 from __future__ import annotations
 
@@ -20,15 +20,13 @@ from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
-from tests.support.runs import mistakes_in
+from tests.support.runs import config_issues
 
 X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
 
 
-class Samples(Dataset[tuple[Tensor, Tensor]]):
-    """Read one by one."""
-
+class MapDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(X)
 
@@ -36,8 +34,8 @@ class Samples(Dataset[tuple[Tensor, Tensor]]):
         return X[index], Y[index]
 
 
-class Stream(IterableDataset[tuple[Tensor, Tensor]]):
-    """Of a length that nobody knows."""
+class StreamDataset(IterableDataset[tuple[Tensor, Tensor]]):
+    """An iterable dataset of unknown length that records the epochs it is set to."""
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
@@ -49,58 +47,55 @@ class Stream(IterableDataset[tuple[Tensor, Tensor]]):
         return iter(zip(X, Y, strict=True))
 
 
-class Counted(Stream):
-    """Of a length that is known."""
-
+class SizedStreamDataset(StreamDataset):
     def __len__(self) -> int:
         return len(X)
 
 
-def make_trainer(folder: Path, plan: TrainingLimits, **options: Any) -> Trainer:
+DATASETS = {
+    "tensors": lambda: TensorDataset(X, Y),
+    "map": MapDataset,
+    "stream": StreamDataset,
+    "sized stream": SizedStreamDataset,
+    "loader": lambda: DataLoader(MapDataset(), batch_size=20),
+    "stream loader": lambda: DataLoader(StreamDataset(), batch_size=20),
+}
+
+
+def make_trainer(folder: Path, limits: TrainingLimits, **options: Any) -> Trainer:
     torch.manual_seed(0)
     task = SupervisedTask(nn.Linear(3, 2), nn.CrossEntropyLoss())
     task.optimizers = OptimWrapperDict(
         OptimWrapper(torch.optim.SGD(task.model.parameters(), lr=0.1))
     )
-    return Trainer(task, plan, folder, **options)
-
-
-DATASETS = {
-    "tensors": lambda: TensorDataset(X, Y),
-    "samples": Samples,
-    "stream": Stream,
-    "counted": Counted,
-    "loader": lambda: DataLoader(Samples(), batch_size=20),
-    "stream loader": lambda: DataLoader(Stream(), batch_size=20),
-}
+    return Trainer(task, limits, folder, **options)
 
 
 @pytest.mark.parametrize("kind", DATASETS)
-def test_every_kind_of_dataset_trains_alike(tmp_path: Path, kind: str) -> None:
-    plain = make_trainer(tmp_path / "plain", TrainingLimits(max_epochs=2))
-    expected = plain.fit(load(TensorDataset(X, Y), 20))
-    trainer = make_trainer(
-        tmp_path / "run", TrainingLimits(max_epochs=2), callbacks=Callbacks([Console(), Progress()])
-    )
-    batches = load(DATASETS[kind](), 20)
-    found = trainer.fit(batches)
-    assert torch.equal(plain.task.model.weight, trainer.task.model.weight)
+def test_fit_gives_the_same_result_for_every_kind_of_dataset(tmp_path: Path, kind: str) -> None:
+    reference = make_trainer(tmp_path / "reference", TrainingLimits(max_epochs=2))
+    expected = reference.fit(load(TensorDataset(X, Y), 20))
+    callbacks = Callbacks([Console(), Progress()])
+    trainer = make_trainer(tmp_path / "run", TrainingLimits(max_epochs=2), callbacks=callbacks)
+    loader = load(DATASETS[kind](), 20)
+    summary = trainer.fit(loader)
+    assert torch.equal(reference.task.model.weight, trainer.task.model.weight)
     times = ["epoch_time", "samples/s"]
-    pd.testing.assert_frame_equal(found.drop(columns=times), expected.drop(columns=times))
-    unknown = kind in ("stream", "stream loader")
-    assert batches.num_samples == (None if unknown else 50)
-    assert batches.num_batches == (None if unknown else 3)
+    pd.testing.assert_frame_equal(summary.drop(columns=times), expected.drop(columns=times))
+    has_unknown_length = kind in ("stream", "stream loader")
+    assert loader.num_samples == (None if has_unknown_length else 50)
+    assert loader.num_batches == (None if has_unknown_length else 3)
 
 
-def test_a_stream_hears_of_the_epoch_and_ends_with_max_steps(tmp_path: Path) -> None:
-    stream = Stream()
+def test_fit_on_stream_sets_epoch_and_stops_at_max_steps(tmp_path: Path) -> None:
+    stream = StreamDataset()
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=None, max_steps=7))
     summary = trainer.fit(load(stream, 20))
     assert stream.epochs == [1, 2, 3]
     assert summary["total_samples"].tolist() == [50, 50, 20]
 
 
-def test_predictions_and_evaluation_give_tensors_and_tables(tmp_path: Path) -> None:
+def test_predict_returns_tensors_and_evaluate_returns_table(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=1))
     outputs = trainer.predict(load(TensorDataset(X, Y), 7))
     torch.testing.assert_close(outputs, trainer.task.model(X))
@@ -112,7 +107,7 @@ def test_predictions_and_evaluation_give_tensors_and_tables(tmp_path: Path) -> N
     )
 
 
-def test_the_best_weights_are_put_back(tmp_path: Path) -> None:
+def test_load_best_weights_restores_the_best_epoch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=3))
     summary = trainer.fit(load(TensorDataset(X, Y), 20))
     trainer.task.model.weight.data.zero_()
@@ -121,9 +116,7 @@ def test_the_best_weights_are_put_back(tmp_path: Path) -> None:
     assert trainer.task.model.weight.abs().sum() > 0
 
 
-def test_a_checkpoint_of_a_trainer_from_python_says_that_it_has_no_configuration(
-    tmp_path: Path,
-) -> None:
+def test_mode_test_with_checkpoint_without_config_is_rejected(tmp_path: Path) -> None:
     make_trainer(tmp_path, TrainingLimits(max_epochs=1)).fit(load(TensorDataset(X, Y), 20))
-    (mistake,) = mistakes_in("mode=test", f"ckpt={tmp_path}")
-    assert "was saved by a Trainer from Python and has no configuration" in mistake
+    (issue,) = config_issues("mode=test", f"ckpt={tmp_path}")
+    assert "was saved by a Trainer from Python and has no configuration" in issue
