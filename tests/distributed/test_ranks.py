@@ -1,7 +1,7 @@
-"""Several ranks learn and measure as one: real processes over gloo, against a single one.
+"""Training and evaluation on several ranks, connected by gloo, match those on one rank.
 
-Sums of float32 are taken in another order, so losses and weights agree to 1e-6, and to 1e-5 of
-their size; what is counted agrees to the last digit.
+Float32 sums are computed in another order, so losses and weights agree to an absolute tolerance of
+1e-6 and a relative one of 1e-5; counts are equal.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from app.experiment import run
 from app.experiment.factory import make_components
 from app.metrics.stage_metrics import as_metrics
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, slice_batch
+from app.runtime.nested import Nested
 from app.training.accumulator import StageResult
 from app.training.checkpoint.train_state import gather_to_cpu
 from app.training.events import Callback, StageStart, StepEnd
@@ -44,7 +44,7 @@ from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
-from tests.support.rank_functions import in_ranks
+from tests.support.rank_functions import run_on_ranks
 from tests.support.runs import job_for
 
 CPU = torch.device("cpu")
@@ -59,8 +59,8 @@ SHORT = (
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 
-class Listener(Callback):
-    """Remembers the stages."""
+class ResultRecorder(Callback):
+    """Records the results of all stages."""
 
     def __init__(self) -> None:
         self.results: list[StageResult] = []
@@ -71,48 +71,48 @@ class Listener(Callback):
 
 @dataclass(frozen=True)
 class Fit:
-    """What a training came to, in rank 0."""
+    """Result of a training on rank 0."""
 
     weights: dict[str, Tensor]
     steps: list[pd.DataFrame]
     rows: list[dict[str, Any]]
-    by_ddp: bool
+    used_ddp: bool
 
 
-def fit(*words: str) -> Fit:
+def fit(*overrides: str) -> Fit:
     torch.set_num_threads(1)
-    job, folder = job_for(*words), Path(tempfile.mkdtemp())
-    build, listener = Instantiator(job.trusted), Listener()
-    parts = make_components(job.config, build, CPU)
-    watching = listener if rank() == 0 else Callback()
-    trainer = run.make_trainer(job, build, parts, watching, folder)
-    trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
+    job, folder = job_for(*overrides), Path(tempfile.mkdtemp())
+    instantiate, recorder = Instantiator(job.trusted), ResultRecorder()
+    components = make_components(job.config, instantiate, CPU)
+    callback = recorder if rank() == 0 else Callback()
+    trainer = run.make_trainer(job, instantiate, components, callback, folder)
+    trainer.fit(components.loaders["train"], components.loaders.get("valid"))
     weights = gather_to_cpu(trainer.task.model.state_dict())
     return Fit(
         {name: tensor.clone() for name, tensor in weights.items()},
-        [result.steps for result in listener.results],
-        [result.row for result in listener.results],
+        [result.steps for result in recorder.results],
+        [result.row for result in recorder.results],
         getattr(trainer.strategy, "ddp", None) is not None,
     )
 
 
 def assert_same(one: Fit, several: Fit, **tolerance: float) -> None:
     assert len(one.steps) == len(several.steps)
-    for mine, theirs in zip(one.steps, several.steps, strict=True):
-        assert list(mine["num_samples"]) == list(theirs["num_samples"])
-        for column in set(mine) - {"stage", "iter_time"}:
-            found = torch.tensor(theirs[column].to_numpy(dtype=float))
-            wanted = torch.tensor(mine[column].to_numpy(dtype=float))
-            torch.testing.assert_close(found, wanted, equal_nan=True, **tolerance)
-    for mine_row, theirs_row in zip(one.rows, several.rows, strict=True):
+    for one_steps, several_steps in zip(one.steps, several.steps, strict=True):
+        assert list(one_steps["num_samples"]) == list(several_steps["num_samples"])
+        for column in set(one_steps) - {"stage", "iter_time"}:
+            actual = torch.tensor(several_steps[column].to_numpy(dtype=float))
+            expected = torch.tensor(one_steps[column].to_numpy(dtype=float))
+            torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
+    for one_row, several_row in zip(one.rows, several.rows, strict=True):
         for name in ("accuracy", "total_correct", "total_samples"):
-            assert mine_row.get(name) == theirs_row.get(name)
+            assert one_row.get(name) == several_row.get(name)
     for name, tensor in one.weights.items():
         torch.testing.assert_close(several.weights[name], tensor, **tolerance)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["model=mlp"],
         ["model=mlp", "optimizer=adamw", "optimizer.lr=0.001", "average=ema"],
@@ -131,99 +131,116 @@ def assert_same(one: Fit, several: Fit, **tolerance: float) -> None:
         ["model=lenet", "+freeze.first={parameters: features, until_epoch: 2}"],
         ["model=lenet", "+freeze.first={parameters: features, from_epoch: 2}"],
     ],
-    ids=["plain", "adamw-ema", "accumulate-clip", "uneven", "thawed", "frozen"],
+    ids=["plain", "adamw-ema", "accumulate-clip", "uneven", "unfreeze", "freeze"],
 )
-def test_any_number_of_ranks_learns_the_same(words: list[str]) -> None:
-    one = fit(*SHORT, *words)
+def test_fit_ddp_matches_one_rank(overrides: list[str]) -> None:
+    one = fit(*SHORT, *overrides)
     for size in (2, 3):
-        several = in_ranks(size, fit, *SHORT, *words)[0]
-        assert several.by_ddp
+        several = run_on_ranks(size, fit, *SHORT, *overrides)[0]
+        assert several.used_ddp
         assert_same(one, several, **ROUNDING)
 
 
-def test_the_last_batch_may_be_smaller_than_the_ranks_are_many() -> None:
-    words = [*SHORT, "model=mlp", "trainer.limit_train_batches=null", "data.split.valid=59979"]
-    one = fit(*words, "data.batch_size=10")  # 21 samples: batches of 10, 10 and 1
+def test_fit_last_batch_smaller_than_number_of_ranks_matches_one_rank() -> None:
+    overrides = [*SHORT, "model=mlp", "trainer.limit_train_batches=null", "data.split.valid=59979"]
+    one = fit(*overrides, "data.batch_size=10")  # 21 samples: batches of 10, 10 and 1
     assert list(one.steps[0]["num_samples"]) == [10, 10, 1]
-    assert_same(one, in_ranks(3, fit, *words, "data.batch_size=10")[0], **ROUNDING)
+    assert_same(one, run_on_ranks(3, fit, *overrides, "data.batch_size=10")[0], **ROUNDING)
 
 
-def test_sharded_weights_learn_the_same() -> None:
-    words = [*SHORT, "model=mlp", "trainer.gradient_clip_norm=0.5", "trainer.gradient_norm=true"]
-    words += ["optimizer=adamw", "optimizer.lr=0.001", "average=ema"]
-    one = fit(*words)
+def test_fit_fsdp_matches_one_rank() -> None:
+    overrides = [
+        *SHORT,
+        "model=mlp",
+        "trainer.gradient_clip_norm=0.5",
+        "trainer.gradient_norm=true",
+    ]
+    overrides += ["optimizer=adamw", "optimizer.lr=0.001", "average=ema"]
+    one = fit(*overrides)
     for size in (2, 3):
-        assert_same(one, in_ranks(size, fit, *words, "trainer.strategy=fsdp")[0], **ROUNDING)
+        assert_same(
+            one, run_on_ranks(size, fit, *overrides, "trainer.strategy=fsdp")[0], **ROUNDING
+        )
 
 
-def refused(*words: str) -> str:
+def fit_error(*overrides: str) -> str:
     try:
-        fit(*words)
+        fit(*overrides)
     except UserError as error:
         return str(error)
     return ""
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("overrides", "message"),
     [
         (["experiment=mnist_dcgan", "trainer.strategy=fsdp"], "needs a task that calls the model"),
         (["+loss.cross_entropy.function.reduction=sum"], "CrossEntropyLoss with reduction='sum'"),
     ],
 )
-def test_what_several_ranks_cannot_do_is_refused(words: list[str], told: str) -> None:
-    found = in_ranks(2, refused, "trainer.limit_train_batches=2", *words)
-    assert all(told in text for text in found), found
+def test_fit_unsupported_on_several_ranks_is_refused(overrides: list[str], message: str) -> None:
+    errors = run_on_ranks(2, fit_error, "trainer.limit_train_batches=2", *overrides)
+    assert all(message in error for error in errors), errors
 
 
 @pytest.mark.long
-def test_compiled_ranks_learn_the_same() -> None:
-    words = [*SHORT, "model=mlp", "trainer.compile=true"]
-    assert_same(fit(*words), in_ranks(2, fit, *words)[0], **ROUNDING)
+def test_fit_compiled_ddp_matches_one_rank() -> None:
+    overrides = [*SHORT, "model=mlp", "trainer.compile=true"]
+    assert_same(fit(*overrides), run_on_ranks(2, fit, *overrides)[0], **ROUNDING)
 
 
-def test_narrow_types_learn_nearly_the_same() -> None:
+def test_fit_mixed_precision_ddp_is_close_to_one_rank() -> None:
     for precision in ("bf16", "fp16"):
-        words = [*SHORT, "model=mlp", f"trainer.precision={precision}"]
-        one, two = fit(*words), in_ranks(2, fit, *words)[0]
-        for mine, theirs in zip(one.steps, two.steps, strict=True):
-            assert list(theirs["loss"]) == pytest.approx(list(mine["loss"]), abs=1e-2)
+        overrides = [*SHORT, "model=mlp", f"trainer.precision={precision}"]
+        one, two = fit(*overrides), run_on_ranks(2, fit, *overrides)[0]
+        for one_steps, two_steps in zip(one.steps, two.steps, strict=True):
+            assert list(two_steps["loss"]) == pytest.approx(list(one_steps["loss"]), abs=1e-2)
 
 
-def test_models_of_nested_parts_and_convolutions_are_sharded() -> None:
-    words = [*SHORT, "model=resnet18", "model.width=8", "data.batch_size=6", "optimizer.lr=0.001"]
-    words += ["trainer.limit_train_batches=2", "trainer.limit_valid_batches=1"]
-    two, sharded = (
-        in_ranks(2, fit, *words, f"trainer.strategy={strategy}")[0] for strategy in ("ddp", "fsdp")
+def test_fit_fsdp_of_nested_convolutional_model_is_close_to_ddp() -> None:
+    overrides = [
+        *SHORT,
+        "model=resnet18",
+        "model.width=8",
+        "data.batch_size=6",
+        "optimizer.lr=0.001",
+    ]
+    overrides += ["trainer.limit_train_batches=2", "trainer.limit_valid_batches=1"]
+    ddp, fsdp = (
+        run_on_ranks(2, fit, *overrides, f"trainer.strategy={strategy}")[0]
+        for strategy in ("ddp", "fsdp")
     )
-    for mine, theirs in zip(two.steps, sharded.steps, strict=True):
-        assert list(theirs["loss"]) == pytest.approx(list(mine["loss"]), abs=1e-3)
+    for ddp_steps, fsdp_steps in zip(ddp.steps, fsdp.steps, strict=True):
+        assert list(fsdp_steps["loss"]) == pytest.approx(list(ddp_steps["loss"]), abs=1e-3)
 
 
-def test_batch_normalisation_is_over_all_ranks() -> None:
-    words = [*SHORT, "experiment=mnist_multitask", "optimizer=sgd", "optimizer.lr=0.01"]
-    one, two, three = (in_ranks(size, fit, *words)[0] for size in (1, 2, 3))
+def test_fit_sync_batchnorm_matches_one_rank() -> None:
+    overrides = [*SHORT, "experiment=mnist_multitask", "optimizer=sgd", "optimizer.lr=0.01"]
+    one, two, three = (run_on_ranks(size, fit, *overrides)[0] for size in (1, 2, 3))
     assert_same(two, three, **ROUNDING)
-    # torch's own kernel for the CPU rounds otherwise: it is off by 1e-5, and so are we from it
+    # On one rank, torch's CPU kernel is used, whose rounding differs by about 1e-5
     assert_same(one, two, rtol=0, atol=1e-4)
 
 
-def test_without_synchronised_norms_ranks_use_their_own_statistics() -> None:
-    words = [*SHORT, "experiment=mnist_multitask", "optimizer=sgd", "optimizer.lr=0.01"]
-    one, two = (in_ranks(n, fit, *words, "trainer.sync_batchnorm=false")[0] for n in (1, 2))
+def test_fit_without_sync_batchnorm_differs_from_one_rank() -> None:
+    overrides = [*SHORT, "experiment=mnist_multitask", "optimizer=sgd", "optimizer.lr=0.01"]
+    one, two = (run_on_ranks(n, fit, *overrides, "trainer.sync_batchnorm=false")[0] for n in (1, 2))
     with pytest.raises(AssertionError):
         assert_same(one, two, rtol=0, atol=1e-4)
 
 
-def normalised(lent: int | None) -> list[Tensor]:
-    """Of 7 samples, which the rank `lent` is only lent."""
+def sync_batchnorm_results(padding_rank: int | None) -> list[Tensor]:
+    """Return gradient, running mean and variance for 7 samples, split over the ranks.
+
+    With a padding rank, every rank has all samples, and those of the padding rank do not count.
+    """
     torch.manual_seed(0)
     norm = convert_sync_batchnorm(nn.BatchNorm2d(3), CPU).double()
     images = (torch.randn(7, 3, 4, 4) * 3 + 2).double().requires_grad_()
     weights = torch.linspace(0, 1, 7 * 48).view(7, 3, 4, 4).double()
-    mine = slice(0, 7) if lent is not None else local_slice(7)
-    norm.is_active = rank() != lent  # type: ignore[assignment]
-    (norm(images[mine]) * weights[mine]).square().sum().mul(float(norm.is_active)).backward()
+    part = slice(0, 7) if padding_rank is not None else local_slice(7)
+    norm.is_active = rank() != padding_rank  # type: ignore[assignment]
+    (norm(images[part]) * weights[part]).square().sum().mul(float(norm.is_active)).backward()
     gradient = images.grad
     assert gradient is not None
     assert isinstance(norm.running_mean, Tensor)
@@ -231,34 +248,35 @@ def normalised(lent: int | None) -> list[Tensor]:
     return [gradient, norm.running_mean, norm.running_var]
 
 
-def test_synchronised_norm_has_the_gradients_of_torchs() -> None:
+def test_sync_batchnorm_matches_torch_batchnorm() -> None:
     torch.manual_seed(0)
     norm = nn.BatchNorm2d(3).double()
     images = (torch.randn(7, 3, 4, 4) * 3 + 2).double().requires_grad_()
     weights = torch.linspace(0, 1, 7 * 48).view(7, 3, 4, 4).double()
     (norm(images) * weights).square().sum().backward()
-    wanted = [images.grad, norm.running_mean, norm.running_var]
-    several = in_ranks(3, normalised, None)
-    torch.testing.assert_close(sum(found[0] for found in several), wanted[0], rtol=1e-5, atol=1e-5)
-    lent = in_ranks(2, normalised, 1)[0]
-    for found in (several[0], lent):
-        torch.testing.assert_close(found[1:], wanted[1:], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(lent[0], wanted[0], rtol=1e-5, atol=1e-5)
+    expected = [images.grad, norm.running_mean, norm.running_var]
+    split = run_on_ranks(3, sync_batchnorm_results, None)
+    gradient = sum(results[0] for results in split)
+    torch.testing.assert_close(gradient, expected[0], rtol=1e-5, atol=1e-5)
+    padded = run_on_ranks(2, sync_batchnorm_results, 1)[0]
+    for results in (split[0], padded):
+        torch.testing.assert_close(results[1:], expected[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(padded[0], expected[0], rtol=1e-5, atol=1e-5)
 
 
-# Tasks of one's own
+# Custom tasks
 
 
-class Parts(nn.Module):
-    """Two parts that are called by themselves, and one that nobody calls."""
+class TwoPartModel(nn.Module):
+    """Two layers that are called separately, and one that is never used."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.idle = (nn.Linear(4, 4) for _ in range(3))
+        self.first, self.second, self.unused = (nn.Linear(4, 4) for _ in range(3))
 
 
-class InTurns(Task):
-    """Two optimizers, each of a part, neither through the model as a whole."""
+class AlternatingTask(Task):
+    """Trains two layers with an optimizer each, without calling the model as a whole."""
 
     def train_step(self, batch: Nested) -> StepOutput:
         assert self.optimizers is not None
@@ -272,48 +290,52 @@ class InTurns(Task):
 
 
 def train(
-    task: Task, parallel: SingleDevice, data: BatchLoader, epochs: int = 2
+    task: Task, strategy: SingleDevice, loader: BatchLoader, epochs: int = 2
 ) -> dict[str, Tensor]:
-    plan = TrainingLimits(epochs, sanity_valid_batches=0)
-    trainer = Trainer(task, plan, Path(tempfile.mkdtemp()), strategy=parallel)
-    trainer.fit(data)
+    limits = TrainingLimits(epochs, sanity_valid_batches=0)
+    trainer = Trainer(task, limits, Path(tempfile.mkdtemp()), strategy=strategy)
+    trainer.fit(loader)
     return {name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()}
 
 
-def points(count: int = 23, batch_size: int = 5) -> BatchLoader:
+def make_loader(count: int = 23, batch_size: int = 5) -> BatchLoader:
     inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(3))
     return load(TensorDataset(inputs), batch_size, shuffle=True)
 
 
-def in_turns() -> dict[str, Tensor]:
+def train_alternating() -> dict[str, Tensor]:
     torch.manual_seed(1)
-    task = InTurns(Parts())
-    several = world_size() > 1
-    parallel = DDPStrategy(task.model, CPU, False, False) if several else SingleDevice(task.model)
+    task = AlternatingTask(TwoPartModel())
+    strategy = (
+        DDPStrategy(task.model, CPU, False, False) if world_size() > 1 else SingleDevice(task.model)
+    )
     task.optimizers = OptimWrapperDict(
         {
             name: OptimWrapper(
                 torch.optim.AdamW(task.model.get_submodule(name).parameters(), 0.01),
                 batch_size=5,
                 owns_all_parameters=False,
-                strategy=parallel,
+                strategy=strategy,
             )
             for name in ("first", "second")
         }
     )
-    return train(task, parallel, points())
+    return train(task, strategy, make_loader())
 
 
-def test_steps_that_go_round_the_model_are_summed_all_the_same() -> None:
-    one = in_turns()
+def test_ddp_without_calling_whole_model_matches_one_rank() -> None:
+    one = train_alternating()
     for size in (2, 3):
-        for found in in_ranks(size, in_turns):
+        for weights in run_on_ranks(size, train_alternating):
             for name, tensor in one.items():
-                torch.testing.assert_close(found[name], tensor, **ROUNDING)
+                torch.testing.assert_close(weights[name], tensor, **ROUNDING)
 
 
-class SometimesUsed(nn.Module):
-    """A second layer that takes part in each second call only, or never."""
+class SometimesUsedLayer(nn.Module):
+    """Has a second layer that is used in every n-th call only, or never (0).
+
+    With a negative number, the calls that use it differ between ranks.
+    """
 
     def __init__(self, every: int) -> None:
         super().__init__()
@@ -322,46 +344,49 @@ class SometimesUsed(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         self.calls += self.training
         hidden: Tensor = self.layer(inputs)
-        mine = self.calls + rank() if self.every < 0 else self.calls
-        uses = self.every and mine % abs(self.every) == 1
-        return self.other(hidden) if uses else hidden  # type: ignore[no-any-return]
+        call = self.calls + rank() if self.every < 0 else self.calls
+        is_used = self.every and call % abs(self.every) == 1
+        return self.other(hidden) if is_used else hidden  # type: ignore[no-any-return]
 
 
-def sometimes(every: int, find_unused: bool) -> dict[str, Tensor] | str:
+def train_sometimes_used(every: int, find_unused: bool) -> dict[str, Tensor] | str:
     torch.manual_seed(1)
-    task = SupervisedTask(SometimesUsed(every), F.mse_loss, targets=0)
-    parallel = SingleDevice(task.model)
+    task = SupervisedTask(SometimesUsedLayer(every), F.mse_loss, targets=0)
+    strategy = SingleDevice(task.model)
     if world_size() > 1:
-        parallel = DDPStrategy(task.model, CPU, True, find_unused)
-        task.forward_model = parallel
+        strategy = DDPStrategy(task.model, CPU, True, find_unused)
+        task.forward_model = strategy
     optimizer = torch.optim.AdamW(task.model.parameters(), 0.01, weight_decay=0.1)
-    task.optimizers = OptimWrapperDict(OptimWrapper(optimizer, batch_size=5, strategy=parallel))
+    task.optimizers = OptimWrapperDict(OptimWrapper(optimizer, batch_size=5, strategy=strategy))
     try:
-        return train(task, parallel, points())
-    except (UserError, RuntimeError) as error:  # the other rank is gone then
+        return train(task, strategy, make_loader())
+    except (UserError, RuntimeError) as error:  # RuntimeError: the other rank has exited
         return str(error)
 
 
 @pytest.mark.parametrize(("every", "find_unused"), [(0, False), (2, True)])
-def test_parameters_without_use_stay_as_they_are(every: int, find_unused: bool) -> None:
-    one, several = sometimes(every, find_unused), in_ranks(2, sometimes, every, find_unused)
+def test_ddp_unused_parameters_match_one_rank(every: int, find_unused: bool) -> None:
+    one, several = (
+        train_sometimes_used(every, find_unused),
+        run_on_ranks(2, train_sometimes_used, every, find_unused),
+    )
     assert isinstance(one, dict)
     for name, tensor in one.items():
         torch.testing.assert_close(several[0][name], tensor, **ROUNDING)
         torch.testing.assert_close(several[1][name], tensor, **ROUNDING)
 
 
-@pytest.mark.parametrize("every", [2, -2])  # in the same steps, or not even that
-def test_parameters_used_now_and_then_name_the_option(every: int) -> None:
-    told = in_ranks(2, sometimes, every, False)
-    assert any("trainer.find_unused_parameters=False" in text for text in told)
+@pytest.mark.parametrize("every", [2, -2])  # in the same steps on all ranks, or in different ones
+def test_ddp_sometimes_unused_parameters_error_names_option(every: int) -> None:
+    errors = run_on_ranks(2, train_sometimes_used, every, False)
+    assert any("trainer.find_unused_parameters=False" in error for error in errors)
 
 
 # Data
 
 
-class Numbered(Dataset[tuple[Tensor, str]]):
-    """Samples that say who they are."""
+class IndexedDataset(Dataset[tuple[Tensor, str]]):
+    """Samples that contain their index, a random number and a name."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -375,8 +400,8 @@ class Numbered(Dataset[tuple[Tensor, str]]):
         return torch.tensor([float(index), torch.rand(()).item()]), f"name {index}"
 
 
-class Stream(IterableDataset[Tensor]):
-    """As many, in an order that is drawn."""
+class ShuffledStream(IterableDataset[Tensor]):
+    """Sample indices in random order."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -386,27 +411,29 @@ class Stream(IterableDataset[Tensor]):
         return (torch.tensor([float(index), 0.0]) for index in order)
 
 
-def loader_of(kind: str, count: int, batch_size: int) -> BatchLoader:
-    order, ready = EpochSampler(count, count, 5), BatchPreparer(CPU)
+def make_counting_loader(kind: str, count: int, batch_size: int) -> BatchLoader:
+    sampler, preparer = EpochSampler(count, count, 5), BatchPreparer(CPU)
     if kind == "tensors":
         tensors = TensorDataset(torch.stack([torch.arange(float(count)), torch.zeros(count)], 1))
-        return TensorLoader(tensors, order, batch_size, ready, on_device=True)
+        return TensorLoader(tensors, sampler, batch_size, preparer, on_device=True)
     if kind == "stream":
-        return load(Stream(count), batch_size)
-    workers = DataLoaderOptions(num_workers=2 if kind == "workers" else 0)
-    return SampleLoader(Numbered(count), order, batch_size, ready, 7, workers)
+        return load(ShuffledStream(count), batch_size)
+    options = DataLoaderOptions(num_workers=2 if kind == "workers" else 0)
+    return SampleLoader(IndexedDataset(count), sampler, batch_size, preparer, 7, options)
 
 
-def numbers_of(kind: str, count: int, batch_size: int) -> list[list[list[float]]]:
-    """Of each batch of two epochs what this rank has."""
-    loader = loader_of(kind, count, batch_size)
-    torch.manual_seed(rank())  # as the loop does
+def local_batches(kind: str, count: int, batch_size: int) -> list[list[list[float]]]:
+    """Return this rank's samples of each batch of two epochs."""
+    loader = make_counting_loader(kind, count, batch_size)
+    torch.manual_seed(rank())  # as the trainer does
     batches = itertools.chain(loader.epoch(1), loader.epoch(2))
     shares = [[] if batch is None else batch for batch in batches]
-    return [s[0].tolist() if isinstance(s, (tuple, list)) and s else _list(s) for s in shares]
+    return [_inputs_as_list(share) for share in shares]
 
 
-def _list(batch: Any) -> list[list[float]]:
+def _inputs_as_list(batch: Any) -> list[list[float]]:
+    if isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
     return batch.tolist() if isinstance(batch, Tensor) else []
 
 
@@ -418,13 +445,13 @@ def _list(batch: Any) -> list[list[float]]:
         ("workers", 9, 6),
     ],
 )
-def test_ranks_share_out_each_batch(kind: str, count: int, batch_size: int) -> None:
-    one = numbers_of(kind, count, batch_size)
-    shares = in_ranks(2 if kind == "workers" else 3, numbers_of, kind, count, batch_size)
-    found = [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
-    if kind == "stream":  # the order is another draw, but each sample comes once in an epoch
-        found, one = ([sorted(itertools.chain(*e)) for e in halves(b)] for b in (found, one))
-    assert found == one
+def test_loader_ranks_split_each_batch(kind: str, count: int, batch_size: int) -> None:
+    one = local_batches(kind, count, batch_size)
+    shares = run_on_ranks(2 if kind == "workers" else 3, local_batches, kind, count, batch_size)
+    merged = [[*itertools.chain(*parts)] for parts in zip(*shares, strict=True)]
+    if kind == "stream":  # in another random order, but with each sample once per epoch
+        merged, one = ([sorted(itertools.chain(*e)) for e in halves(b)] for b in (merged, one))
+    assert merged == one
     sizes = [[len(part) for part in parts] for parts in zip(*shares, strict=True)]
     assert all(max(lengths) - min(lengths) <= 1 for lengths in sizes)
 
@@ -434,20 +461,11 @@ def halves(batches: list[Any]) -> list[list[Any]]:
     return [batches[:middle], batches[middle:]]
 
 
-def test_a_share_has_its_names_and_numbers() -> None:
-    batch = {"x": torch.arange(4), "names": ["a", "b", "c", "d"], "scale": torch.tensor(2.0)}
-    mine = slice_batch((batch, [torch.arange(8).view(4, 2)]), slice(1, 3), 4)
-    assert mine[0]["names"] == ["b", "c"]
-    assert mine[0]["x"].tolist() == [1, 2]
-    assert mine[0]["scale"] == 2.0
-    assert mine[1][0].tolist() == [[2, 3], [4, 5]]
-
-
 # Evaluation
 
 
-class Kept(Listener):
-    """Watches the steps of all ranks."""
+class LabelRecorder(ResultRecorder):
+    """Records the labels of all ranks in each test step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -480,67 +498,73 @@ def evaluate(count: int, batch_size: int) -> tuple[dict[str, Any], dict[str, Any
         "test",
     )
     task = SupervisedTask(nn.Identity(), F.cross_entropy, {"test": metrics})
-    watching = Kept() if rank() == 0 else Callback()
-    trainer = Trainer(task, TrainingLimits(1), Path(tempfile.mkdtemp()), callbacks=watching)
+    callback = LabelRecorder() if rank() == 0 else Callback()
+    trainer = Trainer(task, TrainingLimits(1), Path(tempfile.mkdtemp()), callbacks=callback)
     trainer.run_stage("test", 1, load(TensorDataset(logits, labels), batch_size))
     row = {
         k: v for k, v in trainer.state.history[0].items() if k not in ("epoch_time", "samples/s")
     }
-    if not isinstance(watching, Kept):
+    if not isinstance(callback, LabelRecorder):
         return row, {}, []
-    return row, watching.results[0].arrays, watching.labels
+    return row, callback.results[0].arrays, callback.labels
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(101, 8), (40, 10), (2, 8), (1, 1)])
-def test_evaluation_on_any_number_of_ranks_is_the_same(count: int, batch_size: int) -> None:
+def test_evaluation_on_several_ranks_matches_one_rank(count: int, batch_size: int) -> None:
     row, arrays, labels = evaluate(count, batch_size)
     assert labels == [index % 4 for index in range(count)]
     for size in (2, 3):
-        told = in_ranks(size, evaluate, count, batch_size)
-        assert all(other[0] == told[0][0] for other in told)  # all ranks steer by the same
+        results = run_on_ranks(size, evaluate, count, batch_size)
+        rank_row, rank_arrays, rank_labels = results[0]
+        assert all(
+            other_row == rank_row for other_row, *_ in results
+        )  # same decisions on all ranks
         for name, value in row.items():
-            exact = isinstance(value, (int, str)) or name == "accuracy"
-            found = told[0][0][name]
-            assert found == (value if exact else pytest.approx(value, abs=1e-6, nan_ok=True)), name
-        assert told[0][1].keys() == arrays.keys()
-        for name, wanted in arrays.items():
+            is_exact = isinstance(value, (int, str)) or name == "accuracy"
+            expected = value if is_exact else pytest.approx(value, abs=1e-6, nan_ok=True)
+            assert rank_row[name] == expected, name
+        assert rank_arrays.keys() == arrays.keys()
+        for name, array in arrays.items():
             torch.testing.assert_close(
-                torch.as_tensor(told[0][1][name]),
-                torch.as_tensor(wanted),
+                torch.as_tensor(rank_arrays[name]),
+                torch.as_tensor(array),
                 equal_nan=True,
                 **ROUNDING,
             )
-        assert told[0][2] == labels
+        assert rank_labels == labels
 
 
-def last_word(voter: int) -> int:
-    agreement = LazyAllReduceMax()
-    for _ in range(3):
-        agreement(0)
-    return agreement.wait(3 if rank() == voter else 0)
+# Collectives
 
 
-def test_ranks_hear_of_a_vote_at_the_same_step() -> None:
-    told = in_ranks(3, hears_lasting_vote, 1, 40)
-    assert len({*told}) == 1
-    number, heard = told[0]
-    assert heard == 2
-    assert number >= 40
-    assert hears_lasting_vote(0, 3) == (3, 2)  # alone it is heard at once
+def test_lazy_all_reduce_max_returns_value_at_same_step_on_all_ranks() -> None:
+    results = run_on_ranks(3, first_nonzero_maximum, 1, 40)
+    assert len({*results}) == 1
+    step, maximum = results[0]
+    assert maximum == 2
+    assert step >= 40
+    assert first_nonzero_maximum(0, 3) == (3, 2)  # without delay in a single process
 
 
-def hears_lasting_vote(voter: int, step: int) -> tuple[int, int]:
-    """A rank that wants to stop says so from that step on."""
-    agreement = LazyAllReduceMax()
-    for number in itertools.count():
-        heard = agreement(2 if rank() == voter and number >= step else 0)
-        if heard:
-            agreement.wait(0)
-            return number, heard
+def first_nonzero_maximum(sender: int, first_step: int) -> tuple[int, int]:
+    """Send 2 from one rank from a step on; return when a maximum arrives, and the maximum."""
+    lazy_max = LazyAllReduceMax()
+    for step in itertools.count():
+        maximum = lazy_max(2 if rank() == sender and step >= first_step else 0)
+        if maximum:
+            lazy_max.wait(0)
+            return step, maximum
         time.sleep(0.001 * (rank() + 1))
     raise AssertionError
 
 
-def test_the_last_word_is_heard() -> None:
-    assert in_ranks(2, last_word, 1) == [3, 3]
-    assert last_word(0) == 3
+def test_lazy_all_reduce_max_wait_includes_last_value() -> None:
+    assert run_on_ranks(2, maximum_after_wait, 1) == [3, 3]
+    assert maximum_after_wait(0) == 3
+
+
+def maximum_after_wait(sender: int) -> int:
+    lazy_max = LazyAllReduceMax()
+    for _ in range(3):
+        lazy_max(0)
+    return lazy_max.wait(3 if rank() == sender else 0)

@@ -1,94 +1,84 @@
-"""What goes wrong in one rank ends all, is named, and leaves nobody; each is provoked for real."""
+"""A failure of one rank ends all ranks and is named; faults are injected into real processes."""
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 
-from app.distributed.launch.failures import (
-    RankFailedError,
-    RankFailure,
-    root_exception,
-    root_failure,
-)
+from app.distributed.launch.failures import RankFailedError
 from app.runtime.errors import StorageError, UserError
 from app.runtime.signals import StopReason, TrainingInterrupted
-from tests.support.processes import (
-    own_processes,
-    status_of,
-    write_numbered,
-)
+from tests.support.processes import child_processes, status_of, write_numbered_data
 
 
 @pytest.mark.parametrize(
     ("fault", "rank", "error"),
     [
-        ("raise:1:3", 1, "RuntimeError: the rank broke"),
-        ("raise:0:3", 0, "RuntimeError: the rank broke"),
-        ("raise:1:4:valid", 1, "RuntimeError: the rank broke"),
+        ("raise:1:3", 1, "RuntimeError: injected failure"),
+        ("raise:0:3", 0, "RuntimeError: injected failure"),
+        ("raise:1:4:valid", 1, "RuntimeError: injected failure"),
         ("memory:1:3", 1, "out of memory in train, epoch 1, step 2 of rank 1"),
-        ("kill:1:3", 1, "it was killed by SIGKILL"),
-        ("kill:0:3", 0, "it was killed by SIGKILL"),
-        ("exit:1:3", 1, "it ended with exit code 7"),
+        ("kill:1:3", 1, "killed by SIGKILL"),
+        ("kill:0:3", 0, "killed by SIGKILL"),
+        ("exit:1:3", 1, "exited with code 7"),
     ],
 )
-def test_the_rank_that_failed_is_named(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
+def test_rank_failure_is_named_in_error_and_status(
+    run_ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int, error: str
 ) -> None:
     with pytest.raises((RankFailedError, UserError)) as failed:
-        ranks(fault)
+        run_ranks(fault)
     assert error in str(failed.value)
     status = status_of(tmp_path)
     assert (status["status"], status["rank"]) == ("failed", rank)
     assert error in status["error"]
     assert ("can't allocate memory" in status["error"]) == fault.startswith("memory")
-    assert not own_processes()
+    assert not child_processes()
 
 
 @pytest.mark.parametrize(("fault", "rank"), [("stop:1:3", 1), ("hang:0:3", 0), ("hang:2:3", 2)])
-def test_a_silent_rank_is_named_after_the_timeout(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
+def test_unresponsive_rank_is_named_after_timeout(
+    run_ranks: Callable[..., Path], tmp_path: Path, fault: str, rank: int
 ) -> None:
-    with pytest.raises(RankFailedError, match=rf"rank {rank}: it has not answered for 6 s"):
-        ranks(fault, "trainer.timeout=6", size=3)
+    with pytest.raises(RankFailedError, match=rf"rank {rank}: no response for 6 s"):
+        run_ranks(fault, "trainer.timeout=6", size=3)
     assert status_of(tmp_path)["rank"] == rank
-    assert not own_processes()
+    assert not child_processes()
 
 
-def test_data_that_one_rank_cannot_read_ends_all(
-    ranks: Callable[..., Path], tmp_path: Path
+def test_dataset_failure_on_one_rank_ends_all_ranks(
+    run_ranks: Callable[..., Path], tmp_path: Path
 ) -> None:
-    write_numbered(tmp_path / "conf")
-    words = ("data=numbered", "trainer.sanity_valid_batches=0")
-    with pytest.raises(RankFailedError, match="rank 1: OSError: the file broke"):
-        ranks("data:1:9", *words, flags=("--config-dir", str(tmp_path / "conf")))
+    write_numbered_data(tmp_path / "conf")
+    overrides = ("data=numbered", "trainer.sanity_valid_batches=0")
+    with pytest.raises(RankFailedError, match="rank 1: OSError: injected read failure"):
+        run_ranks("data:1:9", *overrides, flags=("--config-dir", str(tmp_path / "conf")))
     assert status_of(tmp_path)["rank"] == 1
 
 
-def test_a_failing_watcher_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(RankFailedError, match="rank 0: RuntimeError: the watcher broke"):
-        ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
+def test_callback_failure_ends_all_ranks(run_ranks: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(RankFailedError, match="rank 0: RuntimeError: injected callback failure"):
+        run_ranks("none:0:0", "+callbacks.faulty._target_=faulty.FaultyCallback")
     assert status_of(tmp_path)["status"] == "failed"
 
 
-def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+def test_checkpoint_write_failure_ends_all_ranks(
+    run_ranks: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("a file instead of a folder")
     with pytest.raises(StorageError, match=r"\.pt cannot be written: File exists"):
-        ranks("none:0:0")
+        run_ranks("none:0:0")
     assert status_of(tmp_path)["rank"] == 0
 
 
 @pytest.mark.parametrize(
-    ("fault", "state", "reason"),
+    ("fault", "status", "reason"),
     [
         ("SIGTERM:1:5", "preempted", StopReason.PREEMPTED),
         ("SIGUSR1:0:5", "preempted", StopReason.PREEMPTED),
@@ -96,13 +86,13 @@ def test_a_failing_write_ends_all_ranks(ranks: Callable[..., Path], tmp_path: Pa
         ("SIGTERM:1:4:valid", "preempted", StopReason.PREEMPTED),
     ],
 )
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(
-    ranks: Callable[..., Path], tmp_path: Path, fault: str, state: str, reason: StopReason
+def test_signal_to_one_rank_stops_all_ranks_at_same_step(
+    run_ranks: Callable[..., Path], tmp_path: Path, fault: str, status: str, reason: StopReason
 ) -> None:
-    with pytest.raises(TrainingInterrupted) as stopped:
-        ranks(fault)
-    assert stopped.value.reason == reason
-    assert status_of(tmp_path)["status"] == state
+    with pytest.raises(TrainingInterrupted) as interrupt:
+        run_ranks(fault)
+    assert interrupt.value.reason == reason
+    assert status_of(tmp_path)["status"] == status
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
     training = checkpoint["training"]
     if "valid" in fault:
@@ -113,67 +103,30 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
         assert training["trained"] == len(rows) == training["learning"][""]["steps"]
 
 
-def test_what_the_launch_takes_is_free_again(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    """The port of the store, and processes; the next run in the same process finds all it needs."""
+def test_launch_local_after_failure_releases_port_and_processes(
+    run_ranks: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(RankFailedError):
-        ranks("kill:1:3")
-    listening = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
-    assert f"pid={os.getpid()}," not in listening.stdout
-    ranks("none:0:0")
+        run_ranks("kill:1:3")
+    open_ports = subprocess.run(["ss", "-ltnp"], capture_output=True, text=True, check=True)
+    assert f"pid={os.getpid()}," not in open_ports.stdout
+    run_ranks("none:0:0")
     assert status_of(tmp_path)["status"] == "completed"
 
 
-def test_a_slow_save_is_waited_for(ranks: Callable[..., Path], tmp_path: Path) -> None:
+def test_preempted_run_waits_for_slow_callback(
+    run_ranks: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(TrainingInterrupted):
-        ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowEnd, seconds: 7}")
+        run_ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowCallback, seconds: 7}")
     assert (tmp_path / "checkpoints" / "last.pt").exists()
     assert (tmp_path / "ended").exists()
 
 
-def test_a_save_that_fails_is_no_clean_end(ranks: Callable[..., Path], tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+def test_preempted_run_with_failed_save_is_failed(
+    run_ranks: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints").write_text("a file instead of a folder")
     with pytest.raises(StorageError, match=r"\.pt cannot be written: File exists"):
-        ranks("SIGTERM:1:5")
+        run_ranks("SIGTERM:1:5")
     assert status_of(tmp_path)["status"] == "failed"
-
-
-def test_who_is_the_cause() -> None:
-    lost = RankFailure(0, "lost", "gone", when=1.0)
-    late = RankFailure(0, "timeout", "waited", "where", when=2.0)
-    died = RankFailure(1, "died", "killed", when=3.0)
-    broke = RankFailure(2, "error", "broke", when=2.5)
-    assert root_failure([lost, died, broke], 3, 9) is broke
-    assert root_failure([lost, died], 3, 9) is died
-    silent = root_failure([lost, late], 3, 9)
-    assert (silent.rank, silent.trace) == (1, "where")
-    assert root_failure([lost], 1, 9) is lost
-    assert root_failure([lost], 2, 9).rank == 1
-
-
-def test_a_signal_in_the_midst_of_a_failure_does_not_hide_it() -> None:
-    broke = OSError("the disk broke")
-    try:
-        try:
-            raise broke
-        finally:
-            raise TrainingInterrupted(StopReason.PREEMPTED)
-    except TrainingInterrupted as stopped:
-        assert root_exception(stopped) is broke
-    alone = TrainingInterrupted(StopReason.PREEMPTED)
-    assert root_exception(alone) is alone
-
-
-def test_what_a_library_deals_with_is_no_failure() -> None:
-    """A signal may come while it does."""
-
-    class Asked(logging.StreamHandler[Any]):
-        def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802
-            raise TrainingInterrupted(StopReason.PREEMPTED)
-
-    closed = io.StringIO()
-    closed.close()
-    try:
-        Asked(closed).emit(logging.makeLogRecord({}))
-    except TrainingInterrupted as stopped:
-        assert isinstance(stopped.__context__, ValueError)
-        assert root_exception(stopped) is stopped

@@ -1,4 +1,4 @@
-"""Runs that are asked to stop, and go on where they were."""
+"""Runs that are stopped by signals or time, and resumed."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import pytest
 import torch
 
 from tests.support.processes import (
-    FAULTY,
-    SHORT,
-    TESTS,
-    alive,
+    FAULTY_TASK,
+    SHORT_RUN,
+    SUPPORT_DIR,
+    alive_pids,
     assert_equal_runs,
-    begun,
     descendants,
-    gone,
-    started,
+    start_command,
+    start_training,
     status_of,
+    wait_until_exited,
 )
 from tests.support.runs import run_app
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_ctrl_c_saves_and_ends(tmp_path: Path, devices: int) -> None:
-    process = started(tmp_path, f"trainer.devices={devices}", cold=devices == 2)
+def test_ctrl_c_saves_checkpoint_and_exits(tmp_path: Path, devices: int) -> None:
+    process = start_training(tmp_path, f"trainer.devices={devices}", cold=devices == 2)
     pids = descendants(process.pid)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
-    assert out.count("stopping after this step; Ctrl-C again ends it at once") == 1
+    assert out.count("stopping after the current step; press Ctrl-C again to stop at once") == 1
     assert "Traceback" not in out
     assert status_of(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
     assert len(pd.read_csv(tmp_path / "run" / "epoch_details" / "epoch001_train.csv")) < 12
-    assert gone(pids)
+    assert wait_until_exited(pids)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
-    process = started(tmp_path, f"trainer.devices={devices}", fault="slow:0:3")
+def test_second_ctrl_c_exits_without_saving(tmp_path: Path, devices: int) -> None:
+    process = start_training(tmp_path, f"trainer.devices={devices}", fault="slow:0:3")
     pids = descendants(process.pid)
     process.send_signal(signal.SIGINT)
     time.sleep(0.8)
@@ -52,15 +52,15 @@ def test_a_second_ctrl_c_kills(tmp_path: Path, devices: int) -> None:
     assert process.returncode == 130, out
     assert status_of(tmp_path / "run")["status"] == "interrupted"
     assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-    assert gone(pids)
+    assert wait_until_exited(pids)
 
 
-def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None:
-    words = (*SHORT, "trainer.devices=2", "hydra.run.dir=run")
-    process = begun(tmp_path, words, cold=True)
-    until = time.monotonic() + 120
+def test_sigterm_before_ranks_are_ready_prevents_training(tmp_path: Path) -> None:
+    overrides = (*SHORT_RUN, "trainer.devices=2", "hydra.run.dir=run")
+    process = start_command(tmp_path, overrides, cold=True)
+    deadline = time.monotonic() + 120
     while not (tmp_path / "run" / "config.yaml").exists():
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
@@ -69,70 +69,79 @@ def test_asked_before_the_ranks_are_up_it_does_not_begin(tmp_path: Path) -> None
     assert not (tmp_path / "run" / "epoch_details").exists()
 
 
-@pytest.mark.parametrize(("number", "whom"), [("SIGTERM", "all"), ("SIGUSR1", "one")])
-def test_preempted_it_saves_and_ends(tmp_path: Path, number: str, whom: str) -> None:
-    process = started(tmp_path, "trainer.devices=2", cold=number == "SIGTERM")
+@pytest.mark.parametrize(("name", "target"), [("SIGTERM", "group"), ("SIGUSR1", "parent")])
+def test_preemption_saves_checkpoint_and_exits(tmp_path: Path, name: str, target: str) -> None:
+    process = start_training(tmp_path, "trainer.devices=2", cold=name == "SIGTERM")
     pids = descendants(process.pid)
-    send = os.killpg if whom == "all" else os.kill
-    send(process.pid, getattr(signal, number))
+    send = os.killpg if target == "group" else os.kill
+    send(process.pid, getattr(signal, name))
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert status_of(tmp_path / "run")["status"] == "preempted"
     assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
-    assert gone(pids)
+    assert wait_until_exited(pids)
 
 
-def test_nobody_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
-    process = started(tmp_path, "trainer.devices=2", cold=True)
+def test_killed_parent_ends_all_child_processes(tmp_path: Path) -> None:
+    process = start_training(tmp_path, "trainer.devices=2", cold=True)
     pids = descendants(process.pid)
-    assert len(alive(pids)) >= 2 + 4  # ranks, and the readers of each
+    assert len(alive_pids(pids)) >= 2 + 4  # ranks and their data workers
     process.kill()
     process.communicate(timeout=30)
-    assert gone(pids)
+    assert wait_until_exited(pids)
 
 
-def test_preempted_and_started_again_it_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
-    """By the same command, in the same folder; SLURM was asked to start it again."""
-    bin_ = tmp_path / "bin"
-    bin_.mkdir()
-    (bin_ / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (bin_ / "scontrol").chmod(0o755)
-    words = (*SHORT, *FAULTY, "trainer.devices=2", "resume=auto", "trainer.requeue=true")
-    words = (*words, "trainer.limit_train_batches=40", "metric/single@metric.train=[auroc]")
+def test_requeued_run_resumes_and_matches_uninterrupted_run(tmp_path: Path) -> None:
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (bin_folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol-calls\n')
+    (bin_folder / "scontrol").chmod(0o755)
+    overrides = (
+        *SHORT_RUN,
+        *FAULTY_TASK,
+        "trainer.devices=2",
+        "resume=auto",
+        "trainer.requeue=true",
+    )
+    overrides = (*overrides, "trainer.limit_train_batches=40", "metric/single@metric.train=[auroc]")
     environment = {
-        "PYTHONPATH": TESTS,
-        "PATH": f"{bin_}:{os.environ['PATH']}",
+        "PYTHONPATH": SUPPORT_DIR,
+        "PATH": f"{bin_folder}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "4711",
         "SLOW": "0.02",
     }
-    cut = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="SIGUSR1:1:45", **environment)
-    assert cut.code == 143, cut.out + cut.err
+    preempted = run_app(
+        tmp_path, *overrides, "hydra.run.dir=run", FAULT="SIGUSR1:1:45", **environment
+    )
+    assert preempted.code == 143, preempted.out + preempted.err
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
     assert (last["epoch"], last["training"]["is_over"]) == (1, True)
     assert 5 <= last["training"]["under_way"]["batches"] < 40
-    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    again = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
-    assert again.code == 0, again.out + again.err
-    whole = run_app(tmp_path, *words, "hydra.run.dir=whole", FAULT="none:0:0", **environment)
-    assert whole.code == 0, whole.out + whole.err
-    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
-    complete = run_app(tmp_path, *words, "hydra.run.dir=run", FAULT="none:0:0", **environment)
+    assert (tmp_path / "scontrol-calls").read_text() == "requeue 4711\n"
+    resumed = run_app(tmp_path, *overrides, "hydra.run.dir=run", FAULT="none:0:0", **environment)
+    assert resumed.code == 0, resumed.out + resumed.err
+    uninterrupted = run_app(
+        tmp_path, *overrides, "hydra.run.dir=uninterrupted", FAULT="none:0:0", **environment
+    )
+    assert uninterrupted.code == 0, uninterrupted.out + uninterrupted.err
+    assert_equal_runs(tmp_path / "uninterrupted", tmp_path / "run")
+    complete = run_app(tmp_path, *overrides, "hydra.run.dir=run", FAULT="none:0:0", **environment)
     assert complete.code == 0
-    assert "is complete: there is nothing to go on with" in complete.out
+    assert "is already complete: nothing to resume" in complete.out
 
 
-def test_time_ends_training_and_the_best_is_tested(tmp_path: Path) -> None:
-    ran = run_app(
+def test_max_time_ends_training_and_tests_best_checkpoint(tmp_path: Path) -> None:
+    result = run_app(
         tmp_path,
-        *SHORT,
-        *FAULTY,
+        *SHORT_RUN,
+        *FAULTY_TASK,
         "trainer.devices=2",
         "trainer.max_time=00:00:01",
         "trainer.max_epochs=1000",
         FAULT="slow:0:0.2",
-        PYTHONPATH=TESTS,
+        PYTHONPATH=SUPPORT_DIR,
     )
-    assert ran.code == 0, ran.out + ran.err
-    assert ran.status["status"] == "completed"
-    assert len(ran.csv("epoch_details/epoch001_train.csv")) < 12
-    assert list(ran.csv("summary_table.csv")["stage"]) == ["train", "valid", "test"]
+    assert result.code == 0, result.out + result.err
+    assert result.status["status"] == "completed"
+    assert len(result.csv("epoch_details/epoch001_train.csv")) < 12
+    assert list(result.csv("summary_table.csv")["stage"]) == ["train", "valid", "test"]
