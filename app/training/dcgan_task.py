@@ -1,4 +1,4 @@
-"""Two networks against each other: one makes images, the other tells them from real ones."""
+"""Adversarial training of a generator and a discriminator, as in DCGAN."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from app.training.task import MetricsLike, StepOutput, Task
 
 
 class AdversarialTask(Task):
-    """Trains the discriminator and the generator of a model in turn, one step each for a batch.
+    """Trains the discriminator and then the generator of a model on each batch.
 
     Goodfellow et al. 2014, "Generative adversarial nets", algorithm 1 with one step of the
-    discriminator, and the loss of the generator that does not saturate (section 3). Images lie in
-    [-1, 1], as the generator's; metrics and predictions are given them in [0, 1].
+    discriminator per batch, and the non-saturating loss of the generator (section 3). Real and
+    generated images are in [-1, 1]; metrics and predictions get them in [0, 1].
 
     Args:
-        model: With the parts `generator`, from latents (N, latent) to images, and `discriminator`,
-            from images to logits (N,).
-        latent: Numbers from which an image is made.
-        metrics: By stage; of generated and of real images.
-        precision: Of the forward pass.
-        inputs: Which part of a batch are the real images.
+        model: Module with the submodules `generator`, which maps latents of shape (N, latent) to
+            images, and `discriminator`, which maps images to logits of shape (N,).
+        latent: Size of the latents.
+        metrics: Metrics by name for each stage, of generated images (outputs) and real ones
+            (targets).
+        precision: Precision of the forward pass; None is fp32.
+        inputs: Key of the real images in a batch.
 
     Raises:
-        ValueError: The model has not both parts.
+        ValueError: If the model does not have both submodules.
     """
 
     def __init__(
@@ -43,8 +44,8 @@ class AdversarialTask(Task):
         super().__init__(model, metrics, precision)
         if not (hasattr(model, "generator") and hasattr(model, "discriminator")):
             raise ValueError(
-                f"{type(model).__name__} has not the parts 'generator' and 'discriminator'; "
-                "choose model=dcgan"
+                f"{type(model).__name__} must have the submodules 'generator' and "
+                "'discriminator'; choose model=dcgan"
             )
         self.generator = model.get_submodule("generator")
         self.discriminator = model.get_submodule("discriminator")
@@ -54,52 +55,52 @@ class AdversarialTask(Task):
     def train_step(self, batch: Nested) -> StepOutput:
         assert self.optimizers is not None
         real = pick(batch, self.inputs)
-        fakes = self.generate(real)
-        discriminator_loss = self.discriminator_loss(real, fakes.detach())
+        fake = self.generate(real)
+        discriminator_loss = self.discriminator_loss(real, fake.detach())
         self.optimizers["discriminator"].step(discriminator_loss, len(real))
-        generator_loss = self.generator_loss(fakes)  # as the discriminator judges by now
+        generator_loss = self.generator_loss(fake)  # judged by the updated discriminator
         self.optimizers["generator"].step(generator_loss, len(real))
-        return self.report("train", real, fakes, generator_loss, discriminator_loss)
+        return self.make_output("train", real, fake, generator_loss, discriminator_loss)
 
     def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         real = pick(batch, self.inputs)
-        fakes = self.generate(real)
-        losses = self.generator_loss(fakes), self.discriminator_loss(real, fakes)
-        return self.report(stage, real, fakes, *losses)
+        fake = self.generate(real)
+        losses = self.generator_loss(fake), self.discriminator_loss(real, fake)
+        return self.make_output(stage, real, fake, *losses)
 
     def predict_step(self, batch: Nested) -> Nested:
-        """As many new images as there are in the batch."""
-        return as_pixels(self.generate(pick(batch, self.inputs)))
+        """Return as many generated images as there are images in the batch."""
+        return to_unit_range(self.generate(pick(batch, self.inputs)))
 
     def generate(self, real: Tensor) -> Tensor:
-        """As many images, made from latents drawn anew."""
+        """Generate as many images from new random latents as there are real images."""
         latents = torch.randn(count_samples(real), self.latent, device=real.device)
         images: Tensor = self.generator(latents)
         return images
 
-    def discriminator_loss(self, real: Tensor, fakes: Tensor) -> Tensor:
-        """How far it is from calling the real images real and the others not."""
-        truth, lie = self.discriminator(real), self.discriminator(fakes)
-        return F.softplus(-truth.float()).mean() + F.softplus(lie.float()).mean()
+    def discriminator_loss(self, real: Tensor, fake: Tensor) -> Tensor:
+        """Return the binary cross-entropy of classifying images as real and generated."""
+        real_logits, fake_logits = self.discriminator(real), self.discriminator(fake)
+        return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
 
-    def generator_loss(self, fakes: Tensor) -> Tensor:
-        """How far the discriminator is from calling its images real."""
-        return F.softplus(-self.discriminator(fakes).float()).mean()
+    def generator_loss(self, fake: Tensor) -> Tensor:
+        """Return the cross-entropy of generated images being classified as real."""
+        return F.softplus(-self.discriminator(fake).float()).mean()
 
-    def report(
+    def make_output(
         self,
         stage: str,
         real: Tensor,
-        fakes: Tensor,
+        fake: Tensor,
         generator_loss: Tensor,
         discriminator_loss: Tensor,
     ) -> StepOutput:
-        """The row of a step; its loss is the sum of both."""
+        """Return the values of a step; its loss is the sum of both losses."""
         terms = {"generator_loss": generator_loss, "discriminator_loss": discriminator_loss}
         total = generator_loss + discriminator_loss
-        return self.step_output(stage, as_pixels(fakes), as_pixels(real), total, terms)
+        return self.step_output(stage, to_unit_range(fake), to_unit_range(real), total, terms)
 
 
-def as_pixels(images: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1]."""
+def to_unit_range(images: Tensor) -> Tensor:
+    """Map images from [-1, 1] to [0, 1]."""
     return (images.float() + 1) / 2

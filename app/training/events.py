@@ -1,4 +1,8 @@
-"""The five events of a run, and those who hear of them."""
+"""Events of a run, and the callbacks that receive them.
+
+The training loop calls each event on rank 0 with a small dataclass of values. Concrete callbacks
+(tables, progress bars, loggers, ...) are in `app/callbacks/`.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,13 @@ from app.training.history import History
 
 @dataclass(frozen=True)
 class StageStart:
-    """A stage begins, of so many batches and samples; None where that is not known.
+    """A pass over the data is about to start.
 
-    The stage is `predict` where nothing is measured.
+    Attributes:
+        stage: `train`, `valid`, `test` or `predict`.
+        epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
+        num_batches: Number of batches to come; None if unknown.
+        num_samples: Number of samples to come, over all ranks; None if unknown.
     """
 
     stage: str
@@ -27,16 +35,19 @@ class StageStart:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A batch has been given to the device; tensors are there, and reading one waits for it.
+    """A batch has been processed.
 
-    With several ranks, batch and outputs are those of rank 0's share, unless `needs_all_ranks`.
+    Tensors are still on the device, and on a CUDA device the step may not have finished; reading
+    one (`.item()`, `.cpu()`, `print`) waits for it and slows training down. With several ranks,
+    `batch` and `outputs` are those of rank 0, unless `Callback.needs_all_ranks` asks for all.
 
     Attributes:
         stage: `train`, `valid`, `test` or `predict`.
-        epoch: Counted from 1.
-        num_samples: In the batch; with several ranks about so many, all shares together.
-        batch: As the model got it.
-        outputs: What the model gave; None where the task does not tell.
+        epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
+        num_samples: Number of samples in the batch. With several ranks it is an estimate of the
+            total: the samples of rank 0 times the number of ranks.
+        batch: The batch as the task received it.
+        outputs: Outputs of the model, detached; None if the task does not return any.
     """
 
     stage: str
@@ -48,15 +59,15 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch of training is over.
+    """An epoch of training is complete, including validation if it was due.
 
     Attributes:
-        epoch: Counted from 1.
-        history: All rows so far.
-        goal: What best means.
-        epochs_left: At most; None where that is not known.
-        valid_every: Epochs from one validation to the next.
-        elapsed: Seconds since the start of training.
+        epoch: The epoch, counted from 1.
+        history: Rows of all completed stages, oldest first.
+        goal: Metric that decides which epoch is best.
+        epochs_left: Maximum number of epochs to come; None if unknown.
+        valid_every: Number of epochs between two validations.
+        elapsed: Seconds since training started or resumed.
     """
 
     epoch: int
@@ -68,64 +79,117 @@ class EpochEnd:
 
 
 class Callback:
-    """Does nothing at each event; subclasses answer those they want.
+    """Base class of callbacks; override the events that you need.
 
-    They run in rank 0 alone. A constructor is given what it has a parameter for: `folder` (of the
-    run), `model` (to be looked at), `config` (the resolved configuration, a plain dict).
+    A callback observes the run. It receives values, never the trainer, and runs on rank 0 only.
+    Events come in this order::
+
+        for each epoch:
+            on_stage_start         # "train"
+            on_step_end            # for every batch
+            on_stage_end
+            on_stage_start, ...    # "valid", if validation is due
+            on_epoch_end
+        on_stage_start, ...        # "test"
+        on_run_end
+
+    The stage `predict` of `mode=predict` has no `on_stage_end`, as nothing is measured.
+
+    Besides the options in its configuration, the constructor of a callback receives any of these
+    if it has a parameter of that name: `folder` (path of the run folder), `model` (the module, for
+    inspection) and `config` (the resolved configuration as a plain dict).
+
+    Example::
+
+        class PrintLoss(Callback):
+            def __init__(self, digits: int = 3) -> None:
+                self.digits = digits
+
+            def on_stage_end(self, result: StageResult, history: History) -> None:
+                print(result.stage, round(result.row["loss_mean"], self.digits))
+
+    and in the configuration, with `trusted_targets=[my_callbacks]`::
+
+        callbacks:
+          print_loss:
+            _target_: my_callbacks.PrintLoss
+            digits: 4
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values that it needs to go on when the run does."""
+        """Return what must survive a restart: tensors and plain values (str, int, list, dict, ...).
+
+        The state is saved in `last.pt` and given to `load_state_dict` when the run is resumed.
+        """
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes back what `state_dict` gave."""
+        """Restore the state that `state_dict` returned; called before training resumes."""
 
     def on_stage_start(self, start: StageStart) -> None:
-        """A stage begins."""
+        """Called before the first batch of a stage."""
 
     def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002
-        """Whether its steps in this stage are to be those of all ranks together, on the host."""
+        """Return whether `on_step_end` needs the batches and outputs of all ranks in this stage.
+
+        They are then gathered on the host after every step, which costs time with several ranks.
+        """
         return False
 
     def on_step_end(self, step: StepEnd) -> None:
-        """A batch has been given to the device."""
+        """Called after each batch of any stage, without waiting for the device.
+
+        Do not read tensors here unless you need to; see `StepEnd`.
+        """
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
-        """A stage is over; its row is the last of the history."""
+        """Called after the last batch of `train`, `valid` or `test`.
+
+        When a run is interrupted during training, it is called with the part so far
+        (`result.is_complete` is False), and again with the complete stage after the run is resumed.
+
+        Args:
+            result: Values of the stage and of each iteration.
+            history: Rows of all completed stages; the last one is `result.row`.
+        """
 
     def on_epoch_end(self, end: EpochEnd) -> None:
-        """An epoch is over, validated where that was due."""
+        """Called after each epoch of training, once it is validated (if due) and saved."""
 
     def on_run_end(self, history: History) -> None:
-        """Nothing more will come, be it that all went well or not."""
+        """Called once at the end of the run, also if it failed or was interrupted.
+
+        Args:
+            history: Rows of all completed stages.
+        """
 
 
 class Callbacks(Callback):
-    """Several as one.
+    """Several callbacks as one.
 
     Args:
-        callbacks: Told in this order.
+        callbacks: Called in this order.
     """
 
     def __init__(self, callbacks: Iterable[Callback]) -> None:
         self.callbacks = list(callbacks)
 
     @property
-    def named(self) -> dict[str, Callback]:
-        """By kind and number among those of a kind."""
-        kinds = [type(callback).__qualname__ for callback in self.callbacks]
-        earlier = [kinds[:place].count(kind) for place, kind in enumerate(kinds)]
-        names = [f"{kind}-{count}" for kind, count in zip(kinds, earlier, strict=True)]
+    def by_name(self) -> dict[str, Callback]:
+        """Callbacks by class name and index among those of the same class: `Tables-0`."""
+        classes = [type(callback).__qualname__ for callback in self.callbacks]
+        indices = [classes[:place].count(name) for place, name in enumerate(classes)]
+        names = [f"{name}-{index}" for name, index in zip(classes, indices, strict=True)]
         return dict(zip(names, self.callbacks, strict=True))
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: state for name, one in self.named.items() if (state := one.state_dict())}
+        states = {name: callback.state_dict() for name, callback in self.by_name.items()}
+        return {name: state for name, state in states.items() if state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        named = self.named
-        for name in state.keys() & named.keys():
-            named[name].load_state_dict(state[name])
+        callbacks = self.by_name
+        for name in state.keys() & callbacks.keys():
+            callbacks[name].load_state_dict(state[name])
 
     def on_stage_start(self, start: StageStart) -> None:
         for callback in self.callbacks:

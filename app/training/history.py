@@ -1,4 +1,8 @@
-"""The run so far: one plain row for each finished stage; all else is a function of it."""
+"""History of a run: one row per completed stage, and everything that is derived from the rows.
+
+The best epoch, early stopping, the expected remaining time and the summary tables are functions of
+the history, so they are never stored separately.
+"""
 
 from __future__ import annotations
 
@@ -9,73 +13,80 @@ from typing import Literal
 
 import pandas as pd
 
-from app.config.schema import GoalConfig, MonitorConfig
-from app.runtime.errors import UserError, nearest, one_of
+from app.config.schema import STAGES, GoalConfig, MonitorConfig
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
 Row = dict[str, float | int | str]
 History = Sequence[Row]
-SMOOTHING = 0.3  # weight of the newest epoch in the expected time of the next
+StatusName = Literal[
+    "running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"
+]
+SMOOTHING = 0.3  # weight of the newest epoch in the expected duration of the next one
+TIME_COLUMNS = ("epoch_time", "samples/s")
 
 
 @dataclass(frozen=True)
 class BestEpoch:
-    """The best value of the goal, and the epoch that had it."""
+    """Value of the goal's metric in an epoch."""
 
     value: float
     epoch: int
 
 
+def best_epoch(history: History, goal: MonitorConfig) -> BestEpoch | None:
+    """Return the best epoch so far, the earliest if several are equal; None if there is none."""
+    values = goal_values(history, goal)
+    choose = max if goal.mode == "max" else min
+    return choose(values, key=lambda item: item.value) if values else None
+
+
+def top_k_epochs(history: History, goal: MonitorConfig, k: int) -> list[int]:
+    """Return the k best epochs, the best first; all epochs with a value if k is -1."""
+    sign = -1 if goal.mode == "max" else 1
+    ranked = sorted(goal_values(history, goal), key=lambda item: (sign * item.value, item.epoch))
+    return [item.epoch for item in ranked][: None if k < 0 else k]
+
+
 def goal_value(row: Row, goal: MonitorConfig) -> float:
-    """The goal's metric in a row of its stage.
+    """Return the value of the goal's metric in a row of its stage.
 
     Raises:
-        UserError: It was not measured.
+        UserError: If the row has no such metric.
     """
     name = "loss_mean" if goal.name == "loss" else goal.name
     if name not in row:
-        has = [column for column, value in row.items() if isinstance(value, (int, float))]
+        measured = [column for column, value in row.items() if isinstance(value, (int, float))]
         raise UserError(
             f"goal.metric={goal.metric!r} is not measured as a number in {goal.stage}; it has: "
-            f"{one_of(has)}{nearest(goal.name, has)}"
+            f"{join_choices(measured)}{did_you_mean(goal.name, measured)}"
         )
     return float(row[name])
 
 
 def has_metric(history: History, monitor: MonitorConfig) -> bool:
-    """Whether every row of its stage has the metric, as a number."""
+    """Return whether every row of the monitor's stage has its metric as a number."""
     name = "loss_mean" if monitor.name == "loss" else monitor.name
     return all(name in row for row in history if row["stage"] == monitor.stage)
 
 
 def goal_values(history: History, goal: MonitorConfig) -> list[BestEpoch]:
-    """The goal's value in every epoch that has one; a NaN is none."""
+    """Return the value of the goal's metric in every epoch that has one, without NaN."""
     rows = [row for row in history if row["stage"] == goal.stage]
     values = [BestEpoch(goal_value(row, goal), int(row["epoch"])) for row in rows]
-    return [found for found in values if not math.isnan(found.value)]
-
-
-def best_epoch(history: History, goal: MonitorConfig) -> BestEpoch | None:
-    """The best so far, the earliest among equals; None where nothing is measured yet."""
-    values = goal_values(history, goal)
-    choose = max if goal.mode == "max" else min
-    return choose(values, key=lambda found: found.value) if values else None
+    return [item for item in values if not math.isnan(item.value)]
 
 
 def goal_value_at(history: History, goal: MonitorConfig, epoch: int) -> float | None:
-    """The goal's value in an epoch; None where it was not measured."""
+    """Return the value of the goal's metric in an epoch; None if it was not measured."""
     values = goal_values(history, goal)
-    return next((found.value for found in values if found.epoch == epoch), None)
-
-
-def top_k_epochs(history: History, goal: MonitorConfig, count: int) -> list[int]:
-    """So many epochs of the best values, the best first; -1: all that have one."""
-    sign = -1 if goal.mode == "max" else 1
-    ranked = sorted(goal_values(history, goal), key=lambda found: (sign * found.value, found.epoch))
-    return [found.epoch for found in ranked][: None if count < 0 else count]
+    return next((item.value for item in values if item.epoch == epoch), None)
 
 
 def epochs_since_best(history: History, goal: GoalConfig) -> int:
-    """Measurements since the last that was better than all before it by more than `min_delta`."""
+    """Return the number of measurements since the last improvement.
+
+    An improvement is better than the previous one by more than `min_delta`. NaN is none.
+    """
     rows = [row for row in history if row["stage"] == goal.stage]
     sign = 1 if goal.mode == "max" else -1
     reference, since = -math.inf, 0
@@ -89,26 +100,27 @@ def epochs_since_best(history: History, goal: GoalConfig) -> int:
 
 
 def reason_to_stop(history: History, goal: GoalConfig) -> str | None:
-    """Why training ends before its last epoch, in words; None where it goes on."""
-    found = best_epoch(history, goal)
-    if found is not None and goal.threshold is not None:
+    """Return why the goal ends training early, as text for the log; None to continue."""
+    best = best_epoch(history, goal)
+    if best is not None and goal.threshold is not None:
         reached = (
-            found.value >= goal.threshold if goal.mode == "max" else found.value <= goal.threshold
+            best.value >= goal.threshold if goal.mode == "max" else best.value <= goal.threshold
         )
         if reached:
-            return f"{goal.metric}={found.value:.6g} reached the threshold {goal.threshold:g}"
-    if goal.patience is not None and (waits := epochs_since_best(history, goal)) >= goal.patience:
-        return f"{goal.metric} has not improved for {waits} validations"
+            return f"{goal.metric}={best.value:.6g} reached the threshold {goal.threshold:g}"
+    if goal.patience is not None and (since := epochs_since_best(history, goal)) >= goal.patience:
+        return f"{goal.metric} has not improved for {since} validations"
     return None
 
 
 def seconds_left(history: History, epochs_left: int, valid_every: int) -> float:
-    """The expected time of the epochs to come, validation counted, by an exponential average."""
-    train, valid = (_expected(history, stage) for stage in ("train", "valid"))
+    """Return the expected seconds of the remaining epochs, including their validation."""
+    train, valid = (_expected_epoch_time(history, stage) for stage in ("train", "valid"))
     return epochs_left * train + math.ceil(epochs_left / valid_every) * valid
 
 
-def _expected(history: History, stage: str) -> float:
+def _expected_epoch_time(history: History, stage: str) -> float:
+    """Exponential moving average of the durations of a stage."""
     times = [float(row["epoch_time"]) for row in history if row["stage"] == stage]
     average = times[0] if times else 0.0
     for seconds in times[1:]:
@@ -116,15 +128,8 @@ def _expected(history: History, stage: str) -> float:
     return average
 
 
-StatusName = Literal[
-    "running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"
-]
-STAGES = ("train", "valid", "test")
-TIMES = ("epoch_time", "samples/s")
-
-
 def summary_table(history: History) -> pd.DataFrame:
-    """All rows, by epoch and stage; times last."""
+    """Return all rows as a table, ordered by epoch and stage, with the times last."""
     rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
-    names = dict.fromkeys(name for row in rows for name in row if name not in TIMES)
-    return pd.DataFrame(rows, columns=[*names, *TIMES])
+    names = dict.fromkeys(name for row in rows for name in row if name not in TIME_COLUMNS)
+    return pd.DataFrame(rows, columns=[*names, *TIME_COLUMNS])

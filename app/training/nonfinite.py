@@ -1,4 +1,4 @@
-"""What follows a step of training whose loss or gradients are no numbers."""
+"""Handling of training steps whose loss or gradients are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -29,67 +29,69 @@ from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
-LAG = 8  # steps after which the host looks at what the device has found: it is long there
-LISTED = 1024  # indices of samples at most
-
-
-@dataclass
-class PendingStep:
-    """What is known of the time before a step of the optimizers, until that is known to be good."""
-
-    step: int
-    global_step: int
-    buffers: list[Tensor]
-    position: dict[str, Any]
-    batches: list[tuple[Batch, bool]] = field(default_factory=list)
-    flag: AsyncScalar | None = None
+MAX_PENDING = 8  # steps after which the host reads a result of the device, which is done by then
+MAX_LISTED_SAMPLES = 1024  # sample indices in `status.json`
+MAX_SHOWN_SAMPLES = 8  # sample indices in messages
 
 
 class NonFinitePolicy:
-    """Follows the steps of training, and sees to those that the guard has refused.
+    """Stops training, skips the step or raises if a step is not finite.
+
+    `FiniteCheck` keeps such a step from changing the weights. This class restores what the step
+    has changed otherwise (batch norm statistics, learning rates, step counts), finds out where the
+    NaN or infinity comes from, reports it, and excludes the step from the tables.
+
+    If the check runs on the device (see `FiniteCheck`), the host reads each result some steps
+    later; the steps in between are pending, and are undone with the non-finite one.
 
     Args:
-        task: With its learning, once training begins.
-        waits: What else follows steps, as an average of the weights, must not follow a bad one; so
-            nobody goes on before it is known.
+        task: Task that is trained; its optimizers must be set before the first epoch.
+        syncs_every_step: Whether each step must be known to be finite before training continues,
+            as is the case if a moving average is updated after it.
 
     Attributes:
-        record: For `status.json`.
-        has_diverged: Training has ended here.
+        stats: Counts and first occurrence, for `status.json`.
+        has_diverged: Whether training has ended because of a non-finite step.
     """
 
-    def __init__(self, task: Task, waits: bool = False) -> None:
-        self.task, self.waits, self.stats = task, waits, NonFiniteStats()
+    def __init__(self, task: Task, syncs_every_step: bool = False) -> None:
+        self.task, self.syncs_every_step, self.stats = task, syncs_every_step, NonFiniteStats()
         self.has_diverged = False
-        self.held: deque[PendingStep] = deque()
-        self.moment: PendingStep | None = None
-        self.void = self.made = self.skipped = self.epoch = 0
-        self.indices: Callable[[int, int], Tensor | None] = _unknown
-        self.buffers: list[Tensor] = []
+        self.pending: deque[PendingStep] = deque()
+        self.current: PendingStep | None = None
+        self.invalid_rows = self.steps_taken = self.steps_skipped = self.epoch = 0
+        self.sample_indices: Callable[[int, int], Tensor | None] = _no_indices
+        self.bn_buffers: list[Tensor] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        counts = {"made": self.made, "skipped": self.skipped}
+        """Return the state for a checkpoint: plain values."""
+        counts = {"made": self.steps_taken, "skipped": self.steps_skipped}
         return {**counts, "has_diverged": self.has_diverged, "record": self.stats.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-        self.made, self.skipped = state["made"], state["skipped"]
+        """Restore the state that `state_dict` returned."""
+        self.steps_taken, self.steps_skipped = state["made"], state["skipped"]
         self.has_diverged = state["has_diverged"]
         self.stats.load_dict(state["record"])
 
-    def on_epoch_start(self, batches: BatchLoader, epoch: int, goes_on: bool) -> None:
-        """An epoch of training begins, or goes on."""
+    def on_epoch_start(self, loader: BatchLoader, epoch: int, is_resumed: bool) -> None:
+        """Prepare for an epoch of training.
+
+        Args:
+            loader: Loader of the training data, which may know the samples of each batch.
+            epoch: Epoch that starts, counted from 1.
+            is_resumed: Whether the epoch was interrupted and now continues.
+        """
         self.epoch = epoch
-        if not goes_on:
-            self.made, self.skipped, self.has_diverged = 0, 0, False
-        self.moment, self.void = None, 0
-        self.held.clear()
-        self.indices = getattr(batches, "indices", _unknown)
-        self.buffers = batchnorm_buffers(self.task.model)
+        if not is_resumed:
+            self.steps_taken, self.steps_skipped, self.has_diverged = 0, 0, False
+        self.current, self.invalid_rows = None, 0
+        self.pending.clear()
+        self.sample_indices = getattr(loader, "indices", _no_indices)
+        self.bn_buffers = batchnorm_buffers(self.task.model)
         if self.finite_check is not None:
             self.finite_check.is_latched, self.finite_check.found_inf = False, None
-            self.finite_check.syncs = self.finite_check.syncs or self.waits
+            self.finite_check.syncs = self.finite_check.syncs or self.syncs_every_step
 
     @property
     def optimizers(self) -> OptimWrapperDict:
@@ -100,134 +102,169 @@ class NonFinitePolicy:
     def finite_check(self) -> FiniteCheck | None:
         return self.optimizers.finite_check
 
-    def on_batch_start(self, batch: Batch, lent: bool, step: int, global_step: int) -> None:
-        """A batch is about to be learned from."""
+    def on_batch_start(self, batch: Batch, is_padding: bool, step: int, global_step: int) -> None:
+        """Save what the next training step may have to restore.
+
+        Args:
+            batch: Batch of the step.
+            is_padding: Whether the batch is padding on this rank.
+            step: Number of the batch in the epoch, counted from 1.
+            global_step: Number of the batch in the run, counted from 1.
+        """
         if self.finite_check is None:
             return
-        if self.moment is None:
-            position = {} if self.finite_check.syncs else self.optimizers.snapshot()
-            self.moment = PendingStep(step, global_step, clone_all(self.buffers), position)
-        self.moment.batches.append((batch, lent))
+        if self.current is None:
+            snapshot = {} if self.finite_check.syncs else self.optimizers.snapshot()
+            self.current = PendingStep(step, global_step, clone_all(self.bn_buffers), snapshot)
+        self.current.batches.append((batch, is_padding))
 
     def on_batch_end(self) -> None:
-        """It has been; where that made a step, it may turn out that one was bad.
+        """Handle the result of the step, or of an earlier one that is known by now.
 
         Raises:
-            NonFiniteError: So it is, and that ends the run.
+            NonFiniteError: If a step was not finite and the policy is to raise.
         """
-        moment, guard = self.moment, self.finite_check
-        if guard is None or moment is None or not self.optimizers.at_step_boundary:
+        step, check = self.current, self.finite_check
+        if check is None or step is None or not self.optimizers.at_step_boundary:
             return
-        self.moment = None
-        if guard.skipped:
-            self._see_to(moment, guard)
+        self.current = None
+        if check.skipped:
+            self._handle(step, check)
             return
-        self.made += 1
-        if guard.found_inf is not None:
-            moment.flag = AsyncScalar(guard.found_inf)
-            self.held.append(moment)
-            if len(self.held) > LAG:
-                self._look(guard)
+        self.steps_taken += 1
+        if check.found_inf is not None:
+            step.found_inf = AsyncScalar(check.found_inf)
+            self.pending.append(step)
+            if len(self.pending) > MAX_PENDING:
+                self._check_oldest(check)
 
-    def on_epoch_end(self, is_whole: bool) -> None:
-        """No further step comes: nothing stays open. Only a whole epoch had no good step."""
+    def on_epoch_end(self, is_complete: bool) -> None:
+        """Handle all pending steps, and end training if every step of the epoch was skipped.
+
+        Args:
+            is_complete: Whether the epoch ran to its end; if not, later steps may be finite.
+
+        Raises:
+            NonFiniteError: If a step was not finite and the policy is to raise.
+        """
         self.on_batch_end()
         self.sync()
-        if self.skipped:
-            _say(f"epoch {self.epoch}: {self.skipped} steps were skipped")
-        if is_whole and self.skipped and not self.made and not self.has_diverged:
+        if self.steps_skipped:
+            _warn_on_rank_zero(
+                f"epoch {self.epoch}: skipped {self.steps_skipped} steps that were not finite"
+            )
+        if is_complete and self.steps_skipped and not self.steps_taken and not self.has_diverged:
             self.has_diverged = True
-            _say(f"training ends: no step of epoch {self.epoch} could be made")
+            _warn_on_rank_zero(f"training ends: all steps of epoch {self.epoch} were skipped")
 
     def sync(self) -> None:
-        """At all that the device has found out; waits for it."""
-        while self.held and self.finite_check is not None:
-            self._look(self.finite_check)
+        """Wait for the results of all pending steps, and handle them."""
+        while self.pending and self.finite_check is not None:
+            self._check_oldest(self.finite_check)
 
-    def num_invalid_rows(self) -> int:
-        """How many of the last rows are to count nothing; asked once for each."""
-        count, self.void = self.void, 0
+    def pop_invalid_rows(self) -> int:
+        """Return how many of the last rows to exclude, and reset that number."""
+        count, self.invalid_rows = self.invalid_rows, 0
         return count
 
-    def _look(self, guard: FiniteCheck) -> None:
-        """At what the device has found out about the earliest step that is still open."""
-        moment = self.held.popleft()
-        assert moment.flag is not None
-        if math.isfinite(moment.flag.read()):
-            return
-        later = [*self.held, *([self.moment] if self.moment else [])]
-        self.held.clear()
-        self.moment = None
-        guard.is_latched = True
-        self.optimizers.restore(moment.position)
-        self.void += sum(len(one.batches) for one in later)
-        self._see_to(moment, guard)
-
-    def _see_to(self, moment: PendingStep, guard: FiniteCheck) -> None:
-        guard.skipped = False
-        self.void += len(moment.batches)
-        copy_into(self.buffers, moment.buffers)
-        if guard.policy != "skip" or not self.stats.skipped:
-            bad = self._named(moment)
-        else:
-            bad = NonFiniteEvent("train", self.epoch, moment.step, moment.global_step)
-        self.stats.add(bad)
-        if guard.policy == "raise":
-            raise NonFiniteError(
-                f"{bad}; trainer.on_nonfinite=skip leaves out such steps, stop ends training"
-            )
-        if guard.policy == "stop":
-            self.has_diverged = True
-        else:
-            self.skipped += 1
-            self.stats.skipped += 1
-        if self.has_diverged or self.stats.skipped == 1:
-            _say(f"{'training ends' if self.has_diverged else 'skipped'}: {bad}")
-
-    def _named(self, moment: PendingStep) -> NonFiniteEvent:
-        """Where it comes from; every rank must ask."""
-        origin = trace(self.task, moment.batches)
-        place = origin.batch_index if origin else len(moment.batches) - 1
-        step, total = moment.step + place, moment.global_step + place
-        indices = self.indices(self.epoch, step)
-        samples = None if indices is None else indices[:LISTED].tolist()
-        by_loss = any(one.checks_loss_only for one in self.optimizers.wrappers.values())
-        kind = LOSS if by_loss else GRADIENT
-        bad = NonFiniteEvent("train", self.epoch, step, total, kind=kind, samples=samples)
-        if origin is None:
-            return bad
-        return replace(bad, rank=origin.rank, kind=origin.kind, where=origin.where)
-
     def check_eval(self, result: StageResult) -> None:
-        """Looks at the losses of a stage that learns nothing."""
+        """Warn if losses of an evaluation stage are not finite."""
         if result.steps.empty:
-            return  # another rank than 0
+            return  # only rank 0 has the table
         losses, counts = result.steps["loss"], result.steps["num_samples"]
         steps = result.steps["iter"][~np.isfinite(losses) & (counts > 0)]
         if len(steps):
-            bad = NonFiniteEvent(result.stage, result.epoch, int(steps.iloc[0]))
+            event = NonFiniteEvent(result.stage, result.epoch, int(steps.iloc[0]))
             more = f", and in {len(steps) - 1} more of its steps" if len(steps) > 1 else ""
-            self.stats.add(bad, len(steps))
-            log.warning("%s%s", bad, more)
+            self.stats.add(event, len(steps))
+            log.warning("%s%s", event, more)
+
+    def _check_oldest(self, check: FiniteCheck) -> None:
+        """Read the result of the oldest pending step; if it was not finite, undo all later ones."""
+        step = self.pending.popleft()
+        assert step.found_inf is not None
+        if math.isfinite(step.found_inf.read()):
+            return
+        later = [*self.pending, *([self.current] if self.current else [])]
+        self.pending.clear()
+        self.current = None
+        check.is_latched = True
+        self.optimizers.restore(step.optimizer_snapshot)
+        self.invalid_rows += sum(len(item.batches) for item in later)
+        self._handle(step, check)
+
+    def _handle(self, step: PendingStep, check: FiniteCheck) -> None:
+        check.skipped = False
+        self.invalid_rows += len(step.batches)
+        copy_into(self.bn_buffers, step.bn_buffers)
+        if check.policy != "skip" or not self.stats.skipped:
+            event = self._trace_event(step)
+        else:  # only the first skipped step is worth another pass
+            event = NonFiniteEvent("train", self.epoch, step.step, step.global_step)
+        self.stats.add(event)
+        if check.policy == "raise":
+            raise NonFiniteError(
+                f"{event}; trainer.on_nonfinite=skip skips such steps, stop ends training"
+            )
+        if check.policy == "stop":
+            self.has_diverged = True
+        else:
+            self.steps_skipped += 1
+            self.stats.skipped += 1
+        if self.has_diverged or self.stats.skipped == 1:
+            _warn_on_rank_zero(f"{'training ends' if self.has_diverged else 'skipped'}: {event}")
+
+    def _trace_event(self, step: PendingStep) -> NonFiniteEvent:
+        """Find out where the NaN or infinity comes from; all ranks must call this."""
+        source = trace(self.task, step.batches)
+        index = source.batch_index if source else len(step.batches) - 1
+        number, total = step.step + index, step.global_step + index
+        indices = self.sample_indices(self.epoch, number)
+        samples = None if indices is None else indices[:MAX_LISTED_SAMPLES].tolist()
+        loss_only = any(wrapper.checks_loss_only for wrapper in self.optimizers.wrappers.values())
+        kind = LOSS if loss_only else GRADIENT
+        event = NonFiniteEvent("train", self.epoch, number, total, kind=kind, samples=samples)
+        if source is None:
+            return event
+        return replace(event, rank=source.rank, kind=source.kind, where=source.where)
 
 
-def _say(text: str) -> None:
-    """Once, though all ranks know."""
-    if rank() == 0:
-        log.warning("%s", text)
+@dataclass
+class PendingStep:
+    """State from before an optimizer step, kept until the step is known to be finite.
 
+    Attributes:
+        step: Number of its first batch in the epoch, counted from 1.
+        global_step: Number of its first batch in the run, counted from 1.
+        bn_buffers: Batch norm statistics before the step.
+        optimizer_snapshot: Learning rates and step counts before the step; empty if the result is
+            read at once.
+        batches: Batches of the step, and whether each is padding on this rank.
+        found_inf: Result on its way to the host; None until the step is made.
+    """
 
-def _unknown(epoch: int, step: int) -> Tensor | None:  # noqa: ARG001
-    """Streams do not tell which samples a batch has."""
-    return None
-
-
-SHOWN = 8  # indices of samples at most, in words
+    step: int
+    global_step: int
+    bn_buffers: list[Tensor]
+    optimizer_snapshot: dict[str, Any]
+    batches: list[tuple[Batch, bool]] = field(default_factory=list)
+    found_inf: AsyncScalar | None = None
 
 
 @dataclass(frozen=True)
 class NonFiniteEvent:
-    """A step that was no number; `step` counts batches of the epoch from 1, `global_step` all."""
+    """A step whose loss or gradients are NaN or infinite.
+
+    Attributes:
+        stage: `train`, `valid` or `test`.
+        epoch: Counted from 1.
+        step: Number of the batch in the epoch, counted from 1.
+        global_step: Number of the batch in the run, counted from 1; None in evaluation.
+        rank: Rank whose part of the batch it was; None if unknown.
+        kind: `loss` or `gradient`, whichever was not finite first.
+        where: Module, parameter or gradient that it comes from; None if unknown.
+        samples: Dataset indices of the batch; None if unknown.
+    """
 
     stage: str
     epoch: int
@@ -240,37 +277,49 @@ class NonFiniteEvent:
 
     def __str__(self) -> str:
         total = f" (step {self.global_step} of the run)" if self.global_step else ""
-        words = [f"the {self.kind} is no number in {self.stage}, epoch {self.epoch}, step "]
-        words += [f"{self.step}{total}", f", rank {self.rank}" if self.rank is not None else ""]
-        words += [f"; it comes from {self.where}" if self.where else ""]
-        shown = ", ".join(map(str, (self.samples or [])[:SHOWN]))
-        more = ", ..." if len(self.samples or []) > SHOWN else ""
-        return "".join(words) + (f"; samples {shown}{more}" if shown else "")
+        on_rank = f", rank {self.rank}" if self.rank is not None else ""
+        where = f"; it comes from {self.where}" if self.where else ""
+        text = (
+            f"the {self.kind} is not finite in {self.stage}, epoch {self.epoch}, "
+            f"step {self.step}{total}{on_rank}{where}"
+        )
+        shown = ", ".join(map(str, (self.samples or [])[:MAX_SHOWN_SAMPLES]))
+        more = ", ..." if len(self.samples or []) > MAX_SHOWN_SAMPLES else ""
+        return text + (f"; samples {shown}{more}" if shown else "")
 
 
 @dataclass
 class NonFiniteStats:
-    """What `status.json` says of it.
+    """Counts of non-finite steps, as in `status.json`.
 
     Attributes:
-        count: Steps of any stage that were no numbers.
-        skipped: Steps of training that were left out.
-        first: Of them all.
+        count: Number of non-finite steps in all stages.
+        skipped: Number of training steps that were skipped.
+        first: Fields of the first event.
     """
 
     count: int = 0
     skipped: int = 0
     first: dict[str, Any] | None = None
 
-    def add(self, bad: NonFiniteEvent, count: int = 1) -> None:
-        """So many, that one the first of them."""
+    def add(self, event: NonFiniteEvent, count: int = 1) -> None:
+        """Count `count` steps, the first of which is `event`."""
         self.count += count
-        self.first = self.first or vars(bad)
+        self.first = self.first or vars(event)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
         return dict(vars(self))
 
-    def load_dict(self, plain: dict[str, Any]) -> None:
-        """Goes on from what `plain` gave."""
-        self.count, self.skipped, self.first = plain["count"], plain["skipped"], plain["first"]
+    def load_dict(self, values: dict[str, Any]) -> None:
+        """Restore the values that `to_dict` returned."""
+        self.count, self.skipped, self.first = values["count"], values["skipped"], values["first"]
+
+
+def _warn_on_rank_zero(text: str) -> None:
+    if rank() == 0:
+        log.warning("%s", text)
+
+
+def _no_indices(epoch: int, step: int) -> Tensor | None:  # noqa: ARG001
+    """Stand in for `indices` of loaders that do not know the samples of a batch."""
+    return None

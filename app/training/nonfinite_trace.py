@@ -1,4 +1,4 @@
-"""Where a number that is none comes from: a step of training gone through again, to no effect."""
+"""Tracing of NaN and infinity: runs a training step again, without any lasting effect."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from app.data.batch import Batch
 from app.distributed.collectives import broadcast_object, gather_object, rank
 from app.distributed.strategies import SingleDevice
-from app.runtime.nested import Nested, tensors
+from app.runtime.nested import Nested, iter_tensors
 from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task
 
@@ -23,13 +23,14 @@ LOSS, GRADIENT = "loss", "gradient"
 
 @dataclass(frozen=True)
 class NonFiniteSource:
-    """Where it comes from.
+    """Where a NaN or infinity comes from.
 
     Attributes:
-        place: Of the batch among those of the step, from 0.
-        rank: Whose part of the batch it is.
-        kind: `loss` or `gradient`: what is no number first.
-        where: The first module whose output is none, or what else it is.
+        batch_index: Index of the batch among those of the step, from 0.
+        rank: Rank whose part of the batch it is.
+        kind: `loss` or `gradient`, whichever is not finite first.
+        where: First module whose output is not finite; or the batch, a parameter, a gradient or
+            the loss.
     """
 
     batch_index: int
@@ -39,100 +40,103 @@ class NonFiniteSource:
 
 
 def trace(task: Task, batches: Sequence[tuple[Batch, bool]]) -> NonFiniteSource | None:
-    """Goes through the batches of a step again; every rank must ask, and all get the same.
+    """Run the batches of a step again to find out where a NaN or infinity comes from.
 
-    Weights, statistics of batches, metrics and randomness are as they were afterwards. Chance, as
-    in dropout, is drawn anew; None where nothing is found this time.
+    All ranks must call this, and all get the same result. Afterwards the weights, batch norm
+    statistics, metrics and random number generators are as before. Random operations such as
+    dropout draw other numbers than in the original step.
 
     Args:
-        task: Its weights must be those of before the step.
-        batches: Each with whether it was only lent to this rank.
+        task: Task whose weights are those from before the step.
+        batches: Batches of the step, and whether each is padding on this rank.
+
+    Returns:
+        None if everything is finite this time.
     """
-    with _to_no_effect(task):
-        found = [_looked_into(task, batch, lent) for batch, lent in batches]
-    mine = [
-        (place, rank(), *one)
-        for place, ((_, lent), one) in enumerate(zip(batches, found, strict=True))
-        if one is not None and not lent
+    with _state_preserved(task):
+        found = [_inspect_batch(task, batch, is_padding) for batch, is_padding in batches]
+    local = [
+        (index, rank(), *kind_and_place)
+        for index, ((_, is_padding), kind_and_place) in enumerate(zip(batches, found, strict=True))
+        if kind_and_place is not None and not is_padding
     ]
-    first = broadcast_object(
-        min((one for part in gather_object(mine) for one in part), default=None)
-    )
+    candidates = (item for items in gather_object(local) for item in items)
+    first = broadcast_object(min(candidates, default=None))
     return None if first is None else NonFiniteSource(*first)
 
 
 @contextmanager
-def _to_no_effect(task: Task) -> Iterator[None]:
-    model, trained, random = task.model, task.forward_model, rng_state()
+def _state_preserved(task: Task) -> Iterator[None]:
+    """Call the plain module inside the block, and restore everything that this changes."""
+    model, forward_model, random = task.model, task.forward_model, rng_state()
     compiled, model._compiled_call_impl = model._compiled_call_impl, None
     buffers = clone_all(batchnorm_buffers(model))
     task.forward_model = model
     try:
         yield
     finally:
-        task.forward_model, model._compiled_call_impl = trained, compiled
+        task.forward_model, model._compiled_call_impl = forward_model, compiled
         copy_into(batchnorm_buffers(model), buffers)
         set_rng_state(random)
 
 
-def _looked_into(task: Task, batch: Batch, lent: bool) -> tuple[str, str] | None:
-    """What is no number, and where it comes from; None where all is well."""
+def _inspect_batch(task: Task, batch: Batch, is_padding: bool) -> tuple[str, str] | None:
+    """Return the kind and the place of what is not finite; None if everything is."""
     assert task.optimizers is not None
-    guard, parallel = (
-        task.optimizers.finite_check,
-        next(iter(task.optimizers.wrappers.values())).strategy,
-    )
-    assert guard is not None
-    bad: list[tuple[str, str]] = []
+    check = task.optimizers.finite_check
+    strategy = next(iter(task.optimizers.wrappers.values())).strategy
+    assert check is not None
+    events: list[tuple[str, str]] = []
     modules: list[str] = []
 
-    def look(learning: list[Tensor], loss: Tensor) -> None:
-        if not is_finite(loss):
-            bad.append((LOSS, "the loss"))
-        elif loss.requires_grad and not any(isinstance(p, DTensor) for p in learning):
-            gradients = torch.autograd.grad(loss, learning, allow_unused=True, retain_graph=True)
-            pairs = zip(learning, gradients, strict=True)
-            names = _names(task.parameters())
-            wrong = [names[p] for p, g in pairs if g is not None and not is_finite(g)]
-            bad.extend([(GRADIENT, f"the gradient of {wrong[-1]!r}")] if wrong else [])
+    def inspect(trainable: list[Tensor], loss: Tensor) -> None:
+        if not all_finite(loss):
+            events.append((LOSS, "the loss"))
+        elif loss.requires_grad and not any(isinstance(p, DTensor) for p in trainable):
+            gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
+            pairs = zip(trainable, gradients, strict=True)
+            names = _parameter_names(task.parameters())
+            wrong = [names[p] for p, g in pairs if g is not None and not all_finite(g)]
+            events.extend([(GRADIENT, f"the gradient of {wrong[-1]!r}")] if wrong else [])
 
-    guard.trace_hook = look
+    check.trace_hook = inspect
     try:
         with ExitStack() as stack:
-            stack.enter_context(SingleDevice.sync_context(parallel, lent, False))
+            # Not the strategy's own context: gradients are not synchronized here.
+            stack.enter_context(SingleDevice.sync_context(strategy, is_padding, False))
             stack.enter_context(task.metrics["train"].paused())
             stack.enter_context(task.precision.autocast())
-            stack.enter_context(_heard(task.model, modules))
+            stack.enter_context(_recording_modules(task.model, modules))
             task.train_step(batch)
     finally:
-        guard.trace_hook = None
-    if not bad:
+        check.trace_hook = None
+    if not events:
         return None
-    kind, end = bad[0]
-    return kind, _given(task, batch) or (f"module {modules[0]!r}" if modules else end)
+    kind, place = events[0]
+    return kind, _find_in_inputs(task, batch) or (f"module {modules[0]!r}" if modules else place)
 
 
-def _given(task: Task, batch: Batch) -> str | None:
-    """What was no number before the model did anything."""
-    if not is_finite(batch):
+def _find_in_inputs(task: Task, batch: Batch) -> str | None:
+    """Return what was not finite before the model ran: the batch or a parameter."""
+    if not all_finite(batch):
         return "the batch itself"
-    names = (name for name, p in task.parameters().items() if not is_finite(p))
+    names = (name for name, p in task.parameters().items() if not all_finite(p))
     name = next(names, None)
     return None if name is None else f"the parameter {name!r}"
 
 
 @contextmanager
-def _heard(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Gets the names of modules whose outputs are no numbers, in the order they are called in."""
+def _recording_modules(model: nn.Module, names: list[str]) -> Iterator[None]:
+    """Append the names of modules whose outputs are not finite, in the order of their calls."""
 
-    def listen(name: str) -> Any:
-        def hear(module: nn.Module, inputs: Any, outputs: Nested) -> None:  # noqa: ARG001
-            if not is_finite(outputs):
-                found.append(name or type(model).__name__)
+    def make_hook(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, outputs: Nested) -> None:  # noqa: ARG001
+            if not all_finite(outputs):
+                names.append(name or type(model).__name__)
 
-        return hear
+        return hook
 
-    handles = [m.register_forward_hook(listen(name)) for name, m in model.named_modules()]
+    handles = [m.register_forward_hook(make_hook(name)) for name, m in model.named_modules()]
     try:
         yield
     finally:
@@ -140,32 +144,32 @@ def _heard(model: nn.Module, found: list[str]) -> Iterator[None]:
             handle.remove()
 
 
-def _names(parameters: Mapping[str, Tensor]) -> dict[Tensor, str]:
+def _parameter_names(parameters: Mapping[str, Tensor]) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in parameters.items()}
 
 
-def is_finite(nested: Nested) -> bool:
-    """Whether all that is in the tensors are numbers; this reads the device."""
-    parts = (t.to_local() if isinstance(t, DTensor) else t for t in tensors(nested))
+def all_finite(nested: Nested) -> bool:
+    """Return whether no floating-point tensor has NaN or infinity; this reads the device."""
+    parts = (t.to_local() if isinstance(t, DTensor) else t for t in iter_tensors(nested))
     return all(bool(torch.isfinite(part).all()) for part in parts if part.is_floating_point())
 
 
 def batchnorm_buffers(model: nn.Module) -> list[Tensor]:
-    """The statistics that a batch leaves behind in going through."""
-    kind = torch.nn.modules.batchnorm._NormBase
-    norms = (module for module in model.modules() if isinstance(module, kind))
+    """Return the running statistics of all normalization modules, which a forward pass changes."""
+    norm_class = torch.nn.modules.batchnorm._NormBase
+    norms = (module for module in model.modules() if isinstance(module, norm_class))
     return [buffer for module in norms for buffer in module.buffers(recurse=False)]
 
 
-def clone_all(buffers: list[Tensor]) -> list[Tensor]:
-    """Their values of now."""
-    copies = [torch.empty_like(buffer) for buffer in buffers]
-    copy_into(copies, buffers)
+def clone_all(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of all tensors."""
+    copies = [torch.empty_like(tensor) for tensor in tensors]
+    copy_into(copies, tensors)
     return copies
 
 
 @torch.no_grad()
-def copy_into(buffers: list[Tensor], values: list[Tensor]) -> None:
-    """In place."""
-    if buffers:
-        torch._foreach_copy_(buffers, values)
+def copy_into(tensors: list[Tensor], values: list[Tensor]) -> None:
+    """Copy the values into the tensors, in place."""
+    if tensors:
+        torch._foreach_copy_(tensors, values)

@@ -1,4 +1,4 @@
-"""Too little memory in a step, as a user can do something about it."""
+"""Out-of-memory errors that tell the user what to change."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MIB = 2**20
 
 
 class OOMReporter:
-    """Names what was under way when there was too little memory.
+    """Turns out-of-memory errors in a step into errors that name the step and a way out.
 
     Args:
-        device: That the steps run on.
-        config: Of the run; None where the trainer was built from Python.
+        device: Device that the steps run on.
+        config: Configuration of the run; None if the trainer was built in Python.
     """
 
     def __init__(self, device: torch.device, config: Config | None) -> None:
@@ -28,39 +28,39 @@ class OOMReporter:
 
     @contextmanager
     def guard_step(self, stage: str, epoch: int, step: int) -> Iterator[None]:
-        """A step.
+        """Run a step in the `with` block.
 
         Raises:
-            UserError: There is too little memory for it.
+            UserError: If it runs out of memory.
         """
         try:
             yield
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            one = f" of rank {rank()}" if world_size() > 1 else ""
+            on_rank = f" of rank {rank()}" if world_size() > 1 else ""
             raise UserError(
-                f"out of memory in {stage}, epoch {epoch}, step {step}{one}: {self._size(stage)}"
-                f"{self._peak()}; try {self._ways_out(stage)} "
+                f"out of memory in {stage}, epoch {epoch}, step {step}{on_rank}: "
+                f"{self._batch_sizes(stage)}{self._peak_memory()}; try {self._suggestion(stage)} "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
             ) from error
 
-    def _size(self, stage: str) -> str:
+    def _batch_sizes(self, stage: str) -> str:
         if self.config is None:
             return ""
         data = self.config.data
-        measured = stage != "train" and data.eval_batch_size is not None
-        more = f", data.eval_batch_size={data.eval_batch_size}" if measured else ""
-        return f"data.batch_size={data.batch_size}{more}, "
+        is_eval = stage != "train" and data.eval_batch_size is not None
+        eval_size = f", data.eval_batch_size={data.eval_batch_size}" if is_eval else ""
+        return f"data.batch_size={data.batch_size}{eval_size}, "
 
-    def _peak(self) -> str:
+    def _peak_memory(self) -> str:
         peaks = peak_memory(self.device)
-        told = f"at most {peaks.get('peak_memory_bytes', 0) / MIB:,.0f} MiB in use by the process"
+        text = f"at most {peaks.get('peak_memory_bytes', 0) / MIB:,.0f} MiB in use by the process"
         if "peak_device_memory_bytes" in peaks:
-            told += f", {peaks['peak_device_memory_bytes'] / MIB:,.0f} MiB of the device"
-        return f"{told} so far"
+            text += f", {peaks['peak_device_memory_bytes'] / MIB:,.0f} MiB of the device"
+        return f"{text} so far"
 
-    def _ways_out(self, stage: str) -> str:
+    def _suggestion(self, stage: str) -> str:
         if self.config is None:
             return "smaller batches"
         data, trainer = self.config.data, self.config.trainer

@@ -1,4 +1,4 @@
-"""How long to train, and what comes when."""
+"""Limits of training, and when to validate and save."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SaveSchedule:
-    """When the state of training is written, and what of it stays.
+    """When checkpoints are saved, and how many are kept.
 
     Attributes:
-        every_n_epochs: And after the last.
-        every_n_steps: Of the optimizer, in the midst of epochs, too; None: not by steps.
-        every_n_minutes: Likewise by the clock.
-        keep_last: How many of the newest states stay.
-        save_top_k: The weights of how many of the best epochs stay; -1 of all.
-        in_background: Files are written while training goes on.
+        every_n_epochs: Epochs between two saves of `last.pt`; it is also saved after the last one.
+        every_n_steps: Optimizer steps between two saves, also within an epoch; None does not save
+            by steps.
+        every_n_minutes: Minutes between two saves, also within an epoch; None does not save by
+            time.
+        keep_last: Number of the newest `last*.pt` to keep.
+        save_top_k: Number of the best epochs whose weights are kept; -1 keeps all epochs.
+        in_background: Whether files are written while training continues.
     """
 
     every_n_epochs: int = 1
@@ -29,15 +31,15 @@ class SaveSchedule:
 
 @dataclass(frozen=True)
 class TrainingLimits:
-    """How long to train, and what comes when.
+    """How long to train, and when to validate and save.
 
     Attributes:
-        max_epochs: None where `max_steps` ends it.
-        max_steps: Of the optimizer; None where `max_epochs` ends it.
-        valid_every_n_epochs: And after the last.
-        saving: When the state is written, and what of it stays.
-        sanity_valid_batches: Validated before training.
-        max_seconds: Of training; None where only the others end it.
+        max_epochs: Maximum number of epochs; None if only `max_steps` limits training.
+        max_steps: Maximum number of optimizer steps; None if only `max_epochs` limits training.
+        valid_every_n_epochs: Epochs between two validations; the last epoch is always validated.
+        save_schedule: When checkpoints are saved, and how many are kept.
+        sanity_valid_batches: Number of validation batches to run before training, as a check.
+        max_seconds: Maximum duration of training; None for no limit.
     """
 
     max_epochs: int | None
@@ -48,13 +50,25 @@ class TrainingLimits:
     max_seconds: float | None = None
 
     def num_epochs(self, steps_per_epoch: int | None) -> int | None:
-        """Epochs at most, the last one perhaps cut short; None where that is not known."""
+        """Return the maximum number of epochs, including an incomplete last one.
+
+        Args:
+            steps_per_epoch: Optimizer steps per epoch; None if unknown.
+
+        Returns:
+            None if the number is unknown.
+        """
         if self.max_steps is None or steps_per_epoch is None:
             return self.max_epochs
         by_steps = math.ceil(self.max_steps / steps_per_epoch)
         return by_steps if self.max_epochs is None else min(by_steps, self.max_epochs)
 
     def is_last_epoch(self, epoch: int, steps: int) -> bool:
-        """Whether that epoch, after so many steps of the optimizer, is the last."""
+        """Return whether training ends after this epoch.
+
+        Args:
+            epoch: Epoch, counted from 1.
+            steps: Number of optimizer steps made by the end of it.
+        """
         by_epochs = self.max_epochs is not None and epoch >= self.max_epochs
         return by_epochs or (self.max_steps is not None and steps >= self.max_steps)

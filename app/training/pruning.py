@@ -1,4 +1,4 @@
-"""What a search thinks of a run that is under way: whether it is hopeless."""
+"""Pruning: reports a run's progress to an Optuna study, and asks whether to end it early."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from app.training.history import History, goal_values
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
-JOURNAL = "journal:"
-PRUNERS = "optuna.pruners"
-DATABASE_TIMEOUT_SECONDS = 60  # in which another process is done with a database in a file
+JOURNAL_PREFIX = "journal:"
+PRUNER_PREFIX = "optuna.pruners"
+DATABASE_TIMEOUT_SECONDS = 60  # how long to wait for other processes that lock a SQLite file
 
 
 class Pruning:
-    """Tells a study of the goal's value, and asks its pruner.
+    """Reports the value of the goal to a study, and asks its pruner.
 
     Args:
-        trial: Of the study; None where the run is of none.
-        goal: Whose value is told.
+        trial: Trial of a study that this run belongs to; None if it belongs to none.
+        goal: Metric to report.
     """
 
     def __init__(self, trial: OptunaTrial | None, goal: GoalConfig) -> None:
         self.trial, self.goal = trial, goal
-        self.last_reported_epoch = 0  # the last epoch
+        self.last_reported_epoch = 0
 
     def should_prune(self, history: History) -> bool:
-        """Whether the run is to end now; all ranks must ask, and get the same answer."""
+        """Return whether to end the run now; all ranks must call this and get the same answer."""
         if self.trial is None:
             return False
-        return broadcast_object(self._asked(history, self.trial) if rank() == 0 else False)
+        return broadcast_object(self._report_and_ask(history, self.trial) if rank() == 0 else False)
 
-    def _asked(self, history: History, trial: OptunaTrial) -> bool:
+    def _report_and_ask(self, history: History, trial: OptunaTrial) -> bool:
         values = goal_values(history, self.goal)
         if not values or values[-1].epoch <= self.last_reported_epoch:
             return False
@@ -44,7 +44,7 @@ class Pruning:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.last_reported_epoch = values[-1].epoch
         storage = make_storage(trial.storage)
-        pruner: Any = Instantiator([PRUNERS])("hydra.sweeper.pruner", trial.pruner)
+        pruner: Any = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", trial.pruner)
         study = optuna.load_study(study_name=trial.study, storage=storage, pruner=pruner)
         frozen = study.get_trials(deepcopy=False)[trial.number]
         storage.set_trial_intermediate_value(
@@ -53,16 +53,17 @@ class Pruning:
         return bool(pruner.prune(study, storage.get_trial(frozen._trial_id)))
 
 
-def make_storage(text: str) -> BaseStorage:
-    """Where a study is kept.
+def make_storage(url: str) -> BaseStorage:
+    """Open the storage of a study.
 
     Args:
-        text: `journal:<file>`, or the address of a database.
+        url: `journal:<file>`, or the URL of a database.
     """
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    if text.startswith(JOURNAL):
-        return JournalStorage(JournalFileBackend(text.removeprefix(JOURNAL)))
-    waits = {"connect_args": {"timeout": DATABASE_TIMEOUT_SECONDS}} if text.startswith("sqlite:") else {}
-    return RDBStorage(text, engine_kwargs=waits)
+    if url.startswith(JOURNAL_PREFIX):
+        return JournalStorage(JournalFileBackend(url.removeprefix(JOURNAL_PREFIX)))
+    is_sqlite = url.startswith("sqlite:")
+    engine_kwargs = {"connect_args": {"timeout": DATABASE_TIMEOUT_SECONDS}} if is_sqlite else {}
+    return RDBStorage(url, engine_kwargs=engine_kwargs)

@@ -1,4 +1,4 @@
-"""What all ranks do in the loop at the same time, so that none waits for another in vain."""
+"""What all ranks must do together in the loop: stop, save, and make the same number of steps."""
 
 from __future__ import annotations
 
@@ -14,75 +14,80 @@ from app.runtime.signals import StopReason, StopSignal
 
 
 class StopConsensus:
-    """Why to stop, the same in all ranks.
+    """Agrees over all ranks on whether to stop, so that they stop after the same step.
 
     Args:
-        stop: Whom this rank hears.
+        stop_signal: Stop requests that this rank has received.
 
     Attributes:
-        reason: As far as all ranks know.
+        reason: Strongest reason of any rank, as far as it has been exchanged.
     """
 
-    def __init__(self, stop: StopSignal) -> None:
-        self.stop, self.agreement = stop, LazyAllReduceMax()
+    def __init__(self, stop_signal: StopSignal) -> None:
+        self.stop_signal, self.all_ranks = stop_signal, LazyAllReduceMax()
         self.reason = StopReason.NONE
 
     def after_step(self) -> StopReason:
-        """What is known after a step; every rank must ask."""
-        self.reason = StopReason(max(self.reason, self.agreement(self.stop.reason())))
+        """Return the reason to stop after this step; all ranks must call this."""
+        self.reason = StopReason(max(self.reason, self.all_ranks(self.stop_signal.reason())))
         return self.reason
 
     def finish(self) -> StopReason:
-        """No further step comes: what was last said counts now."""
-        self.reason = StopReason(max(self.reason, self.agreement.wait(self.stop.reason())))
+        """Return the reason to stop after the last step of a stage, waiting for all ranks."""
+        reason = self.all_ranks.wait(self.stop_signal.reason())
+        self.reason = StopReason(max(self.reason, reason))
         return self.reason
 
     @property
     def is_signal(self) -> bool:
-        """Whether nothing more is to be begun; when time is up, the best is still tested."""
+        """Whether to stop at once; if only the time is up, the best weights are still tested."""
         return self.reason > StopReason.TIME
 
 
 class SaveTimer:
-    """When to save in the midst of an epoch: after the same step in all ranks.
+    """Decides when to save within an epoch: after the same step on all ranks.
 
     Args:
-        every_n_steps: Of the optimizer; None: not by steps.
-        every_n_minutes: Since it was last saved; None: not by the clock.
+        every_n_steps: Optimizer steps between two saves; None does not save by steps.
+        every_n_minutes: Minutes between two saves; None does not save by time.
     """
 
     def __init__(self, every_n_steps: int | None, every_n_minutes: float | None) -> None:
         self.every_n_steps = every_n_steps
         self.seconds = None if every_n_minutes is None else 60 * every_n_minutes
-        self.agreement = LazyAllReduceMax()
-        self.since, self.steps = time.monotonic(), 0
+        self.all_ranks = LazyAllReduceMax()
+        self.last_save_time, self.last_save_step = time.monotonic(), 0
 
     def mark_saved(self, steps: int) -> None:
-        """It has been, after so many steps."""
-        self.since, self.steps = time.monotonic(), steps
+        """Record that a checkpoint was saved after `steps` optimizer steps."""
+        self.last_save_time, self.last_save_step = time.monotonic(), steps
 
     def is_due(self, steps: int) -> bool:
-        """Whether it is time to, after so many steps; every rank must ask."""
-        is_late = False
+        """Return whether to save after `steps` optimizer steps; all ranks must call this."""
+        by_time = False
         if self.seconds is not None:
-            is_late = bool(self.agreement(int(time.monotonic() - self.since >= self.seconds)))
+            is_late = time.monotonic() - self.last_save_time >= self.seconds
+            by_time = bool(self.all_ranks(int(is_late)))
         by_steps = self.every_n_steps is not None and steps % self.every_n_steps == 0
-        return (by_steps or is_late) and steps != self.steps
+        return (by_steps or by_time) and steps != self.last_save_step
 
 
-def padded_batches(batches: BatchLoader, epoch: int) -> Iterator[tuple[Batch, bool]]:
-    """The batches of this rank, and whether it is only lent: it has no sample of the whole one.
+def padded_batches(loader: BatchLoader, epoch: int) -> Iterator[tuple[Batch, bool]]:
+    """Yield the batches of this rank, and whether each is padding.
 
-    All ranks make every step together, so a rank without a part in it gets something to go through
-    the motions with.
+    All ranks must make every step, as they exchange gradients in it. A rank without samples in a
+    step gets two samples of the dataset as padding, which do not count.
     """
-    for batch in batches.epoch(epoch):
-        yield (batches.first(2), True) if batch is None else (batch, False)
+    for batch in loader.epoch(epoch):
+        yield (loader.first(2), True) if batch is None else (batch, False)
 
 
-def gather_batches(mine: Nested, is_padding: bool) -> list[Nested]:
-    """What every rank has, on the host, in rank 0; nothing in the others."""
+def gather_batches(local: Nested, is_padding: bool) -> list[Nested]:
+    """Return the parts of all ranks in rank 0, on the host and without padding.
+
+    Other ranks get an empty list. On a single device the part is returned as it is.
+    """
     if not is_distributed():
-        return [mine]
-    parts = gather_object(None if is_padding else map_tensors(Tensor.cpu, mine))
+        return [local]
+    parts = gather_object(None if is_padding else map_tensors(Tensor.cpu, local))
     return [part for part in parts if part is not None]

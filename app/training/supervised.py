@@ -1,4 +1,4 @@
-"""Supervised learning: inputs, targets, a loss."""
+"""Supervised learning: one model, inputs, targets and a loss."""
 
 from __future__ import annotations
 
@@ -17,18 +17,41 @@ from app.training.task import Forward, MetricsLike, StepOutput, Task
 
 
 class SupervisedTask(Task):
-    """Learns targets from inputs.
+    """Trains one model to map inputs to targets.
+
+    The building blocks of a step are methods, so that a subclass can override a step in a few
+    lines: `unpack` splits a batch, `forward` calls the model, `loss` computes the loss, and
+    `step_output` updates the metrics.
+
+    Example::
+
+        class WithNoise(SupervisedTask):
+            def train_step(self, batch: Nested) -> StepOutput:
+                inputs, targets = self.unpack(batch)
+                outputs = self.forward(inputs + 0.1 * torch.randn_like(inputs))
+                loss, terms = self.loss(outputs, targets)
+                self.optimizer.step(loss, len(inputs))
+                return self.step_output("train", outputs, targets, loss, terms)
+
+    A subclass with options of its own takes them in its constructor and passes the rest on
+    (`def __init__(self, noise: float, **kwargs): super().__init__(**kwargs)`).
 
     Args:
-        model: From inputs to outputs, both of any form.
-        loss: Of outputs and targets: a function, or terms by name.
-        metrics: By stage.
-        precision: Of the forward pass.
-        inputs: Which part of a batch is the input: a position, a name, or several of them.
-        targets: Which part is the target; None where there is none.
-        mix: Changes inputs and targets of a training batch, as MixUp; metrics of training are
-            measured against the targets as they were.
-        patches: Puts inputs through the model window by window when it is evaluated.
+        model: Maps inputs to outputs. Both may be tensors or nested tuples, lists and dicts of
+            tensors.
+        loss: Loss of outputs and targets: a function, a `Term`, terms by name, or a `WeightedSum`.
+        metrics: Metrics by name for each of the stages `train`, `valid` and `test`.
+        precision: Precision of the forward pass; None is fp32.
+        inputs: Key of the inputs in a batch: an index, a name, a dotted path such as `points.0`, or
+            a list or dict of them. None takes the complete batch.
+        targets: Key of the targets in a batch, in the same form; None if there are none.
+        mix: Transforms inputs and targets of a training batch, as MixUp does. The loss uses the
+            mixed targets, the metrics the original ones.
+        patches: Replaces `forward` in evaluation and prediction: called with `forward` and the
+            inputs, for example to run the model on overlapping windows.
+
+    Raises:
+        ValueError: If a metric has the name of a column of the loss.
     """
 
     def __init__(
@@ -44,8 +67,8 @@ class SupervisedTask(Task):
     ) -> None:
         super().__init__(model, metrics, precision)
         self.loss = as_loss(loss)
-        for stage, measured in self.metrics.items():
-            for name in self.loss.columns & measured.output_metrics.keys():
+        for stage, stage_metrics in self.metrics.items():
+            for name in self.loss.columns & stage_metrics.output_metrics.keys():
                 raise ValueError(f"metric {name!r} of {stage} is the column of a loss term")
         self.inputs: Key = inputs
         self.targets: Key = targets
@@ -53,9 +76,9 @@ class SupervisedTask(Task):
 
     def train_step(self, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
-        mixed, wanted = self.mix(inputs, targets) if self.mix else (inputs, targets)
-        outputs = self.forward(mixed)
-        loss, terms = self.loss(outputs, wanted)
+        mixed_inputs, mixed_targets = self.mix(inputs, targets) if self.mix else (inputs, targets)
+        outputs = self.forward(mixed_inputs)
+        loss, terms = self.loss(outputs, mixed_targets)
         self.optimizer.step(loss, count_samples(inputs))
         return self.step_output("train", outputs, targets, loss, terms)
 
@@ -72,19 +95,24 @@ class SupervisedTask(Task):
         self.forward(pick(batch, self.inputs))
 
     def unpack(self, batch: Nested) -> tuple[Nested, Nested]:
-        """Inputs and targets of a batch."""
+        """Return the inputs and the targets of a batch; targets are None if there are none.
+
+        Raises:
+            UserError: If the batch has no such parts.
+        """
         try:
-            return pick(batch, self.inputs), _targets(batch, self.targets)
+            return pick(batch, self.inputs), _pick_targets(batch, self.targets)
         except UserError as error:
             raise UserError(f"data.inputs, data.targets: in a batch {error}") from error
 
     def forward(self, inputs: Nested) -> Nested:
-        """The model's outputs; several inputs are its arguments.
+        """Return the model's outputs.
 
-        While it trains it is called as `trained`, so that several ranks learn as one.
+        A tuple of inputs is passed as positional arguments, a dict as keyword arguments. In
+        training mode this calls `forward_model`, so that gradients are synchronized over ranks.
 
         Raises:
-            UserError: It cannot take them.
+            UserError: If the model does not accept the inputs.
         """
         model = self.forward_model if self.model.training else self.model
         try:
@@ -100,7 +128,7 @@ class SupervisedTask(Task):
             raise UserError(f"model: {name} cannot take {describe(inputs)}: {error}") from error
 
     def predict(self, inputs: Nested) -> Nested:
-        """The outputs where the model is only used."""
+        """Return the model's outputs in evaluation and prediction, by patches if configured."""
         return self.patches(self.forward, inputs) if self.patches else self.forward(inputs)
 
     def step_output(
@@ -111,9 +139,18 @@ class SupervisedTask(Task):
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        named = {**(terms or {}), **self.loss.learned_weights()}
-        step = super().step_output(stage, outputs, targets, loss, named)
-        return StepOutput(step.values, step.outputs, self.loss.scheduled_weights())
+        """Update the metrics, and return the values of a step with the weights of the loss terms.
+
+        Args:
+            stage: Stage whose metrics are updated.
+            outputs: Outputs, as the metrics of the stage expect them.
+            targets: Targets, as the metrics of the stage expect them.
+            loss: Scalar, the mean over the batch.
+            terms: Further scalars by column name, each the mean over the batch.
+        """
+        columns = {**(terms or {}), **self.loss.learned_weights()}
+        output = super().step_output(stage, outputs, targets, loss, columns)
+        return StepOutput(output.values, output.outputs, self.loss.scheduled_weights())
 
     def on_step_start(self, epoch: int, step: int) -> None:
         self.loss.update_weights(epoch, step)
@@ -133,5 +170,5 @@ class SupervisedTask(Task):
         self.loss.load_state_dict(state["loss"])
 
 
-def _targets(batch: Nested, key: Key) -> Nested:
+def _pick_targets(batch: Nested, key: Key) -> Nested:
     return None if key is None else pick(batch, key)

@@ -1,4 +1,4 @@
-"""The loop: when to train, validate, save and stop."""
+"""The training loop: when to train, validate, save and stop."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.seed import seed_everything
 from app.runtime.signals import StopSignal, TrainingInterrupted
 from app.training.accumulator import StageAccumulator, StageResult, zeros_like_row
-from app.training.checkpoint.checkpoint import BEST
+from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.checkpoint.mid_epoch import remaining_batches, restore_position, save_position
 from app.training.checkpoint.policy import CheckpointPolicy
 from app.training.checkpoint.train_state import TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
-from app.training.history import StatusName, goal_value, goal_value_at, summary_table
-from app.training.history import reason_to_stop as stop_by
+from app.training.history import (
+    StatusName,
+    goal_value,
+    goal_value_at,
+    reason_to_stop,
+    summary_table,
+)
 from app.training.nonfinite import NonFinitePolicy
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
@@ -41,29 +46,42 @@ from app.training.rank_sync import StopConsensus, gather_batches, padded_batches
 from app.training.task import StepOutput, Task, check_step_output
 
 log = logging.getLogger(__name__)
-StepResult = tuple[Batch, StepOutput, dict[str, float]]  # a batch, its step, further columns
+BatchResult = tuple[Batch, StepOutput, dict[str, float]]  # with the host values of the step
 TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
-PREDICT = "predict"  # what watchers are told in place of a stage
+PREDICT = "predict"  # stage name that callbacks receive in predictions
 
 
 class Trainer:
     """Trains, validates, tests and predicts with a task.
 
+    Example::
+
+        trainer = Trainer(task, TrainingLimits(max_epochs=10), Path("run"))
+        summary = trainer.fit(train_loader, valid_loader)
+        trainer.state.load_best_weights()
+        trainer.evaluate(test_loader)
+
     Args:
-        task: What a step is; its `learning` is set where it is to be trained.
-        plan: How long.
-        folder: Checkpoints go there.
-        goal: What best means.
-        callbacks: Those who watch.
-        seed: Each epoch's randomness depends on it and the epoch alone.
-        device: That the steps run on; the task is there already.
-        averaging: Of the weights; it stands in wherever they are measured.
-        freezing: Of some of them.
-        monitors: Further meanings of best, by name.
-        job: Its configuration goes into each checkpoint.
-        parallel: How several ranks learn as one.
-        stop: Who asks to end before the plan is over.
-        pruning: What a search thinks of the run.
+        task: Defines the steps; its `optimizers` must be set if it is trained.
+        limits: How long to train, and when to validate and save.
+        folder: Run folder; checkpoints are saved in its `checkpoints/`.
+        goal: Metric that decides which epoch is best, and when to stop early.
+        callbacks: Receives the events of the run.
+        seed: Seed of all random numbers; those of a stage depend on the seed, the stage, the epoch
+            and the rank only.
+        device: Device that the steps run on; the task must be on it already.
+        averaging: Average of the weights, used in every evaluation.
+        freezing: Which parameters are frozen in which epochs.
+        monitors: Further metrics whose best weights are saved, by name.
+        job: Job whose configuration is saved in each checkpoint.
+        strategy: How gradients are synchronized over ranks.
+        stop_signal: Source of requests to stop before the limits are reached.
+        pruning: Asks a hyper-parameter search whether to end the run early.
+
+    Attributes:
+        state: Everything that is saved in a checkpoint, such as the history.
+        checkpoints: Decides when to save, and which weights are the best.
+        is_pruned: Whether a search has ended the run.
     """
 
     def __init__(
@@ -80,7 +98,7 @@ class Trainer:
         monitors: Mapping[str, MonitorConfig] | None = None,
         job: Job | None = None,
         strategy: SingleDevice | None = None,
-        stop: StopSignal | None = None,
+        stop_signal: StopSignal | None = None,
         pruning: Pruning | None = None,
     ) -> None:
         self.task, self.limits = task, limits
@@ -91,22 +109,30 @@ class Trainer:
             task, self.averaging, folder, job, self.callbacks, limits.save_schedule
         )
         self.checkpoints = CheckpointPolicy(self.state, limits.save_schedule, goal, monitors or {})
-        self.strategy, self.stop = strategy or SingleDevice(task.model), stop or StopSignal()
-        self.stop_consensus = StopConsensus(self.stop)
+        self.strategy = strategy or SingleDevice(task.model)
+        self.stop_signal = stop_signal or StopSignal()
+        self.stop_consensus = StopConsensus(self.stop_signal)
         self.pruning, self.is_pruned = pruning or Pruning(None, goal), False
-        self.nonfinite = NonFinitePolicy(task, waits=self.averaging.updates_per_step)
+        self.nonfinite = NonFinitePolicy(task, syncs_every_step=self.averaging.updates_per_step)
         self.state.nonfinite = self.nonfinite
         self.oom = OOMReporter(device, job.config if job else None)
 
     def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
-        """Trains to the end of the plan, or until the goal stops it.
+        """Train until a limit is reached or the goal ends training early.
 
-        Leaves `best.pt` and `last.pt`, and gives the summary: a line for each stage.
+        The best weights are in `best.pt` afterwards, and everything needed to resume in `last.pt`.
+
+        Args:
+            train: Loader of the training data.
+            valid: Loader of the validation data; None does not validate.
+
+        Returns:
+            Table with one row per stage and epoch.
 
         Raises:
-            Stopped: It was asked to end before its time; `last.pt` has what there is.
+            TrainingInterrupted: If a signal requested to stop; `last.pt` has been saved.
         """
-        with self.stop.deferred_until_step(self.limits.max_seconds), self.state.flushed():
+        with self.stop_signal.deferred_until_step(self.limits.max_seconds), self.state.flushed():
             try:
                 self.resave_missing_best(train)
                 summary = self.fit_epochs(train, valid)
@@ -114,210 +140,243 @@ class Trainer:
             except TrainingInterrupted:
                 self.checkpoints.save_last()
                 self.state.writer.wait()
-                broadcast_object(None)  # no rank leaves before it is saved
+                broadcast_object(None)  # no rank exits before `last.pt` is saved
                 raise
         return summary
 
     def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> pd.DataFrame:
-        """Epoch after epoch."""
-        began = time.monotonic()
-        if self.is_finished():
-            log.warning("nothing to train: the plan was over after epoch %d", self.state.epoch)
+        """Run the epochs that remain, and return the summary table."""
+        started = time.monotonic()
+        if self.has_finished_training():
+            log.warning("nothing to train: training ended after epoch %d", self.state.epoch)
             return summary_table(self.state.history)
         self.sanity_check(valid)
         for epoch in count(self.state.epoch + self.state.epoch_finished):
             if self.state.epoch_finished:
-                self.run_stage("train", epoch, train, learns=True)
+                self.run_stage("train", epoch, train, is_training=True)
                 self.state.epoch, self.state.epoch_finished = epoch, False
-                self.averaging.after_epoch(epoch)
+                self.averaging.on_epoch_end(epoch)
             self.state.time_is_up = bool(self.stop_consensus.reason)
-            last = self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up
-            last = last or self.nonfinite.has_diverged
+            is_last = self.limits.is_last_epoch(epoch, self.optimizers.steps)
+            is_last = is_last or self.state.time_is_up or self.nonfinite.has_diverged
 
             with self.averaged_weights(train, epoch):
-                if valid is not None and (last or epoch % self.limits.valid_every_n_epochs == 0):
+                is_due = is_last or epoch % self.limits.valid_every_n_epochs == 0
+                if valid is not None and is_due:
                     self.run_stage("valid", epoch, valid)
                 self.checkpoints.save_best(epoch)
-            self.optimizers.epoch_end(goal_value_at(self.state.history, self.goal, epoch))
+            self.optimizers.on_epoch_end(goal_value_at(self.state.history, self.goal, epoch))
             self.state.epoch_finished = True
-            self.is_pruned = self.pruning.should_prune(self.state.history) and not last
-            reason = self.reason_to_stop()
-            if last or reason or epoch % self.limits.save_schedule.every_n_epochs == 0:
+            self.is_pruned = self.pruning.should_prune(self.state.history) and not is_last
+            reason = self.stop_reason()
+            if is_last or reason or epoch % self.limits.save_schedule.every_n_epochs == 0:
                 self.checkpoints.save_last()
 
-            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, time.monotonic() - began))
+            elapsed = time.monotonic() - started
+            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, elapsed))
             if reason:
                 log.info("stopped after epoch %d: %s", epoch, reason)
-            if last or reason:
+            if is_last or reason:
                 break
         return summary_table(self.state.history)
 
-    def is_finished(self) -> bool:
-        """Whether training has come to its end already, in a run that goes on."""
-        epoch, ended = self.state.epoch, self.state.epoch_finished and self.state.mid_epoch is None
-        by_plan = self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up
-        by_plan = by_plan or self.nonfinite.has_diverged
-        return ended and (by_plan or (epoch > 0 and self.reason_to_stop() is not None))
+    def has_finished_training(self) -> bool:
+        """Return whether a resumed run has nothing left to train."""
+        if not self.state.epoch_finished or self.state.mid_epoch is not None:
+            return False
+        epoch = self.state.epoch
+        if self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up:
+            return True
+        return self.nonfinite.has_diverged or (epoch > 0 and self.stop_reason() is not None)
 
     def run_stage(
-        self, stage: str, epoch: int, batches: BatchLoader, learns: bool = False
+        self, stage: str, epoch: int, loader: BatchLoader, is_training: bool = False
     ) -> StageResult:
-        """One pass over the batches; its row joins the history, the watchers hear of it.
+        """Run one pass over the data, and append its row to the history.
 
-        What is drawn in it depends on the seed, the stage, the epoch and the rank alone.
+        Random numbers in it depend on the seed, the stage, the epoch and the rank only.
+
+        Args:
+            stage: `train`, `valid` or `test`.
+            epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
+            loader: Loader of the data.
+            is_training: Whether to train; if not, the model is only evaluated.
 
         Raises:
-            Stopped: In the midst of it.
+            TrainingInterrupted: If a signal requested to stop.
+            UserError: If the loader has no batches.
         """
-        start = self.begin_stage(stage, epoch, batches)
-        rows = StageAccumulator(self.task.metrics[stage], self.device)
-        if learns and self.state.mid_epoch:
-            restore_position(rows, self.state.mid_epoch)
-        whole = broadcast_object(self.callbacks.needs_all_ranks(start))
-        run = self.train_steps if learns else self.eval_steps
-        with self.stop.deferred_until_step():
-            for batch, step, numbers in run(batches, stage, epoch):
-                rows.add(step.values, numbers)
-                rows.mask_last(self.nonfinite.num_invalid_rows())
-                self.notify_step(start, batch, step, whole)
-                if learns and self.checkpoints.is_due():
-                    self.save_mid_epoch(rows)
-        rows.mask_last(self.nonfinite.num_invalid_rows())
-        if rows.is_empty:
-            raise UserError(f"the {stage} data gives no batch")
-        if self.stop_consensus.is_signal and not learns:
+        start = self.begin_stage(stage, epoch, loader)
+        accumulator = StageAccumulator(self.task.metrics[stage], self.device)
+        if is_training and self.state.mid_epoch:
+            restore_position(accumulator, self.state.mid_epoch)
+        gather = broadcast_object(self.callbacks.needs_all_ranks(start))
+        run_steps = self.train_steps if is_training else self.eval_steps
+        with self.stop_signal.deferred_until_step():
+            for batch, output, host_values in run_steps(loader, stage, epoch):
+                accumulator.add(output.values, host_values)
+                accumulator.mask_last(self.nonfinite.pop_invalid_rows())
+                self.notify_step(start, batch, output, gather)
+                if is_training and self.checkpoints.is_due():
+                    self.save_mid_epoch(accumulator)
+        accumulator.mask_last(self.nonfinite.pop_invalid_rows())
+        if accumulator.is_empty:
+            raise UserError(f"the {stage} data has no batches")
+        if self.stop_consensus.is_signal and not is_training:
             raise TrainingInterrupted(self.stop_consensus.reason)
         if self.stop_consensus.is_signal:
-            self.state.mid_epoch = save_position(rows, self.state.batches_in_epoch)
-        result = rows.result(stage, epoch)
-        if not learns:
+            self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch)
+        result = accumulator.result(stage, epoch)
+        if not is_training:
             self.nonfinite.check_eval(result)
         history = [*self.state.history, result.row]
-        result = replace(result, is_whole=not self.stop_consensus.is_signal)
+        result = replace(result, is_complete=not self.stop_consensus.is_signal)
         self.callbacks.on_stage_end(result, history)
-        if self.stop_consensus.is_signal:
-            raise TrainingInterrupted(
-                self.stop_consensus.reason
-            )  # the stage is not over, and not part of the history
+        if self.stop_consensus.is_signal:  # an incomplete stage is not part of the history
+            raise TrainingInterrupted(self.stop_consensus.reason)
         self.state.history = history
         return result
 
-    def begin_stage(self, stage: str, epoch: int, batches: BatchLoader) -> StageStart:
-        """A stage begins: seeds, and the watchers hear of it."""
+    def begin_stage(self, stage: str, epoch: int, loader: BatchLoader) -> StageStart:
+        """Seed the random number generators, and call the callbacks."""
         seed_everything(self.seed, stage, epoch, *([rank()] if rank() else []))
-        start = StageStart(stage, epoch, batches.num_batches, batches.num_samples)
+        start = StageStart(stage, epoch, loader.num_batches, loader.num_samples)
         self.callbacks.on_stage_start(start)
         return start
 
-    def train_steps(self, batches: BatchLoader, stage: str, epoch: int) -> Iterator[StepResult]:
-        """Learns from each batch, until there are enough steps."""
-        task, learning = self.task, self.optimizers
+    def train_steps(self, loader: BatchLoader, stage: str, epoch: int) -> Iterator[BatchResult]:
+        """Train on each batch until the epoch ends or training must stop, and yield the results."""
+        task, optimizers = self.task, self.optimizers
         task.model.train()
         self.freezing.apply(epoch)
         self.strategy.on_epoch_start()
-        before, self.state.mid_epoch = self.state.mid_epoch, None
-        self.state.batches_in_epoch = before["batches"] if before else 0
-        self.nonfinite.on_epoch_start(batches, epoch, before is not None)
+        position, self.state.mid_epoch = self.state.mid_epoch, None
+        self.state.batches_in_epoch = position["batches"] if position else 0
+        self.nonfinite.on_epoch_start(loader, epoch, position is not None)
         is_over = self.has_reached_max_steps or self.nonfinite.has_diverged
-        for batch, lent in remaining_batches(batches, epoch, before) if not is_over else ():
+        batches = remaining_batches(loader, epoch, position) if not is_over else ()
+        for batch, is_padding in batches:
             self.state.batches_in_epoch += 1
             self.state.batches += 1
             task.on_step_start(epoch, self.state.batches)
-            rates = learning.lrs()
+            lrs = optimizers.lrs()
             self.nonfinite.on_batch_start(
-                batch, lent, self.state.batches_in_epoch, self.state.batches
+                batch, is_padding, self.state.batches_in_epoch, self.state.batches
             )
             with (
                 self.oom.guard_step(stage, epoch, self.state.batches_in_epoch),
-                self.step_context(stage, lent),
-                self.strategy.sync_context(lent, learning.steps_next),
+                self.step_context(stage, is_padding),
+                self.strategy.sync_context(is_padding, optimizers.steps_next),
             ):
-                step = check_step_output(task, stage, task.train_step(batch))
+                output = check_step_output(task, stage, task.train_step(batch))
             self.nonfinite.on_batch_end()
-            self.averaging.update(epoch, learning.steps)
-            row = {**step.values, **learning.grad_norms(step.num_samples)}
-            values = zeros_like_row(row) if lent else row
-            yield batch, StepOutput(values, step.outputs), {**step.host_values, **rates}
-            asked = self.stop_consensus.after_step()
+            self.averaging.update(epoch, optimizers.steps)
+            row = {**output.values, **optimizers.grad_norms(output.num_samples)}
+            values = zeros_like_row(row) if is_padding else row
+            yield batch, StepOutput(values, output.outputs), {**output.host_values, **lrs}
+            should_stop = self.stop_consensus.after_step()
             if self.nonfinite.has_diverged:
                 break
-            if (asked or self.has_reached_max_steps) and learning.at_step_boundary:
+            if (should_stop or self.has_reached_max_steps) and optimizers.at_step_boundary:
                 break
-        learning.flush()
+        optimizers.flush()
         self.stop_consensus.finish()
-        self.nonfinite.on_epoch_end(is_whole=not self.stop_consensus.is_signal)
-        self.averaging.update(epoch, learning.steps)
+        self.nonfinite.on_epoch_end(is_complete=not self.stop_consensus.is_signal)
+        self.averaging.update(epoch, optimizers.steps)
         self.strategy.on_epoch_end()
 
-    def eval_steps(self, batches: BatchLoader, stage: str, epoch: int) -> Iterator[StepResult]:
-        """Measures each batch."""
+    def eval_steps(self, loader: BatchLoader, stage: str, epoch: int) -> Iterator[BatchResult]:
+        """Evaluate each batch, and yield the results."""
         self.task.model.eval()
-        for number, (batch, lent) in enumerate(padded_batches(batches, epoch), start=1):
-            told = self.oom.guard_step(stage, epoch, number)
-            with told, torch.no_grad(), self.step_context(stage, lent):
-                step = check_step_output(self.task, stage, self.task.eval_step(stage, batch))
-            yield batch, StepOutput(zeros_like_row(step.values), step.outputs) if lent else step, {}
+        for number, (batch, is_padding) in enumerate(padded_batches(loader, epoch), start=1):
+            guard = self.oom.guard_step(stage, epoch, number)
+            with guard, torch.no_grad(), self.step_context(stage, is_padding):
+                output = check_step_output(self.task, stage, self.task.eval_step(stage, batch))
+            if is_padding:
+                output = StepOutput(zeros_like_row(output.values), output.outputs)
+            yield batch, output, {}
             self.stop_consensus.after_step()
             if self.stop_consensus.is_signal:
                 break
         self.stop_consensus.finish()
 
     @contextmanager
-    def step_context(self, stage: str, lent: bool) -> Iterator[None]:
-        """In the precision of the forward pass; a lent batch counts nothing."""
-        muted = self.task.metrics[stage].paused() if lent else nullcontext()
-        with muted, self.task.precision.autocast():
+    def step_context(self, stage: str, is_padding: bool) -> Iterator[None]:
+        """Autocast the forward pass, and leave padding batches out of the metrics."""
+        maybe_paused = self.task.metrics[stage].paused() if is_padding else nullcontext()
+        with maybe_paused, self.task.precision.autocast():
             yield
 
-    def notify_step(self, start: StageStart, batch: Batch, step: StepOutput, whole: bool) -> None:
-        """The watchers hear of a step; where they want so, of all ranks' parts of it."""
-        parts = gather_batches((batch, step.outputs), not step.num_samples) if whole else []
-        if parts or not whole:
-            told = concat(parts) if parts else (batch, step.outputs)
-            count = step.num_samples * world_size()
-            self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, count, *told))
-
-    def evaluate(
-        self, batches: BatchLoader, stage: str = "test", epoch: int | None = None
-    ) -> pd.DataFrame:
-        """Measures the weights as they are; gives the stage's line of the summary.
+    def notify_step(
+        self, start: StageStart, batch: Batch, output: StepOutput, gather: bool
+    ) -> None:
+        """Call the callbacks after a step.
 
         Args:
-            batches: Gone through once.
-            stage: Whose metrics are measured.
-            epoch: Of the weights; None is the last one trained.
+            start: Stage of the step.
+            batch: Batch of this rank.
+            output: Result of the step on this rank.
+            gather: Whether callbacks need the batches and outputs of all ranks.
         """
-        row = self.run_stage(stage, self.state.epoch if epoch is None else epoch, batches).row
-        return summary_table([row])
+        parts = gather_batches((batch, output.outputs), not output.num_samples) if gather else []
+        if parts or not gather:
+            batch, outputs = concat(parts) if parts else (batch, output.outputs)
+            num_samples = output.num_samples * world_size()
+            self.callbacks.on_step_end(
+                StepEnd(start.stage, start.epoch, num_samples, batch, outputs)
+            )
 
-    def predict(self, batches: BatchLoader) -> Nested:
-        """The outputs for all samples, on the host, in the form in which the task gives them.
+    def evaluate(
+        self, loader: BatchLoader, stage: str = "test", epoch: int | None = None
+    ) -> pd.DataFrame:
+        """Evaluate the current weights.
 
-        Ranks other than 0 get None.
-        """
-        parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(batches)]
-        return concat(parts) if parts or rank() == 0 else None
+        Args:
+            loader: Loader of the data.
+            stage: Stage whose metrics are used.
+            epoch: Epoch of the weights; None is the last one trained.
 
-    def predictions(self, batches: BatchLoader) -> Iterator[tuple[Batch, Nested]]:
-        """Each batch with its outputs; the watchers hear of them. Rank 0 has all ranks' shares.
+        Returns:
+            Table with one row.
 
         Raises:
-            Stopped: In the midst of it.
+            TrainingInterrupted: If a signal requested to stop.
+        """
+        row = self.run_stage(stage, self.state.epoch if epoch is None else epoch, loader).row
+        return summary_table([row])
+
+    def predict(self, loader: BatchLoader) -> Nested:
+        """Return the outputs for all samples, on the host.
+
+        They have the structure that `Task.predict_step` returns. Ranks other than 0 get None.
+
+        Raises:
+            TrainingInterrupted: If a signal requested to stop.
+        """
+        parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(loader)]
+        return concat(parts) if parts or rank() == 0 else None
+
+    def predictions(self, loader: BatchLoader) -> Iterator[tuple[Batch, Nested]]:
+        """Yield each batch with its outputs; rank 0 gets those of all ranks, the others nothing.
+
+        Raises:
+            TrainingInterrupted: If a signal requested to stop.
         """
         epoch = self.state.epoch
-        start = self.begin_stage(PREDICT, epoch, batches)
+        start = self.begin_stage(PREDICT, epoch, loader)
         self.task.model.eval()
-        with self.stop.deferred_until_step():
-            for number, (batch, lent) in enumerate(padded_batches(batches, epoch), start=1):
-                told = self.oom.guard_step(PREDICT, epoch, number)
-                with told, torch.no_grad(), self.task.precision.autocast():
+        with self.stop_signal.deferred_until_step():
+            for number, (batch, is_padding) in enumerate(padded_batches(loader, epoch), start=1):
+                guard = self.oom.guard_step(PREDICT, epoch, number)
+                with guard, torch.no_grad(), self.task.precision.autocast():
                     outputs = self.task.predict_step(batch)
-                parts = gather_batches((batch, outputs), lent)
+                parts = gather_batches((batch, outputs), is_padding)
                 if parts:
-                    made = concat(parts) if len(parts) > 1 else parts[0]
-                    end = StepEnd(start.stage, epoch, count_samples(made[1]), *made)
-                    self.callbacks.on_step_end(end)
-                    yield made
+                    batch, outputs = concat(parts) if len(parts) > 1 else parts[0]
+                    num_samples = count_samples(outputs)
+                    step = StepEnd(start.stage, epoch, num_samples, batch, outputs)
+                    self.callbacks.on_step_end(step)
+                    yield batch, outputs
                 self.stop_consensus.after_step()
                 if self.stop_consensus.is_signal:
                     break
@@ -326,22 +385,22 @@ class Trainer:
             raise TrainingInterrupted(self.stop_consensus.reason)
 
     def sanity_check(self, valid: BatchLoader | None) -> None:
-        """Validates a few batches, to fail before the first epoch rather than after it."""
+        """Validate a few batches, so that errors show before the first epoch, not after it."""
         if valid is None or self.limits.sanity_valid_batches == 0:
             return
-        rows = StageAccumulator(self.task.metrics["valid"], self.device)
-        steps = self.eval_steps(valid, "valid", 0)
-        for _, step, _ in islice(steps, self.limits.sanity_valid_batches):
-            rows.add(step.values)
-        if not rows.is_empty:
-            row = rows.result("valid", 0).row
+        accumulator = StageAccumulator(self.task.metrics["valid"], self.device)
+        results = self.eval_steps(valid, "valid", 0)
+        for _, output, _ in islice(results, self.limits.sanity_valid_batches):
+            accumulator.add(output.values)
+        if not accumulator.is_empty:
+            row = accumulator.result("valid", 0).row
             for monitor in (self.goal, *self.checkpoints.monitors.values()):
                 if monitor.stage == "valid":
                     goal_value(row, monitor)
 
     @contextmanager
     def averaged_weights(self, train: BatchLoader, epoch: int) -> Iterator[None]:
-        """The average of the weights stands in for them, where there is one."""
+        """Use the averaged weights inside the `with` block, if there are any."""
         with self.averaging.swapped_in():
             if self.averaging.average and self.averaging.needs_bn_update:
                 self.update_bn(train, epoch)
@@ -349,94 +408,101 @@ class Trainer:
 
     @torch.no_grad()
     def update_bn(self, train: BatchLoader, epoch: int) -> None:
-        """Finds the statistics of batch normalisation anew, where it is not frozen."""
+        """Recompute batch norm statistics with the batches that the epoch was trained on."""
         seed_everything(self.seed, "measured", epoch, *([rank()] if rank() else []))
         self.task.model.eval()
-        with recompute_bn_stats(self.task.model) as found:
-            batches = islice(
-                padded_batches(train, epoch), self.state.batches_in_epoch if found else 0
-            )
-            for batch, lent in batches:
-                with self.strategy.sync_context(lent, True), self.task.precision.autocast():
+        with recompute_bn_stats(self.task.model) as batchnorms:
+            num_batches = self.state.batches_in_epoch if batchnorms else 0
+            for batch, is_padding in islice(padded_batches(train, epoch), num_batches):
+                with self.strategy.sync_context(is_padding, True), self.task.precision.autocast():
                     self.task.bn_forward(batch)
         self.strategy.on_epoch_end()
 
     @property
     def has_reached_max_steps(self) -> bool:
-        """Whether the optimizer has made all that the plan wants."""
+        """Whether the maximum number of optimizer steps has been made."""
         return self.limits.max_steps is not None and self.optimizers.steps >= self.limits.max_steps
 
-    def save_mid_epoch(self, rows: StageAccumulator) -> None:
-        """Keeps all that is needed to go on after the step just made, if that one was good."""
+    def save_mid_epoch(self, accumulator: StageAccumulator) -> None:
+        """Save everything needed to resume after the last step, unless training has diverged."""
         self.nonfinite.sync()
-        rows.mask_last(self.nonfinite.num_invalid_rows())
+        accumulator.mask_last(self.nonfinite.pop_invalid_rows())
         if not self.nonfinite.has_diverged:
-            self.checkpoints.save_mid_epoch(rows)
+            self.checkpoints.save_mid_epoch(accumulator)
 
     def resume(self, file: Path) -> None:
-        """Takes up a run that was cut, where that state was saved.
+        """Restore everything from a checkpoint, to resume where it was saved.
+
+        Args:
+            file: A `last*.pt`.
 
         Raises:
-            UserError: It is damaged, or of another model, loss or optimizer.
+            UserError: If the file is damaged, or of another model, loss or optimizer.
         """
         self.state.load(file)
-        for epoch in (
-            range(1, self.state.epoch + self.state.epoch_finished)
-            if self.state.schedule_changed
-            else ()
-        ):
-            self.optimizers.epoch_end(goal_value_at(self.state.history, self.goal, epoch))
+        if self.state.schedule_changed:  # replay the epochs for the new schedule
+            for epoch in range(1, self.state.epoch + self.state.epoch_finished):
+                self.optimizers.on_epoch_end(goal_value_at(self.state.history, self.goal, epoch))
         if self.state.job is not None and self.state.job.differences:
-            self.nonfinite.has_diverged = False  # something is tried that may go better
+            self.nonfinite.has_diverged = False  # other settings may not diverge
 
     def resave_missing_best(self, train: BatchLoader) -> None:
-        """Writes what is lost of the best weights, where training goes on from just these."""
+        """Save missing or damaged best checkpoints again that the current weights belong in."""
         if not self.state.epoch_finished or self.state.mid_epoch:
             return
-        lost = self.checkpoints.missing(self.state.epoch)
-        if lost:
+        missing = self.checkpoints.missing(self.state.epoch)
+        if missing:
             with self.averaged_weights(train, self.state.epoch):
-                for name in lost:
+                for name in missing:
                     self.checkpoints.save(name)
 
     def replace_missing_best(self, train: BatchLoader) -> None:
-        """Says which of the best weights are lost; the last ones take the place of `best.pt`."""
+        """Warn of missing best checkpoints; `best.pt` gets the last weights instead."""
         for name, epoch in self.checkpoints.missing().items():
-            if name == BEST:
+            if name == BEST_CHECKPOINT:
                 log.warning(
-                    "the best epoch was %d, but its weights are lost: the last stand in", epoch
+                    "%s: the weights of the best epoch %d are lost (the file is missing, damaged "
+                    "or of another epoch); saving the weights of the last epoch %d instead",
+                    name,
+                    epoch,
+                    self.state.epoch,
                 )
                 with self.averaged_weights(train, self.state.epoch):
                     self.state.save_best()
             else:
-                log.warning("%s is lost: the weights of epoch %d are gone", name, epoch)
-                self.state.remove(name)
+                log.warning(
+                    "%s: the weights of epoch %d are lost (the file is missing, damaged or of "
+                    "another epoch)",
+                    name,
+                    epoch,
+                )
+                self.state.remove_checkpoint(name)
 
-    def reason_to_stop(self) -> str | None:
-        """Why training ends before its last epoch, in words; None where it goes on."""
+    def stop_reason(self) -> str | None:
+        """Return why training ends early, as text for the log; None to continue."""
         if self.is_pruned:
-            return "the search takes it for hopeless"
-        return stop_by(self.state.history, self.goal)
+            return "pruned by the search"
+        return reason_to_stop(self.state.history, self.goal)
 
     @property
     def outcome(self) -> StatusName:
-        """What has become of the training, as in `status.json`."""
+        """How training ended, as in `status.json`."""
         if self.nonfinite.has_diverged:
             return "diverged"
         return "pruned" if self.is_pruned else "completed"
 
     @property
     def goal(self) -> GoalConfig:
-        """What best means."""
+        """Metric that decides which epoch is best."""
         return self.checkpoints.goal
 
     @property
     def optimizers(self) -> OptimWrapperDict:
-        """How the weights change."""
+        """Optimizer wrappers of the task."""
         return self.state.optimizers
 
     def make_epoch_end(self, epoch: int, train: BatchLoader, elapsed: float) -> EpochEnd:
-        """What the watchers are told."""
+        """Return what callbacks receive after an epoch."""
         batches, accumulate = train.num_batches, self.optimizers.accumulate
         steps_per_epoch = None if batches is None else math.ceil(batches / accumulate)
         last_epoch = self.limits.num_epochs(steps_per_epoch)

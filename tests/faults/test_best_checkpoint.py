@@ -82,10 +82,10 @@ def test_resume_with_lost_best_weights_warns_and_uses_last_weights(
         file.unlink() if problem == "missing" else save_checkpoint(file, replace(state, epoch=3))
     caplog.set_level(logging.INFO, "app.experiment.run")
     run_job("run", "none:0:0", *overrides)
-    assert "best.pt with the weights of the best epoch 1 is missing or damaged" in caplog.text
+    assert "best.pt: the weights of the best epoch 1 are lost" in caplog.text
     assert "loaded the last weights, from epoch 4" in caplog.text
-    assert "best-worst.pt with the weights of epoch" in caplog.text
-    assert "epoch001.pt with the weights of epoch 1 is missing or damaged" in caplog.text
+    assert "best-worst.pt: the weights of epoch 1 are lost" in caplog.text
+    assert "epoch001.pt: the weights of epoch 1 are lost" in caplog.text
     last = load_checkpoint(folder / "checkpoints" / "last.pt")
     replacement = load_checkpoint(files["best.pt"])
     assert (replacement.epoch, last.epoch) == (4, 4)

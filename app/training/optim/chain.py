@@ -1,4 +1,9 @@
-"""Several schedulers of torch as one, for configurations: parts by name, in their order."""
+"""Combinations of torch's learning rate schedulers that a configuration can name.
+
+`torch.optim.lr_scheduler.SequentialLR` and `ChainedScheduler` take a list of schedulers that are
+bound to the optimizer already. These functions take partial schedulers by name instead, so that
+each of them can be changed on the command line.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +12,46 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ChainedScheduler, LRScheduler, SequentialLR
 
-Part = Callable[[Optimizer], LRScheduler]  # a node with `_partial_: true`
+SchedulerFactory = Callable[[Optimizer], LRScheduler]  # a node with `_partial_: true`
 
 
 def sequential(
-    optimizer: Optimizer, schedulers: Mapping[str, Part], milestones: Sequence[int]
+    optimizer: Optimizer, schedulers: Mapping[str, SchedulerFactory], milestones: Sequence[int]
 ) -> SequentialLR:
-    """One scheduler after the other.
+    """Run several schedulers one after the other.
 
     Args:
-        optimizer: Whose rate is set.
-        schedulers: By name, in this order.
-        milestones: The steps (or epochs) after which the next takes over; one fewer than parts.
+        optimizer: Optimizer whose learning rate is set.
+        schedulers: Partial schedulers by name, in the order in which they run.
+        milestones: Number of steps (or epochs) after which the next scheduler takes over; one
+            fewer than there are schedulers.
 
     Raises:
-        ValueError: Not one milestone fewer than schedulers.
+        ValueError: If the number of milestones is wrong or a scheduler is not partial.
     """
     if len(milestones) != len(schedulers) - 1:
         raise ValueError(
             f"milestones={list(milestones)}: {len(schedulers)} schedulers need "
             f"{len(schedulers) - 1} of them"
         )
-    return SequentialLR(optimizer, _made(optimizer, schedulers), list(milestones))
+    return SequentialLR(optimizer, _build(optimizer, schedulers), list(milestones))
 
 
-def chained(optimizer: Optimizer, schedulers: Mapping[str, Part]) -> ChainedScheduler:
-    """All schedulers at once: each multiplies what the one before it gave.
+def chained(optimizer: Optimizer, schedulers: Mapping[str, SchedulerFactory]) -> ChainedScheduler:
+    """Apply several schedulers at once: each multiplies the rate that the previous one returned.
 
     Args:
-        optimizer: Whose rate is set.
-        schedulers: By name, in this order.
+        optimizer: Optimizer whose learning rate is set.
+        schedulers: Partial schedulers by name, in the order in which they are applied.
+
+    Raises:
+        ValueError: If a scheduler is not partial.
     """
-    return ChainedScheduler(_made(optimizer, schedulers), optimizer)
+    return ChainedScheduler(_build(optimizer, schedulers), optimizer)
 
 
-def _made(optimizer: Optimizer, parts: Mapping[str, Part]) -> list[LRScheduler]:
-    for name, part in parts.items():
-        if not callable(part):
+def _build(optimizer: Optimizer, schedulers: Mapping[str, SchedulerFactory]) -> list[LRScheduler]:
+    for name, scheduler in schedulers.items():
+        if not callable(scheduler):
             raise ValueError(f"schedulers.{name} needs _partial_: true")
-    return [part(optimizer) for part in parts.values()]
+    return [scheduler(optimizer) for scheduler in schedulers.values()]

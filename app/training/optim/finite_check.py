@@ -1,4 +1,4 @@
-"""Whether a step of an optimizer may be made: decided before the weights change."""
+"""Check of the loss and the gradients for NaN and infinity before an optimizer step."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-Policy = Literal["stop", "skip", "raise"]
-FUSED = ("Adam", "AdamW", "SGD")  # of torch: their fused steps do nothing where `found_inf` is 1
+NonFiniteAction = Literal["stop", "skip", "raise"]
+FUSED_OPTIMIZERS = ("Adam", "AdamW", "SGD")  # their fused kernels do nothing if `found_inf` is 1
 
 
 class FiniteCheck:
-    """Looks at what each step is to be made of; shared by all optimizers of a task.
+    """Decides whether an optimizer may step; shared by all optimizers of a task.
 
-    What it looks at is `evidence`: a scalar on the device, finite where the loss and all gradients
-    are. On the CPU it is read at once. On a CUDA device reading it means to wait for the device
-    once per step; where the policy ends the training anyway and the optimizer is fused, nobody
-    waits: the device itself makes no step from the first bad one on, and the host learns of it
-    some steps later.
+    The decision is based on an indicator: a scalar on the device that is finite if and only if the
+    loss and all gradients are. On the CPU it is read at once. On a CUDA device, reading it would
+    synchronize once per step. If `policy` ends training anyway and the optimizer is fused, nothing
+    is read: from the first non-finite step on the fused kernel leaves the weights unchanged, and
+    the host finds out some steps later.
 
     Args:
-        policy: What follows a step that may not be made.
-        device: That of the weights.
+        policy: What to do about a non-finite step: end training, skip the step or raise.
+        device: Device of the weights.
 
     Attributes:
-        reads: Evidence is read before each step.
-        refused: A step of the batch under way has not been made.
-        is_over: No further step is made.
-        evidence: Of all steps so far that have not been read; NaN where one of them was bad.
-        replay: Gets the loss in place of a step, while one is looked into.
+        syncs: Whether the indicator is read before each step.
+        skipped: Whether a step of the current batch was skipped.
+        is_latched: Whether all further steps are refused.
+        found_inf: Accumulated indicator of the steps that were not read; NaN once one of them was
+            non-finite.
+        trace_hook: Called with the parameters and the loss instead of making a step, while a
+            non-finite step is being traced.
     """
 
-    def __init__(self, policy: Policy = "stop", device: torch.device | None = None) -> None:
+    def __init__(
+        self, policy: NonFiniteAction = "stop", device: torch.device | None = None
+    ) -> None:
         self.policy = policy
         self.syncs = policy == "skip" or device is None or device.type != "cuda"
         self.skipped = self.is_latched = False
@@ -44,60 +48,61 @@ class FiniteCheck:
         self.trace_hook: Callable[[list[Tensor], Tensor], None] | None = None
 
     def is_finite(
-        self, evidence: Tensor, optimizer: Optimizer, steps: int, scaled: bool = False
+        self, indicator: Tensor, optimizer: Optimizer, steps: int, has_scaler: bool = False
     ) -> bool:
-        """Whether the optimizer may make its step now; all ranks must ask.
+        """Return whether the optimizer may step now; all ranks must call this.
 
         Args:
-            evidence: Of this step.
-            optimizer: Whose step.
-            steps: That it has made; the first is always read, for fused SGD has no momentum yet.
-            scaled: A scaler of gradients has a word in it, which uses what would be used here.
+            indicator: Finite if and only if the loss and the gradients of this step are.
+            optimizer: Optimizer that is about to step.
+            steps: Number of steps it has made. The first one is always checked on the host, as
+                fused SGD has no momentum buffers before it.
+            has_scaler: Whether a gradient scaler is used, which sets `found_inf` itself.
         """
         if self.is_latched:
             return False
-        if not (self.syncs or scaled) and steps and is_fused(optimizer):
-            self._defer_to_device(evidence, optimizer)
+        if not (self.syncs or has_scaler) and steps and is_fused(optimizer):
+            self._defer_to_device(indicator, optimizer)
             return True
-        if math.isfinite(evidence.item()):
+        if math.isfinite(indicator.item()):
             return True
         self.skipped, self.is_latched = True, self.policy != "skip"
         return False
 
-    def _defer_to_device(self, evidence: Tensor, optimizer: Optimizer) -> None:
-        now = evidence.detach() * 0  # NaN stays NaN, whatever comes later
-        self.found_inf = now if self.found_inf is None else self.found_inf + now
+    def _defer_to_device(self, indicator: Tensor, optimizer: Optimizer) -> None:
+        nan_or_zero = indicator.detach() * 0  # once NaN, the sum below stays NaN
+        self.found_inf = nan_or_zero if self.found_inf is None else self.found_inf + nan_or_zero
         optimizer.found_inf = self.found_inf.isnan().float()  # type: ignore[attr-defined]
         optimizer.grad_scale = None  # type: ignore[attr-defined]
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Whether its steps are made by one kernel that can be told to do nothing."""
+    """Return whether the optimizer steps in one fused kernel that honours `found_inf`."""
     groups = optimizer.param_groups
     fused = all(group.get("fused") for group in groups)
     sharded = any(
         isinstance(parameter, DTensor) for group in groups for parameter in group["params"]
     )
-    return fused and not sharded and type(optimizer).__name__ in FUSED
+    return fused and not sharded and type(optimizer).__name__ in FUSED_OPTIMIZERS
 
 
 class AsyncScalar:
-    """A number on its way from the device to the host.
+    """Scalar that is copied from the device to the host without blocking.
 
     Args:
-        value: A scalar on the device.
+        value: Scalar tensor on any device.
     """
 
     def __init__(self, value: Tensor) -> None:
         on_cuda = value.is_cuda
         self.host = torch.empty_like(value, device="cpu", pin_memory=on_cuda)
         self.host.copy_(value, non_blocking=on_cuda)
-        self.arrived = torch.cuda.Event() if on_cuda else None
-        if self.arrived is not None:
-            self.arrived.record()
+        self.copied = torch.cuda.Event() if on_cuda else None
+        if self.copied is not None:
+            self.copied.record()
 
     def read(self) -> float:
-        """Waits for it, if it is not there yet."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
+        """Return the value, after waiting for the copy if it is not complete."""
+        if self.copied is not None:
+            self.copied.synchronize()
         return self.host.item()

@@ -1,4 +1,4 @@
-"""Which weights stay as they are, and for how long."""
+"""Freezing of parameters for some or all epochs."""
 
 from __future__ import annotations
 
@@ -8,59 +8,65 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from app.config.schema import FreezeConfig
-from app.runtime.errors import UserError, nearest, one_of
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
 
 class FreezeSchedule:
-    """Freezes and unfreezes parameters by epoch.
+    """Freezes and unfreezes parameters at the start of each epoch.
 
     Args:
-        model: Whose parameters.
-        frozen: By name, for errors.
+        model: Model that owns the parameters.
+        rules: Which parameters are frozen in which epochs; the names are used in error messages.
 
     Raises:
-        UserError: A pattern that no parameter has.
+        UserError: If a pattern matches no parameter of the model.
     """
 
-    def __init__(self, model: nn.Module, frozen: Mapping[str, FreezeConfig]) -> None:
-        self.model, self.frozen = model, dict(frozen)
+    def __init__(self, model: nn.Module, rules: Mapping[str, FreezeConfig]) -> None:
+        self.model, self.rules = model, dict(rules)
         names = [name for name, _ in model.named_parameters()]
-        for key, freeze in frozen.items():
-            if not any(matches(name, freeze.parameters) for name in names):
+        for key, rule in rules.items():
+            if not any(matches(name, rule.parameters) for name in names):
                 parts = sorted({name.rpartition(".")[0] for name in names} - {""}) or names
                 raise UserError(
-                    f"freeze.{key}.parameters={freeze.parameters!r} fits no parameter of the "
-                    f"model; parts: {one_of(parts)}{nearest(freeze.parameters, parts)}"
+                    f"freeze.{key}.parameters={rule.parameters!r} matches no parameter of the "
+                    f"model; parts: {join_choices(parts)}{did_you_mean(rule.parameters, parts)}"
                 )
 
     def apply(self, epoch: int) -> None:
-        """Freezes what is frozen in that epoch, counted from 1; its modules measure no batches."""
-        if not self.frozen:
+        """Set `requires_grad` of all parameters for an epoch, counted from 1.
+
+        Modules whose parameters are all frozen are put into evaluation mode, so that frozen
+        batch normalization does not update its running statistics.
+        """
+        if not self.rules:
             return
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(not self.holds(name, epoch))
+            parameter.requires_grad_(not self.is_frozen(name, epoch))
         for module in self.model.modules():
             own = list(module.parameters())
             if own and not any(parameter.requires_grad for parameter in own):
                 module.eval()
 
-    def holds(self, name: str, epoch: int) -> bool:
-        """Whether a parameter of that name is frozen in that epoch."""
+    def is_frozen(self, name: str, epoch: int) -> bool:
+        """Return whether the parameter of that name is frozen in an epoch, counted from 1."""
         return any(
-            matches(name, freeze.parameters) and freeze.holds(epoch)
-            for freeze in self.frozen.values()
+            matches(name, rule.parameters) and rule.is_frozen_at(epoch)
+            for rule in self.rules.values()
         )
 
-    def forever(self, name: str) -> bool:
-        """Whether a parameter of that name never learns."""
+    def is_always_frozen(self, name: str) -> bool:
+        """Return whether the parameter of that name is frozen from the first epoch to the last."""
         return any(
-            matches(name, freeze.parameters)
-            and freeze.from_epoch == 1
-            and freeze.until_epoch is None
-            for freeze in self.frozen.values()
+            matches(name, rule.parameters) and rule.from_epoch == 1 and rule.until_epoch is None
+            for rule in self.rules.values()
         )
 
 
 def matches(name: str, pattern: str) -> bool:
-    """`layer1` fits all that lies in it; `*` stands for anything, as in `layer[12].*.weight`."""
+    """Return whether a parameter name matches a pattern.
+
+    `layer1` matches everything inside that module; `*` and `[...]` are wildcards as in
+    `layer[12].*.weight`.
+    """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")

@@ -1,4 +1,4 @@
-"""The learning rate, step by step."""
+"""Learning rate of each optimizer step: a scheduler of torch and a linear warm-up."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from app.runtime.errors import UserError
 
 
 class LRSchedule:
-    """One of torch's schedulers per step or per epoch, times a linear warm-up per step.
+    """Steps one of torch's schedulers per step or per epoch, with a linear warm-up per step.
 
-    The scheduler sees the rates without the warm-up, so that any of them can be warmed up.
+    The scheduler only sees the learning rates before warm-up, so any scheduler can be warmed up.
 
     Args:
-        optimizer: Whose rates are set.
-        lr_scheduler: None keeps them.
-        per_epoch: The scheduler is stepped at the end of an epoch, not after each step.
-        warmup_steps: Steps until the full rate.
+        optimizer: Optimizer whose learning rates are set.
+        lr_scheduler: Scheduler bound to the optimizer; None keeps the learning rates constant.
+        per_epoch: Whether the scheduler steps at the end of each epoch rather than after each step.
+        warmup_steps: Number of steps until the full learning rate is reached.
     """
 
     def __init__(
@@ -33,69 +33,78 @@ class LRSchedule:
         self.optimizer = optimizer
         self.lr_scheduler, self.per_epoch = lr_scheduler, per_epoch
         self.warmup_steps, self.steps = warmup_steps, 0
-        self.rates = [float(group["lr"]) for group in self.groups]
-        self._apply()
+        self.unwarmed_lrs = [float(group["lr"]) for group in self.groups]
+        self._apply_warmup()
 
     @property
     def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's groups of parameters."""
+        """Parameter groups of the optimizer."""
         return self.optimizer.param_groups
 
     @property
     def lr(self) -> float:
-        """The rate of the next step (of the first group of parameters)."""
+        """Learning rate of the next step, for the first parameter group."""
         return float(self.groups[0]["lr"])
 
-    def step_end(self) -> None:
-        """The optimizer has made a step."""
+    def on_step_end(self) -> None:
+        """Update the learning rates after an optimizer step."""
         self.steps += 1
         if self.lr_scheduler is not None and not self.per_epoch:
-            self._advance()
+            self._step_scheduler()
         elif self.steps <= self.warmup_steps:
-            self._apply()
+            self._apply_warmup()
 
-    def epoch_end(self, goal_value: float | None) -> None:
-        """An epoch is over; `goal_value` is None where the goal was not measured in it."""
+    def on_epoch_end(self, goal_value: float | None) -> None:
+        """Update the learning rates after an epoch.
+
+        Args:
+            goal_value: Value of the goal's metric in this epoch, for `ReduceLROnPlateau`; None if
+                it was not measured.
+        """
         if self.lr_scheduler is None or not self.per_epoch:
             return
         if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
-            self._advance()
+            self._step_scheduler()
         elif goal_value is not None:
-            self._advance(goal_value)
+            self._step_scheduler(goal_value)
 
-    def go_to(self, steps: int) -> None:
-        """Where it would be after so many steps; epochs are told by `epoch_end`."""
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # in the run that was cut
+    def fast_forward(self, steps: int) -> None:
+        """Advance to where the schedule is after that many optimizer steps.
+
+        Epochs are not replayed here; call `on_epoch_end` for each of them.
+        """
+        # The steps were made before the run was resumed; without this, torch warns about the order.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
         for _ in range(steps):
-            self.step_end()
+            self.on_step_end()
 
-    def _advance(self, *value: float) -> None:
+    def _step_scheduler(self, *metric: float) -> None:
         assert self.lr_scheduler is not None
-        for group, rate in zip(self.groups, self.rates, strict=True):
-            group["lr"] = rate
-        self.lr_scheduler.step(*value)  # type: ignore[arg-type]
-        self.rates = [float(group["lr"]) for group in self.groups]
-        if not all(map(math.isfinite, self.rates)):
+        for group, lr in zip(self.groups, self.unwarmed_lrs, strict=True):
+            group["lr"] = lr
+        self.lr_scheduler.step(*metric)  # type: ignore[arg-type]
+        self.unwarmed_lrs = [float(group["lr"]) for group in self.groups]
+        if not all(map(math.isfinite, self.unwarmed_lrs)):
             name = type(self.lr_scheduler).__name__
             raise UserError(
-                f"scheduler.lr_scheduler: {name} gave the learning rate {self.rates[0]} after "
-                f"{self.steps} steps; a finite number is wanted"
+                f"scheduler.lr_scheduler: {name} returned the learning rate "
+                f"{self.unwarmed_lrs[0]} after {self.steps} steps; it must be a finite number"
             )
-        self._apply()
+        self._apply_warmup()
 
-    def _apply(self) -> None:
+    def _apply_warmup(self) -> None:
         if self.warmup_steps:
             factor = min(1.0, (self.steps + 1) / self.warmup_steps)
-            for group, rate in zip(self.groups, self.rates, strict=True):
-                group["lr"] = rate * factor
+            for group, lr in zip(self.groups, self.unwarmed_lrs, strict=True):
+                group["lr"] = lr * factor
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """Return the state for a checkpoint: tensors and plain values."""
         inner = self.lr_scheduler.state_dict() if self.lr_scheduler else None
-        return {"steps": self.steps, "rates": self.rates, "lr_scheduler": inner}
+        return {"steps": self.steps, "rates": self.unwarmed_lrs, "lr_scheduler": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave; the optimizer has its own rates back already."""
-        self.steps, self.rates = state["steps"], list(state["rates"])
+        """Restore the state; the optimizer restores its current learning rates itself."""
+        self.steps, self.unwarmed_lrs = state["steps"], list(state["rates"])
         if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -1,4 +1,4 @@
-"""From a loss to changed weights."""
+"""Optimizer wrapper: backward, gradient accumulation, clipping, finite check, step and schedule."""
 
 from __future__ import annotations
 
@@ -19,28 +19,40 @@ from app.distributed.strategies import (
 )
 from app.runtime.errors import UserError
 from app.training.accumulator import Average
-from app.training.optim.finite_check import FiniteCheck, Policy
+from app.training.optim.finite_check import FiniteCheck, NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
+
+SINGLE = ""  # name of the wrapper in a dict that has only one
 
 
 class OptimWrapper:
-    """Backward, accumulate, clip, step, schedule.
+    """Turns losses into optimizer steps.
+
+    A training step calls `step(loss, num_samples)`. The wrapper runs the backward pass, accumulates
+    gradients over batches and ranks, clips them, checks them for NaN and infinity, and steps the
+    optimizer, the gradient scaler and the learning rate schedule.
 
     Args:
-        optimizer: Of the parameters.
-        schedule: Of its learning rate; None keeps it.
-        scaler: Of the gradients; None, or one that is off, for all types but fp16.
-        batch_size: Samples in a full batch; of use where batches are accumulated.
-        accumulate: Batches to one step of the optimizer.
-        clip_norm: Largest norm of all gradients together, or None.
-        clip_value: Largest absolute value of a gradient, or None.
-        alone: Its parameters are all that learn; else gradients reach no others than them.
-        tracks_norm: Keeps the norm of the gradients, before clipping.
-        zero_non_finite: Gradients that are no numbers become 0, before clipping.
-        parallel: Brings the gradients of several ranks together; None where there is one.
+        optimizer: Optimizer of the parameters.
+        schedule: Schedule of its learning rate; None keeps the learning rate constant.
+        scaler: Gradient scaler for fp16; None, or a disabled one, for all other precisions.
+        batch_size: Number of samples in a full batch; only used if batches are accumulated or
+            gradients are reduced over ranks.
+        accumulate: Number of batches per optimizer step.
+        clip_norm: Maximum total norm of the gradients; None does not clip.
+        clip_value: Maximum absolute value of each gradient element; None does not clip.
+        owns_all_parameters: Whether the optimizer has all trainable parameters. If not, the
+            backward pass is limited to its own, so that other parameters get no gradient from
+            this loss.
+        tracks_grad_norm: Whether `grad_norm` is computed, before clipping.
+        zero_non_finite: Whether NaN and infinite gradient elements are set to 0, before clipping.
+        strategy: How gradients are reduced over ranks; None for a single device.
 
     Attributes:
-        guard: Who looks at the loss and the gradients before each step; None where nobody does.
+        finite_check: Checks the loss and the gradients before each step; None disables the check.
+        grad_norm: Total norm of the gradients in the last step; None before the first one.
+        steps: Number of optimizer steps made.
+        batches: Number of batches accumulated since the last step.
     """
 
     def __init__(
@@ -64,142 +76,157 @@ class OptimWrapper:
         self.owns_all_parameters, self.tracks_grad_norm = owns_all_parameters, tracks_grad_norm
         self.zero_non_finite = zero_non_finite
         self.strategy = strategy or SingleDevice(torch.nn.Module())
-        self.weighted = accumulate > 1 or self.strategy.is_distributed  # samples weigh, not batches
+        # Batches of unequal size must count by their samples once gradients are summed.
+        self.weights_by_samples = accumulate > 1 or self.strategy.is_distributed
         self.finite_check: FiniteCheck | None = None
-        self.losses: Tensor | None = None  # NaN where one since the last step was no number
-        self.grad_norm: Tensor | None = None  # of the step just made
+        self.loss_indicator: Tensor | None = None  # NaN if a loss since the last step was
+        self.grad_norm: Tensor | None = None
         self.steps = self.batches = self.samples = 0
-        self.last_batch_samples = 0  # samples of the last batch
-        self.total: Callable[[], float] | None = None  # samples of all ranks, once known
+        self.last_batch_samples = 0
+        self.total_samples: Callable[[], float] | None = None  # over all ranks, once reduced
 
     @property
     def lr(self) -> float:
-        """The learning rate of the next step."""
+        """Learning rate of the next step."""
         return self.schedule.lr
 
     def step(self, loss: Tensor, num_samples: int) -> None:
-        """Learns from the mean loss of so many samples; changes the weights when it is time to."""
+        """Backpropagate a loss, and step the optimizer once enough batches are accumulated.
+
+        Args:
+            loss: Scalar, the mean loss over the samples of the batch on this rank.
+            num_samples: Number of samples in the batch.
+
+        Raises:
+            UserError: If the loss does not depend on a trainable parameter.
+        """
         if self.finite_check is not None and self.finite_check.trace_hook is not None:
             self.finite_check.trace_hook(list(self._trainable()), loss)
             return
         self.batches += 1
         self.samples += 0 if self.strategy.is_padding else num_samples
         if self.batches == self.accumulate:
-            self.total = all_reduce_async(self.samples)  # ranks tell while gradients are computed
+            # Overlaps with the backward pass.
+            self.total_samples = all_reduce_async(self.samples)
         self.backward(loss, num_samples)
         if self.batches == self.accumulate:
             self.apply()
 
     def backward(self, loss: Tensor, num_samples: int) -> None:
-        """Adds the gradients of the loss to those of the parameters; frozen ones get none.
+        """Accumulate the gradients of a loss, weighted by its samples; frozen parameters get none.
 
         Raises:
-            UserError: The loss does not depend on what learns.
+            UserError: If the loss does not depend on a trainable parameter.
         """
-        learning = list(self._trainable())
-        if not learning:
+        trainable = list(self._trainable())
+        if not trainable:
             return
         if not loss.requires_grad:
-            raise UserError("loss: it does not depend on any parameter that learns")
+            raise UserError("loss: it does not depend on any trainable parameter")
         self.last_batch_samples = 0 if self.strategy.is_padding else num_samples
-        begins = (
+        gradient = (
             None
             if self.finite_check is None or self.strategy.is_padding
             else self._initial_gradient(loss)
         )
-        if self.weighted:
+        if self.weights_by_samples:
             loss = loss * (self.last_batch_samples / self.full_batch_size)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
-            scaled.backward(begins, inputs=None if self.owns_all_parameters else learning)
+            scaled.backward(gradient, inputs=None if self.owns_all_parameters else trainable)
 
     @property
     def checks_loss_only(self) -> bool:
-        """Whether gradients may be no numbers: they are repaired, or the scaler sees to them."""
+        """Whether non-finite gradients are allowed, as they are zeroed or left to the scaler."""
         return self.zero_non_finite or self.scaler.is_enabled()
 
     def _initial_gradient(self, loss: Tensor) -> Tensor | None:
-        """What the backward pass begins with; the gradients of a bad loss are NaN in all ranks."""
-        nothing = loss.detach() * 0  # NaN where the loss is infinite or NaN
+        """Return the gradient to start the backward pass with.
+
+        It is NaN if the loss is not finite, so that the gradients are too, on all ranks once they
+        are reduced. A non-finite loss may have finite gradients otherwise.
+        """
+        nan_or_zero = loss.detach() * 0
         if not self.checks_loss_only:
-            return nothing + 1
-        self.losses = nothing if self.losses is None else self.losses + nothing
+            return nan_or_zero + 1
+        earlier = self.loss_indicator
+        self.loss_indicator = nan_or_zero if earlier is None else earlier + nan_or_zero
         return None
 
     def flush(self) -> None:
-        """Uses what has accumulated; an epoch ends."""
+        """Step with the gradients of an incomplete accumulation, at the end of an epoch."""
         if self.batches:
             self.apply()
 
     def apply(self) -> None:
-        """Changes the weights by the gradients that are there, and forgets these."""
-        total = (self.total or all_reduce_async(self.samples or self.last_batch_samples))()
+        """Reduce the accumulated gradients over ranks, step the optimizer and zero them."""
+        total = (self.total_samples or all_reduce_async(self.samples or self.last_batch_samples))()
         self.strategy.all_reduce_gradients(self._parameters())
-        made = True
+        has_stepped = True
         if next(iter(self._gradients()), None) is not None:
-            made = self._apply_gradients(total)
+            has_stepped = self._apply_gradients(total)
         self.strategy.zero_grad(self._parameters())
         if torch.is_autocast_enabled(self.device.type):
-            torch.clear_autocast_cache()  # it holds the old weights until the step is over
-        if made:
-            self.schedule.step_end()
+            torch.clear_autocast_cache()  # it would keep the old weights until autocast ends
+        if has_stepped:
+            self.schedule.on_step_end()
             self.steps += 1
         self.batches = self.samples = 0
-        self.total = self.losses = None
+        self.total_samples = self.loss_indicator = None
 
     def _apply_gradients(self, total: float) -> bool:
-        """Makes the step, unless the guard is against it; gives whether."""
+        """Clip and step, unless the finite check refuses; return whether a step was made."""
         if (
             self.finite_check is not None
             and self.checks_loss_only
-            and not self._is_step_allowed(self._losses())
+            and not self._is_finite(self._reduced_loss_indicator())
         ):
             return False
-        changes = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
-        if self.scaler.is_enabled() and any(changes):
+        uses_values = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
+        if self.scaler.is_enabled() and any(uses_values):
             self.scaler.unscale_(self.optimizer)
         factor = (
             self.full_batch_size * self.strategy.grad_divisor / total
-            if self.weighted and total
+            if self.weights_by_samples and total
             else 1.0
         )
-        if factor != 1.0:  # as one batch of just these samples
+        if factor != 1.0:  # makes it the mean over the samples that were there
             torch._foreach_mul_(list(self._gradients()), factor)
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
-        guarded = self.finite_check is not None and not self.checks_loss_only
+        checks_gradients = self.finite_check is not None and not self.checks_loss_only
         if self.tracks_grad_norm or self.clip_norm is not None:
-            norm = evidence = total_norm(list(self._gradients()))
-        elif guarded:
-            evidence = finite_indicator(list(self._gradients()))
+            norm = indicator = total_norm(list(self._gradients()))
+        elif checks_gradients:
+            indicator = finite_indicator(list(self._gradients()))
         if self.tracks_grad_norm:
             self.grad_norm = norm
-        if guarded and not self._is_step_allowed(evidence):
+        if checks_gradients and not self._is_finite(indicator):
             return False
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
         if self.clip_norm is not None:
             if self.clip_value is not None:
                 norm = total_norm(list(self._gradients()))
-            for same in split_dtensors(list(self._parameters())):
-                torch.nn.utils.clip_grads_with_norm_(same, self.clip_norm, norm)
+            for parameters in split_dtensors(list(self._parameters())):
+                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return True
 
-    def _is_step_allowed(self, evidence: Tensor) -> bool:
-        scaled = self.scaler.is_enabled()
-        guard, optimizer = self.finite_check, self.optimizer
-        return guard is None or guard.is_finite(evidence, optimizer, self.steps, scaled)
+    def _is_finite(self, indicator: Tensor) -> bool:
+        check, has_scaler = self.finite_check, self.scaler.is_enabled()
+        return check is None or check.is_finite(indicator, self.optimizer, self.steps, has_scaler)
 
-    def _losses(self) -> Tensor:
-        """Those of all ranks, as evidence: they are in no gradient that could be looked at."""
-        mine = torch.zeros((), device=self.device) if self.losses is None else self.losses
-        return all_reduce(mine.float())
+    def _reduced_loss_indicator(self) -> Tensor:
+        """Return the loss indicator over all ranks; no gradient that is checked carries it."""
+        local = self.loss_indicator
+        local = torch.zeros((), device=self.device) if local is None else local
+        return all_reduce(local.float())
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values of the optimizer, the schedule and the scaler."""
+        """Return the state of optimizer, schedule and scaler: tensors and plain values."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -207,44 +234,44 @@ class OptimWrapper:
             "steps": self.steps,
         }
 
-    def snapshot(self) -> dict[str, Any]:
-        """How far it is: plain values, to be put back by `put_back`."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
-
-    def restore(self, position: dict[str, Any]) -> None:
-        """The steps since then have not been made."""
-        self.steps = position["steps"]
-        self.schedule.load_state_dict(position["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, position["rates"], strict=True):
-            group["lr"] = rate
-
     def load_state_dict(self, state: dict[str, Any], reset_schedule: bool = False) -> None:
-        """Goes on from what `state_dict` gave.
+        """Restore the state that `state_dict` returned.
 
         Args:
-            state: As given.
-            reset_schedule: Keep the current rates, schedule and settings, and move the schedule
-                to the number of steps that were saved.
+            state: State of optimizer, schedule and scaler.
+            reset_schedule: Whether to keep the current learning rates, schedule and optimizer
+                settings, and fast-forward the schedule to the saved number of steps.
         """
-        whole, parameters = state["optimizer"], list(self._parameters())
-        parts = {
+        full_state, parameters = state["optimizer"], list(self._parameters())
+        shards = {
             number: {n: shard_like(value, parameters[number]) for n, value in values.items()}
-            for number, values in whole["state"].items()
+            for number, values in full_state["state"].items()
         }
         if reset_schedule:
-            whole = {**whole, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        self.optimizer.load_state_dict({**whole, "state": parts})
+            full_state = {**full_state, "param_groups": self.optimizer.state_dict()["param_groups"]}
+        self.optimizer.load_state_dict({**full_state, "state": shards})
         if reset_schedule:
-            self.schedule.go_to(state["steps"])
+            self.schedule.fast_forward(state["steps"])
         else:
             self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
+    def snapshot(self) -> dict[str, Any]:
+        """Return the step count and the learning rates, to go back to with `restore`."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Set the step count and the learning rates back to a snapshot; weights are not touched."""
+        self.steps = snapshot["steps"]
+        self.schedule.load_state_dict(snapshot["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, snapshot["rates"], strict=True):
+            group["lr"] = rate
+
     @property
     def device(self) -> torch.device:
-        """That of the parameters."""
+        """Device of the parameters."""
         return next(iter(self._parameters())).device
 
     def _parameters(self) -> Iterable[Tensor]:
@@ -257,114 +284,118 @@ class OptimWrapper:
         return (p.grad for p in self._parameters() if p.grad is not None)
 
 
-ONLY = ""  # the name of an optimization that has no other beside it
-
-
 class OptimWrapperDict:
-    """The optimizations of a task.
+    """The optimizer wrappers of a task, by name.
+
+    A task with several optimizers, such as a GAN, steps each of them by name:
+    `self.optimizers["generator"].step(loss, num_samples)`.
 
     Args:
-        optimizations: By name; the names are those of parts of the model. A single one may be
-            given as it is.
-        on_nonfinite: What follows a loss or gradients that are no numbers; None looks at neither.
+        wrappers: Wrappers by name; the names are those of submodules of the model. A single
+            wrapper may be given without a name.
+        on_nonfinite: What to do if a loss or gradient is NaN or infinite; None disables the check.
     """
 
     def __init__(
         self,
         wrappers: Mapping[str, OptimWrapper] | OptimWrapper,
-        on_nonfinite: Policy | None = "stop",
+        on_nonfinite: NonFiniteAction | None = "stop",
     ) -> None:
-        alone = isinstance(wrappers, OptimWrapper)
+        is_single = isinstance(wrappers, OptimWrapper)
         self.wrappers: dict[str, OptimWrapper] = (
-            {ONLY: wrappers} if alone else dict(wrappers)  # type: ignore[dict-item, arg-type]
+            {SINGLE: wrappers} if is_single else dict(wrappers)  # type: ignore[dict-item, arg-type]
         )
         first = next(iter(self.wrappers.values()))
         self.finite_check = FiniteCheck(on_nonfinite, first.device) if on_nonfinite else None
-        for one in self.wrappers.values():
-            one.finite_check = self.finite_check
+        for wrapper in self.wrappers.values():
+            wrapper.finite_check = self.finite_check
 
     def __getitem__(self, name: str) -> OptimWrapper:
         return self.wrappers[name]
 
     @property
     def single(self) -> OptimWrapper:
-        """The only one."""
-        (optimization,) = self.wrappers.values()
-        return optimization
+        """The only wrapper; raises ValueError if there are several."""
+        (wrapper,) = self.wrappers.values()
+        return wrapper
 
     @property
     def steps(self) -> int:
-        """How many steps the first optimizer has made."""
+        """Number of steps that the first optimizer has made."""
         return next(iter(self.wrappers.values())).steps
 
     @property
     def accumulate(self) -> int:
-        """Batches to one step."""
+        """Number of batches per optimizer step."""
         return next(iter(self.wrappers.values())).accumulate
 
     @property
     def at_step_boundary(self) -> bool:
-        """Whether no gradients wait for further batches."""
-        return not any(one.batches for one in self.wrappers.values())
+        """Whether no wrapper holds the gradients of an incomplete accumulation."""
+        return not any(wrapper.batches for wrapper in self.wrappers.values())
 
     @property
     def skipped_step(self) -> bool:
-        """Whether a step of the batch under way was not made, since something is no number."""
+        """Whether a step of the current batch was skipped because it was not finite."""
         return self.finite_check is not None and self.finite_check.skipped
 
     @property
     def steps_next(self) -> bool:
-        """Whether the next batch makes a step, if it is learned from once."""
+        """Whether the next batch completes an accumulation, if each batch is used once."""
         first = next(iter(self.wrappers.values()))
         return first.batches + 1 >= first.accumulate
 
     def lrs(self) -> dict[str, float]:
-        """The learning rates of the next step: `lr`, or `lr_<name>` of each."""
-        return {column("lr", name): one.lr for name, one in self.wrappers.items()}
+        """Return the learning rates of the next step as columns: `lr`, or `lr_<name>` for each."""
+        return {column_name("lr", name): wrapper.lr for name, wrapper in self.wrappers.items()}
 
     def grad_norms(self, count: int) -> dict[str, Average]:
-        """The norms of the gradients, where they are kept; batches without a step have none."""
+        """Return the tracked gradient norms as columns, empty for batches without a step.
+
+        Args:
+            count: Number of samples in the batch.
+        """
         return {
-            column("gradient_norm", name): _norm(one, count)
-            for name, one in self.wrappers.items()
-            if one.tracks_grad_norm
+            column_name("gradient_norm", name): _grad_norm(wrapper, count)
+            for name, wrapper in self.wrappers.items()
+            if wrapper.tracks_grad_norm
         }
 
     def flush(self) -> None:
-        """Uses what has accumulated; an epoch ends."""
-        for optimization in self.wrappers.values():
-            optimization.flush()
+        """Step with the gradients of incomplete accumulations, at the end of an epoch."""
+        for wrapper in self.wrappers.values():
+            wrapper.flush()
 
-    def epoch_end(self, goal_value: float | None) -> None:
-        """An epoch is over; `goal_value` is None where the goal was not measured in it."""
-        for optimization in self.wrappers.values():
-            optimization.schedule.epoch_end(goal_value)
+    def on_epoch_end(self, goal_value: float | None) -> None:
+        """Update all learning rates after an epoch; see `LRSchedule.on_epoch_end`."""
+        for wrapper in self.wrappers.values():
+            wrapper.schedule.on_epoch_end(goal_value)
 
     def snapshot(self) -> dict[str, Any]:
-        """How far all are."""
-        return {name: one.snapshot() for name, one in self.wrappers.items()}
+        """Return the step counts and learning rates of all wrappers."""
+        return {name: wrapper.snapshot() for name, wrapper in self.wrappers.items()}
 
-    def restore(self, position: dict[str, Any]) -> None:
-        """The steps since then have not been made."""
-        for name, one in self.wrappers.items():
-            one.restore(position[name])
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Set step counts and learning rates back to a snapshot; weights are not touched."""
+        for name, wrapper in self.wrappers.items():
+            wrapper.restore(snapshot[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        return {name: one.state_dict() for name, one in self.wrappers.items()}
+        """Return the states of all wrappers: tensors and plain values."""
+        return {name: wrapper.state_dict() for name, wrapper in self.wrappers.items()}
 
     def load_state_dict(self, state: dict[str, Any], reset_schedule: bool = False) -> None:
-        """Goes on from what `state_dict` gave; `anew` as in `Optimization.load_state_dict`."""
-        for name, one in self.wrappers.items():
-            one.load_state_dict(state[name], reset_schedule)
+        """Restore the states that `state_dict` returned; see `OptimWrapper.load_state_dict`."""
+        for name, wrapper in self.wrappers.items():
+            wrapper.load_state_dict(state[name], reset_schedule)
 
 
-def _norm(one: OptimWrapper, count: int) -> Average:
-    if one.grad_norm is None:
-        return Average(torch.zeros((), device=one.device), 0)
-    return Average(one.grad_norm, 0 if one.batches else count)
+def _grad_norm(wrapper: OptimWrapper, count: int) -> Average:
+    if wrapper.grad_norm is None:
+        return Average(torch.zeros((), device=wrapper.device), 0)
+    return Average(wrapper.grad_norm, 0 if wrapper.batches else count)
 
 
-def column(what: str, name: str) -> str:
-    """`lr`, or `lr_generator` where there are several."""
-    return f"{what}_{name}" if name else what
+def column_name(prefix: str, name: str) -> str:
+    """Return `lr`, or `lr_generator` if there are several wrappers."""
+    return f"{prefix}_{name}" if name else prefix

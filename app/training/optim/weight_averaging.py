@@ -1,4 +1,4 @@
-"""Averages of the weights, kept beside those that learn, and used wherever they are measured."""
+"""Averages of the weights (EMA and SWA), used wherever the model is evaluated."""
 
 from __future__ import annotations
 
@@ -14,74 +14,88 @@ from app.distributed.strategies import shard_like
 
 
 class WeightAveraging:
-    """No average: the weights themselves. Subclasses say when and how one is taken.
+    """Base class of weight averages; on its own it keeps none.
+
+    Subclasses override `update` or `on_epoch_end` to add the current weights to the average.
+    Training itself always continues from the weights that were not averaged.
 
     Args:
-        model: With the weights that learn.
-        start_epoch: The first whose weights count; from 1.
+        model: Model whose weights are averaged.
+        start_epoch: First epoch whose weights are averaged, counted from 1.
+
+    Attributes:
+        average: Averaged tensors by state dict name; empty until the first update.
+        num_averaged: Number of updates that the average contains.
     """
 
-    updates_per_step = False  # whether it takes the weights after steps of the optimizer
-    needs_bn_update = False  # whether batch statistics must be found anew for the average
+    updates_per_step = False  # whether the average is updated after optimizer steps
+    needs_bn_update = False  # whether batch norm statistics must be recomputed for the average
 
     def __init__(self, model: nn.Module, start_epoch: int = 1) -> None:
         if start_epoch < 1:
             raise ValueError(f"start_epoch={start_epoch} must be at least 1")
         self.model, self.start_epoch = model, start_epoch
         self.average: dict[str, Tensor] = {}
-        self.count = 0  # of weights in the average
+        self.num_averaged = 0
 
     def update(self, epoch: int, steps: int) -> None:
-        """The optimizer has made so many steps."""
+        """Called after each batch of training.
 
-    def after_epoch(self, epoch: int) -> None:
-        """An epoch of training is over."""
+        Args:
+            epoch: Current epoch, counted from 1.
+            steps: Number of optimizer steps so far; unchanged if this batch made none.
+        """
+
+    def on_epoch_end(self, epoch: int) -> None:
+        """Called after the last training step of an epoch, before validation."""
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The average stands in the model; afterwards the weights that learn stand there again."""
+        """Replace the weights of the model by the average inside the `with` block, if any."""
         if not self.average:
             yield
             return
-        own = {name: tensor.clone() for name, tensor in weights(self.model).items()}
-        _copy(self.average, weights(self.model))
+        own = {name: tensor.clone() for name, tensor in state_tensors(self.model).items()}
+        _copy_tensors(self.average, state_tensors(self.model))
         try:
             yield
         finally:
-            _copy(own, weights(self.model))
+            _copy_tensors(own, state_tensors(self.model))
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
-        return {"average": self.average, "count": self.count}
+        """Return the state for a checkpoint: tensors and plain values."""
+        return {"average": self.average, "count": self.num_averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from what `state_dict` gave."""
-        own, self.count = weights(self.model), state["count"]
+        """Restore the state that `state_dict` returned."""
+        own, self.num_averaged = state_tensors(self.model), state["count"]
         self.average = {
             name: shard_like(tensor.to(own[name].device), own[name])
             for name, tensor in state["average"].items()
         }
 
-    def _add(self, add: Any) -> None:
-        """Takes the weights of now into the average, by a function of torch's `swa_utils`."""
-        now = weights(self.model)
+    def _update_average(self, avg_fn: Any) -> None:
+        """Add the current weights by a `multi_avg_fn` of `torch.optim.swa_utils`."""
+        current = state_tensors(self.model)
         if not self.average:
-            self.average = {name: tensor.clone() for name, tensor in now.items()}
+            self.average = {name: tensor.clone() for name, tensor in current.items()}
         else:
-            moving = [name for name, tensor in now.items() if tensor.is_floating_point()]
-            add([self.average[name] for name in moving], [now[name] for name in moving], self.count)
-            _copy({n: t for n, t in now.items() if not t.is_floating_point()}, self.average)
-        self.count += 1
+            names = [name for name, tensor in current.items() if tensor.is_floating_point()]
+            averaged = [self.average[name] for name in names]
+            avg_fn(averaged, [current[name] for name in names], self.num_averaged)
+            integers = {n: t for n, t in current.items() if not t.is_floating_point()}
+            _copy_tensors(integers, self.average)
+        self.num_averaged += 1
 
 
 class ExponentialMovingAverage(WeightAveraging):
-    """The exponential moving average of weights and buffers (Polyak and Juditsky 1992).
+    """Exponential moving average of weights and buffers (Polyak and Juditsky 1992).
 
     Args:
-        model: With the weights that learn.
-        decay: The share of the average that each step keeps.
-        every_n_steps: Steps of the optimizer from one to the next.
-        start_epoch: The first whose weights count; from 1.
+        model: Model whose weights are averaged.
+        decay: Factor of the previous average in each update, at least 0 and below 1.
+        every_n_steps: Number of optimizer steps between two updates.
+        start_epoch: First epoch whose weights are averaged, counted from 1.
     """
 
     updates_per_step = True
@@ -98,78 +112,83 @@ class ExponentialMovingAverage(WeightAveraging):
             raise ValueError(f"decay={decay} must be at least 0 and below 1")
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
-        self.every_n_steps, self.counted = every_n_steps, 0
-        self.add = get_ema_multi_avg_fn(decay)
+        self.every_n_steps, self.last_averaged_step = every_n_steps, 0
+        self.avg_fn = get_ema_multi_avg_fn(decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "counted": self.counted}
+        return {**super().state_dict(), "counted": self.last_averaged_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.counted = state["counted"]
+        self.last_averaged_step = state["counted"]
 
     def update(self, epoch: int, steps: int) -> None:
-        due = steps != self.counted and steps % self.every_n_steps == 0
-        if due and epoch >= self.start_epoch:
-            self.counted = steps
-            self._add(self.add)
+        is_due = steps != self.last_averaged_step and steps % self.every_n_steps == 0
+        if is_due and epoch >= self.start_epoch:
+            self.last_averaged_step = steps
+            self._update_average(self.avg_fn)
 
 
 class StochasticWeightAveraging(WeightAveraging):
-    """The mean of the weights at the end of each epoch (Izmailov et al. 2018, algorithm 1).
+    """Mean of the weights at the end of each epoch (Izmailov et al. 2018, algorithm 1).
 
-    Statistics of batch normalisation are measured anew on the training data whenever the average
-    is used, which costs a forward pass over them.
+    The statistics of batch normalization are recomputed on the training data whenever the average
+    is used, which costs one forward pass over them.
 
     Args:
-        model: With the weights that learn.
-        start_epoch: The first whose weights count; from 1.
+        model: Model whose weights are averaged.
+        start_epoch: First epoch whose weights are averaged, counted from 1.
     """
 
     needs_bn_update = True
 
     def __init__(self, model: nn.Module, start_epoch: int) -> None:
         super().__init__(model, start_epoch)
-        self.add = get_swa_multi_avg_fn()
+        self.avg_fn = get_swa_multi_avg_fn()
 
-    def after_epoch(self, epoch: int) -> None:
+    def on_epoch_end(self, epoch: int) -> None:
         if epoch >= self.start_epoch:
-            self._add(self.add)
+            self._update_average(self.avg_fn)
 
 
 @contextmanager
 def recompute_bn_stats(model: nn.Module) -> Iterator[list[nn.Module]]:
-    """The modules of batch normalisation that learn take the mean over all batches put through.
+    """Reset the running statistics of batch normalization and recompute them inside the block.
 
-    Those that are frozen keep their statistics; all else stays in its mode.
+    Like `torch.optim.swa_utils.update_bn`, but the caller runs the forward passes. Afterwards the
+    statistics are the mean over all batches that went through the model. Frozen modules keep their
+    statistics; modules of other kinds keep their mode.
+
+    Yields:
+        The modules whose statistics are recomputed; if it is empty no forward pass is needed.
     """
-    kind = torch.nn.modules.batchnorm._BatchNorm
-    found = [
+    batchnorm = torch.nn.modules.batchnorm._BatchNorm
+    modules = [
         module
         for module in model.modules()
-        if isinstance(module, kind)
+        if isinstance(module, batchnorm)
         and module.track_running_stats
         and any(parameter.requires_grad for parameter in module.parameters())
     ]
-    momenta = [module.momentum for module in found]
-    for module in found:
+    momenta = [module.momentum for module in modules]
+    for module in modules:
         module.reset_running_stats()
-        module.momentum = None  # each batch counts as much as any other
+        module.momentum = None  # cumulative average: all batches count the same
         module.train()
     try:
-        yield list(found)
+        yield list(modules)
     finally:
-        for module, momentum in zip(found, momenta, strict=True):
+        for module, momentum in zip(modules, momenta, strict=True):
             module.momentum = momentum
             module.eval()
 
 
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """All that a state dict of the model holds, by name, to be changed in place."""
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the model's state dict, detached, sharing memory with the model."""
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 @torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+def _copy_tensors(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
     for name, tensor in source.items():
         target[name].copy_(tensor)

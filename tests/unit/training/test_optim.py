@@ -19,7 +19,7 @@ from torch.utils.data import TensorDataset
 
 from app.config.schema import FreezeConfig, GoalConfig, MonitorConfig, TunerConfig
 from app.data.loaders import load
-from app.experiment.tuner import find_learning_rate, steepest
+from app.experiment.tuner import find_learning_rate, steepest_lr
 from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import LinearSchedule, ScheduledWeight, StepSchedule, UncertaintyWeight
 from app.runtime.errors import UserError
@@ -36,7 +36,7 @@ from app.training.optim.weight_averaging import (
 from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
-from tests.support.runs import mistakes_in
+from tests.support.runs import config_issues
 
 X = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 Y = (X[:, 0] > 0).long()
@@ -136,13 +136,13 @@ def test_a_weight_that_is_no_number_at_the_start_is_found_in_the_check() -> None
         "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, "
         "function: {_target_: app.losses.weights.LinearSchedule, start: nan, end: 1.0, last: 3}}"
     )
-    (mistake,) = mistakes_in(node)
+    (mistake,) = config_issues(node)
     assert "loss.cross_entropy.weight" in mistake
     assert "nan at epoch 1" in mistake
 
 
 def test_a_constant_weight_that_is_no_number_is_found_in_the_check() -> None:
-    (mistake,) = mistakes_in("loss.cross_entropy.weight=nan")
+    (mistake,) = config_issues("loss.cross_entropy.weight=nan")
     assert mistake.startswith("loss.cross_entropy:")
     assert "weight=nan must be a finite number" in mistake
 
@@ -152,9 +152,9 @@ def test_a_scheduled_weight_is_no_goal_of_validation() -> None:
         "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, "
         "function: {_target_: app.losses.weights.LinearSchedule, start: 1.0, end: 2.0, last: 3}}"
     )
-    (mistake,) = mistakes_in(weight, "goal.metric=cross_entropy_weight")
+    (mistake,) = config_issues(weight, "goal.metric=cross_entropy_weight")
     assert "is not measured in valid" in mistake
-    assert not mistakes_in(weight, "goal.metric=cross_entropy", "goal.mode=min")
+    assert not config_issues(weight, "goal.metric=cross_entropy", "goal.mode=min")
 
 
 def test_linear_and_stepwise_weights() -> None:
@@ -186,7 +186,7 @@ def test_the_moving_average_is_that_of_torch(tmp_path: Path) -> None:
     trainer.optimizers.single.apply = and_reference  # type: ignore[method-assign]
     trainer.fit(load(DATA, 8))
     expected = reference.module.state_dict()
-    assert averaging.count == 24
+    assert averaging.num_averaged == 24
     expected.pop("1.num_batches_tracked")  # torch averages whole numbers, too
     for name in expected:
         tensor = averaging.average[name]
@@ -219,13 +219,13 @@ def test_stochastic_weight_averaging_is_the_mean_and_measures_batches_anew(tmp_p
     averaging = StochasticWeightAveraging(model, 2)
     trainer = make(tmp_path, model, 4, averaging=averaging, goal=GoalConfig("loss", "min"))
     ends: list[Tensor] = []
-    after = trainer.averaging.after_epoch
+    after = trainer.averaging.on_epoch_end
 
     def remember(epoch: int) -> None:
         ends.append(model[0].weight.detach().clone())  # type: ignore[union-attr, operator]
         after(epoch)
 
-    trainer.averaging.after_epoch = remember  # type: ignore[method-assign]
+    trainer.averaging.on_epoch_end = remember  # type: ignore[method-assign]
     trainer.fit(load(DATA, 16), load(DATA, 16))
     expected = torch.stack(ends[1:]).mean(0)
     torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)
@@ -251,7 +251,7 @@ def test_without_an_average_nothing_is_copied() -> None:
     ],
 )
 def test_mistakes_in_an_average(words: tuple[str, ...], message: str) -> None:
-    assert any(message in mistake for mistake in mistakes_in(*words))
+    assert any(message in mistake for mistake in config_issues(*words))
 
 
 # ---- freezing
@@ -266,13 +266,13 @@ def test_frozen_parameters_stay_and_learn_when_their_epoch_comes(tmp_path: Path)
     }
     trainer = make(tmp_path, model, freezing=FreezeSchedule(model, frozen))
     states = [copy.deepcopy(model.state_dict())]
-    after = trainer.averaging.after_epoch
+    after = trainer.averaging.on_epoch_end
 
     def remember(epoch: int) -> None:
         states.append(copy.deepcopy(model.state_dict()))
         after(epoch)
 
-    trainer.averaging.after_epoch = remember  # type: ignore[method-assign]
+    trainer.averaging.on_epoch_end = remember  # type: ignore[method-assign]
     trainer.fit(load(DATA, 8))
 
     def changed(name: str) -> list[bool]:
@@ -302,7 +302,7 @@ def rates(make_scheduler: Any, steps: int, warmup: int = 0) -> list[float]:
     for _ in range(steps):
         found.append(schedule.lr)
         optimizer.step()
-        schedule.step_end()
+        schedule.on_step_end()
     return found
 
 
@@ -346,11 +346,11 @@ def test_the_norm_of_the_gradients_is_a_column(tmp_path: Path) -> None:
 
 
 def test_mistakes_in_monitors() -> None:
-    found = mistakes_in(
+    found = config_issues(
         "+checkpoint.monitors.a={metric: los, mode: min}", "+checkpoint.monitors.b={metric: loss}"
     )
     assert any("checkpoint.monitors.b.mode is missing" in mistake for mistake in found)
-    (mistake,) = mistakes_in("+checkpoint.monitors.a={metric: los, mode: min}")
+    (mistake,) = config_issues("+checkpoint.monitors.a={metric: los, mode: min}")
     assert mistake.startswith("checkpoint.monitors.a.metric='los' is not measured in valid")
     assert MonitorConfig("train/loss", "min").stage == "train"
 
@@ -362,9 +362,9 @@ def test_the_learning_rate_of_the_steepest_fall() -> None:
     lr = np.geomspace(1e-5, 1.0, 50)
     loss = 2.0 - 1 / (1 + np.exp(-4 * np.log(lr / 1e-2)))
     table = pd.DataFrame({"lr": lr, "smoothed_loss": loss})
-    assert steepest(table) == pytest.approx(1e-2, rel=0.3)
+    assert steepest_lr(table) == pytest.approx(1e-2, rel=0.3)
     with pytest.raises(UserError, match="never falls"):
-        steepest(table.assign(smoothed_loss=lr))
+        steepest_lr(table.assign(smoothed_loss=lr))
 
 
 def test_the_finder_of_learning_rates_tries_them_all_or_stops_where_it_diverges(
@@ -381,9 +381,9 @@ def test_the_finder_of_learning_rates_tries_them_all_or_stops_where_it_diverges(
 
 
 def test_mistakes_in_finders() -> None:
-    (mistake,) = mistakes_in("find.lr_from=1", "find.lr_to=0.1")
+    (mistake,) = config_issues("find.lr_from=1", "find.lr_to=0.1")
     assert mistake == "find.lr_from=1 must be below find.lr_to=0.1"
-    assert any("ckpt" in mistake for mistake in mistakes_in("mode=find_lr", "ckpt=x"))
+    assert any("ckpt" in mistake for mistake in config_issues("mode=find_lr", "ckpt=x"))
 
 
 # ---- mixing
@@ -529,5 +529,5 @@ def test_averaging_measures_batches_of_several_inputs_but_no_frozen_norm(tmp_pat
 
 
 def test_a_plateau_is_not_seen_after_steps() -> None:
-    (mistake,) = mistakes_in("scheduler=plateau", "scheduler.interval=step")
-    assert mistake == "scheduler.interval='step': a plateau is seen after epochs; allowed: epoch"
+    (mistake,) = config_issues("scheduler=plateau", "scheduler.interval=step")
+    assert mistake == "scheduler.interval='step': ReduceLROnPlateau steps once per epoch; allowed: epoch"

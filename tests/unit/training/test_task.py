@@ -20,7 +20,7 @@ from app.experiment.factory import make_components
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, describe, map_tensors, pick, replace, tensors
+from app.runtime.nested import Nested, describe, map_tensors, pick, replace, iter_tensors
 from app.training.accumulator import average
 from app.training.events import Callback, StepEnd
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
@@ -55,15 +55,15 @@ def test_parts_are_picked_by_position_name_path_list_and_dict() -> None:
     assert pick(nested, "0.b.1").shape == (4,)
     assert [part.shape[0] for part in pick(nested, [1, "0.a"])] == [5, 2]
     assert pick(nested, {"x": 1})["x"].shape == (5,)
-    assert [len(tensor) for tensor in tensors(nested)] == [2, 3, 4, 5]
+    assert [len(tensor) for tensor in iter_tensors(nested)] == [2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        (2, "there is no part 2: it is a tuple of a float32 tensor of shape"),
-        ("0.diget", "there is no 'diget'; it has: digit; did you mean 'digit'"),
-        ("1.x", "there is no 'x': it is a float32 tensor"),
+        (2, "there is no item 2 in a tuple of a float32 tensor of shape"),
+        ("0.diget", "there is no 'diget'; available: digit; did you mean 'digit'"),
+        ("1.x", "there is no 'x' in a float32 tensor"),
     ],
 )
 def test_a_part_that_is_not_there_is_named_with_what_is_there(key: Any, message: str) -> None:
@@ -163,7 +163,7 @@ def test_predictions_keep_the_form_of_the_outputs(tmp_path: Path) -> None:
 def test_a_batch_without_the_part_that_is_the_target_says_which_it_has() -> None:
     task = SupervisedTask(nn.Linear(4, 2), nn.CrossEntropyLoss(), targets=2)
     with pytest.raises(
-        UserError, match=r"data\.inputs, data\.targets: in a batch there is no part 2"
+        UserError, match=r"data\.inputs, data\.targets: in a batch there is no item 2"
     ):
         task.eval_step("valid", (X, Y))
 
@@ -351,7 +351,7 @@ def test_a_step_that_forgets_the_loss_is_named_in_the_sanity_pass(tmp_path: Path
     ("term", "message"),
     [
         (Term(F.cross_entropy, output="digit"), "loss.main: cannot take .*there is no 'digit'"),
-        (Term(F.cross_entropy, target=1), "loss.main: cannot take .*there is no part 1"),
+        (Term(F.cross_entropy, target=1), "loss.main: cannot take .*there is no item 1"),
         (Term(F.l1_loss, target=0), "loss.main: cannot take .*float32 tensor of shape \\[10, 2\\]"),
         (
             Term(lambda o, t: (o, t)),
@@ -409,7 +409,7 @@ def test_a_goal_that_an_own_task_does_not_measure_is_named_before_training(tmp_p
 def test_data_without_a_batch_is_named(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy)
     task.optimizers = learning(task.model)
-    with pytest.raises(UserError, match="the train data gives no batch"):
+    with pytest.raises(UserError, match="the train data has no batches"):
         fit(task, tmp_path, TensorDataset(X[:0], Y[:0]))
 
 

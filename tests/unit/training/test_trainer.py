@@ -359,9 +359,9 @@ def rates(
     for step in range(1, steps + 1):
         found.append(schedule.lr)
         optimizer.step()
-        schedule.step_end()
+        schedule.on_step_end()
         if step % 2 == 0:
-            schedule.epoch_end(0.5)
+            schedule.on_epoch_end(0.5)
     return found
 
 
