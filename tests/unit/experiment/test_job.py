@@ -10,9 +10,18 @@ from tests.support.runs import config_issues
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["resume=true"], "resume=True: allowed: null, auto, a run folder, a training checkpoint in one"),
-        (["resume=[a]"], "resume=['a']: allowed: null, auto, a run folder, a training checkpoint in one"),
-        (["resume=''"], "resume='': allowed: null, auto, a run folder, a training checkpoint in one"),
+        (
+            ["resume=true"],
+            "resume=True: allowed: null, auto, a run folder, a training checkpoint in one",
+        ),
+        (
+            ["resume=[a]"],
+            "resume=['a']: allowed: null, auto, a run folder, a training checkpoint in one",
+        ),
+        (
+            ["resume=''"],
+            "resume='': allowed: null, auto, a run folder, a training checkpoint in one",
+        ),
         (["resume='${nope}'"], "resume does not resolve: Interpolation key 'nope' not found"),
         (["mode=test", "ckpt=1"], "ckpt=1: allowed: null, a run folder, a checkpoint file"),
         (["mode=test", "ckpt="], "ckpt='': allowed: null, a run folder, a checkpoint file"),

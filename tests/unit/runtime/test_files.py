@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +113,17 @@ def test_read_status_unreadable_file_warns_and_read_json_raises(
     file.mkdir()
     with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
         read_json(file)
+
+
+def test_atomic_write_failure_keeps_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    write_text(path, "old")
+
+    def fail(file: Any) -> None:
+        file.write(b"half of it")
+        raise OSError("disk full")
+
+    with pytest.raises(StorageError, match="disk full"):
+        atomic_write(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]

@@ -1,0 +1,81 @@
+"""Composition of command lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from app.runtime.errors import ConfigError
+from tests.support.runs import config_issues, job_for
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+def test_compose_argument_without_equals_sign_is_named() -> None:
+    with pytest.raises(ConfigError, match="foo cannot be read as key=value"):
+        config_issues("foo")
+
+
+def test_compose_data_sizes_reach_model_and_metrics() -> None:
+    config = job_for("data=cifar100", "data.resize=64").config
+    model = config.model
+    assert (model["num_classes"], model["in_channels"], model["image_size"]) == (100, 3, 64)
+    accuracy = config.metric.valid["accuracy"]
+    assert accuracy is not None
+    assert accuracy["num_classes"] == 100
+    assert config.data.input_shape == [3, 64, 64]
+
+
+def test_compose_single_metrics_apply_to_one_stage() -> None:
+    metric = job_for("metric/single@metric.test=[accuracy,auroc]").config.metric
+    assert list(metric.test) == ["accuracy", "auroc"]
+    assert list(metric.valid) == ["accuracy", "total_correct"]
+
+
+def test_compose_metric_from_config_dir_is_found(tmp_cwd: Path) -> None:
+    own = tmp_cwd / "mine" / "metric" / "single"
+    own.mkdir(parents=True)
+    (own / "kappa.yaml").write_text(
+        "kappa:\n  _target_: torchmetrics.classification.MulticlassCohenKappa\n"
+        "  num_classes: ${data.num_classes}\n"
+    )
+    job = job_for("--config-dir", "mine", "metric/single@metric.valid=[kappa]", "goal.metric=kappa")
+    assert list(job.config.metric.valid) == ["kappa"]
+
+
+def test_compose_experiment_and_debug_presets_set_their_keys() -> None:
+    assert job_for("experiment=mnist_alexnet_sgd").config.goal.patience == 6
+    assert job_for("debug=overfit").config.trainer.overfit_batches == 3
+    assert job_for("debug=limit").config.trainer.limit_train_batches == 0.01
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["data", "model", "metric", "loss", "optimizer", "scheduler", "experiment", "debug", "trainer"],
+)
+def test_compose_every_option_of_every_group_has_no_issues(group: str, tmp_cwd: Path) -> None:
+    required = {
+        "npz": ["data.path=x", "data.num_classes=3", "data.input_shape=[1,28,28]"],
+        "csv": ["data.path=x", "data.num_classes=3", "data.input_shape=[4]", "model=mlp"],
+        "image_folder": ["data.path=x", "data.num_classes=3"],
+        "hugging_face": ["data.path=x", "data.num_classes=3"],
+        "segmentation": ["goal.metric=mean_iou"],
+        "images": ["goal.metric=psnr"],
+        "own_file": ["trusted_targets=[my_model]"],
+        "loss=none": ["task=adversarial", "model=dcgan", "goal.metric=loss"],
+        "none": ["goal.metric=loss", "goal.mode=min"],
+        "regression": ["goal.metric=mae", "goal.mode=min"],
+        "resnet50": ["data.channels=3"],
+    }
+    (tmp_cwd / "my_model.py").write_text(
+        "from torch.nn import Module as N\nclass Net(N):\n"
+        "    def __init__(self, num_classes): ...\n"
+    )
+    options = sorted(
+        path.stem for path in (Path(__file__).parents[3] / "conf" / group).glob("*.yaml")
+    )
+    assert options
+    for option in options:
+        overrides = required.get(f"{group}={option}", required.get(option, []))
+        assert not config_issues(f"{group}={option}", *overrides), option

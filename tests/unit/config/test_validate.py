@@ -1,0 +1,88 @@
+"""Validation of complete configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import config_issues, job_for
+
+
+def test_validate_default_configuration_has_no_issues() -> None:
+    assert job_for("model=alexnet", "data=mnist").config.model["num_classes"] == 10
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.widht=2"], "did you mean 'width'?"),
+        (["+model.depth=2"], "model.depth=2 is not an argument of app.models.alexnet.AlexNet"),
+        (["model.width=wide"], "model.width='wide' is not valid; allowed: a number"),
+        (["model._target_=app.models.alexnet.AlexNt"], "did you mean 'AlexNet'?"),
+        (["model._target_=torch.nn.no_such.Thing"], "cannot be imported"),
+        (["~model.num_classes"], "model.num_classes is missing"),
+        (["optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["scheduler=step", "scheduler.lr_scheduler.step_size=often"], "allowed: an integer"),
+        (["metric.valid.accuracy.top_k=99"], "got 99 and 10"),
+        (["goal.mode=most"], "goal.mode='most' is not valid; allowed: max, min"),
+        (["goal.metric=test/accuracy"], "'test' is not a stage of training"),
+        (["goal.metric=train/f1"], "is not measured in train"),
+        (["data.split.valid=null"], "goal.metric='accuracy' cannot be measured without valid data"),
+        (["data.split.test=100"], "data.split.test=100 and data.source.test are both set"),
+        (["data.source.train=null"], "mode='train' has no data"),
+        (["trainer.max_epochs=null"], "trainer.max_steps=None: one must be set"),
+        (["trainer.precision=fp8"], "allowed: auto, fp32, bf16, fp16"),
+        (["trainer.limit_train_batches=1.5"], "is not valid"),
+        (["mode=test"], "ckpt has no value"),
+        (["mode=test", "ckpt=nowhere"], "does not exist"),
+        (["ckpt=nowhere"], "is not used in mode=train"),
+        (["name=a/b"], "is part of a folder name"),
+        (["~loss.cross_entropy"], "loss has no term"),
+        (["data=npz"], "data.path has no value; set it with data.path=... on the command line"),
+        (["+metric.train.loss=${metric.train.accuracy}"], "is the name of another column"),
+        (["data.image_size=${data.nothing}"], "does not resolve"),
+        (["loss.cross_entropy.function.reduction=often"], "often"),
+        (["+trainer.max_epochs=3"], "already exists"),
+        (["+callbacks.tables.folder=/tmp"], "cannot be set: the program passes this argument"),
+        (["~trainer.no_such"], "trainer.no_such is not a known key"),
+        (["data.augment.flip=1"], "data.augment.flip=1 is not a known key; data.augment has: noth"),
+    ],
+)
+def test_validate_invalid_override_names_its_key(overrides: list[str], message: str) -> None:
+    issues = config_issues(*overrides)
+    assert any(message in issue for issue in issues), issues
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**64)])
+@pytest.mark.parametrize("key", ["seed", "data.split.seed"])
+def test_validate_seed_out_of_range_names_the_range(key: str, value: int) -> None:
+    (issue,) = config_issues("model=mlp", f"{key}={value}")
+    assert issue.startswith(f"{key}={value} is not valid; allowed: an integer")
+    assert issue.endswith("and at most 9223372036854775807")
+    assert not config_issues("model=mlp", f"{key}={2**63 - 1}")
+
+
+@pytest.mark.parametrize("key", ["trainer.max_steps", "model.num_classes"])
+def test_validate_integer_of_more_than_64_bits_is_refused(key: str) -> None:
+    (issue,) = config_issues("model=mlp", f"{key}={2**64}")
+    assert issue == f"{key}={2**64} is too large for a checkpoint; allowed: 64 bits"
+
+
+@pytest.mark.parametrize("key", ["metric.test", "loss"])
+def test_validate_column_name_with_path_is_refused(key: str, tmp_cwd: Path) -> None:
+    folder = tmp_cwd / "conf" / "experiment"
+    folder.mkdir(parents=True)
+    group, _, stage = key.partition(".")
+    node = "{_target_: app.metrics.function.CorrectPredictions}"
+    inner = f"'/../../evil': {node}"
+    text = f"{group}: {{{stage}: {{{inner}}}}}" if stage else f"{group}: {{{inner}}}"
+    (folder / "evil.yaml").write_text(f"# @package _global_\n{text}\n")
+    issues = config_issues("--config-dir", "conf", "experiment=evil")
+    assert any("names a column and a file" in issue for issue in issues)
+
+
+def test_validate_metric_named_like_table_column_is_refused() -> None:
+    node = "{_target_: app.metrics.function.CorrectPredictions}"
+    (issue,) = config_issues(f"+metric.valid.total_samples={node}")
+    assert issue == "metric.valid.total_samples is the name of another column; rename it"
