@@ -61,7 +61,7 @@ def ended(process: Command) -> tuple[int, str]:
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = ("+task.does=raise,nothing", "+task.at=1", *SHORTER)
+    words = ("+task.fault=raise,nothing", "+task.fault_step=1", *SHORTER)
     code, printed = ended(start_sweep(tmp_path, *words_of(launcher), *words))
     assert (code, job_statuses(sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
@@ -79,7 +79,7 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     monkeypatch.setenv("FAULT", "none:0:0")
     write_numbered_data(tmp_path / "conf")
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
-    words = (*readers, "trainer.devices=1,2", "+task.slow=0.3", *SHORTER)
+    words = (*readers, "trainer.devices=1,2", "+task.step_seconds=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
     process = start_sweep(tmp_path, *words_of("joblib"), *words, flags=flags, cold=True)
     pids = descendants(process.pid)
@@ -100,8 +100,8 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
 def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
     launcher: str, tmp_path: Path
 ) -> None:
-    words = ("seed=0,1,2", "+task.slow=0.3")
-    process = start_sweep(tmp_path, *words_of(launcher), *words, marks=6, cold=True)
+    words = ("seed=0,1,2", "+task.step_seconds=0.3")
+    process = start_sweep(tmp_path, *words_of(launcher), *words, steps=6, cold=True)
     pids = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)  # not to the jobs; on another machine they hear nothing
     code, printed = ended(process)
@@ -124,8 +124,8 @@ def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
     slurm.install(here)
     monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(here))
-    words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.slow=0.3")
-    process = start_sweep(tmp_path, *words, *SHORTER, marks=1, cold=True)
+    words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.step_seconds=0.3")
+    process = start_sweep(tmp_path, *words, *SHORTER, steps=1, cold=True)
     until = time.monotonic() + 100
     while len(set(step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
         assert time.monotonic() < until

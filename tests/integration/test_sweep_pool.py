@@ -31,8 +31,8 @@ from tests.support.sweeps import (
 def test_a_pool_survives_whatever_happens_to_its_jobs(sweep: RunSweep, tmp_path: Path) -> None:
     """Row 20 of the list of faults."""
     (tmp_path / "broken").touch()
-    does = "+task.does=nothing,nothing,raise,nothing,memory,kill"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, does, "seed=3", "+task.at=13")
+    does = "+task.fault=nothing,nothing,raise,nothing,memory,kill"
+    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, does, "seed=3", "+task.fault_step=13")
     assert sweep(*words) == 1
     folder = sweep_folder(tmp_path)
     wanted = ["completed", "failed", "failed", "failed"]
@@ -60,7 +60,7 @@ def test_the_pools_jobs_run_side_by_side(
     sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = "+hydra.callbacks.told._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.meets=2", "seed=0,1,2")
+    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.wait_for_processes=2", "seed=0,1,2")
     assert sweep(*words, told) == 0
     assert capsys.readouterr().out.count("Succeeded with return value: 0.") == 3
     pids = step_pids(tmp_path)
@@ -79,7 +79,7 @@ def test_the_pools_jobs_run_side_by_side(
 
 
 def test_a_job_that_takes_too_long_is_ended(sweep: RunSweep, tmp_path: Path) -> None:
-    words = (POOL, "hydra.launcher.timeout=15", *SWEEP_TASK, "+task.slow=0,1")
+    words = (POOL, "hydra.launcher.timeout=15", *SWEEP_TASK, "+task.step_seconds=0,1")
     assert sweep(*words) == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "failed"]
@@ -90,9 +90,9 @@ def test_a_job_that_takes_too_long_is_ended(sweep: RunSweep, tmp_path: Path) -> 
 @pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.long), "pool"])
 def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: RunSweep) -> None:
     """In job 1 of 3; job 0 is not run again."""
-    words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.slow=0.1")
+    words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.step_seconds=0.1")
     slots = ("hydra.launcher.slots=1",) if launcher == "pool" else ()
-    process = start_sweep(tmp_path, *words, *slots, marks=24 + 5, cold=launcher == "pool")
+    process = start_sweep(tmp_path, *words, *slots, steps=24 + 5, cold=launcher == "pool")
     pids = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = process.communicate(timeout=60)
@@ -115,9 +115,9 @@ def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: RunSweep) -> 
 
 
 def test_the_parent_killed_nothing_is_left_and_it_goes_on(tmp_path: Path, sweep: RunSweep) -> None:
-    words = (POOL, "hydra.launcher.slots=2", "seed=0,1,2", "+task.does=hang", "+task.at=17")
+    words = (POOL, "hydra.launcher.slots=2", "seed=0,1,2", "+task.fault=hang", "+task.fault_step=17")
     (tmp_path / "broken").touch()
-    process = start_sweep(tmp_path, *words, marks=2 * 17)  # both hang in their second epoch
+    process = start_sweep(tmp_path, *words, steps=2 * 17)  # both hang in their second epoch
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
@@ -136,7 +136,7 @@ def test_the_parent_killed_nothing_is_left_and_it_goes_on(tmp_path: Path, sweep:
 
 
 def test_two_sweeps_at_once_and_one_folder_for_one(tmp_path: Path, sweep: RunSweep) -> None:
-    process = start_sweep(tmp_path, "seed=0,1", "+task.slow=0.1", "hydra.sweep.dir=first")
+    process = start_sweep(tmp_path, "seed=0,1", "+task.step_seconds=0.1", "hydra.sweep.dir=first")
     try:
         assert sweep("sweep.resume=first", short=False) == 2
         assert sweep("seed=0,1", "hydra.sweep.dir=second") == 0
@@ -162,7 +162,7 @@ def test_values_that_do_not_go_together_fail_alone(
 
 
 def test_nothing_of_the_pool_is_left(tmp_path: Path) -> None:
-    process = start_sweep(tmp_path, POOL, "seed=0,1", "+task.slow=0.2", "+task.does=hang")
+    process = start_sweep(tmp_path, POOL, "seed=0,1", "+task.step_seconds=0.2", "+task.fault=hang")
     (tmp_path / "broken").touch()
     pids = descendants(process.pid)
     process.send_signal(signal.SIGTERM)

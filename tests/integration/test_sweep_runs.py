@@ -120,8 +120,8 @@ def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: 
 
 def test_a_failed_job_does_not_end_the_sweep(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    pairs = ("+task.does=nothing,raise,nothing", "seed=0,1,2", "sweep.together=[[task.does,seed]]")
-    assert sweep(*SWEEP_TASK, *pairs, "+task.at=1") == 1
+    pairs = ("+task.fault=nothing,raise,nothing", "seed=0,1,2", "sweep.together=[[task.fault,seed]]")
+    assert sweep(*SWEEP_TASK, *pairs, "+task.fault_step=1") == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "failed", "completed"]
     table = read_sweep_table(folder)
@@ -142,14 +142,14 @@ def test_a_failed_job_ends_the_sweep_where_it_is_to(
     sweep: RunSweep, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken").touch()
-    words = (*SWEEP_TASK, "+task.does=raise,nothing", "+task.at=1", "sweep.on_error=stop")
+    words = (*SWEEP_TASK, "+task.fault=raise,nothing", "+task.fault_step=1", "sweep.on_error=stop")
     assert sweep(*words, *launcher) == 1
     assert job_statuses(sweep_folder(tmp_path)) == ["failed", "pending"]
 
 
 def test_failed_jobs_are_tried_so_often_and_no_more(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    assert sweep(*SWEEP_TASK, "+task.does=raise", "+task.at=1", "sweep.max_retries=1") == 1
+    assert sweep(*SWEEP_TASK, "+task.fault=raise", "+task.fault_step=1", "sweep.max_retries=1") == 1
     folder = sweep_folder(tmp_path)
     assert sweep(f"sweep.resume={folder}", short=False) == 1
     made = len(step_pids(tmp_path))
@@ -205,7 +205,7 @@ def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
     conf.mkdir(parents=True)
     text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
     (conf / "mine.yaml").write_text(text % (0.1, "before"))
-    words = ("experiment=mine", "+task.slow=0.1", "seed=0,1", "trainer.max_epochs=1")
+    words = ("experiment=mine", "+task.step_seconds=0.1", "seed=0,1", "trainer.max_epochs=1")
     process = start_sweep(tmp_path, *words, flags=("--config-dir", "conf"))
     (conf / "mine.yaml").write_text(text % (0.5, "after"))
     out, _ = process.communicate(timeout=100)

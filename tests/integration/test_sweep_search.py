@@ -42,7 +42,7 @@ def trials(count: int, *words: str) -> tuple[str, ...]:
 
 def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.at=1", "+task.does=nothing,raise")
+    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.fault_step=1", "+task.fault=nothing,raise")
     assert sweep(*trials(4, *words, LR, "model.hidden=[16],[32]", "seed=2")) == 1
     folder = sweep_folder(tmp_path)
     study, table = study_of(folder), read_sweep_table(folder)
@@ -53,7 +53,7 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path
         config = yaml.safe_load((job / "config.yaml").read_text())
         assert config["optimizer"]["lr"] == trial.params["optimizer.lr"] == line["optimizer.lr"]
         assert str(config["model"]["hidden"]) == trial.params["model.hidden"]
-        if trial.params["+task.does"] == "raise":
+        if trial.params["+task.fault"] == "raise":
             assert (trial.state, line["status"]) == (TrialState.FAIL, "failed")
         else:
             assert (trial.state, line["status"]) == (TrialState.COMPLETE, "completed")
@@ -72,7 +72,7 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path
 
 def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: RunSweep, tmp_path: Path) -> None:
     process = start_sweep(
-        tmp_path, *trials(4, POOL, LR, "+task.slow=0.1"), marks=2 * 24 + 2 * 12 + 6
+        tmp_path, *trials(4, POOL, LR, "+task.step_seconds=0.1"), steps=2 * 24 + 2 * 12 + 6
     )
     pids = descendants(process.pid)
     process.kill()
@@ -195,7 +195,7 @@ def test_a_study_of_another_direction_is_refused(
 
 
 def test_ctrl_c_leaves_a_trial_under_way(tmp_path: Path) -> None:
-    process = start_sweep(tmp_path, *trials(3, LR, "+task.slow=0.1"), marks=30)
+    process = start_sweep(tmp_path, *trials(3, LR, "+task.step_seconds=0.1"), steps=30)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out

@@ -1,4 +1,4 @@
-"""Jobs of a sweep in which things go wrong for real, as long as the file `BROKEN` is there."""
+"""A task for jobs of sweeps that can fail at a given step, while the file `BROKEN` exists."""
 
 from __future__ import annotations
 
@@ -16,61 +16,64 @@ from app.training.task import StepOutput
 
 
 class SweepTask(SupervisedTask):
-    """Does at one of its steps what it is told.
+    """Fails at a given training step, and records every step in the file `MARK`.
 
     Args:
-        does: nothing | raise | memory | kill | hang.
-        at: The step of training, counted from 1 over all epochs.
-        slow: Seconds that each step takes longer.
-        meets: Processes, this one among them, that must have begun before the first step ends.
-        **parts: As those of the task it is made from.
+        fault: nothing | raise | memory | kill | hang.
+        fault_step: Training step at which it happens, counted from 1 over all epochs.
+        step_seconds: Additional duration of each step.
+        wait_for_processes: Number of processes, including this one, that must have made a step
+            before the first step ends.
+        **kwargs: Arguments of `SupervisedTask`.
     """
 
     def __init__(
         self,
-        does: str = "nothing",
-        at: int = 15,
-        slow: float = 0.0,
-        meets: int = 0,
-        **parts: Any,
+        fault: str = "nothing",
+        fault_step: int = 15,
+        step_seconds: float = 0.0,
+        wait_for_processes: int = 0,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(**parts)
-        self.does, self.at, self.slow, self.meets = does, at, slow, meets
-        self.done = 0
+        super().__init__(**kwargs)
+        self.fault, self.fault_step = fault, fault_step
+        self.step_seconds, self.num_processes = step_seconds, wait_for_processes
+        self.num_steps = 0
 
     def train_step(self, batch: Nested) -> StepOutput:
-        self.done += 1
-        time.sleep(self.slow)
+        self.num_steps += 1
+        time.sleep(self.step_seconds)
         if "MARK" in os.environ:
             with Path(os.environ["MARK"]).open("a") as file:
                 file.write(f"{os.getpid()} {os.environ.get('OMP_NUM_THREADS')}\n")
-        if self.done == 1:
-            wait_for_processes(self.meets)
-        if self.done == self.at and Path(os.environ.get("BROKEN", "/nowhere")).exists():
-            trigger_fault(self.does)
+        if self.num_steps == 1:
+            wait_for_processes(self.num_processes)
+        is_broken = Path(os.environ.get("BROKEN", "/nowhere")).exists()
+        if self.num_steps == self.fault_step and is_broken:
+            trigger_fault(self.fault)
         return super().train_step(batch)
 
 
-def wait_for_processes(count: int, patience: float = 120) -> None:
-    """Waits for the first steps of other processes."""
-    end = time.monotonic() + patience
+def wait_for_processes(count: int, timeout: float = 120) -> None:
+    """Wait until that number of processes have made a step."""
+    deadline = time.monotonic() + timeout
     while count > 1 and len(started_pids()) < count:
-        if time.monotonic() > end:
-            raise RuntimeError(f"of {count} processes only {len(started_pids())} have begun")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"only {len(started_pids())} of {count} processes have started")
         time.sleep(0.02)
 
 
 def started_pids() -> set[str]:
-    """The processes that have made a step."""
+    """Return the PIDs of the processes that have made a step."""
     return {line.split()[0] for line in Path(os.environ["MARK"]).read_text().splitlines()}
 
 
-def trigger_fault(what: str) -> None:
-    if what == "raise":
+def trigger_fault(fault: str) -> None:
+    if fault == "raise":
         raise RuntimeError("the step broke")
-    if what == "memory":
+    if fault == "memory":
         torch.empty(2**50)
-    if what == "kill":
+    if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    while what == "hang":
+    while fault == "hang":
         time.sleep(1)

@@ -1,14 +1,12 @@
-"""Real sweeps for tests, in this process or in one of their own."""
+"""Sweeps of short jobs for tests, in this process or in a separate one."""
 
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -35,48 +33,58 @@ RunSweep = Callable[..., int]
 
 
 def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
-    """Runs sweeps of short jobs in a folder; gives their exit codes."""
+    """Return a function that runs a sweep in a folder, and returns its exit code."""
     patch.chdir(cwd)
     patch.syspath_prepend(SUPPORT_DIR)
     patch.setenv("BROKEN", str(cwd / "broken"))
     patch.setenv("MARK", str(cwd / "mark"))
-    patch.setenv("APP_TRUSTED_TARGETS", "sweep_task,faulty")  # not from the sweep's folder
+    # A resumed sweep does not trust the targets that its own folder lists.
+    patch.setenv("APP_TRUSTED_TARGETS", "sweep_task,faulty")
     resolvers.register()
 
     def run(*words: str, short: bool = True, flags: tuple[str, ...] = ("-m",)) -> int:
         patch.setattr(sys, "argv", ["app", *flags, *(SHORT_RUN if short else ()), *words])
         root = logging.getLogger()
-        kept = root.handlers[:], root.level
-        with suppress(KeyError), pytest.raises(SystemExit) as end:
+        handlers, level = root.handlers[:], root.level
+        with suppress(KeyError), pytest.raises(SystemExit) as exit_info:
             cli.main()
-        root.handlers[:], root.level = kept
-        return int(end.value.code or 0)
+        root.handlers[:], root.level = handlers, level
+        return int(exit_info.value.code or 0)
 
     return run
 
 
 def start_sweep(
-    cwd: Path, *words: str, marks: int = 1, flags: tuple[str, ...] = (), cold: bool = False
+    cwd: Path, *words: str, steps: int = 1, flags: tuple[str, ...] = (), cold: bool = False
 ) -> Command:
-    """A sweep under way in a process of its own; so many steps have been made in it."""
+    """Start a sweep in a separate process, and wait until it has made some training steps.
+
+    Args:
+        cwd: Working directory.
+        *words: Overrides of the sweep.
+        steps: Training steps to wait for, in all jobs together.
+        flags: Command-line flags besides `-m`.
+        cold: Whether to start a new Python process instead of a forked one.
+    """
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
-    known = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": SUPPORT_DIR}
-    process = start_command(cwd, ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *words], cold, **known)
-    wait_for_lines(process, mark, marks)
+    environment = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": SUPPORT_DIR}
+    arguments = ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *words]
+    process = start_command(cwd, arguments, cold, **environment)
+    wait_for_lines(process, mark, steps)
     return process
 
 
 def sweep_folder(cwd: Path) -> Path:
-    """Of the only sweep there."""
-    (found,) = (cwd / "outputs" / "sweeps").glob("*/*/")
-    return found
+    """Return the folder of the only sweep."""
+    (folder,) = (cwd / "outputs" / "sweeps").glob("*/*/")
+    return folder
 
 
 def job_folders(folder: Path) -> list[Path]:
-    """The run folders of a sweep, by number."""
-    found = [path for path in folder.iterdir() if path.name[0].isdigit()]
-    return sorted(found, key=lambda path: int(path.name.partition("_")[0]))
+    """Return the run folders of a sweep by number."""
+    folders = [path for path in folder.iterdir() if path.name[0].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.partition("_")[0]))
 
 
 def read_sweep_table(folder: Path) -> pd.DataFrame:
@@ -84,32 +92,27 @@ def read_sweep_table(folder: Path) -> pd.DataFrame:
 
 
 def job_statuses(folder: Path) -> list[str]:
-    """As the table says, and as the jobs themselves say."""
+    """Return the statuses in the table; they must be those in the run folders."""
     table = read_sweep_table(folder)
-    for _, line in table.iterrows():
-        if line["status"] != "pending":
-            assert status_of(folder / line["folder"])["status"] == line["status"]
-    states: list[str] = table["status"].tolist()
-    return states
+    for _, row in table.iterrows():
+        if row["status"] != "pending":
+            assert status_of(folder / row["folder"])["status"] == row["status"]
+    statuses: list[str] = table["status"].tolist()
+    return statuses
 
 
-def copied(folder: Path, to: Path) -> Path:
-    """For a comparison later."""
-    return Path(shutil.copytree(folder, to))
-
-
-def step_pids(cwd: Path) -> list[Any]:
-    """The process of each step of training that was made."""
+def step_pids(cwd: Path) -> list[int]:
+    """Return the PID of the process of each training step, in order."""
     return [int(line.split()[0]) for line in (cwd / "mark").read_text().splitlines()]
 
 
 def sweep_errors(*words: str) -> str:
-    """What is said of a sweep's command line; empty where nothing is."""
+    """Return the error message for a sweep's command line; empty if there is none."""
     resolvers.register()
-    with open_composer(get_args_parser().parse_args(["-m", *words])) as composing:
+    with open_composer(get_args_parser().parse_args(["-m", *words])) as composer:
         try:
-            jobs = make_jobs(composing)
-            check_sweep(composing, jobs[0][0], True)
+            jobs = make_jobs(composer)
+            check_sweep(composer, jobs[0][0], True)
         except ConfigError as error:
             return str(error)
     return ""
