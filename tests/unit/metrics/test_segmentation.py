@@ -1,0 +1,137 @@
+"""Segmentation metrics, compared with MONAI and scikit-learn."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from sklearn import metrics as sklearn
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from app.metrics.segmentation import (
+    DiceScore,
+    HausdorffDistance95,
+    InstanceIoU,
+    MeanIoU,
+    PartialDice,
+)
+from tests.support.metrics import (
+    Array,
+    assert_metric_equals,
+    evaluate,
+    make_metric,
+    make_segmentation,
+)
+
+
+def to_one_hot(labels: Tensor) -> Tensor:
+    return one_hot(labels, 5).movedim(-1, 1)
+
+
+@pytest.fixture(params=[2, 3])
+def maps(request: pytest.FixtureRequest) -> tuple[Tensor, Tensor]:
+    return make_segmentation(request.param)
+
+
+def monai_dice(outputs: Tensor, targets: Tensor) -> Array:
+    """Return MONAI's Dice of all pixels as one image; NaN for classes that do not occur."""
+    pixels = [to_one_hot(labels).movedim(1, 0).reshape(1, 5, -1) for labels in (outputs, targets)]
+    scores: Array = compute_dice(*pixels, include_background=True).numpy()[0]
+    return scores
+
+
+def test_dice_matches_monai(maps: tuple[Tensor, Tensor]) -> None:
+    expected = monai_dice(maps[0].argmax(1), maps[1])
+    assert np.isnan(expected).tolist() == [False, False, False, False, True]
+    assert_metric_equals(make_metric("dice", 5), *maps, expected[1:4].mean())
+    assert_metric_equals(
+        make_metric("dice", 5, include_background=True), *maps, expected[:4].mean()
+    )
+    assert_metric_equals(make_metric("dice_per_class", 5), *maps, expected[1:])
+    assert_metric_equals(make_metric("dice_per_class", 5, include_background=True), *maps, expected)
+    assert_metric_equals(PartialDice(5, [1, 3]), *maps, expected[[1, 3]].mean())
+    assert_metric_equals(PartialDice(5, [2, 4]), *maps, expected[2])
+
+
+def mean_jaccard(output: Tensor, target: Tensor, background: bool) -> Any:
+    x, y = output.flatten().numpy(), target.flatten().numpy()
+    labels = sorted((set(x) | set(y)) - (set() if background else {0}))
+    return sklearn.jaccard_score(y, x, labels=labels, average="macro") if labels else np.nan
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_mean_and_instance_iou_match_scikit_learn(
+    maps: tuple[Tensor, Tensor], background: bool
+) -> None:
+    outputs, targets = maps[0].argmax(1), maps[1]
+    metric = make_metric("mean_iou", 5, include_background=background)
+    assert_metric_equals(metric, *maps, mean_jaccard(outputs, targets, background))
+    pairs = zip(outputs, targets, strict=True)
+    image_scores = [mean_jaccard(output, target, background) for output, target in pairs]
+    assert np.isnan(image_scores[8]) == (not background)
+    metric = make_metric("instance_iou", 5, include_background=background)
+    assert_metric_equals(metric, *maps, np.nanmean(image_scores))
+
+
+@pytest.mark.filterwarnings("ignore:the (ground truth|prediction) of class")
+@pytest.mark.filterwarnings("ignore:monai:FutureWarning")
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("percentile", [95.0, 100.0])
+def test_hausdorff_distance_matches_monai(
+    maps: tuple[Tensor, Tensor], percentile: float, background: bool
+) -> None:
+    outputs, targets = to_one_hot(maps[0].argmax(1)), to_one_hot(maps[1])
+    distances = compute_hausdorff_distance(
+        outputs, targets, include_background=True, percentile=percentile
+    )
+    in_both = outputs.flatten(2).any(dim=2) & targets.flatten(2).any(dim=2)
+    in_both[:, 0] &= background
+    assert 0 < in_both[:, 1:4].sum() < 27
+    metric = make_metric("hd95", 5, percentile=percentile, include_background=background)
+    assert_metric_equals(metric, *maps, distances[in_both].mean().item())
+
+
+def test_segmentation_metric_without_any_class_is_nan() -> None:
+    outputs, targets = (tensor[8:] for tensor in make_segmentation(2))
+    for name in ("dice", "hd95"):
+        assert np.isnan(evaluate(make_metric(name, 5), outputs, targets, [1])), name
+    for name in ("mean_iou", "instance_iou"):
+        metric = make_metric(name, 5, include_background=False)
+        assert np.isnan(evaluate(metric, outputs, targets, [1])), name
+        assert evaluate(make_metric(name, 5), outputs, targets, [1]) == 1, name
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DiceScore(1), "num_classes=1 must be at least 2"),
+        (lambda: MeanIoU(0), "num_classes=0 must be at least 1"),
+        (lambda: DiceScore(3, average="mean"), "average='mean' is not known; allowed: macro, none"),
+        (lambda: PartialDice(3, [1, 3]), r"classes=\[1, 3\] must be .* from 0 to 2"),
+        (lambda: PartialDice(3, []), r"classes=\[\] must be at least one"),
+        (lambda: HausdorffDistance95(3, percentile=0), "percentile=0 must be above 0"),
+        (
+            lambda: InstanceIoU(3).update(*make_segmentation(2)),
+            r"num_classes=3 .* \(9, 5, 26, 22\)",
+        ),
+        (lambda: HausdorffDistance95(3).update(*make_segmentation(2)), r"expected: \(N, 3, ...\)"),
+    ],
+)
+def test_segmentation_metric_with_invalid_arguments_raises(
+    make: Callable[[], object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_hausdorff_distance_without_scipy_names_the_extra_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[segmentation\]"'):
+        HausdorffDistance95(3)
