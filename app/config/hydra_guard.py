@@ -195,7 +195,7 @@ def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
             continue
         roots = [other.partition(".")[0].partition("/")[0] for other in [*keys, name]]
         if any(root in COMMAND_LINE_ONLY for root in roots):
-            yield ConfigIssue(key, f"={value!r} may be given on the command line only")
+            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
 
 
 def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[ConfigIssue]:
@@ -213,7 +213,7 @@ def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[Con
     for variable, value in _children(hydra["job"].get("env_set")):
         key = f"hydra.job.env_set.{variable}"
         if os.environ.get(variable) != value and not _is_overridden(key, overrides):
-            yield ConfigIssue(key, f"={value!r} may be given on the command line only")
+            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
         elif looks_secret(variable) and os.environ.get(variable) == value:
             problem = " would be saved with the run; jobs inherit the variable anyway"
             yield ConfigIssue(key, problem)

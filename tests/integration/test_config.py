@@ -1,4 +1,4 @@
-"""The whole configuration is looked over before anything starts, and all mistakes are named."""
+"""The configuration is validated before anything starts, and all errors are reported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import yaml
 
 from app.experiment.run import execute
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
-from tests.support.runs import Ran, job_for
+from tests.support.runs import RunResult, job_for
 
 
-def test_all_mistakes_are_named_at_once(app: Callable[..., Ran], tmp_path: Path) -> None:
+def test_validate_many_invalid_overrides_reports_all_at_once(
+    app: Callable[..., RunResult], tmp_path: Path
+) -> None:
     ran = app(
         "model=alexnt",
         "trainer.max_epoch=3",
@@ -26,30 +28,34 @@ def test_all_mistakes_are_named_at_once(app: Callable[..., Ran], tmp_path: Path)
     )
     assert ran.code == 2
     assert "Traceback" not in ran.err
-    assert "8 mistakes" in ran.err
-    for part in (
+    assert "8 errors" in ran.err
+    for text in (
         "model='alexnt' does not exist; allowed: alexnet, autoencoder,",
         "did you mean 'alexnet'?",
         "trainer.max_epoch=3 is not a known key",
         "did you mean 'max_epochs'?",
-        "trainer.max_epochs=-1 does not fit; allowed: a whole number of at least 1, or null",
+        "trainer.max_epochs=-1 is not valid; allowed: an integer of at least 1, or null",
         "did you mean 'optimizer.lr'?",
-        "data.batch_size='many' does not fit; allowed: a whole number of at least 1",
+        "data.batch_size='many' is not valid; allowed: an integer of at least 1",
         "trainer.foo=1 is not a known key",
         "goal.metric='acuracy' is not measured in valid; it has: accuracy, loss, total_correct",
-        "optimizer.lr='fast' does not fit; allowed: a number",
+        "optimizer.lr='fast' is not valid; allowed: a number",
     ):
-        assert part in ran.err
+        assert text in ran.err
     assert not list(tmp_path.iterdir()), "a file was written"
 
 
-def test_mode_check_only_looks(app: Callable[..., Ran], tmp_path: Path) -> None:
+def test_mode_check_validates_and_writes_nothing(
+    app: Callable[..., RunResult], tmp_path: Path
+) -> None:
     assert app("mode=check", "model=lenet").code == 0
     assert app("mode=check", "model=lenet", "seed=-1").code == 2
     assert not list(tmp_path.iterdir())
 
 
-def test_every_swept_value_is_checked_before_the_first_job(app: Callable[..., Ran]) -> None:
+def test_sweep_invalid_values_are_reported_before_the_first_job(
+    app: Callable[..., RunResult],
+) -> None:
     ran = app("-m", "model=mlp,lenett", "optimizer.lr=0.1,x,-3")
     assert ran.code == 2
     assert "model='lenett'" in ran.err
@@ -58,8 +64,8 @@ def test_every_swept_value_is_checked_before_the_first_job(app: Callable[..., Ra
     assert not (ran.cwd / "outputs").exists()
 
 
-def test_trust_is_given_on_the_command_line_or_in_the_environment_only(
-    app: Callable[..., Ran], tmp_path: Path
+def test_trusted_targets_in_config_file_is_refused(
+    app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     (tmp_path / "my_model.py").write_text(
         "from torch import nn\n"
@@ -73,18 +79,18 @@ def test_trust_is_given_on_the_command_line_or_in_the_environment_only(
     assert app(*fast, APP_TRUSTED_TARGETS="my_model").code == 0
     experiment = tmp_path / "conf" / "experiment"
     experiment.mkdir(parents=True)
-    (experiment / "sly.yaml").write_text("# @package _global_\ntrusted_targets: [my_model]\n")
-    sly = app("--config-dir", "conf", *fast, "experiment=sly")
-    assert sly.code == 2
-    assert "may be given on the command line only" in sly.err
+    (experiment / "untrusted.yaml").write_text("# @package _global_\ntrusted_targets: [my_model]\n")
+    ran = app("--config-dir", "conf", *fast, "experiment=untrusted")
+    assert ran.code == 2
+    assert "can only be set on the command line" in ran.err
 
 
-def test_a_run_saved_before_a_key_existed_can_still_be_tested(
-    elsewhere: Path, tmp_path: Path
+def test_mode_test_run_saved_before_a_key_existed_uses_its_default(
+    tmp_cwd: Path, tmp_path: Path
 ) -> None:
-    old = elsewhere / "run"
-    execute(job_for("model=mlp", "debug=fast", "~callbacks.plots"), old)
-    file = old / "checkpoints" / "best.pt"
+    folder = tmp_cwd / "run"
+    execute(job_for("model=mlp", "debug=fast", "~callbacks.plots"), folder)
+    file = folder / "checkpoints" / "best.pt"
     checkpoint = load_checkpoint(file)
     assert checkpoint.config is not None
     assert checkpoint.template is not None
@@ -93,7 +99,7 @@ def test_a_run_saved_before_a_key_existed_can_still_be_tested(
     del template["data"]["drop_last"], template["export"]
     changed = dataclasses.replace(checkpoint, template=yaml.safe_dump(template))
     save_checkpoint(file, changed)
-    job = job_for("mode=test", f"ckpt={old}")
+    job = job_for("mode=test", f"ckpt={folder}")
     assert job.config.data.drop_last is False
-    assert "data.drop_last: not yet known when it was saved -> False" in job.differences
+    assert "data.drop_last: did not exist when the run was saved -> False" in job.differences
     execute(job, tmp_path / "test")

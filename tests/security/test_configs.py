@@ -1,4 +1,4 @@
-"""Configurations of strangers: refused in a line; nothing is imported, run or written."""
+"""Untrusted configurations are refused in one line; nothing is imported, executed or written."""
 
 from __future__ import annotations
 
@@ -9,130 +9,161 @@ from pathlib import Path
 
 import pytest
 
-from app.config.limits import DEEPEST
+from app.config.limits import MAX_NESTING
 from app.runtime.errors import ConfigError
-from tests.support.runs import Ran, mistakes_in
-from tests.support.sweeps import Sweeps, folder_of, in_this_process
+from tests.support.runs import RunResult, config_issues
+from tests.support.sweeps import RunSweep, sweep_folder, sweep_runner
 
-TRAP = "from pathlib import Path\nPath(__file__).with_name('sprung').touch()\nclass Part: ...\n"
+MARKER_MODULE = (
+    "from pathlib import Path\nPath(__file__).with_name('imported').touch()\nclass Part: ...\n"
+)
 GRID = "hydra_plugins.app_sweeps.grid.GridSweeper"
 
 
 @pytest.fixture
-def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with configurations, and beside it a package that leaves a file when imported."""
+def untrusted_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Working directory with `conf/`, and a package that creates a file when it is imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "trap").mkdir()
-    (tmp_path / "trap" / "__init__.py").write_text(TRAP)
+    (tmp_path / "trap" / "__init__.py").write_text(MARKER_MODULE)
     (tmp_path / "conf").mkdir()
     return tmp_path
 
 
-def refused(stranger: Path, text: str, *words: str, name: str = "experiment/sly") -> str:
-    """What is said of an experiment with that text; nothing else has happened."""
-    path = stranger / "conf" / f"{name}.yaml"
+def refusal(
+    untrusted_dir: Path, text: str, *arguments: str, name: str = "experiment/untrusted"
+) -> str:
+    """Return the issues of an experiment with that text, and check that nothing else happened."""
+    path = untrusted_dir / "conf" / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# @package _global_\n{text}\n")
-    before = sorted(stranger.rglob("*"))
+    before = sorted(untrusted_dir.rglob("*"))
     try:
-        found = mistakes_in("--config-dir", "conf", "experiment=sly", *words)
+        issues = config_issues("--config-dir", "conf", "experiment=untrusted", *arguments)
     except ConfigError as error:
-        found = [str(mistake) for mistake in error.issues]
-    assert found, text
-    after = [path for path in sorted(stranger.rglob("*")) if "__pycache__" not in path.parts]
+        issues = [str(issue) for issue in error.issues]
+    assert issues, text
+    after = [path for path in sorted(untrusted_dir.rglob("*")) if "__pycache__" not in path.parts]
     assert before == after, "something was imported or written"
-    return "\n".join(found)
+    return "\n".join(issues)
 
 
-RUNS_CODE = ("os.system", "builtins.eval", "torch.load", "torch.hub.load", "subprocess.run")
+CODE_EXECUTION_TARGETS = (
+    "os.system",
+    "builtins.eval",
+    "torch.load",
+    "torch.hub.load",
+    "subprocess.run",
+)
 
 
-WHERE = [  # how a stranger would name them, and the key that is told
+TARGET_PLACES = [  # configuration with a target NAME, and the key that is reported
     ("model: {_target_: NAME}", "model._target_"),
-    ("model: {part: {_target_: NAME, _args_: [touch sprung]}}", "model.part._target_"),
+    ("model: {part: {_target_: NAME, _args_: [touch imported]}}", "model.part._target_"),
     ("model: {_args_: [{_target_: NAME}]}", "model._args_.0._target_"),
     ("model: {parts: [1, [{_target_: NAME}]]}", "model.parts.1.0._target_"),
     ("what: {name: NAME}\nmodel: {_target_: '${what.name}'}", "model._target_"),
     ("model: {_target_: '${oc.decode:NAME}'}", "model._target_"),
     ("model: {part: '${oc.decode:\"{_target_: NAME}\"}'}", "model.part._target_"),
     ("model: {part: {_target_: NAME, _partial_: true}}", "model.part._target_"),
-    ("callbacks: {sly: {_target_: NAME}}", "callbacks.sly._target_"),
-    ("hydra: {callbacks: {sly: {_target_: NAME}}}", "hydra.callbacks.sly._target_"),
+    ("callbacks: {evil: {_target_: NAME}}", "callbacks.evil._target_"),
+    ("hydra: {callbacks: {evil: {_target_: NAME}}}", "hydra.callbacks.evil._target_"),
     ("hydra: {sweeper: {_target_: NAME}}", "hydra.sweeper._target_"),
     ("hydra: {launcher: {_target_: NAME}}", "hydra.launcher._target_"),
     ("hydra: {launcher: {deep: [{_target_: NAME}]}}", "hydra.launcher.deep.0._target_"),
     ("hydra: {sweeper: {sampler: {_target_: NAME}}}", "hydra.sweeper.sampler._target_"),
     ("hydra: {job_logging: {handlers: {file: {class: NAME}}}}", "handlers.file.class"),
     ("hydra: {job_logging: {handlers: {file: {(): NAME}}}}", "handlers.file.()"),
-    ("hydra: {hydra_logging: {filters: {sly: {(): NAME}}}}", "filters.sly.()"),
+    ("hydra: {hydra_logging: {filters: {evil: {(): NAME}}}}", "filters.evil.()"),
     ("hydra: {job_logging: {handlers: {console: {stream: ext://NAME}}}}", "console.stream"),
 ]
 
 
-@pytest.mark.parametrize(("number", "text", "key"), [(n, *one) for n, one in enumerate(WHERE)])
-def test_what_runs_code_is_refused_and_named(
-    stranger: Path, number: int, text: str, key: str
+@pytest.mark.parametrize(
+    ("number", "text", "key"), [(n, *place) for n, place in enumerate(TARGET_PLACES)]
+)
+def test_target_that_executes_code_is_refused_with_its_key(
+    untrusted_dir: Path, number: int, text: str, key: str
 ) -> None:
-    for name in ("trap.Part", RUNS_CODE[number % len(RUNS_CODE)]):
-        said = refused(stranger, text.replace("NAME", name), "hydra/launcher=pool")
-        assert key in said
-        assert name in said
+    for name in ("trap.Part", CODE_EXECUTION_TARGETS[number % len(CODE_EXECUTION_TARGETS)]):
+        message = refusal(untrusted_dir, text.replace("NAME", name), "hydra/launcher=pool")
+        assert key in message
+        assert name in message
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("what: {_target_: a.b}\nhydra: {callbacks: {sly: '${what}'}}", "hydra.callbacks.sly"),
-        ("hydra: {callbacks: {sly: {_target_: '${seed}'}}}", "is not a dotted name"),
+        ("what: {_target_: a.b}\nhydra: {callbacks: {evil: '${what}'}}", "hydra.callbacks.evil"),
+        ("hydra: {callbacks: {evil: {_target_: '${seed}'}}}", "is not a dotted name"),
         ("hydra: {callbacks: '${oc.decode:\"{a: {_target_: os.system}}\"}'}", "hydra.callbacks="),
-        ("hydra: {job_logging: {handlers: {console: {level: '${name}'}}}}", "is written out"),
+        (
+            "hydra: {job_logging: {handlers: {console: {level: '${name}'}}}}",
+            "interpolations are not allowed in Hydra's logging",
+        ),
         ("hydra: {job_logging: {handlers: {console: {stream: cfg://a}}}}", "console.stream"),
         ("hydra: {job_logging: {handlers: {file: {filename: /tmp/a}}}}", "not in the run folder"),
         (
             "hydra: {job_logging: {handlers: {file: {filename: '${hydra.run.dir}/../../a'}}}}",
             "not in the run folder",
         ),
-        ("hydra: {output_subdir: ../../.ssh}", "is no folder inside the run's"),
-        ("hydra: {job: {name: ../a}}", "is no plain name"),
-        ("hydra: {job: {env_set: {LD_PRELOAD: ./sly.so}}}", "hydra.job.env_set.LD_PRELOAD"),
-        ("hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}", "on the command line only"),
-        ("hydra: {sweeper: {params: {trusted_targets: '[os]'}}}", "on the command line only"),
-        ("hydra: {sweeper: {params: {+hydra.job.env_set.A: b}}}", "on the command line only"),
-        ("hydra: {overrides: {task: ['trusted_targets=[os]']}}", "which was not typed"),
-        ("trusted_targets: [os]", "may be given on the command line only"),
+        ("hydra: {output_subdir: ../../.ssh}", "is not a folder inside the run folder"),
+        ("hydra: {job: {name: ../a}}", "is not a plain name"),
+        ("hydra: {job: {env_set: {LD_PRELOAD: ./evil.so}}}", "hydra.job.env_set.LD_PRELOAD"),
+        (
+            "hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}",
+            "can only be set on the command line",
+        ),
+        (
+            "hydra: {sweeper: {params: {trusted_targets: '[os]'}}}",
+            "can only be set on the command line",
+        ),
+        (
+            "hydra: {sweeper: {params: {+hydra.job.env_set.A: b}}}",
+            "can only be set on the command line",
+        ),
+        (
+            "hydra: {overrides: {task: ['trusted_targets=[os]']}}",
+            "which is not on the command line",
+        ),
+        ("trusted_targets: [os]", "can only be set on the command line"),
     ],
 )
-def test_what_hydra_would_act_on_is_refused(stranger: Path, text: str, said: str) -> None:
-    assert said in refused(stranger, text)
+def test_hydra_setting_in_config_file_is_refused(
+    untrusted_dir: Path, text: str, message: str
+) -> None:
+    assert message in refusal(untrusted_dir, text)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("hydra.searchpath=[pkg://trap]",),
         ("--config-dir", "conf", "--config-name", "primary"),
         ("--config-path", "pkg://trap"),
     ],
 )
-def test_a_package_to_be_searched_is_not_imported(stranger: Path, words: tuple[str, ...]) -> None:
+def test_searchpath_package_is_not_imported(
+    untrusted_dir: Path, arguments: tuple[str, ...]
+) -> None:
     text = "hydra: {searchpath: ['pkg://trap']}\n"
-    (stranger / "conf" / "primary.yaml").write_text(text)
+    (untrusted_dir / "conf" / "primary.yaml").write_text(text)
     with pytest.raises(ConfigError, match="pkg:"):
-        mistakes_in(*words)
-    assert not (stranger / "trap" / "sprung").exists()
+        config_issues(*arguments)
+    assert not (untrusted_dir / "trap" / "imported").exists()
 
 
-@pytest.mark.usefixtures("stranger")
-def test_what_the_user_trusts_is_used() -> None:
+@pytest.mark.usefixtures("untrusted_dir")
+def test_hydra_callback_with_trusted_target_is_allowed() -> None:
     node = "+hydra.callbacks.mine._target_=trap.Part"
-    assert mistakes_in(node, "trusted_targets=[trap]") == []
+    assert config_issues(node, "trusted_targets=[trap]") == []
     with pytest.raises(ConfigError, match=r"mine\._target_='trap\.Part' is not allowed"):
-        mistakes_in(node)
+        config_issues(node)
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("-m", "seed=0,1", "hydra/launcher=pool"),
         ("-m", "seed=0,1", "hydra/sweeper=optuna", "hydra/sweeper/pruner=median"),
@@ -141,36 +172,40 @@ def test_what_the_user_trusts_is_used() -> None:
         ("+hydra.job.env_set.OMP_NUM_THREADS='1'", "hydra.job_logging.handlers.file.filename=/a"),
     ],
 )
-def test_what_hydra_itself_brings_is_used(words: tuple[str, ...]) -> None:
-    assert mistakes_in(*words) == []
+def test_hydra_builtin_options_are_allowed(arguments: tuple[str, ...]) -> None:
+    assert config_issues(*arguments) == []
 
 
-def test_the_command_refuses_before_anything_is_written(
-    app: Callable[..., Ran], tmp_path: Path
+def test_command_with_untrusted_callback_writes_nothing(
+    app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    (tmp_path / "trap.py").write_text(TRAP)
+    (tmp_path / "trap.py").write_text(MARKER_MODULE)
     (tmp_path / "conf").mkdir()
-    text = "# @package _global_\nhydra: {callbacks: {sly: {_target_: trap.Part}}}\n"
-    (tmp_path / "conf" / "sly.yaml").write_text(text)
+    text = "# @package _global_\nhydra: {callbacks: {evil: {_target_: trap.Part}}}\n"
+    (tmp_path / "conf" / "untrusted.yaml").write_text(text)
     before = sorted(tmp_path.rglob("*"))
-    for words in ((), ("-m", "seed=0,1")):
-        ran = app("--config-dir", "conf", "+sly@_global_=sly", "model=mlp", *words)
-        ran = ran if ran.code == 2 else app("--config-dir", "conf", "+experiment=sly", *words)
+    for arguments in ((), ("-m", "seed=0,1")):
+        ran = app("--config-dir", "conf", "+untrusted@_global_=untrusted", "model=mlp", *arguments)
+        ran = (
+            ran
+            if ran.code == 2
+            else app("--config-dir", "conf", "+experiment=untrusted", *arguments)
+        )
         assert ran.code == 2
         assert "Traceback" not in ran.err
     assert before == sorted(tmp_path.rglob("*"))
 
 
-def test_a_pickle_is_not_run_again(app: Callable[..., Ran]) -> None:
+def test_experimental_rerun_is_refused(app: Callable[..., RunResult]) -> None:
     ran = app("--experimental-rerun", "config.pickle")
     assert ran.code == 2
-    assert "would run the code in a pickle" in ran.err
+    assert "would execute code from a pickle file" in ran.err
 
 
-# ---- too big, too deep, without end
+# ---- size and depth limits
 
 
-LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+BILLION_LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
 DOUBLES = "".join(f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(60)) + "x60: ha\n"
@@ -178,127 +213,137 @@ LISTS = "".join(f"x{n}: ['${{x{n + 1}}}', '${{x{n + 1}}}']\n" for n in range(60)
 KEYS = "one: a\nx0: '${t.${one}}${t.${one}}'\nt: {a: '${x1}'}\n" + "".join(
     f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(1, 60)
 )
-TOO_MUCH = {
-    "laughs": (LAUGHS, "holds more than 20,000 values"),
-    "deep": ("x: " + "[" * 10_000 + "]" * 10_000, "inside one another"),
-    "deep groups": ("x: " + "{a: " * 10_000 + "}" * 10_000, "inside one another"),
+TOO_LARGE = {
+    "billion laughs": (BILLION_LAUGHS, "contains more than 20,000 values"),
+    "deep": ("x: " + "[" * 10_000 + "]" * 10_000, "lists and groups more than 64 deep"),
+    "deep groups": ("x: " + "{a: " * 10_000 + "}" * 10_000, "lists and groups more than 64 deep"),
     "deep aliases": (
         "a0: &a0 [1]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 200)),
-        "inside one another",
+        "lists and groups more than 64 deep",
     ),
-    "alias of itself": ("x: &x [*x]", "stands inside what it repeats"),
+    "alias of itself": ("x: &x [*x]", "refers to itself"),
     "long": ("x: " + "y" * 1_100_000, "bytes; allowed: 1,000,000"),
-    "many": ("x: [" + "1, " * 30_000 + "]", "holds more than 20,000 values"),
+    "many": ("x: [" + "1, " * 30_000 + "]", "contains more than 20,000 values"),
     "no yaml": ("x: [1", "cannot be read"),
     "no text": ("x: \0", "cannot be read"),
-    "python": ("x: !!python/object/apply:os.system [touch sprung]", "cannot be read"),
+    "python": ("x: !!python/object/apply:os.system [touch imported]", "cannot be read"),
     "big number": ("x: " + "9" * 10_000, "cannot be read"),
-    "doubles": (DOUBLES, "would become more than 1,000,000 characters"),
-    "lists": (LISTS, "would become more than 1,000,000 characters"),
-    "keys": (KEYS, "would become more than 1,000,000 characters"),
-    "cycle": ("x: '${y}'\ny: '${x}'", "is made of itself"),
-    "cycle of groups": ("x: {y: '${x}'}", "is made of itself"),
-    "cycle of relatives": ("x: {y: {z: '${..y}'}}", "is made of itself"),
+    "doubles": (DOUBLES, "would expand to more than 1,000,000 characters"),
+    "lists": (LISTS, "would expand to more than 1,000,000 characters"),
+    "keys": (KEYS, "would expand to more than 1,000,000 characters"),
+    "cycle": ("x: '${y}'\ny: '${x}'", "refers to itself through its interpolations"),
+    "cycle of groups": ("x: {y: '${x}'}", "refers to itself through its interpolations"),
+    "cycle of relatives": ("x: {y: {z: '${..y}'}}", "refers to itself through its interpolations"),
     "chain": (
         "".join(f"x{n}: '${{x{n + 1}}}'\n" for n in range(500)) + "x500: 1\n",
-        f"more than {DEEPEST} times",
+        f"more than {MAX_NESTING} interpolations",
     ),
 }
 
 
-@pytest.mark.parametrize("case", TOO_MUCH)
-def test_a_file_that_is_too_much_is_named(stranger: Path, case: str) -> None:
-    text, said = TOO_MUCH[case]
-    found = refused(stranger, text)
-    assert said in found
-    assert len(found.splitlines()) == 1
-    assert len(found) < 1_000
+@pytest.mark.parametrize("case", TOO_LARGE)
+def test_file_over_limit_is_refused_in_one_line(untrusted_dir: Path, case: str) -> None:
+    text, message = TOO_LARGE[case]
+    issues = refusal(untrusted_dir, text)
+    assert message in issues
+    assert len(issues.splitlines()) == 1
+    assert len(issues) < 1_000
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("override", "message"),
     [
         ("x=" + "[" * 10_000, "allowed: 10,000"),
-        ("x=" + "[" * 1_000, "opens more than 64 brackets"),
-        ("x=" + "{a:" * 1_000, "opens more than 64 brackets"),
-        ("x=" + "${" * 1_000, "opens more than 64 brackets"),
+        ("x=" + "[" * 1_000, "nests brackets more than 64 deep"),
+        ("x=" + "{a:" * 1_000, "nests brackets more than 64 deep"),
+        ("x=" + "${" * 1_000, "nests brackets more than 64 deep"),
         ("x=" + "y" * 100_000, "has 100,002 characters; allowed: 10,000"),
     ],
 )
-def test_a_word_that_is_too_much_is_named(word: str, said: str) -> None:
+def test_override_over_limit_is_refused_in_one_line(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        mistakes_in(word)
-    assert said in str(caught.value)
+        config_issues(override)
+    assert message in str(caught.value)
     assert len(str(caught.value)) < 1_000
 
 
-@pytest.mark.parametrize("words", [("--cfg", "job", "--resolve"), ("--help",), ()])
-def test_the_command_ends_at_once(
-    app: Callable[..., Ran], tmp_path: Path, words: tuple[str, ...]
+@pytest.mark.parametrize("overrides", [("--cfg", "job", "--resolve"), ("--help",), ()])
+def test_command_with_exponential_config_exits_at_once(
+    app: Callable[..., RunResult], tmp_path: Path, arguments: tuple[str, ...]
 ) -> None:
     (tmp_path / "conf" / "experiment").mkdir(parents=True)
-    (tmp_path / "conf" / "experiment" / "sly.yaml").write_text(f"# @package _global_\n{DOUBLES}")
-    ran = app("--config-dir", "conf", "experiment=sly", *words)
+    (tmp_path / "conf" / "experiment" / "untrusted.yaml").write_text(
+        f"# @package _global_\n{DOUBLES}"
+    )
+    ran = app("--config-dir", "conf", "experiment=untrusted", *arguments)
     assert ran.code == 2
-    assert "would become more than 1,000,000 characters" in ran.err
+    assert "would expand to more than 1,000,000 characters" in ran.err
     assert "Traceback" not in ran.err
     assert not (tmp_path / "outputs").exists()
 
 
-def test_what_is_long_but_bearable_is_read(stranger: Path) -> None:
+def test_long_config_within_limits_is_accepted(untrusted_dir: Path) -> None:
     names = ", ".join(f"a{n}" for n in range(2_000))
     text = (
         f"# @package _global_\ntags: [{names}]\nnotes: '{'x' * 20_000} ${{seed}} ${{data.name}}'\n"
     )
-    path = stranger / "conf" / "experiment" / "fine.yaml"
+    path = untrusted_dir / "conf" / "experiment" / "fine.yaml"
     path.parent.mkdir()
     path.write_text(text)
-    assert mistakes_in("--config-dir", "conf", "experiment=fine") == []
+    assert config_issues("--config-dir", "conf", "experiment=fine") == []
 
 
-# ---- the folder of a stranger's sweep
+# ---- sweep folders
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A sweep of one job."""
-    cwd = tmp_path_factory.mktemp("ended")
+def finished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a finished sweep with one job."""
+    cwd = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        assert in_this_process(cwd, patch)("seed=0", "trainer.max_epochs=1") == 0
-    return folder_of(cwd)
+        assert sweep_runner(cwd, patch)("seed=0", "trainer.max_epochs=1") == 0
+    return sweep_folder(cwd)
 
 
 @pytest.fixture
-def swept(ended: Path, tmp_path: Path) -> Path:
-    """The same, whose job is to run again."""
-    folder = Path(shutil.copytree(ended, tmp_path / "swept"))
+def sweep_to_resume(finished_sweep: Path, tmp_path: Path) -> Path:
+    """Copy of the finished sweep whose job has to run again."""
+    folder = Path(shutil.copytree(finished_sweep, tmp_path / "swept"))
     (job,) = (path for path in folder.iterdir() if path.name.startswith("0_"))
     shutil.rmtree(job)
     return folder
 
 
-def changed(folder: Path, name: str, change: Callable[[str], str]) -> None:
+def change_file(folder: Path, name: str, change: Callable[[str], str]) -> None:
     (path,) = (folder / ".sweep").glob(name)
     path.write_text(change(path.read_text()))
 
 
-def with_word(word: str) -> Callable[[str], str]:
+def add_override(override: str) -> Callable[[str], str]:
     def change(text: str) -> str:
         content = json.loads(text)
-        content["words"].append(word)
-        content["jobs"][0]["words"].append(word)
+        content["words"].append(override)
+        content["jobs"][0]["words"].append(override)
         return json.dumps(content)
 
     return change
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
-        ("sweep.json", with_word("trusted_targets=[os]"), "begun with trusted_targets=[os]"),
-        ("sweep.json", with_word("+hydra.job.env_set.A=b"), "begun with +hydra.job.env_set.A=b"),
-        ("sweep.json", with_word("hydra.searchpath=[pkg://a]"), "begun with hydra.searchpath"),
-        ("sweep.json", lambda text: text.replace('"folder": "', '"folder": "../../'), "no folder"),
+        ("sweep.json", add_override("trusted_targets=[os]"), "started with trusted_targets=[os]"),
+        (
+            "sweep.json",
+            add_override("+hydra.job.env_set.A=b"),
+            "started with +hydra.job.env_set.A=b",
+        ),
+        ("sweep.json", add_override("hydra.searchpath=[pkg://a]"), "started with hydra.searchpath"),
+        (
+            "sweep.json",
+            lambda text: text.replace('"folder": "', '"folder": "../../'),
+            "not the name of a job folder",
+        ),
         ("sweep.json", lambda text: text[:50], "is damaged"),
         (
             "conf/*/model/mlp.yaml",
@@ -310,28 +355,34 @@ def with_word(word: str) -> Callable[[str], str]:
             lambda text: text.replace("logging.FileHandler", "os.system"),
             "'os.system' is not allowed",
         ),
-        ("conf/*/config.yaml", lambda text: f"{text}\nbomb: {'[' * 500}", "inside one another"),
+        (
+            "conf/*/config.yaml",
+            lambda text: f"{text}\nbomb: {'[' * 500}",
+            "lists and groups more than 64 deep",
+        ),
     ],
 )
-def test_a_strangers_sweep_is_refused(
-    swept: Path,
-    sweep: Sweeps,
+def test_resume_sweep_with_untrusted_changes_is_refused(
+    sweep_to_resume: Path,
+    sweep: RunSweep,
     capfd: pytest.CaptureFixture[str],
     name: str,
     change: Callable[[str], str],
-    said: str,
+    message: str,
 ) -> None:
-    changed(swept, name, change)
-    before = sorted(swept.rglob("*"))
+    change_file(sweep_to_resume, name, change)
+    before = sorted(sweep_to_resume.rglob("*"))
     capfd.readouterr()
-    assert sweep(f"sweep.resume={swept}", short=False) == 2
+    assert sweep(f"sweep.resume={sweep_to_resume}", short=False) == 2
     err = capfd.readouterr().err
-    assert said in err
+    assert message in err
     assert "Traceback" not in err
-    assert before == sorted(swept.rglob("*"))
+    assert before == sorted(sweep_to_resume.rglob("*"))
 
 
-def test_ones_own_sweep_goes_on(swept: Path, sweep: Sweeps) -> None:
-    changed(swept, "sweep.json", with_word("trusted_targets=[sweep_task]"))
-    words = (f"sweep.resume={swept}", "trusted_targets=[sweep_task]")
-    assert sweep(*words, short=False) == 0
+def test_resume_sweep_with_trusted_targets_given_again_is_accepted(
+    sweep_to_resume: Path, sweep: RunSweep
+) -> None:
+    change_file(sweep_to_resume, "sweep.json", add_override("trusted_targets=[sweep_task]"))
+    arguments = (f"sweep.resume={sweep_to_resume}", "trusted_targets=[sweep_task]")
+    assert sweep(*arguments, short=False) == 0
