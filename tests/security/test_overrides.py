@@ -1,4 +1,4 @@
-"""Whatever is typed or written in a file: a job or a clear error, and nothing else happens."""
+"""Random overrides and configuration files give a job or a clear error, without side effects."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ VALUES = (
     *("\u200b", "日本", "\U0001f600", "\\", '"', "#", "&a", "*a", "!!python/name:os.system", "@"),
 )
 PREFIXES = ("", "", "", "+", "++", "~")
+GROUPS = ("model", "data", "optimizer", "scheduler", "loss", "metric", "experiment", "trainer")
 
 trees = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 3) | st.floats() | st.sampled_from(VALUES),
@@ -69,13 +70,13 @@ keys = (
     )
 )
 values = st.sampled_from(VALUES) | st.text(max_size=12) | trees.map(str)
-likely = st.builds(
+known_key_overrides = st.builds(
     "{}{}={}".format, st.sampled_from(PREFIXES), st.sampled_from(KEYS), st.sampled_from(VALUES)
 )
-words = st.lists(
-    likely
-    | likely
-    | likely
+override_lists = st.lists(
+    known_key_overrides
+    | known_key_overrides
+    | known_key_overrides
     | st.builds("{}{}={}".format, st.sampled_from(PREFIXES), keys, values)
     | st.builds("~{}".format, keys)
     | st.text(max_size=12).filter(lambda text: not text.startswith("-")),
@@ -85,28 +86,28 @@ words = st.lists(
 
 
 @st.composite
-def files(draw: st.DrawFn) -> tuple[str, str]:
-    """The name of a configuration file, and its text with something changed."""
+def changed_files(draw: st.DrawFn) -> tuple[str, str]:
+    """Return the name of a configuration file, and its text with random changes."""
     path = draw(st.sampled_from(FILES))
     lines = path.read_text().splitlines()
     for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.integers(0, len(lines) - 1)) if lines else 0
-        how = draw(st.sampled_from(("cut", "value", "add", "text")))
-        if how == "cut" and lines:
-            del lines[place]
-        elif how == "value" and lines:
-            lines[place] = f"{lines[place].partition(':')[0]}: {draw(values)}"
-        elif how == "add":
-            lines.insert(place, f"{draw(keys)}: {draw(values)}")
+        index = draw(st.integers(0, len(lines) - 1)) if lines else 0
+        change = draw(st.sampled_from(("delete", "value", "add", "text")))
+        if change == "delete" and lines:
+            del lines[index]
+        elif change == "value" and lines:
+            lines[index] = f"{lines[index].partition(':')[0]}: {draw(values)}"
+        elif change == "add":
+            lines.insert(index, f"{draw(keys)}: {draw(values)}")
         else:
-            lines.insert(place, draw(st.text(max_size=20)))
+            lines.insert(index, draw(st.text(max_size=20)))
     return str(path.relative_to(CONF)), "\n".join(lines)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a module would leave a file if it were imported."""
-    folder = tmp_path_factory.mktemp("place")
+def marker_dir(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with a package that creates a file when it is imported."""
+    folder = tmp_path_factory.mktemp("marker")
     (folder / "trap").mkdir()
     code = "from pathlib import Path\nPath(__file__).with_name('was_here').touch()\n"
     (folder / "trap" / "__init__.py").write_text(code)
@@ -116,61 +117,66 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def composed(place: Path, *typed: str) -> None:
-    """Composes and checks, which must do nothing else."""
+def check_preflight(marker_dir: Path, *arguments: str) -> None:
+    """Compose and validate, and check that no file was created or removed."""
     resolvers.register()
-    with chdir(place):
-        before = sorted(place.rglob("*"))
+    with chdir(marker_dir):
+        before = sorted(marker_dir.rglob("*"))
         try:
-            preflight(get_args_parser().parse_args(list(typed)))
+            preflight(get_args_parser().parse_args(list(arguments)))
         except (UserError, SystemExit) as error:
             assert not isinstance(error, UserError) or str(error)
-        assert sorted(place.rglob("*")) == before
+        assert sorted(marker_dir.rglob("*")) == before
 
 
-def of_words(place: Path, typed: list[str]) -> None:
-    flags = ["-m"] if len(typed) == 2 else []
-    composed(place, *flags, "--", "model=mlp", *typed)
+def check_overrides(marker_dir: Path, overrides: list[str]) -> None:
+    flags = ["-m"] if len(overrides) == 2 else []
+    check_preflight(marker_dir, *flags, "--", "model=mlp", *overrides)
 
 
-def of_file(place: Path, file: tuple[str, str]) -> None:
+def check_file(marker_dir: Path, file: tuple[str, str]) -> None:
     name, text = file
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, name)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode("utf-8", "surrogatepass"))
         group, _, option = name.removesuffix(".yaml").rpartition("/")
-        chosen = [f"{group}={option}"] if group in OPEN else []
+        selection = [f"{group}={option}"] if group in GROUPS else []
         flags = ["--config-path", folder] if name == "config.yaml" else ["--config-dir", folder]
-        composed(place, *flags, *chosen)
-
-
-OPEN = ("model", "data", "optimizer", "scheduler", "loss", "metric", "experiment", "trainer")
+        check_preflight(marker_dir, *flags, *selection)
 
 
 @SHORT
-@given(typed=words)
-def test_whatever_is_typed(place: Path, typed: list[str]) -> None:
-    of_words(place, typed)
+@given(overrides=override_lists)
+def test_preflight_random_overrides_give_job_or_clear_error(
+    marker_dir: Path, overrides: list[str]
+) -> None:
+    check_overrides(marker_dir, overrides)
 
 
 @SHORT
-@given(file=files())
-def test_whatever_is_in_a_file(place: Path, file: tuple[str, str]) -> None:
-    of_file(place, file)
+@given(file=changed_files())
+def test_preflight_random_file_gives_job_or_clear_error(
+    marker_dir: Path, file: tuple[str, str]
+) -> None:
+    check_file(marker_dir, file)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3_000)
 @LONG
-@given(typed=words)
-def test_whatever_is_typed_at_length(place: Path, typed: list[str]) -> None:
-    of_words(place, typed)
+@given(overrides=override_lists)
+def test_preflight_many_random_overrides_give_job_or_clear_error(
+    marker_dir: Path, overrides: list[str]
+) -> None:
+    check_overrides(marker_dir, overrides)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(3_000)
 @LONG
-@given(file=files())
-def test_whatever_is_in_a_file_at_length(place: Path, file: tuple[str, str]) -> None:
-    of_file(place, file)
+@given(file=changed_files())
+def test_preflight_many_random_files_give_job_or_clear_error(
+    marker_dir: Path, file: tuple[str, str]
+) -> None:
+    check_file(marker_dir, file)
