@@ -69,7 +69,7 @@ def compute_time(run_folder: Path) -> float:
 def pool_overhead(folder: Path) -> float:
     """Return the overhead per job of the pool in seconds."""
     lines = (folder / "sweep" / "sweep.log").read_text().splitlines()
-    starts = [parse_time(line) for line in lines if re.search(r"job \d+ begins", line)]
+    starts = [parse_time(line) for line in lines if re.search(r"job \d+ started", line)]
     ends = [parse_time(line) for line in lines if re.search(r"job \d+ completed", line)]
     runs = [path.parent for path in (folder / "sweep").glob("*/summary_table.csv")]
     assert len(starts) == len(ends) == len(runs) == len(SEEDS)
