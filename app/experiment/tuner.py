@@ -38,7 +38,7 @@ from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task, check_step_output
 
 log = logging.getLogger(__name__)
-SMOOTHING = 0.05  # weight of the newest loss in the moving average
+LOSS_SMOOTHING = 0.05  # weight of the newest loss in the moving average
 DIVERGENCE_FACTOR = 4.0  # the search ends at this multiple of the lowest smoothed loss
 
 
@@ -74,8 +74,8 @@ def find_learning_rate(task: Task, train: BatchLoader, find: TunerConfig, folder
         with task.precision.autocast():
             loss = check_step_output(task, "train", task.train_step(batch)).values["loss"]
         losses.append(float(loss.value))  # type: ignore[union-attr]
-        average += SMOOTHING * (losses[-1] - average)
-        smoothed.append(average / (1 - (1 - SMOOTHING) ** step))
+        average += LOSS_SMOOTHING * (losses[-1] - average)
+        smoothed.append(average / (1 - (1 - LOSS_SMOOTHING) ** step))
         if has_diverged(smoothed):
             log.info("the loss diverges at a learning rate of %.3g", rate)
             break
@@ -90,7 +90,7 @@ def cycle_batches(train: BatchLoader) -> Iterator[Batch]:
     """Yield the batches of one epoch after another, without end.
 
     Raises:
-        UserError: The loader yields no batch.
+        UserError: The loader has no batches.
     """
     for epoch in count(1):
         empty = True
@@ -98,7 +98,7 @@ def cycle_batches(train: BatchLoader) -> Iterator[Batch]:
             empty = False
             yield batch
         if empty:
-            raise UserError("the train data yields no batches")
+            raise UserError("the train data has no batches")
 
 
 def has_diverged(smoothed: list[float]) -> bool:

@@ -21,7 +21,7 @@ History = Sequence[Row]
 StatusName = Literal[
     "running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"
 ]
-SMOOTHING = 0.3  # weight of the newest epoch in the expected duration of the next one
+EPOCH_TIME_SMOOTHING = 0.3  # weight of the newest epoch in the expected duration of the next one
 TIME_COLUMNS = ("epoch_time", "samples/s")
 
 
@@ -124,7 +124,7 @@ def _expected_epoch_time(history: History, stage: str) -> float:
     times = [float(row["epoch_time"]) for row in history if row["stage"] == stage]
     average = times[0] if times else 0.0
     for seconds in times[1:]:
-        average += SMOOTHING * (seconds - average)
+        average += EPOCH_TIME_SMOOTHING * (seconds - average)
     return average
 
 
