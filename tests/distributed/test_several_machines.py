@@ -165,8 +165,8 @@ def test_two_nodes_are_one_run(nodes: list[RunResult]) -> None:
     assert (first.folder / "logs" / "rank1.log").exists()
     stages = ("train_", "valid_", "test_", "")
     assert all((first.folder / f"{stage}summary_table.csv").exists() for stage in stages)
-    assert f"everything is in {first.folder}" in first.out
-    assert "everything is in" not in second.out
+    assert f"results are in {first.folder}" in first.out
+    assert "results are in" not in second.out
 
 
 def test_two_nodes_learn_what_one_process_learns(nodes: list[RunResult], alone: RunResult) -> None:
@@ -188,5 +188,5 @@ def test_two_nodes_learn_what_one_process_learns(nodes: list[RunResult], alone: 
 def test_a_mistake_is_said_once_and_ends_both_nodes(network: Network, tmp_path: Path) -> None:
     ran = run_nodes(network, tmp_path, "model=mlpp")
     assert all(node.code != 0 for node in ran)
-    assert "".join(node.out for node in ran).count("1 mistake in the configuration") == 1
+    assert "".join(node.out for node in ran).count("1 error in the configuration") == 1
     assert {path.name for path in tmp_path.iterdir()} == {"node0.txt", "node1.txt"}

@@ -57,7 +57,7 @@ def job_runner(home: Path, write_data: bool = True) -> Iterator[RunJob]:
                     run_experiment, job, folder, size, SILENT_LOGGING
                 ) if size > 1 else launch_inline(run_experiment, job, folder)
             except (RuntimeError, RankFailedError) as error:
-                assert "the rank broke" in str(error), error
+                assert "injected failure" in str(error), error
             return folder
 
         yield run
@@ -66,7 +66,7 @@ def job_runner(home: Path, write_data: bool = True) -> Iterator[RunJob]:
 def write_indexed_data(conf: Path) -> None:
     """Write a data configuration whose samples start with their own index."""
     (conf / "data").mkdir(parents=True)
-    source = "{_target_: faulty.Indexed, count: %d}"
+    source = "{_target_: faulty.IndexedDataset, count: %d}"
     (conf / "data" / "indexed.yaml").write_text(
         "defaults: [base/arrays@_here_, _self_]\n"
         "name: indexed\npath: null\nnum_classes: 2\ninput_shape: [4]\n"

@@ -46,7 +46,7 @@ class CheckpointRotation:
         self.valid = [self.folder / LAST_CHECKPOINT, *self.valid]
         for path in _checkpoint_files(self.folder.parent):
             if path not in self.valid:
-                maybe_crash("before_old_goes", path.name)
+                maybe_crash("before_remove_old", path.name)
                 remove_file(path)
 
     def _rotate(self) -> None:
@@ -55,7 +55,7 @@ class CheckpointRotation:
         kept = self.valid[: self.keep - 1]
         for number, path in reversed(list(enumerate(kept, start=1))):
             target = self.folder / rotated_name(number)
-            maybe_crash("before_old_moves", path.name)
+            maybe_crash("before_move_old", path.name)
             try:
                 path.replace(target)
             except OSError as error:
