@@ -64,7 +64,8 @@ def test_coming_from_name_is_importable(name: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_coming_from_file_exists_in_run_folder(trained_run: RunResult, file: str) -> None:
     root = trained_run.cwd if file == "outputs/" else trained_run.folder
-    assert (root / file.replace("epoch001_test", "epoch002_test")).exists()
+    tested_epoch = trained_run.csv("test_summary_table.csv")["epoch"].iloc[0]
+    assert (root / file.replace("epoch001_test", f"epoch00{tested_epoch}_test")).exists()
 
 
 @pytest.mark.parametrize("overrides", OVERRIDES)
