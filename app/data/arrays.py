@@ -55,10 +55,8 @@ def _load(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             missing = [name for name in names if name not in file]
             if missing:
-                close = did_you_mean(missing[0], file)
-                raise UserError(
-                    f"{path}: no array {missing[0]!r}; it has: {join_choices(file)}{close}"
-                )
+                available, hint = join_choices(file), did_you_mean(missing[0], file)
+                raise UserError(f"{path}: no array {missing[0]!r}; available: {available}{hint}")
             return {name: file[name] for name in names}
     except UserError:
         raise
@@ -116,11 +114,9 @@ def csv(
     columns = features or [str(name) for name in table.columns if name != target]
     for name in [target, *columns]:
         if name not in table.columns:
-            has, close = (
-                join_choices(map(str, table.columns)),
-                did_you_mean(name, map(str, table.columns)),
-            )
-            raise UserError(f"{path}: no column {name!r}; it has: {has}{close}")
+            names = [str(column) for column in table.columns]
+            available, hint = join_choices(names), did_you_mean(name, names)
+            raise UserError(f"{path}: no column {name!r}; available: {available}{hint}")
     x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
     y = (
         _to_numbers(path, table[target])

@@ -8,8 +8,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from app.config.instantiate import Instantiator
-from app.config.rules import STAGES
-from app.config.schema import Config, DataConfig, TrainerConfig
+from app.config.schema import STAGES, Config, DataConfig, TrainerConfig
 from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader

@@ -66,8 +66,8 @@ def hugging_face(
     for column in (inputs, targets):
         if column not in rows.column_names:
             names = rows.column_names
-            allowed, hint = join_choices(names), did_you_mean(column, names)
-            raise UserError(f"{path}: no column {column!r}; it has: {allowed}{hint}")
+            available, hint = join_choices(names), did_you_mean(column, names)
+            raise UserError(f"{path}: no column {column!r}; available: {available}{hint}")
     transform = v2.Compose(list(transforms.values())) if transforms else None
     return HuggingFace(rows, inputs, targets, image_mode, transform)
 
@@ -196,7 +196,7 @@ def _select_split(saved: Any, path: str, split: str) -> Any:
     # A saved folder contains either several splits, or a single one that may have no name.
     splits = saved if isinstance(saved, dict) else {str(saved.split or "train"): saved}
     if split not in splits:
-        raise UserError(f"{path}: no split {split!r}; it has: {join_choices(splits)}")
+        raise UserError(f"{path}: no split {split!r}; available: {join_choices(splits)}")
     return splits[split]
 
 
