@@ -1,6 +1,6 @@
-"""Sweeps by the launchers of others: joblib, submitit (SLURM by a stand-in), Ray.
+"""Sweeps with third-party launchers: joblib, submitit (with a fake SLURM) and Ray.
 
-joblib ends its processes in Python's own order of shutting down, so it is driven by a cold command.
+joblib stops its processes when the interpreter shuts down, so its tests use a cold command.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tests.support.processes import (
     SUPPORT_DIR,
     Command,
     descendants,
-    wait_until_exited,
     status_of,
+    wait_until_exited,
     write_numbered_data,
 )
 from tests.support.runs import RunResult, run_cold
@@ -34,21 +34,19 @@ LAUNCHERS = {
     "submitit_local": ("hydra_plugins.hydra_submitit_launcher", []),
     "ray": (RAY, ["+hydra.launcher.ray.init.num_cpus=2"]),
 }
-
-
 SHORTER = ("trainer.max_epochs=1",)
 DONE, FAILED = ["completed"], ["failed"]
 
 
-def words_of(launcher: str) -> list[str]:
+def launcher_overrides(launcher: str) -> list[str]:
     plugin, words = LAUNCHERS[launcher]
     if find_spec(plugin) is None:
         pytest.skip(f"the launcher is not installed: {launcher}")
     return [f"hydra/launcher={launcher}", *words]
 
 
-def ended(process: Command) -> tuple[int, str]:
-    """Its exit code, and what it has printed; whatever is left of it is ended."""
+def wait_for_exit(process: Command) -> tuple[int, str]:
+    """Return the exit code and output of a command; kill what is left of its process group."""
     try:
         printed, _ = process.communicate(timeout=120)
         return process.returncode, printed
@@ -59,13 +57,13 @@ def ended(process: Command) -> tuple[int, str]:
 
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
-def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> None:
+def test_launcher_failed_job_other_jobs_complete(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     words = ("+task.fault=raise,nothing", "+task.fault_step=1", *SHORTER)
-    code, printed = ended(start_sweep(tmp_path, *words_of(launcher), *words))
+    code, printed = wait_for_exit(start_sweep(tmp_path, *launcher_overrides(launcher), *words))
     assert (code, job_statuses(sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
-    assert "gave up" not in printed
+    assert "the launcher failed" not in printed
     assert printed.count("job 1 completed") == 1
     assert "loss_mean" not in printed  # several jobs at once: each has its own log
     for job in job_folders(sweep_folder(tmp_path)):
@@ -73,7 +71,7 @@ def test_a_failed_job_does_not_end_the_others(launcher: str, tmp_path: Path) -> 
 
 
 @pytest.mark.long
-def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
+def test_joblib_killed_process_stops_sweep_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", "none:0:0")
@@ -81,14 +79,14 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
     words = (*readers, "trainer.devices=1,2", "+task.step_seconds=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
-    process = start_sweep(tmp_path, *words_of("joblib"), *words, flags=flags, cold=True)
+    process = start_sweep(tmp_path, *launcher_overrides("joblib"), *words, flags=flags, cold=True)
     pids = descendants(process.pid)
     os.kill(step_pids(tmp_path)[0], signal.SIGKILL)
-    code, printed = ended(process)
+    code, printed = wait_for_exit(process)
     sweep = sweep_folder(tmp_path)
     assert (code, job_statuses(sweep)[:1]) == (1, FAILED), printed
     assert "completed" not in job_statuses(sweep)
-    assert "the launcher gave up: TerminatedWorkerError" in printed
+    assert "the launcher failed: TerminatedWorkerError" in printed
     assert wait_until_exited(pids)
     ran = run_cold(tmp_path, *flags, "-m", f"sweep.resume={sweep}", PYTHONPATH=SUPPORT_DIR)
     assert (ran.code, job_statuses(sweep)) == (0, DONE * 2), ran.out + ran.err
@@ -97,69 +95,69 @@ def test_joblibs_processes_start_ranks_and_readers_and_killed_they_are_resumed(
 
 @pytest.mark.long
 @pytest.mark.parametrize("launcher", ["joblib", "ray"])
-def test_who_drives_is_told_to_stop_and_jobs_elsewhere_save_what_they_have(
+def test_launcher_sigint_to_driver_external_jobs_save_and_stop(
     launcher: str, tmp_path: Path
 ) -> None:
     words = ("seed=0,1,2", "+task.step_seconds=0.3")
-    process = start_sweep(tmp_path, *words_of(launcher), *words, steps=6, cold=True)
+    process = start_sweep(tmp_path, *launcher_overrides(launcher), *words, steps=6, cold=True)
     pids = descendants(process.pid)
-    os.kill(process.pid, signal.SIGINT)  # not to the jobs; on another machine they hear nothing
-    code, printed = ended(process)
+    os.kill(process.pid, signal.SIGINT)  # not to the jobs, which may be on another machine
+    code, printed = wait_for_exit(process)
     assert code == 130, printed
     assert wait_until_exited(pids)
     sweep = sweep_folder(tmp_path)
-    cut = [job for job in job_folders(sweep) if (job / "checkpoints" / "last.pt").exists()]
-    assert len(cut) >= 1
-    assert {status_of(job)["status"] for job in cut} <= {"interrupted", "preempted"}
+    interrupted = [job for job in job_folders(sweep) if (job / "checkpoints" / "last.pt").exists()]
+    assert len(interrupted) >= 1
+    assert {status_of(job)["status"] for job in interrupted} <= {"interrupted", "preempted"}
     assert "completed" not in job_statuses(sweep)
     assert f"python -m app -m sweep.resume={sweep}" in printed
 
 
 @pytest.mark.long
-def test_slurm_runs_an_array_and_a_job_that_is_told_saves_and_is_queued_again(
+def test_slurm_sigusr2_job_saves_and_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words_of("submitit_local")
-    here = tmp_path / "slurm"
-    slurm.install(here)
-    monkeypatch.setenv("PATH", f"{here}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("FAKE_SLURM", str(here))
+    launcher_overrides("submitit_local")
+    slurm_folder = tmp_path / "slurm"
+    slurm.install(slurm_folder)
+    monkeypatch.setenv("PATH", f"{slurm_folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE_SLURM", str(slurm_folder))
     words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.step_seconds=0.3")
     process = start_sweep(tmp_path, *words, *SHORTER, steps=1, cold=True)
-    until = time.monotonic() + 100
+    deadline = time.monotonic() + 100
     while len(set(step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
-        assert time.monotonic() < until
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    told = int((here / "process-1").read_text())
-    for pid in (told, *descendants(told)):  # SLURM tells all processes of a step
+    step_pid = int((slurm_folder / "process-1").read_text())
+    for pid in (step_pid, *descendants(step_pid)):  # SLURM signals all processes of a step
         os.kill(pid, signal.SIGUSR2)
-    code, printed = ended(process)
+    code, printed = wait_for_exit(process)
     sweep = sweep_folder(tmp_path)
     assert (code, job_statuses(sweep)) == (0, DONE * 2), printed
-    assert (here / "ended-4242_0").read_text() == "COMPLETED 1"
-    assert (here / "ended-4242_1").read_text() == "COMPLETED 2"
-    assert len(step_pids(tmp_path)) == 12 + 2 * 12  # none is made twice
+    assert (slurm_folder / "ended-4242_0").read_text() == "COMPLETED 1"
+    assert (slurm_folder / "ended-4242_1").read_text() == "COMPLETED 2"
+    assert len(step_pids(tmp_path)) == 12 + 2 * 12  # no step is repeated
     assert "job 1 preempted" in printed
     assert "job 1 completed" in printed
-    script = (here / "script").read_text()
-    asked = dict(re.findall(r"#SBATCH --([\w-]+)(?:=(.*))?", script))
-    wanted = {
+    script = (slurm_folder / "script").read_text()
+    options = dict(re.findall(r"#SBATCH --([\w-]+)(?:=(.*))?", script))
+    expected = {
         **{"array": "0-1%2", "nodes": "1", "ntasks-per-node": "1", "gpus-per-node": "1"},
         **{"cpus-per-task": "8", "mem": "32GB", "time": "240", "signal": "USR2@120"},
         **{"requeue": "", "open-mode": "append"},
     }
-    assert {key: asked.get(key) for key in wanted} == wanted
-    assert "partition" not in asked
+    assert {key: options.get(key) for key in expected} == expected
+    assert "partition" not in options
 
 
 @pytest.mark.skipif(find_spec(RAY) is not None, reason="Ray is installed")
-def test_a_launcher_that_is_not_installed_is_named_with_its_extra(
+def test_launcher_not_installed_error_names_extra(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     install = 'hydra/launcher=ray is not installed: pip install "torch-experiment-app[ray]"'
     (tmp_path / "conf" / "hydra" / "launcher").mkdir(parents=True)
     (tmp_path / "conf" / "hydra" / "launcher" / "mine.yaml").write_text("defaults: [ray]\n")
-    for option in ("ray", "mine"):  # itself, or by what is made from it
+    for option in ("ray", "mine"):  # directly, or through another config
         ran = app("--config-dir", "conf", "-m", f"hydra/launcher={option}", "seed=0,1")
         assert (ran.code, ran.out) == (2, "")
         assert ran.err == f"1 error in the configuration:\n  {install}\n"

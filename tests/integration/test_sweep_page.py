@@ -1,4 +1,4 @@
-"""The page and the pictures of a sweep: the page as a real browser shows it."""
+"""The page of a sweep in a real browser, and its plots."""
 
 from __future__ import annotations
 
@@ -19,13 +19,15 @@ from app.sweep.report.table import Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
 ACCURACY = MonitorConfig("accuracy", "max")
-QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-QUIETER = "--disable-component-update --disable-sync"
+QUIET_FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+)
+NO_SYNC_FLAGS = "--disable-component-update --disable-sync"
 Show = Callable[..., Any]
 
 
 def curves(*accuracies: float) -> pd.DataFrame:
-    """What a run with these validation accuracies has in its summary."""
+    """Return the summary table of a run with these validation accuracies."""
     return pd.DataFrame(
         [
             {"epoch": epoch, "stage": stage, "loss_mean": 1 - value, "accuracy": value}
@@ -36,13 +38,13 @@ def curves(*accuracies: float) -> pd.DataFrame:
 
 
 def run(job: int, status: str, best: float | None, **swept: object) -> dict[str, object]:
-    """A line of the table."""
+    """Return a row of the table."""
     measured = {"best_accuracy": best, "seconds": 12.3456, "peak_memory_bytes": 2**30}
     return {"job": job, "status": status, **swept, **measured, "folder": f"runs/{job}"}
 
 
 def results(*runs: dict[str, object], keys: tuple[str, ...] = ("optimizer.lr", "model")) -> Results:
-    """A sweep of these runs; those with a best value have curves of two epochs."""
+    """Return the results of a sweep; runs with a best value have curves of two epochs."""
     drawn = {
         str(each["folder"]): curves(best / 2, best)
         for each in runs
@@ -63,19 +65,19 @@ SWEEP = results(
 def chromium() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("there is no Chromium")
+    executable = next(filter(None, map(shutil.which, names)), None)
+    if executable is None:
+        pytest.skip("Chromium is not installed")
     with sync_api.sync_playwright() as playwright:
-        arguments = f"{QUIET} {QUIETER}".split()
-        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        arguments = f"{QUIET_FLAGS} {NO_SYNC_FLAGS}".split()
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
-    """Opens a page, and sees at the end that it loaded nothing and complained of nothing."""
+    """Open pages in the browser; finally check that they loaded and logged nothing."""
     file = tmp_path / "page.html"
     tab = chromium.new_page(viewport={"width": 1200, "height": 900})
     tab.set_default_timeout(20_000)
@@ -85,12 +87,12 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
     tab.on("console", lambda message: messages.append(message.text))
     tab.on("pageerror", lambda error: messages.append(str(error)))
 
-    def shown(of: Results, **figures: str) -> Any:
-        file.write_text(render_page(of, figures), encoding="utf-8")
+    def show_page(results: Results, **figures: str) -> Any:
+        file.write_text(render_page(results, figures), encoding="utf-8")
         tab.goto(file.as_uri())
         return tab
 
-    yield shown
+    yield show_page
     tab.wait_for_timeout(200)
     tab.close()
     assert requests == [file.as_uri()]
@@ -98,7 +100,7 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
 
 
 def column(tab: Any, name: str) -> list[str]:
-    """The column's texts, of the rows in sight, from the top."""
+    """Return the texts of a column in the visible rows, from the top."""
     names = tab.locator("#table th").evaluate_all("all => all.map(each => each.dataset.column)")
     cells = f"#table tbody tr:not([hidden]) td:nth-child({names.index(name) + 1})"
     texts: list[str] = tab.locator(cells).all_inner_texts()
@@ -110,13 +112,13 @@ def header(tab: Any, name: str) -> Any:
 
 
 def visible(tab: Any) -> list[str]:
-    """The names of the runs whose curves are in sight, in the order of drawing."""
+    """Return the names of the runs with visible curves, in drawing order."""
     script = "node => node.data.filter(each => each.visible).map(each => each.name.split(',')[0])"
     names: list[str] = tab.locator("#curves").evaluate(script)
     return names
 
 
-def test_the_best_run_is_named_and_comes_first(show: Show) -> None:
+def test_page_goal_max_highest_run_is_first(show: Show) -> None:
     tab = show(SWEEP)
     assert column(tab, "job") == ["2", "0", "10", "1"]
     assert column(tab, "best_accuracy") == ["0.9800", "0.9000", "0.7000", ""]
@@ -129,7 +131,7 @@ def test_the_best_run_is_named_and_comes_first(show: Show) -> None:
     assert tab.locator("#table td a").first.get_attribute("href") == "./runs/2"
 
 
-def test_with_a_goal_to_be_low_the_lowest_is_first(show: Show) -> None:
+def test_page_goal_min_lowest_run_is_first(show: Show) -> None:
     low = Results(
         SWEEP.title, SWEEP.table, SWEEP.keys, [MonitorConfig("accuracy", "min")], SWEEP.curves
     )
@@ -138,7 +140,7 @@ def test_with_a_goal_to_be_low_the_lowest_is_first(show: Show) -> None:
     assert "job=10," in tab.locator("#best").inner_text()
 
 
-def test_a_column_sorts_both_ways_with_missing_values_last(show: Show) -> None:
+def test_page_sort_both_directions_missing_values_last(show: Show) -> None:
     tab = show(SWEEP)
     assert header(tab, "best_accuracy").get_attribute("aria-sort") == "descending"
     header(tab, "best_accuracy").locator("button").click()
@@ -152,7 +154,7 @@ def test_a_column_sorts_both_ways_with_missing_values_last(show: Show) -> None:
     assert column(tab, "job") == ["10", "2", "1", "0"]
 
 
-def test_the_filter_hides_rows(show: Show) -> None:
+def test_page_filter_hides_rows_and_points(show: Show) -> None:
     tab = show(SWEEP)
     for words, jobs in {
         "FAILED": ["1"],
@@ -171,9 +173,9 @@ def test_the_filter_hides_rows(show: Show) -> None:
         assert points == len([job for job in jobs if job != "1"])
 
 
-def test_a_checkbox_toggles_its_run(show: Show) -> None:
+def test_page_checkbox_toggles_curve_of_run(show: Show) -> None:
     tab = show(SWEEP)
-    assert visible(tab) == ["job=10", "job=0", "job=2"]  # the best last, on top
+    assert visible(tab) == ["job=10", "job=0", "job=2"]  # the best run last, on top
     tab.get_by_label("curve of job=0,").uncheck()
     assert visible(tab) == ["job=10", "job=2"]
     assert tab.get_by_label("curve of job=1,").is_disabled()
@@ -184,7 +186,7 @@ def test_a_checkbox_toggles_its_run(show: Show) -> None:
     assert visible(tab) == ["job=10", "job=2"]
 
 
-def test_the_ten_best_are_drawn_first(show: Show) -> None:
+def test_page_many_runs_draws_ten_best_first(show: Show) -> None:
     many = [
         run(job, "completed", 0.5 + job / 100, **{"optimizer.lr": 0.1, "model": "mlp"})
         for job in range(15)
@@ -198,7 +200,7 @@ def test_the_ten_best_are_drawn_first(show: Show) -> None:
     assert visible(tab) == best
 
 
-def test_another_quantity_is_drawn(show: Show) -> None:
+def test_page_select_quantity_redraws_curves(show: Show) -> None:
     tab = show(SWEEP)
     assert tab.locator("#quantity").input_value() == "valid/accuracy"
     assert tab.locator("#curves .ytitle").text_content() == "valid/accuracy"
@@ -210,12 +212,12 @@ def test_another_quantity_is_drawn(show: Show) -> None:
     assert last == pytest.approx([0.51, 0.02], abs=1e-6)  # six digits
 
 
-def test_epochs_are_whole(show: Show) -> None:
+def test_page_epoch_axis_has_integer_ticks(show: Show) -> None:
     tab = show(SWEEP)
     assert tab.locator("#curves .xtick text").all_text_contents() == ["1", "2"]
 
 
-def test_hovering_names_the_run(show: Show) -> None:
+def test_page_hover_shows_run_and_value(show: Show) -> None:
     tab = show(SWEEP)
     tab.locator("#curves .points path").last.hover(force=True)
     text = tab.locator("#curves .hoverlayer").text_content()
@@ -223,13 +225,13 @@ def test_hovering_names_the_run(show: Show) -> None:
     assert "0.98" in text
 
 
-def test_keys_have_the_axes_of_their_values(show: Show) -> None:
+def test_page_key_axes_match_scales_of_values(show: Show) -> None:
     tab = show(SWEEP)
     axis = "node => [node.layout.xaxis.type, node.data[0].x]"
     assert tab.locator("#scatter").evaluate(axis) == ["log", [0.001, 0.1, 0.01]]
     tab.locator("#key").select_option("model")
     assert tab.locator("#scatter").evaluate(axis) == ["category", ["mlp", "cnn", "cnn"]]
-    # The worst first: of the keys and the metric, each from 0 to 1.
+    # Worst run first; heights on the axes of the keys and the metric, from 0 to 1.
     lines = tab.locator("#parallel").evaluate("node => node.data.map(each => each.y)")
     assert lines == [
         [pytest.approx(0.5), 1, 0],
@@ -244,7 +246,7 @@ def test_keys_have_the_axes_of_their_values(show: Show) -> None:
     assert [texts[2][0], texts[2][-1]] == ["0.7000", "0.9800"]
 
 
-def test_a_dark_page_has_dark_plots(show: Show) -> None:
+def test_page_dark_mode_changes_plot_colors(show: Show) -> None:
     tab = show(SWEEP)
     paper = "node => node._fullLayout.paper_bgcolor"
     light = tab.locator("#curves").evaluate(paper)
@@ -253,10 +255,10 @@ def test_a_dark_page_has_dark_plots(show: Show) -> None:
     assert tab.locator("#parallel").evaluate(paper) != light
 
 
-def test_a_narrow_page_does_not_scroll_sideways(show: Show) -> None:
+def test_page_narrow_window_has_no_horizontal_scroll(show: Show) -> None:
     tab = show(SWEEP)
     tab.set_viewport_size({"width": 360, "height": 700})
-    # Waits inside the page: its policy forbids what `wait_for_function` does.
+    # Wait inside the page: its policy blocks `wait_for_function`.
     width = tab.locator("#curves svg").first.evaluate(
         """async (node) => {
           for (let frame = 0; node.clientWidth >= 360 && frame < 300; frame += 1)
@@ -268,13 +270,13 @@ def test_a_narrow_page_does_not_scroll_sideways(show: Show) -> None:
     assert tab.evaluate("document.documentElement.scrollWidth") <= 360
 
 
-def test_nothing_that_users_wrote_is_run(show: Show) -> None:
+def test_page_hostile_texts_are_shown_but_not_run(show: Show) -> None:
     line = run(0, HOSTILE, 0.9, **{HOSTILE: HOSTILE, "model": "mlp"}) | {"error": HOSTILE}
     line["folder"] = "javascript:window.hacked=3"
     other = run(1, "completed", 0.8, **{HOSTILE: "b", "model": "cnn"})
-    made = results(line, other, keys=(HOSTILE, "model"))
-    made.curves["javascript:window.hacked=3"]["loss_mean"] = 1.0
-    hostile = Results(HOSTILE, made.table, made.keys, [ACCURACY], made.curves)
+    swept = results(line, other, keys=(HOSTILE, "model"))
+    swept.curves["javascript:window.hacked=3"]["loss_mean"] = 1.0
+    hostile = Results(HOSTILE, swept.table, swept.keys, [ACCURACY], swept.curves)
     figure = go.Figure(go.Bar(x=[HOSTILE, "b"], y=[1, 2], name=HOSTILE, showlegend=True))
     tab = show(hostile, **{HOSTILE: figure.to_json()})
     for link in tab.locator("main a, header a").all():
@@ -289,13 +291,15 @@ def test_nothing_that_users_wrote_is_run(show: Show) -> None:
     assert tab.locator("h1").inner_text() == HOSTILE
     assert tab.locator("#figures h3").inner_text() == HOSTILE
     assert column(tab, "error") == [HOSTILE]
-    # Plotly would read its own few tags: the texts must stand there as they were written.
+    # Plotly interprets a few tags, so check that the texts are shown as written.
     assert f"job=0, {HOSTILE}"[:44] in tab.locator("#curves .legend").text_content()
     assert f"job=0, {HOSTILE}={HOSTILE}" in tab.locator("#curves .hoverlayer").text_content()
     assert HOSTILE[:44] in tab.locator("#parallel").text_content()
 
 
-def test_the_policy_lets_nothing_else_run_or_load(chromium: Any, tmp_path: Path) -> None:
+def test_page_content_security_policy_blocks_scripts_and_requests(
+    chromium: Any, tmp_path: Path
+) -> None:
     (tmp_path / "page.html").write_text(render_page(SWEEP, {}), encoding="utf-8")
     tab = chromium.new_page()
     tab.goto((tmp_path / "page.html").as_uri())
@@ -318,12 +322,12 @@ def test_the_policy_lets_nothing_else_run_or_load(chromium: Any, tmp_path: Path)
     tab.close()
 
 
-def test_numbers_that_json_does_not_have_are_missing(show: Show) -> None:
+def test_page_nan_and_infinity_are_missing_values(show: Show) -> None:
     keys = {"optimizer.lr": math.nan, "model": None}
     lines = [run(0, "completed", math.inf, **keys), run(1, "failed", math.nan, **keys)]
-    made = results(*lines, run(2, "completed", 0.5, **{"optimizer.lr": 0.1, "model": "mlp"}))
-    made.curves["runs/0"] = curves(0.1, math.nan, -math.inf)
-    tab = show(made, broken='{"data": [{"y": [1, NaN, Infinity]}], "layout": {}}')
+    swept = results(*lines, run(2, "completed", 0.5, **{"optimizer.lr": 0.1, "model": "mlp"}))
+    swept.curves["runs/0"] = curves(0.1, math.nan, -math.inf)
+    tab = show(swept, broken='{"data": [{"y": [1, NaN, Infinity]}], "layout": {}}')
     assert column(tab, "job")[0] == "2"
     assert column(tab, "best_accuracy") == ["0.5000", "", ""]
     ys = tab.locator("#curves").evaluate("node => node.data.map(each => each.y)")
@@ -332,7 +336,7 @@ def test_numbers_that_json_does_not_have_are_missing(show: Show) -> None:
 
 
 @pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[:0]])
-def test_an_empty_sweep_says_so(show: Show, table: pd.DataFrame) -> None:
+def test_page_empty_sweep_shows_notes(show: Show, table: pd.DataFrame) -> None:
     tab = show(Results("nothing", table, ["model"], [ACCURACY], {}))
     assert tab.locator("#table-note").is_visible()
     assert tab.locator("#curves-note").is_visible()
@@ -340,14 +344,14 @@ def test_an_empty_sweep_says_so(show: Show, table: pd.DataFrame) -> None:
     assert tab.locator(".js-plotly-plot").count() == 0
 
 
-def test_runs_without_a_value_say_so(show: Show) -> None:
+def test_page_runs_without_value_shows_notes(show: Show) -> None:
     tab = show(results(run(3, "pending", None, **{"optimizer.lr": 0.1, "model": "mlp"})))
     assert column(tab, "job") == ["3"]
     assert tab.locator("#curves-note").is_visible()
     assert tab.locator("#keys-note").is_visible()
 
 
-def test_a_sweep_of_one_run_is_drawn(show: Show) -> None:
+def test_page_single_run_is_drawn(show: Show) -> None:
     tab = show(results(run(0, "running", 0.9, **{"optimizer.lr": 0.1, "model": "mlp"})))
     assert tab.locator("#counts").inner_text().startswith("1 run\n")
     assert visible(tab) == ["job=0"]
@@ -355,7 +359,7 @@ def test_a_sweep_of_one_run_is_drawn(show: Show) -> None:
     assert not tab.locator("#keys-note").is_visible()
 
 
-def test_a_sweep_of_several_goals_is_drawn_against_each(show: Show) -> None:
+def test_page_several_goals_can_be_selected(show: Show) -> None:
     table = SWEEP.table.assign(**{"best_train/loss": [0.3, None, 0.2, 0.1]})
     goals = [ACCURACY, MonitorConfig("train/loss", "min")]
     tab = show(Results("two goals", table, SWEEP.keys, goals, SWEEP.curves))
@@ -364,13 +368,13 @@ def test_a_sweep_of_several_goals_is_drawn_against_each(show: Show) -> None:
     assert tab.locator("#scatter").evaluate("node => node.data[0].y") == [0.3, 0.2, 0.1]
 
 
-def test_a_sweep_without_a_goal_still_has_a_table(show: Show) -> None:
+def test_page_without_goal_still_has_table(show: Show) -> None:
     tab = show(Results("no goal", SWEEP.table, SWEEP.keys, [], SWEEP.curves))
     assert column(tab, "job") == ["0", "1", "2", "10"]
     assert visible(tab) != []
 
 
-def test_given_figures_are_drawn_at_the_end(show: Show) -> None:
+def test_page_given_figures_are_drawn(show: Show) -> None:
     figure = go.Figure(go.Scatter(x=[0, 1, 2], y=[0.1, 0.5, 0.7], mode="markers"))
     tab = show(SWEEP, history=figure.to_json())
     assert tab.locator("#figures h3").all_inner_texts() == ["history"]
@@ -394,22 +398,22 @@ SEEDS = results(
 )
 
 
-def test_pictures_are_the_curves_and_one_for_each_key() -> None:
-    drawn = make_plots(SEEDS)
-    assert list(drawn) == ["curves.png", "by_optimizer.lr.png", "by_model.png", "by_seed.png"]
+def test_make_plots_returns_curves_and_one_plot_per_key() -> None:
+    plots = make_plots(SEEDS)
+    assert list(plots) == ["curves.png", "by_optimizer.lr.png", "by_model.png", "by_seed.png"]
 
 
-def test_pictures_have_names_that_are_files() -> None:
+def test_make_plots_key_with_slash_has_safe_file_name() -> None:
     lines = run(0, "completed", 0.9, **{"+a/b c": 1}), run(1, "completed", 0.8, **{"+a/b c": 2})
     assert list(make_plots(results(*lines, keys=("+a/b c",)))) == ["curves.png", "by_+a_b_c.png"]
 
 
 @pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[1:2]])
-def test_nothing_finished_gives_no_pictures(table: pd.DataFrame) -> None:
+def test_make_plots_without_values_returns_nothing(table: pd.DataFrame) -> None:
     assert make_plots(Results("nothing", table, ["model"], [ACCURACY], {})) == {}
 
 
-def test_the_picture_of_the_curves_has_a_line_for_each_run() -> None:
+def test_plot_curves_has_line_per_run() -> None:
     axes = make_plots(SWEEP)["curves.png"].axes[0]
     assert [list(line.get_ydata()) for line in axes.lines] == [
         [0.45, 0.9], [0.49, 0.98], [0.35, 0.7],
@@ -420,12 +424,12 @@ def test_the_picture_of_the_curves_has_a_line_for_each_run() -> None:
     assert legend.get_texts()[1].get_text() == "job=2, optimizer.lr=0.1, model=cnn (best)"
 
 
-def test_many_curves_have_no_legend() -> None:
+def test_plot_curves_many_runs_has_no_legend() -> None:
     many = [run(job, "completed", 0.5, model="mlp") for job in range(13)]
     assert make_plots(results(*many, keys=("model",)))["curves.png"].axes[0].get_legend() is None
 
 
-def test_points_stand_at_their_values_and_means_are_of_completed_runs() -> None:
+def test_plot_by_key_means_are_of_completed_runs() -> None:
     axes = make_plots(SEEDS)["by_optimizer.lr.png"].axes[0]
     completed, others, means, *_ = [line.get_xydata().tolist() for line in axes.lines]
     assert axes.get_xscale() == "log"
@@ -437,7 +441,7 @@ def test_points_stand_at_their_values_and_means_are_of_completed_runs() -> None:
     assert (high - low) / 2 == pytest.approx(0.1 / math.sqrt(2))
 
 
-def test_categories_stand_beside_each_other_and_seeds_have_no_mean() -> None:
+def test_plot_by_key_categories_have_ticks_and_seeds_no_means() -> None:
     by_model = make_plots(SWEEP)["by_model.png"].axes[0]
     assert [label.get_text() for label in by_model.get_xticklabels()] == ["mlp", "cnn"]
     assert by_model.lines[0].get_xydata().tolist() == [[0, 0.9], [1, 0.98]]
@@ -445,23 +449,23 @@ def test_categories_stand_beside_each_other_and_seeds_have_no_mean() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_single_run_and_missing_values_are_drawn() -> None:
+def test_make_plots_missing_values_draws_without_warnings() -> None:
     lines = run(0, "running", 0.9, clip=None, model=True), run(1, "failed", None, clip=1, model=1)
     for figure in make_plots(results(*lines, keys=("clip", "model"))).values():
         figure.draw_without_rendering()
-    one = make_plots(results(lines[0], keys=("clip",)))["by_clip.png"]
-    assert [label.get_text() for label in one.axes[0].get_xticklabels()] == ["null"]
+    figure = make_plots(results(lines[0], keys=("clip",)))["by_clip.png"]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["null"]
 
 
 @pytest.mark.filterwarnings("error")
-def test_pictures_need_no_curves_and_no_completed_run() -> None:
+def test_make_plots_no_curves_and_no_completed_run_draws() -> None:
     line = run(0, "running", 0.9, model="mlp", seed=1)
     without = Results("a sweep", pd.DataFrame([line]), ["model", "seed"], [ACCURACY], {})
     for figure in make_plots(without).values():
         figure.draw_without_rendering()
 
 
-def test_dollars_in_a_value_are_no_formula() -> None:
+def test_make_plots_dollars_in_value_are_not_math() -> None:
     line = run(0, "completed", 0.9, **{"data.root": r"$\oops{$" + 100 * "long"})
     for figure in make_plots(results(line, keys=("data.root",))).values():
         figure.draw_without_rendering()
@@ -484,5 +488,5 @@ def test_dollars_in_a_value_are_no_formula() -> None:
         ([math.nan, math.nan], "category"),
     ],
 )
-def test_the_scale_of_a_key(values: list[object], kind: str) -> None:
+def test_axis_scale_depends_on_values(values: list[object], kind: str) -> None:
     assert axis_scale(values) == kind

@@ -1,4 +1,4 @@
-"""Sweeps that are cut, killed, or have jobs side by side."""
+"""Sweeps with parallel jobs, and sweeps that are interrupted or killed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tests.support.processes import (
     alive_pids,
     assert_equal_runs,
     descendants,
-    wait_until_exited,
     status_of,
+    wait_until_exited,
 )
 from tests.support.sweeps import (
     POOL,
@@ -28,15 +28,14 @@ from tests.support.sweeps import (
 )
 
 
-def test_a_pool_survives_whatever_happens_to_its_jobs(sweep: RunSweep, tmp_path: Path) -> None:
-    """Row 20 of the list of faults."""
+def test_pool_failing_jobs_other_jobs_complete_and_resume(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    does = "+task.fault=nothing,nothing,raise,nothing,memory,kill"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, does, "seed=3", "+task.fault_step=13")
+    faults = "+task.fault=nothing,nothing,raise,nothing,memory,kill"
+    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, faults, "seed=3", "+task.fault_step=13")
     assert sweep(*words) == 1
     folder = sweep_folder(tmp_path)
-    wanted = ["completed", "failed", "failed", "failed"]
-    assert job_statuses(folder) == wanted  # the same values are the same job
+    expected = ["completed", "failed", "failed", "failed"]
+    assert job_statuses(folder) == expected  # jobs with the same values run once
     errors = read_sweep_table(folder)["error"]
     assert "the step broke" in errors[1]
     assert "allocate memory" in errors[2]
@@ -56,40 +55,52 @@ def test_a_pool_survives_whatever_happens_to_its_jobs(sweep: RunSweep, tmp_path:
         assert_equal_runs(first, other)
 
 
-def test_the_pools_jobs_run_side_by_side(
+def test_pool_runs_jobs_in_parallel_processes(
     sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = "+hydra.callbacks.told._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.wait_for_processes=2", "seed=0,1,2")
-    assert sweep(*words, told) == 0
+    callback = "+hydra.callbacks.log._target_=hydra.experimental.callbacks.LogJobReturnCallback"
+    words = (
+        POOL,
+        "hydra.launcher.slots=2",
+        *SWEEP_TASK,
+        "+task.wait_for_processes=2",
+        "seed=0,1,2",
+    )
+    assert sweep(*words, callback) == 0
     assert capsys.readouterr().out.count("Succeeded with return value: 0.") == 3
     pids = step_pids(tmp_path)
-    assert len({*pids}) == 3  # a fresh process for each job
+    assert len({*pids}) == 3  # a new process for each job
     share = os.environ.get("OMP_NUM_THREADS") or str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert {line.split()[1] for line in (tmp_path / "mark").read_text().splitlines()} == {share}
     assert os.getpid() not in pids
     first, second = (
-        sorted(place for place, p in enumerate(pids) if p == one)
-        for one in list(dict.fromkeys(pids))[:2]
+        [step for step, p in enumerate(pids) if p == pid] for pid in list(dict.fromkeys(pids))[:2]
     )
-    assert second[0] < first[-1]  # the second began before the first had ended
+    assert second[0] < first[-1]  # the second job started before the first had ended
     folder = sweep_folder(tmp_path)
     assert "2 slots" in (folder / "sweep.log").read_text()
     assert "epoch" in (job_folders(folder)[0] / "logs" / "rank0.log").read_text()
 
 
-def test_a_job_that_takes_too_long_is_ended(sweep: RunSweep, tmp_path: Path) -> None:
+def test_pool_timeout_stops_job_after_saving(sweep: RunSweep, tmp_path: Path) -> None:
     words = (POOL, "hydra.launcher.timeout=15", *SWEEP_TASK, "+task.step_seconds=0,1")
     assert sweep(*words) == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "failed"]
-    assert "it took more than 15 s (hydra.launcher.timeout)" in read_sweep_table(folder)["error"][1]
-    assert (job_folders(folder)[1] / "checkpoints" / "last.pt").exists()  # it was asked first
+    assert (
+        "the job took more than 15 s (hydra.launcher.timeout)"
+        in read_sweep_table(folder)["error"][1]
+    )
+    assert (
+        job_folders(folder)[1] / "checkpoints" / "last.pt"
+    ).exists()  # it could save before it was stopped
 
 
 @pytest.mark.parametrize("launcher", [pytest.param("basic", marks=pytest.mark.long), "pool"])
-def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: RunSweep) -> None:
-    """In job 1 of 3; job 0 is not run again."""
+def test_resume_after_ctrl_c_equals_uninterrupted_run(
+    tmp_path: Path, launcher: str, sweep: RunSweep
+) -> None:
+    """Ctrl-C comes in job 1 of 3; job 0 must not run again."""
     words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.step_seconds=0.1")
     slots = ("hydra.launcher.slots=1",) if launcher == "pool" else ()
     process = start_sweep(tmp_path, *words, *slots, steps=24 + 5, cold=launcher == "pool")
@@ -104,18 +115,26 @@ def test_ctrl_c_and_going_on(tmp_path: Path, launcher: str, sweep: RunSweep) -> 
     assert (folder / "sweep.html").exists()
     assert f"python -m app -m sweep.resume={folder}" in out
     before = (job_folders(folder)[0] / "status.json").read_bytes()
-    made = len(step_pids(tmp_path))
+    num_steps = len(step_pids(tmp_path))
     assert sweep(f"sweep.resume={folder}", short=False) == 0
     assert job_statuses(folder) == ["completed"] * 3
     assert (job_folders(folder)[0] / "status.json").read_bytes() == before
-    assert made + len(step_pids(tmp_path)[made:]) == 3 * 24
-    whole = tmp_path / "undisturbed"
-    assert sweep(*SWEEP_TASK, words[0], "seed=1", *slots, f"hydra.sweep.dir={whole}") == 0
-    assert_equal_runs(job_folders(whole)[0], job_folders(folder)[1])
+    assert num_steps + len(step_pids(tmp_path)[num_steps:]) == 3 * 24
+    uninterrupted = tmp_path / "uninterrupted"
+    assert sweep(*SWEEP_TASK, words[0], "seed=1", *slots, f"hydra.sweep.dir={uninterrupted}") == 0
+    assert_equal_runs(job_folders(uninterrupted)[0], job_folders(folder)[1])
 
 
-def test_the_parent_killed_nothing_is_left_and_it_goes_on(tmp_path: Path, sweep: RunSweep) -> None:
-    words = (POOL, "hydra.launcher.slots=2", "seed=0,1,2", "+task.fault=hang", "+task.fault_step=17")
+def test_resume_after_parent_sigkill_continues_from_checkpoints(
+    tmp_path: Path, sweep: RunSweep
+) -> None:
+    words = (
+        POOL,
+        "hydra.launcher.slots=2",
+        "seed=0,1,2",
+        "+task.fault=hang",
+        "+task.fault_step=17",
+    )
     (tmp_path / "broken").touch()
     process = start_sweep(tmp_path, *words, steps=2 * 17)  # both hang in their second epoch
     pids = descendants(process.pid)
@@ -127,15 +146,15 @@ def test_the_parent_killed_nothing_is_left_and_it_goes_on(tmp_path: Path, sweep:
         status_of(job)["status"] for job in job_folders(folder) if (job / "status.json").exists()
     ]
     assert states == ["running"] * 2
-    made = len(step_pids(tmp_path))
+    num_steps = len(step_pids(tmp_path))
     (tmp_path / "broken").unlink()
     assert sweep(f"sweep.resume={folder}", short=False) == 0
     assert job_statuses(folder) == ["completed"] * 3
-    assert len(step_pids(tmp_path)) - made <= 12 + 12 + 24  # from their checkpoints
+    assert len(step_pids(tmp_path)) - num_steps <= 12 + 12 + 24  # from their checkpoints
     assert sorted(read_sweep_table(folder)["attempts"]) == [1, 1, 1]
 
 
-def test_two_sweeps_at_once_and_one_folder_for_one(tmp_path: Path, sweep: RunSweep) -> None:
+def test_sweep_concurrent_only_in_different_folders(tmp_path: Path, sweep: RunSweep) -> None:
     process = start_sweep(tmp_path, "seed=0,1", "+task.step_seconds=0.1", "hydra.sweep.dir=first")
     try:
         assert sweep("sweep.resume=first", short=False) == 2
@@ -149,10 +168,10 @@ def test_two_sweeps_at_once_and_one_folder_for_one(tmp_path: Path, sweep: RunSwe
 
 
 @pytest.mark.parametrize("launcher", ["basic", "pool"])
-def test_values_that_do_not_go_together_fail_alone(
+def test_sweep_incompatible_values_only_that_job_fails(
     sweep: RunSweep, tmp_path: Path, launcher: str
 ) -> None:
-    """Each value is sound by itself."""
+    """Each value is valid by itself."""
     words = ("trainer.max_epochs=1,null", "trainer.max_steps=5,null")
     assert sweep(f"hydra/launcher={launcher}", *words) == 1
     folder = sweep_folder(tmp_path)
@@ -161,7 +180,7 @@ def test_values_that_do_not_go_together_fail_alone(
     assert "trainer.max_steps" in (job_folders(folder)[3] / "run.log").read_text()
 
 
-def test_nothing_of_the_pool_is_left(tmp_path: Path) -> None:
+def test_pool_sigterm_leaves_no_processes(tmp_path: Path) -> None:
     process = start_sweep(tmp_path, POOL, "seed=0,1", "+task.step_seconds=0.2", "+task.fault=hang")
     (tmp_path / "broken").touch()
     pids = descendants(process.pid)

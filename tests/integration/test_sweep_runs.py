@@ -1,4 +1,4 @@
-"""Sweeps that run for real: the table, failures, going on, configuration."""
+"""Complete sweeps: tables, failures, resuming and configuration."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.support.sweeps import (
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two learning rates with two seeds each."""
+    """Return the folder of a sweep of two learning rates with two seeds each."""
     cwd = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
         assert sweep_runner(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
     return sweep_folder(cwd)
 
 
-def test_the_table_has_what_the_folders_say(swept: Path) -> None:
+def test_sweep_table_matches_run_folders(swept: Path) -> None:
     table = read_sweep_table(swept)
     assert table.columns.tolist() == [
         *("job", "status", "optimizer.lr", "seed"),
@@ -63,7 +63,7 @@ def test_the_table_has_what_the_folders_say(swept: Path) -> None:
         assert line["seconds"] == status_of(run)["seconds"]
 
 
-def test_seeds_are_averaged(swept: Path) -> None:
+def test_sweep_by_config_averages_seeds(swept: Path) -> None:
     table, averages = read_sweep_table(swept), pd.read_csv(swept / "sweep_by_config.csv")
     assert averages["optimizer.lr"].tolist() == [0.1, 0.01]
     assert averages["jobs"].tolist() == averages["completed"].tolist() == [2, 2]
@@ -74,8 +74,8 @@ def test_seeds_are_averaged(swept: Path) -> None:
             assert averages[f"{name}_std"][row] == pytest.approx(np.std(values, ddof=1), rel=1e-12)
 
 
-def test_a_sweep_leaves_its_page_its_pictures_and_its_log(swept: Path) -> None:
-    assert (swept / "sweep.html").stat().st_size > 1_000_000  # the library is inside
+def test_sweep_writes_page_plots_and_log(swept: Path) -> None:
+    assert (swept / "sweep.html").stat().st_size > 1_000_000  # it contains Plotly
     names = {path.name for path in (swept / "plots").iterdir()}
     assert names == {"curves.png", "by_optimizer.lr.png", "by_seed.png"}
     log = (swept / "sweep.log").read_text()
@@ -84,7 +84,7 @@ def test_a_sweep_leaves_its_page_its_pictures_and_its_log(swept: Path) -> None:
     assert log.count("completed: best accuracy=") == 4
 
 
-def test_the_command_at_the_end_tests_the_best(swept: Path) -> None:
+def test_sweep_logged_command_tests_best_run(swept: Path) -> None:
     log = (swept / "sweep.log").read_text()
     command = next(line for line in log.splitlines() if "mode=test" in line).split()
     assert command[:3] == ["python", "-m", "app"]
@@ -94,7 +94,7 @@ def test_the_command_at_the_end_tests_the_best(swept: Path) -> None:
     assert len(pd.read_csv(tested)) == 1
 
 
-def test_a_report_makes_all_anew(swept: Path) -> None:
+def test_report_restores_identical_files(swept: Path) -> None:
     before = {name: (swept / name).read_text() for name in ("sweep.csv", "sweep_by_config.csv")}
     page = (swept / "sweep.html").read_text()
     for name in (*before, "sweep.html"):
@@ -104,7 +104,7 @@ def test_a_report_makes_all_anew(swept: Path) -> None:
     assert (swept / "sweep.html").read_text() == page
 
 
-def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: Path) -> None:
+def test_report_combines_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("optimizer.lr=0.05", "hydra.run.dir=single", "trainer.max_epochs=1", flags=()) == 0
     assert run_app(tmp_path, "report", str(swept), "single", "--to", "joined").code == 0
     table = read_sweep_table(tmp_path / "joined")
@@ -118,9 +118,13 @@ def test_a_report_joins_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: 
     assert "no folder" in done.err
 
 
-def test_a_failed_job_does_not_end_the_sweep(sweep: RunSweep, tmp_path: Path) -> None:
+def test_sweep_failed_job_others_run_and_resume_retries_it(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    pairs = ("+task.fault=nothing,raise,nothing", "seed=0,1,2", "sweep.together=[[task.fault,seed]]")
+    pairs = (
+        "+task.fault=nothing,raise,nothing",
+        "seed=0,1,2",
+        "sweep.together=[[task.fault,seed]]",
+    )
     assert sweep(*SWEEP_TASK, *pairs, "+task.fault_step=1") == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "failed", "completed"]
@@ -138,7 +142,7 @@ def test_a_failed_job_does_not_end_the_sweep(sweep: RunSweep, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("launcher", [(), (POOL, "hydra.launcher.slots=1")])
-def test_a_failed_job_ends_the_sweep_where_it_is_to(
+def test_sweep_on_error_stop_leaves_other_jobs_pending(
     sweep: RunSweep, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken").touch()
@@ -147,60 +151,60 @@ def test_a_failed_job_ends_the_sweep_where_it_is_to(
     assert job_statuses(sweep_folder(tmp_path)) == ["failed", "pending"]
 
 
-def test_failed_jobs_are_tried_so_often_and_no_more(sweep: RunSweep, tmp_path: Path) -> None:
+def test_resume_after_max_retries_does_not_retry(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     assert sweep(*SWEEP_TASK, "+task.fault=raise", "+task.fault_step=1", "sweep.max_retries=1") == 1
     folder = sweep_folder(tmp_path)
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    made = len(step_pids(tmp_path))
+    num_steps = len(step_pids(tmp_path))
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    assert len(step_pids(tmp_path)) == made
-    assert "job 0 has failed 2 times and is left alone" in (folder / "sweep.log").read_text()
+    assert len(step_pids(tmp_path)) == num_steps
+    assert "job 0 has failed 2 times and is not retried" in (folder / "sweep.log").read_text()
 
 
-def test_a_job_of_the_pool_gives_what_it_gives_alone(swept: Path, sweep: RunSweep) -> None:
+def test_pool_job_has_same_losses_as_sequential_job(swept: Path, sweep: RunSweep) -> None:
     assert sweep(POOL, "optimizer.lr=0.1,0.01", "seed=0", "hydra.launcher.slots=1") == 0
-    mine = job_folders(sweep_folder(Path.cwd()))
-    same = [job_folders(swept)[0], job_folders(swept)[2]]
-    for one, other in zip(mine, same, strict=True):
-        values = [pd.read_csv(f / "summary_table.csv")["loss_mean"] for f in (one, other)]
-        np.testing.assert_allclose(*values, rtol=1e-4)  # another number of threads
+    pool_jobs = job_folders(sweep_folder(Path.cwd()))
+    sequential_jobs = [job_folders(swept)[0], job_folders(swept)[2]]
+    for job, other in zip(pool_jobs, sequential_jobs, strict=True):
+        values = [pd.read_csv(f / "summary_table.csv")["loss_mean"] for f in (job, other)]
+        np.testing.assert_allclose(*values, rtol=1e-4)  # the number of threads differs
 
 
-def test_a_folder_in_use_is_said(
+def test_sweep_folder_in_use_or_occupied_is_refused(
     tmp_path: Path, sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep("seed=0", "hydra.sweep.dir=first") == 0
     with SweepFolder(tmp_path / "first").locked():
         assert sweep("sweep.resume=first", short=False) == 2
-    told = capsys.readouterr().err
-    assert "is being run by another process" in told
+    err = capsys.readouterr().err
+    assert "is being run by another process" in err
     assert sweep("seed=0", "hydra.sweep.dir=first") == 2
     assert "already contains a sweep; resume it with sweep.resume=" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", ["first", "nowhere"])
 @pytest.mark.parametrize("words", [[], ["model=mlp"]])
-def test_only_a_sweep_goes_on_as_one(
+def test_sweep_resume_without_multirun_is_refused(
     tmp_path: Path,
     sweep: RunSweep,
     capsys: pytest.CaptureFixture[str],
     where: str,
     words: list[str],
 ) -> None:
-    begun = SweepFolder(tmp_path / "first")
-    begun.overrides = ["seed=0,1"]
-    begun.save()
+    folder = SweepFolder(tmp_path / "first")
+    folder.overrides = ["seed=0,1"]
+    folder.save()
     assert sweep(*words, f"sweep.resume={where}", short=False, flags=()) == 2
-    needed = f"sweep.resume={where} needs -m, too: python -m app -m sweep.resume={where}"
-    assert capsys.readouterr().err.splitlines()[1:] == [f"  {needed}"]
+    expected = f"sweep.resume={where} also needs -m: python -m app -m sweep.resume={where}"
+    assert capsys.readouterr().err.splitlines()[1:] == [f"  {expected}"]
     for flags in ((), ("-m",)):
         assert sweep(*words, "sweep.resume=", short=False, flags=flags) == 2
-        told = capsys.readouterr().err.splitlines()[1:]
-        assert told == ["  sweep.resume='': allowed: null, the folder of a sweep"]
+        err = capsys.readouterr().err.splitlines()[1:]
+        assert err == ["  sweep.resume='': allowed: null, the folder of a sweep"]
 
 
-def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
+def test_sweep_edited_config_file_changes_no_later_job(tmp_path: Path) -> None:
     conf = tmp_path / "conf" / "experiment"
     conf.mkdir(parents=True)
     text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
@@ -217,14 +221,17 @@ def test_editing_the_configuration_changes_no_later_job(tmp_path: Path) -> None:
     assert [config["notes"] for config in configs] == ["before", "before"]
 
 
-def test_another_configuration_is_refused_unless_forced(
+def test_resume_with_changed_config_is_refused_unless_forced(
     tmp_path: Path, sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
     longer = ("seed=0,1,2", "sweep.resume=first", "trainer.gradient_clip_norm=1.0")
     assert sweep(*longer, "trainer.max_epochs=1") == 2
-    told = capsys.readouterr().err
-    assert "trainer.gradient_clip_norm: None -> 1.0: the sweep was begun so; sweep.force=" in told
+    err = capsys.readouterr().err
+    assert (
+        "trainer.gradient_clip_norm: None -> 1.0: changed since the sweep was started; sweep.force="
+        in err
+    )
     assert len(job_folders(tmp_path / "first")) == 2
     assert sweep(*longer, "trainer.max_epochs=1", "sweep.force=true") == 0
     folder = tmp_path / "first"
@@ -234,7 +241,7 @@ def test_another_configuration_is_refused_unless_forced(
     assert clips == [None, None, 1.0]
 
 
-def test_a_sweep_goes_on_with_further_values(tmp_path: Path, sweep: RunSweep) -> None:
+def test_resume_with_more_values_adds_jobs(tmp_path: Path, sweep: RunSweep) -> None:
     assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
     before = [(job / "status.json").read_bytes() for job in job_folders(tmp_path / "first")]
     assert sweep("seed=2,0,1", "sweep.resume=first", "trainer.max_epochs=1") == 0
@@ -243,7 +250,7 @@ def test_a_sweep_goes_on_with_further_values(tmp_path: Path, sweep: RunSweep) ->
     assert [(job / "status.json").read_bytes() for job in job_folders(folder)][:2] == before
 
 
-def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: RunSweep) -> None:
+def test_sweep_in_yaml_with_zip_group_pairs_values(tmp_path: Path, sweep: RunSweep) -> None:
     conf = tmp_path / "conf" / "sweep"
     conf.mkdir(parents=True)
     (conf / "mine.yaml").write_text(
@@ -258,6 +265,6 @@ def test_a_sweep_of_yaml_and_pairs(tmp_path: Path, sweep: RunSweep) -> None:
     assert table["data.batch_size"].tolist() == [64, 32]
 
 
-def test_hydras_own_sweeper_leaves_a_table_too(sweep: RunSweep, tmp_path: Path) -> None:
+def test_basic_sweeper_writes_table(sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("hydra/sweeper=basic", "seed=0,1", "trainer.max_epochs=1") == 0
     assert len(read_sweep_table(sweep_folder(tmp_path))) == 2

@@ -1,4 +1,4 @@
-"""Searches by Optuna that run for real."""
+"""Complete Optuna searches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from optuna.trial import TrialState
 
 from app.sweep.folder import SweepFolder
-from tests.support.processes import descendants, wait_until_exited, status_of
+from tests.support.processes import descendants, status_of, wait_until_exited
 from tests.support.sweeps import (
     POOL,
     SWEEP_TASK,
@@ -30,22 +30,28 @@ SEARCH = "hydra/sweeper=optuna"
 LR = "optimizer.lr=tag(log,interval(1e-4,0.1))"
 
 
-def study_of(folder: Path, storage: str | None = None) -> optuna.Study:
-    where = storage or f"sqlite:///{folder}/.sweep/optuna.db"
-    (name,) = optuna.get_all_study_names(where)
-    return optuna.load_study(study_name=name, storage=where)
+def load_study(folder: Path, storage: str | None = None) -> optuna.Study:
+    url = storage or f"sqlite:///{folder}/.sweep/optuna.db"
+    (name,) = optuna.get_all_study_names(url)
+    return optuna.load_study(study_name=name, storage=url)
 
 
-def trials(count: int, *words: str) -> tuple[str, ...]:
+def search_overrides(count: int, *words: str) -> tuple[str, ...]:
     return (SEARCH, f"hydra.sweeper.n_trials={count}", *words)
 
 
-def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path) -> None:
+def test_search_failed_trials_are_retried_on_resume(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, "+task.fault_step=1", "+task.fault=nothing,raise")
-    assert sweep(*trials(4, *words, LR, "model.hidden=[16],[32]", "seed=2")) == 1
+    words = (
+        POOL,
+        "hydra.launcher.slots=2",
+        *SWEEP_TASK,
+        "+task.fault_step=1",
+        "+task.fault=nothing,raise",
+    )
+    assert sweep(*search_overrides(4, *words, LR, "model.hidden=[16],[32]", "seed=2")) == 1
     folder = sweep_folder(tmp_path)
-    study, table = study_of(folder), read_sweep_table(folder)
+    study, table = load_study(folder), read_sweep_table(folder)
     assert [trial.number for trial in study.trials] == table["job"].tolist() == [0, 1, 2, 3]
     for trial, (_, line), job in zip(
         study.trials, table.iterrows(), job_folders(folder), strict=True
@@ -64,27 +70,29 @@ def test_a_search_goes_on_after_a_crashing_trial(sweep: RunSweep, tmp_path: Path
     (tmp_path / "broken").unlink()
     failed = [trial.params for trial in study.trials if trial.state is TrialState.FAIL]
     assert sweep(f"sweep.resume={folder}", short=False) == 0
-    again = study_of(folder).trials[4:]
+    again = load_study(folder).trials[4:]
     assert [trial.params for trial in again] == failed
     assert {trial.state for trial in again} == {TrialState.COMPLETE}
     assert len(read_sweep_table(folder)) == 4 + len(failed)
 
 
-def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: RunSweep, tmp_path: Path) -> None:
+def test_resume_killed_search_keeps_trial_numbers(sweep: RunSweep, tmp_path: Path) -> None:
     process = start_sweep(
-        tmp_path, *trials(4, POOL, LR, "+task.step_seconds=0.1"), steps=2 * 24 + 2 * 12 + 6
+        tmp_path,
+        *search_overrides(4, POOL, LR, "+task.step_seconds=0.1"),
+        steps=2 * 24 + 2 * 12 + 6,
     )
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
     assert wait_until_exited(pids, 10.0)
     folder = sweep_folder(tmp_path)
-    before = study_of(folder)
+    before = load_study(folder)
     running = [trial for trial in before.trials if trial.state is TrialState.RUNNING]
     assert running
     done = {t.number: t.values for t in before.trials if t.state is TrialState.COMPLETE}
     assert sweep(f"sweep.resume={folder}", short=False) == 0
-    after = study_of(folder)
+    after = load_study(folder)
     assert [trial.number for trial in after.trials] == [0, 1, 2, 3]
     assert {trial.state for trial in after.trials} == {TrialState.COMPLETE}
     for trial in running:
@@ -92,14 +100,16 @@ def test_a_search_that_was_killed_goes_on_with_its_numbers(sweep: RunSweep, tmp_
     assert {number: after.trials[number].values for number in done} == done
     assert job_statuses(folder) == ["completed"] * 4
     rates = [trial.params["optimizer.lr"] for trial in after.trials]
-    assert len(set(rates)) == 4  # what follows is drawn anew
+    assert len(set(rates)) == 4  # later trials draw new values
 
 
-def test_a_trial_that_ended_untold_is_not_run_again(sweep: RunSweep, tmp_path: Path) -> None:
-    """As where the command is killed between a job's end and the study's hearing of it."""
-    assert sweep(*trials(1, *SWEEP_TASK, LR)) == 0
+def test_resume_finished_trial_unknown_to_study_is_not_rerun(
+    sweep: RunSweep, tmp_path: Path
+) -> None:
+    """The process may be killed between the end of a job and telling the study."""
+    assert sweep(*search_overrides(1, *SWEEP_TASK, LR)) == 0
     path = sweep_folder(tmp_path)
-    study, folder = study_of(path), SweepFolder(path)
+    study, folder = load_study(path), SweepFolder(path)
     trial = study.ask(study.trials[0].distributions)
     values = {key: repr(value) for key, value in trial.params.items()}
     job = folder.add(
@@ -107,14 +117,14 @@ def test_a_trial_that_ended_untold_is_not_run_again(sweep: RunSweep, tmp_path: P
     )
     folder.save()
     shutil.copytree(folder.run_folder(folder.jobs[0]), folder.run_folder(job))
-    made = len(step_pids(tmp_path))
+    num_steps = len(step_pids(tmp_path))
     assert sweep(f"sweep.resume={path}", "hydra.sweeper.n_trials=2", short=False) == 0
-    assert len(step_pids(tmp_path)) == made
-    assert [t.state for t in study_of(path).trials] == [TrialState.COMPLETE] * 2
-    assert study_of(path).trials[1].values == study.trials[0].values
+    assert len(step_pids(tmp_path)) == num_steps
+    assert [t.state for t in load_study(path).trials] == [TrialState.COMPLETE] * 2
+    assert load_study(path).trials[1].values == study.trials[0].values
 
 
-def test_hopeless_trials_are_pruned(sweep: RunSweep, tmp_path: Path) -> None:
+def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path) -> None:
     words = (
         "hydra/sweeper/pruner=median",
         "hydra.sweeper.pruner.n_startup_trials=1",
@@ -123,7 +133,7 @@ def test_hopeless_trials_are_pruned(sweep: RunSweep, tmp_path: Path) -> None:
         "optimizer.lr=0.1,1e-7",
         "trainer.max_epochs=3",
     )
-    assert sweep(*trials(4, *words)) == 0
+    assert sweep(*search_overrides(4, *words)) == 0
     folder = sweep_folder(tmp_path)
     from app.training.pruning import make_storage
 
@@ -143,7 +153,7 @@ def test_hopeless_trials_are_pruned(sweep: RunSweep, tmp_path: Path) -> None:
             assert trial.params["optimizer.lr"] == 1e-7
 
 
-def test_trials_on_two_ranks_are_pruned_together(sweep: RunSweep, tmp_path: Path) -> None:
+def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> None:
     words = (
         POOL,
         "hydra.launcher.slots=1",
@@ -153,25 +163,28 @@ def test_trials_on_two_ranks_are_pruned_together(sweep: RunSweep, tmp_path: Path
         "hydra/sweeper/sampler=grid",
         "optimizer.lr=0.1,1e-7",
     )
-    assert sweep(*trials(9, *words)) == 0
+    assert sweep(*search_overrides(9, *words)) == 0
     folder = sweep_folder(tmp_path)
-    assert len(study_of(folder).trials) == 2  # there is nothing else to try
+    assert len(load_study(folder).trials) == 2  # the grid is exhausted
     assert sweep(f"sweep.resume={folder}", short=False) == 0
-    assert len(study_of(folder).trials) == 2
+    assert len(load_study(folder).trials) == 2
     table = read_sweep_table(folder).sort_values("optimizer.lr")
     assert [status_of(job)["ranks"] for job in job_folders(folder)] == [2, 2]
     assert table["status"].iloc[1] == "completed"
-    first = table["job"].tolist() == [0, 1]  # the bad one came first: there was no median yet
+    first = table["job"].tolist() == [
+        0,
+        1,
+    ]  # the bad one ran first, without a median to compare with
     assert table["status"].iloc[0] == ("completed" if first else "pruned")
 
 
-def test_several_objectives(sweep: RunSweep, tmp_path: Path) -> None:
+def test_search_several_objectives_are_told_to_study(sweep: RunSweep, tmp_path: Path) -> None:
     objective = "+hydra.sweeper.objectives.time={metric: train/epoch_time, mode: min}"
     words = ("hydra/sweeper/sampler=nsgaii", objective, "model.hidden=[16],[512]")
-    assert sweep(*trials(3, *words)) == 0
+    assert sweep(*search_overrides(3, *words)) == 0
     folder = sweep_folder(tmp_path)
-    study = study_of(folder)
-    assert [one.name for one in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    study = load_study(folder)
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
     for trial, job in zip(study.trials, job_folders(folder), strict=True):
         best, rows = status_of(job)["best"], pd.read_csv(job / "train_summary_table.csv")
         time = rows[rows["epoch"] == best["epoch"]]["epoch_time"].item()
@@ -179,25 +192,25 @@ def test_several_objectives(sweep: RunSweep, tmp_path: Path) -> None:
     assert "Pareto front" in (folder / "sweep.html").read_text()
 
 
-def test_a_study_of_another_direction_is_refused(
+def test_search_study_of_other_direction_is_refused(
     sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = f"sqlite:///{tmp_path}/mine.db"
     optuna.create_study(study_name="mine", storage=storage, direction="minimize")
     words = (f"hydra.sweeper.storage='{storage}'", "hydra.sweeper.study_name=mine", LR)
-    assert sweep(*trials(1, *words)) == 2
-    told = capsys.readouterr().err
-    assert "hydra.sweeper.study_name='mine' is there already, to MINIMIZE; the goals here" in told
-    for count in (1, 2):  # several sweeps share it
-        assert sweep(*trials(1, *words, "goal.metric=loss", "goal.mode=min")) == 0
-        states = [trial.state for trial in study_of(tmp_path, storage).trials]
+    assert sweep(*search_overrides(1, *words)) == 2
+    err = capsys.readouterr().err
+    assert "hydra.sweeper.study_name='mine' exists with direction MINIMIZE; this search" in err
+    for count in (1, 2):  # several sweeps may share a study
+        assert sweep(*search_overrides(1, *words, "goal.metric=loss", "goal.mode=min")) == 0
+        states = [trial.state for trial in load_study(tmp_path, storage).trials]
         assert states == [TrialState.COMPLETE] * count
 
 
-def test_ctrl_c_leaves_a_trial_under_way(tmp_path: Path) -> None:
-    process = start_sweep(tmp_path, *trials(3, LR, "+task.step_seconds=0.1"), steps=30)
+def test_search_ctrl_c_leaves_trial_running(tmp_path: Path) -> None:
+    process = start_sweep(tmp_path, *search_overrides(3, LR, "+task.step_seconds=0.1"), steps=30)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
-    states = [trial.state for trial in study_of(sweep_folder(tmp_path)).trials]
+    states = [trial.state for trial in load_study(sweep_folder(tmp_path)).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
