@@ -1,4 +1,4 @@
-"""Tasks: batches and outputs of any form, own steps, several optimizers; and what goes wrong."""
+"""Tasks of a user's own module, chosen by configuration."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 
-# ---- by configuration
+OWN_TASK_MODULE = """
+from app.training.supervised import SupervisedTask
 
 
-OWN = """
-from app.task import Step, SupervisedTask
-
-
-class Doubled(SupervisedTask):
+class ScaledLossTask(SupervisedTask):
     def __init__(self, model, loss, metrics, precision, factor: float = 1.0) -> None:
         super().__init__(model, loss, metrics, precision)
         self.factor = factor
@@ -25,23 +22,30 @@ class Doubled(SupervisedTask):
         return self.step_output(stage, outputs, targets, self.factor * loss)
 
 
-class Noisy(SupervisedTask):
-    def __init__(self, noise: float, **parts) -> None:
-        super().__init__(**parts)
+class NoisyTask(SupervisedTask):
+    def __init__(self, noise: float, **kwargs) -> None:
+        super().__init__(**kwargs)
         self.noise = noise
 
 
-class Broken(SupervisedTask):
+class BrokenTask(SupervisedTask):
     def eval_step(self, stage, batch):
         return {"a": 1}["b"]
 """
-FEW = ("--config-dir", "conf", "model=mlp", "debug=fast", "trusted_targets=[own_task]")
+SCALED_LOSS_YAML = "_target_: own_task.ScaledLossTask\nfactor: 2.0"
+OWN_TASK_ARGUMENTS = (
+    "--config-dir",
+    "conf",
+    "model=mlp",
+    "debug=fast",
+    "trusted_targets=[own_task]",
+)
 
 
-@pytest.fixture
-def own_task(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (elsewhere / "own_task.py").write_text(OWN)
-    (elsewhere / "conf" / "task").mkdir(parents=True)
-    (elsewhere / "conf" / "task" / "own.yaml").write_text("_target_: own_task.Doubled\nfactor: 2.0")
-    monkeypatch.syspath_prepend(elsewhere)
-    return elsewhere
+def write_own_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write the module `own_task` and its configuration `task=own` to a folder, and return it."""
+    (folder / "own_task.py").write_text(OWN_TASK_MODULE)
+    (folder / "conf" / "task").mkdir(parents=True)
+    (folder / "conf" / "task" / "own.yaml").write_text(SCALED_LOSS_YAML)
+    monkeypatch.syspath_prepend(folder)
+    return folder

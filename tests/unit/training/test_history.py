@@ -1,4 +1,4 @@
-"""Best, patience and the expected end are functions of the rows alone."""
+"""Best epochs, early stopping and remaining time from the rows of a history."""
 
 from __future__ import annotations
 
@@ -13,61 +13,63 @@ from app.training.history import Row, best_epoch, epochs_since_best, reason_to_s
 GOAL = GoalConfig("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
 
 
-def rows(*values: float, stage: str = "valid", name: str = "accuracy") -> list[Row]:
+def make_history(*values: float, stage: str = "valid", name: str = "accuracy") -> list[Row]:
     return [{"epoch": n, "stage": stage, name: v} for n, v in enumerate(values, start=1)]
 
 
-def test_best_is_the_highest_and_the_earliest_among_equals() -> None:
-    found = best_epoch(rows(0.1, 0.5, 0.5, 0.3), GOAL)
-    assert found is not None
-    assert (found.value, found.epoch) == (0.5, 2)
+def test_best_epoch_of_equal_values_is_the_earliest() -> None:
+    best = best_epoch(make_history(0.1, 0.5, 0.5, 0.3), GOAL)
+    assert best is not None
+    assert (best.value, best.epoch) == (0.5, 2)
 
 
-def test_best_of_a_minimum_may_be_negative_or_above_one() -> None:
+def test_best_epoch_with_mode_min_may_be_negative_or_above_one() -> None:
     goal = replace(GOAL, metric="loss", mode="min")
-    assert best_epoch(rows(-3.0, -5.0, name="loss_mean"), goal).value == -5.0  # type: ignore[union-attr]
-    assert best_epoch(rows(30.0, 50.0, name="loss_mean"), goal).value == 30.0  # type: ignore[union-attr]
+    assert best_epoch(make_history(-3.0, -5.0, name="loss_mean"), goal).value == -5.0  # type: ignore[union-attr]
+    assert best_epoch(make_history(30.0, 50.0, name="loss_mean"), goal).value == 30.0  # type: ignore[union-attr]
 
 
-def test_best_of_a_maximum_may_be_far_below_zero() -> None:
-    assert best_epoch(rows(-900.0, -800.0), GOAL).value == -800.0  # type: ignore[union-attr]
+def test_best_epoch_with_mode_max_may_be_negative() -> None:
+    assert best_epoch(make_history(-900.0, -800.0), GOAL).value == -800.0  # type: ignore[union-attr]
 
 
 def test_nan_is_never_best_and_counts_as_no_improvement() -> None:
-    history = rows(math.nan, 0.2, math.nan, math.nan)
+    history = make_history(math.nan, 0.2, math.nan, math.nan)
     assert best_epoch(history, GOAL).epoch == 2  # type: ignore[union-attr]
     assert epochs_since_best(history, GOAL) == 2
-    assert best_epoch(rows(math.nan), GOAL) is None
+    assert best_epoch(make_history(math.nan), GOAL) is None
 
 
-def test_only_rows_of_the_goals_stage_count() -> None:
+def test_best_epoch_uses_only_rows_of_the_goal_stage() -> None:
     goal = replace(GOAL, metric="train/accuracy")
-    assert best_epoch(rows(0.9), goal) is None
-    assert best_epoch(rows(0.9, stage="train"), goal).value == 0.9  # type: ignore[union-attr]
+    assert best_epoch(make_history(0.9), goal) is None
+    assert best_epoch(make_history(0.9, stage="train"), goal).value == 0.9  # type: ignore[union-attr]
 
 
-def test_patience_counts_validations_without_improvement() -> None:
-    assert reason_to_stop(rows(0.5, 0.4), GOAL) is None
-    assert "has not improved for 2" in str(reason_to_stop(rows(0.5, 0.4, 0.5), GOAL))
+def test_reason_to_stop_after_patience_validations_without_improvement() -> None:
+    assert reason_to_stop(make_history(0.5, 0.4), GOAL) is None
+    assert "has not improved for 2" in str(reason_to_stop(make_history(0.5, 0.4, 0.5), GOAL))
 
 
 @pytest.mark.parametrize(("delta", "count"), [(0.0, 0), (0.1, 2)])
-def test_min_delta_is_by_how_much_better_renews_the_patience(delta: float, count: int) -> None:
-    assert epochs_since_best(rows(0.50, 0.55, 0.58), replace(GOAL, min_delta=delta)) == count
+def test_improvement_below_min_delta_does_not_reset_patience(delta: float, count: int) -> None:
+    assert (
+        epochs_since_best(make_history(0.50, 0.55, 0.58), replace(GOAL, min_delta=delta)) == count
+    )
 
 
-def test_slow_improvement_adds_up_over_min_delta() -> None:
-    assert epochs_since_best(rows(0.50, 0.55, 0.61), replace(GOAL, min_delta=0.1)) == 0
+def test_slow_improvements_that_exceed_min_delta_together_reset_patience() -> None:
+    assert epochs_since_best(make_history(0.50, 0.55, 0.61), replace(GOAL, min_delta=0.1)) == 0
 
 
 @pytest.mark.parametrize(("mode", "threshold"), [("max", 0.6), ("min", 0.4)])
-def test_threshold_ends_training(mode: str, threshold: float) -> None:
+def test_reason_to_stop_when_threshold_is_reached(mode: str, threshold: float) -> None:
     goal = GoalConfig("accuracy", mode, patience=None, min_delta=0.0, threshold=threshold)  # type: ignore[arg-type]
-    assert reason_to_stop(rows(0.5), goal) is None
-    assert "threshold" in str(reason_to_stop(rows(0.5, threshold), goal))
+    assert reason_to_stop(make_history(0.5), goal) is None
+    assert "threshold" in str(reason_to_stop(make_history(0.5, threshold), goal))
 
 
-def test_expected_time_counts_validation() -> None:
+def test_seconds_left_includes_validation() -> None:
     history: list[Row] = [
         {"epoch": 1, "stage": "train", "epoch_time": 10.0},
         {"epoch": 1, "stage": "valid", "epoch_time": 4.0},
@@ -75,7 +77,7 @@ def test_expected_time_counts_validation() -> None:
     assert seconds_left(history, epochs_left=5, valid_every=2) == 5 * 10.0 + 3 * 4.0
 
 
-def test_expected_time_follows_the_newest_epochs() -> None:
+def test_seconds_left_weights_the_newest_epochs() -> None:
     times = [10.0, 20.0]
     history: list[Row] = [
         {"epoch": n, "stage": "train", "epoch_time": t} for n, t in enumerate(times)

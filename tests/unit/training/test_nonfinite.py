@@ -1,4 +1,4 @@
-"""Losses and gradients that are no numbers: no step is made of them, whatever then follows."""
+"""Losses and gradients that are NaN or infinite: stop, skip or raise, and tracing."""
 
 from __future__ import annotations
 
@@ -35,15 +35,16 @@ from app.training.plan import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
+from tests.support import toy_training as toy
 
 GENERATOR = torch.Generator().manual_seed(0)
 X = torch.randn(48, 3, generator=GENERATOR)
 Y = (X[:, 0] > 0).long()
-BAD = 20  # this sample is none: batch 3 of 8 samples each
+NAN_SAMPLE = 20  # in batch 3 of 8 samples each
 
 
-class Kept(Callback):
-    """The rows of all stages."""
+class ResultRecorder(Callback):
+    """Records the results of all stages."""
 
     def __init__(self) -> None:
         self.results: list[StageResult] = []
@@ -52,25 +53,25 @@ class Kept(Callback):
         self.results.append(result)
 
 
-def data(*samples: int) -> TensorDataset:
-    """With NaN in these samples."""
+def make_data(*samples: int) -> TensorDataset:
+    """Return the data with NaN in these samples."""
     inputs = X.clone()
     inputs[list(samples), 1] = math.nan
     return TensorDataset(inputs, Y)
 
 
-def without(*batches: int, size: int = 8) -> TensorDataset:
-    """The same less some batches, counted from 1."""
+def data_without(*batches: int, size: int = 8) -> TensorDataset:
+    """Return the data without some batches, counted from 1."""
     kept = [i for i in range(len(X)) if i // size + 1 not in batches]
     return TensorDataset(X[kept], Y[kept])
 
 
-def net() -> nn.Sequential:
+def make_model() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 2))
 
 
-def make(
+def make_trainer(
     folder: Path,
     policy: NonFiniteAction | None = "stop",
     model: nn.Module | None = None,
@@ -81,33 +82,38 @@ def make(
     goal: str = "train/loss",
     **options: Any,
 ) -> Trainer:
-    model = model or net()
+    model = model or make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05, fused=fused)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
     task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
-    one = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler, warmup_steps=2), **options)
-    task.optimizers = OptimWrapperDict(one, policy)
+    wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler, warmup_steps=2), **options)
+    task.optimizers = OptimWrapperDict(wrapper, policy)
     averaging = ExponentialMovingAverage(model, 0.5) if averaged else None
     return Trainer(
-        task, TrainingLimits(epochs), folder, GoalConfig(goal, "min"), Kept(), averaging=averaging
+        task,
+        TrainingLimits(epochs),
+        folder,
+        GoalConfig(goal, "min"),
+        ResultRecorder(),
+        averaging=averaging,
     )
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
-    """All that a step changes, weights and statistics of batches among it."""
-    learned = trainer.optimizers.single.state_dict()
+    """Return everything that a step changes, including batch norm statistics."""
+    optimizer = trainer.optimizers.single.state_dict()
     flat = {f"model.{n}": t.clone() for n, t in trainer.task.model.state_dict().items()}
     flat |= {f"average.{n}": t for n, t in trainer.averaging.average.items()}
-    for number, values in learned["optimizer"]["state"].items():
+    for number, values in optimizer["optimizer"]["state"].items():
         flat |= {f"{number}.{name}": tensor.clone() for name, tensor in values.items()}
-    rates = learned["schedule"]["rates"], trainer.optimizers.lrs(), learned["schedule"]["steps"]
-    return flat | {"steps": learned["steps"], "rates": rates, "scaler": learned["scaler"]}
+    schedule = optimizer["schedule"]
+    rates = schedule["rates"], trainer.optimizers.lrs(), schedule["steps"]
+    return flat | {"steps": optimizer["steps"], "rates": rates, "scaler": optimizer["scaler"]}
 
 
-def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    """Bit for bit."""
-    assert one.keys() == other.keys()
-    for name, value in one.items():
+def assert_bitwise_equal(state: dict[str, Any], other: dict[str, Any]) -> None:
+    assert state.keys() == other.keys()
+    for name, value in state.items():
         if isinstance(value, Tensor):
             assert torch.equal(value, other[name]), name
         else:
@@ -115,18 +121,18 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 
 def losses(trainer: Trainer) -> list[float]:
-    kept = trainer.callbacks
-    assert isinstance(kept, Kept)
-    return kept.results[0].steps["loss"].tolist()
+    recorder = trainer.callbacks
+    assert isinstance(recorder, ResultRecorder)
+    return recorder.results[0].steps["loss"].tolist()
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_stop_keeps_all_as_it_was_before_the_step(tmp_path: Path, averaged: bool) -> None:
-    trainer = make(tmp_path / "a", averaged=averaged, epochs=3)
-    trainer.fit(load(data(BAD), 8))
-    before = make(tmp_path / "b", averaged=averaged)
+def test_stop_keeps_the_state_from_before_the_step(tmp_path: Path, averaged: bool) -> None:
+    trainer = make_trainer(tmp_path / "a", averaged=averaged, epochs=3)
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    before = make_trainer(tmp_path / "b", averaged=averaged)
     before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
-    assert_same(state_of(trainer), state_of(before))
+    assert_bitwise_equal(state_of(trainer), state_of(before))
     assert trainer.outcome == "diverged"
     assert np.isnan(losses(trainer)).tolist() == [False, False, True]
     (row,) = trainer.state.history
@@ -136,12 +142,12 @@ def test_stop_keeps_all_as_it_was_before_the_step(tmp_path: Path, averaged: bool
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_skip_leaves_the_batch_out(tmp_path: Path, averaged: bool) -> None:
-    trainer = make(tmp_path / "a", "skip", averaged=averaged, epochs=2)
-    trainer.fit(load(data(BAD), 8))
-    other = make(tmp_path / "b", averaged=averaged, epochs=2)
-    other.fit(load(without(3), 8))
-    assert_same(state_of(trainer), state_of(other))
+def test_skip_is_equal_to_training_without_the_batch(tmp_path: Path, averaged: bool) -> None:
+    trainer = make_trainer(tmp_path / "a", "skip", averaged=averaged, epochs=2)
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    other = make_trainer(tmp_path / "b", averaged=averaged, epochs=2)
+    other.fit(load(data_without(3), 8))
+    assert_bitwise_equal(state_of(trainer), state_of(other))
     assert trainer.outcome == "completed"
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, False, False, False]
     means = [[row["loss_mean"] for row in each.state.history] for each in (trainer, other)]
@@ -149,31 +155,28 @@ def test_skip_leaves_the_batch_out(tmp_path: Path, averaged: bool) -> None:
     assert (trainer.nonfinite.stats.count, trainer.nonfinite.stats.skipped) == (2, 2)
 
 
-def test_raise_ends_the_run_with_the_weights_before_the_step(tmp_path: Path) -> None:
-    trainer = make(tmp_path / "a", "raise")
-    wanted = (
-        r"the loss is no number in train, epoch 1, step 3 \(step 3 of the run\), rank 0; it comes "
+def test_raise_keeps_the_weights_from_before_the_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "a", "raise")
+    message = (
+        r"the loss is not finite in train, epoch 1, step 3 \(step 3 of the run\), rank 0; it comes "
         r"from the batch itself; samples 16, 17, 18, 19, 20, 21, 22, 23; trainer\.on_nonfinite"
     )
-    with pytest.raises(NonFiniteError, match=wanted):
-        trainer.fit(load(data(BAD), 8))
-    before = make(tmp_path / "b")
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    before = make_trainer(tmp_path / "b")
     before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
-    assert_same(state_of(trainer), state_of(before))
+    assert_bitwise_equal(state_of(trainer), state_of(before))
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
-def test_without_a_policy_nobody_looks(tmp_path: Path) -> None:
-    trainer = make(tmp_path, None)
-    trainer.fit(load(data(BAD), 8))
+def test_without_policy_nan_reaches_the_weights(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, None)
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
     assert not next(trainer.task.model.parameters()).isfinite().any()
 
 
-# ---- named
-
-
-class Root(nn.Module):
-    """Its gradient is none where an input is 0, its loss is a number."""
+class SquareRootModel(nn.Module):
+    """Has an infinite gradient if an input is 0, while its loss is finite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,14 +188,14 @@ class Root(nn.Module):
         return outputs
 
 
-def test_gradients_that_are_no_numbers_where_the_loss_is_one(tmp_path: Path) -> None:
+def test_nan_gradient_with_finite_loss_names_the_parameter(tmp_path: Path) -> None:
     inputs = X.clone()
-    inputs[BAD, 0] = 0
-    trainer = make(tmp_path / "a", model=Root())
+    inputs[NAN_SAMPLE, 0] = 0
+    trainer = make_trainer(tmp_path / "a", model=SquareRootModel())
     trainer.fit(load(TensorDataset(inputs, Y), 8))
-    before = make(tmp_path / "b", model=Root())
+    before = make_trainer(tmp_path / "b", model=SquareRootModel())
     before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
-    assert_same(state_of(trainer), state_of(before))
+    assert_bitwise_equal(state_of(trainer), state_of(before))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"], first["step"]) == (
@@ -205,45 +208,47 @@ class Logarithm(nn.Module):
         return inputs.log()
 
 
-def test_the_first_module_is_named(tmp_path: Path) -> None:
+def test_nan_loss_names_the_first_module_with_nan_outputs(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.ReLU(), Logarithm()), nn.Linear(5, 2))
-    trainer = make(tmp_path, model=model)
+    trainer = make_trainer(tmp_path, model=model)
     trainer.fit(load(TensorDataset(X - 9, Y), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"]) == ("loss", "module '1.1'")
 
 
-def test_a_parameter_that_was_none_already_is_named(tmp_path: Path) -> None:
-    model = net()
+def test_infinite_parameter_is_named(tmp_path: Path) -> None:
+    model = make_model()
     model[3].bias.data[1] = math.inf  # type: ignore[union-attr, operator, index]
-    trainer = make(tmp_path, model=model)
-    trainer.fit(load(data(), 8))
+    trainer = make_trainer(tmp_path, model=model)
+    trainer.fit(load(make_data(), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["step"], first["where"]) == (1, "the parameter '3.bias'")
 
 
-def test_a_loss_that_is_none_beside_gradients_that_are_numbers(tmp_path: Path) -> None:
-    trainer = make(tmp_path, loss=lambda out, target: F.cross_entropy(out, target) + math.inf)
-    trainer.fit(load(data(), 8))
+def test_infinite_loss_with_finite_gradients_is_refused(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path, loss=lambda out, target: F.cross_entropy(out, target) + math.inf
+    )
+    trainer.fit(load(make_data(), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"], trainer.optimizers.steps) == ("loss", "the loss", 0)
 
 
-def test_looking_into_it_changes_nothing(tmp_path: Path) -> None:
-    model = nn.Sequential(net(), nn.Dropout(0.5))
-    trainer = make(tmp_path, model=model)
+def test_trace_changes_nothing(tmp_path: Path) -> None:
+    model = nn.Sequential(make_model(), nn.Dropout(0.5))
+    trainer = make_trainer(tmp_path, model=model)
     before, random = state_of(trainer), torch.get_rng_state()
-    origin = trace(trainer.task, [((X, Y), False), (data(BAD).tensors, False)])
-    assert origin is not None
-    assert (origin.batch_index, origin.where) == (1, "the batch itself")
-    assert_same(before, state_of(trainer))
+    source = trace(trainer.task, [((X, Y), False), (make_data(NAN_SAMPLE).tensors, False)])
+    assert source is not None
+    assert (source.batch_index, source.where) == (1, "the batch itself")
+    assert_bitwise_equal(before, state_of(trainer))
     assert torch.equal(random, torch.get_rng_state())
 
 
-def test_loaders_know_the_samples_of_a_batch() -> None:
+def test_loader_indices_are_those_of_the_batches() -> None:
     numbers = torch.arange(48)
     for shuffle in (False, True):
         loader = load(TensorDataset(numbers), 10, shuffle)
@@ -252,132 +257,130 @@ def test_loaders_know_the_samples_of_a_batch() -> None:
     assert EpochSampler(48, 48, None).batch_indices(1, 5, 10).tolist() == list(range(40, 48))
 
 
-# ---- on a device that nobody waits for
-
-
 @pytest.mark.parametrize("policy", ["stop", "raise"])
-def test_a_device_makes_no_step_until_the_host_has_seen(tmp_path: Path, policy: NonFiniteAction) -> None:
-    """Fused optimizers can do so on the CPU, too."""
-    trainer = make(tmp_path / "a", policy, fused=True, epochs=2)
+def test_deferred_check_makes_no_step_until_the_host_reads_the_result(
+    tmp_path: Path, policy: NonFiniteAction
+) -> None:
+    """Fused optimizers on the CPU honour `found_inf` too."""
+    trainer = make_trainer(tmp_path / "a", policy, fused=True, epochs=2)
     assert trainer.optimizers.finite_check is not None
     trainer.optimizers.finite_check.syncs = False
-    batches = load(TensorDataset(*(t.repeat(4, *[1] * (t.ndim - 1)) for t in data(BAD).tensors)), 8)
+    batches = load(
+        TensorDataset(*(t.repeat(4, *[1] * (t.ndim - 1)) for t in make_data(NAN_SAMPLE).tensors)), 8
+    )
     if policy == "raise":
         with pytest.raises(NonFiniteError, match=r"epoch 1, step 3 .* from the batch itself"):
             trainer.fit(batches)
     else:
         trainer.fit(batches)
-        assert np.isnan(losses(trainer)).tolist() == [False] * 2 + [True] * 9  # seen 8 later
+        assert np.isnan(losses(trainer)).tolist() == [False] * 2 + [True] * 9  # read 8 steps later
         assert trainer.state.history[0]["total_samples"] == 16
-    before = make(tmp_path / "b", fused=True)
+    before = make_trainer(tmp_path / "b", fused=True)
     before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
-    assert_same(state_of(trainer), state_of(before))
+    assert_bitwise_equal(state_of(trainer), state_of(before))
 
 
-def test_a_device_is_asked_when_the_epoch_ends(tmp_path: Path) -> None:
-    trainer = make(tmp_path, fused=True)
+def test_deferred_check_is_read_at_the_end_of_the_epoch(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, fused=True)
     assert trainer.optimizers.finite_check is not None
     trainer.optimizers.finite_check.syncs = False
-    trainer.fit(load(data(47), 8))
+    trainer.fit(load(make_data(47), 8))
     assert trainer.outcome == "diverged"
     assert trainer.optimizers.steps == 5
 
 
-# ---- accumulation, precision, several optimizers
-
-
-def test_accumulated_batches_are_left_out_together_and_the_first_is_named(tmp_path: Path) -> None:
+def test_skip_with_accumulation_skips_all_batches_of_the_step_and_names_the_one(
+    tmp_path: Path,
+) -> None:
     options = {"batch_size": 8, "accumulate": 2}
-    trainer = make(tmp_path / "a", "skip", **options)
-    trainer.fit(load(data(28), 8))
-    other = make(tmp_path / "b", **options)
-    other.fit(load(without(3, 4), 8))
-    assert_same(state_of(trainer), state_of(other))
+    trainer = make_trainer(tmp_path / "a", "skip", **options)
+    trainer.fit(load(make_data(28), 8))
+    other = make_trainer(tmp_path / "b", **options)
+    other.fit(load(data_without(3, 4), 8))
+    assert_bitwise_equal(state_of(trainer), state_of(other))
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, True, False, False]
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["step"], first["samples"]) == (4, list(range(24, 32)))
 
 
-def test_what_the_scaler_of_fp16_sees_to_is_not_counted(tmp_path: Path) -> None:
+def test_overflow_that_the_grad_scaler_handles_is_not_counted(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
-    trainer = make(tmp_path / "a", model=nn.Linear(3, 2), scaler=scaler)
+    trainer = make_trainer(tmp_path / "a", model=nn.Linear(3, 2), scaler=scaler)
     trainer.fit(load(TensorDataset(100 * X, Y), 8))
     assert scaler.get_scale() < 2.0**127
     assert (trainer.nonfinite.stats.count, trainer.outcome) == (0, "completed")
 
     for policy in ("skip", "stop"):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-        trainer = make(tmp_path / policy, policy, scaler=scaler, clip_norm=1.0)  # type: ignore[arg-type]
-        trainer.fit(load(data(BAD), 8))
+        trainer = make_trainer(tmp_path / policy, policy, scaler=scaler, clip_norm=1.0)  # type: ignore[arg-type]
+        trainer.fit(load(make_data(NAN_SAMPLE), 8))
         assert trainer.nonfinite.stats.count == 1
         assert scaler.get_scale() == 2.0
         assert trainer.optimizers.steps == (5 if policy == "skip" else 2)
 
 
-def test_only_the_loss_counts_where_gradients_are_zeroed(tmp_path: Path) -> None:
+def test_zero_non_finite_gradients_checks_the_loss_only(tmp_path: Path) -> None:
     inputs = X.clone()
-    inputs[BAD, 0] = 0
-    trainer = make(tmp_path / "a", model=Root(), zero_non_finite=True)
+    inputs[NAN_SAMPLE, 0] = 0
+    trainer = make_trainer(tmp_path / "a", model=SquareRootModel(), zero_non_finite=True)
     trainer.fit(load(TensorDataset(inputs, Y), 8))
     assert (trainer.optimizers.steps, trainer.nonfinite.stats.count) == (6, 0)
-    trainer = make(tmp_path / "b", model=Root(), zero_non_finite=True)
-    trainer.fit(load(data(BAD), 8))
+    trainer = make_trainer(tmp_path / "b", model=SquareRootModel(), zero_non_finite=True)
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
     assert (trainer.optimizers.steps, trainer.outcome) == (2, "diverged")
 
 
-class Halves(Task):
-    """Two optimizers; the loss of the second may be none."""
+class TwoModelTask(Task):
+    """Two optimizers; only the loss of the second may be NaN."""
 
     def train_step(self, batch: Nested) -> StepOutput:
         inputs, targets = batch
         assert self.optimizers is not None
-        whole = inputs.nan_to_num()
-        first = F.cross_entropy(self.model[0](whole), targets)  # type: ignore[index, operator]
+        finite = inputs.nan_to_num()
+        first = F.cross_entropy(self.model[0](finite), targets)  # type: ignore[index, operator]
         self.optimizers["0"].step(first, len(inputs))
         second = F.cross_entropy(self.model[1](inputs), targets)  # type: ignore[index, operator]
         self.optimizers["1"].step(second, len(inputs))
-        return self.step_output("train", whole, targets, first + second)
+        return self.step_output("train", finite, targets, first + second)
 
 
 @pytest.mark.parametrize(("policy", "steps"), [("skip", (6, 5)), ("stop", (3, 2))])
-def test_the_optimizer_with_bad_gradients_makes_no_step(
+def test_only_the_optimizer_with_nan_gradients_makes_no_step(
     tmp_path: Path, policy: NonFiniteAction, steps: tuple[int, int]
 ) -> None:
     torch.manual_seed(0)
-    task = Halves(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
-    parts = task.model.children()
-    made = {str(n): torch.optim.SGD(p.parameters(), lr=0.1) for n, p in enumerate(parts)}
-    one = {
-        name: OptimWrapper(optimizer, owns_all_parameters=False) for name, optimizer in made.items()
+    task = TwoModelTask(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
+    wrappers = {
+        str(number): OptimWrapper(
+            torch.optim.SGD(part.parameters(), lr=0.1), owns_all_parameters=False
+        )
+        for number, part in enumerate(task.model.children())
     }
-    task.optimizers = OptimWrapperDict(one, policy)
-    trainer = Trainer(task, TrainingLimits(1), tmp_path, callbacks=Kept())
-    trainer.fit(load(data(BAD), 8))
-    assert tuple(each.steps for each in one.values()) == steps
+    task.optimizers = OptimWrapperDict(wrappers, policy)
+    trainer = Trainer(task, TrainingLimits(1), tmp_path, callbacks=ResultRecorder())
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    assert tuple(wrapper.steps for wrapper in wrappers.values()) == steps
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert np.isnan(losses(trainer))[2]
 
 
-# ---- ends
-
-
-def test_a_run_that_has_stopped_goes_on_where_it_is_told_to(tmp_path: Path) -> None:
-    make(tmp_path, epochs=3).fit(load(data(BAD), 8))
-    trainer = make(tmp_path, "skip", epochs=3)
+def test_diverged_run_resumes_only_if_has_diverged_is_reset(tmp_path: Path) -> None:
+    make_trainer(tmp_path, epochs=3).fit(load(make_data(NAN_SAMPLE), 8))
+    trainer = make_trainer(tmp_path, "skip", epochs=3)
     trainer.resume(tmp_path / "checkpoints" / "last.pt")
-    trainer.fit(load(data(BAD), 8))
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1]
     assert trainer.outcome == "diverged"
     trainer.nonfinite.has_diverged = False
-    trainer.fit(load(data(BAD), 8))
+    trainer.fit(load(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1, 2, 3]
     assert trainer.optimizers.steps == 2 + 5 + 5
     assert trainer.outcome == "completed"
 
 
-class Signals(Kept):
-    """SIGTERM comes with a step of the first epoch."""
+class RaiseSigterm(ResultRecorder):
+    """Raises SIGTERM after a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -389,49 +392,88 @@ class Signals(Kept):
             signal.raise_signal(signal.SIGTERM)
 
 
-def cut_at(step: int, trainer: Trainer, batches: BatchLoader) -> None:
-    """Preempted there, with everything saved."""
-    trainer.callbacks = Signals(step)
+def interrupt_at(step: int, trainer: Trainer, loader: BatchLoader) -> None:
+    """Train until SIGTERM interrupts it after a step."""
+    trainer.callbacks = RaiseSigterm(step)
     with trainer.stop_signal.installed(), pytest.raises(TrainingInterrupted):
-        trainer.fit(batches)
+        trainer.fit(loader)
 
 
-def test_cut_at_the_bad_step_it_has_diverged_when_it_goes_on(tmp_path: Path) -> None:
-    whole = make(tmp_path / "whole", epochs=3)
-    whole.fit(load(data(BAD), 8))
-    cut_at(3, make(tmp_path / "run", epochs=3), load(data(BAD), 8))
-    again = make(tmp_path / "run", epochs=3)
-    again.resume(tmp_path / "run" / "checkpoints" / "last.pt")
-    again.fit(load(data(BAD), 8))
-    assert again.outcome == whole.outcome == "diverged"
-    assert_same(state_of(again), state_of(whole))
-    assert again.state.history[0]["loss_mean"] == whole.state.history[0]["loss_mean"]
-    assert again.nonfinite.stats.to_dict() == whole.nonfinite.stats.to_dict()
+def test_interrupted_at_the_nan_step_diverges_when_resumed(tmp_path: Path) -> None:
+    uninterrupted = make_trainer(tmp_path / "whole", epochs=3)
+    uninterrupted.fit(load(make_data(NAN_SAMPLE), 8))
+    interrupt_at(3, make_trainer(tmp_path / "run", epochs=3), load(make_data(NAN_SAMPLE), 8))
+    resumed = make_trainer(tmp_path / "run", epochs=3)
+    resumed.resume(tmp_path / "run" / "checkpoints" / "last.pt")
+    resumed.fit(load(make_data(NAN_SAMPLE), 8))
+    assert resumed.outcome == uninterrupted.outcome == "diverged"
+    assert_bitwise_equal(state_of(resumed), state_of(uninterrupted))
+    assert resumed.state.history[0]["loss_mean"] == uninterrupted.state.history[0]["loss_mean"]
+    assert resumed.nonfinite.stats.to_dict() == uninterrupted.nonfinite.stats.to_dict()
 
 
-def test_cut_after_bad_steps_alone_the_rest_of_the_epoch_is_tried(tmp_path: Path) -> None:
-    bad = (0, 8, 16)  # the first three batches
-    cut_at(2, make(tmp_path, "skip", epochs=1), load(data(*bad), 8))
-    again = make(tmp_path, "skip", epochs=1)
-    again.resume(tmp_path / "checkpoints" / "last.pt")
-    again.fit(load(data(*bad), 8))
-    assert (again.outcome, again.optimizers.steps) == ("completed", 3)
+def test_interrupted_after_skipped_steps_only_trains_the_rest_of_the_epoch(tmp_path: Path) -> None:
+    nan_samples = (0, 8, 16)  # in the first three batches
+    interrupt_at(2, make_trainer(tmp_path, "skip", epochs=1), load(make_data(*nan_samples), 8))
+    resumed = make_trainer(tmp_path, "skip", epochs=1)
+    resumed.resume(tmp_path / "checkpoints" / "last.pt")
+    resumed.fit(load(make_data(*nan_samples), 8))
+    assert (resumed.outcome, resumed.optimizers.steps) == ("completed", 3)
 
 
-def test_an_epoch_without_a_step_is_the_last(tmp_path: Path) -> None:
-    trainer = make(tmp_path, "skip", epochs=9)
-    trainer.fit(load(data(*range(0, 48, 8)), 8))
+def test_epoch_with_only_skipped_steps_ends_training(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "skip", epochs=9)
+    trainer.fit(load(make_data(*range(0, 48, 8)), 8))
     assert (trainer.state.epoch, trainer.outcome) == (1, "diverged")
     assert math.isnan(float(trainer.state.history[0]["loss_mean"]))
     assert trainer.nonfinite.stats.skipped == 6
 
 
-def test_a_bad_batch_of_validation_is_named_and_is_never_best(
+def test_nan_in_validation_is_reported_and_never_best(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = make(tmp_path, epochs=2, goal="loss")
+    trainer = make_trainer(tmp_path, epochs=2, goal="loss")
     with caplog.at_level(logging.WARNING):
-        trainer.fit(load(data(), 8), load(data(BAD), 8))
-    assert "the loss is no number in valid, epoch 1, step 3" in caplog.text
+        trainer.fit(load(make_data(), 8), load(make_data(NAN_SAMPLE), 8))
+    assert "the loss is not finite in valid, epoch 1, step 3" in caplog.text
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
     assert trainer.nonfinite.stats.count == 2
+
+
+class ExplodingLinear(nn.Linear):
+    """Its outputs become NaN in the second epoch; or its gradients infinite, at once."""
+
+    epochs, gradients = 0, False
+
+    def train(self, mode: bool = True) -> ExplodingLinear:
+        self.epochs += mode
+        return super().train(mode)
+
+    def forward(self, input: Tensor) -> Tensor:
+        outputs = super().forward(input)
+        if self.gradients:
+            outputs.register_hook(lambda g: g.index_fill(1, torch.tensor(0), math.inf))
+        return outputs * (math.nan if self.epochs == 2 else 1)
+
+
+def test_nan_in_the_second_epoch_keeps_the_best_of_the_first(tmp_path: Path) -> None:
+    trainer = toy.make_trainer(tmp_path, ExplodingLinear(3, 2), goal=GoalConfig("loss", "min"))
+    trainer.limits = TrainingLimits(max_epochs=4)
+    trainer.fit(load(toy.DATA, 32), load(toy.DATA, 32))
+    assert trainer.state.epoch == 2
+    assert trainer.outcome == "diverged"
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt").epoch == 1
+
+
+def test_zero_non_finite_sets_infinite_gradients_to_zero(tmp_path: Path) -> None:
+    for zero in (False, True):
+        model = ExplodingLinear(3, 2)
+        model.gradients = True
+        before = model.weight.detach().clone()
+        trainer = toy.make_trainer(tmp_path / str(zero), model, 1)
+        trainer.optimizers.single.zero_non_finite = zero
+        trainer.fit(load(toy.DATA, 32))
+        assert torch.equal(model.weight, before) != zero
+        if zero:
+            assert torch.equal(model.weight[0], before[0])
+            assert not torch.equal(model.weight[1], before[1])

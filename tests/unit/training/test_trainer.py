@@ -1,8 +1,9 @@
-"""The loop, the steps and learning: against plain PyTorch, and without reading the device."""
+"""The training loop: against plain PyTorch, without reading the device, and when things happen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,24 +11,30 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from app.callbacks.progress import Progress
 from app.config.instantiate import Instantiator
-from app.config.schema import Job
+from app.config.schema import GoalConfig
+from app.data.loaders import load
 from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import SingleDevice
-from app.experiment import run
-from app.experiment.factory import Components, make_components, make_optimizers
+from app.experiment.factory import make_components, make_optimizers
 from app.runtime.errors import UserError
+from app.runtime.nested import Nested
 from app.runtime.seed import derive_seed, seed_everything
 from app.training.accumulator import StageAccumulator, StageResult
-from app.training.events import Callback, Callbacks, EpochEnd, StageStart, StepEnd
+from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
-from app.training.optim.lr_schedule import LRSchedule
-from app.training.optim.optim_wrapper import OptimWrapper
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.plan import TrainingLimits
+from app.training.supervised import SupervisedTask
+from app.training.task import StepOutput
 from app.training.trainer import Trainer
+from tests.support.fitting import EventRecorder, build_trainer, fit
 from tests.support.runs import job_for
+from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
 
 CPU = torch.device("cpu")
 SMALL = ("model=mlp", "trainer.max_epochs=1", "data.batch_size=100")
@@ -37,41 +44,7 @@ SEGMENTATION = (
 )
 
 
-class Listener(Callback):
-    """Remembers what it was told."""
-
-    def __init__(self) -> None:
-        self.told: list[str] = []
-        self.ends: list[EpochEnd] = []
-        self.results: list[StageResult] = []
-
-    def on_stage_start(self, start: StageStart) -> None:
-        self.told.append(f"start {start.stage} {start.epoch}")
-
-    def on_stage_end(self, result: StageResult, history: History) -> None:
-        assert history[-1] is result.row
-        self.results.append(result)
-        self.told.append(f"end {result.stage} {result.epoch}")
-
-    def on_epoch_end(self, end: EpochEnd) -> None:
-        self.ends.append(end)
-
-
-def make_trainer(job: Job, folder: Path, *callbacks: Callback) -> tuple[Trainer, Components]:
-    parts = make_components(job.config, Instantiator(job.trusted), CPU)
-    return run.make_trainer(
-        job, Instantiator(job.trusted), parts, Callbacks(callbacks), folder
-    ), parts
-
-
-def fit(folder: Path, *words: str) -> tuple[Trainer, Listener]:
-    listener = Listener()
-    trainer, parts = make_trainer(job_for(*words), folder, listener)
-    trainer.fit(parts.loaders["train"], parts.loaders.get("valid"))
-    return trainer, listener
-
-
-def test_one_epoch_is_that_of_a_plain_loop_bit_for_bit(tmp_path: Path) -> None:
+def test_fit_one_epoch_is_bitwise_equal_to_plain_pytorch(tmp_path: Path) -> None:
     trainer, _ = fit(tmp_path, *SMALL, "seed=3", "optimizer=sgd", "scheduler=constant")
 
     seed_everything(3, "model")
@@ -94,7 +67,7 @@ def test_one_epoch_is_that_of_a_plain_loop_bit_for_bit(tmp_path: Path) -> None:
 
 
 class Unreadable(Tensor):
-    """A tensor that cannot be read by the host, as if that took forever."""
+    """A tensor that raises if the host reads it."""
 
     READING: ClassVar = {
         Tensor.item,
@@ -117,7 +90,7 @@ class Unreadable(Tensor):
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         (),
         ("metric/single@metric.train=[accuracy,f1,auroc,confusion_matrix]",),
@@ -136,58 +109,57 @@ class Unreadable(Tensor):
         ),
     ],
 )
-def test_a_step_reads_nothing_back(tmp_path: Path, words: tuple[str, ...]) -> None:
-    job = job_for(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *words)
-    trainer, parts = make_trainer(job, tmp_path)
+def test_train_step_never_reads_the_device(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    job = job_for(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *overrides)
+    trainer, components = build_trainer(job, tmp_path)
     assert trainer.optimizers.finite_check is not None
     trainer.optimizers.finite_check.syncs = False  # as on a CUDA device
     trainer.task.model.train()
-    batches = parts.loaders["train"].epoch(1)
-    trainer.task.train_step(next(batches))  # the very first step is read
-    rows, progress = StageAccumulator(trainer.task.metrics["train"], CPU), Progress()
+    batches = components.loaders["train"].epoch(1)
+    trainer.task.train_step(next(batches))  # the first step is always read
+    accumulator, progress = StageAccumulator(trainer.task.metrics["train"], CPU), Progress()
     progress.on_stage_start(StageStart("train", 1, 3, 300))
     for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
-        step = trainer.task.train_step(batch)
-        assert isinstance(step.values["loss"].value, Unreadable)  # type: ignore[union-attr]
+        output = trainer.task.train_step(batch)
+        assert isinstance(output.values["loss"].value, Unreadable)  # type: ignore[union-attr]
         trainer.averaging.update(1, trainer.optimizers.steps)
-        rows.add(step.values, {**step.host_values, **trainer.optimizers.lrs()})
-        progress.on_step_end(StepEnd("train", 1, len(y), batch, step.outputs))
-        rows.add(trainer.task.eval_step("train", batch).values)
+        accumulator.add(output.values, {**output.host_values, **trainer.optimizers.lrs()})
+        progress.on_step_end(StepEnd("train", 1, len(y), batch, output.outputs))
+        accumulator.add(trainer.task.eval_step("train", batch).values)
     with pytest.raises(AssertionError, match="reads the device"):
-        rows.flush()
+        accumulator.flush()
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_a_step_does_not_wait_for_the_gpu() -> None:
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_train_step_on_cuda_never_synchronizes() -> None:
     job = job_for("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
-    parts = make_components(job.config, Instantiator(), cuda)
-    parts.task.optimizers = make_optimizers(
-        job.config, Instantiator(), parts, SingleDevice(parts.task.model)
+    components = make_components(job.config, Instantiator(), cuda)
+    components.task.optimizers = make_optimizers(
+        job.config, Instantiator(), components, SingleDevice(components.task.model)
     )
-    rows = StageAccumulator(parts.task.metrics["train"], cuda)
-    batches = parts.loaders["train"].epoch(1)
-    rows.add(parts.task.train_step(next(batches)).values)
+    accumulator = StageAccumulator(components.task.metrics["train"], cuda)
+    batches = components.loaders["train"].epoch(1)
+    accumulator.add(components.task.train_step(next(batches)).values)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            rows.add(parts.task.train_step(batch).values, parts.task.optimizers.lrs())
+            accumulator.add(
+                components.task.train_step(batch).values, components.task.optimizers.lrs()
+            )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert rows.result("train", 1).row["total_samples"] == 500
+    assert accumulator.result("train", 1).row["total_samples"] == 500
 
 
-# ---- when things happen
-
-
-def test_validation_comes_when_due_and_after_the_last_epoch(tmp_path: Path) -> None:
+def test_fit_validates_every_n_epochs_and_after_the_last(tmp_path: Path) -> None:
     few = ("trainer.limit_train_batches=1", "trainer.limit_valid_batches=1")
-    _, listener = fit(
+    _, recorder = fit(
         tmp_path, "model=mlp", "trainer.max_epochs=5", "trainer.valid_every_n_epochs=2", *few
     )
-    ends = [told.removeprefix("end ") for told in listener.told if told.startswith("end")]
+    ends = [event.removeprefix("end ") for event in recorder.events if event.startswith("end")]
     assert ends == [
         "train 1",
         "train 2",
@@ -201,10 +173,10 @@ def test_validation_comes_when_due_and_after_the_last_epoch(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("accumulate", "batches"), [(1, [4, 3]), (2, [4, 4, 4, 2])])
-def test_max_steps_counts_steps_of_the_optimizer(
+def test_max_steps_counts_optimizer_steps(
     tmp_path: Path, accumulate: int, batches: list[int]
 ) -> None:
-    trainer, listener = fit(
+    trainer, recorder = fit(
         tmp_path,
         "model=mlp",
         "trainer.max_epochs=null",
@@ -213,18 +185,18 @@ def test_max_steps_counts_steps_of_the_optimizer(
         "trainer.limit_valid_batches=1",
         f"trainer.accumulate_grad_batches={accumulate}",
     )
-    found = [len(result.steps) for result in listener.results if result.stage == "train"]
-    assert found == batches
+    lengths = [len(result.steps) for result in recorder.results if result.stage == "train"]
+    assert lengths == batches
     assert trainer.optimizers.steps == 7
 
 
-def test_early_stop_and_best_follow_the_goal(tmp_path: Path) -> None:
-    trainer, listener = fit(
+def test_patience_without_improvement_ends_training(tmp_path: Path) -> None:
+    trainer, recorder = fit(
         tmp_path,
         "model=mlp",
         "trainer.max_epochs=9",
         "optimizer=sgd",
-        "optimizer.lr=1e-12",  # nothing is learned
+        "optimizer.lr=1e-12",  # so that nothing improves
         "scheduler=constant",
         "goal.metric=loss",
         "goal.mode=min",
@@ -233,13 +205,13 @@ def test_early_stop_and_best_follow_the_goal(tmp_path: Path) -> None:
         "trainer.limit_train_batches=1",
         "trainer.limit_valid_batches=2",
     )
-    assert [end.epoch for end in listener.ends] == [1, 2, 3]
+    assert [end.epoch for end in recorder.epoch_ends] == [1, 2, 3]
     assert (tmp_path / "checkpoints" / "best.pt").is_file()
     assert trainer.state.epoch == 3
 
 
-def test_threshold_of_a_training_metric_without_validation(tmp_path: Path) -> None:
-    _, listener = fit(
+def test_threshold_of_train_metric_ends_training_without_validation(tmp_path: Path) -> None:
+    _, recorder = fit(
         tmp_path,
         "model=mlp",
         "trainer.max_epochs=9",
@@ -248,16 +220,16 @@ def test_threshold_of_a_training_metric_without_validation(tmp_path: Path) -> No
         "goal.threshold=0.01",
         "trainer.limit_train_batches=3",
     )
-    assert [told for told in listener.told if "valid" in told] == []
-    assert [end.epoch for end in listener.ends] == [1]
+    assert [event for event in recorder.events if "valid" in event] == []
+    assert [end.epoch for end in recorder.epoch_ends] == [1]
 
 
-def test_sanity_validation_finds_what_is_wrong_before_the_first_epoch(tmp_path: Path) -> None:
-    listener = Listener()
-    trainer, parts = make_trainer(job_for(*SMALL), tmp_path, listener)
-    x, y = parts.loaders["valid"].first(2)
+def test_sanity_check_with_unusable_valid_data_fails_before_the_first_epoch(tmp_path: Path) -> None:
+    recorder = EventRecorder()
+    trainer, components = build_trainer(job_for(*SMALL), tmp_path, recorder)
+    x, y = components.loaders["valid"].first(2)
 
-    class Broken:
+    class BrokenLoader:
         num_samples = 2
         num_batches = 1
 
@@ -268,126 +240,105 @@ def test_sanity_validation_finds_what_is_wrong_before_the_first_epoch(tmp_path: 
             yield x[:, :, :5], y
 
     with pytest.raises(UserError, match=r"model: MLP cannot take .*shapes cannot be multiplied"):
-        trainer.fit(parts.loaders["train"], Broken())
-    assert listener.told == []
+        trainer.fit(components.loaders["train"], BrokenLoader())
+    assert recorder.events == []
 
 
-def test_sanity_validation_changes_nothing(tmp_path: Path) -> None:
-    words = ("model=cnn", "trainer.max_epochs=1", "trainer.limit_train_batches=3")
-    with_, _ = fit(tmp_path / "a", *words, "trainer.sanity_valid_batches=2")
-    without, _ = fit(tmp_path / "b", *words, "trainer.sanity_valid_batches=0")
-    one, other = with_.task.model.state_dict(), without.task.model.state_dict()
+def test_sanity_check_does_not_change_training(tmp_path: Path) -> None:
+    overrides = ("model=cnn", "trainer.max_epochs=1", "trainer.limit_train_batches=3")
+    checked, _ = fit(tmp_path / "a", *overrides, "trainer.sanity_valid_batches=2")
+    unchecked, _ = fit(tmp_path / "b", *overrides, "trainer.sanity_valid_batches=0")
+    one, other = checked.task.model.state_dict(), unchecked.task.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Gambler(Callback):
-    """Draws random numbers at every chance."""
+class RandomCallback(Callback):
+    """Draws random numbers after each stage."""
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         torch.rand(3)
 
 
-def test_an_epochs_randomness_depends_on_seed_and_epoch_alone(tmp_path: Path) -> None:
-    words = ("model=mlp", "model.dropout=0.5", "trainer.max_epochs=2", "data.batch_size=50")
-    job = job_for(*words, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
-    learned = []
-    for callbacks in ([], [Gambler()]):
-        trainer, parts = make_trainer(job, tmp_path, *callbacks)
-        trainer.fit(parts.loaders["train"], parts.loaders["valid"])
-        learned.append(list(trainer.task.model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*learned, strict=True))
+def test_callback_that_draws_random_numbers_does_not_change_training(tmp_path: Path) -> None:
+    overrides = ("model=mlp", "model.dropout=0.5", "trainer.max_epochs=2", "data.batch_size=50")
+    job = job_for(*overrides, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
+    parameters = []
+    for callbacks in ([], [RandomCallback()]):
+        trainer, components = build_trainer(job, tmp_path, *callbacks)
+        trainer.fit(components.loaders["train"], components.loaders["valid"])
+        parameters.append(list(trainer.task.model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))
 
 
-def test_overfitting_trains_and_validates_on_the_same_few_batches(tmp_path: Path) -> None:
-    trainer, listener = fit(
+def test_debug_overfit_trains_and_validates_on_the_same_batches(tmp_path: Path) -> None:
+    trainer, recorder = fit(
         tmp_path, "model=mlp", "debug=overfit", "data.batch_size=20", "trainer.max_epochs=40"
     )
-    assert {result.row["total_samples"] for result in listener.results} == {60}
+    assert {result.row["total_samples"] for result in recorder.results} == {60}
     assert float(trainer.state.history[-1]["accuracy"]) == 1.0
 
 
-# ---- learning
+def test_evaluate_on_train_data_does_not_change_the_model(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_mlp(), 1)
+    trainer.fit(load(DATA, 32))
+    before = copy.deepcopy(trainer.task.model.state_dict())
+    row = trainer.evaluate(load(DATA, 32), "train")
+    assert row["stage"].tolist() == ["train"]
+    for name, tensor in trainer.task.model.state_dict().items():
+        assert torch.equal(tensor, before[name])
 
 
-def optimization(model: nn.Module, **options: Any) -> OptimWrapper:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    schedule = LRSchedule(optimizer, None, per_epoch=False, warmup_steps=0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return OptimWrapper(optimizer, schedule, scaler, batch_size=4, **options)
+def test_fit_after_the_last_epoch_trains_no_more(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_mlp(), 2)
+    first = trainer.fit(load(DATA, 32))
+    assert trainer.fit(load(DATA, 32)).equals(first)
+    assert trainer.state.epoch == 2
 
 
-def learned_from(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model = nn.Linear(3, 2).double()
-    x, y = torch.rand(sum(sizes), 3).double(), torch.randint(0, 2, (sum(sizes),))
-    learning = optimization(model, **options)
-    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
-        learning.step(F.cross_entropy(model(a), b), len(b))
-    learning.flush()
-    return model, x, y
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A plain function as a metric."""
+    return (outputs.argmax(1) == targets).float().mean()
 
 
-@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 1], [4, 2]])
-def test_accumulated_batches_learn_as_one_batch_of_all_samples(sizes: list[int]) -> None:
-    several, _, _ = learned_from(sizes, accumulate=3)
-    one, _, _ = learned_from([sum(sizes)])
-    torch.testing.assert_close(several.weight, one.weight)  # float64, other order of sums
+def test_fit_with_goal_that_is_not_measured_fails_before_training(tmp_path: Path) -> None:
+    stages: list[str] = []
+
+    class StageRecorder(Callback):
+        def on_step_end(self, step: StepEnd) -> None:
+            stages.append(step.stage)
+
+    task = SupervisedTask(nn.Linear(3, 2), F.cross_entropy, {"valid": {"accuracy": accuracy}})
+    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(task.model.parameters(), 0.1)))
+    goal = GoalConfig("acuracy", "max")
+    limits = TrainingLimits(max_epochs=1)
+    trainer = Trainer(task, limits, tmp_path, goal=goal, callbacks=StageRecorder())
+    with pytest.raises(UserError, match=r"'acuracy' is not measured .*did you mean 'accuracy'"):
+        trainer.fit(load(DATA, 10), load(DATA, 10))
+    assert stages == []
 
 
-def test_gradient_clipping_by_norm_and_by_value() -> None:
-    start = nn.Linear(3, 2).double()
-    torch.manual_seed(0)
-    start = nn.Linear(3, 2).double()
-    by_norm, _, _ = learned_from([4], clip_norm=1e-3)
-    steps = [(a - b) / 0.1 for a, b in zip(start.parameters(), by_norm.parameters(), strict=True)]
-    norm = torch.cat([step.flatten() for step in steps]).norm()
-    torch.testing.assert_close(norm.item(), 1e-3, rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
-    by_value, _, _ = learned_from([4], clip_value=1e-3)
-    largest = ((start.weight - by_value.weight) / 0.1).abs().max()
-    torch.testing.assert_close(largest.item(), 1e-3)
+def test_fit_without_train_batches_is_rejected(tmp_path: Path) -> None:
+    empty = TensorDataset(X[:0], Y[:0])
+    trainer = make_trainer(tmp_path, make_mlp(), 1)
+    with pytest.raises(UserError, match="the train data has no batches"):
+        trainer.fit(load(empty, 10), load(empty, 10))
 
 
-def rates(
-    make: Callable[[torch.optim.Optimizer], Any],
-    steps: int,
-    warmup: int = 0,
-    per_epoch: bool = False,
-) -> list[float]:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = LRSchedule(optimizer, make(optimizer), per_epoch, warmup)
-    found = []
-    for step in range(1, steps + 1):
-        found.append(schedule.lr)
-        optimizer.step()
-        schedule.on_step_end()
-        if step % 2 == 0:
-            schedule.on_epoch_end(0.5)
-    return found
+class RandomEvalTask(SupervisedTask):
+    """Adds random noise to the inputs in evaluation."""
+
+    def eval_step(self, stage: str, batch: Nested) -> StepOutput:
+        return super().eval_step(stage, (batch[0] + torch.randn(batch[0].shape), batch[1]))
 
 
-def test_schedules_per_step_and_per_epoch() -> None:
-    halve = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5)  # noqa: E731
-    assert rates(halve, 4) == [1.0, 0.5, 0.25, 0.125]
-    assert rates(halve, 5, per_epoch=True) == [1.0, 1.0, 0.5, 0.5, 0.25]
+def test_evaluate_draws_random_numbers_by_seed_stage_and_epoch_only(tmp_path: Path) -> None:
+    task = RandomEvalTask(nn.Linear(3, 2), F.cross_entropy)
+    data = load(DATA, 10)
 
+    def loss(seed: int, epoch: int) -> float:
+        trainer = Trainer(task, TrainingLimits(max_epochs=1), tmp_path, seed=seed)
+        torch.rand(epoch)
+        return float(trainer.evaluate(data, "test", epoch)["loss_mean"][0])
 
-def test_warm_up_multiplies_any_schedule() -> None:
-    halve = lambda o: torch.optim.lr_scheduler.StepLR(o, 1, gamma=0.5)  # noqa: E731
-    assert rates(lambda o: None, 5, warmup=4) == [0.25, 0.5, 0.75, 1.0, 1.0]  # noqa: ARG005
-    assert rates(halve, 4, warmup=2) == [0.5, 0.5, 0.25, 0.125]
-    assert rates(halve, 5, warmup=4, per_epoch=True) == [0.25, 0.5, 0.375, 0.5, 0.25]
-
-
-def test_plateau_is_told_the_goal() -> None:
-    plateau = lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, "max", 0.1, patience=1)  # noqa: E731
-    assert rates(plateau, 8, per_epoch=True)[-2:] == pytest.approx([0.1, 0.1])
-
-
-def test_a_schedule_set_to_auto_ends_with_the_run(tmp_path: Path) -> None:
-    few = ("trainer.limit_train_batches=5", "trainer.limit_valid_batches=1", "model=mlp")
-    for words in (("scheduler=cosine", "scheduler.warmup_steps=2"), ("scheduler=onecycle",)):
-        _, listener = fit(tmp_path, *few, "trainer.max_epochs=3", *words)
-        used = [rate for r in listener.results if r.stage == "train" for rate in r.steps["lr"]]
-        assert len(used) == 15
-        assert max(used) > 0.9e-3
-        assert min(used[2:]) == used[-1] < 0.02e-3
+    assert loss(0, 3) == loss(0, 3)
+    assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3

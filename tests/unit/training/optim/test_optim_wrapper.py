@@ -1,0 +1,86 @@
+"""Optimizer steps: accumulation, clipping, gradient norms and gradient scaling."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from app.data.loaders import load
+from app.training.optim.lr_schedule import LRSchedule
+from app.training.optim.optim_wrapper import OptimWrapper
+from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
+
+
+def make_wrapper(model: nn.Module, **options: Any) -> OptimWrapper:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = LRSchedule(optimizer, None, per_epoch=False, warmup_steps=0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return OptimWrapper(optimizer, schedule, scaler, batch_size=4, **options)
+
+
+def train_on_batches(sizes: list[int], **options: Any) -> tuple[nn.Linear, Tensor, Tensor]:
+    """Train a linear layer on batches of these sizes; return it, the inputs and the targets."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2).double()
+    x, y = torch.rand(sum(sizes), 3).double(), torch.randint(0, 2, (sum(sizes),))
+    wrapper = make_wrapper(model, **options)
+    for a, b in zip(x.split(sizes), y.split(sizes), strict=True):
+        wrapper.step(F.cross_entropy(model(a), b), len(b))
+    wrapper.flush()
+    return model, x, y
+
+
+@pytest.mark.parametrize("sizes", [[4, 4, 4], [4, 4, 1], [4, 2]])
+def test_accumulated_batches_are_equal_to_one_batch_of_all_samples(sizes: list[int]) -> None:
+    accumulated, _, _ = train_on_batches(sizes, accumulate=3)
+    single, _, _ = train_on_batches([sum(sizes)])
+    torch.testing.assert_close(accumulated.weight, single.weight)  # float64, other order of sums
+
+
+def test_gradients_are_clipped_by_norm_and_by_value() -> None:
+    start = nn.Linear(3, 2).double()
+    torch.manual_seed(0)
+    start = nn.Linear(3, 2).double()
+    by_norm, _, _ = train_on_batches([4], clip_norm=1e-3)
+    steps = [(a - b) / 0.1 for a, b in zip(start.parameters(), by_norm.parameters(), strict=True)]
+    norm = torch.cat([step.flatten() for step in steps]).norm()
+    torch.testing.assert_close(norm.item(), 1e-3, rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
+    by_value, _, _ = train_on_batches([4], clip_value=1e-3)
+    largest = ((start.weight - by_value.weight) / 0.1).abs().max()
+    torch.testing.assert_close(largest.item(), 1e-3)
+
+
+def test_gradient_norm_is_a_column(tmp_path: Path) -> None:
+    model = make_mlp()
+    reference = copy.deepcopy(model)
+    F.cross_entropy(reference(X), Y).backward()
+    gradients = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
+    summary = make_trainer(tmp_path, model, 1, tracks_grad_norm=True).fit(load(DATA, 64))
+    assert summary["gradient_norm"][0] == pytest.approx(gradients.norm().item(), rel=1e-6)
+
+
+def test_gradient_norm_with_accumulation_is_empty_between_steps(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_mlp(), 1, tracks_grad_norm=True)
+    trainer.optimizers.single.accumulate, trainer.optimizers.single.full_batch_size = 2, 32
+    norms: list[float] = []
+    trainer.callbacks.on_stage_end = lambda result, _: norms.extend(result.steps["gradient_norm"])  # type: ignore[method-assign]
+    summary = trainer.fit(load(DATA, 16))
+    assert np.isnan(norms[::2]).all()
+    assert summary["gradient_norm"][0] == pytest.approx(np.mean(norms[1::2]))
+
+
+def test_scaler_reduces_its_scale_on_overflow_even_if_gradients_are_zeroed() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = torch.optim.SGD([parameter], 0.1)
+    wrapper = OptimWrapper(optimizer, scaler=scaler, zero_non_finite=True)
+    wrapper.step((parameter * 1e36).sum(), 1)
+    assert scaler.get_scale() == 2.0**15
+    assert parameter.item() == 1
