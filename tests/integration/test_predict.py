@@ -1,4 +1,4 @@
-"""mode=predict, and the files of predictions."""
+"""Predictions of datasets and image folders with mode=predict."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from app.data.mnist import mnist
 from app.experiment.factory import make_model
 from app.experiment.run import execute
 from app.runtime.errors import UserError
-from tests.support.runs import RunResult, job_for, config_issues
+from tests.support.runs import RunResult, config_issues, job_for
 
 
 def trained_model(trained_run: RunResult) -> nn.Module:
@@ -25,73 +25,84 @@ def trained_model(trained_run: RunResult) -> nn.Module:
     return model.eval()
 
 
-def images() -> torch.Tensor:
+def mnist_test_images() -> torch.Tensor:
     pixels: torch.Tensor = mnist(train=False).tensors[0]
     return pixels
 
 
-def expected(trained_run: RunResult, pixels: torch.Tensor) -> np.ndarray:
+def expected_probabilities(trained_run: RunResult, pixels: torch.Tensor) -> np.ndarray:
     with torch.no_grad():
         outputs = trained_model(trained_run)((pixels.float() / 255 - 0.1307) / 0.3081)
-    shares: np.ndarray = outputs.softmax(1).numpy()
-    return shares
+    probabilities: np.ndarray = outputs.softmax(1).numpy()
+    return probabilities
 
 
-def test_labels_and_probabilities_of_a_dataset(trained_run: RunResult, tmp_path: Path) -> None:
+def test_predict_dataset_writes_labels_and_probabilities(
+    trained_run: RunResult, tmp_path: Path
+) -> None:
     job = job_for("mode=predict", f"ckpt={trained_run.folder}", "trainer.limit_test_batches=null")
     execute(job, tmp_path)
-    found = pd.read_csv(tmp_path / "predictions.csv")
-    shares = expected(trained_run, images())
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    probabilities = expected_probabilities(trained_run, mnist_test_images())
     columns = [f"probability_{k}" for k in range(10)]
-    np.testing.assert_allclose(found[columns], shares, atol=1e-6)
-    assert found["label"].tolist() == shares.argmax(1).tolist()
-    assert found["target"].tolist() == mnist(train=False).tensors[1].tolist()
+    np.testing.assert_allclose(table[columns], probabilities, atol=1e-6)
+    assert table["label"].tolist() == probabilities.argmax(1).tolist()
+    assert table["target"].tolist() == mnist(train=False).tensors[1].tolist()
     accuracy = pd.read_csv(trained_run.folder / "test_summary_table.csv")["accuracy"][0]
-    assert (found["label"] == found["target"]).mean() == accuracy
+    assert (table["label"] == table["target"]).mean() == accuracy
 
 
-def test_another_stage_is_predicted_in_the_order_of_its_data(trained_run: RunResult, tmp_path: Path) -> None:
-    words = ("mode=predict", f"ckpt={trained_run.folder}", "predict.stage=valid", "data.batch_size=7")
-    execute(job_for(*words), tmp_path)
+def test_predict_stage_covers_all_its_samples(trained_run: RunResult, tmp_path: Path) -> None:
+    overrides = (
+        "mode=predict",
+        f"ckpt={trained_run.folder}",
+        "predict.stage=valid",
+        "data.batch_size=7",
+    )
+    execute(job_for(*overrides), tmp_path)
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 5000
 
 
-def test_a_folder_of_images_of_any_kind(trained_run: RunResult, tmp_path: Path) -> None:
+def test_predict_image_folder_converts_format_and_size(
+    trained_run: RunResult, tmp_path: Path
+) -> None:
     folder = tmp_path / "digits"
     (folder / "more").mkdir(parents=True)
-    digits = images()[:3, 0].numpy()
+    digits = mnist_test_images()[:3, 0].numpy()
     Image.fromarray(digits[0]).save(folder / "a.png")
     Image.fromarray(digits[1]).convert("RGB").save(folder / "b.bmp")
     Image.fromarray(digits[2]).resize((56, 56), Image.Resampling.NEAREST).save(
         folder / "more/c.png"
     )
     (folder / "notes.txt").write_text("no image")
-    words = ("mode=predict", f"ckpt={trained_run.folder}", f"predict.images={folder}")
-    execute(job_for(*words), tmp_path / "run")
-    found = pd.read_csv(tmp_path / "run" / "predictions.csv")
-    assert found["sample"].tolist() == ["a.png", "b.bmp", "more/c.png"]
-    assert "target" not in found
-    shares = expected(trained_run, images()[:2])
-    np.testing.assert_allclose(found.filter(like="probability")[:2], shares, atol=1e-5)
-    assert found["label"][2] == expected(trained_run, images()[2:3]).argmax()
+    overrides = ("mode=predict", f"ckpt={trained_run.folder}", f"predict.images={folder}")
+    execute(job_for(*overrides), tmp_path / "run")
+    table = pd.read_csv(tmp_path / "run" / "predictions.csv")
+    assert table["sample"].tolist() == ["a.png", "b.bmp", "more/c.png"]
+    assert "target" not in table
+    probabilities = expected_probabilities(trained_run, mnist_test_images()[:2])
+    np.testing.assert_allclose(table.filter(like="probability")[:2], probabilities, atol=1e-5)
+    assert (
+        table["label"][2] == expected_probabilities(trained_run, mnist_test_images()[2:3]).argmax()
+    )
 
 
-def test_predicting_with_nothing_to_predict(trained_run: RunResult, tmp_path: Path) -> None:
-    (mistake,) = config_issues("mode=predict")
-    assert mistake.startswith("ckpt has no value: mode=predict needs")
+def test_predict_with_invalid_settings_raises(trained_run: RunResult, tmp_path: Path) -> None:
+    (issue,) = config_issues("mode=predict")
+    assert issue.startswith("ckpt has no value: mode=predict needs")
     ckpt = f"ckpt={trained_run.folder}"
     for value, message in (("nowhere", "is not a folder"), (str(tmp_path), "contains no image")):
         with pytest.raises(UserError, match=f"predict.images='{value}' {message}"):
             execute(job_for("mode=predict", ckpt, f"predict.images={value}"), tmp_path / "run")
     with pytest.raises(UserError, match=r"predict\.images: x+ cannot be read: File name too long"):
         execute(job_for("mode=predict", ckpt, f"predict.images={300 * 'x'}"), tmp_path / "run")
-    (mistake,) = config_issues("mode=predict", ckpt, "predict.stage=tests")
-    assert "did you mean 'test'" in mistake
+    (issue,) = config_issues("mode=predict", ckpt, "predict.stage=tests")
+    assert "did you mean 'test'" in issue
     with pytest.raises(UserError, match=r"format='png' does not fit outputs of shape"):
         execute(job_for("mode=predict", ckpt, "predict.format=png"), tmp_path / "png")
 
 
-def test_everything_is_predicted_whatever_the_run_was_limited_to(tmp_path: Path) -> None:
+def test_predict_ignores_the_batch_limits_of_the_training_run(tmp_path: Path) -> None:
     execute(job_for("model=mlp", "debug=fast"), tmp_path / "run")
     execute(job_for("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
     assert len(pd.read_csv(tmp_path / "all" / "predictions.csv")) == 10_000
