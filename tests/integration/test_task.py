@@ -1,4 +1,4 @@
-"""Tasks: batches and outputs of any form, own steps, several optimizers; and what goes wrong."""
+"""Tasks chosen by configuration, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,33 @@ import pytest
 
 from app.experiment.run import execute
 from app.runtime.errors import UserError
-from tests.support.own_task import FEW
+from tests.support.own_task import OWN_TASK_ARGUMENTS, write_own_task
 from tests.support.runs import job_for
 
 
-def test_an_own_task_is_named_by_target_with_its_options(own_task: Path) -> None:
+@pytest.fixture
+def own_task(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return write_own_task(tmp_cwd, monkeypatch)
+
+
+def test_own_task_with_options_is_used(own_task: Path) -> None:
     goal = ("goal.metric=loss", "goal.mode=min", "~callbacks.plots")
     plain = execute(job_for("model=mlp", "debug=fast", *goal), own_task / "a")
-    job = job_for(*FEW, "task=own", *goal)
+    job = job_for(*OWN_TASK_ARGUMENTS, "task=own", *goal)
     assert plain is not None
     assert execute(job, own_task / "b") == pytest.approx(2 * plain, rel=1e-6)
 
 
-def test_an_own_task_that_breaks_is_named_before_the_first_epoch(own_task: Path) -> None:
-    job = job_for(*FEW, "task._target_=own_task.Broken")
-    with pytest.raises(UserError, match=r"task: Broken cannot take train data: KeyError: 'b'"):
+def test_own_task_that_raises_fails_before_the_first_epoch(own_task: Path) -> None:
+    job = job_for(*OWN_TASK_ARGUMENTS, "task._target_=own_task.BrokenTask")
+    with pytest.raises(
+        UserError, match=r"task: BrokenTask cannot process the train data: KeyError: 'b'"
+    ):
         execute(job, own_task / "run")
     assert not (own_task / "run" / "epoch_details").exists()
 
 
-def test_a_metric_of_another_kind_is_named_before_the_first_epoch(tmp_path: Path) -> None:
+def test_metric_that_does_not_fit_fails_before_the_first_epoch(tmp_path: Path) -> None:
     node = "{_target_: torchmetrics.classification.BinaryAccuracy, validate_args: false}"
     job = job_for("model=mlp", "debug=fast", f"+metric.valid.mine={node}")
     with pytest.raises(UserError, match=r"metric\.valid\.mine: cannot take outputs"):
@@ -35,8 +42,13 @@ def test_a_metric_of_another_kind_is_named_before_the_first_epoch(tmp_path: Path
     assert not (tmp_path / "epoch_details").exists()
 
 
-def test_large_inputs_may_be_evaluated_window_by_window(tmp_path: Path) -> None:
-    words = ("debug=fast", "experiment=shapes_patches", "data.image_size=32", "data.batch_size=4")
+def test_task_patches_evaluates_large_inputs_by_windows(tmp_path: Path) -> None:
+    overrides = (
+        "debug=fast",
+        "experiment=shapes_patches",
+        "data.image_size=32",
+        "data.batch_size=4",
+    )
     patches = ("task.patches.size=[32,32]", "data.source.test.size=80")
-    execute(job_for(*words, *patches), tmp_path)
+    execute(job_for(*overrides, *patches), tmp_path)
     assert (tmp_path / "test_summary_table.csv").is_file()
