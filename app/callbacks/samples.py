@@ -15,7 +15,6 @@ from app.callbacks.image_grids import SampleBuffer, stack_rows
 from app.callbacks.prediction_files import to_image
 from app.callbacks.selection import check_selection, is_due
 from app.config.schema import STAGES
-from app.config.schema import STAGES
 from app.runtime.figures import save_figure
 from app.runtime.files import atomic_write
 from app.training.accumulator import StageResult
