@@ -21,7 +21,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.overrides import quote
-from app.distributed.launch.failures import RankFailure, format_error, record_rank_failure
+from app.distributed.launch.failures import (
+    NO_REPORT,
+    RankFailure,
+    format_error,
+    record_rank_failure,
+)
 from app.runtime.signals import (
     DUPLICATE_SIGNAL_SECONDS,
     REASON_BY_SIGNAL,
@@ -38,7 +43,6 @@ from app.sweep.report.write import update_tables
 
 log = logging.getLogger(__name__)
 STATUS_POLL_SECONDS = 2.0  # how often the status files of external jobs are read
-EXITED_SILENTLY = "the process exited without reporting an error"
 
 
 class JobSource(Protocol):
@@ -265,10 +269,10 @@ class SweepDriver:
 
 def _to_failure(result: JobReturn | None) -> RankFailure:
     if result is None:
-        return RankFailure(0, "died", EXITED_SILENTLY)
+        return RankFailure(0, "died", NO_REPORT)
     if result.status is JobStatus.FAILED and isinstance(result._return_value, BaseException):
         return RankFailure.from_exception(0, result._return_value)
-    return RankFailure(0, "died", EXITED_SILENTLY)
+    return RankFailure(0, "died", NO_REPORT)
 
 
 def _describe_value(outcome: RunStatus) -> str:

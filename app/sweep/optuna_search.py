@@ -94,7 +94,7 @@ class OptunaJobs:
         return study
 
     def _interrupted_jobs(self) -> list[SweepJob]:
-        """Jobs of this folder whose run did not end; results the study missed are told first."""
+        """Report results that the study has missed, and return the jobs that did not end."""
         trials = {trial.number: trial for trial in self.study.get_trials(deepcopy=False)}
         lost = [job.number for job in self.folder.jobs if job.number not in trials]
         if lost:
