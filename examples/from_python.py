@@ -13,7 +13,7 @@ import app
 from app.callbacks.console import Console
 from app.callbacks.tables import Tables
 from app.config.schema import GoalConfig
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.training.events import Callbacks
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.plan import TrainingLimits
@@ -53,12 +53,13 @@ trainer = Trainer(
     callbacks=Callbacks([Tables(folder / "spirals"), Console()]),
 )
 summary = trainer.fit(
-    load(spirals(2000, seed=0), batch_size=50, shuffle=True), load(spirals(500, seed=1), 100)
+    make_loader(spirals(2000, seed=0), batch_size=50, shuffle=True),
+    make_loader(spirals(500, seed=1), 100),
 )
 print(summary.tail(2))
 trainer.state.load_best_weights()
-print(trainer.evaluate(load(spirals(500, seed=2), 100)))
-print(trainer.predict(load(spirals(4, seed=3), 4)).argmax(1))
+print(trainer.evaluate(make_loader(spirals(500, seed=2), 100)))
+print(trainer.predict(make_loader(spirals(4, seed=3), 4)).argmax(1))
 
 # 2. From command-line overrides: the same components, built from the configuration.
 with app.compose(

@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from app.callbacks.prediction_files import SINGLE_OUTPUT, flatten_outputs, to_label_image
-from app.callbacks.selection import class_outputs, pick_targets
+from app.callbacks.selection import configured_logit_outputs, pick_targets
 from app.runtime.nested import Key, Nested, map_tensors, pick
 from app.training.events import StepEnd
 
@@ -70,7 +70,7 @@ class SampleBuffer:
         return [f"{p} / {t}" for p, t in zip(predicted, true, strict=True)]
 
     def _class_names(self) -> set[str]:
-        return {_output_name(key) for key in class_outputs(self.config)}
+        return {_output_name(key) for key in configured_logit_outputs(self.config)}
 
 
 def image_rows(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from app.callbacks.prediction_files import Format, PredictionFiles
-from app.callbacks.selection import check_selection, class_outputs, is_due, pick_targets
+from app.callbacks.selection import check_selection, configured_logit_outputs, is_due, pick_targets
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
@@ -56,7 +56,7 @@ class PredictionWriter(Callback):
         self.files = None
         if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
             folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
-            self.files = PredictionFiles(folder, class_outputs(self.config), self.format)
+            self.files = PredictionFiles(folder, configured_logit_outputs(self.config), self.format)
 
     def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002
         return self.files is not None

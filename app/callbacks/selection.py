@@ -34,7 +34,7 @@ def is_due(start: StageStart, every_n_epochs: int, config: dict[str, Any]) -> bo
     return runs_once or start.epoch % every_n_epochs == 0
 
 
-def class_outputs(config: dict[str, Any]) -> list[Key]:
+def configured_logit_outputs(config: dict[str, Any]) -> list[Key]:
     """Return the keys of the outputs that are class logits, judging by their loss functions."""
     names = {kind.__name__ for kind in LOGIT_LOSSES}
     terms = [term for term in config["loss"].values() if term]

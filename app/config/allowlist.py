@@ -35,12 +35,16 @@ LIBRARY_PREFIXES = (
 )
 # Below the allowed prefixes, but these run code or write files that their arguments name.
 DENIED_PREFIXES = (
+    "app.callbacks.prediction_files.",  # writes files to any folder
+    "app.data.datamodule.",  # builds components from nodes that it is given
     "app.data.torchvision_sets.download_dataset",  # downloads any URL to any path
     "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
     "torchmetrics.multimodal.clip_score.",
     "torchvision.datasets.lsun.",  # unpickles a file from the working directory
     "torchvision.datasets.utils.",  # downloads and unpacks any URL to any path
 )
+# What Hydra's sampler and pruner nodes of an Optuna sweep may name.
+SAMPLER_PREFIX, PRUNER_PREFIX = "optuna.samplers", "optuna.pruners"
 # Libraries offer classes; functions are allowed only below these prefixes.
 FUNCTION_PREFIXES = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
 

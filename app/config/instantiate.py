@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
-from app.config.types import MISSING, UNKNOWN, alternatives, describe, matches_type
+from app.config.types import MISSING, UNKNOWN, alternatives, describe_type, matches_type
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -196,4 +196,4 @@ def _describe_plain(expected: Any) -> str:
     types = [
         type_ for type_ in alternatives(expected) if getattr(type_, "__name__", "") != "Tensor"
     ]
-    return ", or ".join(describe(type_) for type_ in types)
+    return ", or ".join(describe_type(type_) for type_ in types)

@@ -79,7 +79,9 @@ def iter_issues(key: str, value: object, expected: Any) -> Iterator[ConfigIssue]
         yield from _dataclass_issues(key, value, only)
     elif not matches_type(value, expected):
         close = did_you_mean(str(value), _literal_values(expected))
-        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {describe(expected)}{close}")
+        yield ConfigIssue(
+            key, f"={value!r} is not valid; allowed: {describe_type(expected)}{close}"
+        )
     elif isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
         problem = f"={value!r} is too large for a checkpoint; allowed: {MAX_INT_BITS} bits"
         yield ConfigIssue(key, problem)
@@ -98,7 +100,7 @@ def _dataclass_issues(key: str, value: dict[str, Any], cls: type) -> Iterator[Co
         if name in value:
             yield from iter_issues(f"{prefix}{name}", value[name], type_)
         elif name in _required_fields(cls):
-            yield ConfigIssue(f"{prefix}{name}", f" is missing; allowed: {describe(type_)}")
+            yield ConfigIssue(f"{prefix}{name}", f" is missing; allowed: {describe_type(type_)}")
 
 
 def _required_fields(cls: type) -> set[str]:
@@ -159,7 +161,7 @@ def matches_type(value: object, expected: Any) -> bool:
     return isinstance(value, expected)
 
 
-def describe(expected: Any) -> str:
+def describe_type(expected: Any) -> str:
     """Describe a type for an error message."""
     names = {
         int: "an integer",
@@ -172,14 +174,14 @@ def describe(expected: Any) -> str:
     }
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, types.UnionType):
-        return ", or ".join(describe(alternative) for alternative in arguments)
+        return ", or ".join(describe_type(alternative) for alternative in arguments)
     if origin is Literal:
         return ", ".join(str(choice) for choice in arguments)
     if origin is Annotated:
         bounds = " ".join(str(x) for x in arguments[1:] if isinstance(x, Range))
-        return f"{describe(arguments[0])} {bounds}".strip()
+        return f"{describe_type(arguments[0])} {bounds}".strip()
     if origin is list:
-        return f"a list of: {describe(arguments[0])}"
+        return f"a list of: {describe_type(arguments[0])}"
     if origin is dict or (isinstance(expected, type) and is_dataclass(expected)):
         return "a group of keys"
     return names.get(expected, str(expected))

@@ -33,7 +33,7 @@ from app.runtime.seed import derive_seed, seed_cpu
 log = logging.getLogger(__name__)
 
 
-def load(
+def make_loader(
     data: Dataset[Any] | DataLoader[Any],
     batch_size: int = 1,
     shuffle: bool = False,

@@ -30,7 +30,7 @@ from app.experiment.factory import (
 )
 from app.experiment.status import RUN_INFO_KEYS, StatusWriter, versions
 from app.experiment.tuner import apply_batch_size_finder, find_batch_size, find_learning_rate
-from app.losses.weighted_sum import class_outputs
+from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
@@ -217,7 +217,7 @@ def load_ckpt_weights(trainer: Trainer, config: Config) -> Path:
 def logit_keys(task: Task) -> list[Key]:
     """Return which outputs are class logits; none if the task overrides `predict_step`."""
     overridden = type(task).predict_step is not SupervisedTask.predict_step
-    return [] if overridden or not isinstance(task, SupervisedTask) else class_outputs(task.loss)
+    return [] if overridden or not isinstance(task, SupervisedTask) else logit_outputs(task.loss)
 
 
 def tune_lr(config: Config, components: Components, folder: Path) -> None:

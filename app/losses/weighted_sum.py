@@ -165,7 +165,7 @@ def as_loss(
     return WeightedSum({n: t if isinstance(t, Term) else Term(t) for n, t in named.items()})
 
 
-def class_outputs(loss: WeightedSum) -> list[Key]:
+def logit_outputs(loss: WeightedSum) -> list[Key]:
     """Return the keys of the outputs that are class logits, judging by their loss functions."""
     terms = loss.terms.values()
     return [term.output for term in terms if isinstance(term.function, LOGIT_LOSSES)]

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import is_trusted, trusted_from_environment
+from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX, is_trusted, trusted_from_environment
 from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
@@ -24,7 +24,7 @@ from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
 from app.sweep.launchers.slots import make_slots
-from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, PRUNER_PREFIX, SAMPLER_PREFIX
+from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER
 
 GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
 OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"

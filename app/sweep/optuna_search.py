@@ -23,6 +23,7 @@ from optuna.distributions import (
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig
@@ -31,13 +32,7 @@ from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
 from app.sweep.run import Sweep
-from app.sweep.search_options import (
-    GRID_SAMPLER,
-    NO_PRUNER,
-    PRUNER_PREFIX,
-    SAMPLER_PREFIX,
-    SearchOptions,
-)
+from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, SearchOptions
 from app.training.history import Row, goal_value
 from app.training.pruning import make_storage
 

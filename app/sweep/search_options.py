@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-SAMPLER_PREFIX, PRUNER_PREFIX = "optuna.samplers", "optuna.pruners"
 NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from app.config.allowlist import PRUNER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig, OptunaTrial
 from app.distributed.collectives import broadcast_object, rank
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 JOURNAL_PREFIX = "journal:"
-PRUNER_PREFIX = "optuna.pruners"
 DATABASE_TIMEOUT_SECONDS = 60  # how long to wait for other processes that lock a SQLite file
 
 

@@ -25,7 +25,7 @@ from torchmetrics.wrappers import LambdaInputTransformer
 
 from app.config.instantiate import Instantiator
 from app.data.batch import BatchLoader, BatchPreparer
-from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader, load
+from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader, make_loader
 from app.data.sampling import EpochSampler
 from app.distributed.collectives import LazyAllReduceMax, local_slice, rank, world_size
 from app.distributed.strategies import DDPStrategy, SingleDevice
@@ -298,9 +298,9 @@ def train(
     return {name: tensor.detach().clone() for name, tensor in task.model.state_dict().items()}
 
 
-def make_loader(count: int = 23, batch_size: int = 5) -> BatchLoader:
+def toy_loader(count: int = 23, batch_size: int = 5) -> BatchLoader:
     inputs = torch.randn(count, 4, generator=torch.Generator().manual_seed(3))
-    return load(TensorDataset(inputs), batch_size, shuffle=True)
+    return make_loader(TensorDataset(inputs), batch_size, shuffle=True)
 
 
 def train_alternating() -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ def train_alternating() -> dict[str, Tensor]:
             for name in ("first", "second")
         }
     )
-    return train(task, strategy, make_loader())
+    return train(task, strategy, toy_loader())
 
 
 def test_ddp_without_calling_whole_model_matches_one_rank() -> None:
@@ -359,7 +359,7 @@ def train_sometimes_used(every: int, find_unused: bool) -> dict[str, Tensor] | s
     optimizer = torch.optim.AdamW(task.model.parameters(), 0.01, weight_decay=0.1)
     task.optimizers = OptimWrapperDict(OptimWrapper(optimizer, batch_size=5, strategy=strategy))
     try:
-        return train(task, strategy, make_loader())
+        return train(task, strategy, toy_loader())
     except (UserError, RuntimeError) as error:  # RuntimeError: the other rank has exited
         return str(error)
 
@@ -417,7 +417,7 @@ def make_counting_loader(kind: str, count: int, batch_size: int) -> BatchLoader:
         tensors = TensorDataset(torch.stack([torch.arange(float(count)), torch.zeros(count)], 1))
         return TensorLoader(tensors, sampler, batch_size, preparer, on_device=True)
     if kind == "stream":
-        return load(ShuffledStream(count), batch_size)
+        return make_loader(ShuffledStream(count), batch_size)
     options = DataLoaderOptions(num_workers=2 if kind == "workers" else 0)
     return SampleLoader(IndexedDataset(count), sampler, batch_size, preparer, 7, options)
 
@@ -500,7 +500,7 @@ def evaluate(count: int, batch_size: int) -> tuple[dict[str, Any], dict[str, Any
     task = SupervisedTask(nn.Identity(), F.cross_entropy, {"test": metrics})
     callback = LabelRecorder() if rank() == 0 else Callback()
     trainer = Trainer(task, TrainingLimits(1), Path(tempfile.mkdtemp()), callbacks=callback)
-    trainer.run_stage("test", 1, load(TensorDataset(logits, labels), batch_size))
+    trainer.run_stage("test", 1, make_loader(TensorDataset(logits, labels), batch_size))
     row = {
         k: v for k, v in trainer.state.history[0].items() if k not in ("epoch_time", "samples/s")
     }

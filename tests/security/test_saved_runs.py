@@ -382,6 +382,8 @@ def test_random_saved_config_fails_with_user_error(
 @pytest.mark.parametrize(
     "name",
     [
+        "app.callbacks.prediction_files.PredictionFiles",
+        "app.data.datamodule.make_datasets",
         "app.data.torchvision_sets.download_dataset",
         "app.data.torchvision_sets.download_url",
         "torchvision.datasets.LSUN",

@@ -16,7 +16,7 @@ from torch import Tensor
 from app.runtime.errors import UserError
 from app.training.checkpoint.checksum import BLOCK_SIZE
 from app.training.checkpoint.pickle_reader import read_pickle
-from app.training.checkpoint.tensor_reader import ForbiddenContentError, shorten
+from app.training.checkpoint.tensor_reader import ForbiddenContentError, printable
 
 # Raised by zipfile for damaged files.
 READ_ERRORS = (
@@ -70,11 +70,11 @@ def _open_archive(file: Path, opened: BinaryIO) -> zipfile.ZipFile:
         archive = zipfile.ZipFile(opened)
     except READ_ERRORS as error:
         raise UserError(
-            f"{file} is truncated or not a checkpoint: {shorten(str(error))}"
+            f"{file} is truncated or not a checkpoint: {printable(str(error))}"
         ) from error
     entries = archive.infolist()
     size = opened.seek(0, 2)
-    problems = [f"{shorten(e.filename)} {problem}" for e in entries if (problem := _problem(e))]
+    problems = [f"{printable(e.filename)} {problem}" for e in entries if (problem := _problem(e))]
     if problems:
         raise UserError(f"{file} is damaged: {problems[0]}")
     if len({entry.filename for entry in entries}) < len(entries):
@@ -134,4 +134,4 @@ def _read_bytes(archive: zipfile.ZipFile, name: str) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    return shorten(str(error).replace("Bad CRC-32", "wrong checksum")) or type(error).__name__
+    return printable(str(error).replace("Bad CRC-32", "wrong checksum")) or type(error).__name__

@@ -19,7 +19,7 @@ from app.training.checkpoint.tensor_reader import (
     ForbiddenContentError,
     Storage,
     make_tensor,
-    shorten,
+    printable,
 )
 
 MAX_OPCODES = 2**22  # in one pickle; each takes at most a few hundred bytes of memory
@@ -97,10 +97,10 @@ class _Reader:
     def describe(self, opcode: str, argument: Any) -> str:
         """Describe what a forbidden opcode would do, for error messages."""
         if opcode == "INST":
-            return shorten(str(argument).replace(" ", "."))
+            return printable(str(argument).replace(" ", "."))
         names = [part for part in self.stack[-2:] if isinstance(part, str)]
         if opcode == "STACK_GLOBAL" and names:
-            return shorten(".".join(names))
+            return printable(".".join(names))
         return f"the opcode {opcode}"
 
     def ignore(self, _: Any) -> None:
@@ -140,7 +140,7 @@ class _Reader:
     def push_global(self, argument: str) -> None:
         name = argument.replace(" ", ".")
         if name not in GLOBALS:
-            raise ForbiddenContentError(shorten(name))
+            raise ForbiddenContentError(printable(name))
         self.push(_Global(name))
 
     def append(self, items: list[Any]) -> None:
@@ -164,9 +164,9 @@ class _Reader:
                 dtype, content = STORAGES[name], self.storage_bytes(key)
                 if not 0 <= count * dtype.itemsize <= len(content):
                     has = f"has {len(content)} bytes"
-                    raise ValueError(f"storage {shorten(key)} claims {count} elements and {has}")
+                    raise ValueError(f"storage {printable(key)} claims {count} elements and {has}")
                 if dtype == torch.bool and (content > 1).any():
-                    raise ValueError(f"storage {shorten(key)} contains values other than 0 and 1")
+                    raise ValueError(f"storage {printable(key)} contains values other than 0 and 1")
                 self.push(Storage(content, dtype, count))
             case _:
                 raise ForbiddenContentError("a persistent id that is not a storage")

@@ -73,12 +73,12 @@ def make_tensor(
     wanted = math.prod(size)
     end = offset + sum((n - 1) * by for n, by in zip(size, stride, strict=True)) + 1
     if wanted > has or (end if wanted else offset) > has:
-        raise ValueError(f"a tensor of size {shorten(size)}, but its storage has {has} elements")
+        raise ValueError(f"a tensor of size {printable(size)}, but its storage has {has} elements")
     view = torch.empty(0, dtype=dtype).set_(storage.content.untyped_storage(), offset, size, stride)
     return view.requires_grad_(grad)
 
 
-def shorten(value: object) -> str:
+def printable(value: object) -> str:
     """Return the value as printable text of at most 100 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 100 else f"{text[:97]}..."

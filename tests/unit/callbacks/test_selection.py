@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from app.callbacks.selection import class_outputs
+from app.callbacks.selection import configured_logit_outputs
 
 
 def test_class_outputs_are_those_of_classification_losses() -> None:
@@ -13,4 +13,4 @@ def test_class_outputs_are_those_of_classification_losses() -> None:
         "d": None,
         "e": {"function": {"_target_": "app.losses.focal.FocalLoss"}},
     }
-    assert class_outputs({"loss": terms}) == ["head", 1, None]
+    assert configured_logit_outputs({"loss": terms}) == ["head", 1, None]

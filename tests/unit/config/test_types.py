@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.config.schema import Limit, Positive
-from app.config.types import describe, matches_type
+from app.config.types import describe_type, matches_type
 
 
 def test_matches_type_numbers_and_limits() -> None:
@@ -13,4 +13,4 @@ def test_matches_type_numbers_and_limits() -> None:
     assert matches_type(None, Limit)
     assert matches_type(0.5, Limit)
     assert not matches_type(0.0, Limit)
-    assert describe(Positive) == "an integer of at least 1"
+    assert describe_type(Positive) == "an integer of at least 1"

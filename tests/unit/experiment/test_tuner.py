@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from app.config.schema import TunerConfig
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.experiment.tuner import find_learning_rate, steepest_lr
 from app.runtime.errors import UserError
 from tests.support.runs import config_issues
@@ -30,7 +30,7 @@ def test_find_learning_rate_tries_increasing_rates_until_the_loss_diverges(
 ) -> None:
     trainer = make_trainer(tmp_path, make_mlp())
     find = TunerConfig(1e-4, 1e3, 40, 64, 2)
-    found = find_learning_rate(trainer.task, load(DATA, 16), find, tmp_path)
+    found = find_learning_rate(trainer.task, make_loader(DATA, 16), find, tmp_path)
     table = pd.read_csv(tmp_path / "find_lr.csv")
     assert 1e-4 < found < 100
     assert table["lr"].iloc[:3].tolist() == pytest.approx(list(np.geomspace(1e-4, 1e3, 40)[:3]))

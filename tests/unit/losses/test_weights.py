@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.losses.weighted_sum import Term, WeightedSum
 from app.losses.weights import LinearSchedule, ScheduledWeight, StepSchedule, UncertaintyWeight
 from app.runtime.errors import UserError
@@ -45,7 +45,7 @@ def test_uncertainty_weights_are_trained_reported_and_saved(tmp_path: Path) -> N
     trainer = make_trainer(
         tmp_path, make_mlp(), loss={"entropy": Term(nn.CrossEntropyLoss(), learned)}
     )
-    summary = trainer.fit(load(DATA, 16))
+    summary = trainer.fit(make_loader(DATA, 16))
     assert summary["entropy_weight"].iloc[0] != summary["entropy_weight"].iloc[-1]
     assert learned.log_variance.item() != 0
     state = load_checkpoint(tmp_path / "checkpoints" / "last.pt").task["loss"]
@@ -55,8 +55,8 @@ def test_uncertainty_weights_are_trained_reported_and_saved(tmp_path: Path) -> N
     )
     other.state.load_weights(tmp_path / "checkpoints" / "last.pt")
     assert (
-        other.evaluate(load(DATA, 64))["loss_mean"][0]
-        == trainer.evaluate(load(DATA, 64))["loss_mean"][0]
+        other.evaluate(make_loader(DATA, 64))["loss_mean"][0]
+        == trainer.evaluate(make_loader(DATA, 64))["loss_mean"][0]
     )
 
 
@@ -75,7 +75,7 @@ def test_scheduled_weights_change_per_step_or_per_epoch(
 
     schedule = ScheduledWeight(float, per)
     trainer = make_trainer(tmp_path, make_mlp(), loss={"entropy": Term(RecordingLoss(), schedule)})
-    summary = trainer.fit(load(DATA, 32))
+    summary = trainer.fit(make_loader(DATA, 32))
     assert seen == expected
     assert summary["loss_mean"].iloc[-1] == pytest.approx(
         np.mean(expected[-2:]) * summary["entropy"].iloc[-1], rel=0.05
@@ -88,7 +88,7 @@ def test_scheduled_weight_that_becomes_nan_is_rejected_by_name(tmp_path: Path) -
         tmp_path, make_mlp(), loss={"entropy": Term(nn.CrossEntropyLoss(), schedule)}
     )
     with pytest.raises(UserError, match=r"loss\.entropy\.weight is nan at step 3"):
-        trainer.fit(load(DATA, 8))
+        trainer.fit(make_loader(DATA, 8))
 
 
 def test_config_with_scheduled_weight_that_starts_at_nan_is_rejected() -> None:

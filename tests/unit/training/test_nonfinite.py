@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from app.config.schema import GoalConfig
 from app.data.batch import BatchLoader
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.data.sampling import EpochSampler
 from app.runtime.errors import NonFiniteError
 from app.runtime.nested import Nested
@@ -129,9 +129,9 @@ def losses(trainer: Trainer) -> list[float]:
 @pytest.mark.parametrize("averaged", [False, True])
 def test_stop_keeps_the_state_from_before_the_step(tmp_path: Path, averaged: bool) -> None:
     trainer = make_trainer(tmp_path / "a", averaged=averaged, epochs=3)
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     before = make_trainer(tmp_path / "b", averaged=averaged)
-    before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
+    before.fit(make_loader(TensorDataset(X[:16], Y[:16]), 8))
     assert_bitwise_equal(state_of(trainer), state_of(before))
     assert trainer.outcome == "diverged"
     assert np.isnan(losses(trainer)).tolist() == [False, False, True]
@@ -144,9 +144,9 @@ def test_stop_keeps_the_state_from_before_the_step(tmp_path: Path, averaged: boo
 @pytest.mark.parametrize("averaged", [False, True])
 def test_skip_is_equal_to_training_without_the_batch(tmp_path: Path, averaged: bool) -> None:
     trainer = make_trainer(tmp_path / "a", "skip", averaged=averaged, epochs=2)
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     other = make_trainer(tmp_path / "b", averaged=averaged, epochs=2)
-    other.fit(load(data_without(3), 8))
+    other.fit(make_loader(data_without(3), 8))
     assert_bitwise_equal(state_of(trainer), state_of(other))
     assert trainer.outcome == "completed"
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, False, False, False]
@@ -162,16 +162,16 @@ def test_raise_keeps_the_weights_from_before_the_step(tmp_path: Path) -> None:
         r"from the batch itself; samples 16, 17, 18, 19, 20, 21, 22, 23; trainer\.on_nonfinite"
     )
     with pytest.raises(NonFiniteError, match=message):
-        trainer.fit(load(make_data(NAN_SAMPLE), 8))
+        trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     before = make_trainer(tmp_path / "b")
-    before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
+    before.fit(make_loader(TensorDataset(X[:16], Y[:16]), 8))
     assert_bitwise_equal(state_of(trainer), state_of(before))
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
 def test_without_policy_nan_reaches_the_weights(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, None)
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert not next(trainer.task.model.parameters()).isfinite().any()
 
 
@@ -192,9 +192,9 @@ def test_nan_gradient_with_finite_loss_names_the_parameter(tmp_path: Path) -> No
     inputs = X.clone()
     inputs[NAN_SAMPLE, 0] = 0
     trainer = make_trainer(tmp_path / "a", model=SquareRootModel())
-    trainer.fit(load(TensorDataset(inputs, Y), 8))
+    trainer.fit(make_loader(TensorDataset(inputs, Y), 8))
     before = make_trainer(tmp_path / "b", model=SquareRootModel())
-    before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
+    before.fit(make_loader(TensorDataset(X[:16], Y[:16]), 8))
     assert_bitwise_equal(state_of(trainer), state_of(before))
     first = trainer.nonfinite.stats.first
     assert first is not None
@@ -211,7 +211,7 @@ class Logarithm(nn.Module):
 def test_nan_loss_names_the_first_module_with_nan_outputs(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.ReLU(), Logarithm()), nn.Linear(5, 2))
     trainer = make_trainer(tmp_path, model=model)
-    trainer.fit(load(TensorDataset(X - 9, Y), 8))
+    trainer.fit(make_loader(TensorDataset(X - 9, Y), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"]) == ("loss", "module '1.1'")
@@ -221,7 +221,7 @@ def test_infinite_parameter_is_named(tmp_path: Path) -> None:
     model = make_model()
     model[3].bias.data[1] = math.inf  # type: ignore[union-attr, operator, index]
     trainer = make_trainer(tmp_path, model=model)
-    trainer.fit(load(make_data(), 8))
+    trainer.fit(make_loader(make_data(), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["step"], first["where"]) == (1, "the parameter '3.bias'")
@@ -231,7 +231,7 @@ def test_infinite_loss_with_finite_gradients_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(
         tmp_path, loss=lambda out, target: F.cross_entropy(out, target) + math.inf
     )
-    trainer.fit(load(make_data(), 8))
+    trainer.fit(make_loader(make_data(), 8))
     first = trainer.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"], trainer.optimizers.steps) == ("loss", "the loss", 0)
@@ -251,7 +251,7 @@ def test_trace_changes_nothing(tmp_path: Path) -> None:
 def test_loader_indices_are_those_of_the_batches() -> None:
     numbers = torch.arange(48)
     for shuffle in (False, True):
-        loader = load(TensorDataset(numbers), 10, shuffle)
+        loader = make_loader(TensorDataset(numbers), 10, shuffle)
         for step, (batch,) in enumerate(loader.epoch(3), start=1):
             assert loader.indices(3, step).tolist() == batch.tolist()  # type: ignore[attr-defined]
     assert EpochSampler(48, 48, None).batch_indices(1, 5, 10).tolist() == list(range(40, 48))
@@ -265,7 +265,7 @@ def test_deferred_check_makes_no_step_until_the_host_reads_the_result(
     trainer = make_trainer(tmp_path / "a", policy, fused=True, epochs=2)
     assert trainer.optimizers.finite_check is not None
     trainer.optimizers.finite_check.syncs = False
-    batches = load(
+    batches = make_loader(
         TensorDataset(*(t.repeat(4, *[1] * (t.ndim - 1)) for t in make_data(NAN_SAMPLE).tensors)), 8
     )
     if policy == "raise":
@@ -276,7 +276,7 @@ def test_deferred_check_makes_no_step_until_the_host_reads_the_result(
         assert np.isnan(losses(trainer)).tolist() == [False] * 2 + [True] * 9  # read 8 steps later
         assert trainer.state.history[0]["total_samples"] == 16
     before = make_trainer(tmp_path / "b", fused=True)
-    before.fit(load(TensorDataset(X[:16], Y[:16]), 8))
+    before.fit(make_loader(TensorDataset(X[:16], Y[:16]), 8))
     assert_bitwise_equal(state_of(trainer), state_of(before))
 
 
@@ -284,7 +284,7 @@ def test_deferred_check_is_read_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fused=True)
     assert trainer.optimizers.finite_check is not None
     trainer.optimizers.finite_check.syncs = False
-    trainer.fit(load(make_data(47), 8))
+    trainer.fit(make_loader(make_data(47), 8))
     assert trainer.outcome == "diverged"
     assert trainer.optimizers.steps == 5
 
@@ -294,9 +294,9 @@ def test_skip_with_accumulation_skips_all_batches_of_the_step_and_names_the_one(
 ) -> None:
     options = {"batch_size": 8, "accumulate": 2}
     trainer = make_trainer(tmp_path / "a", "skip", **options)
-    trainer.fit(load(make_data(28), 8))
+    trainer.fit(make_loader(make_data(28), 8))
     other = make_trainer(tmp_path / "b", **options)
-    other.fit(load(data_without(3, 4), 8))
+    other.fit(make_loader(data_without(3, 4), 8))
     assert_bitwise_equal(state_of(trainer), state_of(other))
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, True, False, False]
     first = trainer.nonfinite.stats.first
@@ -307,14 +307,14 @@ def test_skip_with_accumulation_skips_all_batches_of_the_step_and_names_the_one(
 def test_overflow_that_the_grad_scaler_handles_is_not_counted(tmp_path: Path) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     trainer = make_trainer(tmp_path / "a", model=nn.Linear(3, 2), scaler=scaler)
-    trainer.fit(load(TensorDataset(100 * X, Y), 8))
+    trainer.fit(make_loader(TensorDataset(100 * X, Y), 8))
     assert scaler.get_scale() < 2.0**127
     assert (trainer.nonfinite.stats.count, trainer.outcome) == (0, "completed")
 
     for policy in ("skip", "stop"):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         trainer = make_trainer(tmp_path / policy, policy, scaler=scaler, clip_norm=1.0)  # type: ignore[arg-type]
-        trainer.fit(load(make_data(NAN_SAMPLE), 8))
+        trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
         assert trainer.nonfinite.stats.count == 1
         assert scaler.get_scale() == 2.0
         assert trainer.optimizers.steps == (5 if policy == "skip" else 2)
@@ -324,10 +324,10 @@ def test_zero_non_finite_gradients_checks_the_loss_only(tmp_path: Path) -> None:
     inputs = X.clone()
     inputs[NAN_SAMPLE, 0] = 0
     trainer = make_trainer(tmp_path / "a", model=SquareRootModel(), zero_non_finite=True)
-    trainer.fit(load(TensorDataset(inputs, Y), 8))
+    trainer.fit(make_loader(TensorDataset(inputs, Y), 8))
     assert (trainer.optimizers.steps, trainer.nonfinite.stats.count) == (6, 0)
     trainer = make_trainer(tmp_path / "b", model=SquareRootModel(), zero_non_finite=True)
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert (trainer.optimizers.steps, trainer.outcome) == (2, "diverged")
 
 
@@ -359,21 +359,21 @@ def test_only_the_optimizer_with_nan_gradients_makes_no_step(
     }
     task.optimizers = OptimWrapperDict(wrappers, policy)
     trainer = Trainer(task, TrainingLimits(1), tmp_path, callbacks=ResultRecorder())
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert tuple(wrapper.steps for wrapper in wrappers.values()) == steps
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert np.isnan(losses(trainer))[2]
 
 
 def test_diverged_run_resumes_only_if_has_diverged_is_reset(tmp_path: Path) -> None:
-    make_trainer(tmp_path, epochs=3).fit(load(make_data(NAN_SAMPLE), 8))
+    make_trainer(tmp_path, epochs=3).fit(make_loader(make_data(NAN_SAMPLE), 8))
     trainer = make_trainer(tmp_path, "skip", epochs=3)
     trainer.resume(tmp_path / "checkpoints" / "last.pt")
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1]
     assert trainer.outcome == "diverged"
     trainer.nonfinite.has_diverged = False
-    trainer.fit(load(make_data(NAN_SAMPLE), 8))
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1, 2, 3]
     assert trainer.optimizers.steps == 2 + 5 + 5
     assert trainer.outcome == "completed"
@@ -401,11 +401,11 @@ def interrupt_at(step: int, trainer: Trainer, loader: BatchLoader) -> None:
 
 def test_interrupted_at_the_nan_step_diverges_when_resumed(tmp_path: Path) -> None:
     uninterrupted = make_trainer(tmp_path / "whole", epochs=3)
-    uninterrupted.fit(load(make_data(NAN_SAMPLE), 8))
-    interrupt_at(3, make_trainer(tmp_path / "run", epochs=3), load(make_data(NAN_SAMPLE), 8))
+    uninterrupted.fit(make_loader(make_data(NAN_SAMPLE), 8))
+    interrupt_at(3, make_trainer(tmp_path / "run", epochs=3), make_loader(make_data(NAN_SAMPLE), 8))
     resumed = make_trainer(tmp_path / "run", epochs=3)
     resumed.resume(tmp_path / "run" / "checkpoints" / "last.pt")
-    resumed.fit(load(make_data(NAN_SAMPLE), 8))
+    resumed.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert resumed.outcome == uninterrupted.outcome == "diverged"
     assert_bitwise_equal(state_of(resumed), state_of(uninterrupted))
     assert resumed.state.history[0]["loss_mean"] == uninterrupted.state.history[0]["loss_mean"]
@@ -414,16 +414,18 @@ def test_interrupted_at_the_nan_step_diverges_when_resumed(tmp_path: Path) -> No
 
 def test_interrupted_after_skipped_steps_only_trains_the_rest_of_the_epoch(tmp_path: Path) -> None:
     nan_samples = (0, 8, 16)  # in the first three batches
-    interrupt_at(2, make_trainer(tmp_path, "skip", epochs=1), load(make_data(*nan_samples), 8))
+    interrupt_at(
+        2, make_trainer(tmp_path, "skip", epochs=1), make_loader(make_data(*nan_samples), 8)
+    )
     resumed = make_trainer(tmp_path, "skip", epochs=1)
     resumed.resume(tmp_path / "checkpoints" / "last.pt")
-    resumed.fit(load(make_data(*nan_samples), 8))
+    resumed.fit(make_loader(make_data(*nan_samples), 8))
     assert (resumed.outcome, resumed.optimizers.steps) == ("completed", 3)
 
 
 def test_epoch_with_only_skipped_steps_ends_training(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, "skip", epochs=9)
-    trainer.fit(load(make_data(*range(0, 48, 8)), 8))
+    trainer.fit(make_loader(make_data(*range(0, 48, 8)), 8))
     assert (trainer.state.epoch, trainer.outcome) == (1, "diverged")
     assert math.isnan(float(trainer.state.history[0]["loss_mean"]))
     assert trainer.nonfinite.stats.skipped == 6
@@ -434,7 +436,7 @@ def test_nan_in_validation_is_reported_and_never_best(
 ) -> None:
     trainer = make_trainer(tmp_path, epochs=2, goal="loss")
     with caplog.at_level(logging.WARNING):
-        trainer.fit(load(make_data(), 8), load(make_data(NAN_SAMPLE), 8))
+        trainer.fit(make_loader(make_data(), 8), make_loader(make_data(NAN_SAMPLE), 8))
     assert "the loss is not finite in valid, epoch 1, step 3" in caplog.text
     assert not (tmp_path / "checkpoints" / "best.pt").exists()
     assert trainer.nonfinite.stats.count == 2
@@ -459,7 +461,7 @@ class ExplodingLinear(nn.Linear):
 def test_nan_in_the_second_epoch_keeps_the_best_of_the_first(tmp_path: Path) -> None:
     trainer = toy.make_trainer(tmp_path, ExplodingLinear(3, 2), goal=GoalConfig("loss", "min"))
     trainer.limits = TrainingLimits(max_epochs=4)
-    trainer.fit(load(toy.DATA, 32), load(toy.DATA, 32))
+    trainer.fit(make_loader(toy.DATA, 32), make_loader(toy.DATA, 32))
     assert trainer.state.epoch == 2
     assert trainer.outcome == "diverged"
     assert load_checkpoint(tmp_path / "checkpoints" / "best.pt").epoch == 1
@@ -472,7 +474,7 @@ def test_zero_non_finite_sets_infinite_gradients_to_zero(tmp_path: Path) -> None
         before = model.weight.detach().clone()
         trainer = toy.make_trainer(tmp_path / str(zero), model, 1)
         trainer.optimizers.single.zero_non_finite = zero
-        trainer.fit(load(toy.DATA, 32))
+        trainer.fit(make_loader(toy.DATA, 32))
         assert torch.equal(model.weight, before) != zero
         if zero:
             assert torch.equal(model.weight[0], before[0])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.losses.weighted_sum import Term
 from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
@@ -37,7 +37,7 @@ def make_optimizers(model: nn.Module, **options: Any) -> OptimWrapperDict:
 
 def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
     trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
-    return trainer.fit(load(data, 10), load(data, 10))
+    return trainer.fit(make_loader(data, 10), make_loader(data, 10))
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def test_predict_keeps_the_structure_of_the_outputs(tmp_path: Path) -> None:
         inputs=["points.left", "points.right"],
     )
     predicted = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).predict(
-        load(DictDataset(), 25)
+        make_loader(DictDataset(), 25)
     )
     expected = task.model(X[:, :2], X[:, 2:])
     torch.testing.assert_close(predicted["class"], expected["class"])
@@ -261,7 +261,7 @@ def test_metric_that_does_not_fit_is_rejected_by_name(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 4), nn.MSELoss(), metrics, targets=0)
     with pytest.raises(UserError, match=r"metric\.test\.accuracy: cannot take outputs"):
         Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
-            load(TensorDataset(X, Y), 10)
+            make_loader(TensorDataset(X, Y), 10)
         )
 
 
@@ -282,7 +282,7 @@ def test_term_named_loss_does_not_replace_the_total(tmp_path: Path) -> None:
     terms = {"loss": Term(F.cross_entropy), "other": Term(lambda o, _: o.mean() * 0 + 100.0)}
     task = SupervisedTask(nn.Linear(4, 2), terms)
     row = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
-        load(TensorDataset(X, Y), 60)
+        make_loader(TensorDataset(X, Y), 60)
     )
     assert row["loss_mean"][0] > 100
     assert "loss.loss is the name of another column; rename it" in config_issues(
@@ -330,7 +330,7 @@ def test_mix_changes_the_loss_but_not_the_targets_of_metrics(
     task = SupervisedTask(model, nn.CrossEntropyLoss(), {"train": {"accuracy": accuracy}}, mix=mix)
     task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
     summary = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(
-        load(toy.DATA, 64), load(toy.DATA, 64)
+        make_loader(toy.DATA, 64), make_loader(toy.DATA, 64)
     )
     ((mixed, soft),) = seen
     outputs = model(mixed)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from app.config.instantiate import Instantiator
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.experiment.factory import make_components
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
@@ -36,7 +36,7 @@ def make_optimizers(model: nn.Module, **options: Any) -> OptimWrapperDict:
 
 def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
     trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
-    return trainer.fit(load(data, 10), load(data, 10))
+    return trainer.fit(make_loader(data, 10), make_loader(data, 10))
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ def test_task_with_two_optimizers_trains_each_on_its_own_loss(tmp_path: Path) ->
 def test_evaluate_without_optimizer_returns_metrics(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), F.cross_entropy, {"test": {"accuracy": accuracy}})
     row = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).evaluate(
-        load(TensorDataset(X, Y), 25)
+        make_loader(TensorDataset(X, Y), 25)
     )
     outputs = task.model(X)
     assert row["loss_mean"][0] == pytest.approx(F.cross_entropy(outputs, Y).item(), rel=1e-6)
@@ -119,7 +119,9 @@ def test_step_output_without_loss_is_rejected_in_the_sanity_check(tmp_path: Path
     with pytest.raises(
         UserError, match=r"task: MissingLossTask\.train_step must return .* a NoneType"
     ):
-        Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(load(TensorDataset(X, Y), 10))
+        Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(
+            make_loader(TensorDataset(X, Y), 10)
+        )
 
 
 @pytest.fixture

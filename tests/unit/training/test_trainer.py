@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from app.callbacks.progress import Progress
 from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.data.mnist import mnist
 from app.data.split import split
 from app.distributed.strategies import SingleDevice
@@ -280,9 +280,9 @@ def test_debug_overfit_trains_and_validates_on_the_same_batches(tmp_path: Path) 
 
 def test_evaluate_on_train_data_does_not_change_the_model(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_mlp(), 1)
-    trainer.fit(load(DATA, 32))
+    trainer.fit(make_loader(DATA, 32))
     before = copy.deepcopy(trainer.task.model.state_dict())
-    row = trainer.evaluate(load(DATA, 32), "train")
+    row = trainer.evaluate(make_loader(DATA, 32), "train")
     assert row["stage"].tolist() == ["train"]
     for name, tensor in trainer.task.model.state_dict().items():
         assert torch.equal(tensor, before[name])
@@ -290,8 +290,8 @@ def test_evaluate_on_train_data_does_not_change_the_model(tmp_path: Path) -> Non
 
 def test_fit_after_the_last_epoch_trains_no_more(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, make_mlp(), 2)
-    first = trainer.fit(load(DATA, 32))
-    assert trainer.fit(load(DATA, 32)).equals(first)
+    first = trainer.fit(make_loader(DATA, 32))
+    assert trainer.fit(make_loader(DATA, 32)).equals(first)
     assert trainer.state.epoch == 2
 
 
@@ -313,7 +313,7 @@ def test_fit_with_goal_that_is_not_measured_fails_before_training(tmp_path: Path
     limits = TrainingLimits(max_epochs=1)
     trainer = Trainer(task, limits, tmp_path, goal=goal, callbacks=StageRecorder())
     with pytest.raises(UserError, match=r"'acuracy' is not measured .*did you mean 'accuracy'"):
-        trainer.fit(load(DATA, 10), load(DATA, 10))
+        trainer.fit(make_loader(DATA, 10), make_loader(DATA, 10))
     assert stages == []
 
 
@@ -321,7 +321,7 @@ def test_fit_without_train_batches_is_rejected(tmp_path: Path) -> None:
     empty = TensorDataset(X[:0], Y[:0])
     trainer = make_trainer(tmp_path, make_mlp(), 1)
     with pytest.raises(UserError, match="the train data has no batches"):
-        trainer.fit(load(empty, 10), load(empty, 10))
+        trainer.fit(make_loader(empty, 10), make_loader(empty, 10))
 
 
 class RandomEvalTask(SupervisedTask):
@@ -333,7 +333,7 @@ class RandomEvalTask(SupervisedTask):
 
 def test_evaluate_draws_random_numbers_by_seed_stage_and_epoch_only(tmp_path: Path) -> None:
     task = RandomEvalTask(nn.Linear(3, 2), F.cross_entropy)
-    data = load(DATA, 10)
+    data = make_loader(DATA, 10)
 
     def loss(seed: int, epoch: int) -> float:
         trainer = Trainer(task, TrainingLimits(max_epochs=1), tmp_path, seed=seed)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.training.events import Callbacks
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.plan import TrainingLimits
@@ -74,10 +74,10 @@ def make_trainer(folder: Path, limits: TrainingLimits, **options: Any) -> Traine
 @pytest.mark.parametrize("kind", DATASETS)
 def test_fit_gives_the_same_result_for_every_kind_of_dataset(tmp_path: Path, kind: str) -> None:
     reference = make_trainer(tmp_path / "reference", TrainingLimits(max_epochs=2))
-    expected = reference.fit(load(TensorDataset(X, Y), 20))
+    expected = reference.fit(make_loader(TensorDataset(X, Y), 20))
     callbacks = Callbacks([Console(), Progress()])
     trainer = make_trainer(tmp_path / "run", TrainingLimits(max_epochs=2), callbacks=callbacks)
-    loader = load(DATASETS[kind](), 20)
+    loader = make_loader(DATASETS[kind](), 20)
     summary = trainer.fit(loader)
     assert torch.equal(reference.task.model.weight, trainer.task.model.weight)
     times = ["epoch_time", "samples/s"]
@@ -90,17 +90,17 @@ def test_fit_gives_the_same_result_for_every_kind_of_dataset(tmp_path: Path, kin
 def test_fit_on_stream_sets_epoch_and_stops_at_max_steps(tmp_path: Path) -> None:
     stream = StreamDataset()
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=None, max_steps=7))
-    summary = trainer.fit(load(stream, 20))
+    summary = trainer.fit(make_loader(stream, 20))
     assert stream.epochs == [1, 2, 3]
     assert summary["total_samples"].tolist() == [50, 50, 20]
 
 
 def test_predict_returns_tensors_and_evaluate_returns_table(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=1))
-    outputs = trainer.predict(load(TensorDataset(X, Y), 7))
+    outputs = trainer.predict(make_loader(TensorDataset(X, Y), 7))
     torch.testing.assert_close(outputs, trainer.task.model(X))
     assert not outputs.requires_grad
-    row = trainer.evaluate(load(TensorDataset(X, Y), 7))
+    row = trainer.evaluate(make_loader(TensorDataset(X, Y), 7))
     assert row["stage"].tolist() == ["test"]
     assert row["loss_mean"][0] == pytest.approx(
         nn.functional.cross_entropy(outputs, Y).item(), rel=1e-6
@@ -109,7 +109,7 @@ def test_predict_returns_tensors_and_evaluate_returns_table(tmp_path: Path) -> N
 
 def test_load_best_weights_restores_the_best_epoch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=3))
-    summary = trainer.fit(load(TensorDataset(X, Y), 20))
+    summary = trainer.fit(make_loader(TensorDataset(X, Y), 20))
     trainer.task.model.weight.data.zero_()
     best = int(summary["loss_mean"].idxmin()) + 1
     assert trainer.state.load_best_weights() == best
@@ -117,6 +117,6 @@ def test_load_best_weights_restores_the_best_epoch(tmp_path: Path) -> None:
 
 
 def test_mode_test_with_checkpoint_without_config_is_rejected(tmp_path: Path) -> None:
-    make_trainer(tmp_path, TrainingLimits(max_epochs=1)).fit(load(TensorDataset(X, Y), 20))
+    make_trainer(tmp_path, TrainingLimits(max_epochs=1)).fit(make_loader(TensorDataset(X, Y), 20))
     (issue,) = config_issues("mode=test", f"ckpt={tmp_path}")
     assert "was saved by a Trainer from Python and has no configuration" in issue

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from app.config.schema import FreezeConfig
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.runtime.errors import UserError
 from app.training.optim.freezing import FreezeSchedule, matches
 from tests.support.toy_training import DATA, make_mlp, make_trainer
@@ -35,7 +35,7 @@ def test_frozen_parameters_change_only_in_the_epochs_in_which_they_are_not_froze
         on_epoch_end(epoch)
 
     trainer.averaging.on_epoch_end = record_state  # type: ignore[method-assign]
-    trainer.fit(load(DATA, 8))
+    trainer.fit(make_loader(DATA, 8))
 
     def has_changed(name: str) -> list[bool]:
         return [not torch.equal(a[name], b[name]) for a, b in pairwise(states)]

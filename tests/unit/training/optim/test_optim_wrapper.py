@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper
 from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
@@ -62,7 +62,7 @@ def test_gradient_norm_is_a_column(tmp_path: Path) -> None:
     reference = copy.deepcopy(model)
     F.cross_entropy(reference(X), Y).backward()
     gradients = torch.cat([p.grad.flatten() for p in reference.parameters() if p.grad is not None])
-    summary = make_trainer(tmp_path, model, 1, tracks_grad_norm=True).fit(load(DATA, 64))
+    summary = make_trainer(tmp_path, model, 1, tracks_grad_norm=True).fit(make_loader(DATA, 64))
     assert summary["gradient_norm"][0] == pytest.approx(gradients.norm().item(), rel=1e-6)
 
 
@@ -71,7 +71,7 @@ def test_gradient_norm_with_accumulation_is_empty_between_steps(tmp_path: Path) 
     trainer.optimizers.single.accumulate, trainer.optimizers.single.full_batch_size = 2, 32
     norms: list[float] = []
     trainer.callbacks.on_stage_end = lambda result, _: norms.extend(result.steps["gradient_norm"])  # type: ignore[method-assign]
-    summary = trainer.fit(load(DATA, 16))
+    summary = trainer.fit(make_loader(DATA, 16))
     assert np.isnan(norms[::2]).all()
     assert summary["gradient_norm"][0] == pytest.approx(np.mean(norms[1::2]))
 

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import TensorDataset
 
 from app.config.schema import FreezeConfig, GoalConfig
-from app.data.loaders import load
+from app.data.loaders import make_loader
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
@@ -39,7 +39,7 @@ def test_ema_is_equal_to_that_of_torch(tmp_path: Path) -> None:
         reference.update_parameters(model)
 
     trainer.optimizers.single.apply = apply_and_update_reference  # type: ignore[method-assign]
-    trainer.fit(load(DATA, 8))
+    trainer.fit(make_loader(DATA, 8))
     expected = reference.module.state_dict()
     assert averaging.num_averaged == 24
     expected.pop("1.num_batches_tracked")  # torch also averages integers
@@ -51,18 +51,18 @@ def test_ema_is_validated_and_saved_as_best_while_training_continues_without_it(
     tmp_path: Path,
 ) -> None:
     plain, averaged = make_mlp(), make_mlp()
-    make_trainer(tmp_path / "a", plain).fit(load(DATA, 8))
+    make_trainer(tmp_path / "a", plain).fit(make_loader(DATA, 8))
     averaging = ExponentialMovingAverage(averaged, decay=0.5)
     trainer = make_trainer(
         tmp_path / "b", averaged, averaging=averaging, goal=GoalConfig("loss", "min")
     )
-    summary = trainer.fit(load(DATA, 8), load(DATA, 8))
+    summary = trainer.fit(make_loader(DATA, 8), make_loader(DATA, 8))
     assert torch.equal(plain[0].weight, averaged[0].weight)  # type: ignore[arg-type]
     best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.pt")
     torch.testing.assert_close(best.model["0.weight"], averaging.average["0.weight"])
     assert not torch.equal(best.model["0.weight"], averaged[0].weight)  # type: ignore[arg-type]
     trainer.state.load_best_weights()
-    again = trainer.evaluate(load(DATA, 8), "valid")["loss_mean"][0]
+    again = trainer.evaluate(make_loader(DATA, 8), "valid")["loss_mean"][0]
     assert again == summary[summary["stage"] == "valid"]["loss_mean"].min()
     last = load_checkpoint(tmp_path / "b" / "checkpoints" / "last.pt")
     assert last.training is not None
@@ -82,10 +82,10 @@ def test_swa_is_the_mean_of_epochs_and_recomputes_batch_norm_statistics(tmp_path
         on_epoch_end(epoch)
 
     trainer.averaging.on_epoch_end = record_weights  # type: ignore[method-assign]
-    trainer.fit(load(DATA, 16), load(DATA, 16))
+    trainer.fit(make_loader(DATA, 16), make_loader(DATA, 16))
     expected = torch.stack(weights[1:]).mean(0)
     torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)
-    with trainer.averaged_weights(load(DATA, 64), 5):
+    with trainer.averaged_weights(make_loader(DATA, 64), 5):
         outputs = model[0](X)
         torch.testing.assert_close(model[1].running_mean, outputs.mean(0))
         torch.testing.assert_close(model[1].running_var, outputs.var(0))
@@ -125,7 +125,7 @@ def test_swa_recomputes_statistics_of_several_inputs_but_not_of_frozen_norms(
         averaging=StochasticWeightAveraging(model, 1),
         freezing=FreezeSchedule(model, {"second": FreezeConfig("second")}),
     )
-    trainer.fit(load(TensorDataset(X + 5, Y), 16))
+    trainer.fit(make_loader(TensorDataset(X + 5, Y), 16))
     state = load_checkpoint(tmp_path / "checkpoints" / "best.pt").model
     torch.testing.assert_close(state["first.running_mean"], (X + 5).mean(0))
     assert torch.equal(state["second.running_mean"], torch.zeros(3))
