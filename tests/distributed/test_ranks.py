@@ -174,7 +174,7 @@ def fit_error(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["experiment=mnist_dcgan", "trainer.strategy=fsdp"], "needs a task that calls the model"),
+        (["experiment=mnist_dcgan", "trainer.strategy=fsdp"], "needs a single optimizer"),
         (["+loss.cross_entropy.function.reduction=sum"], "CrossEntropyLoss with reduction='sum'"),
     ],
 )

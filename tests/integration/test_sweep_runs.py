@@ -115,7 +115,7 @@ def test_report_combines_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path:
     assert (tmp_path / "joined" / table["folder"].iloc[-1] / "status.json").exists()
     done = run_app(tmp_path, "report", "nowhere")
     assert (done.code, done.out) == (2, "")
-    assert "no folder" in done.err
+    assert "no such folder" in done.err
 
 
 def test_sweep_failed_job_others_run_and_resume_retries_it(sweep: RunSweep, tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from app.distributed.launch import local
 from app.distributed.launch.local import PRELOAD_MODULES
 
 
@@ -101,6 +103,9 @@ def _child_main(
         import torch
 
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    # Fork ranks from this process: a forkserver of its own would import torch again for every test.
+    # Commands started cold, and ranks launched by the tests themselves, use the real forkserver.
+    local._context = partial(mp.get_context, "fork")
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
