@@ -34,6 +34,7 @@ from app.sweep.launchers.external import ProcessId, current_process_id, run_exte
 from app.sweep.outcome import DIVERGED, read_run_status, record_failure
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.DEBUG)  # tracebacks of user errors go to run.log only
 
 
 class JobFailedError(Exception):

@@ -30,9 +30,6 @@ from app.sweep.folder import SweepFolder
 from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
 
-log = logging.getLogger(__name__)
-log.setLevel(logging.DEBUG)  # tracebacks of user errors go to run.log only
-
 
 def main() -> None:
     """Run the console script `app`, or `python -m app`."""

@@ -285,15 +285,17 @@ def finite_indicator(tensors: list[Tensor]) -> Tensor:
 
 
 def shard_like(value: Any, like: Tensor) -> Any:
-    """Shard a full tensor in the same way as `like`; return any other value as is."""
-    needs_sharding = (
-        isinstance(like, DTensor) and isinstance(value, Tensor) and value.shape == like.shape
-    )
-    if not needs_sharding:
+    """Return a full tensor of the shape of `like` with its device, strides and sharding.
+
+    Any other value is returned as is. Fused optimizers on CUDA need state with the strides of the
+    parameters, which may be in the channels-last memory format.
+    """
+    if not isinstance(value, Tensor) or value.shape != like.shape or not like.ndim:
         return value
-    assert isinstance(like, DTensor)
-    tensor = value.to(like.device, value.dtype)
-    return distribute_tensor(tensor, like.device_mesh, like.placements)
+    if isinstance(like, DTensor):
+        tensor = value.to(like.device, value.dtype)
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 @torch.no_grad()

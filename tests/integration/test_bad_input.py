@@ -51,7 +51,7 @@ def save_arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
     [
         (np.array([], int), 28, [], "data.source.train has no samples"),
         (np.arange(40) % 4, 28, [], "data.num_classes=3, but data.source.train has the label 3"),
-        (np.arange(40) % 3, 30, [], "data.input_shape=[1, 28, 28], but the train samples are of"),
+        (np.arange(40) % 3, 30, [], "data.input_shape=[1, 28, 28], but the train samples have"),
         (
             np.arange(40) % 3,
             16,

@@ -20,6 +20,7 @@ from app.config.compose import compositions
 from app.config.schema import Job
 from app.experiment.job import make_job
 from app.runtime.errors import ConfigError
+from tests.support.processes import SUPPORT_DIR
 from tests.support.warm import WarmCommand
 
 FEW_BATCHES = (
@@ -64,7 +65,11 @@ class RunResult:
 
 
 def run_app(cwd: Path, *arguments: str, **environment: str) -> RunResult:
-    """Run `python -m app` in a working directory, in a process that has already imported torch."""
+    """Run `python -m app` in a working directory, in a process that has already imported torch.
+
+    The modules of `tests/support` can be imported in it by their names.
+    """
+    environment = {"PYTHONPATH": SUPPORT_DIR, **environment}
     with tempfile.TemporaryDirectory() as temp:
         process = WarmCommand(cwd, arguments, environment, err=Path(temp, "err"))
         try:

@@ -167,6 +167,8 @@ def _positions(axes: Axes, values: list[object]) -> list[float]:
 
 
 def _row_labels(table: pd.DataFrame, columns: list[str]) -> list[str]:
+    if not columns:  # of a table without columns, some versions of pandas give no records
+        return [""] * len(table)
     rows = table.reindex(columns=columns).to_dict("records")
     return [
         ", ".join(f"{name}={format_value(value)}" for name, value in row.items()) for row in rows

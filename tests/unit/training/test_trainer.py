@@ -142,7 +142,8 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
     )
     accumulator = StageAccumulator(components.task.metrics["train"], cuda)
     batches = components.loaders["train"].epoch(1)
-    accumulator.add(components.task.train_step(next(batches)).values)
+    lrs = components.task.optimizers.lrs()
+    accumulator.add(components.task.train_step(next(batches)).values, lrs)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from app.data.loaders import make_loader
+from app.runtime.nested import map_tensors
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper
 from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
@@ -84,3 +85,15 @@ def test_scaler_reduces_its_scale_on_overflow_even_if_gradients_are_zeroed() -> 
     wrapper.step((parameter * 1e36).sum(), 1)
     assert scaler.get_scale() == 2.0**15
     assert parameter.item() == 1
+
+
+def test_loaded_state_has_the_memory_format_of_the_parameters() -> None:
+    """Fused optimizers on CUDA refuse state whose strides differ from those of the parameters."""
+    model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    wrapper = OptimWrapper(torch.optim.AdamW(model.parameters()))
+    wrapper.step(model(torch.rand(2, 3, 8, 8)).mean(), 2)
+    saved = map_tensors(Tensor.contiguous, copy.deepcopy(wrapper.state_dict()))
+    wrapper.load_state_dict(saved)
+    average = wrapper.optimizer.state[model.weight]["exp_avg"]
+    assert average.stride() == model.weight.stride() != average.contiguous().stride()
+    assert torch.equal(average, saved["optimizer"]["state"][0]["exp_avg"])
