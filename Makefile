@@ -12,5 +12,5 @@ test:  ## The fast lane: unit tests and one whole run, under 4 minutes on 2 core
 test-all:  ## Every lane, the long tests included
 	pytest tests -m ""
 
-ci:  ## What a change must pass: all of the above and more, in a new environment
+ci:  ## What a change must pass: all of the above except the long tests, in a new environment
 	bash .ci/run

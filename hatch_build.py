@@ -1,4 +1,4 @@
-"""Puts `conf/` inside the package of a wheel; an editable install reads it where it stands."""
+"""Puts `conf/` inside the package of a wheel; an editable install reads it in place."""
 
 from __future__ import annotations
 

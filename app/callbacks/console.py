@@ -53,4 +53,4 @@ def _format_remaining(end: EpochEnd) -> str:
 def _format_patience(end: EpochEnd) -> str:
     if end.goal.patience is None:
         return ""
-    return f", early stop {epochs_since_best(end.history, end.goal)} of {end.goal.patience}"
+    return f", patience {epochs_since_best(end.history, end.goal)} of {end.goal.patience}"

@@ -21,7 +21,7 @@ Format = Literal["auto", "csv", "png", "npz"]
 SINGLE_OUTPUT = ""  # name of the output of a model that returns a single tensor
 
 
-class PredictionFiles:
+class PredictionFileWriter:
     """Write the outputs of a model batch by batch.
 
     With `format="auto"`, outputs (N, K) become a table: labels and probabilities if they are class

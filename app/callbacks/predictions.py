@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from app.callbacks.prediction_files import Format, PredictionFiles
+from app.callbacks.prediction_files import Format, PredictionFileWriter
 from app.callbacks.selection import check_selection, configured_logit_outputs, is_due, pick_targets
 from app.runtime.errors import UserError
 from app.training.accumulator import StageResult
@@ -29,7 +29,7 @@ class PredictionWriter(Callback):
         config: Resolved configuration, which tells which part of a batch is the target and which
             outputs are class logits.
         stages: `valid`, `test` or both.
-        format: As in `app.callbacks.prediction_files.PredictionFiles`.
+        format: As in `app.callbacks.prediction_files.PredictionFileWriter`.
         every_n_epochs: Interval between validations whose outputs are written. The outputs of
             other evaluations are always written.
 
@@ -50,13 +50,15 @@ class PredictionWriter(Callback):
             raise UserError(f"format={format!r}; allowed: {', '.join(get_args(Format))}")
         self.folder, self.config = folder / "predictions", config
         self.stages, self.format, self.every_n_epochs = stages, format, every_n_epochs
-        self.files: PredictionFiles | None = None
+        self.files: PredictionFileWriter | None = None
 
     def on_stage_start(self, start: StageStart) -> None:
         self.files = None
         if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
             folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
-            self.files = PredictionFiles(folder, configured_logit_outputs(self.config), self.format)
+            self.files = PredictionFileWriter(
+                folder, configured_logit_outputs(self.config), self.format
+            )
 
     def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002
         return self.files is not None

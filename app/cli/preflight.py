@@ -44,14 +44,14 @@ def preflight(args: argparse.Namespace, rank_zero: RankZero | None = None) -> st
     Raises:
         UserError: All errors that were found.
     """
-    with open_composer(args) as composing:
-        check_resume_is_multirun(composing)
-        jobs = make_jobs(composing)
-        key = "hydra.sweep.dir" if composing.is_sweep else "hydra.run.dir"
+    with open_composer(args) as composer:
+        check_resume_is_multirun(composer)
+        jobs = make_jobs(composer)
+        key = "hydra.sweep.dir" if composer.is_sweep else "hydra.run.dir"
         folders = [resolve_folder(composed, key) for composed, _ in jobs]
         subfolders = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
-        if composing.is_sweep:
-            check_sweep(composing, jobs[0][0], rank_zero is None)
+        if composer.is_sweep:
+            check_sweep(composer, jobs[0][0], rank_zero is None)
         if jobs[0][1].config.mode == "check":
             sys.stdout.write("the configuration is valid\n")
             sys.exit(0)
@@ -60,7 +60,7 @@ def preflight(args: argparse.Namespace, rank_zero: RankZero | None = None) -> st
             _check_folder(key, folder, composed, job)
             _check_hydra_folder(key, folder / str(subfolder))
         if rank_zero is None:
-            choose_num_ranks(job.config, composing.is_sweep)
+            choose_num_ranks(job.config, composer.is_sweep)
         else:
             check_environment(job.config, rank_zero.cluster)
     return str(jobs[0][0].hydra.launcher._target_)
@@ -137,5 +137,5 @@ def check_config_output(args: argparse.Namespace) -> None:
         )
         raise ConfigError([ConfigIssue("--experimental-rerun", problem)])
     if args.help or args.cfg or args.info:
-        with open_composer(args) as composing:
-            list(composing.compositions())
+        with open_composer(args) as composer:
+            list(composer.compositions())

@@ -60,7 +60,9 @@ def hydra_issues(
     checker = _NodeChecker(raw, trusted)
     for name in ("launcher", "sweeper"):
         if not (isinstance(hydra.get(name), dict) and hydra[name].get("_target_")):
-            yield ConfigIssue(f"hydra/{name}", f"={hydra.get(name)!r}; Hydra requires one")
+            yield ConfigIssue(
+                f"hydra/{name}", f"={hydra.get(name)!r} is not a component; Hydra needs one"
+            )
     for name in INSTANTIATED_NODES:
         yield from checker.component_issues(f"hydra.{name}", hydra.get(name))
     for name in LOGGING_NODES:
@@ -208,7 +210,7 @@ def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[Con
             yield ConfigIssue("hydra.output_subdir", problem)
     name = hydra["job"].get("name")
     if not re.fullmatch(r"[\w.-]+", str(name), flags=re.ASCII) or ".." in str(name):
-        problem = f"={name!r} is not a plain name; allowed: letters, digits, _ . -"
+        problem = f"={name!r} contains invalid characters; allowed: letters, digits, _ . -"
         yield ConfigIssue("hydra.job.name", problem)
     for variable, value in _children(hydra["job"].get("env_set")):
         key = f"hydra.job.env_set.{variable}"

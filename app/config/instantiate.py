@@ -75,7 +75,7 @@ class Instantiator:
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         except (TypeError, ValueError, RuntimeError, OSError) as error:
-            raise UserError(f"{key}: {name} refused its arguments: {error}") from error
+            raise UserError(f"{key}: {name} could not be built: {error}") from error
 
     def build_all(self, key: str, nodes: dict[str, Any], **injected: Any) -> dict[str, Any]:
         """Build a dict of nodes to a dict of objects, leaving out nodes that are null."""

@@ -31,7 +31,7 @@ MAX_INT_BITS = 64
 PLAIN_TYPES = (str, int, float, bool, NoneType, list, dict)
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
-Path = tuple[str, ...]
+KeyPath = tuple[str, ...]
 
 
 def override_problem(override: str) -> str | None:
@@ -93,7 +93,7 @@ def expansion_issues(config: DictConfig) -> Iterator[ConfigIssue]:
 
 
 class _ExpansionError(Exception):
-    def __init__(self, path: Path, problem: str) -> None:
+    def __init__(self, path: KeyPath, problem: str) -> None:
         super().__init__(problem)
         self.path, self.problem = path, problem
 
@@ -106,10 +106,10 @@ class _ExpandedSizes:
     raw: Any
 
     def __post_init__(self) -> None:
-        self.sizes: dict[Path, int] = {}
-        self.active: dict[Path, None] = {}
+        self.sizes: dict[KeyPath, int] = {}
+        self.active: dict[KeyPath, None] = {}
 
-    def size_at(self, path: Path, depth: int) -> int:
+    def size_at(self, path: KeyPath, depth: int) -> int:
         """Return the expanded size of the value at a path.
 
         Args:
@@ -130,7 +130,7 @@ class _ExpandedSizes:
             raise _ExpansionError(path, f"{problem} through its interpolations")
         return size
 
-    def _size(self, path: Path, value: Any, depth: int) -> int:
+    def _size(self, path: KeyPath, value: Any, depth: int) -> int:
         if isinstance(value, (dict, list)):
             names = value if isinstance(value, dict) else range(len(value))
             return 1 + sum(self.size_at((*path, str(name)), depth) for name in names)
@@ -140,7 +140,7 @@ class _ExpandedSizes:
             self._interpolation_size(path, inner, depth) for inner in interpolations(value)
         )
 
-    def _interpolation_size(self, path: Path, inner: str, depth: int) -> int:
+    def _interpolation_size(self, path: KeyPath, inner: str, depth: int) -> int:
         resolver, colon, arguments = inner.partition(":")
         if colon and "${" not in resolver and resolver not in KEY_RESOLVERS:
             return RESOLVER_RESULT_SIZE
@@ -170,13 +170,13 @@ def interpolations(text: str) -> Iterator[str]:
             yield text[start : match.start()]
 
 
-def _target_path(path: Path, key: str) -> Path:
+def _target_path(path: KeyPath, key: str) -> KeyPath:
     dots = len(key) - len(key.lstrip("."))
     names = [name for name in re.split(r"[.\[\]]+", key) if name]
     return (*path[: len(path) - dots], *names) if dots else tuple(names)
 
 
-def _get(raw: Any, path: Path) -> Any:
+def _get(raw: Any, path: KeyPath) -> Any:
     for name in path:
         if isinstance(raw, dict):
             raw = next((value for key, value in raw.items() if str(key) == name), None)
@@ -185,7 +185,7 @@ def _get(raw: Any, path: Path) -> Any:
     return raw
 
 
-def _exists(raw: Any, path: Path) -> bool:
+def _exists(raw: Any, path: KeyPath) -> bool:
     return _get(raw, path) is not None
 
 
@@ -234,8 +234,9 @@ def _check_events(text: str, max_values: int) -> None:
             if event.anchor:
                 anchors[event.anchor] = size
             if len(event.value) > MAX_SCALAR_LENGTH:
+                length = len(event.value)
                 raise UserError(
-                    f"a value of {len(event.value):,} characters; allowed: {MAX_SCALAR_LENGTH:,}"
+                    f"contains a value of {length:,} characters; allowed: {MAX_SCALAR_LENGTH:,}"
                 )
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors or event.anchor in names:
@@ -243,9 +244,9 @@ def _check_events(text: str, max_values: int) -> None:
             size = anchors[event.anchor]
         sizes[-1] += size
         if len(sizes) > MAX_NESTING:
-            raise UserError(f"values nested more than {MAX_NESTING} deep")
+            raise UserError(f"nests values more than {MAX_NESTING} deep")
         if sum(sizes) > max_values:
-            raise UserError(f"more than {max_values:,} values")
+            raise UserError(f"contains more than {max_values:,} values")
 
 
 def load_json(text: object, source: str) -> Any:
@@ -276,12 +277,14 @@ def _check_plain(value: Any) -> Any:
     while level:
         depth += 1
         if depth > MAX_NESTING:
-            raise UserError(f"values nested more than {MAX_NESTING} deep")
+            raise UserError(f"nests values more than {MAX_NESTING} deep")
         for item in level:
             if type(item) not in PLAIN_TYPES:
-                raise UserError(f"a value of type {type(item).__name__} is not supported")
+                raise UserError(
+                    f"contains a value of type {type(item).__name__}, which is not supported"
+                )
             if type(item) is int and item.bit_length() > MAX_INT_BITS:
-                raise UserError(f"an integer of more than {MAX_INT_BITS} bits")
+                raise UserError(f"contains an integer of more than {MAX_INT_BITS} bits")
         level = [child for item in level for child in _children(item)]
     return value
 

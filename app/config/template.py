@@ -37,16 +37,18 @@ def safe_template(text: object, saved: dict[str, Any], source: str) -> DictConfi
     Raises:
         UserError: The text is not YAML, or expands without bound when it is interpolated.
     """
-    raw = load_yaml(text, f"{source}: its template", MAX_TEMPLATE_VALUES)
+    raw = load_yaml(text, f"{source}: the saved template", MAX_TEMPLATE_VALUES)
     if not isinstance(raw, dict):
-        raise UserError(f"{source}: its template is a {type(raw).__name__}, not a configuration")
+        raise UserError(
+            f"{source}: the saved template is a {type(raw).__name__}, not a configuration"
+        )
     safe = _replace_calls(raw, saved)
     _SizeCheck(safe, source).check()
     try:
         template = OmegaConf.create(safe)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{source}: its template is not a configuration: {reason}") from error
+        raise UserError(f"{source}: the saved template is not a configuration: {reason}") from error
     assert isinstance(template, DictConfig)
     return template
 
@@ -92,7 +94,7 @@ class _SizeCheck:
     def _measure(self, path: KeyPath, node: Any) -> tuple[int, int]:
         """Return the number of values and the depth of a node, including what it refers to."""
         if path in self.active or len(self.active) > 2 * MAX_NESTING:
-            raise UserError(f"{self.source}: its template refers to itself")
+            raise UserError(f"{self.source}: the saved template refers to itself")
         if path not in self.sizes:
             self.active.add(path)
             self.sizes[path] = self._measure_children(path, node)
@@ -111,7 +113,7 @@ class _SizeCheck:
         size += sum(child_size for child_size, _ in children)
         depth = own_depth + max((child_depth for _, child_depth in children), default=0)
         if size > MAX_TEMPLATE_VALUES or depth > MAX_NESTING:
-            raise UserError(f"{self.source}: its template grows too large when interpolated")
+            raise UserError(f"{self.source}: the saved template grows too large when interpolated")
         return size, depth
 
     def _find(self, path: KeyPath, reference: str) -> tuple[KeyPath, Any]:

@@ -45,7 +45,7 @@ def unpack(archive: Path, folder: Path, names: Iterable[str], max_bytes: int) ->
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{archive} is damaged: {error}; delete it") from error
     if missing:
-        raise UserError(f"{archive} has no file {min(missing)}; delete it")
+        raise UserError(f"{archive} is incomplete (no {min(missing)}); delete it")
 
 
 def _check_member(archive: Path, member: tarfile.TarInfo) -> None:

@@ -41,7 +41,7 @@ def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> Te
     arrays = _load(path, (inputs, targets))
     x, y = arrays[inputs], arrays[targets]
     if len(x) != len(y):
-        raise UserError(f"{path}: {len(x)} samples in {inputs!r}, {len(y)} in {targets!r}")
+        raise UserError(f"{path}: {inputs!r} has {len(x)} samples, but {targets!r} has {len(y)}")
     x = np.moveaxis(x, -1, 1) if channels_last else x
     x = x[:, None] if x.ndim == 3 else x
     return TensorDataset(_to_inputs(x), _to_targets(y))

@@ -80,7 +80,7 @@ def _read(dataset: Dataset[Any], num_workers: int) -> tuple[Tensor, ...]:
 
 def _to_tensors(index: int, sample: object) -> tuple[Tensor, ...]:
     if not isinstance(sample, (tuple, list)) or len(sample) != len(ARRAY_NAMES):
-        raise UserError(f"sample {index} is not a pair of input and target")
+        raise UserError(f"sample {index} is not an (input, target) pair")
     try:
         return tuple(torch.as_tensor(part) for part in sample)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -94,7 +94,7 @@ def _check_same_form(index: int, name: str, part: Tensor, stacked: Tensor) -> No
     if (part.shape, part.dtype) != (stacked.shape[1:], stacked.dtype):
         raise UserError(
             f"sample {index}: {name} have shape {list(part.shape)} ({part.dtype}), those of "
-            f"sample 0 {list(stacked.shape[1:])} ({stacked.dtype}); allowed: the same for all"
+            f"sample 0 {list(stacked.shape[1:])} ({stacked.dtype}); all samples must match"
         )
 
 

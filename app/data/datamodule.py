@@ -136,7 +136,7 @@ def _make_loader(
         if isinstance(limit, float):
             raise UserError(
                 f"trainer.limit_{stage}_batches={limit}: a fraction of an iterable dataset is "
-                "unknown; give a number of batches"
+                "unknown; set a number of batches"
             )
         if is_training and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")

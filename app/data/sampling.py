@@ -183,7 +183,9 @@ class SampleWeights:
         """
         weights = torch.from_numpy(_read_weights(self.path))
         if len(weights) != len(labels):
-            raise UserError(f"{self.path}: {len(weights)} weights for {len(labels)} samples")
+            raise UserError(
+                f"{self.path} has {len(weights)} weights, but the dataset has {len(labels)} samples"
+            )
         _check_weights(self.path, weights)
         return weights
 

@@ -39,7 +39,7 @@ def split(
     if isinstance(datasets["train"], IterableDataset):
         raise UserError(
             f"data.split.valid={valid!r} and data.split.test={test!r}: an iterable dataset cannot "
-            "be split; give data.source.valid and data.source.test"
+            "be split; set data.source.valid and data.source.test"
         )
     total = dataset_size(datasets["train"])
     sizes = {"valid": _split_size(valid, total), "test": _split_size(test, total)}

@@ -86,13 +86,13 @@ def channel_statistics(dataset: Dataset[Any], inputs: Key = 0) -> tuple[list[flo
     """
     if not isinstance(dataset, TensorDataset):
         raise UserError(
-            "data.normalize=auto needs a dataset in memory; give data.normalize.mean and std, "
+            "data.normalize=auto needs a dataset in memory; set data.normalize.mean and std, "
             "or data.normalize=null"
         )
     x = pick(dataset.tensors, inputs)
     if not isinstance(x, Tensor):
         raise UserError(
-            f"data.normalize=auto needs a single input, not data.inputs={inputs!r}; give "
+            f"data.normalize=auto needs a single input, not data.inputs={inputs!r}; set "
             "data.normalize.mean and std"
         )
     dims = [d for d in range(x.ndim) if d != 1]

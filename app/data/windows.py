@@ -110,7 +110,7 @@ class Windows(Dataset[tuple[Tensor, Any]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         """Return a window of shape (*leading, *size), and its target."""
         if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+            raise IndexError(f"window index {index} is out of range ({len(self)} windows)")
         sample, number = divmod(index, len(self.window_indices))
         x, target = self.dataset[sample]
         if x.shape != self.shape:

@@ -328,7 +328,7 @@ def _make_lr_schedule(
     if total is None and has_auto(scheduler.lr_scheduler):
         raise UserError(
             "scheduler.lr_scheduler: 'auto' is the length of the run, which is unknown for this "
-            "data; give a number, trainer.max_steps with scheduler.interval=step, or "
+            "data; set a number, trainer.max_steps with scheduler.interval=step, or "
             "scheduler=constant"
         )
     node = fill_auto(scheduler.lr_scheduler, total or 1)

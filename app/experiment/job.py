@@ -39,11 +39,11 @@ PATH_KEYS = {  # keys that name a folder or a file, and what they allow
 }
 
 
-def make_jobs(composing: Composer) -> list[tuple[DictConfig, Job]]:
+def make_jobs(composer: Composer) -> list[tuple[DictConfig, Job]]:
     """Make the job of a command line; of a sweep, enough jobs to check each value once.
 
     Args:
-        composing: Composes the configurations.
+        composer: Composes the configurations.
 
     Returns:
         Pairs of the configuration that Hydra composed and its job.
@@ -53,9 +53,9 @@ def make_jobs(composing: Composer) -> list[tuple[DictConfig, Job]]:
     """
     jobs: list[tuple[DictConfig, Job]] = []
     issues: list[ConfigIssue] = []
-    for composed, override_issues in composing.compositions():
+    for composed, override_issues in composer.compositions():
         issues += override_issues
-        if composing.is_sweep and composed.get("resume") is not None:
+        if composer.is_sweep and composed.get("resume") is not None:
             problem = f"={composed.resume!r} is for a single run; use sweep.resume for a sweep"
             issues.append(ConfigIssue("resume", problem))
             continue
@@ -133,7 +133,7 @@ def prepare(composed: DictConfig, folder: Path) -> Job:
     for problem in job.damaged_checkpoints:
         log.warning("%s; resuming from %s", problem, job.config.resume)
     for difference in job.differences:
-        log.warning("differs from the saved run: %s", difference)
+        log.warning("the configuration differs from the saved run: %s", difference)
     return job
 
 

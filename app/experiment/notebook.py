@@ -40,10 +40,10 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             devices).
     """
     resolvers.register()
-    with open_composer(get_args_parser().parse_args(list(overrides))) as composing:
-        if composing.is_sweep:
+    with open_composer(get_args_parser().parse_args(list(overrides))) as composer:
+        if composer.is_sweep:
             raise UserError("compose() builds a single job; run sweeps from the command line")
-        jobs = make_jobs(composing)
+        jobs = make_jobs(composer)
     composed, job = jobs[0]
     if job.config.mode == "check":
         raise UserError(

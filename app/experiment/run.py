@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from app.callbacks.prediction_files import PredictionFiles
+from app.callbacks.prediction_files import PredictionFileWriter
 from app.callbacks.tables import truncate_to_history
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config, FreezeConfig, Job
@@ -187,7 +187,7 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
     loader = components.loaders[PREDICT]
     logits = logit_keys(task)
     names = getattr(loader, "names", None)
-    files = PredictionFiles(trainer.state.folder, logits, config.predict.format, names)
+    files = PredictionFileWriter(trainer.state.folder, logits, config.predict.format, names)
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]

@@ -98,7 +98,7 @@ def cycle_batches(train: BatchLoader) -> Iterator[Batch]:
             empty = False
             yield batch
         if empty:
-            raise UserError("the train data has no batches")
+            raise UserError("the training data has no batches")
 
 
 def has_diverged(smoothed: list[float]) -> bool:

@@ -25,7 +25,7 @@ class ScheduledWeight(nn.Module):
     ) -> None:
         super().__init__()
         if per not in ("step", "epoch"):
-            raise ValueError(f"per={per!r} is not known; allowed: step, epoch")
+            raise ValueError(f"per={per!r} is not valid; allowed: step, epoch")
         self.function, self.per = function, per
         self.index, self.value = 0, math.nan
         self.update("weight", 1, 1)
@@ -79,7 +79,7 @@ class UncertaintyWeight(nn.Module):
     ) -> None:
         super().__init__()
         if kind not in ("classification", "regression"):
-            raise ValueError(f"kind={kind!r} is not known; allowed: classification, regression")
+            raise ValueError(f"kind={kind!r} is not valid; allowed: classification, regression")
         self.scale = 0.5 if kind == "regression" else 1.0
         self.log_variance = nn.Parameter(torch.tensor(float(initial)))
 

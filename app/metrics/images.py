@@ -204,7 +204,7 @@ class LPIPS(Metric):
     ) -> None:
         super().__init__()
         if net not in BACKBONES:
-            raise ValueError(f"net={net!r} is not known; allowed: {', '.join(BACKBONES)}")
+            raise ValueError(f"net={net!r} is not valid; allowed: {', '.join(BACKBONES)}")
         path = find_weights(feature_weights, BACKBONES[net].url)
         self.net = _NoTrainLpips(net=net, pnet_rand=True)
         _load_backbone(self.net.net, path)
@@ -253,7 +253,7 @@ def make_feature_extractor(
         return freeze(feature)
     if feature not in INCEPTION_FEATURES:
         allowed = ", ".join(map(str, INCEPTION_FEATURES))
-        raise ValueError(f"feature={feature!r} is not known; allowed: {allowed}, or a module")
+        raise ValueError(f"feature={feature!r} is not valid; allowed: {allowed}, or a module")
     if importlib.util.find_spec("torch_fidelity") is None:
         raise ValueError(f'feature={feature} needs torch-fidelity: pip install -e ".[generation]"')
     return Inception(feature, find_weights(weights, INCEPTION_URL), normalize)

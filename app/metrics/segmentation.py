@@ -42,7 +42,7 @@ class DiceScore(Metric):
     ) -> None:
         super().__init__()
         if average not in ("macro", "none"):
-            raise ValueError(f"average={average!r} is not known; allowed: macro, none")
+            raise ValueError(f"average={average!r} is not valid; allowed: macro, none")
         self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
         self.average = average

@@ -30,7 +30,7 @@ def pretrained(name: str, num_classes: int, weights: str | None = "DEFAULT") -> 
     if name not in models.list_models(module=models):
         raise ValueError(
             f"name={name!r} is not a classification model of torchvision.models; "
-            "an example is resnet18"
+            "for example resnet18"
         )
     model = models.get_model(name) if weights is None else _load_pretrained(name, weights)
     linear_layers = {

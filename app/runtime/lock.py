@@ -112,6 +112,6 @@ def refuse_symlinks(folder: Path) -> None:
     for path in (path for place in places for path in place.iterdir()):
         if path.is_symlink() and path.name != "wandb":
             raise UserError(
-                f"{path} is a symbolic link, and a run does not write through links; replace it "
-                "with the file or folder that it points to"
+                f"{path} is a symbolic link, and runs never write through symbolic links; replace "
+                "it with the file or folder that it points to"
             )

@@ -101,7 +101,7 @@ def _run(sweep: Sweep, folder: SweepFolder, make_source: JobSourceFactory) -> in
             driver.run(source.batch_size(launcher))
         return exit_code(folder, EXIT_FAILURE)
     except TrainingInterrupted as stopped:
-        log.warning("the sweep was %s", stopped)
+        log.warning("sweep %s", stopped)
         return stopped.exit_code
     except KeyboardInterrupt:
         log.warning("the sweep was interrupted")

@@ -109,7 +109,7 @@ def test_target_that_executes_code_is_refused_with_its_key(
             "not in the run folder",
         ),
         ("hydra: {output_subdir: ../../.ssh}", "is not a folder inside the run folder"),
-        ("hydra: {job: {name: ../a}}", "is not a plain name"),
+        ("hydra: {job: {name: ../a}}", "contains invalid characters"),
         ("hydra: {job: {env_set: {LD_PRELOAD: ./evil.so}}}", "hydra.job.env_set.LD_PRELOAD"),
         (
             "hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}",

@@ -218,7 +218,7 @@ EXPANDING_TEMPLATES = {
 
 @pytest.mark.parametrize("name", EXPANDING_TEMPLATES)
 def test_expanding_template_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"a\.pt: its template (grows|refers to itself)"):
+    with pytest.raises(UserError, match=r"a\.pt: the saved template (grows|refers to itself)"):
         resolve(safe_template(EXPANDING_TEMPLATES[name], {}, "a.pt"))
 
 
@@ -231,8 +231,8 @@ def test_expanding_template_is_refused(name: str) -> None:
             "more than 100,000 values",
         ),
         ("a: &a [*a]", "an alias refers to itself or to an unknown anchor"),
-        ("[" * 100_000, "nested more than 64 deep"),
-        ("- " * 100_000, "nested more than 64 deep"),
+        ("[" * 100_000, "nests values more than 64 deep"),
+        ("- " * 100_000, "nests values more than 64 deep"),
         ("a: " + "b" * 60_000, "a value of 60,000 characters"),
         ("? " + "b" * 60_000 + "\n: 1", "a value of 60,000 characters"),
         ("#" * 3_000_000, "has 3,000,000 characters"),
@@ -241,9 +241,9 @@ def test_expanding_template_is_refused(name: str) -> None:
         ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
         (
             "a: !!python/object/apply:pathlib.PosixPath [a]",
-            "a value of type PosixPath is not supported",
+            "a value of type PosixPath, which is not supported",
         ),
-        ("a: !!binary aGE=", "a value of type bytes is not supported"),
+        ("a: !!binary aGE=", "a value of type bytes, which is not supported"),
         ("? [a]\n: 1", "found unhashable key"),
         ("a: \0", "is not YAML"),
         (5, "must be a YAML text, not int"),
@@ -382,7 +382,7 @@ def test_random_saved_config_fails_with_user_error(
 @pytest.mark.parametrize(
     "name",
     [
-        "app.callbacks.prediction_files.PredictionFiles",
+        "app.callbacks.prediction_files.PredictionFileWriter",
         "app.data.datamodule.make_datasets",
         "app.data.torchvision_sets.download_dataset",
         "app.data.torchvision_sets.download_url",

@@ -166,4 +166,4 @@ def requeue() -> None:
     except subprocess.CalledProcessError as error:
         log.error("scontrol requeue %s failed: %s", job, error.stderr.strip())
     else:
-        log.info("SLURM will start job %s again", job)
+        log.info("requeued SLURM job %s", job)

@@ -50,7 +50,7 @@ def run_external(job: Callable[[], float | None], sweep: SweepFolder, folder: Pa
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        log.warning("%s is being run by another process", folder)
+        log.warning("%s: another process is running this job; skipped", folder)
         return None
     received: list[int] = []
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib replaces the default

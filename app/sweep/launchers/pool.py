@@ -266,7 +266,7 @@ def make_pool(
     devices: Any = OmegaConf.to_container(config)["trainer"]["devices"]  # type: ignore[index,call-overload]
     made = make_slots(config.trainer.accelerator, devices, slots, gpus)
     descriptions = "; ".join(f"{slot.number}: {_describe(slot)}" for slot in made)
-    log.info("%d slots (%s)", len(made), descriptions)
+    log.info("pool: %d slots (%s)", len(made), descriptions)
     return Pool(config, context, task, made, timeout)
 
 

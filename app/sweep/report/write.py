@@ -107,7 +107,7 @@ def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, s
 def leaderboard(results: Results, folder: Path) -> str:
     """Return the best runs as text, with the command that tests the best of them."""
     if results.table.empty:
-        return "no run yet"
+        return "no runs yet"
     values = [f"{kind}_{goal.metric}" for goal in results.goals for kind in ("best", "last")]
     test = [name for name in results.table.columns if name.startswith("test/")][:2]
     columns = ["job", "status", *results.keys, *values, *test, "seconds"]

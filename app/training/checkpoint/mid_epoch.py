@@ -87,6 +87,6 @@ def _mismatch_as_user_error() -> Iterator[None]:
         yield
     except MISMATCH_ERRORS as error:
         raise UserError(
-            "the saved position within the epoch cannot be restored, it belongs to other metrics "
-            f"or is damaged: {error!r}"
+            "the saved position within the epoch cannot be restored: it belongs to other "
+            f"metrics or is damaged: {error!r}"
         ) from error

@@ -302,7 +302,7 @@ class TrainState:
         )
 
     def _snapshot(self, nested: Nested) -> Nested:
-        """Gather tensors on the CPU, and copy them if training goes on while they are written."""
+        """Gather tensors on the CPU, and copy them if training continues while they are written."""
         gathered = gather_to_cpu(nested)
         return map_tensors(torch.clone, gathered) if self.writer.in_background else gathered
 

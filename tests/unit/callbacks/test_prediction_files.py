@@ -9,12 +9,12 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from app.callbacks.prediction_files import PredictionFiles, prediction_table
+from app.callbacks.prediction_files import PredictionFileWriter, prediction_table
 
 
 def test_dense_logits_become_palette_images(tmp_path: Path) -> None:
     logits = torch.randn(3, 4, 6, 5)
-    files = PredictionFiles(tmp_path, classes=[None])
+    files = PredictionFileWriter(tmp_path, classes=[None])
     for batch in logits.split(2):
         files.add(batch)
     files.close()
@@ -28,7 +28,7 @@ def test_dense_logits_become_palette_images(tmp_path: Path) -> None:
 
 def test_image_outputs_become_images_named_by_sample(tmp_path: Path) -> None:
     outputs = torch.rand(2, 3, 4, 4)
-    files = PredictionFiles(tmp_path, names=["a/x.jpg", "y.png"])
+    files = PredictionFileWriter(tmp_path, names=["a/x.jpg", "y.png"])
     files.add(outputs)
     files.close()
     for name, expected in zip(("a/x.png", "y.png"), outputs, strict=True):
@@ -39,7 +39,7 @@ def test_image_outputs_become_images_named_by_sample(tmp_path: Path) -> None:
 
 def test_other_outputs_become_arrays_and_each_output_has_its_file(tmp_path: Path) -> None:
     volume, value, dense = torch.randn(3, 2, 4, 4, 4), torch.randn(3), torch.randn(3, 2, 4, 4)
-    files = PredictionFiles(tmp_path, classes=["dense"], format="auto")
+    files = PredictionFileWriter(tmp_path, classes=["dense"], format="auto")
     files.add({"volume": volume, "more": (value,), "dense": dense})
     files.close()
     with np.load(tmp_path / "predictions_volume.npz") as arrays:
@@ -47,7 +47,7 @@ def test_other_outputs_become_arrays_and_each_output_has_its_file(tmp_path: Path
     table = pd.read_csv(tmp_path / "predictions_more.0.csv")
     np.testing.assert_allclose(table["output"], value.numpy(), rtol=1e-6)
     assert len(list((tmp_path / "predictions_dense").iterdir())) == 3
-    files = PredictionFiles(tmp_path / "npz", classes=[None], format="npz")
+    files = PredictionFileWriter(tmp_path / "npz", classes=[None], format="npz")
     files.add(dense)
     files.close()
     with np.load(tmp_path / "npz" / "predictions.npz") as arrays:
@@ -62,14 +62,14 @@ def test_prediction_table_of_regression_has_plain_columns() -> None:
 
 
 def test_outputs_without_sample_dimension_are_skipped(tmp_path: Path) -> None:
-    files = PredictionFiles(tmp_path)
+    files = PredictionFileWriter(tmp_path)
     files.add({"values": torch.rand(3), "loss": torch.tensor(0.5), "nothing": None})
     files.close()
     assert [path.name for path in tmp_path.iterdir()] == ["predictions_values.csv"]
 
 
 def test_images_with_the_same_stem_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    files = PredictionFiles(tmp_path, names=["cat.jpg", "cat.png"])
+    files = PredictionFileWriter(tmp_path, names=["cat.jpg", "cat.png"])
     files.add(torch.rand(2, 1, 4, 4))
     files.close()
     names = sorted(path.name for path in (tmp_path / "predictions").iterdir())

@@ -33,7 +33,7 @@ def test_npz_errors_name_missing_array_length_and_file(tmp_path: Path) -> None:
         UserError, match=r"no array 'image'; available: images, y; did you mean 'images'"
     ):
         npz(path, "image", "y")
-    with pytest.raises(UserError, match="4 samples in 'images', 3 in 'y'"):
+    with pytest.raises(UserError, match="'images' has 4 samples, but 'y' has 3"):
         npz(path, "images", "y")
     with pytest.raises(UserError, match="is not a file"):
         npz(str(tmp_path / "none.npz"), "x", "y")

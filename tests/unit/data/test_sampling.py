@@ -123,7 +123,7 @@ def test_sample_weights_reads_npy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\n2\n", "2 weights for 3 samples"),
+        ("1\n2\n", "has 2 weights, but the dataset has 3 samples"),
         ("1\n-2\n3\n", "-2 at index 1; allowed: finite numbers of at least 0"),
         ("1\ninf\n3\n", "inf at index 1"),
         ("0\n0\n0\n", "all are 0"),

@@ -122,7 +122,7 @@ def test_windows_cuts_images_and_masks_at_same_positions() -> None:
 def test_windows_keeps_label_of_sample() -> None:
     dataset = Windows(TensorDataset(torch.zeros(3, 1, 8), torch.tensor([5, 6, 7])), [4], [4])
     assert [int(dataset[index][1]) for index in range(len(dataset))] == [5, 5, 6, 6, 7, 7]
-    with pytest.raises(IndexError, match="window 6 of 6"):
+    with pytest.raises(IndexError, match=r"window index 6 is out of range \(6 windows\)"):
         dataset[6]
 
 

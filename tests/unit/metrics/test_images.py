@@ -215,8 +215,8 @@ def test_lpips_matches_torchmetrics(
         (lambda: make_metric("fid", feature_weights="no.pth"), "there is no file no.pth"),
         (lambda: make_metric("kid", feature_weights="no.pth"), "there is no file no.pth"),
         (lambda: FrechetInceptionDistance(), "checkpoints/weights-inception-2015-12-05-6726825d"),
-        (lambda: FrechetInceptionDistance(100), "feature=100 is not known; allowed: 64, 192, 768"),
-        (lambda: LPIPS("resnet"), "net='resnet' is not known; allowed: alex, vgg, squeeze"),
+        (lambda: FrechetInceptionDistance(100), "feature=100 is not valid; allowed: 64, 192, 768"),
+        (lambda: LPIPS("resnet"), "net='resnet' is not valid; allowed: alex, vgg, squeeze"),
         (
             lambda: KernelInceptionDistance(nn.Flatten(), subset_size=1),
             "subset_size=1 must be at least 2",

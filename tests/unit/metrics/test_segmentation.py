@@ -111,7 +111,7 @@ def test_segmentation_metric_without_any_class_is_nan() -> None:
     [
         (lambda: DiceScore(1), "num_classes=1 must be at least 2"),
         (lambda: MeanIoU(0), "num_classes=0 must be at least 1"),
-        (lambda: DiceScore(3, average="mean"), "average='mean' is not known; allowed: macro, none"),
+        (lambda: DiceScore(3, average="mean"), "average='mean' is not valid; allowed: macro, none"),
         (lambda: PartialDice(3, [1, 3]), r"classes=\[1, 3\] must be .* from 0 to 2"),
         (lambda: PartialDice(3, []), r"classes=\[\] must be at least one"),
         (lambda: HausdorffDistance95(3, percentile=0), "percentile=0 must be above 0"),
