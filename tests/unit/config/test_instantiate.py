@@ -12,7 +12,7 @@ from app.runtime.errors import UserError
 
 def test_instantiate_refused_arguments_name_the_node() -> None:
     node = {"_target_": "torch.nn.Sequential", "_args_": [{"_target_": "torch.nn.Linear"}]}
-    with pytest.raises(UserError, match=r"model\._args_\.0: torch\.nn\.Linear refused"):
+    with pytest.raises(UserError, match=r"model\._args_\.0: torch\.nn\.Linear could not be built"):
         Instantiator()("model", node)
 
 
