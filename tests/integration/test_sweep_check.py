@@ -27,7 +27,7 @@ def documented_sweeps() -> list[str]:
 @pytest.mark.parametrize("command", documented_sweeps())
 def test_documented_sweep_command_is_valid(command: str) -> None:
     assert subprocess.run(["bash", "-nc", command]).returncode == 0
-    words = shlex.split(command, comments=True)
-    if "hydra/launcher=ray" in words and find_spec("hydra_plugins.hydra_ray_launcher") is None:
+    arguments = shlex.split(command, comments=True)
+    if "hydra/launcher=ray" in arguments and find_spec("hydra_plugins.hydra_ray_launcher") is None:
         pytest.skip("Ray is not installed")
-    assert sweep_errors(*words[4:]) == ""
+    assert sweep_errors(*arguments[4:]) == ""

@@ -39,10 +39,10 @@ DONE, FAILED = ["completed"], ["failed"]
 
 
 def launcher_overrides(launcher: str) -> list[str]:
-    plugin, words = LAUNCHERS[launcher]
+    plugin, overrides = LAUNCHERS[launcher]
     if find_spec(plugin) is None:
         pytest.skip(f"the launcher is not installed: {launcher}")
-    return [f"hydra/launcher={launcher}", *words]
+    return [f"hydra/launcher={launcher}", *overrides]
 
 
 def wait_for_exit(process: Command) -> tuple[int, str]:
@@ -59,8 +59,8 @@ def wait_for_exit(process: Command) -> tuple[int, str]:
 @pytest.mark.parametrize("launcher", ["submitit_local", "ray"])
 def test_launcher_failed_job_other_jobs_complete(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = ("+task.fault=raise,nothing", "+task.fault_step=1", *SHORTER)
-    code, printed = wait_for_exit(start_sweep(tmp_path, *launcher_overrides(launcher), *words))
+    overrides = ("+task.fault=raise,nothing", "+task.fault_step=1", *SHORTER)
+    code, printed = wait_for_exit(start_sweep(tmp_path, *launcher_overrides(launcher), *overrides))
     assert (code, job_statuses(sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
     assert "the launcher failed" not in printed
@@ -77,9 +77,11 @@ def test_joblib_killed_process_stops_sweep_and_resumes(
     monkeypatch.setenv("FAULT", "none:0:0")
     write_numbered_data(tmp_path / "conf")
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
-    words = (*readers, "trainer.devices=1,2", "+task.step_seconds=0.3", *SHORTER)
+    overrides = (*readers, "trainer.devices=1,2", "+task.step_seconds=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
-    process = start_sweep(tmp_path, *launcher_overrides("joblib"), *words, flags=flags, cold=True)
+    process = start_sweep(
+        tmp_path, *launcher_overrides("joblib"), *overrides, flags=flags, cold=True
+    )
     pids = descendants(process.pid)
     os.kill(step_pids(tmp_path)[0], signal.SIGKILL)
     code, printed = wait_for_exit(process)
@@ -98,8 +100,8 @@ def test_joblib_killed_process_stops_sweep_and_resumes(
 def test_launcher_sigint_to_driver_external_jobs_save_and_stop(
     launcher: str, tmp_path: Path
 ) -> None:
-    words = ("seed=0,1,2", "+task.step_seconds=0.3")
-    process = start_sweep(tmp_path, *launcher_overrides(launcher), *words, steps=6, cold=True)
+    overrides = ("seed=0,1,2", "+task.step_seconds=0.3")
+    process = start_sweep(tmp_path, *launcher_overrides(launcher), *overrides, steps=6, cold=True)
     pids = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)  # not to the jobs, which may be on another machine
     code, printed = wait_for_exit(process)
@@ -122,8 +124,8 @@ def test_slurm_sigusr2_job_saves_and_is_requeued(
     slurm.install(slurm_folder)
     monkeypatch.setenv("PATH", f"{slurm_folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(slurm_folder))
-    words = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.step_seconds=0.3")
-    process = start_sweep(tmp_path, *words, *SHORTER, steps=1, cold=True)
+    overrides = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.step_seconds=0.3")
+    process = start_sweep(tmp_path, *overrides, *SHORTER, steps=1, cold=True)
     deadline = time.monotonic() + 100
     while len(set(step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
         assert time.monotonic() < deadline

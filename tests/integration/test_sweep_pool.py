@@ -31,8 +31,15 @@ from tests.support.sweeps import (
 def test_pool_failing_jobs_other_jobs_complete_and_resume(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     faults = "+task.fault=nothing,nothing,raise,nothing,memory,kill"
-    words = (POOL, "hydra.launcher.slots=2", *SWEEP_TASK, faults, "seed=3", "+task.fault_step=13")
-    assert sweep(*words) == 1
+    overrides = (
+        POOL,
+        "hydra.launcher.slots=2",
+        *SWEEP_TASK,
+        faults,
+        "seed=3",
+        "+task.fault_step=13",
+    )
+    assert sweep(*overrides) == 1
     folder = sweep_folder(tmp_path)
     expected = ["completed", "failed", "failed", "failed"]
     assert job_statuses(folder) == expected  # jobs with the same values run once
@@ -59,14 +66,14 @@ def test_pool_runs_jobs_in_parallel_processes(
     sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     callback = "+hydra.callbacks.log._target_=hydra.experimental.callbacks.LogJobReturnCallback"
-    words = (
+    overrides = (
         POOL,
         "hydra.launcher.slots=2",
         *SWEEP_TASK,
         "+task.wait_for_processes=2",
         "seed=0,1,2",
     )
-    assert sweep(*words, callback) == 0
+    assert sweep(*overrides, callback) == 0
     assert capsys.readouterr().out.count("Succeeded with return value: 0.") == 3
     pids = step_pids(tmp_path)
     assert len({*pids}) == 3  # a new process for each job
@@ -83,8 +90,8 @@ def test_pool_runs_jobs_in_parallel_processes(
 
 
 def test_pool_timeout_stops_job_after_saving(sweep: RunSweep, tmp_path: Path) -> None:
-    words = (POOL, "hydra.launcher.timeout=15", *SWEEP_TASK, "+task.step_seconds=0,1")
-    assert sweep(*words) == 1
+    overrides = (POOL, "hydra.launcher.timeout=15", *SWEEP_TASK, "+task.step_seconds=0,1")
+    assert sweep(*overrides) == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "failed"]
     assert (
@@ -101,9 +108,9 @@ def test_resume_after_ctrl_c_equals_uninterrupted_run(
     tmp_path: Path, launcher: str, sweep: RunSweep
 ) -> None:
     """Ctrl-C comes in job 1 of 3; job 0 must not run again."""
-    words = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.step_seconds=0.1")
+    overrides = (f"hydra/launcher={launcher}", "seed=0,1,2", "+task.step_seconds=0.1")
     slots = ("hydra.launcher.slots=1",) if launcher == "pool" else ()
-    process = start_sweep(tmp_path, *words, *slots, steps=24 + 5, cold=launcher == "pool")
+    process = start_sweep(tmp_path, *overrides, *slots, steps=24 + 5, cold=launcher == "pool")
     pids = descendants(process.pid)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     out, _ = process.communicate(timeout=60)
@@ -121,14 +128,16 @@ def test_resume_after_ctrl_c_equals_uninterrupted_run(
     assert (job_folders(folder)[0] / "status.json").read_bytes() == before
     assert num_steps + len(step_pids(tmp_path)[num_steps:]) == 3 * 24
     uninterrupted = tmp_path / "uninterrupted"
-    assert sweep(*SWEEP_TASK, words[0], "seed=1", *slots, f"hydra.sweep.dir={uninterrupted}") == 0
+    assert (
+        sweep(*SWEEP_TASK, overrides[0], "seed=1", *slots, f"hydra.sweep.dir={uninterrupted}") == 0
+    )
     assert_equal_runs(job_folders(uninterrupted)[0], job_folders(folder)[1])
 
 
 def test_resume_after_parent_sigkill_continues_from_checkpoints(
     tmp_path: Path, sweep: RunSweep
 ) -> None:
-    words = (
+    overrides = (
         POOL,
         "hydra.launcher.slots=2",
         "seed=0,1,2",
@@ -136,7 +145,7 @@ def test_resume_after_parent_sigkill_continues_from_checkpoints(
         "+task.fault_step=17",
     )
     (tmp_path / "broken").touch()
-    process = start_sweep(tmp_path, *words, steps=2 * 17)  # both hang in their second epoch
+    process = start_sweep(tmp_path, *overrides, steps=2 * 17)  # both hang in their second epoch
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
@@ -172,8 +181,8 @@ def test_sweep_incompatible_values_only_that_job_fails(
     sweep: RunSweep, tmp_path: Path, launcher: str
 ) -> None:
     """Each value is valid by itself."""
-    words = ("trainer.max_epochs=1,null", "trainer.max_steps=5,null")
-    assert sweep(f"hydra/launcher={launcher}", *words) == 1
+    overrides = ("trainer.max_epochs=1,null", "trainer.max_steps=5,null")
+    assert sweep(f"hydra/launcher={launcher}", *overrides) == 1
     folder = sweep_folder(tmp_path)
     assert job_statuses(folder) == ["completed", "completed", "completed", "failed"]
     assert "trainer.max_steps" in read_sweep_table(folder)["error"][3]

@@ -146,8 +146,13 @@ def test_sweep_on_error_stop_leaves_other_jobs_pending(
     sweep: RunSweep, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken").touch()
-    words = (*SWEEP_TASK, "+task.fault=raise,nothing", "+task.fault_step=1", "sweep.on_error=stop")
-    assert sweep(*words, *launcher) == 1
+    options = (
+        *SWEEP_TASK,
+        "+task.fault=raise,nothing",
+        "+task.fault_step=1",
+        "sweep.on_error=stop",
+    )
+    assert sweep(*options, *launcher) == 1
     assert job_statuses(sweep_folder(tmp_path)) == ["failed", "pending"]
 
 
@@ -184,22 +189,22 @@ def test_sweep_folder_in_use_or_occupied_is_refused(
 
 
 @pytest.mark.parametrize("where", ["first", "nowhere"])
-@pytest.mark.parametrize("words", [[], ["model=mlp"]])
+@pytest.mark.parametrize("options", [[], ["model=mlp"]])
 def test_sweep_resume_without_multirun_is_refused(
     tmp_path: Path,
     sweep: RunSweep,
     capsys: pytest.CaptureFixture[str],
     where: str,
-    words: list[str],
+    options: list[str],
 ) -> None:
     folder = SweepFolder(tmp_path / "first")
     folder.overrides = ["seed=0,1"]
     folder.save()
-    assert sweep(*words, f"sweep.resume={where}", short=False, flags=()) == 2
+    assert sweep(*options, f"sweep.resume={where}", short=False, flags=()) == 2
     expected = f"sweep.resume={where} also needs -m: python -m app -m sweep.resume={where}"
     assert capsys.readouterr().err.splitlines()[1:] == [f"  {expected}"]
     for flags in ((), ("-m",)):
-        assert sweep(*words, "sweep.resume=", short=False, flags=flags) == 2
+        assert sweep(*options, "sweep.resume=", short=False, flags=flags) == 2
         err = capsys.readouterr().err.splitlines()[1:]
         assert err == ["  sweep.resume='': allowed: null, the folder of a sweep"]
 
@@ -209,8 +214,8 @@ def test_sweep_edited_config_file_changes_no_later_job(tmp_path: Path) -> None:
     conf.mkdir(parents=True)
     text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
     (conf / "mine.yaml").write_text(text % (0.1, "before"))
-    words = ("experiment=mine", "+task.step_seconds=0.1", "seed=0,1", "trainer.max_epochs=1")
-    process = start_sweep(tmp_path, *words, flags=("--config-dir", "conf"))
+    options = ("experiment=mine", "+task.step_seconds=0.1", "seed=0,1", "trainer.max_epochs=1")
+    process = start_sweep(tmp_path, *options, flags=("--config-dir", "conf"))
     (conf / "mine.yaml").write_text(text % (0.5, "after"))
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out

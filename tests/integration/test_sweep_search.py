@@ -36,20 +36,20 @@ def load_study(folder: Path, storage: str | None = None) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=url)
 
 
-def search_overrides(count: int, *words: str) -> tuple[str, ...]:
-    return (SEARCH, f"hydra.sweeper.n_trials={count}", *words)
+def search_overrides(count: int, *options: str) -> tuple[str, ...]:
+    return (SEARCH, f"hydra.sweeper.n_trials={count}", *options)
 
 
 def test_search_failed_trials_are_retried_on_resume(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    words = (
+    options = (
         POOL,
         "hydra.launcher.slots=2",
         *SWEEP_TASK,
         "+task.fault_step=1",
         "+task.fault=nothing,raise",
     )
-    assert sweep(*search_overrides(4, *words, LR, "model.hidden=[16],[32]", "seed=2")) == 1
+    assert sweep(*search_overrides(4, *options, LR, "model.hidden=[16],[32]", "seed=2")) == 1
     folder = sweep_folder(tmp_path)
     study, table = load_study(folder), read_sweep_table(folder)
     assert [trial.number for trial in study.trials] == table["job"].tolist() == [0, 1, 2, 3]
@@ -125,7 +125,7 @@ def test_resume_finished_trial_unknown_to_study_is_not_rerun(
 
 
 def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path) -> None:
-    words = (
+    options = (
         "hydra/sweeper/pruner=median",
         "hydra.sweeper.pruner.n_startup_trials=1",
         "hydra/sweeper/sampler=random",
@@ -133,7 +133,7 @@ def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path)
         "optimizer.lr=0.1,1e-7",
         "trainer.max_epochs=3",
     )
-    assert sweep(*search_overrides(4, *words)) == 0
+    assert sweep(*search_overrides(4, *options)) == 0
     folder = sweep_folder(tmp_path)
     from app.training.pruning import make_storage
 
@@ -154,7 +154,7 @@ def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path)
 
 
 def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> None:
-    words = (
+    options = (
         POOL,
         "hydra.launcher.slots=1",
         "trainer.devices=2",
@@ -163,7 +163,7 @@ def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> Non
         "hydra/sweeper/sampler=grid",
         "optimizer.lr=0.1,1e-7",
     )
-    assert sweep(*search_overrides(9, *words)) == 0
+    assert sweep(*search_overrides(9, *options)) == 0
     folder = sweep_folder(tmp_path)
     assert len(load_study(folder).trials) == 2  # the grid is exhausted
     assert sweep(f"sweep.resume={folder}", short=False) == 0
@@ -178,10 +178,10 @@ def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> Non
     assert table["status"].iloc[0] == ("completed" if first else "pruned")
 
 
-def test_search_several_objectives_are_told_to_study(sweep: RunSweep, tmp_path: Path) -> None:
+def test_search_several_objectives_are_reported_to_study(sweep: RunSweep, tmp_path: Path) -> None:
     objective = "+hydra.sweeper.objectives.time={metric: train/epoch_time, mode: min}"
-    words = ("hydra/sweeper/sampler=nsgaii", objective, "model.hidden=[16],[512]")
-    assert sweep(*search_overrides(3, *words)) == 0
+    options = ("hydra/sweeper/sampler=nsgaii", objective, "model.hidden=[16],[512]")
+    assert sweep(*search_overrides(3, *options)) == 0
     folder = sweep_folder(tmp_path)
     study = load_study(folder)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
@@ -197,12 +197,12 @@ def test_search_study_of_other_direction_is_refused(
 ) -> None:
     storage = f"sqlite:///{tmp_path}/mine.db"
     optuna.create_study(study_name="mine", storage=storage, direction="minimize")
-    words = (f"hydra.sweeper.storage='{storage}'", "hydra.sweeper.study_name=mine", LR)
-    assert sweep(*search_overrides(1, *words)) == 2
+    options = (f"hydra.sweeper.storage='{storage}'", "hydra.sweeper.study_name=mine", LR)
+    assert sweep(*search_overrides(1, *options)) == 2
     err = capsys.readouterr().err
     assert "hydra.sweeper.study_name='mine' exists with direction MINIMIZE; this search" in err
     for count in (1, 2):  # several sweeps may share a study
-        assert sweep(*search_overrides(1, *words, "goal.metric=loss", "goal.mode=min")) == 0
+        assert sweep(*search_overrides(1, *options, "goal.metric=loss", "goal.mode=min")) == 0
         states = [trial.state for trial in load_study(tmp_path, storage).trials]
         assert states == [TrialState.COMPLETE] * count
 

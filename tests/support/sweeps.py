@@ -42,8 +42,8 @@ def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
     patch.setenv("APP_TRUSTED_TARGETS", "sweep_task,faulty")
     resolvers.register()
 
-    def run(*words: str, short: bool = True, flags: tuple[str, ...] = ("-m",)) -> int:
-        patch.setattr(sys, "argv", ["app", *flags, *(SHORT_RUN if short else ()), *words])
+    def run(*overrides: str, short: bool = True, flags: tuple[str, ...] = ("-m",)) -> int:
+        patch.setattr(sys, "argv", ["app", *flags, *(SHORT_RUN if short else ()), *overrides])
         root = logging.getLogger()
         handlers, level = root.handlers[:], root.level
         with suppress(KeyError), pytest.raises(SystemExit) as exit_info:
@@ -55,13 +55,13 @@ def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
 
 
 def start_sweep(
-    cwd: Path, *words: str, steps: int = 1, flags: tuple[str, ...] = (), cold: bool = False
+    cwd: Path, *overrides: str, steps: int = 1, flags: tuple[str, ...] = (), cold: bool = False
 ) -> Command:
     """Start a sweep in a separate process, and wait until it has made some training steps.
 
     Args:
         cwd: Working directory.
-        *words: Overrides of the sweep.
+        *overrides: Overrides of the sweep.
         steps: Training steps to wait for, in all jobs together.
         flags: Command-line flags besides `-m`.
         cold: Whether to start a new Python process instead of a forked one.
@@ -69,7 +69,7 @@ def start_sweep(
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
     environment = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": SUPPORT_DIR}
-    arguments = ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *words]
+    arguments = ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *overrides]
     process = start_command(cwd, arguments, cold, **environment)
     wait_for_lines(process, mark, steps)
     return process
@@ -106,10 +106,10 @@ def step_pids(cwd: Path) -> list[int]:
     return [int(line.split()[0]) for line in (cwd / "mark").read_text().splitlines()]
 
 
-def sweep_errors(*words: str) -> str:
+def sweep_errors(*overrides: str) -> str:
     """Return the error message for a sweep's command line; empty if there is none."""
     resolvers.register()
-    with open_composer(get_args_parser().parse_args(["-m", *words])) as composer:
+    with open_composer(get_args_parser().parse_args(["-m", *overrides])) as composer:
         try:
             jobs = make_jobs(composer)
             check_sweep(composer, jobs[0][0], True)

@@ -12,7 +12,7 @@ POOL = "hydra/launcher=pool"
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (
             ["optimizer.lr=interval(0.1,1)"],
@@ -42,12 +42,12 @@ POOL = "hydra/launcher=pool"
         ([SEEDS, POOL, "trainer.devices=[0,1]"], "the pool assigns devices"),
     ],
 )
-def test_check_sweep_invalid_grid_reports_error(words: list[str], message: str) -> None:
-    assert message in sweep_errors(*words)
+def test_check_sweep_invalid_grid_reports_error(overrides: list[str], message: str) -> None:
+    assert message in sweep_errors(*overrides)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["optimizer.lr=0.1"], "has nothing to search"),
         (["optimizer.lr=tag(lgo,interval(0.1,1))"], "unknown tag 'lgo'; allowed: log; did"),
@@ -72,8 +72,8 @@ def test_check_sweep_invalid_grid_reports_error(words: list[str], message: str) 
         ([SEEDS, "+hydra.sweeper.objectives.t={metric: train/loss, mode: up}"], "mode"),
     ],
 )
-def test_check_sweep_invalid_search_reports_error(words: list[str], message: str) -> None:
-    assert message in sweep_errors(SEARCH, *words)
+def test_check_sweep_invalid_search_reports_error(overrides: list[str], message: str) -> None:
+    assert message in sweep_errors(SEARCH, *overrides)
 
 
 def test_check_sweep_valid_reports_nothing() -> None:
