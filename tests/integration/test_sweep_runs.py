@@ -183,7 +183,7 @@ def test_sweep_folder_in_use_or_occupied_is_refused(
     with SweepFolder(tmp_path / "first").locked():
         assert sweep("sweep.resume=first", short=False) == 2
     err = capsys.readouterr().err
-    assert "another process is running this job" in err
+    assert "is being run by another process" in err
     assert sweep("seed=0", "hydra.sweep.dir=first") == 2
     assert "already contains a sweep; resume it with sweep.resume=" in capsys.readouterr().err
 
