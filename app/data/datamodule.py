@@ -13,7 +13,7 @@ from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.sampling import EpochSampler
-from app.data.split import check_datasets, dataset_labels, dataset_size, split, subset
+from app.data.split import check_datasets, dataset_labels, dataset_size, split_dataset, subset
 from app.data.transform import BatchTransform, channel_statistics
 from app.runtime.errors import UserError, as_user_error
 
@@ -34,7 +34,7 @@ def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]
     }
     check_datasets(datasets, data.num_classes, data.targets)
     if "train" in datasets:
-        datasets = split(datasets, data.split.valid, data.split.test, data.split.seed)
+        datasets = split_dataset(datasets, data.split.valid, data.split.test, data.split.seed)
     batches = config.trainer.overfit_batches
     if batches and config.mode == "train":
         if isinstance(datasets["train"], IterableDataset):

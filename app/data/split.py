@@ -17,7 +17,7 @@ from app.runtime.seed import derive_seed
 log = logging.getLogger(__name__)
 
 
-def split(
+def split_dataset(
     datasets: dict[str, Dataset[Any]],
     valid: int | float | None,
     test: int | float | None,

@@ -76,7 +76,7 @@ def reversed_sliding_window(windows: Tensor, shape: Sequence[int], stride: Seque
     return (total / _coverage(total, shape, indices)).to(windows.dtype)
 
 
-class Windows(Dataset[tuple[Tensor, Any]]):
+class WindowDataset(Dataset[tuple[Tensor, Any]]):
     """Dataset of the windows of all samples of another dataset.
 
     A target whose last dimensions match those of the input is cut the same way; any other target

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from app.data.mnist import mnist
-from app.data.split import split
+from app.data.split import split_dataset
 from tests.support.runs import FEW_BATCHES, RunResult
 
 RUN_FOLDER_FILES = {
@@ -128,7 +128,7 @@ def test_test_row_equals_independent_recomputation(trained_run: RunResult) -> No
 
 
 def test_valid_rows_match_the_seeded_split(trained_run: RunResult) -> None:
-    valid = split({"train": mnist(train=True)}, 5000, None, seed=0)["valid"]
+    valid = split_dataset({"train": mnist(train=True)}, 5000, None, seed=0)["valid"]
     images, labels = (tensor[:150] for tensor in valid.tensors)  # type: ignore[attr-defined]
     with torch.no_grad():
         logits = load_model(trained_run.folder)((images.float() / 255 - 0.1307) / 0.3081)

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from app.data.split import check_datasets, dataset_size, split
+from app.data.split import check_datasets, dataset_size, split_dataset
 from app.runtime.errors import UserError
 from tests.support.toy_datasets import arange_dataset
 
 
 def test_split_depends_only_on_seed_and_keeps_every_sample() -> None:
     first, same_seed, other_seed = (
-        split({"train": arange_dataset(100)}, 10, 0.2, seed=seed) for seed in (1, 1, 2)
+        split_dataset({"train": arange_dataset(100)}, 10, 0.2, seed=seed) for seed in (1, 1, 2)
     )
     assert {stage: dataset_size(part) for stage, part in first.items()} == {
         "train": 70,
@@ -31,7 +31,7 @@ def test_split_depends_only_on_seed_and_keeps_every_sample() -> None:
 
 def test_split_larger_than_dataset_is_refused() -> None:
     with pytest.raises(UserError, match="leave none of the 10 training samples"):
-        split({"train": arange_dataset(10)}, 8, 0.2, seed=0)
+        split_dataset({"train": arange_dataset(10)}, 8, 0.2, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from app.data.split import dataset_size
-from app.data.windows import PatchInference, Windows, reversed_sliding_window, sliding_window
+from app.data.windows import PatchInference, WindowDataset, reversed_sliding_window, sliding_window
 from app.runtime.errors import UserError
 from tests.support.toy_datasets import CountingDataset
 
@@ -109,7 +109,7 @@ def test_reversed_sliding_window_refuses_windows_that_do_not_match(
 
 def test_windows_cuts_images_and_masks_at_same_positions() -> None:
     masks = torch.arange(2 * 35).reshape(2, 5, 7)
-    dataset = Windows(TensorDataset(masks.float()[:, None], masks), [2, 3], [2, 3])
+    dataset = WindowDataset(TensorDataset(masks.float()[:, None], masks), [2, 3], [2, 3])
     assert dataset_size(dataset) == 18
     for index in range(18):
         x, y = dataset[index]
@@ -120,14 +120,14 @@ def test_windows_cuts_images_and_masks_at_same_positions() -> None:
 
 
 def test_windows_keeps_label_of_sample() -> None:
-    dataset = Windows(TensorDataset(torch.zeros(3, 1, 8), torch.tensor([5, 6, 7])), [4], [4])
+    dataset = WindowDataset(TensorDataset(torch.zeros(3, 1, 8), torch.tensor([5, 6, 7])), [4], [4])
     assert [int(dataset[index][1]) for index in range(len(dataset))] == [5, 5, 6, 6, 7, 7]
     with pytest.raises(IndexError, match=r"window index 6 is out of range \(6 windows\)"):
         dataset[6]
 
 
 def test_windows_refuses_samples_of_different_shapes() -> None:
-    dataset = Windows(
+    dataset = WindowDataset(
         CountingDataset([torch.zeros(1, 4, 4), torch.zeros(1, 6, 4)], [0, 1]), [4, 4], [4, 4]
     )
     with pytest.raises(
@@ -135,7 +135,7 @@ def test_windows_refuses_samples_of_different_shapes() -> None:
     ):
         dataset[1]
     with pytest.raises(UserError, match="no samples"):
-        Windows(CountingDataset([], []), [4, 4], [4, 4])
+        WindowDataset(CountingDataset([], []), [4, 4], [4, 4])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig
 from app.data.loaders import make_loader
 from app.data.mnist import mnist
-from app.data.split import split
+from app.data.split import split_dataset
 from app.distributed.strategies import SingleDevice
 from app.experiment.factory import make_components, make_optimizers
 from app.runtime.errors import UserError
@@ -49,7 +49,7 @@ def test_fit_one_epoch_is_bitwise_equal_to_plain_pytorch(tmp_path: Path) -> None
 
     seed_everything(3, "model")
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
-    images, labels = split({"train": mnist(train=True)}, 5000, None, 0)["train"].tensors  # type: ignore[attr-defined]
+    images, labels = split_dataset({"train": mnist(train=True)}, 5000, None, 0)["train"].tensors  # type: ignore[attr-defined]
     order = torch.Generator().manual_seed(derive_seed(3, "order", 1))
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.0005
