@@ -16,7 +16,7 @@ from app.config.schema import GoalConfig
 from app.data.loaders import make_loader
 from app.training.events import Callbacks
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 

@@ -37,7 +37,7 @@ from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import SINGLE, OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
-from app.training.plan import SaveSchedule, TrainingLimits
+from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.precision import Precision, memory_format
 from app.training.supervised import SupervisedTask
 from app.training.task import Task

@@ -40,7 +40,7 @@ from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging, recompute_bn_stats
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.pruning import Pruning
 from app.training.rank_sync import StopConsensus, gather_batches, padded_batches
 from app.training.task import StepOutput, Task, check_step_output

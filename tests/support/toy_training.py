@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 

@@ -39,7 +39,7 @@ from app.training.checkpoint.rotation import (
 from app.training.history import Row
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
-from app.training.plan import SaveSchedule
+from app.training.limits import SaveSchedule
 from app.training.task import Task
 
 log = logging.getLogger(__name__)

@@ -31,7 +31,7 @@ from app.training.optim.finite_check import NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import ExponentialMovingAverage
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer

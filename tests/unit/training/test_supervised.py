@@ -19,7 +19,7 @@ from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.precision import Precision
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task

@@ -19,7 +19,7 @@ from app.runtime.errors import UserError
 from app.runtime.nested import Nested
 from app.training.accumulator import average
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer

@@ -17,7 +17,7 @@ from app.callbacks.progress import Progress
 from app.data.loaders import make_loader
 from app.training.events import Callbacks
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 from tests.support.runs import config_issues

@@ -11,7 +11,7 @@ from torch import nn
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.train_state import TrainState
 from app.training.optim.weight_averaging import WeightAveraging
-from app.training.plan import SaveSchedule
+from app.training.limits import SaveSchedule
 from app.training.supervised import SupervisedTask
 
 

@@ -20,7 +20,7 @@ from app.training.optim.weight_averaging import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from app.training.plan import TrainingLimits
+from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 from tests.support.runs import config_issues
