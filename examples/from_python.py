@@ -15,8 +15,8 @@ from app.callbacks.tables import Tables
 from app.config.schema import GoalConfig
 from app.data.loaders import make_loader
 from app.training.events import Callbacks
-from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.limits import TrainingLimits
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 

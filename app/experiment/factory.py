@@ -32,12 +32,12 @@ from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
+from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.optim.finite_check import FUSED_OPTIMIZERS
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import SINGLE, OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
-from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.precision import Precision, memory_format
 from app.training.supervised import SupervisedTask
 from app.training.task import Task

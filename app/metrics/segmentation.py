@@ -173,7 +173,7 @@ class HausdorffDistance95(Metric):
 
     For each direction, take the percentile of the distances from the edge pixels of one mask to the
     nearest edge pixel of the other; the larger of both is averaged over the images and classes in
-    which the class occurs in target and prediction. An edge pixel has a face neighbour that is of
+    which the class occurs in target and prediction. An edge pixel has a face neighbor that is of
     another class or outside of the image. Label maps are kept on the device until `compute`, with
     one byte per pixel for up to 256 classes. Huttenlocher et al., "Comparing Images Using the
     Hausdorff Distance", 1993.

@@ -1,4 +1,4 @@
-"""Choose and describe devices, measure peak memory and recognise out-of-memory errors."""
+"""Choose and describe devices, measure peak memory and recognize out-of-memory errors."""
 
 from __future__ import annotations
 

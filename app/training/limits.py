@@ -68,7 +68,7 @@ class TrainingLimits:
 
         Args:
             epoch: Epoch, counted from 1.
-            steps: Number of optimizer steps made by the end of it.
+            steps: Number of optimizer steps taken by the end of it.
         """
         by_epochs = self.max_epochs is not None and epoch >= self.max_epochs
         return by_epochs or (self.max_steps is not None and steps >= self.max_steps)

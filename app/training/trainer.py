@@ -35,12 +35,12 @@ from app.training.history import (
     reason_to_stop,
     summary_table,
 )
+from app.training.limits import TrainingLimits
 from app.training.nonfinite import NonFinitePolicy
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging, recompute_bn_stats
-from app.training.limits import TrainingLimits
 from app.training.pruning import Pruning
 from app.training.rank_sync import StopConsensus, gather_batches, padded_batches
 from app.training.task import StepOutput, Task, check_step_output

@@ -39,8 +39,8 @@ from app.training.accumulator import StageResult
 from app.training.checkpoint.train_state import gather_to_cpu
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
-from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.limits import TrainingLimits
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer

@@ -11,9 +11,9 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import TensorDataset
 
+from app.training.limits import TrainingLimits
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
-from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 

@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Results:
     lines = [
         "the runs, best first:",
         leaderboard(results, folder),
-        f"everything is in {folder}; the page is {PAGE_FILE}",
+        f"results are in {folder}; the page is {PAGE_FILE}",
     ]
     log.info("%s", "\n".join(lines))
     return results

@@ -10,8 +10,8 @@ from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, epoch_filename, 
 from app.training.checkpoint.mid_epoch import save_position
 from app.training.checkpoint.train_state import TrainState
 from app.training.history import best_epoch, top_k_epochs
-from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.limits import SaveSchedule
+from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.rank_sync import SaveTimer
 
 

@@ -37,9 +37,9 @@ from app.training.checkpoint.rotation import (
     remove_file,
 )
 from app.training.history import Row
+from app.training.limits import SaveSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
-from app.training.limits import SaveSchedule
 from app.training.task import Task
 
 log = logging.getLogger(__name__)

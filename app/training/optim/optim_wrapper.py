@@ -51,7 +51,7 @@ class OptimWrapper:
     Attributes:
         finite_check: Checks the loss and the gradients before each step; None disables the check.
         grad_norm: Total norm of the gradients in the last step; None before the first one.
-        steps: Number of optimizer steps made.
+        steps: Number of optimizer steps taken.
         batches: Number of batches accumulated since the last step.
     """
 

@@ -26,12 +26,12 @@ from app.training.accumulator import StageResult
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.events import Callback, StepEnd
 from app.training.history import History
+from app.training.limits import TrainingLimits
 from app.training.nonfinite_trace import trace
 from app.training.optim.finite_check import NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import ExponentialMovingAverage
-from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer

@@ -18,8 +18,8 @@ from app.losses.weighted_sum import Term
 from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
-from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.limits import TrainingLimits
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task

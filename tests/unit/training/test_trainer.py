@@ -27,8 +27,8 @@ from app.runtime.seed import derive_seed, seed_everything
 from app.training.accumulator import StageAccumulator, StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
-from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.limits import TrainingLimits
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput
 from app.training.trainer import Trainer

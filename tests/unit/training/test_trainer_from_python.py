@@ -16,8 +16,8 @@ from app.callbacks.console import Console
 from app.callbacks.progress import Progress
 from app.data.loaders import make_loader
 from app.training.events import Callbacks
-from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.limits import TrainingLimits
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 from tests.support.runs import config_issues

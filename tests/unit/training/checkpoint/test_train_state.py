@@ -10,8 +10,8 @@ from torch import nn
 
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.train_state import TrainState
-from app.training.optim.weight_averaging import WeightAveraging
 from app.training.limits import SaveSchedule
+from app.training.optim.weight_averaging import WeightAveraging
 from app.training.supervised import SupervisedTask
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from app.config.schema import FreezeConfig, GoalConfig
 from app.data.loaders import make_loader
 from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.limits import TrainingLimits
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import (
@@ -20,7 +21,6 @@ from app.training.optim.weight_averaging import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
-from app.training.limits import TrainingLimits
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 from tests.support.runs import config_issues
