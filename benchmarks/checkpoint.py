@@ -45,7 +45,7 @@ def time_training(hidden: str, steps: int, overrides: tuple[str, ...]) -> tuple[
                 f"trainer.max_epochs={EPOCHS}",
                 f"trainer.limit_train_batches={steps}",
                 "trainer.limit_valid_batches=1",
-                "goal.metric=train/loss",  # best.pt is written equally often in each mode
+                "goal.metric=train/loss",  # best.safetensors is written equally often in each mode
                 "goal.mode=max",
                 "callbacks={}",
                 *overrides,

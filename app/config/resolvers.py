@@ -45,4 +45,4 @@ def _run_folder(resume: object, new_folder: str) -> str:
     if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
         return new_folder
     path = Path(_absolute_path(resume))
-    return str(path.parent.parent if path.suffix == ".pt" else path)
+    return str(path.parent.parent if path.suffix == ".safetensors" else path)

@@ -27,8 +27,8 @@ from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
-from app.training.checkpoint.checksum import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
+from app.training.checkpoint.store import verify_checksum
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def resolve_resume(
             problem = "='auto' needs a fixed run folder, for example hydra.run.dir=outputs/my_run"
             raise ConfigError([ConfigIssue("resume", problem)])
     folder = resolve_folder(composed, "hydra.run.dir")
-    if resume.endswith(".pt"):
+    if resume.endswith(".safetensors"):
         return _checkpoint_in(folder, resume), []
     last, damaged = _latest_checkpoint(folder)
     if last is None and resume != AUTO:

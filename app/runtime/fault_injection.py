@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-FAULT_VARIABLE = "APP_FAULT"  # place:file:count, e.g. before_rename:last.pt:2; unset: no faults
+FAULT_VARIABLE = "APP_FAULT"  # place:file:count, such as before_rename:last.safetensors:2
 
 
 def maybe_crash(place: str, file: str) -> None:

@@ -115,15 +115,17 @@ class StageAccumulator:
         self.flush()
         return {
             "blocks": self.blocks,
-            "numbers": self.host_values,
-            "times": self.timer.step_times(),
+            "host_values": {n: _float64(values) for n, values in self.host_values.items()},
+            "step_times": _float64(self.timer.step_times()),
             "elapsed": self.timer.elapsed(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.blocks, self.host_values = list(state["blocks"]), dict(state["numbers"])
-        self.timer.earlier_times, self.timer.earlier_elapsed = state["times"], state["elapsed"]
+        self.blocks = list(state["blocks"])
+        self.host_values = {name: t.tolist() for name, t in state["host_values"].items()}
+        self.timer.earlier_times = state["step_times"].tolist()
+        self.timer.earlier_elapsed = state["elapsed"]
 
     def result(self, stage: str, epoch: int) -> StageResult:
         """Compute the result of the stage; all ranks must call this.
@@ -233,6 +235,10 @@ def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
     states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
     stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
     return torch.cat(stacked, dim=1)
+
+
+def _float64(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _to_float64(values: Tensor) -> Tensor:

@@ -119,7 +119,8 @@ class Callback:
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: tensors and plain values (str, int, list, dict, ...).
 
-        The state is saved in `last.pt` and given to `load_state_dict` when the run is resumed.
+        The state is saved in each `last.safetensors`, and given to `load_state_dict` when the run
+        is resumed.
         """
         return {}
 

@@ -11,12 +11,13 @@ class SaveSchedule:
     """When checkpoints are saved, and how many are kept.
 
     Attributes:
-        every_n_epochs: Epochs between two saves of `last.pt`; it is also saved after the last one.
+        every_n_epochs: Epochs between two saves of `last.safetensors`, which is also saved after
+            the last epoch.
         every_n_steps: Optimizer steps between two saves, also within an epoch; None does not save
             by steps.
         every_n_minutes: Minutes between two saves, also within an epoch; None does not save by
             time.
-        keep_last: Number of the newest `last*.pt` to keep.
+        keep_last: Number of the newest `last*.safetensors` to keep.
         save_top_k: Number of the best epochs whose weights are kept; -1 keeps all epochs.
         in_background: Whether files are written while training continues.
     """

@@ -120,7 +120,8 @@ class Trainer:
     def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
         """Train until a limit is reached or the goal ends training early.
 
-        The best weights are in `best.pt` afterwards, and everything needed to resume in `last.pt`.
+        The best weights are in `best.safetensors` afterwards, and everything needed to resume in
+        `last.safetensors`.
 
         Args:
             train: Loader of the training data.
@@ -130,7 +131,7 @@ class Trainer:
             Table with one row per stage and epoch.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop; `last.pt` has been saved.
+            TrainingInterrupted: If a signal requested to stop; `last.safetensors` has been saved.
         """
         with self.stop_signal.deferred_until_step(self.limits.max_seconds), self.state.flushed():
             try:
@@ -140,7 +141,7 @@ class Trainer:
             except TrainingInterrupted:
                 self.checkpoints.save_last()
                 self.state.writer.wait()
-                broadcast_object(None)  # no rank exits before `last.pt` is saved
+                broadcast_object(None)  # no rank exits before `last.safetensors` is saved
                 raise
         return summary
 
@@ -434,7 +435,7 @@ class Trainer:
         """Restore everything from a checkpoint, to resume where it was saved.
 
         Args:
-            file: A `last*.pt`.
+            file: A `last*.safetensors`.
 
         Raises:
             UserError: If the file is damaged, or of another model, loss or optimizer.
@@ -457,7 +458,7 @@ class Trainer:
                     self.checkpoints.save(name)
 
     def replace_missing_best(self, train: BatchLoader) -> None:
-        """Warn of missing best checkpoints; `best.pt` gets the last weights instead."""
+        """Warn of missing best checkpoints; `best.safetensors` gets the last weights instead."""
         for name, epoch in self.checkpoints.missing().items():
             if name == BEST_CHECKPOINT:
                 log.warning(

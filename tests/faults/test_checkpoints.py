@@ -13,11 +13,11 @@ import torch
 
 from app.runtime.errors import ConfigError
 from app.training.checkpoint.checkpoint import load_checkpoint
-from app.training.checkpoint.checksum import (
+from app.training.checkpoint.rotation import latest_valid, list_checkpoints
+from app.training.checkpoint.store import (
     read_info,
     verify_checksum,
 )
-from app.training.checkpoint.rotation import latest_valid, list_checkpoints
 from tests.support.hostile_files import flip_bit
 from tests.support.interrupted_runs import TINY_RUN, RunJob, job_runner, samples_per_step
 from tests.support.processes import SUPPORT_DIR, assert_equal_runs
@@ -49,7 +49,7 @@ def make_empty(path: Path) -> None:
 
 
 def replace_by_weights(path: Path) -> None:
-    shutil.copy(path.parent / "best.pt", path)
+    shutil.copy(path.parent / "best.safetensors", path)
 
 
 DAMAGE = {
@@ -69,7 +69,10 @@ def test_resume_skips_damaged_checkpoint(
     expected, original = runs
     shutil.copytree(original.parent / "conf", tmp_path / "conf")
     shutil.copytree(original, tmp_path / "run")
-    files = [tmp_path / "run" / "checkpoints" / n for n in ("last.pt", "last-1.pt", "last-2.pt")]
+    files = [
+        tmp_path / "run" / "checkpoints" / n
+        for n in ("last.safetensors", "last-1.safetensors", "last-2.safetensors")
+    ]
     damage(files[index])
     with job_runner(tmp_path, write_data=False) as run_job:
         arguments = ("--config-dir", str(tmp_path / "conf"), f"hydra.run.dir={tmp_path / 'run'}")
@@ -96,14 +99,14 @@ def test_resume_warns_with_names_of_damaged_and_used_checkpoint(
 ) -> None:
     shutil.copytree(runs[1].parent, tmp_path / "home")
     folder = tmp_path / "home" / "run"
-    flip_bit(folder / "checkpoints" / "last.pt")
+    flip_bit(folder / "checkpoints" / "last.safetensors")
     arguments = ("--config-dir", str(tmp_path / "home" / "conf"), "trusted_targets=[faulty]")
     environment = {"PYTHONPATH": SUPPORT_DIR, "FAULT": "none:0:0", "IDS": str(tmp_path / "ids")}
     ran = run_app(tmp_path, *arguments, f"resume={folder}", **environment)
     assert ran.code == 0, ran.err + ran.out
     line = next(line for line in ran.out.splitlines() if "its checksum does not match" in line)
-    assert str(folder / "checkpoints" / "last.pt") in line
-    assert f"resuming from {folder / 'checkpoints' / 'last-1.pt'}" in line
+    assert str(folder / "checkpoints" / "last.safetensors") in line
+    assert f"resuming from {folder / 'checkpoints' / 'last-1.safetensors'}" in line
     assert "its checksum does not match" in (folder / "run.log").read_text()
 
 
@@ -123,16 +126,16 @@ def test_resume_from_chosen_checkpoint(runs: tuple[Path, Path], tmp_path: Path) 
     expected, original = runs
     shutil.copytree(original.parent, tmp_path / "home")
     folder = tmp_path / "home" / "run"
-    chosen = folder / "checkpoints" / "last-2.pt"
+    chosen = folder / "checkpoints" / "last-2.safetensors"
     with job_runner(tmp_path / "home", write_data=False) as run_job:
         arguments = ("--config-dir", str(tmp_path / "home" / "conf"), "trusted_targets=[faulty]")
         job = job_for(*arguments, f"resume={chosen}")
         assert job.config.resume == str(chosen)
         run_job("run", "none:0:0", f"resume={chosen}", *KEEP)
         with pytest.raises(ConfigError, match="contains weights only"):
-            job_for(*arguments, f"resume={folder / 'checkpoints' / 'best.pt'}")
+            job_for(*arguments, f"resume={folder / 'checkpoints' / 'best.safetensors'}")
         stray = tmp_path / "stray.pt"
-        shutil.copy(folder / "checkpoints" / "last.pt", stray)
+        shutil.copy(folder / "checkpoints" / "last.safetensors", stray)
         with pytest.raises(ConfigError, match="is not a checkpoint of the run in"):
             job_for(*arguments, f"resume={stray}")
     assert_equal_runs(expected, folder)
@@ -143,13 +146,13 @@ def test_checkpoint_that_cannot_be_removed_is_only_a_warning(
     run_job: RunJob, caplog: pytest.LogCaptureFixture
 ) -> None:
     arguments = ("checkpoint.save_top_k=1", "checkpoint.keep_last=2", "trainer.max_epochs=1")
-    in_the_way = run_job("run", "raise:0:4") / "checkpoints" / "last-1.pt" / "full"
+    in_the_way = run_job("run", "raise:0:4") / "checkpoints" / "last-1.safetensors" / "full"
     in_the_way.parent.unlink()
     in_the_way.mkdir(parents=True)
     run_job("run", "none:0:0", *arguments)
-    assert "last-1.pt" in caplog.text
+    assert "last-1.safetensors" in caplog.text
     assert "cannot be" in caplog.text
-    assert verify_checksum(in_the_way.parents[1] / "last.pt").number > 3
+    assert verify_checksum(in_the_way.parents[1] / "last.safetensors").number > 3
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -157,14 +160,19 @@ def test_every_n_minutes_saves_within_epochs(run_job: RunJob, size: int) -> None
     """Several ranks agree on a step about five times a second."""
     arguments = ("checkpoint.every_n_steps=null", "checkpoint.every_n_minutes=1e-6")
     folder = run_job("run", "slow:0:0.1", *arguments, "trainer.max_epochs=2", size=size)
-    assert read_info(folder / "checkpoints" / "last.pt").number >= (10 if size == 1 else 4)
+    assert read_info(folder / "checkpoints" / "last.safetensors").number >= (10 if size == 1 else 4)
 
 
 def test_asynchronous_saving_writes_same_checkpoints(run_job: RunJob) -> None:
     expected = run_job("uninterrupted", "none:0:0", *KEEP)
     folder = run_job("run", "none:0:0", *KEEP, "checkpoint.asynchronous=true")
     assert_equal_runs(expected, folder)
-    for name in ("last.pt", "last-1.pt", "last-2.pt", "best.pt"):
+    for name in (
+        "last.safetensors",
+        "last-1.safetensors",
+        "last-2.safetensors",
+        "best.safetensors",
+    ):
         one, other = (load_checkpoint(f / "checkpoints" / name) for f in (expected, folder))
         assert one.epoch == other.epoch
         assert all(torch.equal(one.model[key], other.model[key]) for key in one.model)
@@ -177,14 +185,14 @@ def test_list_checkpoints_with_swapped_files_sorts_by_content(
 ) -> None:
     shutil.copytree(runs[1] / "checkpoints", tmp_path / "checkpoints")
     inside = tmp_path / "checkpoints"
-    newest = read_info(inside / "last.pt").number
-    (inside / "last.pt").rename(inside / "swapped")
-    (inside / "last-2.pt").rename(inside / "last.pt")
-    (inside / "swapped").rename(inside / "last-2.pt")
+    newest = read_info(inside / "last.safetensors").number
+    (inside / "last.safetensors").rename(inside / "swapped")
+    (inside / "last-2.safetensors").rename(inside / "last.safetensors")
+    (inside / "swapped").rename(inside / "last-2.safetensors")
     assert [read_info(path).number for path in list_checkpoints(tmp_path)] == [
         newest - n for n in range(3)
     ]
-    assert latest_valid(tmp_path) == (inside / "last-2.pt", [])
+    assert latest_valid(tmp_path) == (inside / "last-2.safetensors", [])
 
 
 def test_resume_removes_table_rows_after_checkpoint(run_job: RunJob) -> None:

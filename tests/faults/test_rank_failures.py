@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
 from app.distributed.launch.failures import RankFailedError
 from app.runtime.errors import StorageError, UserError
 from app.runtime.signals import StopReason, TrainingInterrupted
+from app.training.checkpoint.store import read_store
 from tests.support.processes import child_processes, status_of, write_numbered_data
 
 
@@ -72,7 +72,7 @@ def test_checkpoint_write_failure_ends_all_ranks(
     run_ranks: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoints").write_text("a file instead of a folder")
-    with pytest.raises(StorageError, match=r"\.pt cannot be written: File exists"):
+    with pytest.raises(StorageError, match=r"\.safetensors cannot be written: File exists"):
         run_ranks("none:0:0")
     assert status_of(tmp_path)["rank"] == 0
 
@@ -93,14 +93,14 @@ def test_signal_to_one_rank_stops_all_ranks_at_same_step(
         run_ranks(fault)
     assert interrupt.value.reason == reason
     assert status_of(tmp_path)["status"] == status
-    checkpoint = torch.load(tmp_path / "checkpoints" / "last.pt", weights_only=True)
+    checkpoint = read_store(tmp_path / "checkpoints" / "last.safetensors")[1]
     training = checkpoint["training"]
     if "valid" in fault:
-        assert (checkpoint["epoch"], training["is_over"]) == (1, False)
+        assert (checkpoint["epoch"], training["epoch_finished"]) == (1, False)
     else:
         rows = pd.read_csv(tmp_path / "epoch_details" / "epoch001_train.csv")
         assert 5 <= len(rows) <= 12
-        assert training["trained"] == len(rows) == training["learning"][""]["steps"]
+        assert training["batches_in_epoch"] == len(rows) == training["optimizers"][""]["steps"]
 
 
 def test_launch_local_after_failure_releases_port_and_processes(
@@ -119,7 +119,7 @@ def test_preempted_run_waits_for_slow_callback(
 ) -> None:
     with pytest.raises(TrainingInterrupted):
         run_ranks("SIGTERM:1:5", "+callbacks.slow={_target_: faulty.SlowCallback, seconds: 7}")
-    assert (tmp_path / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "checkpoints" / "last.safetensors").exists()
     assert (tmp_path / "ended").exists()
 
 
@@ -127,6 +127,6 @@ def test_preempted_run_with_failed_save_is_failed(
     run_ranks: Callable[..., Path], tmp_path: Path
 ) -> None:
     (tmp_path / "checkpoints").write_text("a file instead of a folder")
-    with pytest.raises(StorageError, match=r"\.pt cannot be written: File exists"):
+    with pytest.raises(StorageError, match=r"\.safetensors cannot be written: File exists"):
         run_ranks("SIGTERM:1:5")
     assert status_of(tmp_path)["status"] == "failed"

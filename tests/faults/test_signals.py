@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 
+from app.training.checkpoint.store import read_store
 from tests.support.processes import (
     FAULTY_TASK,
     SHORT_RUN,
@@ -36,7 +36,7 @@ def test_ctrl_c_saves_checkpoint_and_exits(tmp_path: Path, devices: int) -> None
     assert out.count("stopping after the current step; press Ctrl-C again to stop at once") == 1
     assert "Traceback" not in out
     assert status_of(tmp_path / "run")["status"] == "interrupted"
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
     assert len(pd.read_csv(tmp_path / "run" / "epoch_details" / "epoch001_train.csv")) < 12
     assert wait_until_exited(pids)
 
@@ -51,7 +51,7 @@ def test_second_ctrl_c_exits_without_saving(tmp_path: Path, devices: int) -> Non
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
     assert status_of(tmp_path / "run")["status"] == "interrupted"
-    assert not (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
     assert wait_until_exited(pids)
 
 
@@ -78,7 +78,7 @@ def test_preemption_saves_checkpoint_and_exits(tmp_path: Path, name: str, target
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert status_of(tmp_path / "run")["status"] == "preempted"
-    assert (tmp_path / "run" / "checkpoints" / "last.pt").exists()
+    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
     assert wait_until_exited(pids)
 
 
@@ -114,9 +114,9 @@ def test_requeued_run_resumes_and_matches_uninterrupted_run(tmp_path: Path) -> N
         tmp_path, *overrides, "hydra.run.dir=run", FAULT="SIGUSR1:1:45", **environment
     )
     assert preempted.code == 143, preempted.out + preempted.err
-    last = torch.load(tmp_path / "run" / "checkpoints" / "last.pt", weights_only=True)
-    assert (last["epoch"], last["training"]["is_over"]) == (1, True)
-    assert 5 <= last["training"]["under_way"]["batches"] < 40
+    last = read_store(tmp_path / "run" / "checkpoints" / "last.safetensors")[1]
+    assert (last["epoch"], last["training"]["epoch_finished"]) == (1, True)
+    assert 5 <= last["training"]["mid_epoch"]["batches"] < 40
     assert (tmp_path / "scontrol-calls").read_text() == "requeue 4711\n"
     resumed = run_app(tmp_path, *overrides, "hydra.run.dir=run", FAULT="none:0:0", **environment)
     assert resumed.code == 0, resumed.out + resumed.err

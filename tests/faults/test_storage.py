@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from app.runtime.lock import FolderInUseError, check_unlocked, run_lock
 from app.training.checkpoint.rotation import latest_valid
+from app.training.checkpoint.store import read_store
 from tests.support.killed_runs import STATEFUL_RUN, assert_readable, wait_for_file
 from tests.support.processes import (
     FAULTY_TASK,
@@ -59,7 +59,9 @@ def test_full_disk_is_reported_and_run_resumes(
     small_disk: Path, reference_run: Path, tmp_path: Path, free: int
 ) -> None:
     """Fill the disk after the first checkpoint, so that the next file cannot be written."""
-    failed = start_and_wait_for_file(tmp_path, small_disk / "run" / "checkpoints" / "last.pt")
+    failed = start_and_wait_for_file(
+        tmp_path, small_disk / "run" / "checkpoints" / "last.safetensors"
+    )
     fill_disk(small_disk, free)
     out, _ = failed.communicate(timeout=120)
     assert failed.returncode == STORAGE_EXIT_CODE, out
@@ -105,7 +107,7 @@ def fill_disk(disk: Path, free: int) -> None:
 def test_removed_run_folder_ends_run_with_storage_error(tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     failed = start_and_wait_for_file(
-        tmp_path, tmp_path / "small" / "run" / "checkpoints" / "last.pt"
+        tmp_path, tmp_path / "small" / "run" / "checkpoints" / "last.safetensors"
     )
     (tmp_path / "small" / "run").rename(tmp_path / "small" / "moved")
     (tmp_path / "small" / "run").write_text("a file instead of a folder")
@@ -180,16 +182,16 @@ def test_sigterm_during_background_save_leaves_valid_checkpoint(tmp_path: Path) 
     process = WarmCommand(
         tmp_path, [*STATEFUL_RUN, *overrides, "hydra.run.dir=run"], {"OMP_NUM_THREADS": "1"}
     )
-    wait_for_file(tmp_path / "run" / "checkpoints" / ".last.pt.part")
+    wait_for_file(tmp_path / "run" / "checkpoints" / ".last.safetensors.part")
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert_readable(tmp_path / "run")
     checkpoint, problems = latest_valid(tmp_path / "run")
-    assert checkpoint == tmp_path / "run" / "checkpoints" / "last.pt"
+    assert checkpoint == tmp_path / "run" / "checkpoints" / "last.safetensors"
     assert not problems
-    training = torch.load(checkpoint, weights_only=True)["training"]
-    assert training["under_way"] is not None or training["is_over"]
+    training = read_store(checkpoint)[1]["training"]
+    assert training["mid_epoch"] is not None or training["epoch_finished"]
     assert not [*(tmp_path / "run").rglob("*.part")]
 
 
@@ -201,4 +203,7 @@ def test_run_end_waits_for_background_save(tmp_path: Path) -> None:
     )
     assert result.code == 0, result.err
     assert_readable(tmp_path / "run")
-    assert latest_valid(tmp_path / "run") == (tmp_path / "run" / "checkpoints" / "last.pt", [])
+    assert latest_valid(tmp_path / "run") == (
+        tmp_path / "run" / "checkpoints" / "last.safetensors",
+        [],
+    )

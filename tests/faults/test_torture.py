@@ -87,7 +87,7 @@ def survive_kills(
         ranks: Number of ranks.
         min_kills: How many kills to survive, over all runs.
         plan: Returns the kills of a run, by its number and the share of its time to kill it in.
-        compare_older: Whether to compare `last-1.pt` and `last-2.pt`, too.
+        compare_older: Whether to compare `last-1.safetensors` and `last-2.safetensors`, too.
 
     Returns:
         Number of kills survived.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.checkpoint.store import read_store
 from tests.support.hostile_files import MaliciousPickle, checkpoint_bytes
 from tests.support.runs import RunResult, job_for
 
@@ -140,14 +142,18 @@ def test_exception_in_user_model_is_logged_with_traceback(
 @pytest.fixture
 def checkpoint_copy(trained_run: RunResult, tmp_path: Path) -> Path:
     """Copy of a checkpoint that a test may damage."""
-    return Path(shutil.copy(trained_run.folder / "checkpoints" / "best.pt", tmp_path / "copy.pt"))
+    return Path(
+        shutil.copy(
+            trained_run.folder / "checkpoints" / "best.safetensors", tmp_path / "copy.safetensors"
+        )
+    )
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.99])
 def test_load_checkpoint_truncated_file_is_refused(checkpoint_copy: Path, fraction: float) -> None:
     content = checkpoint_copy.read_bytes()
     checkpoint_copy.write_bytes(content[: int(fraction * len(content))])
-    with pytest.raises(UserError, match=r"copy\.pt is truncated or not a checkpoint"):
+    with pytest.raises(UserError, match=r"copy\.safetensors is truncated or not a checkpoint"):
         load_checkpoint(checkpoint_copy)
 
 
@@ -155,18 +161,18 @@ def test_load_checkpoint_flipped_byte_is_refused(checkpoint_copy: Path) -> None:
     content = bytearray(checkpoint_copy.read_bytes())
     content[len(content) // 2] ^= 1
     checkpoint_copy.write_bytes(content)
-    with pytest.raises(UserError, match=r"copy\.pt is (damaged|truncated)"):
+    with pytest.raises(UserError, match=r"copy\.safetensors is damaged: its checksum"):
         load_checkpoint(checkpoint_copy)
 
 
 def test_ckpt_with_malicious_pickle_is_refused_and_not_run(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    (tmp_path / "evil.pt").write_bytes(checkpoint_bytes({"model": MaliciousPickle()}))
-    ran = app("mode=test", "ckpt=evil.pt")
+    (tmp_path / "evil.safetensors").write_bytes(pickle.dumps(MaliciousPickle()))
+    ran = app("mode=test", "ckpt=evil.safetensors")
     assert ran.code == 2
     assert len(error_lines(ran)) == 1
-    assert "refused" in ran.err
+    assert "is truncated or not a checkpoint" in ran.err
     assert not (tmp_path / "was_here").exists()
     assert not (tmp_path / "outputs").exists()
 
@@ -174,17 +180,15 @@ def test_ckpt_with_malicious_pickle_is_refused_and_not_run(
 def test_ckpt_with_target_not_allowed_is_refused(
     trained_run: RunResult, app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    content = torch.load(trained_run.folder / "checkpoints" / "best.pt", weights_only=True)
-    content["config"] = content["config"].replace("app.models.mlp.MLP", "os.system")
-    (tmp_path / "untrusted.pt").write_bytes(checkpoint_bytes(content))
-    ran = app("mode=test", "ckpt=untrusted.pt")
+    content = read_store(trained_run.folder / "checkpoints" / "best.safetensors")[1]
+    content["config"]["model"]["_target_"] = "os.system"
+    (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
+    ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2
     assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
-    content["config"] = content["config"].replace(
-        '"trusted_targets": []', '"trusted_targets": ["os"]'
-    )
-    (tmp_path / "untrusted.pt").write_bytes(checkpoint_bytes(content))
-    ran = app("mode=test", "ckpt=untrusted.pt")
+    content["config"]["trusted_targets"] = ["os"]
+    (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
+    ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2
     assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
 

@@ -90,7 +90,7 @@ def test_mode_test_run_saved_before_a_key_existed_uses_its_default(
 ) -> None:
     folder = tmp_cwd / "run"
     execute(job_for("model=mlp", "debug=fast", "~callbacks.plots"), folder)
-    file = folder / "checkpoints" / "best.pt"
+    file = folder / "checkpoints" / "best.safetensors"
     checkpoint = load_checkpoint(file)
     assert checkpoint.config is not None
     assert checkpoint.template is not None

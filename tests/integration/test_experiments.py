@@ -132,7 +132,7 @@ def test_experiment_runs_train_valid_and_test(name: str, run_folder: RunFolder) 
     summary = pd.read_csv(folder / "summary_table.csv")
     assert list(summary["stage"]) == ["train", "valid", "test"]
     assert summary["loss_mean"].notna().all()
-    assert (folder / "checkpoints" / "best.pt").is_file()
+    assert (folder / "checkpoints" / "best.safetensors").is_file()
     for stage in ("train", "valid", "test"):
         assert ("total_correct" in columns(folder, stage)) == (name in CLASSIFICATION)
 

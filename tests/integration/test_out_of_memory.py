@@ -109,7 +109,7 @@ def test_batch_size_finder_trains_as_if_started_with_the_size_it_found(
     rows = pd.read_csv(tmp_path / "searched" / "epoch_details" / "epoch001_train.csv")
     assert rows["num_samples"].tolist() == [size] * 8
 
-    last = load_checkpoint(tmp_path / "searched" / "checkpoints" / "last.pt")
+    last = load_checkpoint(tmp_path / "searched" / "checkpoints" / "last.safetensors")
     assert last.config is not None
     assert last.config["data"]["batch_size"] == size
     assert yaml.safe_load(str(last.template))["data"]["batch_size"] == size

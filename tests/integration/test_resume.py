@@ -15,6 +15,7 @@ import torch
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.signals import TrainingInterrupted
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
+from app.training.checkpoint.store import read_store
 from tests.support.interrupted_runs import RunJob, iteration_values, job_runner, samples_per_step
 from tests.support.processes import assert_equal_runs, status_of
 from tests.support.runs import FEW_BATCHES, run_app
@@ -78,7 +79,7 @@ def test_resume_before_or_after_validation_validates_once(run_job: RunJob) -> No
     expected = run_job("uninterrupted", "none:0:0")
     for name, fault in (("before", "raise:0:4:valid"), ("after", "raise:0:7")):
         folder = run_job(name, fault)
-        state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
+        state = read_store(folder / "checkpoints" / "last.safetensors")[1]
         epochs = [row["epoch"] for row in _history(state) if row["stage"] == "valid"]
         assert epochs == ([] if name == "before" else [1])
         run_job(name, "none:0:0")
@@ -102,9 +103,7 @@ def test_resume_keeps_patience_count_and_best_epoch(run_job: RunJob, step: int) 
     assert_equal_runs(expected, folder)
     epochs = pd.read_csv(folder / "valid_summary_table.csv")["epoch"]
     assert len(epochs) < 9, "early stopping must end the run, at the same epoch"
-    best = [
-        torch.load(f / "checkpoints" / "best.pt", weights_only=True) for f in (expected, folder)
-    ]
+    best = [read_store(f / "checkpoints" / "best.safetensors")[1] for f in (expected, folder)]
     assert best[0]["epoch"] == best[1]["epoch"] < len(epochs)
 
 
@@ -169,8 +168,8 @@ def test_resume_after_last_of_max_steps_ends_like_uninterrupted_run(run_job: Run
     overrides = ("trainer.max_epochs=null", "trainer.max_steps=8")
     expected = run_job("uninterrupted", "none:0:0", *overrides)
     folder = run_job("run", "raise:0:5:valid", *overrides)
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["training"]
-    assert state["under_way"] is not None
+    state = read_store(folder / "checkpoints" / "last.safetensors")[1]["training"]
+    assert state["mid_epoch"] is not None
     run_job("run", "none:0:0", *overrides)
     assert_equal_runs(expected, folder)
     assert samples_per_step(folder) == samples_per_step(expected)
@@ -235,14 +234,14 @@ def test_resume_within_epoch_with_changed_batches_or_columns_fails(
     run_job("run", "none:0:0")
 
 
-@pytest.mark.parametrize("part", ["nonfinite", "watchers", "rows", "ranks"])
+@pytest.mark.parametrize("part", ["nonfinite", "callbacks", "rows", "ranks"])
 def test_resume_from_checkpoint_with_wrong_content_fails(run_job: RunJob, part: str) -> None:
     """The checksum is right, so the content was written this way."""
     folder = run_job("run", "raise:0:9", "callbacks.tables.memory=true")
-    for file in (folder / "checkpoints").glob("last*.pt"):
+    for file in (folder / "checkpoints").glob("last*.safetensors"):
         state = load_checkpoint(file)
         assert state.training is not None
-        inside = state.training if part in state.training else state.training["under_way"]
+        inside = state.training if part in state.training else state.training["mid_epoch"]
         inside[part] = {"Tables-0": 3} if isinstance(inside[part], dict) else [3]
         save_checkpoint(file, state)
     with pytest.raises(UserError, match=r"belongs to other (callbacks|metrics or is damaged)"):
@@ -251,8 +250,8 @@ def test_resume_from_checkpoint_with_wrong_content_fails(run_job: RunJob, part: 
 
 def test_resume_with_additional_callback_column_leaves_earlier_rows_empty(run_job: RunJob) -> None:
     folder = run_job("run", "raise:0:9")
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)["training"]
-    done = state["under_way"]["batches"]
+    state = read_store(folder / "checkpoints" / "last.safetensors")[1]["training"]
+    done = state["mid_epoch"]["batches"]
     run_job("run", "none:0:0", "callbacks.tables.memory=true")
     table = pd.read_csv(folder / "epoch_details" / f"epoch00{state['batches'] // 5 + 1}_train.csv")
     assert table["memory_mb"].isna().tolist() == [place < done for place in range(len(table))]
@@ -290,9 +289,9 @@ def test_resume_with_changed_lr_uses_it_and_keeps_momentum(run_job: RunJob) -> N
     run_job("run", "none:0:0", *overrides, "optimizer.lr=0.02")
     rates = iteration_values(folder, "train", "lr")
     assert rates == pytest.approx([0.01] * 5 + [0.001] * 5 + [0.001] + [0.002] * 4 + [2e-4] * 5)
-    state = torch.load(folder / "checkpoints" / "last.pt", weights_only=True)
-    assert state["training"]["learning"][""]["steps"] == 20
-    assert len(state["training"]["learning"][""]["optimizer"]["state"]) == 4, (
+    state = read_store(folder / "checkpoints" / "last.safetensors")[1]
+    assert state["training"]["optimizers"][""]["steps"] == 20
+    assert len(state["training"]["optimizers"][""]["optimizer"]["state"]) == 4, (
         "the optimizer state must be kept"
     )
 

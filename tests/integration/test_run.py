@@ -64,9 +64,9 @@ def test_run_folder_after_training_has_all_files(trained_run: RunResult) -> None
     assert {f"epoch00{n}_{stage}.csv" for n in (1, 2) for stage in ("train", "valid")} < details
     assert len([name for name in details if name.endswith("_test.csv")]) == 1
     assert {path.name for path in (trained_run.folder / "checkpoints").iterdir()} == {
-        "best.pt",
-        "last.pt",
-        "last-1.pt",
+        "best.safetensors",
+        "last.safetensors",
+        "last-1.safetensors",
     }
 
 
@@ -225,7 +225,7 @@ def test_mode_valid_reproduces_validation_results(
 ) -> None:
     time_columns = ["epoch_time", "samples/s"]
     table = trained_run.csv("valid_summary_table.csv").drop(columns=time_columns)
-    file = trained_run.folder / "checkpoints" / "last.pt"
+    file = trained_run.folder / "checkpoints" / "last.safetensors"
     again = app("mode=valid", f"ckpt={file}")
     assert again.code == 0, again.err
     actual = again.csv("valid_summary_table.csv").drop(columns=time_columns)

@@ -10,8 +10,8 @@ def test_run_of_two_epochs_writes_all_files(trained_run: RunResult) -> None:
         path.relative_to(trained_run.folder).as_posix() for path in trained_run.folder.rglob("*")
     }
     assert names >= {
-        "checkpoints/best.pt",
-        "checkpoints/last.pt",
+        "checkpoints/best.safetensors",
+        "checkpoints/last.safetensors",
         "config.yaml",
         "epoch_details/epoch001_train.csv",
         "epoch_details/epoch002_valid.csv",

@@ -108,7 +108,9 @@ def test_launcher_sigint_to_driver_external_jobs_save_and_stop(
     assert code == 130, printed
     assert wait_until_exited(pids)
     sweep = sweep_folder(tmp_path)
-    interrupted = [job for job in job_folders(sweep) if (job / "checkpoints" / "last.pt").exists()]
+    interrupted = [
+        job for job in job_folders(sweep) if (job / "checkpoints" / "last.safetensors").exists()
+    ]
     assert len(interrupted) >= 1
     assert {status_of(job)["status"] for job in interrupted} <= {"interrupted", "preempted"}
     assert "completed" not in job_statuses(sweep)

@@ -99,7 +99,7 @@ def test_pool_timeout_stops_job_after_saving(sweep: RunSweep, tmp_path: Path) ->
         in read_sweep_table(folder)["error"][1]
     )
     assert (
-        job_folders(folder)[1] / "checkpoints" / "last.pt"
+        job_folders(folder)[1] / "checkpoints" / "last.safetensors"
     ).exists()  # it could save before it was stopped
 
 

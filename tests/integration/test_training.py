@@ -93,7 +93,7 @@ def test_monitors_save_their_own_best_checkpoints(tmp_path: Path) -> None:
     summary = pd.read_csv(tmp_path / "summary_table.csv")
     valid = summary[summary["stage"] == "valid"].reset_index()
     epochs = {
-        name: load_checkpoint(tmp_path / "checkpoints" / f"best-{name}.pt").epoch
+        name: load_checkpoint(tmp_path / "checkpoints" / f"best-{name}.safetensors").epoch
         for name in ("low", "worst")
     }
     train = summary[summary["stage"] == "train"].reset_index()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from app.config.limits import load_json, load_yaml
 from app.config.resolve import resolve
 from app.config.template import safe_template
 from app.runtime.errors import UserError
-from app.training.checkpoint.checkpoint import FORMAT_VERSION
 from tests.support.hostile_files import checkpoint_bytes
 from tests.support.runs import job_for
 
@@ -30,18 +28,18 @@ MODES = ["test", "valid", "predict", "export"]
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
-    """Write the last.pt of a run folder with a configuration and its template."""
+    """Write the last.safetensors of a run folder with a configuration and its template."""
     content = {
-        "format": FORMAT_VERSION,
-        "config": json.dumps(config),
+        "config": config,
         "template": template if isinstance(template, str) else yaml.safe_dump(template),
         "model": {},
         "task": {},
         "epoch": 1,
-        "history": "[]",
+        "history": [],
         "training": None,
+        "number": 0,
     }
-    file = folder / "untrusted" / "checkpoints" / "last.pt"
+    file = folder / "untrusted" / "checkpoints" / "last.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(checkpoint_bytes(content))
     return file

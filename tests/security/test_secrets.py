@@ -65,7 +65,7 @@ def test_secret_is_passed_to_callback_but_never_saved(
     assert ran.config["callbacks"]["tracker"]["api"] == "${oc.env:MY_API_TOKEN}"
     assert ran.config["callbacks"]["tracker"]["url"] == "http://tracker"
     assert ran.config["tags"] == ["a ${oc.env:MY_API_TOKEN}"]
-    saved = load_checkpoint(ran.folder / "checkpoints" / "best.pt").config
+    saved = load_checkpoint(ran.folder / "checkpoints" / "best.safetensors").config
     assert saved is not None
     assert TOKEN not in str(saved)
     overrides = (f"ckpt={ran.folder}", "mode=test", "trusted_targets=[tracker]")

@@ -17,7 +17,7 @@ from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import LocalWorkers
 from app.experiment.entry import run_experiment
 from app.runtime.fault_injection import FAULT_VARIABLE
-from app.training.checkpoint.checksum import verify_checksum
+from app.training.checkpoint.store import read_store, verify_checksum
 from tests.support.processes import SILENT_LOGGING, assert_equal_runs, status_of
 from tests.support.runs import job_for
 from tests.support.warm import WarmCommand
@@ -54,15 +54,15 @@ CHECKPOINT_FAULT_POINTS = (
 )
 FILE_FAULT_POINTS = ("opened", "before_fsync", "after_fsync", "before_rename", "after_rename")
 FAULTY_FILES = (
-    "best.pt",
-    "best-loss.pt",
+    "best.safetensors",
+    "best-loss.safetensors",
     "model.pt",
     "epoch00",
     "summary_table.csv",
     "status.json",
     "config.yaml",
 )
-FAULT_POINTS = [f"{point}:last.pt" for point in CHECKPOINT_FAULT_POINTS] + [
+FAULT_POINTS = [f"{point}:last.safetensors" for point in CHECKPOINT_FAULT_POINTS] + [
     f"{point}:{file}" for file in FAULTY_FILES for point in FILE_FAULT_POINTS
 ]
 
@@ -136,7 +136,7 @@ def assert_readable(folder: Path) -> None:
         pd.read_csv(path)
     for path in folder.rglob("*.json"):
         json.loads(path.read_text())
-    for path in folder.glob("checkpoints/*.pt"):
+    for path in folder.glob("checkpoints/*.safetensors"):
         verify_checksum(path)
     if (folder / "model.pt").exists():
         torch.load(folder / "model.pt", weights_only=True)
@@ -148,17 +148,14 @@ def assert_same_outcome(expected: Path, actual: Path, compare_older: bool = True
     Args:
         expected: The undisturbed run.
         actual: The run that was ended repeatedly.
-        compare_older: Whether to compare `last-1.pt` and `last-2.pt`, too. A run that saves on a
-            signal has others.
+        compare_older: Whether to compare `last-1` and `last-2`, too. A run that saves on a signal
+            has others.
     """
     assert_equal_runs(expected, actual)
     names = {path.name for path in (expected / "checkpoints").iterdir()}
     assert {path.name for path in (actual / "checkpoints").iterdir()} == names
-    for name in names if compare_older else names - {"last-1.pt", "last-2.pt"}:
-        one, other = (
-            torch.load(folder / "checkpoints" / name, weights_only=True)
-            for folder in (expected, actual)
-        )
+    for name in names if compare_older else names - {"last-1.safetensors", "last-2.safetensors"}:
+        one, other = (read_store(folder / "checkpoints" / name)[1] for folder in (expected, actual))
         assert one["epoch"] == other["epoch"], name
         assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
     assert not [*actual.rglob(".*.part")]

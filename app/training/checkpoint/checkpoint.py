@@ -2,37 +2,53 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, BinaryIO, Literal
 
 import torch
 from torch import Tensor, nn
 
-from app.config.limits import load_json
 from app.distributed.collectives import is_distributed
 from app.distributed.strategies import load_full_state_dict
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.files import atomic_write
-from app.training.checkpoint.archive_reader import load_plain, refuse_distributed
-from app.training.checkpoint.checksum import (
-    CheckpointInfo,
-    verify_checksum,
-    write_archive,
-    write_with_checksum,
-)
-from app.training.checkpoint.content_check import check_content
 from app.training.checkpoint.rotation import (
     CHECKPOINT_DIR,
     LAST_CHECKPOINT,
+    SUFFIX,
     CheckpointRotation,
     list_checkpoints,
 )
+from app.training.checkpoint.store import CheckpointInfo, read_store, write_store
 from app.training.history import Row
 
-FORMAT_VERSION = 3
-BEST_CHECKPOINT = "best.pt"
+BEST_CHECKPOINT = f"best{SUFFIX}"
+Types = tuple[type, ...]
+CONTENT_TYPES: dict[str, Types] = {
+    "config": (dict, NoneType),
+    "template": (str, NoneType),
+    "model": (dict,),
+    "task": (dict,),
+    "epoch": (int,),
+    "history": (list,),
+    "training": (dict, NoneType),
+    "number": (int,),
+}
+TRAINING_TYPES: dict[str, Types] = {
+    "optimizers": (dict,),
+    "averaging": (dict,),
+    "batches": (int,),
+    "batches_in_epoch": (int,),
+    "epoch_finished": (bool,),
+    "time_is_up": (bool,),
+    "mid_epoch": (dict, NoneType),
+    "callbacks": (dict,),
+    "nonfinite": (dict,),
+}
+MID_EPOCH_TYPES: dict[str, Types] = {"batches": (int,), "rows": (dict,), "ranks": (list,)}
+CELL_TYPES = (int, float, str)  # in a row of the history
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ class Checkpoint:
 
     @property
     def info(self) -> CheckpointInfo:
-        """Summary stored at the end of the file, readable without loading it."""
+        """Summary stored in the header of the file, readable without loading it."""
         kind: Literal["state", "weights"] = "weights" if self.training is None else "state"
         return CheckpointInfo(kind, self.epoch, self.number)
 
@@ -73,25 +89,18 @@ def save_checkpoint(
     """Save a checkpoint atomically, with a checksum.
 
     Args:
-        path: Destination; a rotation always writes `last.pt`.
+        path: Destination; a rotation always writes `last.safetensors`.
         checkpoint: What to save.
         rotation: For a training checkpoint: renames the older ones and removes the oldest.
+
+    Raises:
+        UserError: The checkpoint contains an object that is not a tensor or a plain value.
+        StorageError: The file cannot be written.
     """
-    content = {
-        "format": FORMAT_VERSION,
-        "config": json.dumps(checkpoint.config),
-        "template": checkpoint.template,
-        "model": checkpoint.model,
-        "task": checkpoint.task,
-        "epoch": checkpoint.epoch,
-        "history": json.dumps(checkpoint.history),
-        "training": checkpoint.training,
-    }
+    content = dict(vars(checkpoint))
 
     def write(file: BinaryIO) -> None:
-        write_with_checksum(
-            file, path.name, checkpoint.info, lambda inner: torch.save(content, inner)
-        )
+        write_store(file, path.name, checkpoint.info, content)
 
     if rotation is None:
         atomic_write(path, write)
@@ -106,28 +115,60 @@ def load_checkpoint(path: Path) -> Checkpoint:
         path: A checkpoint file or a run folder.
 
     Raises:
-        UserError: The checkpoint is missing, damaged, contains code, or was not written by this
-            program.
+        UserError: The checkpoint is missing, damaged, or was not written by this program.
     """
-    refuse_distributed(path)
-    file = find_checkpoint(path)
-    verify_checksum(file)
-    content = load_plain(file)
-    if not isinstance(content, dict) or "format" not in content:
-        raise UserError(f"{file} is not a checkpoint of this program")
-    if content["format"] != FORMAT_VERSION:
+    if path.name == ".metadata" or path.suffix == ".distcp" or (path / ".metadata").exists():
         raise UserError(
-            f"{file} has format {content['format']!r}; this program reads format {FORMAT_VERSION}"
+            f"{path} is a torch.distributed.checkpoint, whose .metadata is a pickle that can run "
+            "code; it is not read"
         )
-    check_content(file, content)
-    return Checkpoint(
-        config=load_json(content["config"], f"{file}: config"),
-        template=content["template"],
-        model=content["model"],
-        task=content["task"],
-        epoch=content["epoch"],
-        history=load_json(content["history"], f"{file}: history"),
-        training=content["training"],
+    file = find_checkpoint(path)
+    _, content = read_store(file)
+    problem = find_problem(content)
+    if problem is not None:
+        raise UserError(f"{file} is not a checkpoint of this program: {problem}")
+    return Checkpoint(**{name: content[name] for name in CONTENT_TYPES})
+
+
+def find_problem(content: dict[str, Any]) -> str | None:
+    """Return the first entry that is missing or has the wrong type; None if there is none."""
+    problem = _find_wrong_type(content, CONTENT_TYPES, "")
+    if problem is not None:
+        return problem
+    if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
+        return "model contains more than named tensors"
+    if content["config"] is not None and content["template"] is None:
+        return "config has no template"
+    if not all(map(_is_row, content["history"])):
+        return "history is not a list of rows"
+    training = content["training"]
+    if training is None:
+        return None
+    problem = _find_wrong_type(training, TRAINING_TYPES, "training.")
+    if problem is not None or training["mid_epoch"] is None:
+        return problem
+    return _find_wrong_type(training["mid_epoch"], MID_EPOCH_TYPES, "training.mid_epoch.")
+
+
+def _find_wrong_type(part: dict[Any, Any], types: dict[str, Types], prefix: str) -> str | None:
+    for name, allowed in types.items():
+        if name not in part:
+            return f"it has no {prefix}{name}"
+        value = part[name]
+        if type(value) not in allowed:
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            return f"{prefix}{name} is of type {type(value).__name__}, not {expected}"
+        if type(value) is int and value < 0:
+            return f"{prefix}{name}={value} is below 0"
+    return None
+
+
+def _is_row(row: Any) -> bool:
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("epoch"), int)
+        and isinstance(row.get("stage"), str)
+        and all(isinstance(cell, CELL_TYPES) for cell in row.values())
     )
 
 
@@ -184,18 +225,29 @@ def _describe_mismatch(own: dict[str, Tensor], state_dict: dict[str, Tensor]) ->
 
 
 def write_model(path: Path, model: dict[str, Tensor]) -> None:
-    """Save a state dict that `torch.load` reads without this program."""
-    name = path.name
-    atomic_write(
-        path, lambda file: write_archive(file, name, lambda inner: torch.save(model, inner))
-    )
+    """Save a state dict that `torch.load` reads without this program.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+
+    def write(file: BinaryIO) -> None:
+        try:
+            torch.save(model, file)
+        except RuntimeError as error:  # torch hides the reason why a file cannot be written
+            cause: BaseException = error
+            while not isinstance(cause, OSError) and cause.__context__ is not None:
+                cause = cause.__context__
+            raise cause from None
+
+    atomic_write(path, write)
 
 
 def monitor_filename(name: str) -> str:
     """Return the file name of the best checkpoint by an additional monitor."""
-    return f"best-{name}.pt"
+    return f"best-{name}{SUFFIX}"
 
 
 def epoch_filename(epoch: int) -> str:
     """Return the file name for the weights of one of the top k epochs."""
-    return f"epoch{epoch:03d}.pt"
+    return f"epoch{epoch:03d}{SUFFIX}"

@@ -29,7 +29,7 @@ def save_position(accumulator: StageAccumulator, batches: int) -> EpochPosition:
         accumulator: Rows and metrics of the epoch so far.
         batches: Number of batches trained on in this epoch.
     """
-    local = {"random": rng_state(), "metrics": accumulator.metrics.state_dict()}
+    local = {"rng_state": rng_state(), "metrics": accumulator.metrics.state_dict()}
     return {"batches": batches, "rows": accumulator.state_dict(), "ranks": gather_object(local)}
 
 
@@ -77,7 +77,7 @@ def remaining_batches(
         pass
     if len(position["ranks"]) == world_size():
         with _mismatch_as_user_error():
-            set_rng_state(position["ranks"][rank()]["random"])
+            set_rng_state(position["ranks"][rank()]["rng_state"])
     return steps
 
 

@@ -80,7 +80,7 @@ class CheckpointPolicy:
 
         Args:
             epoch: Check only the files of this epoch, and read them completely. None checks all
-                files but reads only `best.pt` completely.
+                files but reads only `best.safetensors` completely.
         """
         complete = epoch is not None
         return {

@@ -1,4 +1,4 @@
-"""Keep the newest training checkpoints of a run: `last.pt`, `last-1.pt` and so on."""
+"""Keep the newest training checkpoints of a run: `last.safetensors`, `last-1.safetensors`, ..."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import BinaryIO
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.fault_injection import maybe_crash
 from app.runtime.files import atomic_write
-from app.training.checkpoint.checksum import read_info, verify_checksum
+from app.training.checkpoint.store import read_info, verify_checksum
 
 log = logging.getLogger(__name__)
 CHECKPOINT_DIR = "checkpoints"
-LAST_CHECKPOINT = "last.pt"
+SUFFIX = ".safetensors"
+LAST_CHECKPOINT = f"last{SUFFIX}"
 
 
 class CheckpointRotation:
@@ -37,7 +38,7 @@ class CheckpointRotation:
         self.valid = [file, *older] if file in checkpoints else []
 
     def write(self, write: Callable[[BinaryIO], object]) -> None:
-        """Write a new `last.pt`, rename the previous ones and remove those no longer kept.
+        """Write a new `last.safetensors`, rename the previous ones and remove those no longer kept.
 
         Args:
             write: Writes the checkpoint to the open file it is given.
@@ -67,7 +68,7 @@ class CheckpointRotation:
 
 def rotated_name(number: int) -> str:
     """Return the file name of the checkpoint saved `number` checkpoints before the last."""
-    return f"last-{number}.pt" if number else LAST_CHECKPOINT
+    return f"last-{number}{SUFFIX}" if number else LAST_CHECKPOINT
 
 
 def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
@@ -88,7 +89,7 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the `last*.pt` files of a run folder, the newest first.
+    """Return the `last*.safetensors` files of a run folder, the newest first.
 
     They are sorted by the sequence number inside, because files may have been swapped; a damaged
     file without a readable number is sorted by its name.
@@ -108,9 +109,8 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     inside = folder / CHECKPOINT_DIR
     # Unlike iterdir(), glob() finds nothing in a folder without read permission.
     paths = inside.iterdir() if inside.is_dir() else ()
-    return [
-        path for path in paths if re.fullmatch(r"last(-\d+)?\.pt", path.name) and path.is_file()
-    ]
+    pattern = re.compile(rf"last(-\d+)?{re.escape(SUFFIX)}")
+    return [path for path in paths if pattern.fullmatch(path.name) and path.is_file()]
 
 
 def _age_in_name(path: Path) -> int:

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from app.config.resolve import get_by_path
 from app.config.resume import first_difference, optimizer_changed
@@ -28,14 +28,14 @@ from app.training.checkpoint.checkpoint import (
     save_checkpoint,
     write_model,
 )
-from app.training.checkpoint.checksum import read_info, verify_checksum
-from app.training.checkpoint.content_check import check_savable
 from app.training.checkpoint.rotation import (
     CHECKPOINT_DIR,
     LAST_CHECKPOINT,
+    SUFFIX,
     CheckpointRotation,
     remove_file,
 )
+from app.training.checkpoint.store import read_info, verify_checksum
 from app.training.history import Row
 from app.training.limits import SaveSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
@@ -108,7 +108,7 @@ class TrainState:
         self.schedule_changed = False  # whether the schedule differs from that of the checkpoint
 
     def save_best(self) -> None:
-        """Save the weights as `best.pt` with all that testing needs, and as a bare `model.pt`."""
+        """Save the weights with all that testing needs, and as a bare `model.pt`."""
         checkpoint = self._make_checkpoint(None)
         self._submit_save(BEST_CHECKPOINT, checkpoint)
         if rank() == 0:
@@ -120,9 +120,10 @@ class TrainState:
         self._submit_save(name, self._make_checkpoint(None))
 
     def remove_stale_epochs(self, epochs: list[int]) -> None:
-        """Remove each `epoch<number>.pt` whose epoch is not in the list."""
+        """Remove each checkpoint of a top epoch whose epoch is not in the list."""
         kept = [epoch_filename(epoch) for epoch in epochs]
-        for path in (self.folder / CHECKPOINT_DIR).glob("epoch*.pt") if rank() == 0 else ():
+        files = (self.folder / CHECKPOINT_DIR).glob(f"epoch*{SUFFIX}") if rank() == 0 else ()
+        for path in files:
             if path.name not in kept:
                 remove_file(path)
 
@@ -131,18 +132,17 @@ class TrainState:
             remove_file(self.folder / CHECKPOINT_DIR / name)
 
     def save_last(self) -> None:
-        """Save the complete state as `last.pt`."""
+        """Save the complete state as `last.safetensors`."""
         self.save_count += 1
         training = {
-            "learning": self.optimizers.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
-            "trained": self.batches_in_epoch,
-            "is_over": self.epoch_finished,
+            "batches_in_epoch": self.batches_in_epoch,
+            "epoch_finished": self.epoch_finished,
             "time_is_up": self.time_is_up,
-            "under_way": self.mid_epoch,
-            "watchers": self.callbacks.state_dict() if self.callbacks else {},
-            "saves": self.save_count,
+            "mid_epoch": self.mid_epoch,
+            "callbacks": self.callbacks.state_dict() if self.callbacks else {},
             "nonfinite": self.nonfinite.state_dict() if self.nonfinite else {},
         }
         checkpoint = self._make_checkpoint(self._snapshot(training))
@@ -194,14 +194,14 @@ class TrainState:
         checkpoint = self._read(file)
         self.epoch = self._load_weights(file, checkpoint)
         training = checkpoint.training
-        if training is None or "is_over" not in training:
+        if training is None:
             raise UserError(
                 f"{file} contains weights only; training resumes from a {LAST_CHECKPOINT}"
             )
         self._check_mid_epoch(file, checkpoint)
         try:
             self.schedule_changed = self._has_other_optimizer(checkpoint.config)
-            self.optimizers.load_state_dict(training["learning"], self.schedule_changed)
+            self.optimizers.load_state_dict(training["optimizers"], self.schedule_changed)
             self.averaging.load_state_dict(training["averaging"])
         except MISMATCH_ERRORS as error:
             raise UserError(f"{file} belongs to another optimizer or average: {error}") from error
@@ -209,22 +209,22 @@ class TrainState:
             self._load_extras(training)
         except MISMATCH_ERRORS as error:
             raise UserError(f"{file} belongs to other callbacks: {error!r}") from error
-        self.batches, self.batches_in_epoch = training["batches"], training["trained"]
-        self.epoch_finished, self.mid_epoch = training["is_over"], training["under_way"]
+        self.batches, self.batches_in_epoch = training["batches"], training["batches_in_epoch"]
+        self.epoch_finished, self.mid_epoch = training["epoch_finished"], training["mid_epoch"]
         self.time_is_up = training["time_is_up"] and not self._has_other_max_time(checkpoint.config)
-        self.history, self.save_count = checkpoint.history, training["saves"]
+        self.history, self.save_count = checkpoint.history, checkpoint.number
         self.rotation.resume_from(file)
 
     def _load_extras(self, training: dict[str, Any]) -> None:
         if self.nonfinite is not None and training["nonfinite"]:
             self.nonfinite.load_state_dict(training["nonfinite"])
         if self.callbacks is not None:
-            self.callbacks.load_state_dict(training["watchers"])
+            self.callbacks.load_state_dict(training["callbacks"])
 
     def _check_mid_epoch(self, file: Path, checkpoint: Checkpoint) -> None:
         """Check that the rest of an interrupted epoch has the same batches and columns."""
         training = checkpoint.training or {}
-        if self.job is None or not checkpoint.config or not training["under_way"]:
+        if self.job is None or not checkpoint.config or not training["mid_epoch"]:
             return
         before, now = checkpoint.config, self.job.plain
         changes = (
@@ -286,15 +286,11 @@ class TrainState:
 
     def _make_checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
-        task = self._snapshot(self.task.state_dict())
-        if rank() == 0:
-            check_savable("task", task)
-            check_savable("training", training)
         return Checkpoint(
             config=job.plain if job else None,
             template=job.template if job else None,
             model=self._snapshot(self.task.model.state_dict()),
-            task=task,
+            task=self._snapshot(self.task.state_dict()),
             epoch=self.epoch,
             history=self.history,
             training=training,
@@ -303,15 +299,29 @@ class TrainState:
 
     def _snapshot(self, nested: Nested) -> Nested:
         """Gather tensors on the CPU, and copy them if training continues while they are written."""
-        gathered = gather_to_cpu(nested)
-        return map_tensors(torch.clone, gathered) if self.writer.in_background else gathered
+        return gather_to_cpu(nested, copies=self.writer.in_background)
 
 
-def gather_to_cpu(nested: Nested) -> Nested:
-    """Gather full, contiguous tensors on the CPU of rank 0; every rank must call this."""
+def gather_to_cpu(nested: Nested, copies: bool = False) -> Nested:
+    """Gather full, contiguous tensors on the CPU of rank 0; every rank must call this.
+
+    Args:
+        nested: Tensors, which may be sharded. Those that share their memory share it afterwards.
+        copies: Whether tensors that are on the CPU already are copied.
+    """
+    gathered: dict[tuple[Any, ...], Tensor] = {}
 
     def gather(tensor: Tensor) -> Tensor:
-        tensor = full_tensor(tensor.detach())
-        return tensor.cpu().contiguous() if rank() == 0 else tensor
+        full = full_tensor(tensor.detach())
+        if rank() > 0:
+            return full
+        is_shareable = tensor.numel() > 0 and not isinstance(tensor, DTensor)
+        identity = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if is_shareable and identity in gathered:
+            return gathered[identity]
+        copy = full.to("cpu", copy=copies).contiguous()
+        if is_shareable:
+            gathered[identity] = copy
+        return copy
 
     return map_tensors(gather, nested)

@@ -101,10 +101,10 @@ class LRSchedule:
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: tensors and plain values."""
         inner = self.lr_scheduler.state_dict() if self.lr_scheduler else None
-        return {"steps": self.steps, "rates": self.unwarmed_lrs, "lr_scheduler": inner}
+        return {"steps": self.steps, "unwarmed_lrs": self.unwarmed_lrs, "lr_scheduler": inner}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state; the optimizer restores its current learning rates itself."""
-        self.steps, self.unwarmed_lrs = state["steps"], list(state["rates"])
+        self.steps, self.unwarmed_lrs = state["steps"], list(state["unwarmed_lrs"])
         if self.lr_scheduler is not None and state["lr_scheduler"] is not None:
             self.lr_scheduler.load_state_dict(state["lr_scheduler"])

@@ -64,11 +64,11 @@ class WeightAveraging:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: tensors and plain values."""
-        return {"average": self.average, "count": self.num_averaged}
+        return {"average": self.average, "num_averaged": self.num_averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        own, self.num_averaged = state_tensors(self.model), state["count"]
+        own, self.num_averaged = state_tensors(self.model), state["num_averaged"]
         self.average = {
             name: shard_like(tensor.to(own[name].device), own[name])
             for name, tensor in state["average"].items()
@@ -116,11 +116,11 @@ class ExponentialMovingAverage(WeightAveraging):
         self.avg_fn = get_ema_multi_avg_fn(decay)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "counted": self.last_averaged_step}
+        return {**super().state_dict(), "last_averaged_step": self.last_averaged_step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.last_averaged_step = state["counted"]
+        self.last_averaged_step = state["last_averaged_step"]
 
     def update(self, epoch: int, steps: int) -> None:
         is_due = steps != self.last_averaged_step and steps % self.every_n_steps == 0

@@ -28,7 +28,7 @@ def test_preflight_unreadable_run_folder_is_reported(
     tmp_cwd: Path, name: str, mode: int, overrides: str
 ) -> None:
     (tmp_cwd / "run" / "checkpoints").mkdir(parents=True)
-    (tmp_cwd / "run" / "checkpoints" / "last.pt").touch()
+    (tmp_cwd / "run" / "checkpoints" / "last.safetensors").touch()
     with permissions(tmp_cwd / "run" / name, mode):
         message = str(preflight_error(*overrides.split()))
     assert str(tmp_cwd / "run" / name) in message

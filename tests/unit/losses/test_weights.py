@@ -48,12 +48,12 @@ def test_uncertainty_weights_are_trained_reported_and_saved(tmp_path: Path) -> N
     summary = trainer.fit(make_loader(DATA, 16))
     assert summary["entropy_weight"].iloc[0] != summary["entropy_weight"].iloc[-1]
     assert learned.log_variance.item() != 0
-    state = load_checkpoint(tmp_path / "checkpoints" / "last.pt").task["loss"]
+    state = load_checkpoint(tmp_path / "checkpoints" / "last.safetensors").task["loss"]
     assert [t.item() for t in state.values()] == [learned.log_variance.item()]
     other = make_trainer(
         tmp_path, make_mlp(), loss={"entropy": Term(nn.CrossEntropyLoss(), UncertaintyWeight())}
     )
-    other.state.load_weights(tmp_path / "checkpoints" / "last.pt")
+    other.state.load_weights(tmp_path / "checkpoints" / "last.safetensors")
     assert (
         other.evaluate(make_loader(DATA, 64))["loss_mean"][0]
         == trainer.evaluate(make_loader(DATA, 64))["loss_mean"][0]

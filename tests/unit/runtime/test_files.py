@@ -17,18 +17,14 @@ from app.runtime.errors import StorageError, UserError
 from app.runtime.files import atomic_write, read_json, read_status, remove_temp_files, write_text
 from app.sweep.outcome import read_run_status
 from app.training.checkpoint.checkpoint import write_model
-from app.training.checkpoint.checksum import CheckpointInfo, write_with_checksum
+from app.training.checkpoint.store import CheckpointInfo, write_store
 from tests.support.permissions import permissions
 
 
 def write_checkpoint(path: Path) -> None:
-    """Write through torch, which raises its own error on a full disk."""
     content = {"weights": torch.ones(1_000_000)}
     info = CheckpointInfo("state", 1, 1)
-    atomic_write(
-        path,
-        lambda file: write_with_checksum(file, path.name, info, lambda f: torch.save(content, f)),
-    )
+    atomic_write(path, lambda file: write_store(file, path.name, info, content))
 
 
 @contextmanager
@@ -67,7 +63,7 @@ def test_atomic_write_failure_keeps_existing_file(
 
 
 def test_remove_temp_files_keeps_other_files_and_runs_inside(tmp_path: Path) -> None:
-    temp_file = tmp_path / "checkpoints" / ".last.pt.part"
+    temp_file = tmp_path / "checkpoints" / ".last.safetensors.part"
     temp_file.parent.mkdir()
     temp_file.write_text("incomplete")
     (tmp_path / "checkpoints" / "user.part").write_text("file of the user")

@@ -107,7 +107,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     for number, values in optimizer["optimizer"]["state"].items():
         flat |= {f"{number}.{name}": tensor.clone() for name, tensor in values.items()}
     schedule = optimizer["schedule"]
-    rates = schedule["rates"], trainer.optimizers.lrs(), schedule["steps"]
+    rates = schedule["unwarmed_lrs"], trainer.optimizers.lrs(), schedule["steps"]
     return flat | {"steps": optimizer["steps"], "rates": rates, "scaler": optimizer["scaler"]}
 
 
@@ -137,7 +137,7 @@ def test_stop_keeps_the_state_from_before_the_step(tmp_path: Path, averaged: boo
     assert np.isnan(losses(trainer)).tolist() == [False, False, True]
     (row,) = trainer.state.history
     assert (row["total_samples"], row["loss_mean"]) == (16, before.state.history[0]["loss_mean"])
-    last = load_checkpoint(tmp_path / "a" / "checkpoints" / "last.pt")
+    last = load_checkpoint(tmp_path / "a" / "checkpoints" / "last.safetensors")
     assert all(tensor.isfinite().all() for tensor in last.model.values())
 
 
@@ -368,7 +368,7 @@ def test_only_the_optimizer_with_nan_gradients_makes_no_step(
 def test_diverged_run_resumes_only_if_has_diverged_is_reset(tmp_path: Path) -> None:
     make_trainer(tmp_path, epochs=3).fit(make_loader(make_data(NAN_SAMPLE), 8))
     trainer = make_trainer(tmp_path, "skip", epochs=3)
-    trainer.resume(tmp_path / "checkpoints" / "last.pt")
+    trainer.resume(tmp_path / "checkpoints" / "last.safetensors")
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1]
     assert trainer.outcome == "diverged"
@@ -404,7 +404,7 @@ def test_interrupted_at_the_nan_step_diverges_when_resumed(tmp_path: Path) -> No
     uninterrupted.fit(make_loader(make_data(NAN_SAMPLE), 8))
     interrupt_at(3, make_trainer(tmp_path / "run", epochs=3), make_loader(make_data(NAN_SAMPLE), 8))
     resumed = make_trainer(tmp_path / "run", epochs=3)
-    resumed.resume(tmp_path / "run" / "checkpoints" / "last.pt")
+    resumed.resume(tmp_path / "run" / "checkpoints" / "last.safetensors")
     resumed.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert resumed.outcome == uninterrupted.outcome == "diverged"
     assert_bitwise_equal(state_of(resumed), state_of(uninterrupted))
@@ -418,7 +418,7 @@ def test_interrupted_after_skipped_steps_only_trains_the_rest_of_the_epoch(tmp_p
         2, make_trainer(tmp_path, "skip", epochs=1), make_loader(make_data(*nan_samples), 8)
     )
     resumed = make_trainer(tmp_path, "skip", epochs=1)
-    resumed.resume(tmp_path / "checkpoints" / "last.pt")
+    resumed.resume(tmp_path / "checkpoints" / "last.safetensors")
     resumed.fit(make_loader(make_data(*nan_samples), 8))
     assert (resumed.outcome, resumed.optimizers.steps) == ("completed", 3)
 
@@ -438,7 +438,7 @@ def test_nan_in_validation_is_reported_and_never_best(
     with caplog.at_level(logging.WARNING):
         trainer.fit(make_loader(make_data(), 8), make_loader(make_data(NAN_SAMPLE), 8))
     assert "the loss is not finite in valid, epoch 1, step 3" in caplog.text
-    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+    assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
     assert trainer.nonfinite.stats.count == 2
 
 
@@ -464,7 +464,7 @@ def test_nan_in_the_second_epoch_keeps_the_best_of_the_first(tmp_path: Path) -> 
     trainer.fit(make_loader(toy.DATA, 32), make_loader(toy.DATA, 32))
     assert trainer.state.epoch == 2
     assert trainer.outcome == "diverged"
-    assert load_checkpoint(tmp_path / "checkpoints" / "best.pt").epoch == 1
+    assert load_checkpoint(tmp_path / "checkpoints" / "best.safetensors").epoch == 1
 
 
 def test_zero_non_finite_sets_infinite_gradients_to_zero(tmp_path: Path) -> None:

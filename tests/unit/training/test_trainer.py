@@ -207,7 +207,7 @@ def test_patience_without_improvement_ends_training(tmp_path: Path) -> None:
         "trainer.limit_valid_batches=2",
     )
     assert [end.epoch for end in recorder.epoch_ends] == [1, 2, 3]
-    assert (tmp_path / "checkpoints" / "best.pt").is_file()
+    assert (tmp_path / "checkpoints" / "best.safetensors").is_file()
     assert trainer.state.epoch == 3
 
 

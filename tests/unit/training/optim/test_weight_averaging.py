@@ -58,16 +58,16 @@ def test_ema_is_validated_and_saved_as_best_while_training_continues_without_it(
     )
     summary = trainer.fit(make_loader(DATA, 8), make_loader(DATA, 8))
     assert torch.equal(plain[0].weight, averaged[0].weight)  # type: ignore[arg-type]
-    best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.pt")
+    best = load_checkpoint(tmp_path / "b" / "checkpoints" / "best.safetensors")
     torch.testing.assert_close(best.model["0.weight"], averaging.average["0.weight"])
     assert not torch.equal(best.model["0.weight"], averaged[0].weight)  # type: ignore[arg-type]
     trainer.state.load_best_weights()
     again = trainer.evaluate(make_loader(DATA, 8), "valid")["loss_mean"][0]
     assert again == summary[summary["stage"] == "valid"]["loss_mean"].min()
-    last = load_checkpoint(tmp_path / "b" / "checkpoints" / "last.pt")
+    last = load_checkpoint(tmp_path / "b" / "checkpoints" / "last.safetensors")
     assert last.training is not None
     torch.testing.assert_close(last.model["0.weight"], plain[0].weight.detach())  # type: ignore[union-attr, operator]
-    assert last.training["averaging"]["count"] == 24
+    assert last.training["averaging"]["num_averaged"] == 24
 
 
 def test_swa_is_the_mean_of_epochs_and_recomputes_batch_norm_statistics(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_swa_recomputes_statistics_of_several_inputs_but_not_of_frozen_norms(
         freezing=FreezeSchedule(model, {"second": FreezeConfig("second")}),
     )
     trainer.fit(make_loader(TensorDataset(X + 5, Y), 16))
-    state = load_checkpoint(tmp_path / "checkpoints" / "best.pt").model
+    state = load_checkpoint(tmp_path / "checkpoints" / "best.safetensors").model
     torch.testing.assert_close(state["first.running_mean"], (X + 5).mean(0))
     assert torch.equal(state["second.running_mean"], torch.zeros(3))
 
