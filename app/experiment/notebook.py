@@ -18,17 +18,22 @@ from app.config.compose import open_composer
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Job
 from app.data.batch import BatchLoader
-from app.experiment.factory import make_callbacks, make_components
+from app.experiment.factory import make_components
 from app.experiment.job import make_jobs, resolve_folder
-from app.experiment.run import load_ckpt_weights, logit_keys, make_trainer
-from app.experiment.status import RUN_INFO_KEYS, StatusWriter
+from app.experiment.run import (
+    closing_callbacks,
+    load_ckpt_weights,
+    logit_keys,
+    make_run_callbacks,
+    make_status,
+    make_trainer,
+)
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files, write_text
 from app.runtime.lock import run_lock
 from app.runtime.nested import Nested, describe
 from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
-from app.training.events import Callbacks
 from app.training.precision import make_deterministic
 
 
@@ -90,18 +95,14 @@ class Experiment:
         device = choose_device(self.config.trainer.accelerator, self.config.trainer.devices)
         make_deterministic(self.config.trainer.deterministic)
         components = make_components(self.config, instantiator, device)
-        run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
         self._resume_pending = self.config.resume not in (None, AUTO)
-        self._status = StatusWriter(
-            folder, run_info, self.config.goal, device, self._resume_pending
-        )
-        callbacks = make_callbacks(self.config, instantiator, folder, components.task.model, job)
-        self._callbacks = Callbacks([self._status, *callbacks])
-        self._stack = ExitStack()
+        self._status, self._stack = make_status(job, folder, device), ExitStack()
+        callbacks = make_run_callbacks(job, instantiator, components, self._status)
         self._best_epoch: int | None = None  # set once the best weights are loaded
         self.job, self.task, self.loaders = job, components.task, components.loaders
-        self.trainer = make_trainer(job, instantiator, components, self._callbacks, folder)
-        self._status.nonfinite = self.trainer.nonfinite.stats
+        self.trainer = make_trainer(
+            job, instantiator, components, callbacks, folder, None, self._status.nonfinite
+        )
         if self.config.ckpt is not None:
             load_ckpt_weights(self.trainer, self.config)
 
@@ -111,7 +112,7 @@ class Experiment:
         self._resume_once()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
         self._stack.enter_context(self._status.recording())
-        self._stack.callback(lambda: self._callbacks.on_run_end(self.trainer.state.history))
+        self._stack.enter_context(closing_callbacks(self.trainer.callbacks, self._status))
         return self
 
     def __exit__(
@@ -126,7 +127,7 @@ class Experiment:
         """Train, load the best weights, and return the summary table: a row per epoch and stage."""
         self._resume_once()
         summary = self.trainer.fit(self._loader("train"), self.loaders.get("valid"))
-        self._status.final_status = self.trainer.outcome
+        self._status.set_outcome(self.trainer.outcome)
         if (self.folder / "checkpoints" / BEST_CHECKPOINT).exists():
             self._best_epoch = self.trainer.state.load_best_weights()
         return summary

@@ -37,7 +37,7 @@ from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
-from app.training.optim.weight_averaging import WeightAveraging
+from app.training.nonfinite import NonFiniteStats
 from app.training.precision import make_deterministic
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask
@@ -71,9 +71,8 @@ def execute(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
-    run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
     is_resumed = config.resume not in (None, AUTO)
-    status = StatusWriter(folder, run_info, config.goal, device, is_resumed)
+    status = make_status(job, folder, device)
     with status.recording() if rank() == 0 else nullcontext():
         if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
             job = apply_batch_size_finder(job, device, folder)
@@ -88,37 +87,45 @@ def execute(
             components.freezing.apply(1)
             TUNERS[config.mode](config, components, folder)
             return None
-        with _run_callbacks(job, instantiator, components, status, folder) as callbacks:
-            trainer = make_trainer(job, instantiator, components, callbacks, folder, stop)
-            status.nonfinite = trainer.nonfinite.stats
+        callbacks = make_run_callbacks(job, instantiator, components, status)
+        with closing_callbacks(callbacks, status):
+            trainer = make_trainer(
+                job, instantiator, components, callbacks, folder, stop, status.nonfinite
+            )
             if config.mode == "train":
                 if is_resumed:
                     trainer.resume(Path(str(config.resume)))
                 if rank() == 0:
                     truncate_to_history(folder, trainer.state.history)
                 value = train(trainer, components)
-                status.final_status = trainer.outcome
+                status.set_outcome(trainer.outcome)
                 return value
             MODES[config.mode](trainer, components, config)
             return None
 
 
-@contextmanager
-def _run_callbacks(
-    job: Job,
-    instantiator: Instantiator,
-    components: Components,
-    status: StatusWriter,
-    folder: Path,
-) -> Iterator[Callback]:
-    """Build the callbacks, which exist on rank 0 only, and tell them when the run ends."""
+def make_status(job: Job, folder: Path, device: torch.device) -> StatusWriter:
+    """Build the writer of `status.json`."""
+    config = job.config
+    run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
+    return StatusWriter(folder, run_info, config.goal, device, config.resume not in (None, AUTO))
+
+
+def make_run_callbacks(
+    job: Job, instantiator: Instantiator, components: Components, status: StatusWriter
+) -> Callback:
+    """Build the callbacks, which exist on rank 0 only; the first of them writes the status."""
     if rank() > 0:
-        yield Callback()
-        return
-    from_config = make_callbacks(job.config, instantiator, folder, components.task.model, job)
-    callbacks = Callbacks([status, *from_config])
+        return Callback()
+    model = components.task.model
+    return Callbacks([status, *make_callbacks(job.config, instantiator, status.folder, model, job)])
+
+
+@contextmanager
+def closing_callbacks(callbacks: Callback, status: StatusWriter) -> Iterator[None]:
+    """Tell the callbacks when the `with` block, and so the run, ends."""
     try:
-        yield callbacks
+        yield
     finally:
         callbacks.on_run_end(status.history)
 
@@ -130,6 +137,7 @@ def make_trainer(
     callbacks: Callback,
     folder: Path,
     stop: StopSignal | None = None,
+    nonfinite_stats: NonFiniteStats | None = None,
 ) -> Trainer:
     """Build the training loop; in `mode=train` also the strategy, optimizers and averaging."""
     config, averaging = job.config, None
@@ -146,13 +154,14 @@ def make_trainer(
         callbacks,
         config.seed,
         components.device,
-        averaging or WeightAveraging(components.task.model),
+        averaging,
         components.freezing,
         {name: monitor for name, monitor in config.checkpoint.monitors.items() if monitor},
         job,
         strategy,
         stop,
         Pruning(config.sweep.trial, config.goal),
+        nonfinite_stats,
     )
 
 
@@ -167,7 +176,7 @@ def train(trainer: Trainer, components: Components) -> float | None:
     epoch = state.load_best_weights()
     kind = "best" if best and epoch == best.epoch else "last"
     log.info("loaded the %s weights, from epoch %d", kind, epoch)
-    if "test" in components.loaders and not trainer.is_pruned:
+    if "test" in components.loaders and trainer.outcome != "pruned":
         trainer.evaluate(components.loaders["test"], "test", epoch)
     log.info("results are in %s", state.folder)
     return best.value if best else None

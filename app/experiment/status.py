@@ -42,8 +42,7 @@ class StatusWriter(Callback):
         is_resumed: Whether an earlier run is resumed, whose `seconds` are counted, too.
 
     Attributes:
-        final_status: The status to write when the run ends without an exception.
-        nonfinite: Counts of non-finite steps; set to those of the trainer once there is one.
+        nonfinite: Counts of non-finite steps, which the trainer updates.
     """
 
     def __init__(
@@ -54,11 +53,11 @@ class StatusWriter(Callback):
         device: torch.device,
         is_resumed: bool = False,
     ) -> None:
-        self.path, self.run_info = folder / "status.json", run_info
+        self.folder, self.path, self.run_info = folder, folder / "status.json", run_info
         self.goal, self.device = goal, device
         self.history: History = ()
         self.start_time, self.started_at = time.monotonic(), _utc_now()
-        self.final_status: StatusName = "completed"
+        self.outcome: StatusName = "completed"
         if is_resumed:
             seconds = read_status(folder).get("seconds")
             self.start_time -= seconds if isinstance(seconds, (int, float)) else 0.0
@@ -82,7 +81,11 @@ class StatusWriter(Callback):
             except StorageError as storage_error:  # must not hide the error that ended the run
                 log.error("%s", storage_error)
             raise
-        self.write(self.final_status)
+        self.write(self.outcome)
+
+    def set_outcome(self, status: StatusName) -> None:
+        """Set the status to write when the run ends without an exception."""
+        self.outcome = status
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         self.history = history

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,19 @@ class StageAccumulator:
     Args:
         metrics: Metrics of the stage; they are reset.
         device: Device that the steps run on.
+        pop_invalid_rows: Returns how many of the last steps turned out not to count, since it was
+            last called.
     """
 
-    def __init__(self, metrics: StageMetrics, device: torch.device) -> None:
+    def __init__(
+        self,
+        metrics: StageMetrics,
+        device: torch.device,
+        pop_invalid_rows: Callable[[], int] = int,
+    ) -> None:
         metrics.reset()
         self.metrics, self.timer = metrics, StepTimer(device)
+        self.pop_invalid_rows = pop_invalid_rows
         self.pending: list[StepValues] = []
         self.blocks: list[dict[str, Tensor]] = []
         self.host_values: dict[str, list[float]] = {}
@@ -83,6 +91,7 @@ class StageAccumulator:
         self.timer.tick()
         for name, number in (host_values or {}).items():
             self.host_values.setdefault(name, []).append(number)
+        self.mask_last(self.pop_invalid_rows())
         if len(self.pending) == FLUSH_EVERY:
             self.flush()
 
@@ -93,6 +102,7 @@ class StageAccumulator:
 
     def flush(self) -> None:
         """Reduce all pending values over ranks and copy them to the host at once."""
+        self.mask_last(self.pop_invalid_rows())
         if self.pending:
             self.blocks.append(reduce_to_host(self.pending))
             self.pending = []

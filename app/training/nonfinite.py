@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from app.data.batch import Batch, BatchLoader
+from app.data.batch import BatchLoader
 from app.distributed.collectives import rank
 from app.runtime.errors import NonFiniteError
 from app.training.accumulator import StageResult
@@ -26,6 +26,7 @@ from app.training.nonfinite_trace import (
 )
 from app.training.optim.finite_check import AsyncScalar, FiniteCheck
 from app.training.optim.optim_wrapper import OptimWrapperDict
+from app.training.rank_sync import StepBatch
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
@@ -48,14 +49,17 @@ class NonFinitePolicy:
         task: Task that is trained; its optimizers must be set before the first epoch.
         syncs_every_step: Whether each step must be known to be finite before training continues,
             as is the case if a moving average is updated after it.
+        stats: Counts and first occurrence, to be updated.
 
     Attributes:
-        stats: Counts and first occurrence, for `status.json`.
         has_diverged: Whether training has ended because of a non-finite step.
     """
 
-    def __init__(self, task: Task, syncs_every_step: bool = False) -> None:
-        self.task, self.syncs_every_step, self.stats = task, syncs_every_step, NonFiniteStats()
+    def __init__(
+        self, task: Task, syncs_every_step: bool = False, stats: NonFiniteStats | None = None
+    ) -> None:
+        self.task, self.syncs_every_step = task, syncs_every_step
+        self.stats = stats or NonFiniteStats()
         self.has_diverged = False
         self.pending: deque[PendingStep] = deque()
         self.current: PendingStep | None = None
@@ -65,14 +69,14 @@ class NonFinitePolicy:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: plain values."""
-        counts = {"made": self.steps_taken, "skipped": self.steps_skipped}
-        return {**counts, "has_diverged": self.has_diverged, "record": self.stats.to_dict()}
+        counts = {"steps_taken": self.steps_taken, "steps_skipped": self.steps_skipped}
+        return {**counts, "has_diverged": self.has_diverged, "stats": self.stats.to_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.steps_taken, self.steps_skipped = state["made"], state["skipped"]
+        self.steps_taken, self.steps_skipped = state["steps_taken"], state["steps_skipped"]
         self.has_diverged = state["has_diverged"]
-        self.stats.load_dict(state["record"])
+        self.stats.load_dict(state["stats"])
 
     def on_epoch_start(self, loader: BatchLoader, epoch: int, is_resumed: bool) -> None:
         """Prepare for an epoch of training.
@@ -102,21 +106,20 @@ class NonFinitePolicy:
     def finite_check(self) -> FiniteCheck | None:
         return self.optimizers.finite_check
 
-    def on_batch_start(self, batch: Batch, is_padding: bool, step: int, global_step: int) -> None:
+    def on_batch_start(self, batch: StepBatch, global_step: int) -> None:
         """Save what the next training step may have to restore.
 
         Args:
             batch: Batch of the step.
-            is_padding: Whether the batch is padding on this rank.
-            step: Number of the batch in the epoch, counted from 1.
             global_step: Number of the batch in the run, counted from 1.
         """
         if self.finite_check is None:
             return
         if self.current is None:
             snapshot = {} if self.finite_check.syncs else self.optimizers.snapshot()
-            self.current = PendingStep(step, global_step, clone_all(self.bn_buffers), snapshot)
-        self.current.batches.append((batch, is_padding))
+            buffers = clone_all(self.bn_buffers)
+            self.current = PendingStep(batch.number, global_step, buffers, snapshot)
+        self.current.batches.append(batch)
 
     def on_batch_end(self) -> None:
         """Handle the result of the step, or of an earlier one that is known by now.
@@ -239,7 +242,7 @@ class PendingStep:
         bn_buffers: Batch norm statistics before the step.
         optimizer_snapshot: Learning rates and step counts before the step; empty if the result is
             read at once.
-        batches: Batches of the step, and whether each is padding on this rank.
+        batches: Batches of the step.
         found_inf: Result on its way to the host; None until the step is made.
     """
 
@@ -247,7 +250,7 @@ class PendingStep:
     global_step: int
     bn_buffers: list[Tensor]
     optimizer_snapshot: dict[str, Any]
-    batches: list[tuple[Batch, bool]] = field(default_factory=list)
+    batches: list[StepBatch] = field(default_factory=list)
     found_inf: AsyncScalar | None = None
 
 

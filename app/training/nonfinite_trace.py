@@ -16,6 +16,7 @@ from app.distributed.collectives import broadcast_object, gather_object, rank
 from app.distributed.strategies import SingleDevice
 from app.runtime.nested import Nested, iter_tensors
 from app.runtime.seed import rng_state, set_rng_state
+from app.training.rank_sync import StepBatch
 from app.training.task import Task
 
 LOSS, GRADIENT = "loss", "gradient"
@@ -39,7 +40,7 @@ class NonFiniteSource:
     where: str
 
 
-def trace(task: Task, batches: Sequence[tuple[Batch, bool]]) -> NonFiniteSource | None:
+def trace(task: Task, batches: Sequence[StepBatch]) -> NonFiniteSource | None:
     """Run the batches of a step again to find out where a NaN or infinity comes from.
 
     All ranks must call this, and all get the same result. Afterwards the weights, batch norm
@@ -48,17 +49,17 @@ def trace(task: Task, batches: Sequence[tuple[Batch, bool]]) -> NonFiniteSource 
 
     Args:
         task: Task whose weights are those from before the step.
-        batches: Batches of the step, and whether each is padding on this rank.
+        batches: Batches of the step.
 
     Returns:
         None if everything is finite this time.
     """
     with _state_preserved(task):
-        found = [_inspect_batch(task, batch, is_padding) for batch, is_padding in batches]
+        found = [_inspect_batch(task, batch) for batch in batches]
     local = [
         (index, rank(), *kind_and_place)
-        for index, ((_, is_padding), kind_and_place) in enumerate(zip(batches, found, strict=True))
-        if kind_and_place is not None and not is_padding
+        for index, (batch, kind_and_place) in enumerate(zip(batches, found, strict=True))
+        if kind_and_place is not None and not batch.is_padding
     ]
     candidates = (item for items in gather_object(local) for item in items)
     first = broadcast_object(min(candidates, default=None))
@@ -80,7 +81,7 @@ def _state_preserved(task: Task) -> Iterator[None]:
         set_rng_state(random)
 
 
-def _inspect_batch(task: Task, batch: Batch, is_padding: bool) -> tuple[str, str] | None:
+def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
     """Return the kind and the place of what is not finite; None if everything is."""
     assert task.optimizers is not None
     check = task.optimizers.finite_check
@@ -103,17 +104,19 @@ def _inspect_batch(task: Task, batch: Batch, is_padding: bool) -> tuple[str, str
     try:
         with ExitStack() as stack:
             # Not the strategy's own context: gradients are not synchronized here.
-            stack.enter_context(SingleDevice.sync_context(strategy, is_padding, False))
+            stack.enter_context(SingleDevice.sync_context(strategy, batch.is_padding, False))
             stack.enter_context(task.metrics["train"].paused())
             stack.enter_context(task.precision.autocast())
             stack.enter_context(_recording_modules(task.model, modules))
-            task.train_step(batch)
+            task.train_step(batch.data)
     finally:
         check.trace_hook = None
     if not events:
         return None
     kind, place = events[0]
-    return kind, _find_in_inputs(task, batch) or (f"module {modules[0]!r}" if modules else place)
+    return kind, _find_in_inputs(task, batch.data) or (
+        f"module {modules[0]!r}" if modules else place
+    )
 
 
 def _find_in_inputs(task: Task, batch: Batch) -> str | None:

@@ -3,40 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import LazyAllReduceMax, gather_object, is_distributed
 from app.runtime.nested import Nested, map_tensors
-from app.runtime.signals import StopReason, StopSignal
+from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 
 
 class StopConsensus:
     """Agrees over all ranks on whether to stop, so that they stop after the same step.
 
     Args:
-        stop_signal: Stop requests that this rank has received.
+        signal: Stop requests that this rank has received.
 
     Attributes:
         reason: Strongest reason of any rank, as far as it has been exchanged.
     """
 
-    def __init__(self, stop_signal: StopSignal) -> None:
-        self.stop_signal, self.all_ranks = stop_signal, LazyAllReduceMax()
+    def __init__(self, signal: StopSignal) -> None:
+        self.signal, self.all_ranks = signal, LazyAllReduceMax()
         self.reason = StopReason.NONE
 
     def after_step(self) -> StopReason:
         """Return the reason to stop after this step; all ranks must call this."""
-        self.reason = StopReason(max(self.reason, self.all_ranks(self.stop_signal.reason())))
+        self.reason = StopReason(max(self.reason, self.all_ranks(self.signal.reason())))
         return self.reason
 
     def finish(self) -> StopReason:
         """Return the reason to stop after the last step of a stage, waiting for all ranks."""
-        reason = self.all_ranks.wait(self.stop_signal.reason())
+        reason = self.all_ranks.wait(self.signal.reason())
         self.reason = StopReason(max(self.reason, reason))
         return self.reason
+
+    def until_signal(self, batches: Iterable[StepBatch]) -> Iterator[StepBatch]:
+        """Yield the batches until a signal requests to stop; all ranks must call this."""
+        for batch in batches:
+            yield batch
+            self.after_step()
+            if self.is_signal:
+                break
+        self.finish()
+
+    def raise_if_signal(self) -> None:
+        """Raise if a signal has requested to stop.
+
+        Raises:
+            TrainingInterrupted: A signal has requested to stop.
+        """
+        if self.is_signal:
+            raise TrainingInterrupted(self.reason)
 
     @property
     def is_signal(self) -> bool:
@@ -72,14 +91,32 @@ class SaveTimer:
         return (by_steps or by_time) and steps != self.last_save_step
 
 
-def padded_batches(loader: BatchLoader, epoch: int) -> Iterator[tuple[Batch, bool]]:
-    """Yield the batches of this rank, and whether each is padding.
+@dataclass(frozen=True)
+class StepBatch:
+    """Batch of one step on this rank.
+
+    Attributes:
+        data: Inputs and targets, on the device.
+        number: Number of the batch in the epoch, counted from 1.
+        is_padding: Whether this rank has no samples in the step, so that the batch does not count.
+    """
+
+    data: Batch
+    number: int
+    is_padding: bool = False
+
+
+def step_batches(loader: BatchLoader, epoch: int) -> Iterator[StepBatch]:
+    """Yield the batches of this rank.
 
     All ranks must make every step, as they exchange gradients in it. A rank without samples in a
     step gets two samples of the dataset as padding, which do not count.
     """
-    for batch in loader.epoch(epoch):
-        yield (loader.first(2), True) if batch is None else (batch, False)
+    for number, data in enumerate(loader.epoch(epoch), start=1):
+        if data is None:
+            yield StepBatch(loader.first(2), number, is_padding=True)
+        else:
+            yield StepBatch(data, number)
 
 
 def gather_batches(local: Nested, is_padding: bool) -> list[Nested]:

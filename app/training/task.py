@@ -15,7 +15,7 @@ from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics, as_metrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, describe, map_tensors
-from app.training.accumulator import Average, StepValues, average
+from app.training.accumulator import Average, StepValues, average, zeros_like_row
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
 
@@ -218,6 +218,15 @@ class StepOutput:
     values: StepValues
     outputs: Nested = None
     host_values: Mapping[str, float] = field(default_factory=dict)
+
+    def with_columns(self, values: StepValues, host_values: Mapping[str, float]) -> StepOutput:
+        """Return this output with further columns."""
+        columns = {**self.values, **values}
+        return StepOutput(columns, self.outputs, {**self.host_values, **host_values})
+
+    def as_padding(self) -> StepOutput:
+        """Return this output with values that count for nothing."""
+        return StepOutput(zeros_like_row(self.values), self.outputs, self.host_values)
 
     @property
     def num_samples(self) -> int:

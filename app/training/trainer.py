@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import count, islice
 from pathlib import Path
@@ -15,18 +15,17 @@ import pandas as pd
 import torch
 
 from app.config.schema import GoalConfig, Job, MonitorConfig
-from app.data.batch import Batch, BatchLoader
+from app.data.batch import BatchLoader
 from app.distributed.collectives import broadcast_object, rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, concat, count_samples, map_tensors
-from app.runtime.seed import seed_everything
-from app.runtime.signals import StopSignal, TrainingInterrupted
-from app.training.accumulator import StageAccumulator, StageResult, zeros_like_row
+from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
+from app.training.accumulator import StageAccumulator, StageResult
 from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.checkpoint.mid_epoch import remaining_batches, restore_position, save_position
 from app.training.checkpoint.policy import CheckpointPolicy
-from app.training.checkpoint.train_state import TrainState
+from app.training.checkpoint.train_state import Phase, TrainingEnd, TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import (
     StatusName,
@@ -36,17 +35,17 @@ from app.training.history import (
     summary_table,
 )
 from app.training.limits import TrainingLimits
-from app.training.nonfinite import NonFinitePolicy
+from app.training.nonfinite import NonFinitePolicy, NonFiniteStats
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
-from app.training.optim.weight_averaging import WeightAveraging, recompute_bn_stats
+from app.training.optim.weight_averaging import WeightAveraging
 from app.training.pruning import Pruning
-from app.training.rank_sync import StopConsensus, gather_batches, padded_batches
+from app.training.rank_sync import StepBatch, StopConsensus, gather_batches, step_batches
+from app.training.step_context import StepContext, seed_stage
 from app.training.task import StepOutput, Task, check_step_output
 
 log = logging.getLogger(__name__)
-BatchResult = tuple[Batch, StepOutput, dict[str, float]]  # with the host values of the step
 TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
 PREDICT = "predict"  # stage name that callbacks receive in predictions
 
@@ -77,11 +76,13 @@ class Trainer:
         strategy: How gradients are synchronized over ranks.
         stop_signal: Source of requests to stop before the limits are reached.
         pruning: Asks a hyper-parameter search whether to end the run early.
+        nonfinite_stats: Receives the counts of non-finite steps.
 
     Attributes:
         state: Everything that is saved in a checkpoint, such as the history.
         checkpoints: Decides when to save, and which weights are the best.
-        is_pruned: Whether a search has ended the run.
+        steps: What surrounds each step.
+        stop: Requests to stop, on which all ranks agree.
     """
 
     def __init__(
@@ -100,22 +101,26 @@ class Trainer:
         strategy: SingleDevice | None = None,
         stop_signal: StopSignal | None = None,
         pruning: Pruning | None = None,
+        nonfinite_stats: NonFiniteStats | None = None,
     ) -> None:
-        self.task, self.limits = task, limits
-        self.callbacks, self.seed, self.device = callbacks or Callback(), seed, device
-        self.averaging = averaging or WeightAveraging(task.model)
-        self.freezing = freezing or FreezeSchedule(task.model, {})
+        self.task, self.limits, self.seed, self.device = task, limits, seed, device
+        self.callbacks = callbacks or Callback()
+        averaging = averaging or WeightAveraging(task.model)
+        nonfinite = NonFinitePolicy(task, averaging.updates_per_step, nonfinite_stats)
         self.state = TrainState(
-            task, self.averaging, folder, job, self.callbacks, limits.save_schedule
+            task, averaging, folder, job, nonfinite, self.callbacks, limits.save_schedule
         )
         self.checkpoints = CheckpointPolicy(self.state, limits.save_schedule, goal, monitors or {})
-        self.strategy = strategy or SingleDevice(task.model)
-        self.stop_signal = stop_signal or StopSignal()
-        self.stop_consensus = StopConsensus(self.stop_signal)
-        self.pruning, self.is_pruned = pruning or Pruning(None, goal), False
-        self.nonfinite = NonFinitePolicy(task, syncs_every_step=self.averaging.updates_per_step)
-        self.state.nonfinite = self.nonfinite
-        self.oom = OOMReporter(device, job.config if job else None)
+        self.steps = StepContext(
+            task,
+            strategy or SingleDevice(task.model),
+            freezing or FreezeSchedule(task.model, {}),
+            averaging,
+            nonfinite,
+            OOMReporter(device, job.config if job else None),
+        )
+        self.stop = StopConsensus(stop_signal or StopSignal())
+        self.pruning = pruning or Pruning(None, goal)
 
     def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
         """Train until a limit is reached or the goal ends training early.
@@ -131,64 +136,83 @@ class Trainer:
             Table with one row per stage and epoch.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop; `last.safetensors` has been saved.
+            TrainingInterrupted: A signal requested to stop; `last.safetensors` has been saved.
         """
-        with self.stop_signal.deferred_until_step(self.limits.max_seconds), self.state.flushed():
+        with self.stop.signal.deferred_until_step(self.limits.max_seconds), self.state.flushed():
             try:
                 self.resave_missing_best(train)
-                summary = self.fit_epochs(train, valid)
+                self.fit_epochs(train, valid)
                 self.replace_missing_best(train)
             except TrainingInterrupted:
                 self.checkpoints.save_last()
                 self.state.writer.wait()
                 broadcast_object(None)  # no rank exits before `last.safetensors` is saved
                 raise
-        return summary
+        return summary_table(self.state.history)
 
-    def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> pd.DataFrame:
-        """Run the epochs that remain, and return the summary table."""
-        started = time.monotonic()
+    def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> None:
+        """Run the epochs that remain."""
+        state, started = self.state, time.monotonic()
         if self.has_finished_training():
-            log.warning("nothing to train: training ended after epoch %d", self.state.epoch)
-            return summary_table(self.state.history)
+            log.warning("nothing to train: training ended after epoch %d", state.epoch)
+            return
         self.sanity_check(valid)
-        for epoch in count(self.state.epoch + self.state.epoch_finished):
-            if self.state.epoch_finished:
+        for epoch in count(state.next_epoch):
+            if state.phase is Phase.TRAIN:
                 self.run_stage("train", epoch, train, is_training=True)
-                self.state.epoch, self.state.epoch_finished = epoch, False
-                self.averaging.on_epoch_end(epoch)
-            self.state.time_is_up = bool(self.stop_consensus.reason)
-            is_last = self.limits.is_last_epoch(epoch, self.optimizers.steps)
-            is_last = is_last or self.state.time_is_up or self.nonfinite.has_diverged
-
+                state.epoch, state.phase = epoch, Phase.VALID
+                self.steps.averaging.on_epoch_end(epoch)
+            state.end = self.limit_reached(epoch)
             with self.averaged_weights(train, epoch):
-                is_due = is_last or epoch % self.limits.valid_every_n_epochs == 0
-                if valid is not None and is_due:
+                if valid is not None and self.should_validate(epoch):
                     self.run_stage("valid", epoch, valid)
                 self.checkpoints.save_best(epoch)
-            self.optimizers.on_epoch_end(goal_value_at(self.state.history, self.goal, epoch))
-            self.state.epoch_finished = True
-            self.is_pruned = self.pruning.should_prune(self.state.history) and not is_last
-            reason = self.stop_reason()
-            if is_last or reason or epoch % self.limits.save_schedule.every_n_epochs == 0:
+            self.optimizers.on_epoch_end(goal_value_at(state.history, self.goal, epoch))
+            state.phase = Phase.TRAIN
+            early_end = self.early_end()
+            state.end = state.end or early_end
+            if state.end or epoch % self.limits.save_schedule.every_n_epochs == 0:
                 self.checkpoints.save_last()
-
-            elapsed = time.monotonic() - started
-            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, elapsed))
-            if reason:
-                log.info("stopped after epoch %d: %s", epoch, reason)
-            if is_last or reason:
+            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, started))
+            if early_end is not None:
+                log.info("stopped after epoch %d: %s", epoch, self.describe_early_end(early_end))
+            if state.end:
                 break
-        return summary_table(self.state.history)
+
+    def should_validate(self, epoch: int) -> bool:
+        """Return whether validation is due after this epoch; it always is after the last one."""
+        return self.state.end is not None or epoch % self.limits.valid_every_n_epochs == 0
+
+    def limit_reached(self, epoch: int) -> TrainingEnd | None:
+        """Return why this epoch is the last one, whatever its validation shows; None if not."""
+        if self.steps.nonfinite.has_diverged:
+            return TrainingEnd.DIVERGED
+        if self.stop.reason is StopReason.TIME:
+            return TrainingEnd.TIME
+        is_last = self.limits.is_last_epoch(epoch, self.optimizers.steps)
+        return TrainingEnd.LIMIT if is_last else None
+
+    def early_end(self) -> TrainingEnd | None:
+        """Return why the history ends training before its limits; None to continue."""
+        is_pruned = self.pruning.should_prune(self.state.history)  # also reports to the search
+        if is_pruned and self.state.end is None:
+            return TrainingEnd.PRUNED
+        return TrainingEnd.GOAL if reason_to_stop(self.state.history, self.goal) else None
+
+    def describe_early_end(self, end: TrainingEnd) -> str | None:
+        """Return an early end as text for the log."""
+        if end is TrainingEnd.PRUNED:
+            return "pruned by the search"
+        return reason_to_stop(self.state.history, self.goal)
 
     def has_finished_training(self) -> bool:
         """Return whether a resumed run has nothing left to train."""
-        if not self.state.epoch_finished or self.state.mid_epoch is not None:
+        state = self.state
+        if not state.is_between_epochs:
             return False
-        epoch = self.state.epoch
-        if self.limits.is_last_epoch(epoch, self.optimizers.steps) or self.state.time_is_up:
+        if state.end is not None or self.limit_reached(state.epoch) is not None:
             return True
-        return self.nonfinite.has_diverged or (epoch > 0 and self.stop_reason() is not None)
+        return state.epoch > 0 and reason_to_stop(state.history, self.goal) is not None
 
     def run_stage(
         self, stage: str, epoch: int, loader: BatchLoader, is_training: bool = False
@@ -204,112 +228,92 @@ class Trainer:
             is_training: Whether to train; if not, the model is only evaluated.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop.
-            UserError: If the loader has no batches.
+            TrainingInterrupted: A signal requested to stop.
+            UserError: The loader has no batches.
         """
         start = self.begin_stage(stage, epoch, loader)
-        accumulator = StageAccumulator(self.task.metrics[stage], self.device)
+        invalid_rows = self.steps.nonfinite.pop_invalid_rows
+        accumulator = StageAccumulator(self.task.metrics[stage], self.device, invalid_rows)
         if is_training and self.state.mid_epoch:
             restore_position(accumulator, self.state.mid_epoch)
         gather = broadcast_object(self.callbacks.needs_all_ranks(start))
-        run_steps = self.train_steps if is_training else self.eval_steps
-        with self.stop_signal.deferred_until_step():
-            for batch, output, host_values in run_steps(loader, stage, epoch):
-                accumulator.add(output.values, host_values)
-                accumulator.mask_last(self.nonfinite.pop_invalid_rows())
+        steps = self.train_steps(loader, epoch) if is_training else self.eval_steps(loader, start)
+        with self.stop.signal.deferred_until_step():
+            for batch, output in steps:
+                accumulator.add(output.values, output.host_values)
                 self.notify_step(start, batch, output, gather)
                 if is_training and self.checkpoints.is_due():
                     self.save_mid_epoch(accumulator)
-        accumulator.mask_last(self.nonfinite.pop_invalid_rows())
         if accumulator.is_empty:
             raise UserError(f"the {stage} data has no batches")
-        if self.stop_consensus.is_signal and not is_training:
-            raise TrainingInterrupted(self.stop_consensus.reason)
-        if self.stop_consensus.is_signal:
+        if self.stop.is_signal and is_training:
             self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch)
+            result = replace(accumulator.result(stage, epoch), is_complete=False)
+            self.callbacks.on_stage_end(result, [*self.state.history, result.row])
+        self.stop.raise_if_signal()  # an incomplete stage is not part of the history
         result = accumulator.result(stage, epoch)
         if not is_training:
-            self.nonfinite.check_eval(result)
+            self.steps.nonfinite.check_eval(result)
         history = [*self.state.history, result.row]
-        result = replace(result, is_complete=not self.stop_consensus.is_signal)
         self.callbacks.on_stage_end(result, history)
-        if self.stop_consensus.is_signal:  # an incomplete stage is not part of the history
-            raise TrainingInterrupted(self.stop_consensus.reason)
         self.state.history = history
         return result
 
     def begin_stage(self, stage: str, epoch: int, loader: BatchLoader) -> StageStart:
         """Seed the random number generators, and call the callbacks."""
-        seed_everything(self.seed, stage, epoch, *([rank()] if rank() else []))
+        seed_stage(self.seed, stage, epoch)
         start = StageStart(stage, epoch, loader.num_batches, loader.num_samples)
         self.callbacks.on_stage_start(start)
         return start
 
-    def train_steps(self, loader: BatchLoader, stage: str, epoch: int) -> Iterator[BatchResult]:
-        """Train on each batch until the epoch ends or training must stop, and yield the results."""
-        task, optimizers = self.task, self.optimizers
-        task.model.train()
-        self.freezing.apply(epoch)
-        self.strategy.on_epoch_start()
-        position, self.state.mid_epoch = self.state.mid_epoch, None
-        self.state.batches_in_epoch = position["batches"] if position else 0
-        self.nonfinite.on_epoch_start(loader, epoch, position is not None)
-        is_over = self.has_reached_max_steps or self.nonfinite.has_diverged
-        batches = remaining_batches(loader, epoch, position) if not is_over else ()
-        for batch, is_padding in batches:
-            self.state.batches_in_epoch += 1
-            self.state.batches += 1
-            task.on_step_start(epoch, self.state.batches)
+    def train_steps(
+        self, loader: BatchLoader, epoch: int
+    ) -> Iterator[tuple[StepBatch, StepOutput]]:
+        """Train on each batch until the epoch ends or training must stop, and yield the outputs."""
+        state, optimizers = self.state, self.optimizers
+        position, state.mid_epoch = state.mid_epoch, None
+        state.batches_in_epoch = position["batches"] if position else 0
+        self.steps.start_epoch(loader, epoch, is_resumed=position is not None)
+        batches = () if self.must_end_epoch() else remaining_batches(loader, epoch, position)
+        for batch in batches:
+            state.batches_in_epoch += 1
+            state.batches += 1
+            self.task.on_step_start(epoch, state.batches)
             lrs = optimizers.lrs()
-            self.nonfinite.on_batch_start(
-                batch, is_padding, self.state.batches_in_epoch, self.state.batches
-            )
-            with (
-                self.oom.guard_step(stage, epoch, self.state.batches_in_epoch),
-                self.step_context(stage, is_padding),
-                self.strategy.sync_context(is_padding, optimizers.steps_next),
-            ):
-                output = check_step_output(task, stage, task.train_step(batch))
-            self.nonfinite.on_batch_end()
-            self.averaging.update(epoch, optimizers.steps)
-            row = {**output.values, **optimizers.grad_norms(output.num_samples)}
-            values = zeros_like_row(row) if is_padding else row
-            yield batch, StepOutput(values, output.outputs), {**output.host_values, **lrs}
-            should_stop = self.stop_consensus.after_step()
-            if self.nonfinite.has_diverged:
-                break
-            if (should_stop or self.has_reached_max_steps) and optimizers.at_step_boundary:
+            with self.steps.train_step(epoch, batch, state.batches):
+                output = check_step_output(self.task, "train", self.task.train_step(batch.data))
+            output = output.with_columns(optimizers.grad_norms(output.num_samples), lrs)
+            yield batch, output.as_padding() if batch.is_padding else output
+            should_stop = self.stop.after_step() is not StopReason.NONE
+            if self.must_end_epoch(should_stop):
                 break
         optimizers.flush()
-        self.stop_consensus.finish()
-        self.nonfinite.on_epoch_end(is_complete=not self.stop_consensus.is_signal)
-        self.averaging.update(epoch, optimizers.steps)
-        self.strategy.on_epoch_end()
+        self.stop.finish()
+        self.steps.finish_epoch(epoch, is_complete=not self.stop.is_signal)
 
-    def eval_steps(self, loader: BatchLoader, stage: str, epoch: int) -> Iterator[BatchResult]:
-        """Evaluate each batch, and yield the results."""
+    def must_end_epoch(self, should_stop: bool = False) -> bool:
+        """Return whether to end the epoch before its next step."""
+        if self.steps.nonfinite.has_diverged:
+            return True
+        max_steps, optimizers = self.limits.max_steps, self.optimizers
+        should_stop = should_stop or (max_steps is not None and optimizers.steps >= max_steps)
+        return should_stop and optimizers.at_step_boundary
+
+    def eval_steps(
+        self, loader: BatchLoader, start: StageStart
+    ) -> Iterator[tuple[StepBatch, StepOutput]]:
+        """Evaluate each batch, and yield the outputs."""
+        stage, epoch = start.stage, start.epoch
         self.task.model.eval()
-        for number, (batch, is_padding) in enumerate(padded_batches(loader, epoch), start=1):
-            guard = self.oom.guard_step(stage, epoch, number)
-            with guard, torch.no_grad(), self.step_context(stage, is_padding):
-                output = check_step_output(self.task, stage, self.task.eval_step(stage, batch))
-            if is_padding:
-                output = StepOutput(zeros_like_row(output.values), output.outputs)
-            yield batch, output, {}
-            self.stop_consensus.after_step()
-            if self.stop_consensus.is_signal:
-                break
-        self.stop_consensus.finish()
-
-    @contextmanager
-    def step_context(self, stage: str, is_padding: bool) -> Iterator[None]:
-        """Autocast the forward pass, and leave padding batches out of the metrics."""
-        maybe_paused = self.task.metrics[stage].paused() if is_padding else nullcontext()
-        with maybe_paused, self.task.precision.autocast():
-            yield
+        for batch in self.stop.until_signal(step_batches(loader, epoch)):
+            with self.steps.eval_step(stage, epoch, batch):
+                output = self.task.eval_step(stage, batch.data)
+            output = check_step_output(self.task, stage, output)
+            output = output.as_padding() if batch.is_padding else output
+            yield batch, StepOutput(output.values, output.outputs)
 
     def notify_step(
-        self, start: StageStart, batch: Batch, output: StepOutput, gather: bool
+        self, start: StageStart, batch: StepBatch, output: StepOutput, gather: bool
     ) -> None:
         """Call the callbacks after a step.
 
@@ -319,13 +323,14 @@ class Trainer:
             output: Result of the step on this rank.
             gather: Whether callbacks need the batches and outputs of all ranks.
         """
-        parts = gather_batches((batch, output.outputs), not output.num_samples) if gather else []
-        if parts or not gather:
-            batch, outputs = concat(parts) if parts else (batch, output.outputs)
-            num_samples = output.num_samples * world_size()
-            self.callbacks.on_step_end(
-                StepEnd(start.stage, start.epoch, num_samples, batch, outputs)
-            )
+        data, outputs = batch.data, output.outputs
+        if gather:
+            parts = gather_batches((data, outputs), batch.is_padding)
+            if not parts:
+                return
+            data, outputs = concat(parts)
+        num_samples = output.num_samples * world_size()
+        self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, num_samples, data, outputs))
 
     def evaluate(
         self, loader: BatchLoader, stage: str = "test", epoch: int | None = None
@@ -334,14 +339,14 @@ class Trainer:
 
         Args:
             loader: Loader of the data.
-            stage: Stage whose metrics are used.
+            stage: `valid` or `test`, whose metrics are used.
             epoch: Epoch of the weights; None is the last one trained.
 
         Returns:
             Table with one row.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop.
+            TrainingInterrupted: A signal requested to stop.
         """
         row = self.run_stage(stage, self.state.epoch if epoch is None else epoch, loader).row
         return summary_table([row])
@@ -352,46 +357,40 @@ class Trainer:
         They have the structure that `Task.predict_step` returns. Ranks other than 0 get None.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop.
+            TrainingInterrupted: A signal requested to stop.
         """
         parts = [map_tensors(torch.Tensor.cpu, outputs) for _, outputs in self.predictions(loader)]
         return concat(parts) if parts or rank() == 0 else None
 
-    def predictions(self, loader: BatchLoader) -> Iterator[tuple[Batch, Nested]]:
+    def predictions(self, loader: BatchLoader) -> Iterator[tuple[Nested, Nested]]:
         """Yield each batch with its outputs; rank 0 gets those of all ranks, the others nothing.
 
         Raises:
-            TrainingInterrupted: If a signal requested to stop.
+            TrainingInterrupted: A signal requested to stop.
         """
         epoch = self.state.epoch
-        start = self.begin_stage(PREDICT, epoch, loader)
+        self.begin_stage(PREDICT, epoch, loader)
         self.task.model.eval()
-        with self.stop_signal.deferred_until_step():
-            for number, (batch, is_padding) in enumerate(padded_batches(loader, epoch), start=1):
-                guard = self.oom.guard_step(PREDICT, epoch, number)
-                with guard, torch.no_grad(), self.task.precision.autocast():
-                    outputs = self.task.predict_step(batch)
-                parts = gather_batches((batch, outputs), is_padding)
+        with self.stop.signal.deferred_until_step():
+            for batch in self.stop.until_signal(step_batches(loader, epoch)):
+                with self.steps.eval_step(PREDICT, epoch, batch):
+                    outputs = self.task.predict_step(batch.data)
+                parts = gather_batches((batch.data, outputs), batch.is_padding)
                 if parts:
-                    batch, outputs = concat(parts) if len(parts) > 1 else parts[0]
+                    data, outputs = concat(parts) if len(parts) > 1 else parts[0]
                     num_samples = count_samples(outputs)
-                    step = StepEnd(start.stage, epoch, num_samples, batch, outputs)
-                    self.callbacks.on_step_end(step)
-                    yield batch, outputs
-                self.stop_consensus.after_step()
-                if self.stop_consensus.is_signal:
-                    break
-            self.stop_consensus.finish()
-        if self.stop_consensus.is_signal:
-            raise TrainingInterrupted(self.stop_consensus.reason)
+                    step_end = StepEnd(PREDICT, epoch, num_samples, data, outputs)
+                    self.callbacks.on_step_end(step_end)
+                    yield data, outputs
+        self.stop.raise_if_signal()
 
     def sanity_check(self, valid: BatchLoader | None) -> None:
         """Validate a few batches, so that errors show before the first epoch, not after it."""
         if valid is None or self.limits.sanity_valid_batches == 0:
             return
         accumulator = StageAccumulator(self.task.metrics["valid"], self.device)
-        results = self.eval_steps(valid, "valid", 0)
-        for _, output, _ in islice(results, self.limits.sanity_valid_batches):
+        start = StageStart("valid", 0, valid.num_batches, valid.num_samples)
+        for _, output in islice(self.eval_steps(valid, start), self.limits.sanity_valid_batches):
             accumulator.add(output.values)
         if not accumulator.is_empty:
             row = accumulator.result("valid", 0).row
@@ -399,36 +398,15 @@ class Trainer:
                 if monitor.stage == "valid":
                     goal_value(row, monitor)
 
-    @contextmanager
-    def averaged_weights(self, train: BatchLoader, epoch: int) -> Iterator[None]:
+    def averaged_weights(self, train: BatchLoader, epoch: int) -> AbstractContextManager[None]:
         """Use the averaged weights inside the `with` block, if there are any."""
-        with self.averaging.swapped_in():
-            if self.averaging.average and self.averaging.needs_bn_update:
-                self.update_bn(train, epoch)
-            yield
-
-    @torch.no_grad()
-    def update_bn(self, train: BatchLoader, epoch: int) -> None:
-        """Recompute batch norm statistics with the batches that the epoch was trained on."""
-        seed_everything(self.seed, "measured", epoch, *([rank()] if rank() else []))
-        self.task.model.eval()
-        with recompute_bn_stats(self.task.model) as batchnorms:
-            num_batches = self.state.batches_in_epoch if batchnorms else 0
-            for batch, is_padding in islice(padded_batches(train, epoch), num_batches):
-                with self.strategy.sync_context(is_padding, True), self.task.precision.autocast():
-                    self.task.bn_forward(batch)
-        self.strategy.on_epoch_end()
-
-    @property
-    def has_reached_max_steps(self) -> bool:
-        """Whether the maximum number of optimizer steps has been made."""
-        return self.limits.max_steps is not None and self.optimizers.steps >= self.limits.max_steps
+        num_batches = self.state.batches_in_epoch
+        return self.steps.averaged_weights(train, epoch, num_batches, self.seed)
 
     def save_mid_epoch(self, accumulator: StageAccumulator) -> None:
         """Save everything needed to resume after the last step, unless training has diverged."""
-        self.nonfinite.sync()
-        accumulator.mask_last(self.nonfinite.pop_invalid_rows())
-        if not self.nonfinite.has_diverged:
+        self.steps.nonfinite.sync()
+        if not self.steps.nonfinite.has_diverged:
             self.checkpoints.save_mid_epoch(accumulator)
 
     def resume(self, file: Path) -> None:
@@ -438,18 +416,18 @@ class Trainer:
             file: A `last*.safetensors`.
 
         Raises:
-            UserError: If the file is damaged, or of another model, loss or optimizer.
+            UserError: The file is damaged, or of another model, loss or optimizer.
         """
-        self.state.load(file)
-        if self.state.schedule_changed:  # replay the epochs for the new schedule
-            for epoch in range(1, self.state.epoch + self.state.epoch_finished):
-                self.optimizers.on_epoch_end(goal_value_at(self.state.history, self.goal, epoch))
-        if self.state.job is not None and self.state.job.differences:
-            self.nonfinite.has_diverged = False  # other settings may not diverge
+        state = self.state
+        if state.load(file):  # replay the epochs for the new schedule
+            for epoch in range(1, state.next_epoch):
+                self.optimizers.on_epoch_end(goal_value_at(state.history, self.goal, epoch))
+        if state.job is not None and state.job.differences:
+            self.steps.nonfinite.has_diverged = False  # other settings may not diverge
 
     def resave_missing_best(self, train: BatchLoader) -> None:
         """Save missing or damaged best checkpoints again that the current weights belong in."""
-        if not self.state.epoch_finished or self.state.mid_epoch:
+        if not self.state.is_between_epochs:
             return
         missing = self.checkpoints.missing(self.state.epoch)
         if missing:
@@ -479,18 +457,12 @@ class Trainer:
                 )
                 self.state.remove_checkpoint(name)
 
-    def stop_reason(self) -> str | None:
-        """Return why training ends early, as text for the log; None to continue."""
-        if self.is_pruned:
-            return "pruned by the search"
-        return reason_to_stop(self.state.history, self.goal)
-
     @property
     def outcome(self) -> StatusName:
         """How training ended, as in `status.json`."""
-        if self.nonfinite.has_diverged:
+        if self.steps.nonfinite.has_diverged:
             return "diverged"
-        return "pruned" if self.is_pruned else "completed"
+        return "pruned" if self.state.end is TrainingEnd.PRUNED else "completed"
 
     @property
     def goal(self) -> GoalConfig:
@@ -502,7 +474,7 @@ class Trainer:
         """Optimizer wrappers of the task."""
         return self.state.optimizers
 
-    def make_epoch_end(self, epoch: int, train: BatchLoader, elapsed: float) -> EpochEnd:
+    def make_epoch_end(self, epoch: int, train: BatchLoader, started: float) -> EpochEnd:
         """Return what callbacks receive after an epoch."""
         batches, accumulate = train.num_batches, self.optimizers.accumulate
         steps_per_epoch = None if batches is None else math.ceil(batches / accumulate)
@@ -513,5 +485,5 @@ class Trainer:
             goal=self.goal,
             epochs_left=None if last_epoch is None else last_epoch - epoch,
             valid_every=self.limits.valid_every_n_epochs,
-            elapsed=elapsed,
+            elapsed=time.monotonic() - started,
         )

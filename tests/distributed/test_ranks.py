@@ -92,7 +92,7 @@ def fit(*overrides: str) -> Fit:
         {name: tensor.clone() for name, tensor in weights.items()},
         [result.steps for result in recorder.results],
         [result.row for result in recorder.results],
-        getattr(trainer.strategy, "ddp", None) is not None,
+        getattr(trainer.steps.strategy, "ddp", None) is not None,
     )
 
 

@@ -134,7 +134,7 @@ def test_resume_from_chosen_checkpoint(runs: tuple[Path, Path], tmp_path: Path) 
         run_job("run", "none:0:0", f"resume={chosen}", *KEEP)
         with pytest.raises(ConfigError, match="contains weights only"):
             job_for(*arguments, f"resume={folder / 'checkpoints' / 'best.safetensors'}")
-        stray = tmp_path / "stray.pt"
+        stray = tmp_path / "stray.safetensors"
         shutil.copy(folder / "checkpoints" / "last.safetensors", stray)
         with pytest.raises(ConfigError, match="is not a checkpoint of the run in"):
             job_for(*arguments, f"resume={stray}")

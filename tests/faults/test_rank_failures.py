@@ -96,7 +96,7 @@ def test_signal_to_one_rank_stops_all_ranks_at_same_step(
     checkpoint = read_store(tmp_path / "checkpoints" / "last.safetensors")[1]
     training = checkpoint["training"]
     if "valid" in fault:
-        assert (checkpoint["epoch"], training["epoch_finished"]) == (1, False)
+        assert (checkpoint["epoch"], training["phase"]) == (1, "valid")
     else:
         rows = pd.read_csv(tmp_path / "epoch_details" / "epoch001_train.csv")
         assert 5 <= len(rows) <= 12

@@ -115,7 +115,7 @@ def test_requeued_run_resumes_and_matches_uninterrupted_run(tmp_path: Path) -> N
     )
     assert preempted.code == 143, preempted.out + preempted.err
     last = read_store(tmp_path / "run" / "checkpoints" / "last.safetensors")[1]
-    assert (last["epoch"], last["training"]["epoch_finished"]) == (1, True)
+    assert (last["epoch"], last["training"]["phase"]) == (1, "train")
     assert 5 <= last["training"]["mid_epoch"]["batches"] < 40
     assert (tmp_path / "scontrol-calls").read_text() == "requeue 4711\n"
     resumed = run_app(tmp_path, *overrides, "hydra.run.dir=run", FAULT="none:0:0", **environment)

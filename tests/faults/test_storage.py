@@ -191,7 +191,7 @@ def test_sigterm_during_background_save_leaves_valid_checkpoint(tmp_path: Path) 
     assert checkpoint == tmp_path / "run" / "checkpoints" / "last.safetensors"
     assert not problems
     training = read_store(checkpoint)[1]["training"]
-    assert training["mid_epoch"] is not None or training["epoch_finished"]
+    assert training["mid_epoch"] is not None or training["phase"] == "train"
     assert not [*(tmp_path / "run").rglob("*.part")]
 
 

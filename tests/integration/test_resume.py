@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,7 +89,7 @@ def test_resume_before_or_after_validation_validates_once(run_job: RunJob) -> No
 
 
 def _history(state: dict[str, str]) -> list[dict[str, object]]:
-    rows: list[dict[str, object]] = json.loads(state["history"])
+    rows: list[dict[str, object]] = state["history"]
     return rows
 
 

@@ -97,7 +97,7 @@ class MaliciousPickle:
 
 
 def flip_bit(path: Path) -> None:
-    """Flip one bit in the middle of a file."""
+    """Flip one bit of the last tensor in a file."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[-1] ^= 1
     path.write_bytes(content)

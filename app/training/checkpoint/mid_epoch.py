@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from app.data.batch import Batch, BatchLoader
+from app.data.batch import BatchLoader
 from app.distributed.collectives import gather_object, rank, world_size
 from app.runtime.errors import UserError
 from app.runtime.seed import rng_state, set_rng_state
 from app.training.accumulator import StageAccumulator
 from app.training.checkpoint.train_state import MISMATCH_ERRORS
-from app.training.rank_sync import padded_batches
+from app.training.rank_sync import StepBatch, step_batches
 
 log = logging.getLogger(__name__)
 EpochPosition = dict[str, Any]  # tensors and plain values
@@ -57,8 +57,8 @@ def restore_position(accumulator: StageAccumulator, position: EpochPosition) -> 
 
 def remaining_batches(
     batches: BatchLoader, epoch: int, position: EpochPosition | None
-) -> Iterator[tuple[Batch, bool]]:
-    """Return the batches of an epoch from a position on, each with whether it is padding.
+) -> Iterator[StepBatch]:
+    """Return the batches of an epoch from a position on.
 
     The RNG states are restored, too, if the number of ranks is the same.
 
@@ -70,15 +70,15 @@ def remaining_batches(
     Raises:
         UserError: The position is damaged.
     """
-    steps = padded_batches(batches, epoch)
+    remaining = step_batches(batches, epoch)
     if position is None:
-        return steps
-    for _ in islice(steps, position["batches"]):
+        return remaining
+    for _ in islice(remaining, position["batches"]):
         pass
     if len(position["ranks"]) == world_size():
         with _mismatch_as_user_error():
             set_rng_state(position["ranks"][rank()]["rng_state"])
-    return steps
+    return remaining
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,6 +61,23 @@ MISMATCH_ERRORS = (  # raised by load_state_dict for the state of another object
 )
 
 
+class Phase(StrEnum):
+    """Stage of an epoch that runs next."""
+
+    TRAIN = "train"
+    VALID = "valid"
+
+
+class TrainingEnd(StrEnum):
+    """Why training has ended."""
+
+    LIMIT = "limit"  # `max_epochs` or `max_steps`
+    TIME = "time"  # `max_seconds`
+    DIVERGED = "diverged"  # a loss or gradient was not finite
+    GOAL = "goal"  # the goal was reached, or has not improved for too long
+    PRUNED = "pruned"  # by a hyper-parameter search
+
+
 class Stateful(Protocol):
     """Object whose state, tensors and plain values, is saved in checkpoints."""
 
@@ -76,6 +94,7 @@ class TrainState:
         averaging: Moving average of the weights.
         folder: Run folder.
         job: Job whose configuration is saved in each checkpoint; None if there is none.
+        nonfinite: State of the handling of non-finite steps.
         callbacks: Callbacks whose states are saved by rank 0.
         save_schedule: How many training checkpoints to keep, and whether to write them in the
             background.
@@ -87,25 +106,35 @@ class TrainState:
         averaging: WeightAveraging,
         folder: Path,
         job: Job | None,
-        callbacks: Stateful | None = None,
+        nonfinite: Stateful,
+        callbacks: Stateful,
         save_schedule: SaveSchedule = SaveSchedule(),  # noqa: B008
     ) -> None:
         self.task, self.averaging = task, averaging
-        self.folder, self.job, self.callbacks = folder, job, callbacks
+        self.folder, self.job = folder, job
+        self.nonfinite, self.callbacks = nonfinite, callbacks
         self.rotation, self.writer = (
             CheckpointRotation(folder, save_schedule.keep_last),
             BackgroundWriter(save_schedule.in_background),
         )
         self.save_count = 0  # training checkpoints saved so far
-        self.nonfinite: Stateful | None = None  # statistics of non-finite steps
         self.epoch = 0  # last epoch with all its batches trained on
-        self.epoch_finished = True  # whether its validation and checkpoints are done, too
-        self.time_is_up = False  # whether the time limit has ended training
+        self.phase = Phase.TRAIN
+        self.end: TrainingEnd | None = None
         self.batches = 0  # training batches so far, over all epochs
         self.batches_in_epoch = 0  # training batches so far in the current or last epoch
         self.mid_epoch: dict[str, Any] | None = None  # position within an interrupted epoch
         self.history: list[Row] = []
-        self.schedule_changed = False  # whether the schedule differs from that of the checkpoint
+
+    @property
+    def next_epoch(self) -> int:
+        """Epoch of the stage that runs next."""
+        return self.epoch + 1 if self.phase is Phase.TRAIN else self.epoch
+
+    @property
+    def is_between_epochs(self) -> bool:
+        """Whether the last epoch is complete and no other has begun."""
+        return self.phase is Phase.TRAIN and self.mid_epoch is None
 
     def save_best(self) -> None:
         """Save the weights with all that testing needs, and as a bare `model.pt`."""
@@ -139,11 +168,11 @@ class TrainState:
             "averaging": self.averaging.state_dict(),
             "batches": self.batches,
             "batches_in_epoch": self.batches_in_epoch,
-            "epoch_finished": self.epoch_finished,
-            "time_is_up": self.time_is_up,
+            "phase": str(self.phase),
+            "end": self.end and str(self.end),
             "mid_epoch": self.mid_epoch,
-            "callbacks": self.callbacks.state_dict() if self.callbacks else {},
-            "nonfinite": self.nonfinite.state_dict() if self.nonfinite else {},
+            "callbacks": self.callbacks.state_dict(),
+            "nonfinite": self.nonfinite.state_dict(),
         }
         checkpoint = self._make_checkpoint(self._snapshot(training))
         if rank() == 0:
@@ -184,8 +213,12 @@ class TrainState:
         """Load the best weights so far and return their epoch."""
         return self.load_weights(self.folder / CHECKPOINT_DIR / BEST_CHECKPOINT)
 
-    def load(self, file: Path) -> None:
+    def load(self, file: Path) -> bool:
         """Load the complete state of a training checkpoint, to resume from it.
+
+        Returns:
+            Whether the optimizer or schedule has another configuration than the saved one, so that
+            its state is new.
 
         Raises:
             UserError: The checkpoint contains weights only, belongs to another model, loss or
@@ -200,26 +233,26 @@ class TrainState:
             )
         self._check_mid_epoch(file, checkpoint)
         try:
-            self.schedule_changed = self._has_other_optimizer(checkpoint.config)
-            self.optimizers.load_state_dict(training["optimizers"], self.schedule_changed)
+            schedule_changed = self._has_other_optimizer(checkpoint.config)
+            self.optimizers.load_state_dict(training["optimizers"], schedule_changed)
             self.averaging.load_state_dict(training["averaging"])
         except MISMATCH_ERRORS as error:
             raise UserError(f"{file} belongs to another optimizer or average: {error}") from error
         try:
-            self._load_extras(training)
+            self.nonfinite.load_state_dict(training["nonfinite"])
+            self.callbacks.load_state_dict(training["callbacks"])
+            self.phase = Phase(training["phase"])
         except MISMATCH_ERRORS as error:
-            raise UserError(f"{file} belongs to other callbacks: {error!r}") from error
+            raise UserError(
+                f"{file} belongs to other callbacks or is damaged: {error!r}"
+            ) from error
         self.batches, self.batches_in_epoch = training["batches"], training["batches_in_epoch"]
-        self.epoch_finished, self.mid_epoch = training["epoch_finished"], training["mid_epoch"]
-        self.time_is_up = training["time_is_up"] and not self._has_other_max_time(checkpoint.config)
+        self.mid_epoch = training["mid_epoch"]
+        if training["end"] == TrainingEnd.TIME and not self._has_other_max_time(checkpoint.config):
+            self.end = TrainingEnd.TIME
         self.history, self.save_count = checkpoint.history, checkpoint.number
         self.rotation.resume_from(file)
-
-    def _load_extras(self, training: dict[str, Any]) -> None:
-        if self.nonfinite is not None and training["nonfinite"]:
-            self.nonfinite.load_state_dict(training["nonfinite"])
-        if self.callbacks is not None:
-            self.callbacks.load_state_dict(training["callbacks"])
+        return schedule_changed
 
     def _check_mid_epoch(self, file: Path, checkpoint: Checkpoint) -> None:
         """Check that the rest of an interrupted epoch has the same batches and columns."""

@@ -32,6 +32,7 @@ from app.training.optim.finite_check import NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import ExponentialMovingAverage
+from app.training.rank_sync import StepBatch
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
@@ -103,7 +104,7 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     """Return everything that a step changes, including batch norm statistics."""
     optimizer = trainer.optimizers.single.state_dict()
     flat = {f"model.{n}": t.clone() for n, t in trainer.task.model.state_dict().items()}
-    flat |= {f"average.{n}": t for n, t in trainer.averaging.average.items()}
+    flat |= {f"average.{n}": t for n, t in trainer.steps.averaging.average.items()}
     for number, values in optimizer["optimizer"]["state"].items():
         flat |= {f"{number}.{name}": tensor.clone() for name, tensor in values.items()}
     schedule = optimizer["schedule"]
@@ -152,7 +153,7 @@ def test_skip_is_equal_to_training_without_the_batch(tmp_path: Path, averaged: b
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, False, False, False]
     means = [[row["loss_mean"] for row in each.state.history] for each in (trainer, other)]
     assert means[0] == means[1]
-    assert (trainer.nonfinite.stats.count, trainer.nonfinite.stats.skipped) == (2, 2)
+    assert (trainer.steps.nonfinite.stats.count, trainer.steps.nonfinite.stats.skipped) == (2, 2)
 
 
 def test_raise_keeps_the_weights_from_before_the_step(tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_nan_gradient_with_finite_loss_names_the_parameter(tmp_path: Path) -> No
     before = make_trainer(tmp_path / "b", model=SquareRootModel())
     before.fit(make_loader(TensorDataset(X[:16], Y[:16]), 8))
     assert_bitwise_equal(state_of(trainer), state_of(before))
-    first = trainer.nonfinite.stats.first
+    first = trainer.steps.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"], first["step"]) == (
         "gradient", "the gradient of 'scale'", 3,
@@ -212,7 +213,7 @@ def test_nan_loss_names_the_first_module_with_nan_outputs(tmp_path: Path) -> Non
     model = nn.Sequential(nn.Linear(3, 5), nn.Sequential(nn.ReLU(), Logarithm()), nn.Linear(5, 2))
     trainer = make_trainer(tmp_path, model=model)
     trainer.fit(make_loader(TensorDataset(X - 9, Y), 8))
-    first = trainer.nonfinite.stats.first
+    first = trainer.steps.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"]) == ("loss", "module '1.1'")
 
@@ -222,7 +223,7 @@ def test_infinite_parameter_is_named(tmp_path: Path) -> None:
     model[3].bias.data[1] = math.inf  # type: ignore[union-attr, operator, index]
     trainer = make_trainer(tmp_path, model=model)
     trainer.fit(make_loader(make_data(), 8))
-    first = trainer.nonfinite.stats.first
+    first = trainer.steps.nonfinite.stats.first
     assert first is not None
     assert (first["step"], first["where"]) == (1, "the parameter '3.bias'")
 
@@ -232,7 +233,7 @@ def test_infinite_loss_with_finite_gradients_is_refused(tmp_path: Path) -> None:
         tmp_path, loss=lambda out, target: F.cross_entropy(out, target) + math.inf
     )
     trainer.fit(make_loader(make_data(), 8))
-    first = trainer.nonfinite.stats.first
+    first = trainer.steps.nonfinite.stats.first
     assert first is not None
     assert (first["kind"], first["where"], trainer.optimizers.steps) == ("loss", "the loss", 0)
 
@@ -241,7 +242,9 @@ def test_trace_changes_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(make_model(), nn.Dropout(0.5))
     trainer = make_trainer(tmp_path, model=model)
     before, random = state_of(trainer), torch.get_rng_state()
-    source = trace(trainer.task, [((X, Y), False), (make_data(NAN_SAMPLE).tensors, False)])
+    source = trace(
+        trainer.task, [StepBatch((X, Y), 1), StepBatch(make_data(NAN_SAMPLE).tensors, 2)]
+    )
     assert source is not None
     assert (source.batch_index, source.where) == (1, "the batch itself")
     assert_bitwise_equal(before, state_of(trainer))
@@ -299,7 +302,7 @@ def test_skip_with_accumulation_skips_all_batches_of_the_step_and_names_the_one(
     other.fit(make_loader(data_without(3, 4), 8))
     assert_bitwise_equal(state_of(trainer), state_of(other))
     assert np.isnan(losses(trainer)).tolist() == [False, False, True, True, False, False]
-    first = trainer.nonfinite.stats.first
+    first = trainer.steps.nonfinite.stats.first
     assert first is not None
     assert (first["step"], first["samples"]) == (4, list(range(24, 32)))
 
@@ -309,13 +312,13 @@ def test_overflow_that_the_grad_scaler_handles_is_not_counted(tmp_path: Path) ->
     trainer = make_trainer(tmp_path / "a", model=nn.Linear(3, 2), scaler=scaler)
     trainer.fit(make_loader(TensorDataset(100 * X, Y), 8))
     assert scaler.get_scale() < 2.0**127
-    assert (trainer.nonfinite.stats.count, trainer.outcome) == (0, "completed")
+    assert (trainer.steps.nonfinite.stats.count, trainer.outcome) == (0, "completed")
 
     for policy in ("skip", "stop"):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
         trainer = make_trainer(tmp_path / policy, policy, scaler=scaler, clip_norm=1.0)  # type: ignore[arg-type]
         trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
-        assert trainer.nonfinite.stats.count == 1
+        assert trainer.steps.nonfinite.stats.count == 1
         assert scaler.get_scale() == 2.0
         assert trainer.optimizers.steps == (5 if policy == "skip" else 2)
 
@@ -325,7 +328,7 @@ def test_zero_non_finite_gradients_checks_the_loss_only(tmp_path: Path) -> None:
     inputs[NAN_SAMPLE, 0] = 0
     trainer = make_trainer(tmp_path / "a", model=SquareRootModel(), zero_non_finite=True)
     trainer.fit(make_loader(TensorDataset(inputs, Y), 8))
-    assert (trainer.optimizers.steps, trainer.nonfinite.stats.count) == (6, 0)
+    assert (trainer.optimizers.steps, trainer.steps.nonfinite.stats.count) == (6, 0)
     trainer = make_trainer(tmp_path / "b", model=SquareRootModel(), zero_non_finite=True)
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert (trainer.optimizers.steps, trainer.outcome) == (2, "diverged")
@@ -372,7 +375,7 @@ def test_diverged_run_resumes_only_if_has_diverged_is_reset(tmp_path: Path) -> N
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1]
     assert trainer.outcome == "diverged"
-    trainer.nonfinite.has_diverged = False
+    trainer.steps.nonfinite.has_diverged = False
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert [row["epoch"] for row in trainer.state.history] == [1, 2, 3]
     assert trainer.optimizers.steps == 2 + 5 + 5
@@ -395,7 +398,7 @@ class RaiseSigterm(ResultRecorder):
 def interrupt_at(step: int, trainer: Trainer, loader: BatchLoader) -> None:
     """Train until SIGTERM interrupts it after a step."""
     trainer.callbacks = RaiseSigterm(step)
-    with trainer.stop_signal.installed(), pytest.raises(TrainingInterrupted):
+    with trainer.stop.signal.installed(), pytest.raises(TrainingInterrupted):
         trainer.fit(loader)
 
 
@@ -409,7 +412,7 @@ def test_interrupted_at_the_nan_step_diverges_when_resumed(tmp_path: Path) -> No
     assert resumed.outcome == uninterrupted.outcome == "diverged"
     assert_bitwise_equal(state_of(resumed), state_of(uninterrupted))
     assert resumed.state.history[0]["loss_mean"] == uninterrupted.state.history[0]["loss_mean"]
-    assert resumed.nonfinite.stats.to_dict() == uninterrupted.nonfinite.stats.to_dict()
+    assert resumed.steps.nonfinite.stats.to_dict() == uninterrupted.steps.nonfinite.stats.to_dict()
 
 
 def test_interrupted_after_skipped_steps_only_trains_the_rest_of_the_epoch(tmp_path: Path) -> None:
@@ -428,7 +431,7 @@ def test_epoch_with_only_skipped_steps_ends_training(tmp_path: Path) -> None:
     trainer.fit(make_loader(make_data(*range(0, 48, 8)), 8))
     assert (trainer.state.epoch, trainer.outcome) == (1, "diverged")
     assert math.isnan(float(trainer.state.history[0]["loss_mean"]))
-    assert trainer.nonfinite.stats.skipped == 6
+    assert trainer.steps.nonfinite.stats.skipped == 6
 
 
 def test_nan_in_validation_is_reported_and_never_best(
@@ -439,7 +442,7 @@ def test_nan_in_validation_is_reported_and_never_best(
         trainer.fit(make_loader(make_data(), 8), make_loader(make_data(NAN_SAMPLE), 8))
     assert "the loss is not finite in valid, epoch 1, step 3" in caplog.text
     assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
-    assert trainer.nonfinite.stats.count == 2
+    assert trainer.steps.nonfinite.stats.count == 2
 
 
 class ExplodingLinear(nn.Linear):

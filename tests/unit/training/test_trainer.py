@@ -123,7 +123,7 @@ def test_train_step_never_reads_the_device(tmp_path: Path, overrides: tuple[str,
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         output = trainer.task.train_step(batch)
         assert isinstance(output.values["loss"].value, Unreadable)  # type: ignore[union-attr]
-        trainer.averaging.update(1, trainer.optimizers.steps)
+        trainer.steps.averaging.update(1, trainer.optimizers.steps)
         accumulator.add(output.values, {**output.host_values, **trainer.optimizers.lrs()})
         progress.on_step_end(StepEnd("train", 1, len(y), batch, output.outputs))
         accumulator.add(trainer.task.eval_step("train", batch).values)

@@ -10,7 +10,9 @@ from torch import nn
 
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.train_state import TrainState
+from app.training.events import Callback
 from app.training.limits import SaveSchedule
+from app.training.nonfinite import NonFinitePolicy
 from app.training.optim.weight_averaging import WeightAveraging
 from app.training.supervised import SupervisedTask
 
@@ -19,7 +21,8 @@ def test_save_best_in_background_ignores_later_changes(tmp_path: Path) -> None:
     model = nn.Linear(2, 1)
     task = SupervisedTask(model, nn.MSELoss())
     schedule = SaveSchedule(in_background=True)
-    state = TrainState(task, WeightAveraging(model), tmp_path, None, None, schedule)
+    nonfinite, averaging = NonFinitePolicy(task), WeightAveraging(model)
+    state = TrainState(task, averaging, tmp_path, None, nonfinite, Callback(), schedule)
     expected, may_write = model.weight.detach().clone(), threading.Event()
     state.writer.submit(lambda: may_write.wait(60) and None)
     state.save_best()

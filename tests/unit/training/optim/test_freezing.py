@@ -28,13 +28,13 @@ def test_frozen_parameters_change_only_in_the_epochs_in_which_they_are_not_froze
     }
     trainer = make_trainer(tmp_path, model, freezing=FreezeSchedule(model, rules))
     states = [copy.deepcopy(model.state_dict())]
-    on_epoch_end = trainer.averaging.on_epoch_end
+    on_epoch_end = trainer.steps.averaging.on_epoch_end
 
     def record_state(epoch: int) -> None:
         states.append(copy.deepcopy(model.state_dict()))
         on_epoch_end(epoch)
 
-    trainer.averaging.on_epoch_end = record_state  # type: ignore[method-assign]
+    trainer.steps.averaging.on_epoch_end = record_state  # type: ignore[method-assign]
     trainer.fit(make_loader(DATA, 8))
 
     def has_changed(name: str) -> list[bool]:

@@ -75,16 +75,16 @@ def test_swa_is_the_mean_of_epochs_and_recomputes_batch_norm_statistics(tmp_path
     averaging = StochasticWeightAveraging(model, 2)
     trainer = make_trainer(tmp_path, model, 4, averaging=averaging, goal=GoalConfig("loss", "min"))
     weights: list[Tensor] = []
-    on_epoch_end = trainer.averaging.on_epoch_end
+    on_epoch_end = trainer.steps.averaging.on_epoch_end
 
     def record_weights(epoch: int) -> None:
         weights.append(model[0].weight.detach().clone())  # type: ignore[union-attr, operator]
         on_epoch_end(epoch)
 
-    trainer.averaging.on_epoch_end = record_weights  # type: ignore[method-assign]
+    trainer.steps.averaging.on_epoch_end = record_weights  # type: ignore[method-assign]
     trainer.fit(make_loader(DATA, 16), make_loader(DATA, 16))
     expected = torch.stack(weights[1:]).mean(0)
-    torch.testing.assert_close(trainer.averaging.average["0.weight"], expected)
+    torch.testing.assert_close(trainer.steps.averaging.average["0.weight"], expected)
     with trainer.averaged_weights(make_loader(DATA, 64), 5):
         outputs = model[0](X)
         torch.testing.assert_close(model[1].running_mean, outputs.mean(0))

@@ -1,0 +1,138 @@
+"""What surrounds a step: autocast, gradient synchronization, padding, averages, error reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+
+import torch
+
+from app.data.batch import BatchLoader
+from app.distributed.collectives import rank
+from app.distributed.strategies import SingleDevice
+from app.runtime.seed import seed_everything
+from app.training.nonfinite import NonFinitePolicy
+from app.training.oom import OOMReporter
+from app.training.optim.freezing import FreezeSchedule
+from app.training.optim.weight_averaging import WeightAveraging, recompute_bn_stats
+from app.training.rank_sync import StepBatch, step_batches
+from app.training.task import Task
+
+
+class StepContext:
+    """Runs the code that every step has in common around the steps of a task.
+
+    Args:
+        task: Task whose steps are run.
+        strategy: How gradients are synchronized over ranks.
+        freezing: Which parameters are frozen in which epochs.
+        averaging: Average of the weights, used in every evaluation.
+        nonfinite: What to do about a step that is not finite.
+        oom: Reports a step that runs out of memory.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        strategy: SingleDevice,
+        freezing: FreezeSchedule,
+        averaging: WeightAveraging,
+        nonfinite: NonFinitePolicy,
+        oom: OOMReporter,
+    ) -> None:
+        self.task, self.strategy, self.freezing = task, strategy, freezing
+        self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
+
+    def start_epoch(self, loader: BatchLoader, epoch: int, is_resumed: bool) -> None:
+        """Prepare for an epoch of training; `is_resumed` if it was interrupted and continues."""
+        self.task.model.train()
+        self.freezing.apply(epoch)
+        self.strategy.on_epoch_start()
+        self.nonfinite.on_epoch_start(loader, epoch, is_resumed)
+
+    @contextmanager
+    def train_step(self, epoch: int, batch: StepBatch, global_step: int) -> Iterator[None]:
+        """Wrap a training step, including its backward pass and its optimizer step.
+
+        Args:
+            epoch: Epoch that is trained.
+            batch: Batch of the step.
+            global_step: Number of the batch in the run, counted from 1.
+
+        Raises:
+            UserError: The step runs out of memory.
+            NonFiniteError: A step was not finite and the policy is to raise.
+        """
+        assert self.task.optimizers is not None
+        self.nonfinite.on_batch_start(batch, global_step)
+        steps_next = self.task.optimizers.steps_next
+        sync = self.strategy.sync_context(batch.is_padding, steps_next)
+        with self._forward("train", epoch, batch), sync:
+            yield
+        self.nonfinite.on_batch_end()
+        self.averaging.update(epoch, self.task.optimizers.steps)
+
+    @contextmanager
+    def eval_step(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:
+        """Wrap an evaluation or prediction step.
+
+        Raises:
+            UserError: The step runs out of memory.
+        """
+        with torch.no_grad(), self._forward(stage, epoch, batch):
+            yield
+
+    @contextmanager
+    def _forward(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:
+        metrics = self.task.metrics.get(stage) if batch.is_padding else None
+        with (
+            self.oom.guard_step(stage, epoch, batch.number),
+            metrics.paused() if metrics is not None else nullcontext(),
+            self.task.precision.autocast(),
+        ):
+            yield
+
+    def finish_epoch(self, epoch: int, is_complete: bool) -> None:
+        """Step with the gradients that are left, and handle the results of the last steps.
+
+        Raises:
+            NonFiniteError: A step was not finite and the policy is to raise.
+        """
+        assert self.task.optimizers is not None
+        self.nonfinite.on_epoch_end(is_complete)
+        self.averaging.update(epoch, self.task.optimizers.steps)
+        self.strategy.on_epoch_end()
+
+    @contextmanager
+    def averaged_weights(
+        self, train: BatchLoader, epoch: int, num_batches: int, seed: int
+    ) -> Iterator[None]:
+        """Use the averaged weights inside the `with` block, if there are any.
+
+        Args:
+            train: Loader of the training data, to recompute batch norm statistics.
+            epoch: Epoch whose batches are used for that.
+            num_batches: Number of these batches.
+            seed: Seed of the run.
+        """
+        with self.averaging.swapped_in():
+            if self.averaging.average and self.averaging.needs_bn_update:
+                seed_stage(seed, "measured", epoch)
+                self._update_bn(train, epoch, num_batches)
+            yield
+
+    @torch.no_grad()
+    def _update_bn(self, train: BatchLoader, epoch: int, num_batches: int) -> None:
+        self.task.model.eval()
+        with recompute_bn_stats(self.task.model) as batchnorms:
+            for batch in islice(step_batches(train, epoch), num_batches if batchnorms else 0):
+                sync = self.strategy.sync_context(batch.is_padding, True)
+                with sync, self.task.precision.autocast():
+                    self.task.bn_forward(batch.data)
+        self.strategy.on_epoch_end()
+
+
+def seed_stage(seed: int, stage: str, epoch: int) -> None:
+    """Seed all random number generators by seed, stage, epoch and rank."""
+    seed_everything(seed, stage, epoch, *([rank()] if rank() else []))
