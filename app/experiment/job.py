@@ -27,8 +27,8 @@ from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
+from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
-from app.training.checkpoint.store import verify_checksum
 
 log = logging.getLogger(__name__)
 

@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from app.runtime.errors import StorageError, UserError, as_storage_error, describe_read_error
 from app.runtime.fault_injection import maybe_crash
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n")  # start a formula in spreadsheets
 TEMP_SUFFIX = ".part"
@@ -186,11 +187,11 @@ def _nonfinite_to_none(content: Any) -> Any:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a CSV file with a header and no index, in which no text is a spreadsheet formula."""
+    from pandas.api.types import is_numeric_dtype
+
     escaped = table.set_axis([_escape_formula(name) for name in table.columns], axis=1)
     text_columns = [
-        index
-        for index, dtype in enumerate(table.dtypes)
-        if not pd.api.types.is_numeric_dtype(dtype)
+        index for index, dtype in enumerate(table.dtypes) if not is_numeric_dtype(dtype)
     ]
     for index in text_columns:
         cells = table.iloc[:, index].tolist()

@@ -13,11 +13,8 @@ import torch
 
 from app.runtime.errors import ConfigError
 from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.checkpoint.header import read_info, verify_checksum
 from app.training.checkpoint.rotation import latest_valid, list_checkpoints
-from app.training.checkpoint.store import (
-    read_info,
-    verify_checksum,
-)
 from tests.support.hostile_files import flip_bit
 from tests.support.interrupted_runs import TINY_RUN, RunJob, job_runner, samples_per_step
 from tests.support.processes import SUPPORT_DIR, assert_equal_runs

@@ -14,13 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.training.checkpoint.store import (
-    DIGEST_START,
-    FORMAT_VERSION,
-    NO_DIGEST,
-    CheckpointInfo,
-    write_store,
-)
+from app.training.checkpoint.header import DIGEST_START, FORMAT_VERSION, NO_DIGEST, CheckpointInfo
+from app.training.checkpoint.store import write_store
 
 SAMPLE_VALUE: dict[str, Any] = {
     "weights": torch.arange(12.0).reshape(3, 4),

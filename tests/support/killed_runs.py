@@ -17,7 +17,8 @@ from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import LocalWorkers
 from app.experiment.entry import run_experiment
 from app.runtime.fault_injection import FAULT_VARIABLE
-from app.training.checkpoint.store import read_store, verify_checksum
+from app.training.checkpoint.header import verify_checksum
+from app.training.checkpoint.store import read_store
 from tests.support.processes import SILENT_LOGGING, assert_equal_runs, status_of
 from tests.support.runs import job_for
 from tests.support.warm import WarmCommand

@@ -14,6 +14,7 @@ from app.distributed.collectives import is_distributed
 from app.distributed.strategies import load_full_state_dict
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.files import atomic_write
+from app.training.checkpoint.header import CheckpointInfo
 from app.training.checkpoint.rotation import (
     CHECKPOINT_DIR,
     LAST_CHECKPOINT,
@@ -21,7 +22,7 @@ from app.training.checkpoint.rotation import (
     CheckpointRotation,
     list_checkpoints,
 )
-from app.training.checkpoint.store import CheckpointInfo, read_store, write_store
+from app.training.checkpoint.store import read_store, write_store
 from app.training.history import Row
 
 BEST_CHECKPOINT = f"best{SUFFIX}"

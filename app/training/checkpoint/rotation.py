@@ -11,7 +11,7 @@ from typing import BinaryIO
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.fault_injection import maybe_crash
 from app.runtime.files import atomic_write
-from app.training.checkpoint.store import read_info, verify_checksum
+from app.training.checkpoint.header import read_info, verify_checksum
 
 log = logging.getLogger(__name__)
 CHECKPOINT_DIR = "checkpoints"

@@ -10,26 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from app.config.limits import load_json
 from app.runtime.errors import UserError
 from app.runtime.fault_injection import maybe_crash
+from app.training.checkpoint.header import (
+    DIGEST_START,
+    FORMAT_VERSION,
+    NO_DIGEST,
+    READ_ERRORS,
+    CheckpointInfo,
+    as_read_error,
+    verify_checksum,
+)
 
-FORMAT_VERSION = "4"
-BLOCK_SIZE = 1 << 20  # bytes read at once
 MAX_VALUES = 2**22  # values in the JSON text; each takes at most a few hundred bytes of memory
-MAX_MESSAGE = 150  # characters of the reader's message that are shown
-NO_DIGEST = "0" * 64  # stands in the header while the digest is computed
-HEADER_START = b'{"__metadata__":{"sha256":"'
-DIGEST_START = 8 + len(HEADER_START)  # the file starts with the length of the header
-READ_ERRORS = (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError)
 SCALARS = (str, int, float, bool, type(None))
 TENSOR, COMPLEX, TUPLE, ITEMS = "$tensor", "$complex", "$tuple", "$items"  # mark encoded values
 DTYPES = {
@@ -49,21 +50,6 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-
-
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """Summary of a checkpoint, readable without its content.
-
-    Attributes:
-        kind: `state` is a training checkpoint to resume from, `weights` has weights only.
-        epoch: Last epoch trained on, counted from 1.
-        number: Sequence number of a training checkpoint within its run.
-    """
-
-    kind: Literal["state", "weights"]
-    epoch: int
-    number: int = 0
 
 
 def write_store(file: BinaryIO, name: str, info: CheckpointInfo, content: dict[str, Any]) -> None:
@@ -166,40 +152,6 @@ class _Encoder:
         return stored
 
 
-def read_info(file: Path) -> CheckpointInfo:
-    """Read the summary of a checkpoint without verifying its checksum.
-
-    Raises:
-        UserError: The file is missing, damaged, or not a checkpoint of this program.
-    """
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-    except READ_ERRORS as error:
-        raise _read_error(file, error) from error
-    return _parse_info(file, metadata)
-
-
-def verify_checksum(file: Path) -> CheckpointInfo:
-    """Verify the checksum of a checkpoint and return its summary.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    info, digest = read_info(file), hashlib.sha256()
-    try:
-        with file.open("rb") as opened:
-            start, saved = opened.read(DIGEST_START), opened.read(len(NO_DIGEST))
-            digest.update(start + NO_DIGEST.encode())
-            while block := opened.read(BLOCK_SIZE):
-                digest.update(block)
-    except OSError as error:
-        raise _read_error(file, error) from error
-    if start[8:] != HEADER_START or saved != digest.hexdigest().encode():
-        raise UserError(f"{file} is damaged: its checksum does not match")
-    return info
-
-
 def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     """Read what `write_store` wrote, with tensors on the CPU.
 
@@ -219,7 +171,7 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     except UserError:
         raise
     except READ_ERRORS as error:
-        raise _read_error(file, error) from error
+        raise as_read_error(file, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a checkpoint of this program")
     return info, content
@@ -248,33 +200,3 @@ def _copy_tensor(opened: Any, name: str) -> Tensor:
     if tensor.dtype == torch.bool and (tensor.view(torch.uint8) > 1).any():
         raise ValueError(f"{name} contains values other than 0 and 1")
     return tensor.clone()
-
-
-def _parse_info(file: Path, metadata: dict[str, str]) -> CheckpointInfo:
-    if "format" not in metadata or "content" not in metadata:
-        raise UserError(f"{file} is not a checkpoint of this program")
-    if metadata["format"] != FORMAT_VERSION:
-        raise UserError(
-            f"{file} has format {printable(metadata['format'])}; this program reads format "
-            f"{FORMAT_VERSION}"
-        )
-    kind, epoch, number = (metadata.get(name, "") for name in ("kind", "epoch", "number"))
-    is_number = all(text.isdecimal() and len(text) < 20 for text in (epoch, number))
-    if kind not in ("state", "weights") or not is_number:
-        raise UserError(f"{file} is damaged: its summary cannot be read")
-    return CheckpointInfo(kind, int(epoch), int(number))  # type: ignore[arg-type]
-
-
-def _read_error(file: Path, error: Exception) -> UserError:
-    reason = printable(str(error)) or type(error).__name__
-    if isinstance(error, SafetensorError):
-        return UserError(f"{file} is truncated or not a checkpoint: {reason}")
-    if isinstance(error, OSError):
-        return UserError(f"{file} cannot be read: {error.strerror or reason}")
-    return UserError(f"{file} is damaged: {reason}")
-
-
-def printable(text: str) -> str:
-    """Return printable text of limited length."""
-    text = text if text.isprintable() else ascii(text)
-    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 3]}..."

@@ -29,6 +29,7 @@ from app.training.checkpoint.checkpoint import (
     save_checkpoint,
     write_model,
 )
+from app.training.checkpoint.header import read_info, verify_checksum
 from app.training.checkpoint.rotation import (
     CHECKPOINT_DIR,
     LAST_CHECKPOINT,
@@ -36,7 +37,6 @@ from app.training.checkpoint.rotation import (
     CheckpointRotation,
     remove_file,
 )
-from app.training.checkpoint.store import read_info, verify_checksum
 from app.training.history import Row
 from app.training.limits import SaveSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict

@@ -17,7 +17,8 @@ from app.runtime.errors import StorageError, UserError
 from app.runtime.files import atomic_write, read_json, read_status, remove_temp_files, write_text
 from app.sweep.outcome import read_run_status
 from app.training.checkpoint.checkpoint import write_model
-from app.training.checkpoint.store import CheckpointInfo, write_store
+from app.training.checkpoint.header import CheckpointInfo
+from app.training.checkpoint.store import write_store
 from tests.support.permissions import permissions
 
 

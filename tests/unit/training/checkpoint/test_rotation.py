@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from app.training.checkpoint.header import CheckpointInfo, verify_checksum
 from app.training.checkpoint.rotation import CheckpointRotation, list_checkpoints
-from app.training.checkpoint.store import CheckpointInfo, verify_checksum, write_store
+from app.training.checkpoint.store import write_store
 from tests.support.hostile_files import flip_bit
 
 

@@ -12,14 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from app.runtime.errors import UserError
-from app.training.checkpoint.store import (
-    DTYPES,
-    CheckpointInfo,
-    read_info,
-    read_store,
-    verify_checksum,
-    write_store,
-)
+from app.training.checkpoint.header import CheckpointInfo, read_info, verify_checksum
+from app.training.checkpoint.store import DTYPES, read_store, write_store
 from tests.support.hostile_files import SAMPLE_VALUE, is_identical
 
 INFO = CheckpointInfo("state", 3, 7)
