@@ -139,15 +139,7 @@ class SupervisedTask(Task):
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
-        """Update the metrics, and return the values of a step with the weights of the loss terms.
-
-        Args:
-            stage: Stage whose metrics are updated.
-            outputs: Outputs, as the metrics of the stage expect them.
-            targets: Targets, as the metrics of the stage expect them.
-            loss: Scalar, the mean over the batch.
-            terms: Further scalars by column name, each the mean over the batch.
-        """
+        """Do as `Task.step_output`, and add the weights of the loss terms as columns."""
         columns = {**(terms or {}), **self.loss.learned_weights()}
         output = super().step_output(stage, outputs, targets, loss, columns)
         return StepOutput(output.values, output.outputs, self.loss.scheduled_weights())

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,27 +21,11 @@ from app.training.limits import TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
 from app.training.supervised import SupervisedTask
-from app.training.task import StepOutput, Task
+from app.training.task import StepOutput
 from app.training.trainer import Trainer
 from tests.support import toy_training as toy
+from tests.support.points import X, Y, accuracy, fit, make_optimizers
 from tests.support.runs import config_issues
-
-X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-Y = (X[:, 0] > 0).long()
-
-
-def make_optimizers(model: nn.Module, **options: Any) -> OptimWrapperDict:
-    return OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), **options))
-
-
-def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
-    trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
-    return trainer.fit(make_loader(data, 10), make_loader(data, 10))
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """A plain function as a metric."""
-    return (outputs.argmax(1) == targets).float().mean()
 
 
 class DictDataset(Dataset[dict[str, Any]]):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,24 +22,8 @@ from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer
 from tests.support.own_task import OWN_TASK_ARGUMENTS, write_own_task
+from tests.support.points import X, Y, accuracy, fit, make_optimizers
 from tests.support.runs import job_for
-
-X = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
-Y = (X[:, 0] > 0).long()
-
-
-def make_optimizers(model: nn.Module, **options: Any) -> OptimWrapperDict:
-    return OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), **options))
-
-
-def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
-    trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
-    return trainer.fit(make_loader(data, 10), make_loader(data, 10))
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """A plain function as a metric."""
-    return (outputs.argmax(1) == targets).float().mean()
 
 
 class TwoOptimizerTask(Task):
