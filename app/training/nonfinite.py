@@ -94,8 +94,7 @@ class NonFinitePolicy:
         self.sample_indices = getattr(loader, "indices", _no_indices)
         self.bn_buffers = batchnorm_buffers(self.task.model)
         if self.finite_check is not None:
-            self.finite_check.is_latched, self.finite_check.found_inf = False, None
-            self.finite_check.syncs = self.finite_check.syncs or self.syncs_every_step
+            self.finite_check.reset(self.syncs_every_step)
 
     @property
     def optimizers(self) -> OptimWrapperDict:
@@ -131,7 +130,7 @@ class NonFinitePolicy:
         if check is None or step is None or not self.optimizers.at_step_boundary:
             return
         self.current = None
-        if check.skipped:
+        if check.pop_skipped():
             self._handle(step, check)
             return
         self.steps_taken += 1
@@ -191,13 +190,12 @@ class NonFinitePolicy:
         later = [*self.pending, *([self.current] if self.current else [])]
         self.pending.clear()
         self.current = None
-        check.is_latched = True
+        check.latch()
         self.optimizers.restore(step.optimizer_snapshot)
         self.invalid_rows += sum(len(item.batches) for item in later)
         self._handle(step, check)
 
     def _handle(self, step: PendingStep, check: FiniteCheck) -> None:
-        check.skipped = False
         self.invalid_rows += len(step.batches)
         copy_into(self.bn_buffers, step.bn_buffers)
         if check.policy != "skip" or not self.stats.skipped:

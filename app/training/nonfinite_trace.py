@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,17 +100,15 @@ def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
             wrong = [names[p] for p, g in pairs if g is not None and not all_finite(g)]
             events.extend([(GRADIENT, f"the gradient of {wrong[-1]!r}")] if wrong else [])
 
-    check.trace_hook = inspect
-    try:
-        with ExitStack() as stack:
-            # Not the strategy's own context: gradients are not synchronized here.
-            stack.enter_context(SingleDevice.sync_context(strategy, batch.is_padding, False))
-            stack.enter_context(task.metrics["train"].paused())
-            stack.enter_context(task.precision.autocast())
-            stack.enter_context(_recording_modules(task.model, modules))
-            task.train_step(batch.data)
-    finally:
-        check.trace_hook = None
+    with (
+        check.tracing(inspect),
+        # Not the strategy's own context: gradients are not synchronized here.
+        SingleDevice.sync_context(strategy, batch.is_padding, False),
+        task.metrics["train"].paused(),
+        task.precision.autocast(),
+        _recording_modules(task.model, modules),
+    ):
+        task.train_step(batch.data)
     if not events:
         return None
     kind, place = events[0]

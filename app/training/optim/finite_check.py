@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 NonFiniteAction = Literal["stop", "skip", "raise"]
+TraceHook = Callable[[list[Tensor], Tensor], None]
 FUSED_OPTIMIZERS = ("Adam", "AdamW", "SGD")  # their fused kernels do nothing if `found_inf` is 1
 
 
@@ -34,8 +36,7 @@ class FiniteCheck:
         is_latched: Whether all further steps are refused.
         found_inf: Accumulated indicator of the steps that were not read; NaN once one of them was
             non-finite.
-        trace_hook: Called with the parameters and the loss instead of making a step, while a
-            non-finite step is being traced.
+        trace_hook: Called with the parameters and the loss instead of making a step; see `tracing`.
     """
 
     def __init__(
@@ -45,7 +46,35 @@ class FiniteCheck:
         self.syncs = policy == "skip" or device is None or device.type != "cuda"
         self.skipped = self.is_latched = False
         self.found_inf: Tensor | None = None
-        self.trace_hook: Callable[[list[Tensor], Tensor], None] | None = None
+        self.trace_hook: TraceHook | None = None
+
+    def reset(self, syncs_every_step: bool) -> None:
+        """Prepare for an epoch; steps may be made again.
+
+        Args:
+            syncs_every_step: Whether the indicator must be read before each step.
+        """
+        self.skipped = self.is_latched = False
+        self.found_inf = None
+        self.syncs = self.syncs or syncs_every_step
+
+    def latch(self) -> None:
+        """Refuse all steps until the next `reset`."""
+        self.is_latched = True
+
+    def pop_skipped(self) -> bool:
+        """Return whether a step of the current batch was skipped, and begin the next batch."""
+        skipped, self.skipped = self.skipped, False
+        return skipped
+
+    @contextmanager
+    def tracing(self, hook: TraceHook) -> Iterator[None]:
+        """Call the hook in place of each optimizer step inside the `with` block."""
+        self.trace_hook = hook
+        try:
+            yield
+        finally:
+            self.trace_hook = None
 
     def is_finite(
         self, indicator: Tensor, optimizer: Optimizer, steps: int, has_scaler: bool = False
