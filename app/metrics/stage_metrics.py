@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
+MetricLike = Metric | OutputMetric | Callable[..., Tensor]
 Sums = tuple[Tensor, ...]
 MetricStates = Mapping[str, Tensor | list[Tensor]]  # by `<path of the metric>:<name of the state>`
 MAX_STATE_SIZE = 512  # numbers in the states of a metric that is evaluated at every step
@@ -42,22 +44,22 @@ class StageMetrics:
 
     A metric with few states, all of them sums, is evaluated at every step: `update` returns what
     the step adds to its states. The other metrics, such as a curve or a large matrix, accumulate
-    until the end of the stage.
+    until the end of the stage. Metrics with equal `update_key` would add the same to the same
+    states; a step updates only one of them.
 
     Of the latter, a metric with list states is deferred: its batches are collected and passed to
     `update` at the end of the stage, because many such metrics read from the device in their
     update. A metric sets `collects_in_update = True` to declare that it does not.
 
     Args:
-        metrics: Metrics by name, on the training device.
+        metrics: Metrics by name, on the training device. A plain function `(output, target) ->
+            tensor` becomes a `FunctionMetric`.
         stage: Name of the stage, for errors.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric | OutputMetric], stage: str = "") -> None:
+    def __init__(self, metrics: Mapping[str, MetricLike], stage: str = "") -> None:
         self.stage = stage
-        self.output_metrics = {
-            n: m if isinstance(m, OutputMetric) else OutputMetric(m) for n, m in metrics.items()
-        }
+        self.output_metrics = {name: as_output_metric(metric) for name, metric in metrics.items()}
         plain = {name: selected.metric for name, selected in self.output_metrics.items()}
         self.sum_metrics = {n: SumMetric(m) for n, m in plain.items() if has_small_sum_states(m)}
         self.accumulating_metrics = {n: m for n, m in plain.items() if n not in self.sum_metrics}
@@ -111,13 +113,18 @@ class StageMetrics:
         Raises:
             UserError: A metric does not support its outputs and targets.
         """
-        step_sums = {}
+        step_sums: dict[str, Sums] = {}
+        shared: dict[object, Sums] = {}
         for name, selected in self.output_metrics.items():
-            try:
+            with self._update_errors(name, outputs, targets):
                 batch = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.sum_metrics:
                     metric = self.sum_metrics[name]
-                    step_sums[name] = metric.sums(*batch) if self.is_enabled else metric.zeros()
+                    update_key = getattr(selected.metric, "update_key", name)
+                    key = (update_key, str(selected.output), str(selected.target))
+                    if key not in shared:
+                        shared[key] = metric.sums(*batch) if self.is_enabled else metric.zeros()
+                    step_sums[name] = shared[key]
                 elif name in self.deferred_batches:
                     self.deferred_batches[name].append(
                         batch if self.is_enabled else map_tensors(_empty_slice, batch)
@@ -126,11 +133,6 @@ class StageMetrics:
                     self.accumulating_metrics[name].update(*batch)
                 else:
                     _update_with_empty(self.accumulating_metrics[name], batch)
-            except torch.OutOfMemoryError:
-                raise
-            except METRIC_ERRORS as error:
-                outputs_text, targets_text = describe(outputs), describe(targets)
-                raise self._update_error(name, outputs_text, targets_text, error) from error
         return step_sums
 
     def value(self, name: str, sums: Tensor) -> np.ndarray:
@@ -139,10 +141,8 @@ class StageMetrics:
         Raises:
             UserError: The value cannot be computed.
         """
-        try:
+        with self._compute_errors(name):
             return self.sum_metrics[name].value(sums)
-        except METRIC_ERRORS as error:
-            raise UserError(f"{self._config_key(name)}: {error}") from error
 
     def compute_accumulating(self) -> dict[str, np.ndarray]:
         """Return the values of the accumulating metrics over all ranks.
@@ -159,15 +159,10 @@ class StageMetrics:
                 self.deferred_batches[name] = []
                 if rank() > 0:
                     continue
-                try:
+                with self._update_errors(name, *batch):
                     metric.update(*batch)
-                except METRIC_ERRORS as error:
-                    outputs, targets = map(describe, batch)
-                    raise self._update_error(name, outputs, targets, error) from error
-            try:
+            with self._compute_errors(name):
                 values |= _to_arrays(name, metric.compute())
-            except METRIC_ERRORS as error:
-                raise UserError(f"{self._config_key(name)}: {error}") from error
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,11 +206,24 @@ class StageMetrics:
     def _config_key(self, name: str) -> str:
         return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
 
-    def _update_error(self, name: str, outputs: str, targets: str, error: Exception) -> UserError:
-        key = self._config_key(name)
-        return UserError(
-            f"{key}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
-        )
+    @contextmanager
+    def _update_errors(self, name: str, outputs: Nested, targets: Nested) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except METRIC_ERRORS as error:
+            raise UserError(
+                f"{self._config_key(name)}: cannot take outputs ({describe(outputs)}) with "
+                f"targets ({describe(targets)}): {error}"
+            ) from error
+
+    @contextmanager
+    def _compute_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except METRIC_ERRORS as error:
+            raise UserError(f"{self._config_key(name)}: {error}") from error
 
 
 class SumMetric:
@@ -288,21 +296,14 @@ class SumMetric:
         return value
 
 
-def as_metrics(
-    metrics: Mapping[str, Metric | OutputMetric | Callable[..., Tensor]], stage: str = ""
-) -> StageMetrics:
-    """Return the metrics of a stage, some of which may be plain functions."""
-    return StageMetrics({name: as_metric(metric) for name, metric in metrics.items()}, stage)
-
-
-def as_metric(metric: Metric | OutputMetric | Callable[..., Tensor]) -> Metric | OutputMetric:
-    """Convert a plain function `(output, target) -> tensor` to a metric; metrics stay the same."""
+def as_output_metric(metric: MetricLike) -> OutputMetric:
+    """Return a metric or function as an `OutputMetric` whose metric is one of torchmetrics."""
     if isinstance(metric, OutputMetric):
-        return OutputMetric(_wrap_function(metric.metric), metric.output, metric.target)
-    return _wrap_function(metric)
+        return replace(metric, metric=_as_metric(metric.metric))
+    return OutputMetric(_as_metric(metric))
 
 
-def _wrap_function(metric: Metric | Callable[..., Tensor]) -> Metric:
+def _as_metric(metric: Metric | Callable[..., Tensor]) -> Metric:
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 
