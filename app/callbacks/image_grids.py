@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from app.callbacks.prediction_files import SINGLE_OUTPUT, flatten_outputs, to_label_image
+from app.callbacks.prediction_files import flatten_outputs, output_name, to_label_image
 from app.callbacks.selection import configured_logit_outputs, pick_targets
-from app.runtime.nested import Key, Nested, map_tensors, pick
+from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
 
 NamedTensors = dict[str, Tensor]  # keyed by the names that `flatten_outputs` gives
@@ -70,7 +70,7 @@ class SampleBuffer:
         return [f"{p} / {t}" for p, t in zip(predicted, true, strict=True)]
 
     def _class_names(self) -> set[str]:
-        return {_output_name(key) for key in configured_logit_outputs(self.config)}
+        return {output_name(key) for key in configured_logit_outputs(self.config)}
 
 
 def image_rows(
@@ -137,10 +137,6 @@ def stack_rows(rows: Sequence[Tensor]) -> Tensor:
         torch.cat([interpolate(row, size) for row in rows]), nrow=len(rows[0])
     )
     return stacked
-
-
-def _output_name(key: Key) -> str:
-    return SINGLE_OUTPUT if key is None else str(key)
 
 
 def _concat(parts: Sequence[Nested]) -> NamedTensors:
