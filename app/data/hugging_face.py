@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from app.data.archives import check_name
 from app.runtime.errors import UserError, did_you_mean, join_choices
 
 BUILDERS = {
@@ -64,10 +65,7 @@ def hugging_face(
     library = _import_library()
     rows = _load_rows(library, path, split, name)
     for column in (inputs, targets):
-        if column not in rows.column_names:
-            names = rows.column_names
-            available, hint = join_choices(names), did_you_mean(column, names)
-            raise UserError(f"{path}: no column {column!r}; available: {available}{hint}")
+        check_name(path, "column", column, rows.column_names)
     transform = v2.Compose(list(transforms.values())) if transforms else None
     return HuggingFace(rows, inputs, targets, image_mode, transform)
 
