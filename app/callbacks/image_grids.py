@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from app.callbacks.prediction_files import flatten_outputs, output_name, to_label_image
+from app.callbacks.prediction_files import flatten_outputs, labeled, output_name, to_label_image
 from app.callbacks.selection import configured_logit_outputs, pick_targets
 from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
@@ -90,21 +90,21 @@ def image_rows(
         Empty if no input is an image.
     """
     rows = {
-        _row_name("inputs", name): normalize_images(x) for name, x in inputs.items() if x.ndim == 4
+        labeled("inputs", name): normalize_images(x) for name, x in inputs.items() if x.ndim == 4
     }
     if not rows:
         return {}
     dense = {name: o for name, o in outputs.items() if o.ndim == 4}
     logits = {name: o for name, o in dense.items() if name in classes}
     images = {name: o for name, o in dense.items() if name not in classes and o.shape[1] in (1, 3)}
-    rows |= {_row_name("outputs", name): normalize_images(o) for name, o in images.items()}
-    rows |= {_row_name("labels", name): color_label_maps(o) for name, o in logits.items()}
+    rows |= {labeled("outputs", name): normalize_images(o) for name, o in images.items()}
+    rows |= {labeled("labels", name): color_label_maps(o) for name, o in logits.items()}
     num_classes = max((o.shape[1] for o in logits.values()), default=0)
     for name, target in targets.items():
         if logits and _is_label_map(target):
-            rows[_row_name("targets", name)] = color_label_maps(one_hot(target, num_classes))
+            rows[labeled("targets", name)] = color_label_maps(one_hot(target, num_classes))
         elif images and target.ndim == 4 and target.shape[1] in (1, 3):
-            rows[_row_name("targets", name)] = normalize_images(target)
+            rows[labeled("targets", name)] = normalize_images(target)
     return rows
 
 
@@ -148,10 +148,6 @@ def _concat(parts: Sequence[Nested]) -> NamedTensors:
         for name, tensor in batches[0].items()
         if tensor.ndim
     }
-
-
-def _row_name(kind: str, name: str) -> str:
-    return f"{kind}_{name}" if name else kind
 
 
 def _is_label_map(target: Tensor) -> bool:

@@ -67,7 +67,7 @@ class PredictionFileWriter:
         """Write the tables and arrays, after the last batch."""
         for name, batches in self.batches.items():
             values = np.concatenate([batch.numpy() for batch in batches])
-            stem = _stem(name)
+            stem = labeled("predictions", name)
             if self._choose_format(name, batches[0]) == "csv":
                 write_csv(self.folder / f"{stem}.csv", self._table(name, values))
             else:
@@ -99,7 +99,7 @@ class PredictionFileWriter:
 
     def _write_images(self, name: str, batch: Tensor) -> None:
         first = self.num_images.get(name, 0)
-        folder = self.folder / _stem(name)
+        folder = self.folder / labeled("predictions", name)
         for index, values in enumerate(batch.numpy(), first):
             stem = self.stems[index] if self.stems else f"{index:06d}"
             image = to_label_image(values) if name in self.class_names else to_image(values)
@@ -129,6 +129,11 @@ def prediction_table(values: np.ndarray, classes: bool) -> pd.DataFrame:
 def output_name(key: Key) -> str:
     """Return the name that `flatten_outputs` gives to the output with a key."""
     return SINGLE_OUTPUT if key is None else str(key)
+
+
+def labeled(kind: str, name: str) -> str:
+    """Return `<kind>_<name>`, or only the kind for the single output of a model."""
+    return f"{kind}_{name}" if name else kind
 
 
 def flatten_outputs(outputs: Nested, prefix: str = SINGLE_OUTPUT) -> Iterator[tuple[str, Tensor]]:
@@ -161,7 +166,3 @@ def to_image(values: np.ndarray) -> Image.Image:
     """Return an image of values (1 or 3, height, width), clipped to [0, 1]."""
     pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-
-
-def _stem(name: str) -> str:
-    return "predictions" + (f"_{name}" if name else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -242,7 +242,8 @@ class SumMetric:
             n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
         }
         self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
-        self.is_integer: bool | None = None  # dtype of the value; None until it is first computed
+        zeros = tuple(zero.cpu() for zero in self.defaults.values())
+        self.has_integer_value = not self._compute(zeros).is_floating_point()
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Return the states after this batch alone, without synchronizing with the device."""
@@ -262,10 +263,7 @@ class SumMetric:
             sums: Concatenated states, a float64 vector on the CPU. Counts are divided in float64,
                 so that 9 of 10 are exactly 0.9 and not the nearest float32.
         """
-        if self.is_integer is None:
-            (states,) = self._split_states(sums[None], exact=False)
-            self.is_integer = not self._compute(states).is_floating_point()
-        (states,) = self._split_states(sums[None], exact=not self.is_integer)
+        (states,) = self._split_states(sums[None])
         return self._compute(states).numpy()
 
     def values(self, rows: Tensor) -> np.ndarray:
@@ -273,20 +271,19 @@ class SumMetric:
 
         NaN marks the rows without a value.
         """
-        exact, values = not self.is_integer, np.full(len(rows), np.nan)
-        for index, states in enumerate(self._split_states(rows, exact)):
-            try:
+        values = np.full(len(rows), np.nan)
+        for index, states in enumerate(self._split_states(rows)):
+            with suppress(ValueError, RuntimeError):  # too few samples, such as R2 of a single one
                 values[index] = self._compute(states).item()
-            except (ValueError, RuntimeError):  # too few samples, such as R2 of a single one
-                continue
-        is_integer = self.is_integer and not np.isnan(values).any()
+        is_integer = self.has_integer_value and not np.isnan(values).any()
         return values.astype(np.int64) if is_integer else values
 
-    def _split_states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
+    def _split_states(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
         sizes = [zero.numel() for zero in self.defaults.values()]
+        parts = zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
         columns = [
-            (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
-            for zero, part in zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
+            (part.to(zero.dtype) if self.has_integer_value else part).reshape(-1, *zero.shape)
+            for zero, part in parts
         ]
         return zip(*columns, strict=True)
 
