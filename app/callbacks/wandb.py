@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from app.callbacks.log_values import final_metrics, row_metrics
 from app.config.schema import GoalConfig
 from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart
 from app.training.history import History
@@ -44,10 +45,7 @@ class WeightsAndBiases(Callback):
             raise UserError(f"mode={mode!r}; allowed: offline, online")
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError('needs Weights & Biases: pip install -e ".[wandb]"') from error
+        wandb = import_extra("wandb", "wandb")
         self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
         self.init_run = partial(
             wandb.init,

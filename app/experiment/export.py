@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 from app.runtime.files import atomic_write
 from app.runtime.nested import iter_tensors
 
@@ -45,7 +44,7 @@ def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Pa
 
 
 def _to_safetensors(model: nn.Module, sample: Tensor) -> bytes:  # noqa: ARG001
-    library = _import_optional("safetensors.torch")
+    library = import_extra("safetensors.torch", "export")
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     content: bytes = library.save(state)
     loaded = library.load(content)
@@ -69,8 +68,8 @@ def _to_torch_export(model: nn.Module, sample: Tensor) -> bytes:
 
 def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     for library in ("onnx", "onnxscript"):
-        _import_optional(library)
-    runtime = _import_optional("onnxruntime")
+        import_extra(library, "export")
+    runtime = import_extra("onnxruntime", "export")
     for verbose_library in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(verbose_library).setLevel(logging.WARNING)
 
@@ -109,10 +108,3 @@ def _all_close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: 
 def _check_same(same: bool) -> None:
     if not same:
         raise UserError("export: the exported model does not give the same outputs as the model")
-
-
-def _import_optional(library: str) -> ModuleType:
-    try:
-        return import_module(library)
-    except ImportError as error:
-        raise UserError(f'export needs {library}: pip install -e ".[export]"') from error

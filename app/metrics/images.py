@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torchmetrics.utilities import dim_zero_cat
 from torchvision import models
 
 from app.metrics.function import SampleMean
+from app.runtime.extras import import_extra
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -237,8 +237,7 @@ def make_feature_extractor(
     if feature not in INCEPTION_FEATURES:
         allowed = ", ".join(map(str, INCEPTION_FEATURES))
         raise ValueError(f"feature={feature!r} is not valid; allowed: {allowed}, or a module")
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(f'feature={feature} needs torch-fidelity: pip install -e ".[generation]"')
+    import_extra("torch_fidelity", "generation")
     return Inception(feature, find_weights(weights, INCEPTION_URL), normalize)
 
 

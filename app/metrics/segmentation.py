@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,6 +13,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from app.metrics.function import SampleMean
+from app.runtime.extras import import_extra
 
 Mask = NDArray[np.bool_]
 
@@ -173,8 +173,7 @@ class HausdorffDistance95(Metric):
         self, num_classes: int, include_background: bool = False, percentile: float = 95.0
     ) -> None:
         super().__init__()
-        if importlib.util.find_spec("scipy") is None:
-            raise ValueError('HausdorffDistance95 needs SciPy: pip install -e ".[segmentation]"')
+        import_extra("scipy", "segmentation")
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100")
         self.labels = included_labels(num_classes, include_background)
