@@ -123,9 +123,6 @@ class PatchInference:
         size: Window size in each spatial dimension.
         overlap: Fraction of a window shared with the next one; at least 0 and below 1.
         batch_size: Windows per forward pass.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: Sequence[int], overlap: float = 0.25, batch_size: int = 8) -> None:
@@ -135,7 +132,9 @@ class PatchInference:
             raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self.size, self.overlap, self.batch_size = tuple(size), overlap, batch_size
+        self.size, self.batch_size = tuple(size), batch_size
+        # Rounded first: 20 * (1 - 0.9) is 1.9999999999999996.
+        self.stride = [max(1, int(round(length * (1 - overlap), 6))) for length in size]
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return the model's output for the entire input.
@@ -168,7 +167,7 @@ class PatchInference:
         return F.pad(x, padding), original
 
     def _predict(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        indices = _window_indices(x.shape[2:], self.size, self._stride)
+        indices = _window_indices(x.shape[2:], self.size, self.stride)
         windows = list(itertools.product(range(len(x)), indices))
         total: Tensor | None = None
         for start in range(0, len(windows), self.batch_size):
@@ -181,11 +180,6 @@ class PatchInference:
                 total[sample][index] += output
         assert total is not None
         return (total / _coverage(total, x.shape[2:], indices)).to(outputs.dtype)
-
-    @property
-    def _stride(self) -> list[int]:
-        # Rounded first: 20 * (1 - 0.9) is 1.9999999999999996.
-        return [max(1, int(round(size * (1 - self.overlap), 6))) for size in self.size]
 
     def _check_outputs(self, outputs: Tensor, count: int) -> None:
         shape = tuple(outputs.shape)
