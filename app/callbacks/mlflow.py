@@ -9,11 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.callbacks.log_values import final_metrics, flatten, row_metrics
-from app.config.schema import GoalConfig
+from app.callbacks.log_values import ExperimentTracker, final_metrics, flatten, row_metrics
 from app.runtime.extras import import_extra
 from app.training.accumulator import StageResult
-from app.training.events import Callback, StageStart
+from app.training.events import StageStart
 from app.training.history import History
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ MAX_PARAMS_PER_BATCH = 100  # that a tracking server accepts
 ARTIFACTS = ("config.yaml", "summary_table.csv")
 
 
-class MLflow(Callback):
+class MLflow(ExperimentTracker):
     """Log the configuration, the metrics of each stage by epoch, and the main files of the run.
 
     Args:
@@ -48,18 +47,10 @@ class MLflow(Callback):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # required by the file store
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         make_client = import_extra("mlflow.tracking", "mlflow").MlflowClient
-        self.folder, self.config, self.experiment = folder, config, experiment
-        self.goal = GoalConfig(**config["goal"])
+        super().__init__(folder, config)
+        self.experiment = experiment
         self.make_client = partial(make_client, tracking_uri or Path("mlruns").absolute().as_uri())
         self.client: MlflowClient | None = None
-        self.run_id = ""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"run": self.run_id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the MLflow run of the interrupted run."""
-        self.run_id = state["run"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
         """Create or continue the MLflow run at the first stage.
