@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,31 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from app.distributed.collectives import gather_object, is_distributed, rank
 from app.metrics.function import FunctionMetric
+from app.metrics.metric_states import (
+    empty_slice,
+    merge_metric_states,
+    metric_states,
+    set_metric_states,
+    to_device_of,
+    update_with_empty,
+)
 from app.metrics.output_metric import OutputMetric
+from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, Sums, has_small_sum_states
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
 MetricLike = Metric | OutputMetric | Callable[..., Tensor]
-Sums = tuple[Tensor, ...]
-MetricStates = Mapping[str, Tensor | list[Tensor]]  # by `<path of the metric>:<name of the state>`
-MAX_STATE_SIZE = 512  # numbers in the states of a metric that is evaluated at every step
-MERGE_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {  # by torchmetrics' reduction over ranks
-    dim_zero_sum: torch.add,
-    dim_zero_max: torch.maximum,
-    dim_zero_min: torch.minimum,
-}
-METRIC_ERRORS = (  # that a metric raises for outputs or targets that it does not support
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-)
 
 
 class StageMetrics:
@@ -44,12 +35,13 @@ class StageMetrics:
 
     A metric with few states, all of them sums, is evaluated at every step: `update` returns what
     the step adds to its states. The other metrics, such as a curve or a large matrix, accumulate
-    until the end of the stage. Metrics with equal `update_key` would add the same to the same
-    states; a step updates only one of them.
+    until the end of the stage.
 
     Of the latter, a metric with list states is deferred: its batches are collected and passed to
     `update` at the end of the stage, because many such metrics read from the device in their
     update. A metric sets `collects_in_update = True` to declare that it does not.
+
+    Metrics with equal `update_key` add the same to the same states; a step updates one of them.
 
     Args:
         metrics: Metrics by name, on the training device. A plain function `(output, target) ->
@@ -127,12 +119,12 @@ class StageMetrics:
                     step_sums[name] = shared[key]
                 elif name in self.deferred_batches:
                     self.deferred_batches[name].append(
-                        batch if self.is_enabled else map_tensors(_empty_slice, batch)
+                        batch if self.is_enabled else map_tensors(empty_slice, batch)
                     )
                 elif self.is_enabled:
                     self.accumulating_metrics[name].update(*batch)
                 else:
-                    _update_with_empty(self.accumulating_metrics[name], batch)
+                    update_with_empty(self.accumulating_metrics[name], batch)
         return step_sums
 
     def value(self, name: str, sums: Tensor) -> np.ndarray:
@@ -198,9 +190,7 @@ class StageMetrics:
 
     def _saved_batches(self, name: str, saved: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         metric = self.accumulating_metrics[name]
-        batches: list[tuple[Tensor, Tensor]] = map_tensors(
-            _to_device_of(metric), saved["fed"][name]
-        )
+        batches: list[tuple[Tensor, Tensor]] = map_tensors(to_device_of(metric), saved["fed"][name])
         return batches
 
     def _config_key(self, name: str) -> str:
@@ -226,73 +216,6 @@ class StageMetrics:
             raise UserError(f"{self._config_key(name)}: {error}") from error
 
 
-class SumMetric:
-    """A metric whose states are sums, so that those of steps can be added up.
-
-    A step returns the states after one update from zero. The value is computed from the states of
-    one step, or from their sum over a stage.
-
-    Args:
-        metric: Metric on the training device.
-    """
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.defaults = {
-            n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
-        }
-        self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
-        zeros = tuple(zero.cpu() for zero in self.defaults.values())
-        self.has_integer_value = not self._compute(zeros).is_floating_point()
-
-    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Return the states after this batch alone, without synchronizing with the device."""
-        # Bypass Module.__setattr__ and torchmetrics' wrapper of update, which are slow.
-        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.defaults.items()})
-        type(self.metric).update(self.metric, outputs, targets)
-        return tuple(getattr(self.metric, name) for name in self.defaults)
-
-    def zeros(self) -> Sums:
-        """Return the states of a step without samples."""
-        return tuple(torch.zeros_like(zero) for zero in self.defaults.values())
-
-    def value(self, sums: Tensor) -> np.ndarray:
-        """Return the value of the metric.
-
-        Args:
-            sums: Concatenated states, a float64 vector on the CPU. Counts are divided in float64,
-                so that 9 of 10 are exactly 0.9 and not the nearest float32.
-        """
-        (states,) = self._split_states(sums[None])
-        return self._compute(states).numpy()
-
-    def values(self, rows: Tensor) -> np.ndarray:
-        """Return the values of a scalar metric, for each row of a matrix of concatenated states.
-
-        NaN marks the rows without a value.
-        """
-        values = np.full(len(rows), np.nan)
-        for index, states in enumerate(self._split_states(rows)):
-            with suppress(ValueError, RuntimeError):  # too few samples, such as R2 of a single one
-                values[index] = self._compute(states).item()
-        is_integer = self.has_integer_value and not np.isnan(values).any()
-        return values.astype(np.int64) if is_integer else values
-
-    def _split_states(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        sizes = [zero.numel() for zero in self.defaults.values()]
-        parts = zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
-        columns = [
-            (part.to(zero.dtype) if self.has_integer_value else part).reshape(-1, *zero.shape)
-            for zero, part in parts
-        ]
-        return zip(*columns, strict=True)
-
-    def _compute(self, states: tuple[Tensor, ...]) -> Tensor:
-        vars(self.cpu_metric).update(zip(self.defaults, states, strict=True))
-        value: Tensor = type(self.cpu_metric).compute(self.cpu_metric)
-        return value
-
-
 def as_output_metric(metric: MetricLike) -> OutputMetric:
     """Return a metric or function as an `OutputMetric` whose metric is one of torchmetrics."""
     if isinstance(metric, OutputMetric):
@@ -304,96 +227,10 @@ def _as_metric(metric: Metric | Callable[..., Tensor]) -> Metric:
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
 
 
-def has_small_sum_states(metric: Metric) -> bool:
-    """Whether all states are tensors that are summed over ranks and have few elements in total."""
-    states = metric._defaults.values()
-    return (
-        all(isinstance(state, Tensor) for state in states)
-        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
-        and 0
-        < sum(state.numel() for state in states if isinstance(state, Tensor))
-        <= MAX_STATE_SIZE
-        and _computes_tensor(metric)
-    )
-
-
-def _computes_tensor(metric: Metric) -> bool:
-    """Whether the value is a single tensor, even without any samples."""
-    copied = copy.deepcopy(metric).cpu()
-    try:
-        return isinstance(type(copied).compute(copied), Tensor)
-    except (*METRIC_ERRORS, ArithmeticError):
-        return False
-
-
 def is_deferred(metric: Metric) -> bool:
     """Whether batches are collected and passed to the metric at the end of the stage."""
     has_lists = any(isinstance(state, list) for state in metric._defaults.values())
     return has_lists and not getattr(metric, "collects_in_update", False)
-
-
-def metric_states(metric: Metric) -> dict[str, Tensor | list[Tensor]]:
-    """Return copies of the states of a metric and of the metrics that it wraps."""
-    return {
-        f"{path}:{name}": list(state) if isinstance(state, list) else state.clone()
-        for path, part in _submetrics(metric).items()
-        for name in part._defaults
-        for state in [getattr(part, name)]
-    }
-
-
-def set_metric_states(metric: Metric, states: MetricStates) -> None:
-    """Restore the result of `metric_states`."""
-    parts = _submetrics(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        setattr(parts[path], name, map_tensors(_to_device_of(metric), state))
-        # Otherwise torchmetrics warns that compute was called before update.
-        parts[path]._update_count = max(1, parts[path]._update_count)
-
-
-def merge_metric_states(metric: Metric, states: MetricStates) -> None:
-    """Add the states of the same metric of another rank.
-
-    Raises:
-        TypeError: A state is neither a sum, a maximum, a minimum nor a list.
-    """
-    parts, merged = _submetrics(metric), metric_states(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        reduction = parts[path]._reductions[name]
-        other = map_tensors(_to_device_of(metric), state)
-        if isinstance(other, list):
-            merged[key] += other  # type: ignore[operator]
-        elif reduction in MERGE_FUNCTIONS:
-            merged[key] = MERGE_FUNCTIONS[reduction](merged[key], other)
-        else:
-            raise TypeError(f"{key} is not a sum, a maximum, a minimum or a list")
-    set_metric_states(metric, merged)
-
-
-def _submetrics(metric: Metric) -> dict[str, Metric]:
-    """Return the metric and the metrics that it wraps, by path."""
-    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
-
-
-def _to_device_of(metric: Metric) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(metric.device)
-
-
-def _update_with_empty(metric: Metric, batch: tuple[Tensor, Tensor]) -> None:
-    """Extend list states by empty tensors, so that they are as long as on other ranks."""
-    before = metric_states(metric)
-    metric.update(*batch)
-    after = metric_states(metric)
-    for name, state in before.items():
-        if isinstance(state, list):
-            state += [_empty_slice(part) for part in after[name][len(state) :]]
-    set_metric_states(metric, before)
-
-
-def _empty_slice(tensor: Tensor) -> Tensor:
-    return tensor[:0]
 
 
 def _gather_batches(batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
