@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ class SampleBuffer:
     def __init__(self, config: dict[str, Any], count: int) -> None:
         self.config, self.num_missing = config, count
         self.batches: list[tuple[Nested, Nested, Nested]] = []
-        self.logit_names = {output_name(key) for key in configured_logit_outputs(config)}
 
     def add(self, step: StepEnd) -> None:
         """Keep as many samples of the batch as are still missing."""
@@ -49,6 +49,11 @@ class SampleBuffer:
     def is_empty(self) -> bool:
         return not self.batches
 
+    @cached_property
+    def logit_names(self) -> set[str]:
+        """Names of the outputs that are class logits."""
+        return {output_name(key) for key in configured_logit_outputs(self.config)}
+
     def named_tensors(self) -> tuple[NamedTensors, NamedTensors, NamedTensors]:
         """Return inputs, outputs and targets by name, on the CPU."""
         inputs, outputs, targets = (_concat(parts) for parts in zip(*self.batches, strict=True))
@@ -63,17 +68,12 @@ class SampleBuffer:
             kind. Empty if no input is an image.
         """
         inputs, outputs, targets = self.named_tensors()
-        rows = {
-            labeled("inputs", name): normalize_images(x)
-            for name, x in inputs.items()
-            if x.ndim == 4
-        }
+        rows = {labeled("inputs", n): normalize_images(x) for n, x in inputs.items() if x.ndim == 4}
         if not rows:
             return {}
-        classes = self.logit_names
         dense = {name: o for name, o in outputs.items() if o.ndim == 4}
-        logits = {name: o for name, o in dense.items() if name in classes}
-        images = {n: o for n, o in dense.items() if n not in classes and o.shape[1] in (1, 3)}
+        logits = {name: o for name, o in dense.items() if name in self.logit_names}
+        images = {n: o for n, o in dense.items() if n not in logits and o.shape[1] in (1, 3)}
         rows |= {labeled("outputs", name): normalize_images(o) for name, o in images.items()}
         rows |= {labeled("labels", name): color_label_maps(o) for name, o in logits.items()}
         num_classes = max((o.shape[1] for o in logits.values()), default=0)
