@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
-from app.callbacks.prediction_files import SINGLE_OUTPUT, flatten_outputs, to_label_image
+from app.callbacks.prediction_files import flatten_outputs, labeled, output_name, to_label_image
 from app.callbacks.selection import configured_logit_outputs, pick_targets
-from app.runtime.nested import Key, Nested, map_tensors, pick
+from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
 
 NamedTensors = dict[str, Tensor]  # keyed by the names that `flatten_outputs` gives
@@ -48,64 +49,51 @@ class SampleBuffer:
     def is_empty(self) -> bool:
         return not self.batches
 
+    @cached_property
+    def logit_names(self) -> set[str]:
+        """Names of the outputs that are class logits."""
+        return {output_name(key) for key in configured_logit_outputs(self.config)}
+
     def named_tensors(self) -> tuple[NamedTensors, NamedTensors, NamedTensors]:
         """Return inputs, outputs and targets by name, on the CPU."""
         inputs, outputs, targets = (_concat(parts) for parts in zip(*self.batches, strict=True))
         return inputs, outputs, targets
 
     def image_rows(self) -> dict[str, Tensor]:
-        """Return the samples as images; see `image_rows`."""
-        return image_rows(*self.named_tensors(), self._class_names())
+        """Return everything that can be shown as images, each (N, 3, height, width) in [0, 1].
+
+        Returns:
+            Rows named `inputs`, `outputs` (of outputs that are images), `labels` (of dense logits)
+            and `targets` (that match such outputs), followed by `_<name>` if there are several of a
+            kind. Empty if no input is an image.
+        """
+        inputs, outputs, targets = self.named_tensors()
+        rows = {labeled("inputs", n): normalize_images(x) for n, x in inputs.items() if x.ndim == 4}
+        if not rows:
+            return {}
+        dense = {name: o for name, o in outputs.items() if o.ndim == 4}
+        logits = {name: o for name, o in dense.items() if name in self.logit_names}
+        images = {n: o for n, o in dense.items() if n not in logits and o.shape[1] in (1, 3)}
+        rows |= {labeled("outputs", name): normalize_images(o) for name, o in images.items()}
+        rows |= {labeled("labels", name): color_label_maps(o) for name, o in logits.items()}
+        num_classes = max((o.shape[1] for o in logits.values()), default=0)
+        for name, target in targets.items():
+            if logits and _is_label_map(target):
+                rows[labeled("targets", name)] = color_label_maps(one_hot(target, num_classes))
+            elif images and target.ndim == 4 and target.shape[1] in (1, 3):
+                rows[labeled("targets", name)] = normalize_images(target)
+        return rows
 
     def titles(self) -> list[str]:
         """Return "predicted / true" labels per sample; empty if there are no (N, K) logits."""
         _, outputs, targets = self.named_tensors()
-        names = self._class_names()
-        logits = [o for name, o in outputs.items() if name in names and o.ndim == 2]
+        logits = [o for name, o in outputs.items() if name in self.logit_names and o.ndim == 2]
         labels = [t for t in targets.values() if t.ndim == 1 and not t.is_floating_point()]
         if not logits:
             return []
         predicted = logits[0].argmax(1).tolist()
         true = labels[0].tolist() if labels else ["?"] * len(predicted)
         return [f"{p} / {t}" for p, t in zip(predicted, true, strict=True)]
-
-    def _class_names(self) -> set[str]:
-        return {_output_name(key) for key in configured_logit_outputs(self.config)}
-
-
-def image_rows(
-    inputs: NamedTensors, outputs: NamedTensors, targets: NamedTensors, classes: Collection[str]
-) -> dict[str, Tensor]:
-    """Return everything that can be shown as images, each (N, 3, height, width) in [0, 1].
-
-    Args:
-        inputs: Inputs by name.
-        outputs: Outputs by name.
-        targets: Targets by name.
-        classes: Names of the outputs that are class logits.
-
-    Returns:
-        Rows named `inputs`, `outputs` (of outputs that are images), `labels` (of dense logits) and
-        `targets` (that match such outputs), followed by `_<name>` if there are several of a kind.
-        Empty if no input is an image.
-    """
-    rows = {
-        _row_name("inputs", name): normalize_images(x) for name, x in inputs.items() if x.ndim == 4
-    }
-    if not rows:
-        return {}
-    dense = {name: o for name, o in outputs.items() if o.ndim == 4}
-    logits = {name: o for name, o in dense.items() if name in classes}
-    images = {name: o for name, o in dense.items() if name not in classes and o.shape[1] in (1, 3)}
-    rows |= {_row_name("outputs", name): normalize_images(o) for name, o in images.items()}
-    rows |= {_row_name("labels", name): color_label_maps(o) for name, o in logits.items()}
-    num_classes = max((o.shape[1] for o in logits.values()), default=0)
-    for name, target in targets.items():
-        if logits and _is_label_map(target):
-            rows[_row_name("targets", name)] = color_label_maps(one_hot(target, num_classes))
-        elif images and target.ndim == 4 and target.shape[1] in (1, 3):
-            rows[_row_name("targets", name)] = normalize_images(target)
-    return rows
 
 
 def normalize_images(images: Tensor) -> Tensor:
@@ -139,10 +127,6 @@ def stack_rows(rows: Sequence[Tensor]) -> Tensor:
     return stacked
 
 
-def _output_name(key: Key) -> str:
-    return SINGLE_OUTPUT if key is None else str(key)
-
-
 def _concat(parts: Sequence[Nested]) -> NamedTensors:
     if parts[0] is None:
         return {}
@@ -152,10 +136,6 @@ def _concat(parts: Sequence[Nested]) -> NamedTensors:
         for name, tensor in batches[0].items()
         if tensor.ndim
     }
-
-
-def _row_name(kind: str, name: str) -> str:
-    return f"{kind}_{name}" if name else kind
 
 
 def _is_label_map(target: Tensor) -> bool:

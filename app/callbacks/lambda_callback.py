@@ -31,27 +31,13 @@ class LambdaCallback(Callback):
         on_epoch_end: Callable[[EpochEnd], object] | None = None,
         on_run_end: Callable[[History], object] | None = None,
     ) -> None:
-        self.stage_start = on_stage_start or _ignore
-        self.step_end = on_step_end or _ignore
-        self.stage_end = on_stage_end or _ignore
-        self.epoch_end = on_epoch_end or _ignore
-        self.run_end = on_run_end or _ignore
-
-    def on_stage_start(self, start: StageStart) -> None:
-        self.stage_start(start)
-
-    def on_step_end(self, step: StepEnd) -> None:
-        self.step_end(step)
-
-    def on_stage_end(self, result: StageResult, history: History) -> None:
-        self.stage_end(result, history)
-
-    def on_epoch_end(self, end: EpochEnd) -> None:
-        self.epoch_end(end)
-
-    def on_run_end(self, history: History) -> None:
-        self.run_end(history)
-
-
-def _ignore(*_: object) -> None:
-    pass
+        functions = {
+            "on_stage_start": on_stage_start,
+            "on_step_end": on_step_end,
+            "on_stage_end": on_stage_end,
+            "on_epoch_end": on_epoch_end,
+            "on_run_end": on_run_end,
+        }
+        for event, function in functions.items():
+            if function is not None:
+                setattr(self, event, function)

@@ -1,11 +1,32 @@
-"""Convert the configuration and the results of a run to what experiment trackers log."""
+"""What callbacks that log to an experiment tracker have in common."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from app.config.schema import GoalConfig
+from app.training.events import Callback
 from app.training.history import History, Row, best_epoch
+
+
+class ExperimentTracker(Callback):
+    """Base of callbacks that log to a run of a tracker, and continue it when the run is resumed.
+
+    Args:
+        folder: Run folder.
+        config: Resolved configuration.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
+        self.run_id = ""  # that the tracker gives; empty before the first stage
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"run": self.run_id}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.run_id = state["run"]
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,21 +7,23 @@ import re
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from app.callbacks.log_values import final_metrics, flatten, row_metrics
-from app.config.schema import GoalConfig
-from app.runtime.errors import UserError
+from app.callbacks.log_values import ExperimentTracker, final_metrics, flatten, row_metrics
+from app.runtime.extras import import_extra
 from app.training.accumulator import StageResult
-from app.training.events import Callback, StageStart
+from app.training.events import StageStart
 from app.training.history import History
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 MAX_PARAM_LENGTH = 500  # characters of a value that every tracking store accepts
 MAX_PARAMS_PER_BATCH = 100  # that a tracking server accepts
 ARTIFACTS = ("config.yaml", "summary_table.csv")
 
 
-class MLflow(Callback):
+class MLflow(ExperimentTracker):
     """Log the configuration, the metrics of each stage by epoch, and the main files of the run.
 
     Args:
@@ -44,22 +46,11 @@ class MLflow(Callback):
     ) -> None:
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # required by the file store
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        try:
-            from mlflow.tracking import MlflowClient
-        except ImportError as error:
-            raise UserError('needs MLflow: pip install -e ".[mlflow]"') from error
-        self.folder, self.config, self.experiment = folder, config, experiment
-        self.goal = GoalConfig(**config["goal"])
-        self.make_client = partial(MlflowClient, tracking_uri or Path("mlruns").absolute().as_uri())
+        make_client = import_extra("mlflow.tracking", "mlflow").MlflowClient
+        super().__init__(folder, config)
+        self.experiment = experiment
+        self.make_client = partial(make_client, tracking_uri or Path("mlruns").absolute().as_uri())
         self.client: MlflowClient | None = None
-        self.run_id = ""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"run": self.run_id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the MLflow run of the interrupted run."""
-        self.run_id = state["run"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
         """Create or continue the MLflow run at the first stage.

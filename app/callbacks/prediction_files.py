@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,7 @@ class PredictionFileWriter:
         names: Sequence[str] | None = None,
     ) -> None:
         self.folder, self.format, self.names = folder, format, names
-        self.class_names = {SINGLE_OUTPUT if key is None else str(key) for key in classes}
+        self.class_names = {output_name(key) for key in classes}
         self.batches: dict[str, list[Tensor]] = {}
         self.targets: list[Tensor] = []
         self.num_images: dict[str, int] = {}
@@ -67,14 +67,13 @@ class PredictionFileWriter:
         """Write the tables and arrays, after the last batch."""
         for name, batches in self.batches.items():
             values = np.concatenate([batch.numpy() for batch in batches])
-            stem = _stem(name)
+            stem = labeled("predictions", name)
             if self._choose_format(name, batches[0]) == "csv":
                 write_csv(self.folder / f"{stem}.csv", self._table(name, values))
             else:
-                content = io.BytesIO()
                 labels = {"labels": values.argmax(1)} if name in self.class_names else {}
-                np.savez_compressed(content, allow_pickle=False, outputs=values, **labels)
-                atomic_write(self.folder / f"{stem}.npz", lambda f: f.write(content.getvalue()))  # noqa: B023
+                write = partial(np.savez_compressed, allow_pickle=False, outputs=values, **labels)
+                atomic_write(self.folder / f"{stem}.npz", write)
 
     def _choose_format(self, name: str, tensor: Tensor) -> str:
         if self.format != "auto":
@@ -100,13 +99,11 @@ class PredictionFileWriter:
 
     def _write_images(self, name: str, batch: Tensor) -> None:
         first = self.num_images.get(name, 0)
-        folder = self.folder / _stem(name)
+        folder = self.folder / labeled("predictions", name)
         for index, values in enumerate(batch.numpy(), first):
             stem = self.stems[index] if self.stems else f"{index:06d}"
             image = to_label_image(values) if name in self.class_names else to_image(values)
-            content = io.BytesIO()
-            image.save(content, format="png")
-            atomic_write(folder / f"{stem}.png", lambda f: f.write(content.getvalue()))  # noqa: B023
+            atomic_write(folder / f"{stem}.png", partial(image.save, format="png"))
         self.num_images[name] = first + len(batch)
 
 
@@ -127,6 +124,16 @@ def prediction_table(values: np.ndarray, classes: bool) -> pd.DataFrame:
     softmax /= softmax.sum(1, keepdims=True)
     probabilities = {f"probability_{k}": softmax[:, k] for k in columns}
     return pd.DataFrame(samples | {"label": values.argmax(1)} | probabilities)
+
+
+def output_name(key: Key) -> str:
+    """Return the name that `flatten_outputs` gives to the output with a key."""
+    return SINGLE_OUTPUT if key is None else str(key)
+
+
+def labeled(kind: str, name: str) -> str:
+    """Return `<kind>_<name>`, or only the kind for the single output of a model."""
+    return f"{kind}_{name}" if name else kind
 
 
 def flatten_outputs(outputs: Nested, prefix: str = SINGLE_OUTPUT) -> Iterator[tuple[str, Tensor]]:
@@ -159,7 +166,3 @@ def to_image(values: np.ndarray) -> Image.Image:
     """Return an image of values (1 or 3, height, width), clipped to [0, 1]."""
     pixels = (values.clip(0, 1) * 255).round().astype(np.uint8)
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
-
-
-def _stem(name: str) -> str:
-    return "predictions" + (f"_{name}" if name else "")

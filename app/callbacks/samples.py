@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class SampleImages(Callback):
             save_figure(path, draw_titled_images(rows["inputs"], titles))
         else:
             grid = to_image(stack_rows(list(rows.values())).numpy())
-            atomic_write(path, lambda file: grid.save(file, format="png"))
+            atomic_write(path, partial(grid.save, format="png"))
 
 
 def draw_titled_images(images: Tensor, titles: Sequence[str]) -> Figure:

@@ -19,7 +19,7 @@ from app.callbacks.image_grids import SampleBuffer
 from app.callbacks.log_values import final_metrics, flatten, row_metrics
 from app.callbacks.plots import draw_matrix
 from app.config.schema import GoalConfig
-from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 from app.runtime.nested import Nested, iter_tensors
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
@@ -64,10 +64,9 @@ class TensorBoard(Callback):
         graph: bool = False,
         hparams: bool = True,
     ) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise UserError('needs TensorBoard: pip install -e ".[tensorboard]"') from error
+        import_extra("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self.make_writer = partial(SummaryWriter, str(folder / "tensorboard"))
         self.model, self.config, self.goal = model, config, GoalConfig(**config["goal"])
         self.steps, self.images, self.hparams = steps, images, hparams

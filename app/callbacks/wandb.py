@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.callbacks.log_values import final_metrics, row_metrics
-from app.config.schema import GoalConfig
+from app.callbacks.log_values import ExperimentTracker, final_metrics, row_metrics
 from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 from app.training.accumulator import StageResult
-from app.training.events import Callback, StageStart
+from app.training.events import StageStart
 from app.training.history import History
 
 if TYPE_CHECKING:
     from wandb import Run
 
 
-class WeightsAndBiases(Callback):
+class WeightsAndBiases(ExperimentTracker):
     """Log the configuration and the metrics of each stage by epoch, to `wandb/` in the run folder.
 
     Args:
@@ -44,11 +44,8 @@ class WeightsAndBiases(Callback):
             raise UserError(f"mode={mode!r}; allowed: offline, online")
         if mode == "offline":
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        try:
-            import wandb
-        except ImportError as error:
-            raise UserError('needs Weights & Biases: pip install -e ".[wandb]"') from error
-        self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
+        wandb = import_extra("wandb", "wandb")
+        super().__init__(folder, config)
         self.init_run = partial(
             wandb.init,
             project=project,
@@ -57,14 +54,6 @@ class WeightsAndBiases(Callback):
             settings=wandb.Settings(silent=True, console="off"),
         )
         self.run: Run | None = None
-        self.run_id: str | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"run": self.run_id}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the W&B run of the interrupted run."""
-        self.run_id = state["run"]
 
     def on_stage_start(self, start: StageStart) -> None:  # noqa: ARG002
         """Create or continue the W&B run at the first stage.
@@ -79,7 +68,7 @@ class WeightsAndBiases(Callback):
                 tags=self.config["tags"],
                 notes=self.config["notes"],
                 reinit="create_new",
-                id=self.run_id,
+                id=self.run_id or None,
                 resume="allow" if self.run_id else None,
             )
             self.run_id = self.run.id

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from app.runtime.errors import UserError
+from app.runtime.errors import UserError, did_you_mean, join_choices
 
 MAX_UNCHECKED_BYTES = 2 * 2**30  # uncompressed size up to which any compression ratio is allowed
 MAX_COMPRESSION_RATIO = 100  # above that size; an array of zeros reaches about 1000
+NPZ_DAMAGE_ERRORS = (  # raised by NumPy and zipfile for corrupt files and wrong sizes in headers
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    OSError,
+    MemoryError,
+    RuntimeError,
+)
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -70,14 +80,44 @@ def _extract(
         shutil.copyfileobj(source, file)
 
 
-def check_npz(path: Path) -> None:
-    """Check the array sizes that an `.npz` file declares, without reading the arrays.
+def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Read arrays of an `.npz` file, after a check of the sizes that it declares.
 
     Raises:
-        UserError: The file is a decompression bomb, or a header declares a wrong size.
-        zipfile.BadZipFile: The file is not a zip archive.
-        ValueError: A member is not an array, or would have to be unpickled.
+        UserError: The file or an array is missing, the file is damaged or a decompression bomb, or
+            an array would have to be unpickled.
     """
+    if not path.is_file():
+        raise UserError(f"{str(path)!r} is not a file")
+    try:
+        _check_npz(path)
+        with np.load(path, allow_pickle=False) as file:
+            for name in names:
+                check_name(path, "array", name, list(file))
+            return [file[name] for name in names]
+    except UserError:
+        raise
+    except NPZ_DAMAGE_ERRORS as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    except (ValueError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{path} is not an .npz file of plain arrays: {error}") from error
+
+
+def check_name(path: object, kind: str, name: str, available: Sequence[str]) -> None:
+    """Check that a file has an array or a column of that name.
+
+    Raises:
+        UserError: It does not; the message names those that it has.
+    """
+    if name not in available:
+        raise UserError(
+            f"{path}: no {kind} {name!r}; available: {join_choices(available)}"
+            f"{did_you_mean(name, available)}"
+        )
+
+
+def _check_npz(path: Path) -> None:
+    """Check the array sizes that the file declares, without reading the arrays."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         total = sum(member.file_size for member in members)
@@ -96,7 +136,7 @@ def _check_header(path: Path, file: IO[bytes], member: zipfile.ZipInfo) -> None:
     if version not in HEADER_READERS:
         raise ValueError(f"{member.filename!r} has the unknown format version {version}")
     shape, _, dtype = HEADER_READERS[version](file)
-    size = int(np.prod([int(n) for n in shape], dtype=object)) * dtype.itemsize
+    size = math.prod(map(int, shape)) * dtype.itemsize
     if dtype.hasobject:
         raise ValueError(f"{member.filename!r} contains objects, which would have to be unpickled")
     if size > member.file_size or min(shape, default=0) < 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from app.data.archives import check_npz
-from app.runtime.errors import UserError, did_you_mean, join_choices
-
-# Raised by NumPy and zipfile for corrupt files and for wrong sizes in headers.
-NPZ_DAMAGE_ERRORS = (
-    zipfile.BadZipFile,
-    zlib.error,
-    EOFError,
-    OSError,
-    MemoryError,
-    NotImplementedError,
-)
+from app.data.archives import check_name, read_npz
+from app.runtime.errors import UserError, join_choices
 
 
 def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> TensorDataset:
@@ -38,32 +26,12 @@ def npz(path: str, inputs: str, targets: str, channels_last: bool = False) -> Te
     Raises:
         UserError: The file or an array is missing, damaged, or of the wrong kind.
     """
-    arrays = _load(path, (inputs, targets))
-    x, y = arrays[inputs], arrays[targets]
+    x, y = read_npz(Path(path), (inputs, targets))
     if len(x) != len(y):
         raise UserError(f"{path}: {inputs!r} has {len(x)} samples, but {targets!r} has {len(y)}")
     x = np.moveaxis(x, -1, 1) if channels_last else x
     x = x[:, None] if x.ndim == 3 else x
     return TensorDataset(_to_inputs(x), _to_targets(y))
-
-
-def _load(path: str, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    if not Path(path).is_file():
-        raise UserError(f"{path!r} is not a file")
-    try:
-        check_npz(Path(path))
-        with np.load(path, allow_pickle=False) as file:
-            missing = [name for name in names if name not in file]
-            if missing:
-                available, hint = join_choices(file), did_you_mean(missing[0], file)
-                raise UserError(f"{path}: no array {missing[0]!r}; available: {available}{hint}")
-            return {name: file[name] for name in names}
-    except UserError:
-        raise
-    except NPZ_DAMAGE_ERRORS as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    except (ValueError, AttributeError, SyntaxError) as error:
-        raise UserError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 
 def _to_inputs(x: np.ndarray) -> Tensor:
@@ -113,10 +81,7 @@ def csv(
         raise UserError(f"{path} cannot be read as a table: {error}") from error
     columns = features or [str(name) for name in table.columns if name != target]
     for name in [target, *columns]:
-        if name not in table.columns:
-            names = [str(column) for column in table.columns]
-            available, hint = join_choices(names), did_you_mean(name, names)
-            raise UserError(f"{path}: no column {name!r}; available: {available}{hint}")
+        check_name(path, "column", name, [str(column) for column in table.columns])
     x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
     y = (
         _to_numbers(path, table[target])

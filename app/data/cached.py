@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from app.data.archives import check_npz
+from app.data.archives import read_npz
 from app.data.split import dataset_size
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write
 
 ARRAY_NAMES = ("inputs", "targets")
-# Raised by NumPy and zipfile for corrupt files.
-CACHE_DAMAGE_ERRORS = (
-    zipfile.BadZipFile,
-    EOFError,
-    OSError,
-    KeyError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    MemoryError,
-    SyntaxError,
-    zlib.error,
-)
 
 
 def cached(dataset: Dataset[Any], file: str | None = None, num_workers: int = 0) -> TensorDataset:
@@ -108,13 +93,9 @@ def _save(path: Path, tensors: tuple[Tensor, ...]) -> None:
 
 def _load(path: Path, count: int) -> tuple[Tensor, ...]:
     try:
-        check_npz(path)
-        with np.load(path, allow_pickle=False) as file:
-            tensors = tuple(torch.from_numpy(file[name]) for name in ARRAY_NAMES)
-    except UserError:
-        raise
-    except CACHE_DAMAGE_ERRORS as error:
-        raise UserError(f"{path} is damaged: {error}; delete it to read the data again") from error
+        tensors = tuple(torch.from_numpy(array) for array in read_npz(path, ARRAY_NAMES))
+    except (UserError, TypeError) as error:  # TypeError: a dtype that torch does not have
+        raise UserError(f"{error}; delete {path} to read the data again") from error
     for name, tensor in zip(ARRAY_NAMES, tensors, strict=True):
         if tensor.ndim == 0 or len(tensor) != count:
             raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -128,7 +129,7 @@ def _make_loader(
     data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
     if is_training:
         augment = list(build.build_all("data.augment", data.augment).values())
-        transform = BatchTransform(**{**vars(transform), "augment": augment})
+        transform = replace(transform, augment=augment)
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
     prepare = BatchPreparer(device, transform, data.inputs)
     limit, options = _batch_limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
@@ -150,9 +151,7 @@ def _make_loader(
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
         return TensorLoader(dataset, sampler, batch_size, prepare, on_device)
-    loader = SampleLoader(dataset, sampler, batch_size, prepare, config.seed, options)
-    loader.names = getattr(dataset, "names", None)
-    return loader
+    return SampleLoader(dataset, sampler, batch_size, prepare, config.seed, options)
 
 
 def _batch_limit(trainer: TrainerConfig, stage: str) -> Limit:

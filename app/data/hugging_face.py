@@ -18,7 +18,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from app.data.archives import check_name
 from app.runtime.errors import UserError, did_you_mean, join_choices
+from app.runtime.extras import import_extra
 
 BUILDERS = {
     ".csv": "csv",
@@ -29,7 +31,6 @@ BUILDERS = {
 }
 IMAGE_MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # one byte per channel
 HUB_TIMEOUT = 10  # seconds to wait for any answer of the hub
-MISSING_LIBRARY = 'data of Hugging Face needs datasets: pip install -e ".[hugging_face]"'
 
 
 def hugging_face(
@@ -61,13 +62,13 @@ def hugging_face(
     if image_mode is not None and image_mode not in IMAGE_MODES:
         allowed, hint = join_choices(IMAGE_MODES), did_you_mean(image_mode, IMAGE_MODES)
         raise UserError(f"image_mode={image_mode!r} is unknown; allowed: {allowed}{hint}")
-    library = _import_library()
+    # Of a submodule, because a folder named `datasets`, such as that of downloads, is imported as
+    # an empty package.
+    import_extra("datasets.load", "hugging_face")
+    library = importlib.import_module("datasets")
     rows = _load_rows(library, path, split, name)
     for column in (inputs, targets):
-        if column not in rows.column_names:
-            names = rows.column_names
-            available, hint = join_choices(names), did_you_mean(column, names)
-            raise UserError(f"{path}: no column {column!r}; available: {available}{hint}")
+        check_name(path, "column", column, rows.column_names)
     transform = v2.Compose(list(transforms.values())) if transforms else None
     return HuggingFace(rows, inputs, targets, image_mode, transform)
 
@@ -156,17 +157,6 @@ def _to_tensor(location: str, value: Any) -> Tensor:
         raise UserError(
             f"{location} is of type {kind}; allowed: images, numbers, labels"
         ) from error
-
-
-def _import_library() -> Any:
-    try:
-        library = importlib.import_module("datasets")
-    except ModuleNotFoundError as error:
-        raise UserError(MISSING_LIBRARY) from error
-    # A folder named `datasets`, such as that of downloads, is imported as an empty package.
-    if not hasattr(library, "load_dataset"):
-        raise UserError(MISSING_LIBRARY)
-    return library
 
 
 def _load_rows(library: Any, path: str, split: str, name: str | None) -> Any:

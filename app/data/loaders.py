@@ -122,7 +122,7 @@ class TensorLoader:
 
     def _local_indices(self, epoch: int) -> Iterator[slice | Tensor]:
         """Yield the indices of this rank's share of each batch."""
-        if self.sampler.is_sequential:
+        if self.sampler.shuffle_seed is None:
             for start in range(0, self.num_samples, self.batch_size):
                 local = local_slice(min(self.batch_size, self.num_samples - start))
                 yield slice(start + local.start, start + local.stop)
@@ -170,7 +170,7 @@ class SampleLoader:
             **options.arguments(prepare.device, seed),
         )
         self.num_batches = len(self.batch_sampler)
-        self.names: list[str] | None = None  # of the samples, if they have names
+        self.names: list[str] | None = getattr(dataset, "names", None)  # of the samples
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.batch_sampler.epoch = epoch

@@ -62,11 +62,6 @@ class EpochSampler:
             )
         return replace(self, num_samples=num_samples)
 
-    @property
-    def is_sequential(self) -> bool:
-        """Whether samples keep the order of the dataset."""
-        return self.shuffle_seed is None
-
     def indices(self, epoch: int) -> Tensor:
         """Return the dataset indices of an epoch, int64 of shape (num_samples,)."""
         if self.shuffle_seed is None:

@@ -17,6 +17,7 @@ from torchvision.datasets.utils import check_integrity, check_md5, download_url
 from app.data.archives import unpack
 from app.data.idx import read_idx
 from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 
 IDX_DATASETS = ("FashionMNIST", "KMNIST")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
@@ -49,7 +50,7 @@ def torchvision_dataset(name: str, train: bool, root: str) -> TensorDataset:
         images = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()
         return TensorDataset(images, torch.tensor(cifar.targets))
     if name == "SVHN":
-        _require_scipy()
+        import_extra("scipy", "svhn")
         split = "train" if train else "test"
         url, file, md5 = datasets.SVHN.split_list[split]
         download_dataset(Path(root), [url.removesuffix(file)], [(file, md5)])
@@ -74,13 +75,6 @@ def _load_cifar(name: str, root: str, train: bool) -> Any:
         return source(root, train=train)
     except (RuntimeError, OSError) as error:
         raise UserError(f"{folder / source.base_folder} is damaged ({error}); delete it") from error
-
-
-def _require_scipy() -> None:
-    try:
-        import scipy.io  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError('SVHN needs scipy: pip install "torch-experiment-app[svhn]"') from error
 
 
 def download_dataset(

@@ -37,9 +37,7 @@ def sliding_window(x: Tensor, size: Sequence[int], stride: Sequence[int]) -> Ten
     Raises:
         ValueError: A window does not fit into x, or the strides leave gaps.
     """
-    if len(size) > x.ndim:
-        raise ValueError(f"size={list(size)} has more dimensions than shape {list(x.shape)}")
-    indices = _window_indices(x.shape[x.ndim - len(size) :], size, stride)
+    indices = _window_indices(_last(x.shape, len(size)), size, stride)
     return torch.stack([x[index] for index in indices])
 
 
@@ -61,8 +59,6 @@ def reversed_sliding_window(windows: Tensor, shape: Sequence[int], stride: Seque
     """
     if len(shape) >= windows.ndim:
         raise ValueError(f"shape={list(shape)} has too many dimensions for {_shape(windows)}")
-    if not windows.is_floating_point():
-        raise ValueError(f"windows of {windows.dtype} cannot be averaged; allowed: floating point")
     first = windows.ndim - len(shape)
     indices = _window_indices(shape, windows.shape[first:], stride)
     if len(windows) != len(indices):
@@ -98,10 +94,8 @@ class WindowDataset(Dataset[tuple[Tensor, Any]]):
         if dataset_size(dataset) == 0:
             raise UserError("there are no samples to cut windows from")
         x: Tensor = dataset[0][0]
-        if len(size) > x.ndim:
-            raise ValueError(f"size={list(size)} has more dimensions than samples of {_shape(x)}")
         self.dataset, self.shape = dataset, x.shape
-        self.spatial = x.shape[x.ndim - len(size) :]
+        self.spatial = _last(x.shape, len(size))
         self.window_indices = _window_indices(self.spatial, size, stride)
 
     def __len__(self) -> int:
@@ -116,15 +110,10 @@ class WindowDataset(Dataset[tuple[Tensor, Any]]):
         if x.shape != self.shape:
             raise UserError(f"sample {sample} has {_shape(x)}, sample 0 has {list(self.shape)}")
         window = self.window_indices[number]
-        return x[window], target[window] if self._is_dense(target) else target
-
-    def _is_dense(self, target: Any) -> bool:
-        dimensions = len(self.spatial)
-        return (
-            isinstance(target, Tensor)
-            and target.ndim >= dimensions
-            and target.shape[target.ndim - dimensions :] == self.spatial
+        is_dense = (
+            isinstance(target, Tensor) and _last(target.shape, len(self.spatial)) == self.spatial
         )
+        return x[window], target[window] if is_dense else target
 
 
 class PatchInference:
@@ -134,9 +123,6 @@ class PatchInference:
         size: Window size in each spatial dimension.
         overlap: Fraction of a window shared with the next one; at least 0 and below 1.
         batch_size: Windows per forward pass.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     def __init__(self, size: Sequence[int], overlap: float = 0.25, batch_size: int = 8) -> None:
@@ -146,7 +132,9 @@ class PatchInference:
             raise ValueError(f"overlap={overlap} must be at least 0 and below 1")
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} must be at least 1")
-        self.size, self.overlap, self.batch_size = tuple(size), overlap, batch_size
+        self.size, self.batch_size = tuple(size), batch_size
+        # Rounded first: 20 * (1 - 0.9) is 1.9999999999999996.
+        self.stride = [max(1, int(round(length * (1 - overlap), 6))) for length in size]
 
     def __call__(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return the model's output for the entire input.
@@ -168,8 +156,7 @@ class PatchInference:
                 f"dimensions, not {_shape(x)}"
             )
         padded, original = self._pad(x)
-        outputs = self._predict(model, padded)
-        return outputs[original]
+        return self._predict(model, padded)[original]
 
     def _pad(self, x: Tensor) -> tuple[Tensor, WindowIndex]:
         """Pad the input to at least a window; also return the index of the original in it."""
@@ -180,7 +167,7 @@ class PatchInference:
         return F.pad(x, padding), original
 
     def _predict(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        indices = _window_indices(x.shape[2:], self.size, self._stride)
+        indices = _window_indices(x.shape[2:], self.size, self.stride)
         windows = list(itertools.product(range(len(x)), indices))
         total: Tensor | None = None
         for start in range(0, len(windows), self.batch_size):
@@ -194,21 +181,12 @@ class PatchInference:
         assert total is not None
         return (total / _coverage(total, x.shape[2:], indices)).to(outputs.dtype)
 
-    @property
-    def _stride(self) -> list[int]:
-        # Rounded first: 20 * (1 - 0.9) is 1.9999999999999996.
-        return [max(1, int(round(size * (1 - self.overlap), 6))) for size in self.size]
-
     def _check_outputs(self, outputs: Tensor, count: int) -> None:
         shape = tuple(outputs.shape)
         if len(shape) != len(self.size) + 2 or (shape[0], shape[2:]) != (count, self.size):
             raise ValueError(
                 f"{count} windows of size {list(self.size)} gave an output of {_shape(outputs)}; "
                 f"allowed: ({count}, K, {', '.join(map(str, self.size))})"
-            )
-        if not outputs.is_floating_point():
-            raise ValueError(
-                f"outputs of {outputs.dtype} cannot be averaged; allowed: floating point"
             )
 
 
@@ -245,7 +223,13 @@ def _coverage(total: Tensor, shape: Sequence[int], indices: list[WindowIndex]) -
     return counts
 
 
+def _last(shape: Sequence[int], count: int) -> Sequence[int]:
+    return shape[max(0, len(shape) - count) :]
+
+
 def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    if not like.is_floating_point():
+        raise ValueError(f"windows of {like.dtype} cannot be averaged; allowed: floating point")
     # At least float32: long sums in half precision would lose small terms.
     return like.new_zeros(*shape, dtype=torch.promote_types(like.dtype, torch.float32))
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from app.runtime.errors import UserError
+from app.runtime.extras import import_extra
 from app.runtime.files import atomic_write
 from app.runtime.nested import iter_tensors
 
@@ -45,7 +44,7 @@ def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Pa
 
 
 def _to_safetensors(model: nn.Module, sample: Tensor) -> bytes:  # noqa: ARG001
-    library = _import_optional("safetensors.torch")
+    library = import_extra("safetensors.torch", "export")
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
     content: bytes = library.save(state)
     loaded = library.load(content)
@@ -62,15 +61,14 @@ def _to_torch_export(model: nn.Module, sample: Tensor) -> bytes:
     torch.export.save(_traced("torch_export", trace), content)
     content.seek(0)
     loaded = torch.export.load(content).module()
-    for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        _check_same(_all_close(iter_tensors(loaded(inputs)), iter_tensors(model(inputs)), 1e-5))
+    _check_outputs(lambda inputs: iter_tensors(loaded(inputs)), model, sample, 1e-5)
     return content.getvalue()
 
 
 def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     for library in ("onnx", "onnxscript"):
-        _import_optional(library)
-    runtime = _import_optional("onnxruntime")
+        import_extra(library, "export")
+    runtime = import_extra("onnxruntime", "export")
     for verbose_library in ("onnxscript", "onnx_ir", "torch.onnx"):
         logging.getLogger(verbose_library).setLevel(logging.WARNING)
 
@@ -85,9 +83,11 @@ def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     content: bytes = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (name,) = [node.name for node in session.get_inputs()]
-    for inputs in (sample, sample[:1].repeat(3, *[1] * (sample.ndim - 1))):
-        outputs = map(torch.from_numpy, session.run(None, {name: inputs.numpy()}))
-        _check_same(_all_close(outputs, iter_tensors(model(inputs)), 1e-4))
+
+    def run(inputs: Tensor) -> Iterable[Tensor]:
+        return map(torch.from_numpy, session.run(None, {name: inputs.numpy()}))
+
+    _check_outputs(run, model, sample, 1e-4)
     return content
 
 
@@ -101,18 +101,14 @@ def _traced(format: str, trace: Callable[[], T]) -> T:
         ) from error
 
 
-def _all_close(actual: Iterable[Tensor], expected: Iterable[Tensor], tolerance: float) -> bool:
-    pairs = zip(actual, expected, strict=True)
-    return all(torch.allclose(a, b, atol=tolerance) for a, b in pairs)
+def _check_outputs(
+    run: Callable[[Tensor], Iterable[Tensor]], model: nn.Module, sample: Tensor, tolerance: float
+) -> None:
+    for inputs in (sample, torch.cat([sample, sample[:1]])):  # two batch sizes
+        pairs = zip(run(inputs), iter_tensors(model(inputs)), strict=True)
+        _check_same(all(torch.allclose(a, b, atol=tolerance) for a, b in pairs))
 
 
 def _check_same(same: bool) -> None:
     if not same:
         raise UserError("export: the exported model does not give the same outputs as the model")
-
-
-def _import_optional(library: str) -> ModuleType:
-    try:
-        return import_module(library)
-    except ImportError as error:
-        raise UserError(f'export needs {library}: pip install -e ".[export]"') from error

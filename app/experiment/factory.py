@@ -28,7 +28,7 @@ from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import dry_run
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
-from app.metrics.stage_metrics import StageMetrics, as_metrics
+from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
@@ -157,7 +157,7 @@ def make_metrics(stage: str, nodes: Mapping[str, Any], instantiator: Instantiato
             raise UserError(
                 f"metric.{stage}.{name} is neither a torchmetrics.Metric nor a function"
             )
-    return as_metrics(metrics, stage)
+    return StageMetrics(metrics, stage)
 
 
 def make_callbacks(

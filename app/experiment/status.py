@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,7 @@ class StatusWriter(Callback):
         write_json(self.path, content)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions of Python, the platform and the main libraries."""
     return {

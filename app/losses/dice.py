@@ -21,9 +21,6 @@ class DiceLoss(nn.Module):
         include_background: Whether to include class 0. Ignored for a single output channel.
         ignore_index: Label of positions to ignore; None to use all positions.
         per_sample: Whether to compute the overlap of each sample instead of that of the batch.
-
-    Raises:
-        ValueError: `smooth` is out of range.
     """
 
     def __init__(
@@ -80,9 +77,6 @@ class DiceCrossEntropyLoss(nn.Module):
         smooth: See `DiceLoss`.
         include_background: See `DiceLoss`; does not affect the cross-entropy.
         ignore_index: See `DiceLoss`.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     def __init__(

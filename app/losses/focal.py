@@ -20,9 +20,6 @@ class FocalLoss(nn.Module):
         gamma: Focusing parameter, at least 0; 0 gives the cross-entropy.
         alpha: Weight of each class, at least 0; None weights all classes equally.
         ignore_index: Label of positions to ignore.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     alpha: Tensor | None
@@ -83,9 +80,6 @@ class BinaryFocalLoss(nn.Module):
         gamma: Focusing parameter, at least 0; 0 gives the binary cross-entropy.
         alpha: Weight of the positives, in [0, 1]; negatives have weight `1 - alpha`. None weights
             both by 1.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     def __init__(self, gamma: float = 2.0, alpha: float | None = None) -> None:

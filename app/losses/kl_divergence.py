@@ -21,9 +21,6 @@ class KLDivLoss(nn.Module):
     Args:
         temperature: Temperature T, above 0; a higher one gives more weight to unlikely classes.
         targets: Form of the target. Logits are divided by T, too; probabilities are used as given.
-
-    Raises:
-        ValueError: An argument is out of range.
     """
 
     def __init__(self, temperature: float = 1.0, targets: Targets = "probabilities") -> None:

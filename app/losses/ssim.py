@@ -16,11 +16,8 @@ class SSIMLoss(nn.Module):
     with a Gaussian window of 11 x 11 pixels.
 
     Args:
-        data_range: Difference of the largest and the smallest possible value; 1 for images in
-            [0, 1].
-
-    Raises:
-        ValueError: The range is not above 0 and finite.
+        data_range: Difference of the largest and the smallest possible value, above 0; 1 for images
+            in [0, 1].
     """
 
     def __init__(self, data_range: float = 1.0) -> None:

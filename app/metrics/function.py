@@ -9,7 +9,23 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
-class FunctionMetric(Metric):
+class SampleMean(Metric):
+    """Base of metrics that are a mean over samples; `update` adds to `total` and `count`."""
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def compute(self) -> Tensor:
+        return self.total / self.count
+
+
+class FunctionMetric(SampleMean):
     """Mean of a function over all samples.
 
     Args:
@@ -17,17 +33,11 @@ class FunctionMetric(Metric):
             value per sample, of shape (N,).
     """
 
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
         if not callable(function):
             raise ValueError(f"function={function!r} is not callable; set _partial_: true")
         self.function = function
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add a batch, of any form that the function accepts; `target` has shape (N, ...)."""
@@ -43,14 +53,10 @@ class FunctionMetric(Metric):
         self.total += values.sum() if shape else values * n
         self.count += n
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
-
 
 class CorrectPredictions(Metric):
     """Number of samples whose highest output is that of their label."""
 
-    is_differentiable = False
     higher_is_better = True
     full_state_update = False
     correct: Tensor

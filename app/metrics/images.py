@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import pickle
 import re
 from collections.abc import Sequence
@@ -17,6 +16,9 @@ from torchmetrics.image.fid import NoTrainInceptionV3
 from torchmetrics.image.kid import poly_mmd
 from torchmetrics.utilities import dim_zero_cat
 from torchvision import models
+
+from app.metrics.function import SampleMean
+from app.runtime.extras import import_extra
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -89,7 +91,6 @@ class KernelInceptionDistance(Metric):
         seed: Seed of the choice of subsets; the global random state is not used.
     """
 
-    is_differentiable = False
     higher_is_better = False
     full_state_update = False
     collects_in_update = True
@@ -150,35 +151,26 @@ class KernelInceptionDistance(Metric):
         return poly_mmd(real, generated, self.degree, self.gamma, self.coef)
 
 
-class FeatureDistance(Metric):
+class FeatureDistance(SampleMean):
     """Mean over samples of the squared distance between the features of output and target.
 
     Args:
         feature: Module that maps outputs and targets, such as images, to features (N, ...).
     """
 
-    is_differentiable = True
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
     def __init__(self, feature: nn.Module) -> None:
         super().__init__()
         self.feature = freeze(feature)
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add pairs of shape (N, ...), as the module accepts them."""
         self.total += (self.feature(output) - self.feature(target)).square().sum()
         self.count += len(target)
 
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
-
-class LPIPS(Metric):
+class LPIPS(SampleMean):
     """Mean learned perceptual distance of image pairs (LPIPS); 0 for identical images.
 
     Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", 2018.
@@ -190,11 +182,7 @@ class LPIPS(Metric):
             the torch.hub folder.
     """
 
-    is_differentiable = True
     higher_is_better = False
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
     def __init__(
         self,
@@ -209,17 +197,12 @@ class LPIPS(Metric):
         self.net = _NoTrainLpips(net=net, pnet_rand=True)
         _load_backbone(self.net.net, path)
         self.normalize = normalize
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add pairs of floating-point images, of shape (N, 3, H, W) or (N, 1, H, W)."""
         pairs = to_rgb(output), to_rgb(target)
         self.total += self.net(*pairs, normalize=self.normalize).sum()
         self.count += len(target)
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
 
 class Inception(nn.Module):
@@ -254,8 +237,7 @@ def make_feature_extractor(
     if feature not in INCEPTION_FEATURES:
         allowed = ", ".join(map(str, INCEPTION_FEATURES))
         raise ValueError(f"feature={feature!r} is not valid; allowed: {allowed}, or a module")
-    if importlib.util.find_spec("torch_fidelity") is None:
-        raise ValueError(f'feature={feature} needs torch-fidelity: pip install -e ".[generation]"')
+    import_extra("torch_fidelity", "generation")
     return Inception(feature, find_weights(weights, INCEPTION_URL), normalize)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,14 +12,54 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from app.metrics.function import SampleMean
+from app.runtime.extras import import_extra
+
 Mask = NDArray[np.bool_]
 
 
-class DiceScore(Metric):
+class OverlapMetric(Metric):
+    """Base of metrics of the overlap of each class, counted over all pixels of the stage.
+
+    A class that occurs neither in targets nor in predictions has the score NaN, and means exclude
+    it.
+
+    Args:
+        num_classes: Number of classes C.
+        labels: Labels of the classes to include.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    overlap: Tensor
+    areas: Tensor
+
+    def __init__(self, num_classes: int, labels: Sequence[int]) -> None:
+        super().__init__()
+        self.num_classes, self.labels = num_classes, list(labels)
+        self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
+        self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
+        overlap, areas = count_overlaps(output, target, self.num_classes)
+        self.overlap += overlap.sum(dim=0)
+        self.areas += areas.sum(dim=0)
+
+    @property
+    def update_key(self) -> tuple[object, ...]:
+        """Equal for metrics whose updates add the same, so that a step updates one of them."""
+        return OverlapMetric, self.num_classes
+
+    def dice_scores(self) -> Tensor:
+        """Return the Dice score of each included class."""
+        return (2 * self.overlap / self.areas)[self.labels]
+
+
+class DiceScore(OverlapMetric):
     """Dice score of each class over all pixels of the stage: twice the overlap by both areas.
 
-    The score of a class that occurs neither in targets nor in predictions is NaN, and the mean
-    excludes it. Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
+    Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
 
     Args:
         num_classes: Number of classes C.
@@ -28,112 +67,61 @@ class DiceScore(Metric):
         average: `macro` returns the mean over the classes, `none` one value per class.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    overlap: Tensor
-    areas: Tensor
-
     def __init__(
         self,
         num_classes: int,
         include_background: bool = False,
         average: Literal["macro", "none"] = "macro",
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, included_labels(num_classes, include_background))
         if average not in ("macro", "none"):
             raise ValueError(f"average={average!r} is not valid; allowed: macro, none")
-        self.labels = included_labels(num_classes, include_background)
-        self.num_classes = num_classes
         self.average = average
-        self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-        self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
-        overlap, areas = count_overlaps(output, target, self.num_classes)
-        self.overlap += overlap.sum(dim=0)
-        self.areas += areas.sum(dim=0)
 
     def compute(self) -> Tensor:
         """Return a scalar, or with `average="none"` a vector over the included classes."""
-        scores = (2 * self.overlap / self.areas)[self.labels.start :]
+        scores = self.dice_scores()
         return scores.nanmean() if self.average == "macro" else scores
 
 
-class PartialDice(Metric):
+class PartialDice(OverlapMetric):
     """Mean Dice score of selected classes over all pixels of the stage.
-
-    Classes that occur neither in targets nor in predictions are excluded from the mean.
 
     Args:
         num_classes: Number of classes C.
         classes: Labels to average over, each from 0 to C - 1.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    overlap: Tensor
-    areas: Tensor
-
     def __init__(self, num_classes: int, classes: Sequence[int]) -> None:
-        super().__init__()
         allowed = included_labels(num_classes, include_background=True)
-        self.classes = list(classes)
-        if not self.classes or not set(self.classes) <= set(allowed):
+        if not classes or not set(classes) <= set(allowed):
             raise ValueError(
-                f"classes={self.classes} must be at least one label from 0 to {num_classes - 1}"
+                f"classes={list(classes)} must be at least one label from 0 to {num_classes - 1}"
             )
-        self.num_classes = num_classes
-        self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-        self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
-        overlap, areas = count_overlaps(output, target, self.num_classes)
-        self.overlap += overlap.sum(dim=0)
-        self.areas += areas.sum(dim=0)
+        super().__init__(num_classes, classes)
 
     def compute(self) -> Tensor:
-        return (2 * self.overlap / self.areas)[self.classes].nanmean()
+        return self.dice_scores().nanmean()
 
 
-class MeanIoU(Metric):
+class MeanIoU(OverlapMetric):
     """Mean over classes of the intersection over union of all pixels of the stage.
 
-    Classes that occur neither in targets nor in predictions are excluded. Jaccard, "The
-    Distribution of the Flora in the Alpine Zone", 1912.
+    Jaccard, "The Distribution of the Flora in the Alpine Zone", 1912.
 
     Args:
         num_classes: Number of classes C.
         include_background: Whether to include class 0.
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    overlap: Tensor
-    union: Tensor
-
     def __init__(self, num_classes: int, include_background: bool = True) -> None:
-        super().__init__()
-        self.labels = included_labels(num_classes, include_background)
-        self.num_classes = num_classes
-        self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-        self.add_state("union", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-
-    def update(self, output: Tensor, target: Tensor) -> None:
-        """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
-        overlap, areas = count_overlaps(output, target, self.num_classes)
-        self.overlap += overlap.sum(dim=0)
-        self.union += (areas - overlap).sum(dim=0)
+        super().__init__(num_classes, included_labels(num_classes, include_background))
 
     def compute(self) -> Tensor:
-        return (self.overlap / self.union)[self.labels.start :].nanmean()
+        return (self.overlap / (self.areas - self.overlap))[self.labels].nanmean()
 
 
-class InstanceIoU(Metric):
+class InstanceIoU(SampleMean):
     """Mean over images of the mean intersection over union of each image.
 
     The mean of an image is over the classes that occur in its target or its prediction; images
@@ -144,18 +132,12 @@ class InstanceIoU(Metric):
         include_background: Whether to include class 0.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
 
     def __init__(self, num_classes: int, include_background: bool = True) -> None:
         super().__init__()
         self.labels = included_labels(num_classes, include_background)
         self.num_classes = num_classes
-        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("count", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
@@ -163,9 +145,6 @@ class InstanceIoU(Metric):
         image_scores = (overlap / (areas - overlap))[:, self.labels.start :].nanmean(dim=1)
         self.total += image_scores.nansum()
         self.count += (~image_scores.isnan()).sum()
-
-    def compute(self) -> Tensor:
-        return self.total / self.count
 
 
 class HausdorffDistance95(Metric):
@@ -184,7 +163,6 @@ class HausdorffDistance95(Metric):
         percentile: Percentile, above 0 and at most 100, which is the plain Hausdorff distance.
     """
 
-    is_differentiable = False
     higher_is_better = False
     full_state_update = False
     collects_in_update = True
@@ -195,8 +173,7 @@ class HausdorffDistance95(Metric):
         self, num_classes: int, include_background: bool = False, percentile: float = 95.0
     ) -> None:
         super().__init__()
-        if importlib.util.find_spec("scipy") is None:
-            raise ValueError('HausdorffDistance95 needs SciPy: pip install -e ".[segmentation]"')
+        import_extra("scipy", "segmentation")
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100")
         self.labels = included_labels(num_classes, include_background)

@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_max, dim_zero_min, dim_zero_sum
 
 from app.distributed.collectives import gather_object, is_distributed, rank
 from app.metrics.function import FunctionMetric
+from app.metrics.metric_states import (
+    empty_slice,
+    merge_metric_states,
+    metric_states,
+    set_metric_states,
+    to_device_of,
+    update_with_empty,
+)
 from app.metrics.output_metric import OutputMetric
+from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, Sums, has_small_sum_states
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
-Sums = tuple[Tensor, ...]
-MetricStates = Mapping[str, Tensor | list[Tensor]]  # by `<path of the metric>:<name of the state>`
-MAX_STATE_SIZE = 512  # numbers in the states of a metric that is evaluated at every step
-MERGE_FUNCTIONS: dict[Any, Callable[..., Tensor]] = {  # by torchmetrics' reduction over ranks
-    dim_zero_sum: torch.add,
-    dim_zero_max: torch.maximum,
-    dim_zero_min: torch.minimum,
-}
-METRIC_ERRORS = (  # that a metric raises for outputs or targets that it does not support
-    RuntimeError,
-    ValueError,
-    TypeError,
-    IndexError,
-    AttributeError,
-    AssertionError,
-)
+MetricLike = Metric | OutputMetric | Callable[..., Tensor]
 
 
 class StageMetrics:
@@ -48,16 +41,17 @@ class StageMetrics:
     `update` at the end of the stage, because many such metrics read from the device in their
     update. A metric sets `collects_in_update = True` to declare that it does not.
 
+    Metrics with equal `update_key` add the same to the same states; a step updates one of them.
+
     Args:
-        metrics: Metrics by name, on the training device.
+        metrics: Metrics by name, on the training device. A plain function `(output, target) ->
+            tensor` becomes a `FunctionMetric`.
         stage: Name of the stage, for errors.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric | OutputMetric], stage: str = "") -> None:
+    def __init__(self, metrics: Mapping[str, MetricLike], stage: str = "") -> None:
         self.stage = stage
-        self.output_metrics = {
-            n: m if isinstance(m, OutputMetric) else OutputMetric(m) for n, m in metrics.items()
-        }
+        self.output_metrics = {name: as_output_metric(metric) for name, metric in metrics.items()}
         plain = {name: selected.metric for name, selected in self.output_metrics.items()}
         self.sum_metrics = {n: SumMetric(m) for n, m in plain.items() if has_small_sum_states(m)}
         self.accumulating_metrics = {n: m for n, m in plain.items() if n not in self.sum_metrics}
@@ -111,26 +105,26 @@ class StageMetrics:
         Raises:
             UserError: A metric does not support its outputs and targets.
         """
-        step_sums = {}
+        step_sums: dict[str, Sums] = {}
+        shared: dict[object, Sums] = {}
         for name, selected in self.output_metrics.items():
-            try:
+            with self._update_errors(name, outputs, targets):
                 batch = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.sum_metrics:
                     metric = self.sum_metrics[name]
-                    step_sums[name] = metric.sums(*batch) if self.is_enabled else metric.zeros()
+                    update_key = getattr(selected.metric, "update_key", name)
+                    key = (update_key, str(selected.output), str(selected.target))
+                    if key not in shared:
+                        shared[key] = metric.sums(*batch) if self.is_enabled else metric.zeros()
+                    step_sums[name] = shared[key]
                 elif name in self.deferred_batches:
                     self.deferred_batches[name].append(
-                        batch if self.is_enabled else map_tensors(_empty_slice, batch)
+                        batch if self.is_enabled else map_tensors(empty_slice, batch)
                     )
                 elif self.is_enabled:
                     self.accumulating_metrics[name].update(*batch)
                 else:
-                    _update_with_empty(self.accumulating_metrics[name], batch)
-            except torch.OutOfMemoryError:
-                raise
-            except METRIC_ERRORS as error:
-                outputs_text, targets_text = describe(outputs), describe(targets)
-                raise self._update_error(name, outputs_text, targets_text, error) from error
+                    update_with_empty(self.accumulating_metrics[name], batch)
         return step_sums
 
     def value(self, name: str, sums: Tensor) -> np.ndarray:
@@ -139,10 +133,8 @@ class StageMetrics:
         Raises:
             UserError: The value cannot be computed.
         """
-        try:
+        with self._compute_errors(name):
             return self.sum_metrics[name].value(sums)
-        except METRIC_ERRORS as error:
-            raise UserError(f"{self._config_key(name)}: {error}") from error
 
     def compute_accumulating(self) -> dict[str, np.ndarray]:
         """Return the values of the accumulating metrics over all ranks.
@@ -159,15 +151,10 @@ class StageMetrics:
                 self.deferred_batches[name] = []
                 if rank() > 0:
                     continue
-                try:
+                with self._update_errors(name, *batch):
                     metric.update(*batch)
-                except METRIC_ERRORS as error:
-                    outputs, targets = map(describe, batch)
-                    raise self._update_error(name, outputs, targets, error) from error
-            try:
+            with self._compute_errors(name):
                 values |= _to_arrays(name, metric.compute())
-            except METRIC_ERRORS as error:
-                raise UserError(f"{self._config_key(name)}: {error}") from error
         return values
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,199 +190,47 @@ class StageMetrics:
 
     def _saved_batches(self, name: str, saved: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         metric = self.accumulating_metrics[name]
-        batches: list[tuple[Tensor, Tensor]] = map_tensors(
-            _to_device_of(metric), saved["fed"][name]
-        )
+        batches: list[tuple[Tensor, Tensor]] = map_tensors(to_device_of(metric), saved["fed"][name])
         return batches
 
     def _config_key(self, name: str) -> str:
         return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
 
-    def _update_error(self, name: str, outputs: str, targets: str, error: Exception) -> UserError:
-        key = self._config_key(name)
-        return UserError(
-            f"{key}: cannot take outputs ({outputs}) with targets ({targets}): {error}"
-        )
+    @contextmanager
+    def _update_errors(self, name: str, outputs: Nested, targets: Nested) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except METRIC_ERRORS as error:
+            raise UserError(
+                f"{self._config_key(name)}: cannot take outputs ({describe(outputs)}) with "
+                f"targets ({describe(targets)}): {error}"
+            ) from error
+
+    @contextmanager
+    def _compute_errors(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except METRIC_ERRORS as error:
+            raise UserError(f"{self._config_key(name)}: {error}") from error
 
 
-class SumMetric:
-    """A metric whose states are sums, so that those of steps can be added up.
-
-    A step returns the states after one update from zero. The value is computed from the states of
-    one step, or from their sum over a stage.
-
-    Args:
-        metric: Metric on the training device.
-    """
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.defaults = {
-            n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
-        }
-        self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
-        self.is_integer: bool | None = None  # dtype of the value; None until it is first computed
-
-    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
-        """Return the states after this batch alone, without synchronizing with the device."""
-        # Bypass Module.__setattr__ and torchmetrics' wrapper of update, which are slow.
-        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.defaults.items()})
-        type(self.metric).update(self.metric, outputs, targets)
-        return tuple(getattr(self.metric, name) for name in self.defaults)
-
-    def zeros(self) -> Sums:
-        """Return the states of a step without samples."""
-        return tuple(torch.zeros_like(zero) for zero in self.defaults.values())
-
-    def value(self, sums: Tensor) -> np.ndarray:
-        """Return the value of the metric.
-
-        Args:
-            sums: Concatenated states, a float64 vector on the CPU. Counts are divided in float64,
-                so that 9 of 10 are exactly 0.9 and not the nearest float32.
-        """
-        if self.is_integer is None:
-            (states,) = self._split_states(sums[None], exact=False)
-            self.is_integer = not self._compute(states).is_floating_point()
-        (states,) = self._split_states(sums[None], exact=not self.is_integer)
-        return self._compute(states).numpy()
-
-    def values(self, rows: Tensor) -> np.ndarray:
-        """Return the values of a scalar metric, for each row of a matrix of concatenated states.
-
-        NaN marks the rows without a value.
-        """
-        exact, values = not self.is_integer, np.full(len(rows), np.nan)
-        for index, states in enumerate(self._split_states(rows, exact)):
-            try:
-                values[index] = self._compute(states).item()
-            except (ValueError, RuntimeError):  # too few samples, such as R2 of a single one
-                continue
-        is_integer = self.is_integer and not np.isnan(values).any()
-        return values.astype(np.int64) if is_integer else values
-
-    def _split_states(self, rows: Tensor, exact: bool) -> Iterator[tuple[Tensor, ...]]:
-        sizes = [zero.numel() for zero in self.defaults.values()]
-        columns = [
-            (part if exact else part.to(zero.dtype)).reshape(-1, *zero.shape).unbind()
-            for zero, part in zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
-        ]
-        return zip(*columns, strict=True)
-
-    def _compute(self, states: tuple[Tensor, ...]) -> Tensor:
-        vars(self.cpu_metric).update(zip(self.defaults, states, strict=True))
-        value: Tensor = type(self.cpu_metric).compute(self.cpu_metric)
-        return value
-
-
-def as_metrics(
-    metrics: Mapping[str, Metric | OutputMetric | Callable[..., Tensor]], stage: str = ""
-) -> StageMetrics:
-    """Return the metrics of a stage, some of which may be plain functions."""
-    return StageMetrics({name: as_metric(metric) for name, metric in metrics.items()}, stage)
-
-
-def as_metric(metric: Metric | OutputMetric | Callable[..., Tensor]) -> Metric | OutputMetric:
-    """Convert a plain function `(output, target) -> tensor` to a metric; metrics stay the same."""
+def as_output_metric(metric: MetricLike) -> OutputMetric:
+    """Return a metric or function as an `OutputMetric` whose metric is one of torchmetrics."""
     if isinstance(metric, OutputMetric):
-        return OutputMetric(_wrap_function(metric.metric), metric.output, metric.target)
-    return _wrap_function(metric)
+        return replace(metric, metric=_as_metric(metric.metric))
+    return OutputMetric(_as_metric(metric))
 
 
-def _wrap_function(metric: Metric | Callable[..., Tensor]) -> Metric:
+def _as_metric(metric: Metric | Callable[..., Tensor]) -> Metric:
     return metric if isinstance(metric, Metric) else FunctionMetric(metric)
-
-
-def has_small_sum_states(metric: Metric) -> bool:
-    """Whether all states are tensors that are summed over ranks and have few elements in total."""
-    states = metric._defaults.values()
-    return (
-        all(isinstance(state, Tensor) for state in states)
-        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
-        and 0
-        < sum(state.numel() for state in states if isinstance(state, Tensor))
-        <= MAX_STATE_SIZE
-        and _computes_tensor(metric)
-    )
-
-
-def _computes_tensor(metric: Metric) -> bool:
-    """Whether the value is a single tensor, even without any samples."""
-    copied = copy.deepcopy(metric).cpu()
-    try:
-        return isinstance(type(copied).compute(copied), Tensor)
-    except (*METRIC_ERRORS, ArithmeticError):
-        return False
 
 
 def is_deferred(metric: Metric) -> bool:
     """Whether batches are collected and passed to the metric at the end of the stage."""
     has_lists = any(isinstance(state, list) for state in metric._defaults.values())
     return has_lists and not getattr(metric, "collects_in_update", False)
-
-
-def metric_states(metric: Metric) -> dict[str, Tensor | list[Tensor]]:
-    """Return copies of the states of a metric and of the metrics that it wraps."""
-    return {
-        f"{path}:{name}": list(state) if isinstance(state, list) else state.clone()
-        for path, part in _submetrics(metric).items()
-        for name in part._defaults
-        for state in [getattr(part, name)]
-    }
-
-
-def set_metric_states(metric: Metric, states: MetricStates) -> None:
-    """Restore the result of `metric_states`."""
-    parts = _submetrics(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        setattr(parts[path], name, map_tensors(_to_device_of(metric), state))
-        # Otherwise torchmetrics warns that compute was called before update.
-        parts[path]._update_count = max(1, parts[path]._update_count)
-
-
-def merge_metric_states(metric: Metric, states: MetricStates) -> None:
-    """Add the states of the same metric of another rank.
-
-    Raises:
-        TypeError: A state is neither a sum, a maximum, a minimum nor a list.
-    """
-    parts, merged = _submetrics(metric), metric_states(metric)
-    for key, state in states.items():
-        path, _, name = key.rpartition(":")
-        reduction = parts[path]._reductions[name]
-        other = map_tensors(_to_device_of(metric), state)
-        if isinstance(other, list):
-            merged[key] += other  # type: ignore[operator]
-        elif reduction in MERGE_FUNCTIONS:
-            merged[key] = MERGE_FUNCTIONS[reduction](merged[key], other)
-        else:
-            raise TypeError(f"{key} is not a sum, a maximum, a minimum or a list")
-    set_metric_states(metric, merged)
-
-
-def _submetrics(metric: Metric) -> dict[str, Metric]:
-    """Return the metric and the metrics that it wraps, by path."""
-    return {path: part for path, part in metric.named_modules() if isinstance(part, Metric)}
-
-
-def _to_device_of(metric: Metric) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor.to(metric.device)
-
-
-def _update_with_empty(metric: Metric, batch: tuple[Tensor, Tensor]) -> None:
-    """Extend list states by empty tensors, so that they are as long as on other ranks."""
-    before = metric_states(metric)
-    metric.update(*batch)
-    after = metric_states(metric)
-    for name, state in before.items():
-        if isinstance(state, list):
-            state += [_empty_slice(part) for part in after[name][len(state) :]]
-    set_metric_states(metric, before)
-
-
-def _empty_slice(tensor: Tensor) -> Tensor:
-    return tensor[:0]
 
 
 def _gather_batches(batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 
 class CNN(nn.Module):
@@ -32,9 +33,4 @@ class CNN(nn.Module):
 
 
 def _block(in_channels: int, out_channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-    )
+    return nn.Sequential(*Conv2dNormActivation(in_channels, out_channels), nn.MaxPool2d(2))

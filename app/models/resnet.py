@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 
 
 class ResNet18(nn.Module):
@@ -21,11 +22,7 @@ class ResNet18(nn.Module):
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, kernel_size=3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-        )
+        self.stem = Conv2dNormActivation(in_channels, width)
         self.levels = nn.Sequential(
             _stage(width, width, stride=1),
             _stage(width, 2 * width, stride=2),

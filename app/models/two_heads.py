@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torchvision.ops import Conv2dNormActivation
 
 
 class TwoHeads(nn.Module):
@@ -17,8 +18,10 @@ class TwoHeads(nn.Module):
     def __init__(self, in_channels: int = 1, num_digits: int = 10, width: int = 16) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
-            *_block(in_channels, width),
-            *_block(width, 2 * width),
+            *Conv2dNormActivation(in_channels, width),
+            nn.MaxPool2d(2),
+            *Conv2dNormActivation(width, 2 * width),
+            nn.MaxPool2d(2),
             nn.AdaptiveAvgPool2d(3),
             nn.Flatten(),
         )
@@ -29,12 +32,3 @@ class TwoHeads(nn.Module):
         """Map images of shape (N, C, H, W) to logits: `digit` (N, num_digits), `parity` (N, 2)."""
         features = self.trunk(images)
         return {"digit": self.digit(features), "parity": self.parity(features)}
-
-
-def _block(in_channels: int, out_channels: int) -> list[nn.Module]:
-    return [
-        nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-    ]

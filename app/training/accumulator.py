@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from app.distributed.collectives import all_reduce, broadcast_object, rank
-from app.metrics.stage_metrics import StageMetrics, Sums
+from app.metrics.stage_metrics import StageMetrics
+from app.metrics.sum_metric import Sums
 from app.training.history import Row
 
 FLUSH_EVERY = 10_000  # maximum number of steps whose values are kept on the device

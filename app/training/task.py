@@ -9,10 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
-from app.metrics.output_metric import OutputMetric
-from app.metrics.stage_metrics import StageMetrics, as_metrics
+from app.metrics.stage_metrics import MetricLike, StageMetrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, describe, map_tensors
 from app.training.accumulator import Average, StepValues, average, zeros_like_row
@@ -20,7 +18,7 @@ from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
 
 Forward = Callable[[Nested], Nested]
-MetricsLike = StageMetrics | Mapping[str, Metric | OutputMetric | Callable[..., Tensor]]
+MetricsLike = StageMetrics | Mapping[str, MetricLike]
 
 
 class Task:
@@ -253,4 +251,4 @@ def check_step_output(task: Task, stage: str, output: object) -> StepOutput:
 
 
 def _as_stage_metrics(metrics: MetricsLike, stage: str) -> StageMetrics:
-    return metrics if isinstance(metrics, StageMetrics) else as_metrics(metrics, stage)
+    return metrics if isinstance(metrics, StageMetrics) else StageMetrics(metrics, stage)

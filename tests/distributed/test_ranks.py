@@ -32,7 +32,7 @@ from app.distributed.strategies import DDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment import run
 from app.experiment.factory import make_components
-from app.metrics.stage_metrics import as_metrics
+from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
 from app.training.accumulator import StageResult
@@ -484,7 +484,7 @@ def evaluate(count: int, batch_size: int) -> tuple[dict[str, Any], dict[str, Any
     generator = torch.Generator().manual_seed(count)
     logits = torch.randn(count, 4, generator=generator)
     labels = torch.arange(count) % 4
-    metrics = as_metrics(
+    metrics = StageMetrics(
         {
             "accuracy": c.MulticlassAccuracy(4, average="micro", validate_args=False),
             "f1": c.MulticlassF1Score(4, validate_args=False),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import pickle
 import shutil
@@ -19,8 +18,7 @@ from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.store import read_store
 from tests.support.hostile_files import MaliciousPickle, checkpoint_bytes
 from tests.support.runs import RunResult, job_for
-
-MNIST_DIR = Path(__file__).parents[2] / "app" / "data" / "mnist"
+from tests.support.toy_datasets import copy_mnist_with_flipped_bit
 
 
 def error_lines(ran: RunResult) -> list[str]:
@@ -30,12 +28,7 @@ def error_lines(ran: RunResult) -> list[str]:
 def test_mnist_damaged_file_fails_with_checksum_error(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    for file in MNIST_DIR.glob("*.gz"):
-        shutil.copy(file, tmp_path)
-    path = tmp_path / "train-labels-idx1-ubyte.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[5000] ^= 1
-    path.write_bytes(gzip.compress(bytes(content)))
+    copy_mnist_with_flipped_bit(tmp_path, "train-labels-idx1-ubyte.gz", 5000)
     ran = app("model=mlp", f"+data.source.train.root={tmp_path}")
     assert ran.code == 1
     assert "train-labels-idx1-ubyte.gz is damaged: its content has MD5" in ran.err

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
+
+MNIST_DIR = Path(__file__).parents[2] / "app" / "data" / "mnist"
 
 
 def arange_dataset(count: int = 10) -> TensorDataset:
@@ -43,3 +48,12 @@ class CountingDataset(Dataset[tuple[Tensor, Any]]):
 def array_dataset(count: int = 5) -> CountingDataset:
     """Sample i is a float32 array of shape (2, 3) filled with i, with i as its target."""
     return CountingDataset([np.full((2, 3), i, np.float32) for i in range(count)], range(count))
+
+
+def copy_mnist_with_flipped_bit(folder: Path, name: str, position: int) -> None:
+    """Copy the files of MNIST, and flip a bit in the content of one of them."""
+    for file in MNIST_DIR.glob("*.gz"):
+        shutil.copy(file, folder)
+    content = bytearray(gzip.decompress((folder / name).read_bytes()))
+    content[position] ^= 1
+    (folder / name).write_bytes(gzip.compress(bytes(content)))

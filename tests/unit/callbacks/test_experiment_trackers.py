@@ -52,5 +52,5 @@ def test_tracker_without_its_library_names_the_extra_to_install(
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)
     arguments = {"model": nn.Linear(1, 1)} if callback_class is TensorBoard else {}
-    with pytest.raises(UserError, match=rf'pip install -e "\.\[{extra}\]"'):
+    with pytest.raises(UserError, match=rf'pip install "torch-experiment-app\[{extra}\]"'):
         callback_class(folder=tmp_path, config=config, **arguments)

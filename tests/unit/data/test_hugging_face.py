@@ -186,5 +186,6 @@ def test_missing_library_error_names_extra(
 ) -> None:
     # None: not installed. An empty module: what a folder named `datasets` is imported as.
     monkeypatch.setitem(sys.modules, "datasets", module)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[hugging_face\]"'):
+    monkeypatch.delitem(sys.modules, "datasets.load", raising=False)
+    with pytest.raises(UserError, match=r"datasets is not installed.*\[hugging_face\]"):
         hugging_face("pets", "train")

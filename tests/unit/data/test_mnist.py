@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import shutil
 from pathlib import Path
 
@@ -12,8 +11,7 @@ import torch
 from app.data.mnist import mnist
 from app.data.split import dataset_size
 from app.runtime.errors import UserError
-
-PACKAGE_FILES = Path(__file__).parents[3] / "app" / "data" / "mnist"
+from tests.support.toy_datasets import MNIST_DIR, copy_mnist_with_flipped_bit
 
 
 def test_mnist_has_all_samples_and_known_class_counts() -> None:
@@ -25,19 +23,14 @@ def test_mnist_has_all_samples_and_known_class_counts() -> None:
 
 
 def test_mnist_with_flipped_bit_is_refused_by_md5(tmp_path: Path) -> None:
-    for file in PACKAGE_FILES.glob("t10k*.gz"):
-        shutil.copy(file, tmp_path)
-    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    content = bytearray(gzip.decompress(path.read_bytes()))
-    content[100] ^= 1
-    path.write_bytes(gzip.compress(bytes(content)))
+    copy_mnist_with_flipped_bit(tmp_path, "t10k-labels-idx1-ubyte.gz", 100)
     with pytest.raises(UserError, match=r"t10k-labels.*is damaged: its content has MD5"):
         mnist(train=False, root=str(tmp_path))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 5, 1000])
 def test_truncated_mnist_is_refused(tmp_path: Path, num_bytes: int) -> None:
-    for file in PACKAGE_FILES.glob("t10k*.gz"):
+    for file in MNIST_DIR.glob("t10k*.gz"):
         shutil.copy(file, tmp_path)
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(path.read_bytes()[:num_bytes])

@@ -82,7 +82,7 @@ def test_reversed_sliding_window_sums_half_precision_in_float32() -> None:
         ((2, 2), (0, 1), r"stride=\[0, 1\] must be between 1"),
         ((2, 2), (1,), r"stride=\[1\] must have a number for each of the 2 dimensions"),
         ((), (), r"must have a number for each of the 0 dimensions"),
-        ((2, 2, 2, 2), (1, 1, 1, 1), r"has more dimensions than shape \[3, 5, 5\]"),
+        ((2, 2, 2, 2), (1, 1, 1, 1), r"for each of the 3 dimensions of \[3, 5, 5\]"),
     ],
 )
 def test_sliding_window_refuses_invalid_size_and_stride(
@@ -195,7 +195,7 @@ def test_patch_inference_refuses_outputs_of_other_size() -> None:
         PatchInference([4, 4], 0.0)(nn.MaxPool2d(2), torch.rand(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"gave an output of shape \[4, 16\]"):
         PatchInference([4, 4], 0.0)(nn.Flatten(), torch.rand(1, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"outputs of torch\.int64 cannot be averaged"):
+    with pytest.raises(ValueError, match=r"windows of torch\.int64 cannot be averaged"):
         PatchInference([4, 4])(lambda x: x.long(), torch.rand(1, 1, 8, 8))
 
 

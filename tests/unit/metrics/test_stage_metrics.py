@@ -15,9 +15,7 @@ from app.metrics.images import (
     FrechetInceptionDistance,
     KernelInceptionDistance,
 )
-from app.metrics.segmentation import (
-    PartialDice,
-)
+from app.metrics.segmentation import OverlapMetric, PartialDice
 from app.metrics.stage_metrics import StageMetrics
 from app.training.accumulator import StageAccumulator, average
 from tests.support.metrics import (
@@ -101,3 +99,17 @@ def test_metric_update_does_not_synchronize_with_device(case: str) -> None:
     )  # tensors without data; reading one raises
     for metric in metrics.values():
         metric.to("meta").update(outputs, targets)
+
+
+def test_segmentation_metrics_of_the_same_states_are_updated_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outputs, targets = make_segmentation(2)
+    names = ("dice", "dice_per_class", "mean_iou")
+    stage = StageMetrics({name: make_metric(name, 5) for name in names})
+    updates: list[object] = []
+    update = OverlapMetric.update
+    monkeypatch.setattr(OverlapMetric, "update", lambda *args: updates.append(update(*args)))
+    step_sums = stage.update(outputs, targets)
+    assert len(updates) == 1
+    assert step_sums["dice"] == step_sums["dice_per_class"] == step_sums["mean_iou"]

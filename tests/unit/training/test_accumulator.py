@@ -14,7 +14,8 @@ from torchmetrics.classification import (
 )
 
 from app.metrics.function import CorrectPredictions
-from app.metrics.stage_metrics import StageMetrics, has_small_sum_states
+from app.metrics.stage_metrics import StageMetrics
+from app.metrics.sum_metric import has_small_sum_states
 from app.runtime.errors import UserError
 from app.training import accumulator as accumulator_module
 from app.training.accumulator import StageAccumulator, StageResult, average

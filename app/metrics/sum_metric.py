@@ -1,0 +1,113 @@
+"""A metric whose states are sums, so that those of steps can be added up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import suppress
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_sum
+
+Sums = tuple[Tensor, ...]
+MAX_STATE_SIZE = 512  # numbers in the states of a metric that is evaluated at every step
+METRIC_ERRORS = (  # that a metric raises for outputs or targets that it does not support
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+    AssertionError,
+)
+
+
+class SumMetric:
+    """A metric whose states are sums, so that those of steps can be added up.
+
+    A step returns the states after one update from zero. The value is computed from the states of
+    one step, or from their sum over a stage.
+
+    Args:
+        metric: Metric on the training device.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
+        self.defaults = {
+            n: z.to(metric.device) for n, z in metric._defaults.items() if isinstance(z, Tensor)
+        }
+        self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
+        zeros = tuple(zero.cpu() for zero in self.defaults.values())
+        self.has_integer_value = not self._compute(zeros).is_floating_point()
+
+    def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
+        """Return the states after this batch alone, without synchronizing with the device."""
+        # Bypass Module.__setattr__ and torchmetrics' wrapper of update, which are slow.
+        vars(self.metric).update({n: torch.zeros_like(z) for n, z in self.defaults.items()})
+        type(self.metric).update(self.metric, outputs, targets)
+        return tuple(getattr(self.metric, name) for name in self.defaults)
+
+    def zeros(self) -> Sums:
+        """Return the states of a step without samples."""
+        return tuple(torch.zeros_like(zero) for zero in self.defaults.values())
+
+    def value(self, sums: Tensor) -> np.ndarray:
+        """Return the value of the metric.
+
+        Args:
+            sums: Concatenated states, a float64 vector on the CPU. Counts are divided in float64,
+                so that 9 of 10 are exactly 0.9 and not the nearest float32.
+        """
+        (states,) = self._split_states(sums[None])
+        return self._compute(states).numpy()
+
+    def values(self, rows: Tensor) -> np.ndarray:
+        """Return the values of a scalar metric, for each row of a matrix of concatenated states.
+
+        NaN marks the rows without a value.
+        """
+        values = np.full(len(rows), np.nan)
+        for index, states in enumerate(self._split_states(rows)):
+            with suppress(ValueError, RuntimeError):  # too few samples, such as R2 of a single one
+                values[index] = self._compute(states).item()
+        is_integer = self.has_integer_value and not np.isnan(values).any()
+        return values.astype(np.int64) if is_integer else values
+
+    def _split_states(self, rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        sizes = [zero.numel() for zero in self.defaults.values()]
+        parts = zip(self.defaults.values(), rows.split(sizes, dim=1), strict=True)
+        columns = [
+            (part.to(zero.dtype) if self.has_integer_value else part).reshape(-1, *zero.shape)
+            for zero, part in parts
+        ]
+        return zip(*columns, strict=True)
+
+    def _compute(self, states: tuple[Tensor, ...]) -> Tensor:
+        vars(self.cpu_metric).update(zip(self.defaults, states, strict=True))
+        value: Tensor = type(self.cpu_metric).compute(self.cpu_metric)
+        return value
+
+
+def has_small_sum_states(metric: Metric) -> bool:
+    """Whether all states are tensors that are summed over ranks and have few elements in total."""
+    states = metric._defaults.values()
+    return (
+        all(isinstance(state, Tensor) for state in states)
+        and all(reduction is dim_zero_sum for reduction in metric._reductions.values())
+        and 0
+        < sum(state.numel() for state in states if isinstance(state, Tensor))
+        <= MAX_STATE_SIZE
+        and _computes_tensor(metric)
+    )
+
+
+def _computes_tensor(metric: Metric) -> bool:
+    """Whether the value is a single tensor, even without any samples."""
+    copied = copy.deepcopy(metric).cpu()
+    try:
+        return isinstance(type(copied).compute(copied), Tensor)
+    except (*METRIC_ERRORS, ArithmeticError):
+        return False
