@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+from functools import partial
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -12,6 +12,4 @@ from app.runtime.files import atomic_write
 
 def save_figure(path: Path, figure: Figure) -> None:
     """Save the figure atomically as a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    atomic_write(path, lambda file: file.write(content.getvalue()))
+    atomic_write(path, partial(figure.savefig, format="png", dpi=120))
