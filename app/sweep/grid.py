@@ -6,10 +6,8 @@ import logging
 from collections import deque
 
 from app.config.overrides import SweepSpace, grid
-from app.sweep.driver import StreamingLauncher
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
-from app.sweep.launchers import BASIC_LAUNCHER
 from app.sweep.outcome import FAILED, RunStatus, read_run_status
 from app.sweep.run import Sweep
 
@@ -59,8 +57,7 @@ class GridJobs:
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """Do nothing: the jobs of a grid do not depend on each other."""
 
-    def batch_size(self, launcher: object) -> int:
-        """Return 1 for the basic launcher; any other gets all jobs at once."""
-        is_basic = self.sweep.config.hydra.launcher._target_ == BASIC_LAUNCHER
-        is_single = is_basic or isinstance(launcher, StreamingLauncher)
-        return 1 if is_single else max(1, len(self.pending))
+    @property
+    def batch_size(self) -> int:
+        """All jobs that are left, for the launcher to divide."""
+        return max(1, len(self.pending))
