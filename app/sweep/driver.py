@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.errors import HydraException
@@ -25,21 +26,39 @@ from app.sweep.report.write import update_tables
 log = logging.getLogger(__name__)
 
 
-class JobSource(Protocol):
-    """A sequence of jobs that may depend on the results of earlier ones."""
+class JobSource(ABC):
+    """A sequence of jobs that may depend on the results of earlier ones.
+
+    Args:
+        folder: Folder of the sweep.
+        max_retries: How often a failed job is retried.
+    """
+
+    def __init__(self, folder: SweepFolder, max_retries: int) -> None:
+        self.folder, self.max_retries = folder, max_retries
 
     @property
+    @abstractmethod
     def batch_size(self) -> int:
         """Number of jobs per call of a launcher that runs batches."""
 
+    @abstractmethod
     def next_job(self) -> SweepJob | None:
         """Return the next job; None if there is none now."""
 
-    def extra_overrides(self, job: SweepJob) -> list[str]:
+    def extra_overrides(self, job: SweepJob) -> list[str]:  # noqa: ARG002
         """Return overrides for a job in addition to its own."""
+        return []
 
-    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
+    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:  # noqa: B027
         """Handle the end of a job, whatever its status."""
+
+    def may_retry(self, job: SweepJob) -> bool:
+        """Return whether to run a failed job again; log a warning if not."""
+        if job.failures > self.max_retries:
+            message = "job %d has failed %d times and is not retried (sweep.max_retries=%d)"
+            log.warning(message, job.number, job.failures, self.max_retries)
+        return job.failures <= self.max_retries
 
 
 class SweepDriver:

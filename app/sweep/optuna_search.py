@@ -27,6 +27,7 @@ from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig, OptunaTrial
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
+from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
@@ -40,14 +41,14 @@ DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 RETRY_OF, EXHAUSTED = "retry_of", "exhausted"  # user attributes of trials and of the study
 LOG_TAG = "log"
 # A diverged trial has no meaningful value, and must not be retried as a failed one is.
-FAILED_STATES = {
+TRIAL_STATES = {
     PRUNED: TrialState.PRUNED,
     DIVERGED: TrialState.PRUNED,
     FAILED: TrialState.FAIL,
 }
 
 
-class OptunaJobs:
+class OptunaJobs(JobSource):
     """Source of jobs that asks an Optuna study for trials, and tells it their results.
 
     Args:
@@ -60,8 +61,9 @@ class OptunaJobs:
     def __init__(
         self, sweep: Sweep, folder: SweepFolder, space: SweepSpace, options: SearchOptions
     ) -> None:
+        super().__init__(folder, sweep.config.sweep.max_retries)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
+        self.space, self.options = space, options
         self.search_space = parse_search_space(space.swept)
         goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
         self.objectives = {goal.metric: goal, **options.objectives}
@@ -111,7 +113,7 @@ class OptunaJobs:
             if trials[job.number].state is TrialState.RUNNING:
                 outcome = read_run_status(self.folder.run_folder(job))
                 self.on_job_end(job, outcome)
-                if outcome.status != COMPLETED and outcome.status not in FAILED_STATES:
+                if outcome.status != COMPLETED and outcome.status not in TRIAL_STATES:
                     interrupted.append(job)
         return interrupted
 
@@ -119,15 +121,10 @@ class OptunaJobs:
         """Enqueue failed trials of this folder again, up to `sweep.max_retries` times."""
         trials = self.study.get_trials(deepcopy=False)
         retried = [trial.user_attrs.get(RETRY_OF) for trial in trials]
-        limit = self.sweep.config.sweep.max_retries
         for job in self.folder.jobs:
             trial = trials[job.number]
-            if trial.state is not TrialState.FAIL or job.number in retried:
-                continue
-            if job.failures > limit:
-                message = "trial %d has failed %d times and is not retried (sweep.max_retries=%d)"
-                log.warning(message, job.number, job.failures, limit)
-            else:
+            has_failed = trial.state is TrialState.FAIL and job.number not in retried
+            if has_failed and self.may_retry(job):
                 attributes = {RETRY_OF: job.number, "failures": job.failures}
                 self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
@@ -157,8 +154,8 @@ class OptunaJobs:
 
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """Tell the study the result of a trial; an interrupted one stays running there."""
-        if outcome.status in FAILED_STATES:
-            self.study.tell(job.number, state=FAILED_STATES[outcome.status])
+        if outcome.status in TRIAL_STATES:
+            self.study.tell(job.number, state=TRIAL_STATES[outcome.status])
         elif outcome.status == COMPLETED:
             values = objective_values(self.folder.run_folder(job), outcome, self.objectives)
             if any(math.isnan(value) for value in values):

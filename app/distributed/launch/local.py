@@ -66,21 +66,8 @@ def launch_local(
     logging_config: Mapping[str, Any],
     quiet: bool = False,
 ) -> float | None:
-    """Run a job on several ranks of this machine; the arguments are those of `LocalWorkers`.
-
-    Returns:
-        The result of the function on rank 0.
-
-    Raises:
-        RankFailedError: A rank failed; all have ended.
-        UserError: A rank failed with an error that the user can fix.
-        TrainingInterrupted: The job was asked to stop, and all ranks have ended.
-    """
-    workers = LocalWorkers(function, job, folder, num_ranks, logging_config, quiet=quiet)
-    try:
-        return workers.run()
-    finally:
-        workers.kill()
+    """Run a job on several ranks of this machine; see `LocalWorkers` and its method `run`."""
+    return LocalWorkers(function, job, folder, num_ranks, logging_config, quiet=quiet).run()
 
 
 class LocalWorkers:
@@ -120,17 +107,25 @@ class LocalWorkers:
         self.deadline = math.inf  # on the monotonic clock, for the remaining ranks to end
 
     def run(self) -> float | None:
-        """Start all ranks and wait for them; return the result of rank 0 or raise its error."""
+        """Start all ranks, wait for them, and return the result of rank 0.
+
+        Raises:
+            RankFailedError: A rank failed; all have ended.
+            UserError: A rank failed with an error that the user can fix.
+            TrainingInterrupted: The job was asked to stop, and all ranks have ended.
+        """
         try:
             with StopSignal(forward=self.request_stop).installed():
                 self.start()
                 while not self.is_finished:
                     self.poll(wait(self.wait_handles, timeout=0.2))
+            return self.result()
         except KeyboardInterrupt:
             self.kill()
             record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
             raise
-        return self.result()
+        finally:
+            self.kill()
 
     def start(self) -> None:
         """Start all ranks without waiting for them."""
