@@ -121,8 +121,7 @@ class LocalWorkers:
                     self.poll(wait(self.wait_handles, timeout=0.2))
             return self.result()
         except KeyboardInterrupt:
-            self.kill()
-            record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
+            self.interrupt()
             raise
         finally:
             self.kill()
@@ -199,6 +198,11 @@ class LocalWorkers:
         self.stop_reason = max(self.stop_reason, reason)
         for rank in self.ready_ranks:
             self._signal_rank(rank)
+
+    def interrupt(self) -> None:
+        """Kill all ranks, and record that the run was interrupted without saving."""
+        self.kill()
+        record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
 
     def kill(self) -> None:
         """Kill all ranks and their child processes."""

@@ -62,9 +62,7 @@ class Pool:
                     self._poll(on_job_end)
             except KeyboardInterrupt:
                 for running in self.running:
-                    running.workers.kill()
-                    failure = RankFailure(0, "interrupted", "KeyboardInterrupt")
-                    record_rank_failure(running.job.folder, failure)
+                    running.workers.interrupt()
                 raise
             finally:
                 for running in self.running:
