@@ -57,7 +57,7 @@ def test_check_sweep_invalid_grid_reports_error(overrides: list[str], message: s
         ([SEEDS, "hydra.sweeper.direction=min"], "direction='min', but goal.mode='max'"),
         (
             [SEEDS, "hydra.sweeper.n_trials=0"],
-            "hydra.sweeper.n_trials=0 is not valid; allowed: an integer >= 1",
+            "hydra.sweeper.n_trials=0 is not valid; allowed: an integer",
         ),
         ([SEEDS, "hydra.sweeper.storage=sqlit"], "hydra.sweeper.storage='sqlit'; allowed: sql"),
         ([SEEDS, "+hydra.sweeper.n_trial=3"], "did you mean 'n_trials'?"),
