@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
@@ -139,15 +139,17 @@ class StopSignal:
 
 
 @contextmanager
-def signal_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install a handler for the signals that ask to stop, except for ignored signals.
+def signal_handlers(
+    handler: Callable[[int, FrameType | None], None], names: Iterable[str] = REASON_BY_SIGNAL
+) -> Iterator[None]:
+    """Install a handler for signals, by default those that ask to stop, except for ignored ones.
 
     Does nothing outside the main thread, where Python does not deliver signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in REASON_BY_SIGNAL if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)

@@ -19,7 +19,7 @@ from types import FrameType
 
 from app.distributed.launch.worker import rank_zero_output
 from app.runtime.lock import FolderInUseError
-from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted
+from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted, signal_handlers
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import read_run_status
 
@@ -77,20 +77,14 @@ def _save_on_sigusr2(received: list[int]) -> Iterator[None]:
     Args:
         received: List to which the signal is added.
     """
-    handler = signal.getsignal(signal.SIGUSR2) if hasattr(signal, "SIGUSR2") else None
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         received.append(number)
         signal.raise_signal(signal.SIGUSR1)
 
-    signal.signal(signal.SIGUSR2, on_signal)
-    try:
+    has_handler = callable(signal.getsignal(signal.SIGUSR2))
+    with signal_handlers(on_signal, ["SIGUSR2"] if has_handler else []):
         yield
-    finally:
-        signal.signal(signal.SIGUSR2, handler)
 
 
 @contextmanager
