@@ -80,7 +80,7 @@ def run_job(
         if not multirun or rank_zero is not None:
             sys.exit(failure.exit_code)
         if composed.sweep.on_error == "stop":
-            sweep.set_stopped(stopped=True)
+            sweep.stop()
         return None
     finally:
         if multirun:

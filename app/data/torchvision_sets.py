@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 
 import torch
 import torchvision.datasets as datasets
-from filelock import FileLock
 from torch.utils.data import TensorDataset
 from torchvision.datasets.utils import check_integrity, check_md5, download_url
 
 from app.data.archives import unpack
 from app.data.idx import read_idx
-from app.runtime.errors import UserError
+from app.runtime.errors import StorageError, UserError
 from app.runtime.extras import import_extra
+from app.runtime.lock import file_lock
 
 IDX_DATASETS = ("FashionMNIST", "KMNIST")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
@@ -112,18 +112,10 @@ def _download_missing(
 
 @contextmanager
 def _download_lock(folder: Path) -> Iterator[None]:
-    """Hold the download lock of the folder; the system releases it if the process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".download.lock")
-        lock.acquire()
-    except OSError:  # a read-only folder is either complete or of no use
+    with ExitStack() as stack:
+        with suppress(StorageError):  # a read-only folder is either complete or of no use
+            stack.enter_context(file_lock(folder / ".download.lock"))
         yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _download(path: Path, mirrors: Sequence[str], md5: str) -> None:

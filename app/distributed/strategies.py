@@ -26,9 +26,6 @@ from app.runtime.errors import UserError
 class SingleDevice:
     """Trains a model on a single rank.
 
-    Args:
-        model: The model to train.
-
     Attributes:
         is_distributed: Whether gradients are reduced over several ranks.
         grad_divisor: What the reduction divides gradients by; 1 for a sum.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from app.runtime.errors import UserError, as_storage_error, as_user_error
+from app.runtime.errors import StorageError, UserError, as_user_error
 from app.runtime.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -40,26 +40,12 @@ def run_lock(folder: Path) -> Iterator[None]:
         FolderInUseError: Another process holds it; the message names the owner.
         StorageError: The folder is not writable.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise as_storage_error(error) from error
     refuse_symlinks(folder)
-    lock = _acquire(folder)
-    if lock is None:
-        log.warning(
-            "%s: the file system does not support locks; do not start another run in this folder",
-            folder,
-        )
-        yield
-        return
-    try:
+    with file_lock(folder / LOCK_FILE, in_use=lambda: _in_use_error(folder)):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": platform.node(), "process": os.getpid(), "since": now}
         write_json(folder / OWNER_FILE, owner)
         yield
-    finally:
-        lock.release()
 
 
 def check_unlocked(folder: Path) -> None:
@@ -68,33 +54,48 @@ def check_unlocked(folder: Path) -> None:
     Raises:
         FolderInUseError: A process holds it.
     """
-    if not folder.is_dir():
-        return
     refuse_symlinks(folder)
-    if (folder / LOCK_FILE).exists() and (lock := _acquire(folder)) is not None:
+    if (folder / LOCK_FILE).exists():
+        with file_lock(folder / LOCK_FILE, in_use=lambda: _in_use_error(folder)):
+            pass
+
+
+@contextmanager
+def file_lock(path: Path, in_use: Callable[[], Exception] | None = None) -> Iterator[None]:
+    """Hold the exclusive lock of a file, which the system releases when the process ends.
+
+    On a file system without locks, log a warning and continue.
+
+    Args:
+        path: Lock file; it and its folder are created if missing.
+        in_use: Returns the error to raise if another process holds the lock; None to wait for it.
+
+    Raises:
+        StorageError: The file cannot be created or locked.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=-1 if in_use is None else 0)
+    except Timeout as error:
+        assert in_use is not None
+        raise in_use() from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be locked: {error.strerror or error}") from error
+    except NotImplementedError:
+        log.warning(
+            "%s: the file system does not support locks; do not start another run in this folder",
+            path.parent,
+        )
+    try:
+        yield
+    finally:
         lock.release()
 
 
-def _acquire(folder: Path) -> FileLock | None:
-    """Acquire the lock of a folder; return None if the file system does not support locks."""
-    lock = FileLock(folder / LOCK_FILE)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise FolderInUseError(_in_use_message(folder)) from error
-    except OSError as error:
-        raise FolderInUseError(
-            f"{folder / LOCK_FILE} cannot be locked: {error.strerror}"
-        ) from error
-    except NotImplementedError:
-        return None
-    return lock
-
-
-def _in_use_message(folder: Path) -> str:
+def _in_use_error(folder: Path) -> FolderInUseError:
     owner = read_json(folder / OWNER_FILE)
     holder = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
-    return (
+    return FolderInUseError(
         f"{folder} is in use by another run ({holder}); wait until it has ended, or choose "
         "another folder"
     )
@@ -108,7 +109,7 @@ def refuse_symlinks(folder: Path) -> None:
         UserError: There is a link, or the folder cannot be read.
     """
     subfolders = [folder / name for name in RUN_SUBFOLDERS if not (folder / name).is_symlink()]
-    places = [folder, *(path for path in subfolders if path.is_dir())]
+    places = [path for path in (folder, *subfolders) if path.is_dir()]
     for path in (path for place in places for path in place.iterdir()):
         if path.is_symlink() and path.name != "wandb":
             raise UserError(

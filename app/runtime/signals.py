@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
@@ -39,15 +39,15 @@ STATUS_BY_REASON: dict[StopReason, Literal["preempted", "interrupted"]] = {
     StopReason.PREEMPTED: "preempted",
     StopReason.INTERRUPTED: "interrupted",
 }
+SIGNAL_BY_REASON = {
+    StopReason.PREEMPTED: signal.SIGTERM,
+    StopReason.INTERRUPTED: signal.SIGINT,
+}
 EXIT_CODE_BY_REASON = {StopReason.PREEMPTED: 143, StopReason.INTERRUPTED: 130}
 
 
 class TrainingInterrupted(BaseException):
-    """The run has stopped as requested by a signal. Not an error, as with `KeyboardInterrupt`.
-
-    Args:
-        reason: `PREEMPTED` or `INTERRUPTED`.
-    """
+    """The run has stopped as requested by a signal. Not an error, as with `KeyboardInterrupt`."""
 
     def __init__(self, reason: StopReason) -> None:
         super().__init__(STATUS_BY_REASON[reason])
@@ -65,18 +65,26 @@ class TrainingInterrupted(BaseException):
 
 
 class StopSignal:
-    """Receives requests to stop: raises at once, or is polled at the end of each training step.
+    """Receives requests to stop: raises at once, is polled after each step, or forwards them.
 
     Args:
         handles_second_interrupt: Raise `KeyboardInterrupt` on a second Ctrl-C. False for ranks
             whose parent process handles it.
+        forward: Passes a request on to processes that do the work; None if this process does it.
+
+    Attributes:
+        requested: Strongest reason to stop so far.
     """
 
-    def __init__(self, handles_second_interrupt: bool = True) -> None:
-        self.handles_second_interrupt = handles_second_interrupt
+    def __init__(
+        self,
+        handles_second_interrupt: bool = True,
+        forward: Callable[[StopReason], None] | None = None,
+    ) -> None:
+        self.handles_second_interrupt, self.forward = handles_second_interrupt, forward
         self.requested = StopReason.NONE
         self.last_signal_at = 0.0
-        self.is_deferred = False
+        self.is_deferred = forward is not None
         self.deadline: float | None = None
         self.pid = os.getpid()
 
@@ -120,30 +128,28 @@ class StopSignal:
             return
         if not self.is_deferred:
             raise TrainingInterrupted(reason)
-        if not self.handles_second_interrupt:
-            return
-        if is_repeated and reason is StopReason.INTERRUPTED:
+        if is_repeated and reason is StopReason.INTERRUPTED and self.handles_second_interrupt:
             raise KeyboardInterrupt
-        if is_first:
-            sys.stderr.write(stop_notice(reason))
-
-
-def stop_notice(reason: StopReason) -> str:
-    """Return the message for the terminal on the first request to stop."""
-    hint = "; press Ctrl-C again to stop at once" if reason is StopReason.INTERRUPTED else ""
-    return f"\nstopping after the current step{hint}\n"
+        if self.forward is not None:
+            self.forward(reason)
+        if is_first and self.handles_second_interrupt:
+            is_interrupt = reason is StopReason.INTERRUPTED
+            hint = "; press Ctrl-C again to stop at once" if is_interrupt else ""
+            sys.stderr.write(f"\nstopping after the current step{hint}\n")
 
 
 @contextmanager
-def signal_handlers(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Install a handler for the signals that ask to stop, except for ignored signals.
+def signal_handlers(
+    handler: Callable[[int, FrameType | None], None], names: Iterable[str] = REASON_BY_SIGNAL
+) -> Iterator[None]:
+    """Install a handler for signals, by default those that ask to stop, except for ignored ones.
 
     Does nothing outside the main thread, where Python does not deliver signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = [getattr(signal, name) for name in REASON_BY_SIGNAL if hasattr(signal, name)]
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) != signal.SIG_IGN}
     for number in before:
         signal.signal(number, handler)

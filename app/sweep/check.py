@@ -17,17 +17,17 @@ from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
 from app.config.resolve import cli_trusted, resolve
-from app.config.schema import MonitorConfig
 from app.config.types import iter_issues
 from app.experiment.job import make_job
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
 from app.sweep.launchers.slots import make_slots
-from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER
+from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, SearchOptions
 
 GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
 OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"
+PLUGIN_KEYS = ("_target_", "_recursive_", "_convert_", "params")
 TRUST_KEY = "trusted_targets"
 RESTRICTED_KEYS = (  # prefixes of keys that take effect from the command line only
     TRUST_KEY,
@@ -67,13 +67,13 @@ def check_sweep(composer: Composer, first: DictConfig, is_standalone: bool) -> N
         ConfigError: Every error that was found.
     """
     issues: list[ConfigIssue] = []
-    if first.hydra.sweeper._target_ == GRID_SWEEPER:
+    sweeper, launcher = first.hydra.sweeper._target_, first.hydra.launcher
+    if sweeper == GRID_SWEEPER:
         issues += grid_issues(composer.space, first.sweep.together)
-    elif first.hydra.sweeper._target_ == OPTUNA_SWEEPER:
+    elif sweeper == OPTUNA_SWEEPER:
         issues += _iter_search_issues(composer, first)
-    if first.hydra.sweeper._target_ in (GRID_SWEEPER, OPTUNA_SWEEPER):
+    if sweeper in (GRID_SWEEPER, OPTUNA_SWEEPER):
         issues += _iter_subdir_issues(first)
-    launcher = first.hydra.launcher
     if not is_standalone and launcher._target_ != BASIC_LAUNCHER:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
         issues.append(ConfigIssue("hydra/launcher", problem))
@@ -94,6 +94,8 @@ def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[Confi
 
     sweeper: Any = OmegaConf.to_container(first.hydra.sweeper, resolve=True)
     space, goal = composer.space, first.goal
+    options = {name: value for name, value in sweeper.items() if name not in PLUGIN_KEYS}
+    yield from iter_issues("hydra.sweeper", options, SearchOptions)
     yield from iter_distribution_issues(space.swept)
     if not space.swept:
         yield ConfigIssue(
@@ -104,24 +106,17 @@ def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[Confi
     if sweeper["direction"] not in (None, goal.mode):
         problem = f"={sweeper['direction']!r}, but goal.mode={goal.mode!r}; allowed: {goal.mode}"
         yield ConfigIssue("hydra.sweeper.direction", problem)
-    for key in ("n_trials", "n_jobs"):
-        value = sweeper[key]
-        if not (type(value) is int and value > 0) and not (key == "n_jobs" and value == "auto"):
-            auto = ", auto" if key == "n_jobs" else ""
-            yield ConfigIssue(f"hydra.sweeper.{key}", f"={value!r}; allowed: an integer >= 1{auto}")
     is_known_launcher = first.hydra.launcher._target_ in (BASIC_LAUNCHER, POOL_LAUNCHER)
     if sweeper["n_jobs"] == "auto" and not is_known_launcher:
         problem = "='auto': this launcher does not report how many jobs it runs; set a number"
         yield ConfigIssue("hydra.sweeper.n_jobs", problem)
-    if sweeper["storage"] not in ("sqlite", "journal") and "://" not in sweeper["storage"]:
+    if sweeper["storage"] not in ("sqlite", "journal") and "://" not in str(sweeper["storage"]):
         problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, a database URL"
         yield ConfigIssue("hydra.sweeper.storage", problem)
     yield from _iter_study_issues(composer, sweeper)
 
 
 def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
-    for name, objective in sweeper["objectives"].items():
-        yield from iter_issues(f"hydra.sweeper.objectives.{name}", objective, MonitorConfig)
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
         problem = ": Optuna cannot prune trials with several objectives; allowed: none"
         yield ConfigIssue("hydra/sweeper/pruner", problem)
@@ -175,13 +170,11 @@ def _resume_issues(composer: Composer, first: DictConfig) -> list[ConfigIssue]:
         return issues
     with folder.locked():
         pass
-    if not first.sweep.force:
-        _check_frozen_configs(composer, folder)
-    base = composer.base
-    HydraConfig.instance().set_config(base)
-    plain, _ = resolve(base)
     if first.sweep.force:
         return []
+    _check_frozen_configs(composer, folder)
+    HydraConfig.instance().set_config(composer.base)
+    plain, _ = resolve(composer.base)
     problem = ": changed since the sweep was started; sweep.force=true uses the new configuration"
     return [ConfigIssue(line, problem) for line in folder.differences(plain)]
 
@@ -204,11 +197,7 @@ def iter_trust_issues(folder: SweepFolder, cli_overrides: Sequence[str]) -> Iter
     """Yield an issue for each saved override that must be repeated on the command line.
 
     A file cannot grant trust: overrides that choose which code runs or where files are written
-    only take effect when the user gives them again.
-
-    Args:
-        folder: Folder of the sweep to resume.
-        cli_overrides: Overrides on the command line of this process.
+    only take effect when the user gives them again, as `cli_overrides`.
     """
     cli_trust = [override for override in cli_overrides if _key(override) == TRUST_KEY]
     trusted = [*cli_trusted(parse_overrides(cli_trust)), *trusted_from_environment()]

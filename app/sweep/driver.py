@@ -3,86 +3,62 @@
 from __future__ import annotations
 
 import logging
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
-from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.overrides import quote
-from app.distributed.launch.failures import (
-    NO_REPORT,
-    RankFailure,
-    format_error,
-    record_rank_failure,
-)
-from app.runtime.signals import (
-    DUPLICATE_SIGNAL_SECONDS,
-    REASON_BY_SIGNAL,
-    StopReason,
-    TrainingInterrupted,
-    signal_handlers,
-)
+from app.distributed.launch.failures import RankFailure
+from app.runtime.errors import UserError
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
 from app.sweep.launchers import BASIC_LAUNCHER
-from app.sweep.launchers.external import is_running, request_stop
-from app.sweep.outcome import FAILED, PENDING, RUNNING, RunStatus, read_run_status, record_failure
+from app.sweep.launchers.runner import BatchRunner, ComposedJob, JobRunner, compose_job
+from app.sweep.outcome import FAILED, RunStatus, read_run_status, record_failure
 from app.sweep.report.write import update_tables
 
 log = logging.getLogger(__name__)
-STATUS_POLL_SECONDS = 2.0  # how often the status files of external jobs are read
 
 
-class JobSource(Protocol):
-    """A sequence of jobs that may depend on the results of earlier ones."""
+class JobSource(ABC):
+    """A sequence of jobs that may depend on the results of earlier ones.
 
+    Args:
+        folder: Folder of the sweep.
+        max_retries: How often a failed job is retried.
+    """
+
+    def __init__(self, folder: SweepFolder, max_retries: int) -> None:
+        self.folder, self.max_retries = folder, max_retries
+
+    @property
+    @abstractmethod
+    def batch_size(self) -> int:
+        """Number of jobs per call of a launcher that runs batches."""
+
+    @abstractmethod
     def next_job(self) -> SweepJob | None:
         """Return the next job; None if there is none now."""
 
-    def extra_overrides(self, job: SweepJob) -> list[str]:
+    def extra_overrides(self, job: SweepJob) -> list[str]:  # noqa: ARG002
         """Return overrides for a job in addition to its own."""
+        return []
 
-    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
+    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:  # noqa: B027
         """Handle the end of a job, whatever its status."""
 
-
-class BatchLauncher(Protocol):
-    """The part of Hydra's launcher interface that is used here."""
-
-    def launch(
-        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
-    ) -> Sequence[JobReturn]:
-        """Run jobs, and wait for all of them."""
-
-
-@runtime_checkable
-class StreamingLauncher(Protocol):
-    """A launcher that takes the next job as soon as it has room for it."""
-
-    def stream(
-        self,
-        next_job: Callable[[], tuple[int, Sequence[str]] | None],
-        on_job_end: Callable[[int], None],
-    ) -> None:
-        """Run jobs until there are none left.
-
-        Args:
-            next_job: Returns the number and the overrides of the next job; None if there is none
-                now.
-            on_job_end: Called with the number of each job that has ended.
-        """
+    def may_retry(self, job: SweepJob) -> bool:
+        """Return whether to run a failed job again; log a warning if not."""
+        if job.failures > self.max_retries:
+            message = "job %d has failed %d times and is not retried (sweep.max_retries=%d)"
+            log.warning(message, job.number, job.failures, self.max_retries)
+        return job.failures <= self.max_retries
 
 
 class SweepDriver:
@@ -91,60 +67,45 @@ class SweepDriver:
     Args:
         folder: Folder of the sweep.
         source: Where jobs come from.
-        launcher: Runs the jobs: a `StreamingLauncher` or a `BatchLauncher`.
-        on_error: Whether to start further jobs after one has failed.
         config: Configuration of the sweep as composed by Hydra.
         loader: Composes the configurations of the jobs.
     """
 
     def __init__(
-        self,
-        folder: SweepFolder,
-        source: JobSource,
-        launcher: Any,
-        on_error: Literal["continue", "stop"],
-        config: DictConfig,
-        loader: ConfigLoader,
+        self, folder: SweepFolder, source: JobSource, config: DictConfig, loader: ConfigLoader
     ) -> None:
-        self.folder, self.source, self.launcher = folder, source, launcher
-        self.on_error, self.config, self.loader = on_error, config, loader
+        self.folder, self.source, self.config, self.loader = folder, source, config, loader
         self.jobs: dict[int, SweepJob] = {}  # that were taken from the source, by number
         self.logged_statuses: dict[int, str] = {}  # by job number
-        self.is_stopped = False
-        self.signals: list[int] = []  # received while jobs ran in an external launcher
-        self.first_signal_at = 0.0
 
-    def run(self, batch_size: int) -> None:
-        """Run all jobs.
-
-        Args:
-            batch_size: Jobs per call of a `BatchLauncher`.
+    def run(self, launcher: Any) -> None:
+        """Run all jobs with a `JobRunner` or another launcher of Hydra.
 
         Raises:
             TrainingInterrupted: A signal has asked to stop, and all jobs have stopped.
         """
-        self.folder.set_stopped(stopped=False)
-        if isinstance(self.launcher, StreamingLauncher):
-            self.launcher.stream(self._next_overrides, self._on_job_end)
-            return
-        while jobs := list(self._next_batch(batch_size)):
-            self._launch(jobs)
+        self.folder.clear_stop()
+        self._make_runner(launcher).run_jobs(self._next_job, self._on_job_end)
 
-    def _next_overrides(self) -> tuple[int, Sequence[str]] | None:
-        job = self._next_job()
-        return None if job is None else (job.number, self._overrides(job))
+    def _make_runner(self, launcher: Any) -> JobRunner:
+        if isinstance(launcher, JobRunner):
+            return launcher
+        is_external = self.config.hydra.launcher._target_ != BASIC_LAUNCHER
+        batch_size = self.source.batch_size if is_external else 1
+        return BatchRunner(launcher, batch_size, is_external, self.folder, self._log_status)
 
-    def _next_batch(self, batch_size: int) -> Iterator[SweepJob]:
-        count = 0
-        while count < batch_size and (job := self._next_job()) is not None:
-            count += 1
-            yield job
-
-    def _next_job(self) -> SweepJob | None:
-        job = None if self.is_stopped else self.source.next_job()
-        if job is not None:
+    def _next_job(self) -> ComposedJob | None:
+        """Return the next job; one that cannot be composed fails alone."""
+        while not self.folder.is_stopped and (job := self.source.next_job()) is not None:
             self.jobs[job.number] = job
-        return job
+            try:
+                return compose_job(self.loader, self.config, job.number, self._overrides(job))
+            except (HydraException, OmegaConfBaseException, UserError) as error:
+                folder = self.folder.run_folder(job)
+                folder.mkdir(parents=True, exist_ok=True)
+                record_failure(folder, RankFailure.from_exception(0, error))
+                self._on_job_end(job.number)
+        return None
 
     def _overrides(self, job: SweepJob) -> list[str]:
         """All overrides of a job; the last two place it in this sweep's folder in any case."""
@@ -152,127 +113,29 @@ class SweepDriver:
         folders = [f"hydra.sweep.dir={path}", f"hydra.sweep.subdir={quote(job.folder)}"]
         return [*job.overrides, *self.source.extra_overrides(job), *folders]
 
-    def _launch(self, jobs: list[SweepJob]) -> None:
-        """Run jobs by Hydra's launcher interface; one that cannot be composed fails alone."""
-        composable = [job for job in jobs if self._can_compose(job)]
-        results: Sequence[JobReturn] = []
-        if composable:
-            results = self._launch_batch(composable)
-        for job, result in zip_longest(composable, results):
-            self._record_missing_status(job, result)
-        for job in jobs:
-            self._on_job_end(job.number)
-        if self.signals:
-            raise TrainingInterrupted(
-                max(REASON_BY_SIGNAL[signal.Signals(number).name] for number in self.signals)
-            )
-
-    def _can_compose(self, job: SweepJob) -> bool:
-        try:
-            self.loader.load_sweep_config(self.config, self._overrides(job))
-        except (HydraException, OmegaConfBaseException) as error:
-            record_failure(self._make_run_folder(job), RankFailure.from_exception(0, error))
-            return False
-        return True
-
-    def _launch_batch(self, jobs: list[SweepJob]) -> Sequence[JobReturn]:
-        overrides, first = [self._overrides(job) for job in jobs], jobs[0].number
-        if self.config.hydra.launcher._target_ == BASIC_LAUNCHER:
-            return self.launcher.launch(overrides, initial_job_idx=first)  # type: ignore[no-any-return]
-        with signal_handlers(self._on_signal), self._logging_job_ends(jobs):
-            try:
-                return self.launcher.launch(overrides, initial_job_idx=first)  # type: ignore[no-any-return]
-            except KeyboardInterrupt:
-                for job in jobs:
-                    self._record_missing_status(job, None)
-                raise
-            except (Exception, SystemExit) as error:  # each launcher library has its own
-                log.error("the launcher failed: %s", format_error(error).splitlines()[0])
-                log.debug("traceback of the launcher", exc_info=error)
-                self.is_stopped = True
-                request_stop(self.folder)
-                while any(is_running(self.folder, self.folder.run_folder(job)) for job in jobs):
-                    time.sleep(0.2)
-        return []
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Ask external jobs to stop through the folder; a second Ctrl-C does not wait for them."""
-        is_repeated = (
-            number in self.signals
-            and time.monotonic() - self.first_signal_at > DUPLICATE_SIGNAL_SECONDS
-        )
-        if is_repeated and REASON_BY_SIGNAL[signal.Signals(number).name] is StopReason.INTERRUPTED:
-            raise KeyboardInterrupt
-        if not self.signals:
-            self.first_signal_at = time.monotonic()
-            sys.stderr.write("\nstopping all jobs after this step; Ctrl-C again exits at once\n")
-        self.signals.append(number)
-        request_stop(self.folder)
-
-    @contextmanager
-    def _logging_job_ends(self, jobs: list[SweepJob]) -> Iterator[None]:
-        """Log in the background which external jobs have ended, as soon as they have."""
-        is_done = threading.Event()
-        thread = threading.Thread(target=self._log_job_ends, args=(jobs, is_done), daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            is_done.set()
-            thread.join()
-
-    def _log_job_ends(self, jobs: list[SweepJob], is_done: threading.Event) -> None:
-        before = {job.number: read_run_status(self.folder.run_folder(job)) for job in jobs}
-        while not is_done.wait(STATUS_POLL_SECONDS):
-            for job in jobs:
-                outcome = read_run_status(self.folder.run_folder(job))
-                if outcome.status not in (PENDING, RUNNING) and outcome != before[job.number]:
-                    self._log_outcome(job, outcome)
-
-    def _record_missing_status(self, job: SweepJob, result: JobReturn | None) -> None:
-        """Write the final status of a job whose process could not write it itself."""
-        folder = self.folder.run_folder(job)
-        status = read_run_status(folder).status
-        if status not in (PENDING, RUNNING) or is_running(self.folder, folder):
-            return
-        if status == RUNNING and self.signals:
-            record_rank_failure(folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
-        elif status == RUNNING or not self.folder.is_stopped:
-            record_failure(self._make_run_folder(job), _to_failure(result))
-
-    def _make_run_folder(self, job: SweepJob) -> Path:
-        folder = self.folder.run_folder(job)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-
     def _on_job_end(self, number: int) -> None:
         job = self.jobs[number]
-        outcome = read_run_status(self.folder.run_folder(job))
+        outcome = self._log_status(number)
         if outcome.status == FAILED:
             job.failures += 1
-            self.is_stopped = self.is_stopped or self.on_error == "stop"
-        self._log_outcome(job, outcome)
+            if self.config.sweep.on_error == "stop":
+                self.folder.stop()
         self.source.on_job_end(job, outcome)
         self.folder.save()
         update_tables(self.folder.path)
 
-    def _log_outcome(self, job: SweepJob, outcome: RunStatus) -> None:
-        if self.logged_statuses.get(job.number) == outcome.status:
-            return
-        self.logged_statuses[job.number] = outcome.status
+    def _log_status(self, number: int) -> RunStatus:
+        """Log how a job has ended, unless that has been logged before; return its status."""
+        folder = self.folder.run_folder(self.jobs[number])
+        outcome = read_run_status(folder)
+        if self.logged_statuses.get(number) == outcome.status:
+            return outcome
+        self.logged_statuses[number] = outcome.status
         if outcome.status == FAILED:
-            folder = self.folder.run_folder(job)
-            log.error("job %d failed: %s; see %s", job.number, outcome.error, folder)
+            log.error("job %d failed: %s; see %s", number, outcome.error, folder)
         else:
-            log.info("job %d %s: %s", job.number, outcome.status, _describe_value(outcome))
-
-
-def _to_failure(result: JobReturn | None) -> RankFailure:
-    if result is None:
-        return RankFailure(0, "died", NO_REPORT)
-    if result.status is JobStatus.FAILED and isinstance(result._return_value, BaseException):
-        return RankFailure.from_exception(0, result._return_value)
-    return RankFailure(0, "died", NO_REPORT)
+            log.info("job %d %s: %s", number, outcome.status, _describe_value(outcome))
+        return outcome
 
 
 def _describe_value(outcome: RunStatus) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 
@@ -19,11 +17,13 @@ from app.config.compose import SafeConfigLoader
 from app.config.overrides import JobValues
 from app.config.resolve import PER_COMMAND_KEYS
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
-from app.runtime.files import write_json, write_text
+from app.runtime.files import read_json, write_json, write_text
+from app.runtime.lock import FolderInUseError, file_lock
 from app.sweep.job import SweepJob, new_job, values_hash
 
 SWEEP_FORMAT = 1  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
+STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 FILE_SCHEME = "file://"
 
 
@@ -54,15 +54,16 @@ class SweepFolder:
 
     def _read(self) -> None:
         file = self.state_folder / "sweep.json"
+        content = read_json(file)
         try:
-            content = json.loads(file.read_text())
+            _check_format(file, content["format"])
             self.overrides, self.study = content["words"], content["study"]
             self.jobs = [SweepJob.from_json(job) for job in content["jobs"]]
-            for job in self.jobs:
-                if not re.match(r"\w[^/\\]*$", job.folder):
-                    raise ValueError(f"{job.folder!r} is not the name of a job folder")
-        except (ValueError, KeyError, TypeError) as error:
+            invalid = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
+        except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file} is damaged: {error!r}") from error
+        if invalid:
+            raise UserError(f"{file} is damaged: {invalid[0]!r} is not the name of a job folder")
 
     def save(self) -> None:
         """Replace `sweep.json`."""
@@ -79,13 +80,7 @@ class SweepFolder:
         return next((job for job in self.jobs if job.hash == values_hash(values)), None)
 
     def add(self, values: JobValues, overrides: list[str], number: int | None = None) -> SweepJob:
-        """Add a job.
-
-        Args:
-            values: Values of the swept keys.
-            overrides: Command-line overrides of the job.
-            number: Number of the job; the next free one by default.
-        """
+        """Add a job with a number, by default the next free one."""
         if number is None:
             number = max((job.number for job in self.jobs), default=-1) + 1
         self.jobs.append(new_job(number, values, overrides))
@@ -95,34 +90,56 @@ class SweepFolder:
         """Return the run folder of a job."""
         return self.path / job.folder
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the lock on this sweep; it is released when the process ends.
 
         Raises:
             ConfigError: Another process holds it.
         """
-        self.state_folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.state_folder / "lock")
+        problem = f"={str(self.path)!r} is being run by another process"
+        error = ConfigError([ConfigIssue("sweep.resume", problem)])
+        return file_lock(self.state_folder / "lock", in_use=lambda: error)
+
+    def job_locked(self, job_folder: Path) -> AbstractContextManager[None]:
+        """Hold the lock on a job while it runs in a process of another launcher.
+
+        Raises:
+            FolderInUseError: Another process runs the job.
+        """
+        error = FolderInUseError(f"{job_folder}: another process is running this job")
+        path = self.state_folder / "running" / f"{job_folder.name}.lock"
+        return file_lock(path, in_use=lambda: error)
+
+    def is_running(self, job_folder: Path) -> bool:
+        """Return whether a process of another launcher runs a job."""
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            problem = f"={str(self.path)!r} is being run by another process"
-            raise ConfigError([ConfigIssue("sweep.resume", problem)]) from error
-        try:
-            yield
-        finally:
-            lock.release()
+            with self.job_locked(job_folder):
+                return False
+        except FolderInUseError:
+            return True
+
+    @property
+    def _stop_file(self) -> Path:
+        return self.state_folder / "stopped"
 
     @property
     def is_stopped(self) -> bool:
         """Whether no further job of this sweep may start, in any process."""
-        return (self.state_folder / "stopped").exists()
+        return self._stop_file.exists()
 
-    def set_stopped(self, stopped: bool) -> None:
-        """Set `is_stopped` for all processes."""
-        path = self.state_folder / "stopped"
-        path.touch() if stopped else path.unlink(missing_ok=True)
+    @property
+    def stops_running_jobs(self) -> bool:
+        """Whether running jobs should save and stop, too."""
+        return self.is_stopped and self._stop_file.read_text() == STOP_RUNNING_JOBS
+
+    def stop(self, running_jobs: bool = False) -> None:
+        """Let no further job start in any process, and maybe ask running jobs to stop, too."""
+        if running_jobs or not self.is_stopped:
+            write_text(self._stop_file, STOP_RUNNING_JOBS if running_jobs else "")
+
+    def clear_stop(self) -> None:
+        """Allow jobs to start again."""
+        self._stop_file.unlink(missing_ok=True)
 
     def storage_name(self, storage: str) -> str:
         """Return the storage of a study: a file of this folder for `sqlite` and `journal`."""
@@ -162,6 +179,19 @@ class SweepFolder:
             copied = f"{FILE_SCHEME}{self.state_folder / 'conf' / str(number)}"
             search_path.append(provider, copied if is_file else path)
         return SafeConfigLoader(config_search_path=search_path)
+
+
+def _check_format(file: Path, version: int) -> None:
+    """Check that this version of the program can read `sweep.json`.
+
+    Raises:
+        UserError: A newer version has written it.
+    """
+    if version > SWEEP_FORMAT:
+        raise UserError(
+            f"{file} has format {version}, but this version of the program reads formats up to "
+            f"{SWEEP_FORMAT}; use a newer version"
+        )
 
 
 def _config_sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:

@@ -6,17 +6,16 @@ import logging
 from collections import deque
 
 from app.config.overrides import SweepSpace, grid
-from app.sweep.driver import StreamingLauncher
+from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob
-from app.sweep.launchers import BASIC_LAUNCHER
-from app.sweep.outcome import FAILED, RunStatus, read_run_status
+from app.sweep.outcome import FAILED, read_run_status
 from app.sweep.run import Sweep
 
 log = logging.getLogger(__name__)
 
 
-class GridJobs:
+class GridJobs(JobSource):
     """Source of the jobs of a grid, in order.
 
     Args:
@@ -26,7 +25,7 @@ class GridJobs:
     """
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> None:
-        self.sweep, self.folder = sweep, folder
+        super().__init__(folder, sweep.config.sweep.max_retries)
         jobs = {}
         for values in grid(space, sweep.config.sweep.together):
             job = folder.find_job(values) or folder.add(values, space.overrides_for(values))
@@ -39,28 +38,17 @@ class GridJobs:
         done = f", {num_done} of them done" if num_done else ""
         log.info("%d jobs%s in %s", len(jobs), done, folder.path)
 
-    def _should_run(self, job: SweepJob) -> bool:
-        status = read_run_status(self.folder.run_folder(job))
-        limit = self.sweep.config.sweep.max_retries
-        if status.status == FAILED and job.failures > limit:
-            message = "job %d has failed %d times and is not retried (sweep.max_retries=%d)"
-            log.warning(message, job.number, job.failures, limit)
-            return False
-        return not status.is_finished
+    @property
+    def batch_size(self) -> int:
+        """All jobs that are left, for the launcher to divide."""
+        return max(1, len(self.pending))
 
     def next_job(self) -> SweepJob | None:
         """Return the next job; None if all have been taken."""
         return self.pending.popleft() if self.pending else None
 
-    def extra_overrides(self, job: SweepJob) -> list[str]:  # noqa: ARG002
-        """Return no overrides: those of the job are complete."""
-        return []
-
-    def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
-        """Do nothing: the jobs of a grid do not depend on each other."""
-
-    def batch_size(self, launcher: object) -> int:
-        """Return 1 for the basic launcher; any other gets all jobs at once."""
-        is_basic = self.sweep.config.hydra.launcher._target_ == BASIC_LAUNCHER
-        is_single = is_basic or isinstance(launcher, StreamingLauncher)
-        return 1 if is_single else max(1, len(self.pending))
+    def _should_run(self, job: SweepJob) -> bool:
+        status = read_run_status(self.folder.run_folder(job))
+        if status.status == FAILED:
+            return self.may_retry(job)
+        return not status.is_finished

@@ -13,7 +13,6 @@ from typing import Any
 import optuna
 import pandas as pd
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
-from omegaconf import DictConfig
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -21,13 +20,14 @@ from optuna.distributions import (
     IntDistribution,
 )
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
-from app.config.schema import MonitorConfig
+from app.config.schema import MonitorConfig, OptunaTrial
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
+from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
 from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
@@ -40,9 +40,15 @@ log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
 RETRY_OF, EXHAUSTED = "retry_of", "exhausted"  # user attributes of trials and of the study
 LOG_TAG = "log"
+# A diverged trial has no meaningful value, and must not be retried as a failed one is.
+TRIAL_STATES = {
+    PRUNED: TrialState.PRUNED,
+    DIVERGED: TrialState.PRUNED,
+    FAILED: TrialState.FAIL,
+}
 
 
-class OptunaJobs:
+class OptunaJobs(JobSource):
     """Source of jobs that asks an Optuna study for trials, and tells it their results.
 
     Args:
@@ -55,10 +61,12 @@ class OptunaJobs:
     def __init__(
         self, sweep: Sweep, folder: SweepFolder, space: SweepSpace, options: SearchOptions
     ) -> None:
+        super().__init__(folder, sweep.config.sweep.max_retries)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.sweep, self.folder, self.space, self.options = sweep, folder, space, options
+        self.space, self.options = space, options
         self.search_space = parse_search_space(space.swept)
-        self.objectives = make_objectives(sweep.config, options)
+        goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
+        self.objectives = {goal.metric: goal, **options.objectives}
         self.storage = folder.storage_name(options.storage)
         self.study_name = options.study_name or folder.path.name
         self.study = self._open_study()
@@ -79,9 +87,12 @@ class OptunaJobs:
             optuna.create_study(study_name=self.study_name, storage=storage, directions=directions)
         study = AskTellStudy(study_name=self.study_name, storage=storage)
         if study.directions != directions:
-            raise ConfigError([_direction_issue(self.study_name, study.directions, directions)])
-        distributions = self.search_space.distributions
-        node = sampler_node(self.options.sampler, distributions, len(study.trials))
+            saved, needed = (", ".join(d.name for d in ds) for ds in (study.directions, directions))
+            problem = f"={study.study_name!r} exists with direction {saved}; this search needs"
+            raise ConfigError([ConfigIssue("hydra.sweeper.study_name", f"{problem} {needed}")])
+        node = sampler_node(
+            self.options.sampler, self.search_space.distributions, len(study.trials)
+        )
         study.sampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
         study.pruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", self.options.pruner)
         if exists:
@@ -97,31 +108,25 @@ class OptunaJobs:
                 f"the study {self.study_name} in {self.storage} no longer has trial {lost[0]}, "
                 f"which is a job of {self.folder.path}"
             )
-        running = [j for j in self.folder.jobs if trials[j.number].state is TrialState.RUNNING]
-        outcomes = {job.number: read_run_status(self.folder.run_folder(job)) for job in running}
-        for job in running:
-            self.on_job_end(job, outcomes[job.number])
-        ended = (COMPLETED, DIVERGED, PRUNED, FAILED)
-        return [job for job in running if outcomes[job.number].status not in ended]
+        interrupted = []
+        for job in self.folder.jobs:
+            if trials[job.number].state is TrialState.RUNNING:
+                outcome = read_run_status(self.folder.run_folder(job))
+                self.on_job_end(job, outcome)
+                if outcome.status != COMPLETED and outcome.status not in TRIAL_STATES:
+                    interrupted.append(job)
+        return interrupted
 
     def _enqueue_retries(self) -> None:
         """Enqueue failed trials of this folder again, up to `sweep.max_retries` times."""
         trials = self.study.get_trials(deepcopy=False)
-        jobs = {job.number: job for job in self.folder.jobs}
         retried = [trial.user_attrs.get(RETRY_OF) for trial in trials]
-        for trial in trials:
-            has_failed = trial.number in jobs and trial.state is TrialState.FAIL
-            if has_failed and trial.number not in retried:
-                self._enqueue_retry(trial, jobs[trial.number].failures)
-
-    def _enqueue_retry(self, trial: FrozenTrial, failures: int) -> None:
-        limit = self.sweep.config.sweep.max_retries
-        if failures > limit:
-            message = "trial %d has failed %d times and is not retried (sweep.max_retries=%d)"
-            log.warning(message, trial.number, failures, limit)
-        else:
-            attributes = {RETRY_OF: trial.number, "failures": failures}
-            self.study.enqueue_trial(trial.params, user_attrs=attributes)
+        for job in self.folder.jobs:
+            trial = trials[job.number]
+            has_failed = trial.state is TrialState.FAIL and job.number not in retried
+            if has_failed and self.may_retry(job):
+                attributes = {RETRY_OF: job.number, "failures": job.failures}
+                self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
     def next_job(self) -> SweepJob | None:
         """Return the job of the next trial; None if there are enough."""
@@ -144,34 +149,24 @@ class OptunaJobs:
         """Return `sweep.trial`, which the run needs to prune itself; nothing without a pruner."""
         if self.options.pruner["_target_"] == NO_PRUNER:
             return []
-        trial = {
-            "storage": self.storage,
-            "study": self.study_name,
-            "number": job.number,
-            "pruner": self.options.pruner,
-        }
-        return [f"sweep.trial={to_override(trial)}"]
+        trial = OptunaTrial(self.storage, self.study_name, job.number, self.options.pruner)
+        return [f"sweep.trial={to_override(vars(trial))}"]
 
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """Tell the study the result of a trial; an interrupted one stays running there."""
-        if outcome.status == COMPLETED:
+        if outcome.status in TRIAL_STATES:
+            self.study.tell(job.number, state=TRIAL_STATES[outcome.status])
+        elif outcome.status == COMPLETED:
             values = objective_values(self.folder.run_folder(job), outcome, self.objectives)
             if any(math.isnan(value) for value in values):
                 log.warning("trial %d has no value of %s", job.number, ", ".join(self.objectives))
                 self.study.tell(job.number, state=TrialState.FAIL)
             else:
                 self.study.tell(job.number, values)
-        elif outcome.status in (PRUNED, DIVERGED, FAILED):
-            # A diverged trial has no meaningful value, and must not be retried as a failed one is.
-            states = {
-                PRUNED: TrialState.PRUNED,
-                DIVERGED: TrialState.PRUNED,
-                FAILED: TrialState.FAIL,
-            }
-            self.study.tell(job.number, state=states[outcome.status])
 
-    def batch_size(self, launcher: object) -> int:  # noqa: ARG002
-        """Return `n_jobs`; the pool ignores it and fills its slots."""
+    @property
+    def batch_size(self) -> int:
+        """Trials at a time."""
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
 
 
@@ -188,35 +183,18 @@ class AskTellStudy(Study):
         return bool(self.user_attrs.get(EXHAUSTED))
 
 
-def _direction_issue(
-    name: str, saved: Sequence[StudyDirection], wanted: Sequence[StudyDirection]
-) -> ConfigIssue:
-    saved_names, wanted_names = (", ".join(d.name for d in ds) for ds in (saved, wanted))
-    problem = f"={name!r} exists with direction {saved_names}; this search needs {wanted_names}"
-    return ConfigIssue("hydra.sweeper.study_name", problem)
-
-
-def make_objectives(config: DictConfig, options: SearchOptions) -> dict[str, MonitorConfig]:
-    """Return all objectives by name, the goal first."""
-    goal = MonitorConfig(config.goal.metric, config.goal.mode)
-    return {goal.metric: goal} | {
-        name: MonitorConfig(**objective) for name, objective in options.objectives.items()
-    }
-
-
 def objective_values(
     folder: Path, outcome: RunStatus, objectives: dict[str, MonitorConfig]
 ) -> list[float]:
     """Return the best value of the goal, and the values of the other objectives in that epoch."""
     _, *others = objectives.values()
-    best = outcome.content.get("best") or {}
     values = [outcome.value if outcome.value is not None else math.nan]
     if others:
         table = pd.read_csv(folder / "summary_table.csv")
+        epoch = (outcome.content.get("best") or {}).get("epoch")
+        rows = table[(table["stage"] == "test") | (table["epoch"] == epoch)].to_dict("records")
         for monitor in others:
-            rows = table[table["stage"] == monitor.stage]
-            rows = rows if monitor.stage == "test" else rows[rows["epoch"] == best.get("epoch")]
-            row: Row = {str(k): v for k, v in rows.iloc[-1].items()} if len(rows) else {}
+            row: Row = next((r for r in reversed(rows) if r["stage"] == monitor.stage), {})
             values.append(goal_value(row, monitor) if row else math.nan)
     return values
 
@@ -277,12 +255,12 @@ def parse_search_space(swept: Mapping[str, Override]) -> SearchSpace:
     A `choice` is categorical; an `interval` is uniform, or log-uniform with `tag(log, ...)`; a
     `range` has the same values as in Hydra, in order.
     """
+    distributions = {key: _distribution(override) for key, override in swept.items()}
     choice_texts = {
         key: {_typed_key(_choice_value(text)): text for text in choices(override)}
         for key, override in swept.items()
-        if _is_categorical(override)
+        if isinstance(distributions[key], CategoricalDistribution)
     }
-    distributions = {key: _distribution(override) for key, override in swept.items()}
     return SearchSpace(distributions, choice_texts)
 
 
@@ -292,11 +270,6 @@ def parse_sweep(override: Override) -> ChoiceSweep | RangeSweep | IntervalSweep:
     if isinstance(sweep, (RangeSweep, IntervalSweep)):
         return sweep
     return sweep if isinstance(sweep, ChoiceSweep) else ChoiceSweep(list=[])
-
-
-def _is_categorical(override: Override) -> bool:
-    sweep = parse_sweep(override)
-    return sweep.shuffle if isinstance(sweep, RangeSweep) else isinstance(sweep, ChoiceSweep)
 
 
 def _typed_key(value: Any) -> Any:
@@ -311,21 +284,16 @@ def _choice_value(text: str) -> Any:
 
 
 def _distribution(override: Override) -> BaseDistribution:
-    sweep = parse_sweep(override)
-    if isinstance(sweep, ChoiceSweep) or _is_categorical(override):
-        return CategoricalDistribution([_choice_value(text) for text in choices(override)])
-    is_log = LOG_TAG in sweep.tags
-    if isinstance(sweep, IntervalSweep):
-        assert sweep.start is not None and sweep.end is not None
-        if isinstance(sweep.start, int) and isinstance(sweep.end, int):
-            return IntDistribution(sweep.start, sweep.end, log=is_log)
-        return FloatDistribution(sweep.start, sweep.end, log=is_log)
-    values = [parse_value(text) for text in choices(override)]
-    low, high = min(values), max(values)
-    step: Any = abs(sweep.step or 1)
+    sweep, texts = parse_sweep(override), choices(override)
+    if isinstance(sweep, ChoiceSweep) or (isinstance(sweep, RangeSweep) and sweep.shuffle):
+        return CategoricalDistribution([_choice_value(text) for text in texts])
+    values: list[Any] = [parse_value(text) for text in texts]
+    is_log, step = LOG_TAG in sweep.tags, None
+    if isinstance(sweep, RangeSweep) and not is_log:
+        step = abs(sweep.step or 1)
     if all(isinstance(value, int) for value in values):
-        return IntDistribution(low, high, step=step, log=is_log)
-    return FloatDistribution(low, high, step=None if is_log else step, log=is_log)
+        return IntDistribution(min(values), max(values), step=int(step or 1), log=is_log)
+    return FloatDistribution(min(values), max(values), step=step, log=is_log)
 
 
 def iter_distribution_issues(swept: Mapping[str, Override]) -> Iterator[ConfigIssue]:

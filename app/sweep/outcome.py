@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from app.distributed.launch.failures import RankFailure, record_rank_failure
+from app.distributed.launch.worker import FILE_FORMAT
 from app.runtime.errors import UserError
 from app.runtime.files import read_json
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED = "diverged"
 FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # nothing is left to do
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def record_failure(folder: Path, failure: RankFailure, write_log: bool = True) -
 
 def _append_to_log(folder: Path, failure: RankFailure) -> None:
     handler = logging.FileHandler(folder / "run.log")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler.setFormatter(logging.Formatter(FILE_FORMAT))
     trace = "" if failure.kind == "user" else f"\n{failure.trace}"
     message = ("the run failed: %s%s", (failure.error, trace), None)
     handler.emit(logging.LogRecord(__name__, logging.ERROR, __file__, 0, *message))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.hydra_config import HydraConfig
@@ -27,7 +27,7 @@ from app.runtime.signals import (
 )
 from app.sweep.driver import JobSource, SweepDriver, sweep_logging
 from app.sweep.folder import SweepFolder
-from app.sweep.report.write import exit_code, write_report
+from app.sweep.report.write import has_finished, write_report
 
 log = logging.getLogger(__name__)
 NOT_SAVED = ("sweep.resume", "sweep.force", "hydra.mode", "hydra.sweep.dir")
@@ -57,19 +57,8 @@ class Sweep:
         return Path(str(self.config.hydra.sweep.dir)).absolute()
 
 
-class BatchedJobSource(JobSource, Protocol):
-    """A source of jobs that knows how many may run together."""
-
-    def batch_size(self, launcher: object) -> int:
-        """Return the number of jobs per call of a launcher that runs batches."""
-
-
-class JobSourceFactory(Protocol):
-    """Makes the source of jobs once the folder exists."""
-
-    def __call__(
-        self, sweep: Sweep, folder: SweepFolder, space: SweepSpace
-    ) -> BatchedJobSource: ...
+# Makes the source of jobs once the folder exists.
+JobSourceFactory = Callable[[Sweep, SweepFolder, SweepSpace], JobSource]
 
 
 def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
@@ -87,19 +76,17 @@ def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
 
 
 def _run(sweep: Sweep, folder: SweepFolder, make_source: JobSourceFactory) -> int:
-    loader = _prepare_folder(sweep, folder)
-    space = parse_space(sweep.arguments, sweep.params, loader)
-    context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
+    loader, space = _prepare_folder(sweep, folder)
     source = make_source(sweep, folder, space)
+    context = HydraContext(config_loader=loader, callbacks=sweep.context.callbacks)
     launcher = Plugins.instance().instantiate_launcher(
         hydra_context=context, task_function=sweep.task, config=sweep.config
     )
-    on_error = sweep.config.sweep.on_error
-    driver = SweepDriver(folder, source, launcher, on_error, sweep.config, loader)
+    driver = SweepDriver(folder, source, sweep.config, loader)
     try:
         with StopSignal().installed():
-            driver.run(source.batch_size(launcher))
-        return exit_code(folder, EXIT_FAILURE)
+            driver.run(launcher)
+        return 0 if has_finished(folder) else EXIT_FAILURE
     except TrainingInterrupted as stopped:
         log.warning("sweep %s", stopped)
         return stopped.exit_code
@@ -111,14 +98,18 @@ def _run(sweep: Sweep, folder: SweepFolder, make_source: JobSourceFactory) -> in
     finally:
         folder.save()
         write_report(folder.path)
-        if exit_code(folder, EXIT_FAILURE):
+        if not has_finished(folder):
             names = ",".join(sweep.config.trusted_targets)
             trust = f" trusted_targets=[{names}]" if names else ""
             log.info("to resume: python -m app -m sweep.resume=%s%s", folder.path, trust)
 
 
-def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
-    """Save what resuming needs; return a loader of the configuration files of the sweep's start."""
+def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> tuple[ConfigLoader, SweepSpace]:
+    """Save what resuming needs.
+
+    Returns:
+        A loader of the configuration files as they were when the sweep started, and its space.
+    """
     loader = sweep.context.config_loader
     is_fresh = not folder.exists or sweep.config.sweep.force
     if is_fresh:
@@ -130,7 +121,7 @@ def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> ConfigLoader:
     folder.overrides = overrides_to_save(sweep.config)
     folder.save()
     OmegaConf.save(sweep.config, folder.path / "multirun.yaml")
-    return frozen
+    return frozen, space
 
 
 def shared_config(config: DictConfig) -> dict[str, Any]:

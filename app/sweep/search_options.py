@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from app.config.schema import MonitorConfig, Positive
+
 NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
 
 
@@ -12,10 +14,10 @@ NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampl
 class SearchOptions:
     """The keys of `conf/hydra/sweeper/optuna.yaml`, which documents them."""
 
-    n_trials: int
-    n_jobs: int | Literal["auto"]
+    n_trials: Positive
+    n_jobs: Positive | Literal["auto"]
     direction: Literal["max", "min"] | None
-    objectives: dict[str, dict[str, Any]]
+    objectives: dict[str, MonitorConfig]
     storage: str
     study_name: str | None
     sampler: dict[str, Any]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from hydra.core.utils import JobReturn
@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 if TYPE_CHECKING:
     from app.sweep.launchers.pool import Pool
+    from app.sweep.launchers.runner import NextJob, OnJobEnd
 
 
 class PoolLauncher(Launcher):
@@ -38,22 +39,21 @@ class PoolLauncher(Launcher):
         self.hydra_context, self.config = hydra_context, config
         self.task_function = task_function
 
-    def stream(
-        self,
-        next_job: Callable[[], tuple[int, Sequence[str]] | None],
-        on_job_end: Callable[[int], None],
-    ) -> None:
-        """Run jobs, each as soon as a slot is free; see `app.sweep.driver.StreamingLauncher`."""
-        self._make_pool().run(next_job, on_job_end)
+    def run_jobs(self, next_job: NextJob, on_job_end: OnJobEnd) -> None:
+        """Run jobs, each as soon as a slot is free; see `app.sweep.launchers.runner.JobRunner`."""
+        self._make_pool().run_jobs(next_job, on_job_end)
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Run a batch of jobs, and wait for all of them."""
-        jobs = iter(list(enumerate(job_overrides, initial_job_idx)))
-        pool = self._make_pool()
-        pool.run(lambda: next(jobs, None), lambda _: None)
-        return [pool.result(number) for number, _ in enumerate(job_overrides, initial_job_idx)]
+        from app.sweep.launchers.runner import compose_job
+
+        loader, pool = self.hydra_context.config_loader, self._make_pool()
+        numbered = list(enumerate(job_overrides, initial_job_idx))
+        jobs = (compose_job(loader, self.config, number, texts) for number, texts in numbered)
+        pool.run_jobs(lambda: next(jobs, None), lambda _: None)
+        return [pool.results[number] for number, _ in numbered]
 
     def _make_pool(self) -> Pool:
         from app.sweep.launchers.pool import make_pool

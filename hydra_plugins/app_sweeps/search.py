@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
@@ -13,34 +13,22 @@ class OptunaSweeper(Sweeper):
     """Runs the trials of an Optuna study; implemented in `app.sweep.optuna_search`.
 
     Args:
-        n_trials: Number of trials, not counting retries.
-        n_jobs: Number of parallel trials; `auto` for as many as the launcher has slots.
-        direction: Direction of the goal, `max` or `min`; None for that of `goal.mode`.
         objectives: Further objectives by name, each with a metric and a mode.
-        storage: `sqlite`, `journal` or a database URL.
-        study_name: Name of the study; None for that of the folder.
-        sampler: Config node of the sampler.
-        pruner: Config node of the pruner.
         params: Values of swept keys, written as on the command line.
+        **options: The other fields of `app.sweep.search_options.SearchOptions`.
     """
 
     def __init__(
         self,
-        n_trials: int,
-        n_jobs: int | Literal["auto"],
-        direction: Literal["max", "min"] | None,
         objectives: dict[str, dict[str, Any]],
-        storage: str,
-        study_name: str | None,
-        sampler: dict[str, Any],
-        pruner: dict[str, Any],
         params: dict[str, Any] | None = None,
+        **options: Any,
     ) -> None:
+        from app.config.schema import MonitorConfig
         from app.sweep.search_options import SearchOptions
 
-        self.options = SearchOptions(
-            n_trials, n_jobs, direction, objectives, storage, study_name, sampler, pruner
-        )
+        monitors = {name: MonitorConfig(**node) for name, node in objectives.items()}
+        self.options = SearchOptions(objectives=monitors, **options)
         self.params = dict(params or {})
 
     def setup(

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import fake_slurm as slurm
+from tests.support import sweeps
 from tests.support.processes import (
     SUPPORT_DIR,
     Command,
@@ -26,7 +27,6 @@ from tests.support.processes import (
     write_numbered_data,
 )
 from tests.support.runs import RunResult, run_cold
-from tests.support.sweeps import job_folders, job_statuses, start_sweep, step_pids, sweep_folder
 
 RAY = "hydra_plugins.hydra_ray_launcher"
 LAUNCHERS = {
@@ -60,13 +60,15 @@ def wait_for_exit(process: Command) -> tuple[int, str]:
 def test_launcher_failed_job_other_jobs_complete(launcher: str, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     overrides = ("+task.fault=raise,nothing", "+task.fault_step=1", *SHORTER)
-    code, printed = wait_for_exit(start_sweep(tmp_path, *launcher_overrides(launcher), *overrides))
-    assert (code, job_statuses(sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
+    code, printed = wait_for_exit(
+        sweeps.start_sweep(tmp_path, *launcher_overrides(launcher), *overrides)
+    )
+    assert (code, sweeps.job_statuses(sweeps.sweep_folder(tmp_path))) == (1, FAILED + DONE), printed
     assert "job 0 failed: RuntimeError: the step broke" in printed
     assert "the launcher failed" not in printed
     assert printed.count("job 1 completed") == 1
     assert "loss_mean" not in printed  # several jobs at once: each has its own log
-    for job in job_folders(sweep_folder(tmp_path)):
+    for job in sweeps.job_folders(sweeps.sweep_folder(tmp_path)):
         assert "run       mlp_mnist" in (job / "logs" / "rank0.log").read_text()
 
 
@@ -79,20 +81,20 @@ def test_joblib_killed_process_stops_sweep_and_resumes(
     readers = ("data=numbered", "data.loader.num_workers=1", "trusted_targets=[sweep_task,faulty]")
     overrides = (*readers, "trainer.devices=1,2", "+task.step_seconds=0.3", *SHORTER)
     flags = ("--config-dir", str(tmp_path / "conf"))
-    process = start_sweep(
+    process = sweeps.start_sweep(
         tmp_path, *launcher_overrides("joblib"), *overrides, flags=flags, cold=True
     )
     pids = descendants(process.pid)
-    os.kill(step_pids(tmp_path)[0], signal.SIGKILL)
+    os.kill(sweeps.step_pids(tmp_path)[0], signal.SIGKILL)
     code, printed = wait_for_exit(process)
-    sweep = sweep_folder(tmp_path)
-    assert (code, job_statuses(sweep)[:1]) == (1, FAILED), printed
-    assert "completed" not in job_statuses(sweep)
+    sweep = sweeps.sweep_folder(tmp_path)
+    assert (code, sweeps.job_statuses(sweep)[:1]) == (1, FAILED), printed
+    assert "completed" not in sweeps.job_statuses(sweep)
     assert "the launcher failed: TerminatedWorkerError" in printed
     assert wait_until_exited(pids)
     ran = run_cold(tmp_path, *flags, "-m", f"sweep.resume={sweep}", PYTHONPATH=SUPPORT_DIR)
-    assert (ran.code, job_statuses(sweep)) == (0, DONE * 2), ran.out + ran.err
-    assert [status_of(job)["ranks"] for job in job_folders(sweep)] == [1, 2]
+    assert (ran.code, sweeps.job_statuses(sweep)) == (0, DONE * 2), ran.out + ran.err
+    assert [status_of(job)["ranks"] for job in sweeps.job_folders(sweep)] == [1, 2]
 
 
 @pytest.mark.long
@@ -101,19 +103,23 @@ def test_launcher_sigint_to_driver_external_jobs_save_and_stop(
     launcher: str, tmp_path: Path
 ) -> None:
     overrides = ("seed=0,1,2", "+task.step_seconds=0.3")
-    process = start_sweep(tmp_path, *launcher_overrides(launcher), *overrides, steps=6, cold=True)
+    process = sweeps.start_sweep(
+        tmp_path, *launcher_overrides(launcher), *overrides, steps=6, cold=True
+    )
     pids = descendants(process.pid)
     os.kill(process.pid, signal.SIGINT)  # not to the jobs, which may be on another machine
     code, printed = wait_for_exit(process)
     assert code == 130, printed
     assert wait_until_exited(pids)
-    sweep = sweep_folder(tmp_path)
+    sweep = sweeps.sweep_folder(tmp_path)
     interrupted = [
-        job for job in job_folders(sweep) if (job / "checkpoints" / "last.safetensors").exists()
+        job
+        for job in sweeps.job_folders(sweep)
+        if (job / "checkpoints" / "last.safetensors").exists()
     ]
     assert len(interrupted) >= 1
     assert {status_of(job)["status"] for job in interrupted} <= {"interrupted", "preempted"}
-    assert "completed" not in job_statuses(sweep)
+    assert "completed" not in sweeps.job_statuses(sweep)
     assert f"python -m app -m sweep.resume={sweep}" in printed
 
 
@@ -127,20 +133,20 @@ def test_slurm_sigusr2_job_saves_and_is_requeued(
     monkeypatch.setenv("PATH", f"{slurm_folder}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(slurm_folder))
     overrides = ("hydra/launcher=slurm", "trainer.devices=1,2", "+task.step_seconds=0.3")
-    process = start_sweep(tmp_path, *overrides, *SHORTER, steps=1, cold=True)
+    process = sweeps.start_sweep(tmp_path, *overrides, *SHORTER, steps=1, cold=True)
     deadline = time.monotonic() + 100
-    while len(set(step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
+    while len(set(sweeps.step_pids(tmp_path))) < 3:  # job 0, and both ranks of job 1
         assert time.monotonic() < deadline
         time.sleep(0.05)
     step_pid = int((slurm_folder / "process-1").read_text())
     for pid in (step_pid, *descendants(step_pid)):  # SLURM signals all processes of a step
         os.kill(pid, signal.SIGUSR2)
     code, printed = wait_for_exit(process)
-    sweep = sweep_folder(tmp_path)
-    assert (code, job_statuses(sweep)) == (0, DONE * 2), printed
+    sweep = sweeps.sweep_folder(tmp_path)
+    assert (code, sweeps.job_statuses(sweep)) == (0, DONE * 2), printed
     assert (slurm_folder / "ended-4242_0").read_text() == "COMPLETED 1"
     assert (slurm_folder / "ended-4242_1").read_text() == "COMPLETED 2"
-    assert len(step_pids(tmp_path)) == 12 + 2 * 12  # no step is repeated
+    assert len(sweeps.step_pids(tmp_path)) == 12 + 2 * 12  # no step is repeated
     assert "job 1 preempted" in printed
     assert "job 1 completed" in printed
     script = (slurm_folder / "script").read_text()

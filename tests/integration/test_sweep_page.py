@@ -30,7 +30,7 @@ def curves(*accuracies: float) -> pd.DataFrame:
     """Return the summary table of a run with these validation accuracies."""
     return pd.DataFrame(
         [
-            {"epoch": epoch, "stage": stage, "loss_mean": 1 - value, "accuracy": value}
+            {"epoch": epoch, "stage": stage, "loss": 1 - value, "accuracy": value}
             for epoch, value in enumerate(accuracies, start=1)
             for stage in ("train", "valid")
         ]
@@ -275,7 +275,7 @@ def test_page_hostile_texts_are_shown_but_not_run(show: Show) -> None:
     line["folder"] = "javascript:window.hacked=3"
     other = run(1, "completed", 0.8, **{HOSTILE: "b", "model": "cnn"})
     swept = results(line, other, keys=(HOSTILE, "model"))
-    swept.curves["javascript:window.hacked=3"]["loss_mean"] = 1.0
+    swept.curves["javascript:window.hacked=3"]["loss"] = 1.0
     hostile = Results(HOSTILE, swept.table, swept.keys, [ACCURACY], swept.curves)
     figure = go.Figure(go.Bar(x=[HOSTILE, "b"], y=[1, 2], name=HOSTILE, showlegend=True))
     tab = show(hostile, **{HOSTILE: figure.to_json()})

@@ -12,20 +12,10 @@ import pytest
 import yaml
 
 from app.sweep.folder import SweepFolder
+from tests.support import sweeps
 from tests.support.processes import status_of
 from tests.support.runs import run_app
-from tests.support.sweeps import (
-    POOL,
-    SWEEP_TASK,
-    RunSweep,
-    job_folders,
-    job_statuses,
-    read_sweep_table,
-    start_sweep,
-    step_pids,
-    sweep_folder,
-    sweep_runner,
-)
+from tests.support.sweeps import RunSweep
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +23,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a sweep of two learning rates with two seeds each."""
     cwd = tmp_path_factory.mktemp("swept")
     with pytest.MonkeyPatch.context() as patch:
-        assert sweep_runner(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
-    return sweep_folder(cwd)
+        assert sweeps.sweep_runner(cwd, patch)("optimizer.lr=0.1,0.01", "seed=0,1") == 0
+    return sweeps.sweep_folder(cwd)
 
 
 def test_sweep_table_matches_run_folders(swept: Path) -> None:
-    table = read_sweep_table(swept)
+    table = sweeps.read_sweep_table(swept)
     assert table.columns.tolist() == [
         *("job", "status", "optimizer.lr", "seed"),
         *("best_accuracy", "best_epoch", "last_accuracy"),
@@ -64,7 +54,7 @@ def test_sweep_table_matches_run_folders(swept: Path) -> None:
 
 
 def test_sweep_by_config_averages_seeds(swept: Path) -> None:
-    table, averages = read_sweep_table(swept), pd.read_csv(swept / "sweep_by_config.csv")
+    table, averages = sweeps.read_sweep_table(swept), pd.read_csv(swept / "sweep_by_config.csv")
     assert averages["optimizer.lr"].tolist() == [0.1, 0.01]
     assert averages["jobs"].tolist() == averages["completed"].tolist() == [2, 2]
     for name in ("best_accuracy", "test/loss", "seconds"):
@@ -79,7 +69,7 @@ def test_sweep_writes_page_plots_and_log(swept: Path) -> None:
     names = {path.name for path in (swept / "plots").iterdir()}
     assert names == {"curves.png", "by_optimizer.lr.png", "by_seed.png"}
     log = (swept / "sweep.log").read_text()
-    best = read_sweep_table(swept).sort_values("best_accuracy").iloc[-1]
+    best = sweeps.read_sweep_table(swept).sort_values("best_accuracy").iloc[-1]
     assert f"best_accuracy={best['best_accuracy']:.6g} in {best['folder']}" in log
     assert log.count("completed: best accuracy=") == 4
 
@@ -107,7 +97,7 @@ def test_report_restores_identical_files(swept: Path) -> None:
 def test_report_combines_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("optimizer.lr=0.05", "hydra.run.dir=single", "trainer.max_epochs=1", flags=()) == 0
     assert run_app(tmp_path, "report", str(swept), "single", "--to", "joined").code == 0
-    table = read_sweep_table(tmp_path / "joined")
+    table = sweeps.read_sweep_table(tmp_path / "joined")
     assert len(table) == 5
     assert sorted(table["optimizer.lr"]) == [0.01, 0.01, 0.05, 0.1, 0.1]
     assert table["seed"].tolist() == [0, 1, 0, 1, 0]
@@ -125,52 +115,55 @@ def test_sweep_failed_job_others_run_and_resume_retries_it(sweep: RunSweep, tmp_
         "seed=0,1,2",
         "sweep.together=[[task.fault,seed]]",
     )
-    assert sweep(*SWEEP_TASK, *pairs, "+task.fault_step=1") == 1
-    folder = sweep_folder(tmp_path)
-    assert job_statuses(folder) == ["completed", "failed", "completed"]
-    table = read_sweep_table(folder)
+    assert sweep(*sweeps.SWEEP_TASK, *pairs, "+task.fault_step=1") == 1
+    folder = sweeps.sweep_folder(tmp_path)
+    assert sweeps.job_statuses(folder) == ["completed", "failed", "completed"]
+    table = sweeps.read_sweep_table(folder)
     assert table["error"][1] == "RuntimeError: the step broke"
-    assert "RuntimeError: the step broke" in (job_folders(folder)[1] / "run.log").read_text()
-    assert "Traceback" in (job_folders(folder)[1] / "run.log").read_text()
-    before = [(job / "status.json").read_bytes() for job in job_folders(folder)]
+    assert "RuntimeError: the step broke" in (sweeps.job_folders(folder)[1] / "run.log").read_text()
+    assert "Traceback" in (sweeps.job_folders(folder)[1] / "run.log").read_text()
+    before = [(job / "status.json").read_bytes() for job in sweeps.job_folders(folder)]
     (tmp_path / "broken").unlink()
     assert sweep(f"sweep.resume={folder}", short=False) == 0
-    assert job_statuses(folder) == ["completed"] * 3
-    after = [(job / "status.json").read_bytes() for job in job_folders(folder)]
+    assert sweeps.job_statuses(folder) == ["completed"] * 3
+    after = [(job / "status.json").read_bytes() for job in sweeps.job_folders(folder)]
     assert (after[0], after[2]) == (before[0], before[2])
-    assert read_sweep_table(folder)["attempts"].tolist() == [1, 2, 1]
+    assert sweeps.read_sweep_table(folder)["attempts"].tolist() == [1, 2, 1]
 
 
-@pytest.mark.parametrize("launcher", [(), (POOL, "hydra.launcher.slots=1")])
+@pytest.mark.parametrize("launcher", [(), (sweeps.POOL, "hydra.launcher.slots=1")])
 def test_sweep_on_error_stop_leaves_other_jobs_pending(
     sweep: RunSweep, tmp_path: Path, launcher: tuple[str, ...]
 ) -> None:
     (tmp_path / "broken").touch()
     options = (
-        *SWEEP_TASK,
+        *sweeps.SWEEP_TASK,
         "+task.fault=raise,nothing",
         "+task.fault_step=1",
         "sweep.on_error=stop",
     )
     assert sweep(*options, *launcher) == 1
-    assert job_statuses(sweep_folder(tmp_path)) == ["failed", "pending"]
+    assert sweeps.job_statuses(sweeps.sweep_folder(tmp_path)) == ["failed", "pending"]
 
 
 def test_resume_after_max_retries_does_not_retry(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
-    assert sweep(*SWEEP_TASK, "+task.fault=raise", "+task.fault_step=1", "sweep.max_retries=1") == 1
-    folder = sweep_folder(tmp_path)
+    assert (
+        sweep(*sweeps.SWEEP_TASK, "+task.fault=raise", "+task.fault_step=1", "sweep.max_retries=1")
+        == 1
+    )
+    folder = sweeps.sweep_folder(tmp_path)
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    num_steps = len(step_pids(tmp_path))
+    num_steps = len(sweeps.step_pids(tmp_path))
     assert sweep(f"sweep.resume={folder}", short=False) == 1
-    assert len(step_pids(tmp_path)) == num_steps
+    assert len(sweeps.step_pids(tmp_path)) == num_steps
     assert "job 0 has failed 2 times and is not retried" in (folder / "sweep.log").read_text()
 
 
 def test_pool_job_has_same_losses_as_sequential_job(swept: Path, sweep: RunSweep) -> None:
-    assert sweep(POOL, "optimizer.lr=0.1,0.01", "seed=0", "hydra.launcher.slots=1") == 0
-    pool_jobs = job_folders(sweep_folder(Path.cwd()))
-    sequential_jobs = [job_folders(swept)[0], job_folders(swept)[2]]
+    assert sweep(sweeps.POOL, "optimizer.lr=0.1,0.01", "seed=0", "hydra.launcher.slots=1") == 0
+    pool_jobs = sweeps.job_folders(sweeps.sweep_folder(Path.cwd()))
+    sequential_jobs = [sweeps.job_folders(swept)[0], sweeps.job_folders(swept)[2]]
     for job, other in zip(pool_jobs, sequential_jobs, strict=True):
         values = [pd.read_csv(f / "summary_table.csv")["loss_mean"] for f in (job, other)]
         np.testing.assert_allclose(*values, rtol=1e-4)  # the number of threads differs
@@ -215,12 +208,13 @@ def test_sweep_edited_config_file_changes_no_later_job(tmp_path: Path) -> None:
     text = "# @package _global_\noptimizer: {lr: %s}\nnotes: %s\n"
     (conf / "mine.yaml").write_text(text % (0.1, "before"))
     options = ("experiment=mine", "+task.step_seconds=0.1", "seed=0,1", "trainer.max_epochs=1")
-    process = start_sweep(tmp_path, *options, flags=("--config-dir", "conf"))
+    process = sweeps.start_sweep(tmp_path, *options, flags=("--config-dir", "conf"))
     (conf / "mine.yaml").write_text(text % (0.5, "after"))
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 0, out
     configs = [
-        yaml.safe_load((j / "config.yaml").read_text()) for j in job_folders(sweep_folder(tmp_path))
+        yaml.safe_load((j / "config.yaml").read_text())
+        for j in sweeps.job_folders(sweeps.sweep_folder(tmp_path))
     ]
     assert [config["optimizer"]["lr"] for config in configs] == [0.1, 0.1]
     assert [config["notes"] for config in configs] == ["before", "before"]
@@ -237,22 +231,24 @@ def test_resume_with_changed_config_is_refused_unless_forced(
         "trainer.gradient_clip_norm: None -> 1.0: changed since the sweep was started; sweep.force="
         in err
     )
-    assert len(job_folders(tmp_path / "first")) == 2
+    assert len(sweeps.job_folders(tmp_path / "first")) == 2
     assert sweep(*longer, "trainer.max_epochs=1", "sweep.force=true") == 0
     folder = tmp_path / "first"
-    assert job_statuses(folder) == ["completed"] * 3
-    configs = [yaml.safe_load((job / "config.yaml").read_text()) for job in job_folders(folder)]
+    assert sweeps.job_statuses(folder) == ["completed"] * 3
+    configs = [
+        yaml.safe_load((job / "config.yaml").read_text()) for job in sweeps.job_folders(folder)
+    ]
     clips = [config["trainer"]["gradient_clip_norm"] for config in configs]
     assert clips == [None, None, 1.0]
 
 
 def test_resume_with_more_values_adds_jobs(tmp_path: Path, sweep: RunSweep) -> None:
     assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
-    before = [(job / "status.json").read_bytes() for job in job_folders(tmp_path / "first")]
+    before = [(job / "status.json").read_bytes() for job in sweeps.job_folders(tmp_path / "first")]
     assert sweep("seed=2,0,1", "sweep.resume=first", "trainer.max_epochs=1") == 0
     folder = tmp_path / "first"
-    assert read_sweep_table(folder)["seed"].tolist() == [0, 1, 2]
-    assert [(job / "status.json").read_bytes() for job in job_folders(folder)][:2] == before
+    assert sweeps.read_sweep_table(folder)["seed"].tolist() == [0, 1, 2]
+    assert [(job / "status.json").read_bytes() for job in sweeps.job_folders(folder)][:2] == before
 
 
 def test_sweep_in_yaml_with_zip_group_pairs_values(tmp_path: Path, sweep: RunSweep) -> None:
@@ -265,11 +261,11 @@ def test_sweep_in_yaml_with_zip_group_pairs_values(tmp_path: Path, sweep: RunSwe
         "sweep:\n  together: [[optimizer.lr, data.batch_size]]\n"
     )
     assert sweep("sweep=mine", "trainer.max_epochs=1", flags=("--config-dir", "conf")) == 0
-    table = read_sweep_table(sweep_folder(tmp_path))
+    table = sweeps.read_sweep_table(sweeps.sweep_folder(tmp_path))
     assert table["optimizer.lr"].tolist() == [0.1, 0.01]
     assert table["data.batch_size"].tolist() == [64, 32]
 
 
 def test_basic_sweeper_writes_table(sweep: RunSweep, tmp_path: Path) -> None:
     assert sweep("hydra/sweeper=basic", "seed=0,1", "trainer.max_epochs=1") == 0
-    assert len(read_sweep_table(sweep_folder(tmp_path))) == 2
+    assert len(sweeps.read_sweep_table(sweeps.sweep_folder(tmp_path))) == 2

@@ -13,18 +13,9 @@ import yaml
 from optuna.trial import TrialState
 
 from app.sweep.folder import SweepFolder
+from tests.support import sweeps
 from tests.support.processes import descendants, status_of, wait_until_exited
-from tests.support.sweeps import (
-    POOL,
-    SWEEP_TASK,
-    RunSweep,
-    job_folders,
-    job_statuses,
-    read_sweep_table,
-    start_sweep,
-    step_pids,
-    sweep_folder,
-)
+from tests.support.sweeps import RunSweep
 
 SEARCH = "hydra/sweeper=optuna"
 LR = "optimizer.lr=tag(log,interval(1e-4,0.1))"
@@ -43,18 +34,18 @@ def search_overrides(count: int, *options: str) -> tuple[str, ...]:
 def test_search_failed_trials_are_retried_on_resume(sweep: RunSweep, tmp_path: Path) -> None:
     (tmp_path / "broken").touch()
     options = (
-        POOL,
+        sweeps.POOL,
         "hydra.launcher.slots=2",
-        *SWEEP_TASK,
+        *sweeps.SWEEP_TASK,
         "+task.fault_step=1",
         "+task.fault=nothing,raise",
     )
     assert sweep(*search_overrides(4, *options, LR, "model.hidden=[16],[32]", "seed=2")) == 1
-    folder = sweep_folder(tmp_path)
-    study, table = load_study(folder), read_sweep_table(folder)
+    folder = sweeps.sweep_folder(tmp_path)
+    study, table = load_study(folder), sweeps.read_sweep_table(folder)
     assert [trial.number for trial in study.trials] == table["job"].tolist() == [0, 1, 2, 3]
     for trial, (_, line), job in zip(
-        study.trials, table.iterrows(), job_folders(folder), strict=True
+        study.trials, table.iterrows(), sweeps.job_folders(folder), strict=True
     ):
         config = yaml.safe_load((job / "config.yaml").read_text())
         assert config["optimizer"]["lr"] == trial.params["optimizer.lr"] == line["optimizer.lr"]
@@ -64,7 +55,7 @@ def test_search_failed_trials_are_retried_on_resume(sweep: RunSweep, tmp_path: P
         else:
             assert (trial.state, line["status"]) == (TrialState.COMPLETE, "completed")
             assert trial.values == [status_of(job)["best"]["value"]] == [line["best_accuracy"]]
-    assert {"failed", "completed"} == set(job_statuses(folder))
+    assert {"failed", "completed"} == set(sweeps.job_statuses(folder))
     assert "History, accuracy" in (folder / "sweep.html").read_text()
 
     (tmp_path / "broken").unlink()
@@ -73,20 +64,20 @@ def test_search_failed_trials_are_retried_on_resume(sweep: RunSweep, tmp_path: P
     again = load_study(folder).trials[4:]
     assert [trial.params for trial in again] == failed
     assert {trial.state for trial in again} == {TrialState.COMPLETE}
-    assert len(read_sweep_table(folder)) == 4 + len(failed)
+    assert len(sweeps.read_sweep_table(folder)) == 4 + len(failed)
 
 
 def test_resume_killed_search_keeps_trial_numbers(sweep: RunSweep, tmp_path: Path) -> None:
-    process = start_sweep(
+    process = sweeps.start_sweep(
         tmp_path,
-        *search_overrides(4, POOL, LR, "+task.step_seconds=0.1"),
+        *search_overrides(4, sweeps.POOL, LR, "+task.step_seconds=0.1"),
         steps=2 * 24 + 2 * 12 + 6,
     )
     pids = descendants(process.pid)
     process.kill()
     process.communicate(timeout=30)
     assert wait_until_exited(pids, 10.0)
-    folder = sweep_folder(tmp_path)
+    folder = sweeps.sweep_folder(tmp_path)
     before = load_study(folder)
     running = [trial for trial in before.trials if trial.state is TrialState.RUNNING]
     assert running
@@ -98,7 +89,7 @@ def test_resume_killed_search_keeps_trial_numbers(sweep: RunSweep, tmp_path: Pat
     for trial in running:
         assert after.trials[trial.number].params == trial.params
     assert {number: after.trials[number].values for number in done} == done
-    assert job_statuses(folder) == ["completed"] * 4
+    assert sweeps.job_statuses(folder) == ["completed"] * 4
     rates = [trial.params["optimizer.lr"] for trial in after.trials]
     assert len(set(rates)) == 4  # later trials draw new values
 
@@ -107,8 +98,8 @@ def test_resume_finished_trial_unknown_to_study_is_not_rerun(
     sweep: RunSweep, tmp_path: Path
 ) -> None:
     """The process may be killed between the end of a job and telling the study."""
-    assert sweep(*search_overrides(1, *SWEEP_TASK, LR)) == 0
-    path = sweep_folder(tmp_path)
+    assert sweep(*search_overrides(1, *sweeps.SWEEP_TASK, LR)) == 0
+    path = sweeps.sweep_folder(tmp_path)
     study, folder = load_study(path), SweepFolder(path)
     trial = study.ask(study.trials[0].distributions)
     values = {key: repr(value) for key, value in trial.params.items()}
@@ -117,9 +108,9 @@ def test_resume_finished_trial_unknown_to_study_is_not_rerun(
     )
     folder.save()
     shutil.copytree(folder.run_folder(folder.jobs[0]), folder.run_folder(job))
-    num_steps = len(step_pids(tmp_path))
+    num_steps = len(sweeps.step_pids(tmp_path))
     assert sweep(f"sweep.resume={path}", "hydra.sweeper.n_trials=2", short=False) == 0
-    assert len(step_pids(tmp_path)) == num_steps
+    assert len(sweeps.step_pids(tmp_path)) == num_steps
     assert [t.state for t in load_study(path).trials] == [TrialState.COMPLETE] * 2
     assert load_study(path).trials[1].values == study.trials[0].values
 
@@ -134,17 +125,17 @@ def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path)
         "trainer.max_epochs=3",
     )
     assert sweep(*search_overrides(4, *options)) == 0
-    folder = sweep_folder(tmp_path)
+    folder = sweeps.sweep_folder(tmp_path)
     from app.training.pruning import make_storage
 
     storage = make_storage(f"journal:{folder}/.sweep/optuna.log")
     study = optuna.load_study(study_name=folder.name, storage=storage)
-    states, table = [trial.state for trial in study.trials], read_sweep_table(folder)
+    states, table = [trial.state for trial in study.trials], sweeps.read_sweep_table(folder)
     pruned = [place for place, state in enumerate(states) if state is TrialState.PRUNED]
     assert pruned
     for place, trial in enumerate(study.trials):
         assert (place in pruned) == (table["status"][place] == "pruned")
-        job = job_folders(folder)[place]
+        job = sweeps.job_folders(folder)[place]
         epochs = pd.read_csv(job / "train_summary_table.csv")["epoch"].max()
         assert epochs == (1 if place in pruned else 3)
         assert (job / "test_summary_table.csv").exists() == (place not in pruned)
@@ -155,7 +146,7 @@ def test_search_median_pruner_prunes_bad_trials(sweep: RunSweep, tmp_path: Path)
 
 def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> None:
     options = (
-        POOL,
+        sweeps.POOL,
         "hydra.launcher.slots=1",
         "trainer.devices=2",
         "hydra/sweeper/pruner=median",
@@ -164,12 +155,12 @@ def test_search_two_ranks_prune_together(sweep: RunSweep, tmp_path: Path) -> Non
         "optimizer.lr=0.1,1e-7",
     )
     assert sweep(*search_overrides(9, *options)) == 0
-    folder = sweep_folder(tmp_path)
+    folder = sweeps.sweep_folder(tmp_path)
     assert len(load_study(folder).trials) == 2  # the grid is exhausted
     assert sweep(f"sweep.resume={folder}", short=False) == 0
     assert len(load_study(folder).trials) == 2
-    table = read_sweep_table(folder).sort_values("optimizer.lr")
-    assert [status_of(job)["ranks"] for job in job_folders(folder)] == [2, 2]
+    table = sweeps.read_sweep_table(folder).sort_values("optimizer.lr")
+    assert [status_of(job)["ranks"] for job in sweeps.job_folders(folder)] == [2, 2]
     assert table["status"].iloc[1] == "completed"
     first = table["job"].tolist() == [
         0,
@@ -182,10 +173,10 @@ def test_search_several_objectives_are_reported_to_study(sweep: RunSweep, tmp_pa
     objective = "+hydra.sweeper.objectives.time={metric: train/epoch_time, mode: min}"
     options = ("hydra/sweeper/sampler=nsgaii", objective, "model.hidden=[16],[512]")
     assert sweep(*search_overrides(3, *options)) == 0
-    folder = sweep_folder(tmp_path)
+    folder = sweeps.sweep_folder(tmp_path)
     study = load_study(folder)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
-    for trial, job in zip(study.trials, job_folders(folder), strict=True):
+    for trial, job in zip(study.trials, sweeps.job_folders(folder), strict=True):
         best, rows = status_of(job)["best"], pd.read_csv(job / "train_summary_table.csv")
         time = rows[rows["epoch"] == best["epoch"]]["epoch_time"].item()
         assert trial.values == [best["value"], time]
@@ -208,9 +199,11 @@ def test_search_study_of_other_direction_is_refused(
 
 
 def test_search_ctrl_c_leaves_trial_running(tmp_path: Path) -> None:
-    process = start_sweep(tmp_path, *search_overrides(3, LR, "+task.step_seconds=0.1"), steps=30)
+    process = sweeps.start_sweep(
+        tmp_path, *search_overrides(3, LR, "+task.step_seconds=0.1"), steps=30
+    )
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130, out
-    states = [trial.state for trial in load_study(sweep_folder(tmp_path)).trials]
+    states = [trial.state for trial in load_study(sweeps.sweep_folder(tmp_path)).trials]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]

@@ -57,20 +57,15 @@ def detect_environment(
 
     A `launch=` override takes precedence over what the environment variables say.
 
-    Args:
-        overrides: Command-line overrides.
-        variables: Environment variables.
-
     Raises:
         ConfigError: The environment variables of the given launcher are missing.
     """
     launch = next(
         (o.partition("=")[2] for o in reversed(overrides) if o.startswith(f"{LAUNCH_KEY}=")), "auto"
     )
-    if launch in ("torchrun", "srun"):
-        required = TORCHRUN_VARIABLES if launch == "torchrun" else SRUN_VARIABLES
+    for launcher, required in (("torchrun", TORCHRUN_VARIABLES), ("srun", SRUN_VARIABLES)):
         missing = [name for name in required if name not in variables]
-        if missing:
+        if launch == launcher and missing:
             problem = (
                 f"={launch!r}, but {launch} has not started this process: "
                 f"{join_choices(missing)} not set"

@@ -40,11 +40,7 @@ NO_REPORT = "exited without reporting an error"
 
 
 class RankFailedError(Exception):
-    """A rank has failed.
-
-    Args:
-        failure: The failure that caused all others.
-    """
+    """A rank has failed, with the failure that caused all others."""
 
     def __init__(self, failure: RankFailure) -> None:
         super().__init__(f"rank {failure.rank}: {failure.error}")
@@ -79,14 +75,8 @@ class RankFailure:
         reason = error.reason if isinstance(error, TrainingInterrupted) else StopReason.NONE
         trace = redact_text("".join(traceback.format_exception(error)))
         exit_code = error.exit_code if isinstance(error, UserError) else UserError.exit_code
-        return cls(
-            rank,
-            classify_error(error),
-            redact_text(format_error(error)),
-            trace,
-            reason,
-            exit_code=exit_code,
-        )
+        text = redact_text(format_error(error))
+        return cls(rank, classify_error(error), text, trace, reason, exit_code=exit_code)
 
     @classmethod
     def from_exit_code(cls, rank: int, code: int | None) -> RankFailure:
@@ -125,18 +115,11 @@ def classify_error(error: BaseException) -> FailureKind:
     texts = [str(exception) for exception in chain]
     if any(message in text for text in texts for message in TIMEOUT_MESSAGES):
         return "timeout"
-    if any(
-        message in text and _mentions_transport(text)
-        for text in texts
-        for message in CONNECTION_LOST_MESSAGES
-    ):
+    # User code that talks to a server may lose its connection as well.
+    from_ranks = [text for text in texts if any(name in text for name in TRANSPORT_NAMES)]
+    if any(message in text for text in from_ranks for message in CONNECTION_LOST_MESSAGES):
         return "lost"
     return "user" if isinstance(error, UserError) else "error"
-
-
-def _mentions_transport(text: str) -> bool:
-    """Whether ranks lost the connection, and not user code that talks to a server."""
-    return any(name in text for name in TRANSPORT_NAMES)
 
 
 def root_exception(error: BaseException) -> BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import logging.config
+import math
 import multiprocessing as mp
 import os
 import signal
@@ -11,13 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from app.config.schema import Job
@@ -31,18 +31,16 @@ from app.distributed.launch.failures import (
 from app.distributed.launch.worker import (
     SHUTDOWN_GRACE_SECONDS,
     RankFunction,
-    redirect_output,
+    rank_zero_output,
     route_errors_to_stderr,
     run_rank,
     set_num_threads,
 )
 from app.runtime.signals import (
-    DUPLICATE_SIGNAL_SECONDS,
     REASON_BY_SIGNAL,
+    SIGNAL_BY_REASON,
     StopReason,
     StopSignal,
-    signal_handlers,
-    stop_notice,
 )
 
 log = logging.getLogger(__name__)
@@ -68,29 +66,8 @@ def launch_local(
     logging_config: Mapping[str, Any],
     quiet: bool = False,
 ) -> float | None:
-    """Run a job on several ranks of this machine.
-
-    Args:
-        function: What each rank runs; must be picklable.
-        job: The job, the same for all ranks.
-        folder: Run folder.
-        num_ranks: Number of ranks.
-        logging_config: Logging configuration of rank 0, for `logging.config.dictConfig`.
-        quiet: Redirect the terminal output of rank 0 to `logs/` too.
-
-    Returns:
-        The result of the function on rank 0.
-
-    Raises:
-        RankFailedError: A rank failed; all have ended.
-        UserError: A rank failed with an error that the user can fix.
-        TrainingInterrupted: The job was asked to stop, and all ranks have ended.
-    """
-    workers = LocalWorkers(function, job, folder, num_ranks, logging_config, quiet=quiet)
-    try:
-        return workers.run()
-    finally:
-        workers.kill()
+    """Run a job on several ranks of this machine; see `LocalWorkers` and its method `run`."""
+    return LocalWorkers(function, job, folder, num_ranks, logging_config, quiet=quiet).run()
 
 
 class LocalWorkers:
@@ -116,9 +93,9 @@ class LocalWorkers:
         environment: Mapping[str, str] | None = None,
         quiet: bool = False,
     ) -> None:
-        self.function, self.job, self.folder, self.num_ranks = function, job, folder, num_ranks
-        self.logging_config, self.quiet = dict(logging_config), quiet
-        self.environment = {**os.environ, **(environment or {})}
+        self.folder, self.num_ranks, self.timeout = folder, num_ranks, job.config.trainer.timeout
+        variables = {**os.environ, **(environment or {})}
+        self.rank_args = (function, job, folder, variables, dict(logging_config), quiet)
         self.processes: list[BaseProcess] = []
         self.sentinels: dict[int, int] = {}  # ranks of the running processes
         self.pipes: dict[Connection, int] = {}
@@ -126,16 +103,28 @@ class LocalWorkers:
         self.failures: dict[int, RankFailure] = {}
         self.ready_ranks: list[int] = []
         self.store: object = None  # the port is open as long as this object lives
-        self.signals: list[int] = []  # requests to stop so far
-        self.first_signal_at = self.first_result_at = 0.0
+        self.stop_reason = StopReason.NONE
+        self.deadline = math.inf  # on the monotonic clock, for the remaining ranks to end
 
     def run(self) -> float | None:
-        """Start all ranks and wait for them; return the result of rank 0 or raise its error."""
-        with signal_handlers(self._on_signal):
-            self.start()
-            while not self.is_finished:
-                self.poll(wait(self.wait_handles, timeout=0.2))
-        return self.result()
+        """Start all ranks, wait for them, and return the result of rank 0.
+
+        Raises:
+            RankFailedError: A rank failed; all have ended.
+            UserError: A rank failed with an error that the user can fix.
+            TrainingInterrupted: The job was asked to stop, and all ranks have ended.
+        """
+        try:
+            with StopSignal(forward=self.request_stop).installed():
+                self.start()
+                while not self.is_finished:
+                    self.poll(wait(self.wait_handles, timeout=0.2))
+            return self.result()
+        except KeyboardInterrupt:
+            self.interrupt()
+            raise
+        finally:
+            self.kill()
 
     def start(self) -> None:
         """Start all ranks without waiting for them."""
@@ -149,18 +138,7 @@ class LocalWorkers:
             )
             parent_pipe, child_pipe = context.Pipe(duplex=False)
             process = context.Process(  # type: ignore[attr-defined]
-                target=worker_main,
-                args=(
-                    self.function,
-                    cluster,
-                    self.job,
-                    self.folder,
-                    child_pipe,
-                    self.environment,
-                    self.logging_config,
-                    self.quiet,
-                ),
-                name=f"rank {rank}",
+                target=worker_main, args=(cluster, child_pipe, *self.rank_args), name=f"rank {rank}"
             )
             process.start()
             child_pipe.close()
@@ -171,7 +149,7 @@ class LocalWorkers:
     @property
     def is_finished(self) -> bool:
         """Whether all ranks have ended, or have had their time to end after the first one."""
-        return not self.sentinels or self._is_overdue()
+        return not self.sentinels or time.monotonic() > self.deadline
 
     @property
     def wait_handles(self) -> list[Any]:
@@ -192,20 +170,39 @@ class LocalWorkers:
 
     def result(self) -> float | None:
         """Return the result of rank 0, or raise the failure that caused the others."""
-        if not self.failures:
+        failure = self.failure
+        if failure is None:
             return self.results[0]
-        failure = self._root_failure()
         self.kill()
         record_rank_failure(self.folder, failure)
-        error = failure.to_exception()
         log.debug("rank %d: %s\n%s", failure.rank, failure.error, failure.trace)
-        raise error
+        raise failure.to_exception()
 
-    def send_signal(self, number: int) -> None:
+    @property
+    def failure(self) -> RankFailure | None:
+        """The failure that caused the others; None if there is none."""
+        failures = list(self.failures.values())
+        if not failures:
+            return None
+        errors = [failure for failure in failures if failure.kind in ("error", "user")]
+        if errors:  # e.g. rank 0 could not save its checkpoint: not a clean stop
+            return root_failure(errors, self.num_ranks, self.timeout)
+        root = root_failure(failures, self.num_ranks, self.timeout)
+        stopped = next((failure for failure in failures if failure.kind == "stopped"), None)
+        if self.stop_reason and (stopped or root.kind == "died"):
+            return stopped or RankFailure(root.rank, "stopped", root.error, reason=self.stop_reason)
+        return root
+
+    def request_stop(self, reason: StopReason) -> None:
         """Send a signal to all ranks that handle signals, and to the others once they do."""
-        self.signals.append(number)
+        self.stop_reason = max(self.stop_reason, reason)
         for rank in self.ready_ranks:
             self._signal_rank(rank)
+
+    def interrupt(self) -> None:
+        """Kill all ranks, and record that the run was interrupted without saving."""
+        self.kill()
+        record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
 
     def kill(self) -> None:
         """Kill all ranks and their child processes."""
@@ -215,11 +212,11 @@ class LocalWorkers:
                     os.killpg(process.pid, signal.SIGKILL)
                 if process.is_alive():
                     process.kill()
-        for process in self.processes:
-            process.join()
+        for rank in self.sentinels.values():
+            self._on_exit(rank)
         for pipe in self.pipes:
             pipe.close()
-        self.pipes, self.store = {}, None
+        self.sentinels, self.pipes, self.store = {}, {}, None
 
     def _receive(self, pipe: Connection) -> None:
         rank = self.pipes[pipe]
@@ -229,71 +226,37 @@ class LocalWorkers:
             del self.pipes[pipe]
             return
         if isinstance(message, RankFailure):
-            self.failures.setdefault(rank, message)
+            self._add_failure(rank, message)
         elif message == READY:
             self.ready_ranks.append(rank)
             self._signal_rank(rank)  # a signal that came before the rank was ready
         else:
             self.results[rank] = message
-            self.first_result_at = self.first_result_at or time.monotonic()
+            if rank == 0:
+                self._end_within(SHUTDOWN_GRACE_SECONDS)
 
     def _on_exit(self, rank: int) -> None:
         """Read the last messages of a rank that has ended; without a result, it has failed."""
         for pipe in [pipe for pipe, number in self.pipes.items() if number == rank]:
             while pipe in self.pipes and pipe.poll():
                 self._receive(pipe)
+        process = self.processes[rank]
+        process.join()
         if rank not in self.results and rank not in self.failures:
-            process = self.processes[rank]
-            process.join()
-            self.failures[rank] = RankFailure.from_exit_code(rank, process.exitcode)
+            self._add_failure(rank, RankFailure.from_exit_code(rank, process.exitcode))
 
-    def _is_overdue(self) -> bool:
-        if self.failures:
-            deadlines = [
-                failure.timestamp
-                + (SHUTDOWN_GRACE_SECONDS if failure.kind == "stopped" else FAILURE_GRACE_SECONDS)
-                for failure in self.failures.values()
-            ]
-            return time.time() > min(deadlines)
-        return (
-            0 in self.results and time.monotonic() - self.first_result_at > SHUTDOWN_GRACE_SECONDS
-        )
+    def _add_failure(self, rank: int, failure: RankFailure) -> None:
+        self.failures.setdefault(rank, failure)
+        is_stop = failure.kind == "stopped"
+        self._end_within(SHUTDOWN_GRACE_SECONDS if is_stop else FAILURE_GRACE_SECONDS)
 
-    def _root_failure(self) -> RankFailure:
-        failures, timeout = list(self.failures.values()), self.job.config.trainer.timeout
-        root = root_failure(failures, self.num_ranks, timeout)
-        stopped = next((failure for failure in failures if failure.kind == "stopped"), None)
-        errors = [failure for failure in failures if failure.kind in ("error", "user")]
-        if errors:  # e.g. rank 0 could not save its checkpoint: not a clean stop
-            return root_failure(errors, self.num_ranks, timeout)
-        if self.signals and (stopped or root.kind == "died"):
-            reason = max(_stop_reason(number) for number in self.signals)
-            return stopped or RankFailure(root.rank, "stopped", root.error, reason=reason)
-        return root
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Forward a signal to the ranks, which are not in this process's group."""
-        is_repeated = (
-            number in self.signals
-            and time.monotonic() - self.first_signal_at > DUPLICATE_SIGNAL_SECONDS
-        )
-        if is_repeated and number == signal.SIGINT:
-            self.kill()
-            record_rank_failure(self.folder, RankFailure(0, "interrupted", "KeyboardInterrupt"))
-            raise KeyboardInterrupt
-        if not self.signals:
-            self.first_signal_at = time.monotonic()
-            sys.stderr.write(stop_notice(_stop_reason(number)))
-        self.send_signal(number)
+    def _end_within(self, seconds: float) -> None:
+        self.deadline = min(self.deadline, time.monotonic() + seconds)
 
     def _signal_rank(self, rank: int) -> None:
         process = self.processes[rank]
-        if self.signals and process.pid is not None and process.is_alive():
-            os.kill(process.pid, self.signals[-1])
-
-
-def _stop_reason(number: int) -> StopReason:
-    return REASON_BY_SIGNAL[signal.Signals(number).name]
+        if self.stop_reason and process.pid is not None and process.is_alive():
+            os.kill(process.pid, SIGNAL_BY_REASON[self.stop_reason])
 
 
 def _context() -> BaseContext:
@@ -312,11 +275,11 @@ def start_forkserver() -> None:
 
 
 def worker_main(
-    function: RankFunction,
     cluster: ClusterEnvironment,
+    pipe: Connection,
+    function: RankFunction,
     job: Job,
     folder: Path,
-    pipe: Connection,
     environment: dict[str, str],
     logging_config: dict[str, Any],
     quiet: bool,
@@ -335,7 +298,8 @@ def worker_main(
     with stop.installed():
         try:
             pipe.send(READY)
-            with _rank_zero_output(folder) if quiet and cluster.rank == 0 else nullcontext():
+            is_redirected = quiet and cluster.rank == 0
+            with rank_zero_output(folder) if is_redirected else nullcontext():
                 pipe.send(_run(function, cluster, job, folder, stop, logging_config))
             exit_code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
@@ -346,10 +310,6 @@ def worker_main(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(exit_code)  # skip cleanup, which could hang in a broken process group
-
-
-def _rank_zero_output(folder: Path) -> AbstractContextManager[None]:
-    return redirect_output(folder / "logs" / "rank0.log")
 
 
 def _run(

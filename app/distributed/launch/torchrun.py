@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
@@ -41,11 +42,7 @@ POLL_SECONDS = 0.05
 
 
 class RankZero:
-    """Rank 0, which sends each job to the other ranks and finally the exit code.
-
-    Args:
-        cluster: This rank and all others.
-    """
+    """Rank 0, which sends each job to the other ranks and finally the exit code."""
 
     def __init__(self, cluster: ClusterEnvironment) -> None:
         self.cluster, self.num_jobs = cluster, 0
@@ -70,11 +67,8 @@ class RankZero:
         self.store.set(f"{JOB_KEY}{self.num_jobs + 1}", f"{END_PREFIX}{exit_code}")
         if not self.cluster.hosts_store:
             return
-        deadline = time.monotonic() + REPORT_SECONDS
-        while time.monotonic() < deadline:  # the store ends with this process
-            if int(self.store.add(SEEN_KEY, 0)) == self.cluster.world_size - 1:
-                break
-            time.sleep(POLL_SECONDS)
+        store, num_others = self.store, self.cluster.world_size - 1  # the store ends with this rank
+        _wait_until(lambda: int(store.add(SEEN_KEY, 0)) == num_others, REPORT_SECONDS)
 
 
 def follow_rank_zero(function: RankFunction, cluster: ClusterEnvironment) -> int:
@@ -82,7 +76,9 @@ def follow_rank_zero(function: RankFunction, cluster: ClusterEnvironment) -> int
     store, job_number = connect_store(cluster), 0
     while True:
         job_number += 1
-        text = _wait_for_value(store, f"{JOB_KEY}{job_number}")
+        key = f"{JOB_KEY}{job_number}"
+        _wait_until(lambda: store.check([key]))  # noqa: B023 - signal handlers can run meanwhile
+        text = store.get(key).decode()
         if text.startswith(END_PREFIX):
             store.add(SEEN_KEY, 1)
             return int(text.removeprefix(END_PREFIX))
@@ -150,22 +146,20 @@ def find_root_failure(
     job: Job,
 ) -> RankFailure:
     """Report this rank's failure, and return the cause among all failures reported so far."""
-    own_rank, timeout = own_failure.rank, job.config.trainer.timeout
+    own_rank, failures = own_failure.rank, {own_failure.rank: own_failure}
     own_report = json.dumps(vars(own_failure))
     _query_store(lambda: store.set(f"{FAILED_KEY}{job_number}/{own_rank}", own_report))
     deadline = time.monotonic() + REPORT_SECONDS
-    while True:
-        other_ranks = (rank for rank in range(cluster.world_size) if rank != own_rank)
-        reported = [
-            _reported_failure(store, job_number, rank)
-            for rank in other_ranks
-            if time.monotonic() < deadline
-        ]
-        failures = [own_failure, *(failure for failure in reported if failure is not None)]
-        has_cause = any(failure.kind not in ("lost", "timeout") for failure in failures)
-        if has_cause or time.monotonic() > deadline:
-            return root_failure(failures, cluster.world_size, timeout)
-        time.sleep(POLL_SECONDS)
+
+    def has_cause() -> bool:
+        for rank in range(cluster.world_size):
+            if rank not in failures and time.monotonic() < deadline:
+                reported = _reported_failure(store, job_number, rank)
+                failures.update({} if reported is None else {rank: reported})
+        return any(failure.kind not in ("lost", "timeout") for failure in failures.values())
+
+    _wait_until(has_cause, REPORT_SECONDS)
+    return root_failure(list(failures.values()), cluster.world_size, job.config.trainer.timeout)
 
 
 def _reported_failure(store: Store, job_number: int, rank: int) -> RankFailure | None:
@@ -190,12 +184,10 @@ def _query_store(query: Callable[[], Any]) -> Any:
     return results[0] if results else None
 
 
-def _wait_for_value(store: Store, key: str) -> str:
-    """Poll the store, so that signal handlers can run meanwhile."""
-    while not store.check([key]):
+def _wait_until(condition: Callable[[], Any], seconds: float = math.inf) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    text: str = store.get(key).decode()
-    return text
 
 
 def _wait_for_rank_zero(store: Store, job_number: int) -> None:
@@ -203,11 +195,8 @@ def _wait_for_rank_zero(store: Store, job_number: int) -> None:
 
     Rank 0 may still have to save files and to requeue the job.
     """
-    deadline = time.monotonic() + SHUTDOWN_GRACE_SECONDS
-    while time.monotonic() < deadline:
-        if _query_store(lambda: store.check([f"{JOB_KEY}{job_number}"])):
-            break
-        time.sleep(POLL_SECONDS)
+    key = f"{JOB_KEY}{job_number}"
+    _wait_until(lambda: _query_store(lambda: store.check([key])), SHUTDOWN_GRACE_SECONDS)
     _query_store(lambda: store.add(SEEN_KEY, 1))
 
 

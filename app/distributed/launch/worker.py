@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,6 @@ log.setLevel(logging.DEBUG)  # stack traces go to the log files only
 # What a launcher runs on each rank: job, run folder, stop signal, local rank -> goal value.
 RankFunction = Callable[[Job, Path, StopSignal, int], float | None]
 FILE_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
-RANK_MESSAGE = "rank %d: %%(message)s"
 SHUTDOWN_GRACE_SECONDS = 60.0  # between the regular end of one rank and that of the others
 
 
@@ -37,7 +36,7 @@ def run_rank(
     stop: StopSignal,
     job_number: int = 0,
 ) -> float | None:
-    """Run a job on this rank.
+    """Run a job on this rank, and return the result of the function.
 
     Args:
         function: What to run.
@@ -47,9 +46,6 @@ def run_rank(
         store: Store through which ranks connect.
         stop: Requests to stop early.
         job_number: Number of the job among those that use the store.
-
-    Returns:
-        The result of the function.
     """
     with ExitStack() as stack:
         if cluster.rank > 0:
@@ -111,20 +107,20 @@ def rank_logging(rank: int, folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         console = stack.enter_context(os.fdopen(os.dup(sys.stderr.fileno()), "w"))
         stack.enter_context(redirect_output(path))
-        rank_handler = logging.FileHandler(path)
-        rank_handler.setFormatter(logging.Formatter(FILE_FORMAT))
-        handlers: list[logging.Handler] = [rank_handler]
-        warnings_to = (logging.StreamHandler(console), logging.FileHandler(folder / "run.log"))
-        for warning_handler in warnings_to:
-            warning_handler.setLevel(logging.WARNING)
-            is_file = isinstance(warning_handler, logging.FileHandler)
-            line_format = FILE_FORMAT if is_file else "%(message)s"
-            line_format = line_format.replace("%(message)s", RANK_MESSAGE % rank)
-            warning_handler.setFormatter(logging.Formatter(line_format))
-            handlers.append(warning_handler)
+        handlers: list[logging.Handler] = [logging.FileHandler(path)]
+        handlers[0].setFormatter(logging.Formatter(FILE_FORMAT))
+        warnings_to: list[tuple[logging.Handler, str]] = [
+            (logging.StreamHandler(console), "%(message)s"),
+            (logging.FileHandler(folder / "run.log"), FILE_FORMAT),
+        ]
+        for handler, line_format in warnings_to:
+            text = line_format.replace("%(message)s", f"rank {rank}: %(message)s")
+            handler.setFormatter(logging.Formatter(text))
+            handler.setLevel(logging.WARNING)
+            handlers.append(handler)
         root = logging.getLogger()
         previous_handlers, previous_level = root.handlers, root.level
-        root.handlers = list(handlers)
+        root.handlers = handlers
         root.setLevel(logging.INFO)
         logging.captureWarnings(True)
         try:
@@ -134,6 +130,11 @@ def rank_logging(rank: int, folder: Path) -> Iterator[None]:
             root.setLevel(previous_level)
             for handler in handlers:
                 handler.flush()
+
+
+def rank_zero_output(folder: Path) -> AbstractContextManager[None]:
+    """Redirect the output of rank 0 to a file, for jobs that do not have the terminal."""
+    return redirect_output(folder / "logs" / "rank0.log")
 
 
 @contextmanager
@@ -164,10 +165,16 @@ def set_num_threads(local_world_size: int) -> None:
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = max(1, (cores or 1) // local_world_size)
+    threads = max(1, num_cores() // local_world_size)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
+
+
+def num_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def route_errors_to_stderr() -> None:

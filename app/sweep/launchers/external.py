@@ -1,4 +1,4 @@
-"""Run jobs in processes of another launcher (joblib, submitit, Ray), maybe on other machines.
+"""Run a job in a process of another launcher (joblib, submitit, Ray), maybe on another machine.
 
 Such a process shares nothing with the sweep's own process except the folder of the sweep. So a job
 holds a lock there while it runs, and polls there whether it should stop.
@@ -17,17 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from filelock import FileLock, Timeout
-
-from app.runtime.files import write_text
-from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted
+from app.distributed.launch.worker import rank_zero_output
+from app.runtime.lock import FolderInUseError
+from app.runtime.signals import EXIT_INTERRUPTED, StopSignal, TrainingInterrupted, signal_handlers
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import read_run_status
 
 log = logging.getLogger(__name__)
 ProcessId = tuple[str, int]  # host name and PID
 STOP_POLL_SECONDS = 1.0  # how often a job checks whether it should stop
-STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 
 
 def current_process_id() -> ProcessId:
@@ -46,59 +44,27 @@ def run_external(job: Callable[[], float | None], sweep: SweepFolder, folder: Pa
     Returns:
         The result of the job; None if it was stopped, which `status.json` records.
     """
-    lock = _job_lock(sweep, folder)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("%s: another process is running this job; skipped", folder)
-        return None
     received: list[int] = []
     mp.set_start_method(mp.get_all_start_methods()[0], force=True)  # joblib replaces the default
     try:
-        if read_run_status(folder).is_finished:
-            return read_run_status(folder).value
-        with (
-            _save_on_sigusr2(received),
-            StopSignal().installed(),
-            _stopping_with_sweep(sweep),
-            _output_to_rank_log(folder),
-        ):
-            return job()
+        with sweep.job_locked(folder):
+            if read_run_status(folder).is_finished:
+                return read_run_status(folder).value
+            with (
+                _save_on_sigusr2(received),
+                StopSignal().installed(),
+                _stopping_with_sweep(sweep),
+                rank_zero_output(folder),
+            ):
+                return job()
+    except FolderInUseError as error:
+        log.warning("%s; skipped", error)
     except (TrainingInterrupted, KeyboardInterrupt, SystemExit) as error:
         if _exit_code(error) == EXIT_INTERRUPTED:
-            sweep.set_stopped(stopped=True)
-    finally:
-        lock.release()
-    if received and not stop_requested(sweep):
+            sweep.stop()
+    if received and not sweep.stops_running_jobs:
         signal.raise_signal(received[0])
     return None
-
-
-def is_running(sweep: SweepFolder, folder: Path) -> bool:
-    """Return whether a process runs the job in a folder; its lock ends with the process."""
-    lock = _job_lock(sweep, folder)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    lock.release()
-    return False
-
-
-def request_stop(sweep: SweepFolder) -> None:
-    """Ask running jobs to save and stop, and start no further ones."""
-    write_text(sweep.state_folder / "stopped", STOP_RUNNING_JOBS)
-
-
-def stop_requested(sweep: SweepFolder) -> bool:
-    """Return whether running jobs should stop."""
-    return sweep.is_stopped and (sweep.state_folder / "stopped").read_text() == STOP_RUNNING_JOBS
-
-
-def _job_lock(sweep: SweepFolder, folder: Path) -> FileLock:
-    path = sweep.state_folder / "running" / f"{folder.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(path)
 
 
 @contextmanager
@@ -111,32 +77,44 @@ def _save_on_sigusr2(received: list[int]) -> Iterator[None]:
     Args:
         received: List to which the signal is added.
     """
-    handler = signal.getsignal(signal.SIGUSR2) if hasattr(signal, "SIGUSR2") else None
-    if not callable(handler) or threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def on_signal(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         received.append(number)
         signal.raise_signal(signal.SIGUSR1)
 
-    signal.signal(signal.SIGUSR2, on_signal)
-    try:
+    has_handler = callable(signal.getsignal(signal.SIGUSR2))
+    with signal_handlers(on_signal, ["SIGUSR2"] if has_handler else []):
         yield
-    finally:
-        signal.signal(signal.SIGUSR2, handler)
 
 
 @contextmanager
 def _stopping_with_sweep(sweep: SweepFolder) -> Iterator[None]:
     """Send SIGTERM to this process as soon as the sweep asks its jobs to stop."""
-    is_done, main_thread = threading.Event(), threading.get_ident()
+    main_thread = threading.get_ident()
+
+    def stop_if_requested() -> bool:
+        if not sweep.stops_running_jobs:
+            return True
+        signal.pthread_kill(main_thread, signal.SIGTERM)
+        return False
+
+    with polling(stop_if_requested, STOP_POLL_SECONDS):
+        yield
+
+
+@contextmanager
+def polling(function: Callable[[], bool], seconds: float) -> Iterator[None]:
+    """Call a function repeatedly in a background thread until it returns False.
+
+    Args:
+        function: Returns whether to call it again.
+        seconds: Time between two calls, and before the first one.
+    """
+    is_done = threading.Event()
 
     def poll() -> None:
-        while not is_done.wait(STOP_POLL_SECONDS):
-            if stop_requested(sweep):
-                signal.pthread_kill(main_thread, signal.SIGTERM)
-                return
+        while not is_done.wait(seconds) and function():
+            pass
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -145,14 +123,6 @@ def _stopping_with_sweep(sweep: SweepFolder) -> Iterator[None]:
     finally:
         is_done.set()
         thread.join()
-
-
-@contextmanager
-def _output_to_rank_log(folder: Path) -> Iterator[None]:
-    from app.distributed.launch.worker import redirect_output
-
-    with redirect_output(folder / "logs" / "rank0.log"):
-        yield
 
 
 def _exit_code(error: BaseException) -> int | str | None:

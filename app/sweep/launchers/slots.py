@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from app.distributed.launch.worker import num_cores
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
 CPU_JOB_BYTES = 2 * 2**30  # memory to reserve per job on the CPU; torch alone takes about 1 GiB
@@ -27,6 +28,10 @@ class Slot:
     number: int
     gpus: tuple[str, ...]
     threads: int
+
+    def __str__(self) -> str:
+        gpus = f"GPU {', '.join(self.gpus)}, " if self.gpus else ""
+        return f"{self.number}: {gpus}{self.threads} threads"
 
     def environment(self, ranks: int) -> dict[str, str]:
         """Return the environment variables of a job with that number of ranks."""
@@ -66,20 +71,13 @@ def make_slots(
     if selected and ranks > len(selected):
         problem = f"={devices!r}, but the pool has {len(selected)} GPUs"
         raise ConfigError([ConfigIssue("trainer.devices", problem)])
-    cores = _num_cores()
-    num_groups = len(selected) // ranks if selected else 0
-    cpu_slots = min(cores // ranks, _memory_bytes() // CPU_JOB_BYTES)
-    count = max(1, num_groups if selected else cpu_slots) if slots == "auto" else slots
-    return [
-        Slot(
-            number,
-            tuple(visible[gpu] for gpu in _group(selected, number % num_groups, ranks))
-            if num_groups
-            else (),
-            max(1, cores // count),
-        )
-        for number in range(count)
-    ]
+    ids = tuple(visible[gpu] for gpu in selected)
+    groups = [ids[first : first + ranks] for first in range(0, len(ids) - ranks + 1, ranks)]
+    cores = num_cores()
+    cpu_slots = max(1, min(cores // ranks, _memory_bytes() // CPU_JOB_BYTES))
+    count = slots if slots != "auto" else len(groups) or cpu_slots
+    threads = max(1, cores // count)
+    return [Slot(n, groups[n % len(groups)] if groups else (), threads) for n in range(count)]
 
 
 def num_ranks(devices: Devices, num_gpus: int) -> int:
@@ -100,10 +98,6 @@ def num_ranks(devices: Devices, num_gpus: int) -> int:
     return devices or 1
 
 
-def _group(gpus: Sequence[int], number: int, size: int) -> Sequence[int]:
-    return gpus[number * size : (number + 1) * size]
-
-
 def _visible_gpus(accelerator: str) -> list[str]:
     if accelerator not in ("auto", "cuda"):
         return []
@@ -113,12 +107,6 @@ def _visible_gpus(accelerator: str) -> list[str]:
     count = torch.cuda.device_count()
     ids = visible.split(",") if visible else [str(number) for number in range(count)]
     return ids[:count]
-
-
-def _num_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory_bytes() -> int:

@@ -98,16 +98,12 @@ def _axis(values: list[object]) -> dict[str, object]:
 def _curves(history: pd.DataFrame) -> Curves:
     if history.empty:
         return {}
-    names = {
-        str(column): "loss" if column == "loss_mean" else str(column)
-        for column in history.select_dtypes("number").columns
-        if column not in NOT_DRAWN
-    }
+    drawn = [name for name in history.select_dtypes("number") if name not in NOT_DRAWN]
     return {
         str(stage): {
-            name: [_round(value) for value in rows[column].tolist()]
-            for column, name in names.items()
-            if rows[column].notna().any()
+            str(name): [_round(value) for value in rows[name].tolist()]
+            for name in drawn
+            if rows[name].notna().any()
         }
         for stage, rows in history.groupby("stage", sort=False)
     }

@@ -129,11 +129,10 @@ def _safe_name(key: str) -> str:
 
 def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataFrame:
     """The values of the goal of one run, with the columns epoch and value."""
-    name = "loss_mean" if goal.name == "loss" else goal.name
-    if history is None or name not in history:
+    if history is None or goal.name not in history:
         return pd.DataFrame({"epoch": [], "value": []})
     rows = history[history["stage"] == goal.stage]
-    return rows[["epoch", name]].set_axis(["epoch", "value"], axis=1).dropna()
+    return rows[["epoch", goal.name]].set_axis(["epoch", "value"], axis=1).dropna()
 
 
 def _plot_means(axes: Axes, runs: pd.DataFrame) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,10 @@ from pandas.errors import EmptyDataError
 
 from app.config.schema import MonitorConfig
 from app.sweep.folder import SweepFolder
-from app.sweep.job import parse_value
-from app.sweep.outcome import COMPLETED, RunStatus, read_run_status
-from app.training.history import goal_value
+from app.sweep.job import SweepJob, parse_value
+from app.sweep.outcome import COMPLETED, FAILED, PENDING, RunStatus, read_run_status
 
-SEED = "seed"
+SEED, DEVICE_MEMORY = "seed", "peak_device_memory_bytes"
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}
 ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs compare
 
@@ -35,7 +33,7 @@ class Results:
         keys: Columns of the table that were swept, or that differ between single runs.
         goals: Goals of the runs, the most frequent first; their columns are `best_<metric>` and
             `last_<metric>`.
-        curves: Summary table of each run (epoch, stage, loss_mean, accuracy, ...) by its `folder`
+        curves: Summary table of each run (epoch, stage, loss, accuracy, ...) by its `folder`
             in the table, one row per finished stage.
     """
 
@@ -69,21 +67,19 @@ def list_runs(folder: Path) -> list[Run]:
     """Return the jobs of a sweep, a single run, or all runs below any other folder."""
     sweep = SweepFolder(folder)
     if sweep.exists:
-        return [
-            Run(
-                sweep.run_folder(job),
-                job.number,
-                {key.lstrip("+"): parse_value(text) for key, text in job.values.items()},
-                job.failures + (outcome.status not in ("pending", "failed")),
-                outcome,
-            )
-            for job in sweep.jobs
-            for outcome in [read_run_status(sweep.run_folder(job))]
-        ]
+        return [_sweep_run(sweep, job) for job in sweep.jobs]
     if (folder / "status.json").exists():
         return [Run(folder, None, _cli_values(folder), 1, read_run_status(folder))]
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     return [run for path in inside if not path.name.startswith(".") for run in list_runs(path)]
+
+
+def _sweep_run(sweep: SweepFolder, job: SweepJob) -> Run:
+    folder = sweep.run_folder(job)
+    outcome = read_run_status(folder)
+    values = {key.lstrip("+"): parse_value(text) for key, text in job.values.items()}
+    attempts = job.failures + (outcome.status not in (PENDING, FAILED))
+    return Run(folder, job.number, values, attempts, outcome)
 
 
 def _cli_values(folder: Path) -> dict[str, Any]:
@@ -111,7 +107,8 @@ def collect_results(
         curves: Whether to read the curves, too; False is faster.
     """
     keys = _varied_keys(runs)
-    goals = _count_goals(runs)
+    counts = Counter(goal for run in runs if (goal := _goal(run)) is not None)
+    goals = [goal for goal, _ in counts.most_common()]
     rows = [_row(run, keys, relative_to) for run in runs]
     table = pd.DataFrame({name: _column(rows, name) for name in _column_names(rows, keys, goals)})
     folders = {str(row["folder"]): run.folder for run, row in zip(runs, rows, strict=True)}
@@ -151,52 +148,45 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
 
 
-def _count_goals(runs: Sequence[Run]) -> list[MonitorConfig]:
-    goals = [_goal(run) for run in runs if run.outcome.content.get("goal")]
-    return [MonitorConfig(metric, mode) for (metric, mode), _ in Counter(goals).most_common()]
-
-
-def _goal(run: Run) -> tuple[str, Any]:
-    goal = run.outcome.content["goal"]
-    return goal["metric"], goal["mode"]
+def _goal(run: Run) -> MonitorConfig | None:
+    goal = run.outcome.content.get("goal")
+    return MonitorConfig(goal["metric"], goal["mode"]) if goal else None
 
 
 def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
-    content = run.outcome.content
-    metrics = content.get("metrics") or {}
+    content, goal = run.outcome.content, _goal(run)
+    best, metrics = content.get("best") or {}, content.get("metrics") or {}
+    measured = {} if goal is None else metrics.get(goal.stage, {})
     test = metrics.get("test", {})
     return {
         "job": run.number,
         "status": run.outcome.status,
         **{key: _key_value(run, key) for key in keys},
-        **(_goal_columns(content, MonitorConfig(*_goal(run))) if content.get("goal") else {}),
+        **({} if goal is None else _goal_columns(goal, best, measured)),
         **{f"test/{_short_name(name)}": test[name] for name in test if name not in NOT_RESULTS},
         "seconds": content.get("seconds"),
         "samples/s": metrics.get("train", {}).get("samples/s"),
         "peak_memory_bytes": content.get("peak_memory_bytes"),
-        **_optional(content, "peak_device_memory_bytes"),
+        DEVICE_MEMORY: content.get(DEVICE_MEMORY),
         "attempts": run.attempts,
         "folder": os.path.relpath(run.folder, relative_to),
         "error": run.outcome.error,
     }
 
 
-def _optional(content: Mapping[str, Any], name: str) -> dict[str, Any]:
-    return {name: content[name]} if name in content else {}
+def _goal_columns(
+    goal: MonitorConfig, best: Mapping[str, Any], last: Mapping[str, Any]
+) -> dict[str, Any]:
+    values = {_short_name(name): value for name, value in last.items()}
+    return {
+        f"best_{goal.metric}": best.get("value"),
+        "best_epoch": best.get("epoch"),
+        f"last_{goal.metric}": values.get(goal.name),
+    }
 
 
 def _short_name(name: str) -> str:
     return "loss" if name == "loss_mean" else name
-
-
-def _goal_columns(content: Mapping[str, Any], goal: MonitorConfig) -> dict[str, Any]:
-    best, last = content.get("best") or {}, (content.get("metrics") or {}).get(goal.stage, {})
-    name = "loss_mean" if goal.name == "loss" else goal.name
-    return {
-        f"best_{goal.metric}": best.get("value"),
-        "best_epoch": best.get("epoch"),
-        f"last_{goal.metric}": goal_value(last, goal) if last.get(name) is not None else None,
-    }
 
 
 def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pd.Series[Any]:
@@ -207,7 +197,7 @@ def _column(rows: Sequence[Mapping[str, Any]], name: str) -> pd.Series[Any]:
 
 
 def _column_names(
-    rows: Iterable[Mapping[str, Any]], keys: Sequence[str], goals: Sequence[MonitorConfig]
+    rows: Sequence[Mapping[str, Any]], keys: Sequence[str], goals: Sequence[MonitorConfig]
 ) -> list[str]:
     """Columns of the table, in an order that does not depend on how far each run has come."""
     found = dict.fromkeys(name for row in rows for name in row)
@@ -215,14 +205,14 @@ def _column_names(
     values = [*values[:1], "best_epoch", *values[1:]] if values else []
     test = [name for name in found if name.startswith("test/") and name not in keys]
     costs = ["seconds", "samples/s", "peak_memory_bytes"]
-    if "peak_device_memory_bytes" in found:
-        costs.append("peak_device_memory_bytes")
+    if any(row[DEVICE_MEMORY] is not None for row in rows):
+        costs.append(DEVICE_MEMORY)
     return ["job", "status", *keys, *values, *test, *costs, "attempts", "folder", "error"]
 
 
 def _read_curve(folder: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(folder / "summary_table.csv")
+        return pd.read_csv(folder / "summary_table.csv").rename(columns=_short_name)
     except (FileNotFoundError, EmptyDataError):
         return pd.DataFrame(columns=["epoch", "stage"])
 
@@ -234,28 +224,21 @@ def aggregate_by_config(results: Results) -> pd.DataFrame:
     completed ones.
     """
     table, keys = results.table, [key for key in results.keys if key != SEED]
-    numeric = [c for c in table.columns if c.startswith(("best_", "last_", "test/"))]
-    numeric = [c for c in [*numeric, "seconds", "samples/s"] if c not in results.keys]
-    rows = []
-    for values, runs in _group_by(table, keys):
-        completed = runs[runs["status"] == COMPLETED]
-        row: dict[str, Any] = dict(zip(keys, values, strict=True))
-        row |= {"jobs": len(runs), "completed": len(completed)}
-        for name in numeric:
-            column = pd.to_numeric(completed[name], errors="coerce")
-            row |= {f"{name}_mean": column.mean(), f"{name}_std": column.std()}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _group_by(
-    table: pd.DataFrame, keys: list[str]
-) -> Iterable[tuple[tuple[Any, ...], pd.DataFrame]]:
-    if not keys:
-        return [((), table)]
-    texts = [table[key].map(repr) for key in keys]  # values may be of several types
-    groups = table.groupby(texts, sort=False)
-    return [(tuple(rows.iloc[0][key] for key in keys), rows) for _, rows in groups]
+    measured = [c for c in table.columns if c.startswith(("best_", "last_", "test/"))]
+    measured = [c for c in [*measured, "seconds", "samples/s"] if c not in results.keys]
+    is_completed = table["status"] == COMPLETED
+    numbers = table[measured].apply(pd.to_numeric, errors="coerce").where(is_completed)
+    # Values may be of several types, so that only their texts can be compared.
+    texts = table[keys].map(repr) if keys else table[[]].assign(all="")
+    by = [texts[name] for name in texts]
+    statistics = numbers.groupby(by, sort=False).agg(["mean", "std"])
+    statistics.columns = statistics.columns.map("_".join)
+    completed = is_completed.groupby(by, sort=False)
+    statistics.insert(0, "jobs", completed.size())
+    statistics.insert(1, "completed", completed.sum())
+    configs = table[keys][~texts.duplicated()].reset_index(drop=True)
+    averages: pd.DataFrame = pd.concat([configs, statistics.reset_index(drop=True)], axis=1)
+    return averages
 
 
 def sort_by_goal(results: Results) -> pd.DataFrame:
@@ -276,8 +259,8 @@ def best_run(results: Results) -> pd.Series[Any] | None:
     """Return the row of the best run; None if no run has a value."""
     if not results.goals:
         return None
-    column = f"best_{results.goals[0].metric}"
-    for _, row in sort_by_goal(results).iterrows():
-        if row[column] is not None and not math.isnan(float(row[column])):
-            return row
-    return None
+    table, column = sort_by_goal(results), f"best_{results.goals[0].metric}"
+    if table.empty or pd.isna(table[column].iloc[0]):
+        return None
+    best: pd.Series[Any] = table.loc[table.index[0]]
+    return best

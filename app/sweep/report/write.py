@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
+import re
 import shlex
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
-from filelock import FileLock
 
 from app.config.overrides import quote
-from app.runtime.errors import as_storage_error
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
+from app.runtime.lock import file_lock
 from app.sweep.folder import STATE_FOLDER, SweepFolder
 from app.sweep.outcome import read_run_status
 from app.sweep.report.table import (
@@ -50,21 +46,12 @@ def write_report(folder: Path) -> Results:
 def update_tables(folder: Path, curves: bool = False) -> Results:
     """Write the tables of a sweep as it is now; several processes may do so at the same time.
 
-    Args:
-        folder: Folder of the sweep.
-        curves: Whether the results should include the learning curves.
+    Returns:
+        The results, with the learning curves only if `curves` is true.
     """
-    lock = FileLock(folder / STATE_FOLDER / "table.lock")
-    try:
-        (folder / STATE_FOLDER).mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise as_storage_error(error) from error
-    try:
+    with file_lock(folder / STATE_FOLDER / "table.lock"):
         results = collect_results(folder.name, list_runs(folder), folder, curves)
         write_tables(results, folder)
-    finally:
-        lock.release()
     return results
 
 
@@ -89,13 +76,7 @@ def search_figures(folder: SweepFolder) -> dict[str, str]:
 
 
 def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
-    """Write `sweep.html`, and PNG files to `plots/`.
-
-    Args:
-        results: Results of the sweep.
-        folder: Folder to write to.
-        figures: Further Plotly figures for the page, as JSON by heading.
-    """
+    """Write `sweep.html`, with further Plotly figures as JSON by heading, and PNGs to `plots/`."""
     from app.sweep.report.page import render_page
     from app.sweep.report.plots import make_plots
 
@@ -111,8 +92,9 @@ def leaderboard(results: Results, folder: Path) -> str:
     values = [f"{kind}_{goal.metric}" for goal in results.goals for kind in ("best", "last")]
     test = [name for name in results.table.columns if name.startswith("test/")][:2]
     columns = ["job", "status", *results.keys, *values, *test, "seconds"]
-    table = sort_by_goal(results)[columns].map(_format_cell)
-    lines = [table.head(LEADERBOARD_ROWS).to_string(index=False)]
+    table = sort_by_goal(results)[columns].astype(object)
+    shown = table.where(table.notna(), "").head(LEADERBOARD_ROWS)
+    lines = [shown.to_string(index=False, float_format="{:.6g}".format)]
     if len(table) > LEADERBOARD_ROWS:
         lines.append(f"... and {len(table) - LEADERBOARD_ROWS} more in {TABLE_FILE}")
     best = best_run(results)
@@ -126,24 +108,12 @@ def leaderboard(results: Results, folder: Path) -> str:
 
 def _override_value(path: Path) -> str:
     """A path as a value of an override, quoted if it has more than plain characters."""
-    text = str(_relative_to_cwd(path))
-    is_plain = all(letter.isalnum() or letter in "/._-" for letter in text)
-    return text if is_plain else quote(text)
+    text = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return text if re.fullmatch(r"[\w/.-]+", text) else quote(text)
 
 
-def _relative_to_cwd(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def _format_cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)) or value is pd.NA:
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def exit_code(folder: SweepFolder, failure: int) -> int:
-    """Return 0 if every job or a retry of it has finished, else `failure`."""
+def has_finished(folder: SweepFolder) -> bool:
+    """Return whether every job or a retry of it has finished."""
     finished = [job for job in folder.jobs if read_run_status(folder.run_folder(job)).is_finished]
     done = {job.number for job in finished} | {job.retry_of for job in finished}
-    return 0 if all(job.number in done for job in folder.jobs) else failure
+    return all(job.number in done for job in folder.jobs)

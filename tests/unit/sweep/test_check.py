@@ -55,8 +55,12 @@ def test_check_sweep_invalid_grid_reports_error(overrides: list[str], message: s
         (["optimizer.lr=interval(1,0.1)"], "the end of the interval is below its start"),
         (["seed=tag(log,choice(1,2))"], "tag log is only for interval() and range()"),
         ([SEEDS, "hydra.sweeper.direction=min"], "direction='min', but goal.mode='max'"),
-        ([SEEDS, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0; allowed: an integer >= 1"),
+        (
+            [SEEDS, "hydra.sweeper.n_trials=0"],
+            "hydra.sweeper.n_trials=0 is not valid; allowed: an integer",
+        ),
         ([SEEDS, "hydra.sweeper.storage=sqlit"], "hydra.sweeper.storage='sqlit'; allowed: sql"),
+        ([SEEDS, "+hydra.sweeper.n_trial=3"], "did you mean 'n_trials'?"),
         (["optimizer.lr=interval(0.1,1)", "hydra/sweeper/sampler=grid"], "needs lists of values"),
         ([SEEDS, "hydra/sweeper/sampler=tpo"], "did you mean 'tpe'?"),
         ([SEEDS, "hydra.sweeper.sampler._target_=os.system"], "os.system"),

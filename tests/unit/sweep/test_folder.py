@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 
+from app.runtime.errors import UserError
 from app.sweep.folder import SweepFolder
 
 
 def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
+    Plugins.instance()  # registers Hydra's config sources
     conf = tmp_path / "conf"
     conf.mkdir()
     (conf / "config.yaml").write_text("a: 1\n")
@@ -26,3 +31,30 @@ def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
     frozen = folder.frozen_loader(loader)
     assert frozen.load_configuration("config", [], RunMode.RUN).a == 1
     assert loader.load_configuration("config", [], RunMode.RUN).a == 2
+
+
+def test_sweep_folder_of_newer_format_is_refused(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.save()
+    file = tmp_path / ".sweep" / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(UserError, match="has format 2, but this version of the program reads"):
+        SweepFolder(tmp_path)
+
+
+def test_sweep_folder_job_is_running_while_locked(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    with folder.job_locked(tmp_path / "job"):
+        assert folder.is_running(tmp_path / "job")
+    assert not folder.is_running(tmp_path / "job")
+
+
+def test_sweep_folder_stop_keeps_request_to_running_jobs(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    folder.stop()
+    assert (folder.is_stopped, folder.stops_running_jobs) == (True, False)
+    folder.stop(running_jobs=True)
+    folder.stop()
+    assert folder.stops_running_jobs
+    folder.clear_stop()
+    assert not folder.is_stopped

@@ -11,7 +11,7 @@ from app.sweep.launchers.slots import make_slots, num_ranks
 
 def test_make_slots_divides_gpus_and_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(slots, "_num_cores", lambda: 8)
+    monkeypatch.setattr(slots, "num_cores", lambda: 8)
     monkeypatch.setattr(slots, "_visible_gpus", lambda accelerator: list("4567"))  # noqa: ARG005
     pairs = make_slots("auto", 2, "auto", "auto")
     assert [slot.gpus for slot in pairs] == [("4", "5"), ("6", "7")]
