@@ -6,11 +6,13 @@ Hydra stops at the first wrong override and suggests no alternative; here all ar
 from __future__ import annotations
 
 import argparse
+import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -23,14 +25,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.types import RunMode
+from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.allowlist import trusted_from_environment
 from app.config.hydra_guard import hydra_issues
 from app.config.limits import expansion_issues
-from app.config.overrides import SweepSpace, parse_overrides, parse_space, raw_override
+from app.config.overrides import SweepSpace, make_space, parse_overrides, raw_override
 from app.config.resolve import cli_trusted
 from app.config.sources import strict_sources
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean, join_choices
@@ -74,7 +76,14 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
 
 
 class SafeConfigLoader(ConfigLoaderImpl):
-    """Config loader that refuses unbounded configurations and unsafe Hydra settings."""
+    """Config loader that refuses unbounded configurations and unsafe Hydra settings.
+
+    It remembers the last configuration, so that what has been checked is not composed again to run.
+    """
+
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        self._last: tuple[Any, DictConfig] | None = None
 
     def load_configuration(
         self,
@@ -90,7 +99,24 @@ class SafeConfigLoader(ConfigLoaderImpl):
             ConfigError: The configuration expands without bound, or has Hydra settings that are
                 not allowed.
         """
-        trusted = [*cli_trusted(parse_overrides(overrides)), *trusted_from_environment()]
+        request = (config_name, list(overrides), run_mode)
+        if self._last is None or self._last[0] != request:
+            composed = self._compose(
+                config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+            )
+            self._last = request, composed
+        return copy.deepcopy(self._last[1])
+
+    def _compose(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool,
+        validate_sweep_overrides: bool,
+    ) -> DictConfig:
+        parsed = parse_overrides(overrides)
+        trusted = [*cli_trusted(parsed), *trusted_from_environment()]
         try:
             composed = super().load_configuration(
                 config_name, overrides, run_mode, from_shell, validate_sweep_overrides
@@ -103,7 +129,7 @@ class SafeConfigLoader(ConfigLoaderImpl):
             raise ConfigCompositionException(message) from error
         # The second check resolves values, so it runs only if they are bounded.
         issues = list(expansion_issues(composed))
-        issues = issues or list(hydra_issues(composed, overrides, trusted))
+        issues = issues or list(hydra_issues(composed, parsed, trusted))
         if issues:
             raise ConfigError(issues)
         return composed
@@ -130,17 +156,20 @@ class Composer:
     ) -> None:
         self.hydra, self.config_name = hydra, config_name
         self.overrides, self.multirun = list(overrides), multirun
-        self._cache: dict[tuple[str, ...], tuple[DictConfig, list[ConfigIssue]]] = {}
+        self._parsed = parse_overrides(overrides, hydra.config_loader)
+        self._fixed_overrides = make_space(self._parsed, {}).fixed
 
     @cached_property
     def is_sweep(self) -> bool:
-        return self.multirun or self._fixed_config.hydra.mode == RunMode.MULTIRUN
+        config, _ = self._fixed
+        return self.multirun or config.hydra.mode == RunMode.MULTIRUN
 
     @cached_property
     def space(self) -> SweepSpace:
         """Overrides of the command line and of `hydra.sweeper.params`, and which are swept."""
-        params = self._fixed_config.hydra.sweeper.get("params") if self.is_sweep else None
-        return parse_space(self.overrides, params or {}, self.hydra.config_loader)
+        config, _ = self._fixed
+        params = config.hydra.sweeper.get("params") if self.is_sweep else None
+        return make_space(self._parsed, params or {}, self.hydra.config_loader)
 
     @cached_property
     def base(self) -> DictConfig:
@@ -152,11 +181,9 @@ class Composer:
         return self._compose(self.space.fixed)
 
     @cached_property
-    def _fixed_config(self) -> DictConfig:
+    def _fixed(self) -> tuple[DictConfig, list[ConfigIssue]]:
         """Best-effort composition without swept overrides, to read the sweep's own settings."""
-        fixed = parse_space(self.overrides, {}, self.hydra.config_loader).fixed
-        composed, _ = self._compose_or_diagnose(fixed)
-        return composed
+        return self._compose_or_diagnose(self._fixed_overrides)
 
     def compositions(self) -> Iterator[tuple[DictConfig, list[ConfigIssue]]]:
         """Compose the job, or jobs that together use each value of a sweep once.
@@ -168,25 +195,31 @@ class Composer:
             ConfigError: Nothing can be composed.
         """
         for overrides in self.space.coverage_jobs() if self.is_sweep else [self.overrides]:
-            composed, issues = self._compose_or_diagnose(overrides)
+            is_fixed = overrides == self._fixed_overrides
+            composed, issues = self._fixed if is_fixed else self._compose_or_diagnose(overrides)
             HydraConfig.instance().set_config(composed)  # for ${hydra:...} interpolations
             yield composed, issues
 
+    def run(self, task: TaskFunction) -> None:
+        """Let Hydra run the job, or its sweeper run all jobs."""
+        if not self.is_sweep:
+            self.hydra.run(self.config_name, task, self.overrides)
+            return
+        config, _ = self._fixed
+        is_set = config.hydra.mode == RunMode.MULTIRUN
+        mode = [] if is_set else ["hydra.mode=MULTIRUN"]
+        self.hydra.multirun(self.config_name, task, [*self.overrides, *mode])
+
     def _compose_or_diagnose(self, overrides: list[str]) -> tuple[DictConfig, list[ConfigIssue]]:
-        if tuple(overrides) not in self._cache:
-            try:
-                result: tuple[DictConfig, list[ConfigIssue]] = self._compose(overrides), []
-            except UserError:
-                raise
-            except HydraException:
-                result = _diagnose(self._compose, self.hydra.config_loader, overrides)
-            self._cache[tuple(overrides)] = result
-        return self._cache[tuple(overrides)]
+        try:
+            return self._compose(overrides), []
+        except UserError:
+            raise
+        except HydraException:
+            return _diagnose(self._compose, self.hydra.config_loader, overrides)
 
     def _compose(self, overrides: list[str]) -> DictConfig:
-        return self.hydra.compose_config(
-            self.config_name, overrides, RunMode.RUN, False, from_shell=False
-        )
+        return self.hydra.compose_config(self.config_name, overrides, RunMode.RUN, from_shell=False)
 
 
 def _search_path(args: argparse.Namespace) -> ConfigSearchPath:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.allowlist import is_trusted
 from app.config.limits import interpolations
-from app.config.overrides import parse_overrides
+from app.config.overrides import parse_overrides, raw_override
 from app.config.secrets import looks_secret
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
@@ -45,7 +46,7 @@ TRUST_HINT = "if the code is yours, add trusted_targets=[{}] to the command line
 
 
 def hydra_issues(
-    config: DictConfig, overrides: Sequence[str], trusted: Sequence[str]
+    config: DictConfig, overrides: Sequence[Override], trusted: Sequence[str]
 ) -> Iterator[ConfigIssue]:
     """Yield every setting that Hydra must not act on.
 
@@ -70,7 +71,7 @@ def hydra_issues(
     yield from _param_issues(hydra.get("sweeper"))
     yield from _job_issues(hydra, overrides)
     for override in [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]:
-        if override not in overrides:
+        if override not in [raw_override(o) for o in overrides]:
             problem = f" contains {override!r}, which is not on the command line"
             yield ConfigIssue("hydra.overrides", problem)
 
@@ -108,7 +109,7 @@ class _NodeChecker:
             )
 
     def logging_issues(
-        self, key: str, node: Any, overrides: Sequence[str]
+        self, key: str, node: Any, overrides: Sequence[Override]
     ) -> Iterator[ConfigIssue]:
         """Yield issues of the classes, streams and files that logging would create or open."""
         if isinstance(node, str):
@@ -117,7 +118,7 @@ class _NodeChecker:
             yield from self.logging_issues(f"{key}.{name}", child, overrides)
 
     def _logging_value_issues(
-        self, key: str, text: str, overrides: Sequence[str]
+        self, key: str, text: str, overrides: Sequence[Override]
     ) -> Iterator[ConfigIssue]:
         name = key.rpartition(".")[2]
         if name in ("class", "()"):
@@ -179,9 +180,9 @@ def _matches(name: str, allowed: Sequence[str]) -> bool:
     return name in allowed or f"{name.rpartition('.')[0]}." in allowed
 
 
-def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
+def _is_overridden(key: str, overrides: Sequence[Override]) -> bool:
     """Return whether an override sets the key, one of its parents or one of its children."""
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    keys = [override.key_or_group for override in overrides]
     return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
 
 
@@ -200,7 +201,7 @@ def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
             yield ConfigIssue(key, f"={value!r} can only be set on the command line")
 
 
-def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[ConfigIssue]:
+def _job_issues(hydra: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
     """Check for files outside the run folder, and for environment variables of the job."""
     subdir = hydra.get("output_subdir")
     if subdir is not None and not _is_overridden("hydra.output_subdir", overrides):

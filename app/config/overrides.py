@@ -72,9 +72,17 @@ def parse_space(
     Raises:
         ConfigError: An override cannot be parsed.
     """
-    texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
-    parsed = parse_overrides(texts, loader)
-    last = {override.get_key_element(): override for override in parsed}
+    return make_space(parse_overrides(overrides, loader), params, loader)
+
+
+def make_space(
+    overrides: Sequence[Override],
+    params: Mapping[str, object],
+    loader: ConfigLoader | None = None,
+) -> SweepSpace:
+    """Combine overrides and `hydra.sweeper.params` as `parse_space` does."""
+    defaults = parse_overrides([f"{key}={value}" for key, value in params.items()], loader)
+    last = {override.get_key_element(): override for override in [*defaults, *overrides]}
     return SweepSpace(tuple(last.values()))
 
 
