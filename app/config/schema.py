@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from app.config.types import Range
 
@@ -273,6 +273,21 @@ class Config:
     callbacks: Nodes
 
 
+class Change(NamedTuple):
+    """A key of a saved run whose value an override has changed, and both values as short texts."""
+
+    key: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
+
+    def is_below(self, *groups: str) -> bool:
+        """Return whether the key is one of these groups, or inside one."""
+        return f"{self.key}.".startswith(tuple(f"{group}." for group in groups))
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a run needs, as plain values that can be pickled to another process.
@@ -280,9 +295,10 @@ class Job:
     Attributes:
         config: Validated, typed configuration.
         plain: The same as a resolved dict; this is what a run saves.
-        template: The same as YAML with its interpolations, to apply overrides to it later.
+        template: The same as JSON with references to other keys, to apply overrides to it later;
+            see `app.config.saved`.
         trusted: Modules outside this program that the user trusts by name.
-        differences: Differences from the saved run that is tested or resumed, one line each.
+        differences: Differences from the saved run that is tested or resumed.
         damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
     """
 
@@ -290,5 +306,5 @@ class Job:
     plain: dict[str, Any]
     template: str
     trusted: list[str]
-    differences: list[str]
+    differences: list[Change]
     damaged_checkpoints: list[str] = field(default_factory=list)

@@ -175,12 +175,12 @@ def test_ckpt_with_target_not_allowed_is_refused(
     trained_run: RunResult, app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     content = torch.load(trained_run.folder / "checkpoints" / "best.pt", weights_only=True)
-    content["config"] = content["config"].replace("app.models.mlp.MLP", "os.system")
+    content["template"] = content["template"].replace("app.models.mlp.MLP", "os.system")
     (tmp_path / "untrusted.pt").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=untrusted.pt")
     assert ran.code == 2
     assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
-    content["config"] = content["config"].replace(
+    content["template"] = content["template"].replace(
         '"trusted_targets": []', '"trusted_targets": ["os"]'
     )
     (tmp_path / "untrusted.pt").write_bytes(checkpoint_bytes(content))
