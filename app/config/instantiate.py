@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
-from app.config.types import MISSING, UNKNOWN, alternatives, describe_type, matches_type
+from app.config.types import MISSING, UNKNOWN, alternatives, describe_type
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
+PLAIN_TYPES = {int, float, bool, str, type(None)}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -162,18 +163,20 @@ def _argument_issues(
 def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
-    """Check a number, string or null against a parameter that is annotated with another type."""
-    expected = _annotation(target, parameter)
-    if value == UNKNOWN:
+    """Check a number or string against a parameter that is annotated with another plain type."""
+    allowed = [
+        type_ for type_ in alternatives(_annotation(target, parameter)) if not _is_tensor(type_)
+    ]
+    is_checked = type(value) in (str, int, float, bool) and value not in (MISSING, UNKNOWN)
+    if not is_checked or not allowed or not {*allowed} <= PLAIN_TYPES:
         return
-    if value == MISSING:
-        yield ConfigIssue(key, f" has no value; set it with {key}=... on the command line")
-    elif (
-        isinstance(value, (str, int, float))
-        and _is_plain(expected)
-        and not matches_type(value, expected)
-    ):
-        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {_describe_plain(expected)}")
+    if type(value) not in allowed and not (type(value) is int and float in allowed):
+        problem = f"={value!r} is not valid; allowed: {', or '.join(map(describe_type, allowed))}"
+        yield ConfigIssue(key, problem)
+
+
+def _is_tensor(type_: Any) -> bool:
+    return getattr(type_, "__name__", "") == "Tensor"  # which no configuration contains
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:
@@ -182,18 +185,3 @@ def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any
         return get_type_hints(function).get(parameter.name, parameter.empty)
     except (NameError, TypeError, AttributeError):  # names that only a type checker can resolve
         return parameter.empty
-
-
-def _is_plain(expected: Any) -> bool:
-    """Return whether a type is a number, string, bool or None, with at most tensors besides."""
-    names = {getattr(alternative, "__name__", "") for alternative in alternatives(expected)}
-    plain = {"int", "float", "bool", "str", "NoneType"}
-    return bool(plain & names) and names <= plain | {"Tensor"}
-
-
-def _describe_plain(expected: Any) -> str:
-    """Describe a type without tensors, which a configuration cannot contain."""
-    types = [
-        type_ for type_ in alternatives(expected) if getattr(type_, "__name__", "") != "Tensor"
-    ]
-    return ", or ".join(describe_type(type_) for type_ in types)
