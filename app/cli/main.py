@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -103,13 +104,16 @@ def run_rank_zero(
         sys.stderr.write(f"{error}\n")
         return error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR
     except HydraException as error:
-        sys.stderr.write(f"{error}\n")
+        sys.stderr.write("\n".join(str(part) for part in (error, error.__cause__) if part) + "\n")
         return EXIT_FAILURE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:  # noqa: BLE001 - of a plugin or callback of Hydra; other ranks wait for the code
+        traceback.print_exc()
+        return EXIT_FAILURE
 
 
 def is_run_command(args: argparse.Namespace) -> bool:

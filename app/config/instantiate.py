@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
+from app.config.nested import iter_children
 from app.config.types import MISSING, UNKNOWN, alternatives, describe_type
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
-PLAIN_TYPES = {int, float, bool, str, type(None)}
+PLAIN_TYPES = (int, float, bool, str, type(None))
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -109,14 +110,9 @@ def iter_node_issues(
         num_positional: Number of first positional arguments that the program adds.
         injected: Names of further arguments that the program passes.
     """
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from iter_node_issues(f"{key}.{index}", item, trusted)
-    if not isinstance(node, dict):
-        return
-    for name, child in node.items():
+    for name, child in iter_children(node):
         yield from iter_node_issues(f"{key}.{name}", child, trusted)
-    if TARGET not in node:
+    if not isinstance(node, dict) or TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
         problem = f"={node[POSITIONAL]!r} is not a list of arguments"
@@ -168,7 +164,7 @@ def _value_issues(
         type_ for type_ in alternatives(_annotation(target, parameter)) if not _is_tensor(type_)
     ]
     is_checked = type(value) in (str, int, float, bool) and value not in (MISSING, UNKNOWN)
-    if not is_checked or not allowed or not {*allowed} <= PLAIN_TYPES:
+    if not is_checked or not allowed or any(type_ not in PLAIN_TYPES for type_ in allowed):
         return
     if type(value) not in allowed and not (type(value) is int and float in allowed):
         problem = f"={value!r} is not valid; allowed: {', or '.join(map(describe_type, allowed))}"

@@ -112,6 +112,10 @@ def test_target_that_executes_code_is_refused_with_its_key(
         ("hydra: {job: {name: ../a}}", "contains invalid characters"),
         ("hydra: {job: {env_set: {LD_PRELOAD: ./evil.so}}}", "hydra.job.env_set.LD_PRELOAD"),
         (
+            "what: {LD_PRELOAD: a}\nhydra: {job: {env_set: '${what}'}}",
+            "hydra.job.env_set='${what}'",
+        ),
+        (
             "hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}",
             "can only be set on the command line",
         ),
