@@ -50,7 +50,8 @@ def main() -> None:
         args.overrides = with_saved_overrides(args.overrides)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
-        exit_with(str(error), EXIT_USER_ERROR)
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_USER_ERROR)
     if world is None:
         sys.exit(run_rank_zero(args, parser, None))
     if world.rank > 0:
@@ -167,11 +168,6 @@ def run_follower(world: ClusterEnvironment) -> int:
     except Exception as error:  # noqa: BLE001 - rank 0 has logged it if it was still able to
         sys.stderr.write(f"rank {world.rank} failed: {type(error).__name__}: {error}\n")
         return EXIT_FAILURE
-
-
-def exit_with(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{message}\n")
-    sys.exit(code)
 
 
 def exit_now(code: int) -> NoReturn:

@@ -1,7 +1,7 @@
 """Checks of Hydra's own settings, which instantiate objects and configure logging.
 
 Components of a run are validated by `app.config.validate`, and built from the resolved
-configuration. Hydra instead composes again before it acts, so that anything whose value could
+configuration. Hydra instead resolves its own nodes when it acts, so that anything whose value could
 differ by then is refused here.
 """
 
