@@ -9,14 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
 from app.config.nested import iter_children
-from app.config.types import MISSING, UNKNOWN, alternatives, describe_type
+from app.config.types import MISSING, TYPE_NAMES, UNKNOWN
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
-PLAIN_TYPES = (int, float, bool, str, type(None))
+PLAIN_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -160,15 +161,16 @@ def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
     """Check a number or string against a parameter that is annotated with another plain type."""
-    allowed = [
-        type_ for type_ in alternatives(_annotation(target, parameter)) if not _is_tensor(type_)
-    ]
+    annotation = _annotation(target, parameter)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    types = get_args(annotation) if is_union else (annotation,)
+    allowed = [type_ for type_ in types if not _is_tensor(type_)]
     is_checked = type(value) in (str, int, float, bool) and value not in (MISSING, UNKNOWN)
-    if not is_checked or not allowed or any(type_ not in PLAIN_TYPES for type_ in allowed):
+    if not is_checked or not allowed or any(type_ not in [*PLAIN_TYPES] for type_ in allowed):
         return
     if type(value) not in allowed and not (type(value) is int and float in allowed):
-        problem = f"={value!r} is not valid; allowed: {', or '.join(map(describe_type, allowed))}"
-        yield ConfigIssue(key, problem)
+        names = ", or ".join(TYPE_NAMES[PLAIN_TYPES[type_]] for type_ in allowed)
+        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {names}")
 
 
 def _is_tensor(type_: Any) -> bool:

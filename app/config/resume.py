@@ -10,12 +10,12 @@ from typing import Any
 
 from hydra.core.override_parser.types import Override
 
-from app.config.nested import get_at, shorten
+from app.config.nested import dotted, get_at, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, get_by_path
 from app.config.saved import SavedConfig, resolve_saved
 from app.config.schema import Change, Config, Job
 from app.config.secrets import PUBLIC_KEYS, reveal_config
-from app.config.types import field_types, only_dataclass
+from app.config.types import iter_fields
 from app.config.validate import has_auto
 from app.runtime.errors import ConfigError, ConfigIssue
 
@@ -138,18 +138,15 @@ def iter_changes(before: Any, after: Any, key: str = "") -> Iterator[Change]:
             yield Change(child_key, shorten(before[name]), "removed")
 
 
-def _add_new_keys(
-    saved: SavedConfig, now: SavedConfig, cls: type = Config, prefix: str = ""
-) -> Iterator[Change]:
+def _add_new_keys(saved: SavedConfig, now: SavedConfig) -> Iterator[Change]:
     """Add the keys that did not exist when the run was saved, with their current values."""
-    for name, expected in field_types(cls).items():
-        child_cls = only_dataclass(expected)
-        if name in now and name not in saved:
-            value = shorten(now[name])
-            yield Change(f"{prefix}{name}", "did not exist when the run was saved", value)
-            saved[name] = now[name]
-        elif child_cls and isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
-            yield from _add_new_keys(saved[name], now[name], child_cls, f"{prefix}{name}.")
+    for path in iter_fields(Config):
+        *groups, last = path
+        group, current = get_at(saved, groups), get_at(now, groups)
+        if isinstance(group, dict) and isinstance(current, dict) and last in current.keys() - group:
+            group[last] = current[last]
+            value = shorten(current[last])
+            yield Change(dotted(path), "did not exist when the run was saved", value)
 
 
 def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-import types
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from functools import cache
-from typing import (
-    Annotated,
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    cast,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
-
-from annotated_types import Ge, Gt, Le
+from typing import Any, TypeVar, cast
 
 from app.config.limits import MAX_INT_BITS
 from app.config.nested import KeyPath, dotted, get_at, iter_children, iter_leaves, shorten
 from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
 T = TypeVar("T")
+Schema = dict[str, Any]  # JSON schema
 MISSING = "???"
 UNKNOWN = "?"  # depends on a missing value, which is reported itself
+TYPE_NAMES = {
+    "integer": "an integer",
+    "number": "a number",
+    "string": "a string",
+    "boolean": "true or false",
+    "null": "null",
+    "object": "a group of keys",
+}
+BOUND_NAMES = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
 
 
 def to_dataclass(value: Any, cls: type[T]) -> T:
@@ -60,7 +56,7 @@ def iter_issues(key: str, value: Any, cls: type) -> Iterator[ConfigIssue]:
     for path, kind in errors.items():
         found, name = get_at(value, path), f"{prefix}{dotted(path)}"
         if found not in (MISSING, UNKNOWN):
-            yield ConfigIssue(name, _describe_error(kind, found, cls, path, name))
+            yield ConfigIssue(name, _describe_error(kind, found, _json_schema(cls), path, name))
     for path, leaf in iter_leaves(value):
         name = f"{prefix}{dotted(path)}"
         if leaf == MISSING:
@@ -98,90 +94,84 @@ def _existing_path(value: Any, location: KeyPath, kind: str) -> KeyPath:
     return (*path, location[-1]) if kind == "missing" else path
 
 
-def _describe_error(kind: str, found: Any, cls: type, path: KeyPath, name: str) -> str:
-    if kind == "unexpected_keyword_argument":
-        allowed = field_types(only_dataclass(_annotation_at(cls, path[:-1])) or cls)
-        has = f"{name.rpartition('.')[0] or 'the configuration'} has: {join_choices(allowed)}"
-        close = did_you_mean(str(path[-1]), allowed)
-        return f"={shorten(found)} is not a known key; {has}{close}"
+def _describe_error(kind: str, found: Any, schema: Schema, path: KeyPath, name: str) -> str:
     if kind == "json_invalid":
         return "the configuration contains parts of Unicode characters"
-    expected = _annotation_at(cls, path)
+    if kind == "unexpected_keyword_argument":
+        groups = _options(schema, _schema_at(schema, path[:-1]))
+        names = [field for group in groups for field in group.get("properties", ())]
+        has = f"{name.rpartition('.')[0] or 'the configuration'} has: {join_choices(names)}"
+        close = did_you_mean(str(path[-1]), names)
+        return f"={shorten(found)} is not a known key; {has}{close}"
+    expected = _schema_at(schema, path)
+    allowed = f"allowed: {_describe(schema, expected)}"
     if kind == "missing":
-        return f" is missing; allowed: {describe_type(expected)}"
-    close = did_you_mean(str(found), _literal_values(expected))
-    return f"={found!r} is not valid; allowed: {describe_type(expected)}{close}"
-
-
-def _annotation_at(expected: Any, path: KeyPath) -> Any:
-    """Return the annotation of the value at a path."""
-    for name in path:
-        if (group := only_dataclass(expected)) is not None:
-            expected = field_types(group)[str(name)]
-        else:
-            collections = [x for x in alternatives(expected) if get_origin(x) in (dict, list)]
-            expected = get_args(collections[0])[-1]
-    return expected
+        return f" is missing; {allowed}"
+    literals = [str(x) for option in _options(schema, expected) for x in _literals(option)]
+    return f"={found!r} is not valid; {allowed}{did_you_mean(str(found), literals)}"
 
 
 @cache
-def field_types(cls: type) -> dict[str, Any]:
-    """Resolved annotations of a dataclass."""
-    return get_type_hints(cls, include_extras=True)
+def _json_schema(cls: type) -> Schema:
+    schema: Schema = _adapter(cls).json_schema()
+    return schema
 
 
-def alternatives(expected: Any) -> tuple[Any, ...]:
-    """Members of a union, or the type alone."""
-    union = get_origin(expected) in (Union, types.UnionType)
-    return get_args(expected) if union else (expected,)
+def _schema_at(schema: Schema, path: KeyPath) -> Schema:
+    """Return the part of a JSON schema that describes the value at a path."""
+    node = schema
+    for name in path:
+        children = [_child_schema(option, name) for option in _options(schema, node)]
+        node = next(child for child in children if child is not None)
+    return node
 
 
-def only_dataclass(expected: Any) -> type | None:
-    """Return the dataclass among the alternatives of a type, or None."""
-    found = [x for x in alternatives(expected) if isinstance(x, type) and is_dataclass(x)]
-    return found[0] if found else None
+def _child_schema(option: Schema, name: str | int) -> Schema | None:
+    others = option.get("items" if isinstance(name, int) else "additionalProperties")
+    child: Schema | None = option.get("properties", {}).get(name, others or None)
+    return child
 
 
-def _literal_values(expected: Any) -> list[str]:
-    literals = [x for x in alternatives(expected) if get_origin(x) is Literal]
-    return [str(value) for literal in literals for value in get_args(literal)]
+def _options(schema: Schema, node: Schema) -> list[Schema]:
+    """Return the members of a union, or the node alone."""
+    definitions = schema.get("$defs", {})
+    return [
+        definitions[option["$ref"].rpartition("/")[2]] if "$ref" in option else option
+        for option in node.get("anyOf", [node])
+    ]
 
 
-def describe_type(expected: Any) -> str:
-    """Describe a type for an error message."""
-    names = {
-        int: "an integer",
-        float: "a number",
-        str: "a string",
-        bool: "true or false",
-        type(None): "null",
-        None: "null",
-        Any: "anything",
-    }
-    origin, arguments = get_origin(expected), get_args(expected)
-    if origin in (Union, types.UnionType):
-        return ", or ".join(describe_type(alternative) for alternative in arguments)
-    if origin is Literal:
-        return ", ".join(str(choice) for choice in arguments)
-    if origin is Annotated:
-        bounds = " and ".join(_describe_bound(bound) for bound in arguments[1:])
-        return f"{describe_type(arguments[0])} {bounds}"
-    if origin is list:
-        return f"a list of: {describe_type(arguments[0])}"
-    if origin is dict or (isinstance(expected, type) and is_dataclass(expected)):
-        return "a group of keys"
-    return names.get(expected, str(expected))
+def _literals(option: Schema) -> list[Any]:
+    return [option["const"]] if "const" in option else option.get("enum", [])
 
 
-def _describe_bound(bound: Ge | Gt | Le) -> str:
-    match bound:
-        case Ge(ge=low):
-            return f"of at least {_format_bound(low)}"
-        case Gt(gt=low):
-            return f"above {_format_bound(low)}"
-        case _:
-            return f"at most {_format_bound(bound.le)}"
+def _describe(schema: Schema, node: Schema) -> str:
+    return ", or ".join(_describe_option(schema, option) for option in _options(schema, node))
 
 
-def _format_bound(bound: Any) -> str:
+def _describe_option(schema: Schema, option: Schema) -> str:
+    if literals := _literals(option):
+        return ", ".join(map(str, literals))
+    if "items" in option:
+        return f"a list of: {_describe(schema, option['items'])}"
+    name = TYPE_NAMES.get(option.get("type", ""), "anything")
+    bounds = [
+        f"{text} {_format_bound(option[key])}" for key, text in BOUND_NAMES.items() if key in option
+    ]
+    return f"{name} {' and '.join(bounds)}".strip()
+
+
+def _format_bound(bound: float) -> str:
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+def iter_fields(cls: type) -> Iterator[KeyPath]:
+    """Yield the path of every key that a dataclass declares, a group before its own keys."""
+    yield from _iter_fields(_json_schema(cls), _json_schema(cls), ())
+
+
+def _iter_fields(schema: Schema, node: Schema, path: KeyPath) -> Iterator[KeyPath]:
+    for group in _options(schema, node):
+        for name, child in group.get("properties", {}).items():
+            yield (*path, name)
+            yield from _iter_fields(schema, child, (*path, name))

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 import pytest
 
-from app.config.schema import STRICT, Limit, MonitorConfig, Positive
-from app.config.types import UNKNOWN, describe_type, iter_issues, to_dataclass
+from app.config.schema import STRICT, Config, Limit, MonitorConfig, Positive
+from app.config.types import UNKNOWN, iter_fields, iter_issues, to_dataclass
 
 
 @dataclass(frozen=True)
@@ -56,4 +56,11 @@ def test_iter_issues_valid_or_unknown_values_have_none() -> None:
     assert list(iter_issues("g", value, Group)) == []
     assert to_dataclass(value, Group) == Group(2, 3.0, 0.5, monitors={"a": None})
     assert list(iter_issues("g", {"size": UNKNOWN, "on": UNKNOWN}, Group)) == []
-    assert describe_type(Positive) == "an integer of at least 1"
+
+
+def test_iter_fields_yields_groups_before_their_keys() -> None:
+    assert list(iter_fields(MonitorConfig)) == [("metric",), ("mode",)]
+    fields = list(iter_fields(Config))
+    assert fields.index(("data",)) < fields.index(("data", "split")) < len(fields)
+    assert ("data", "split", "seed") in fields
+    assert ("checkpoint", "monitors", "metric") not in fields
