@@ -6,29 +6,35 @@ import argparse
 import logging
 import os
 import sys
+import traceback
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import hydra
+import hydra.version
 from hydra._internal.utils import get_args_parser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 
 from app.cli import report
 from app.cli.jobs import run_job
-from app.cli.preflight import check_config_output, is_run_command, preflight
+from app.cli.preflight import preflight
 from app.config import resolvers
-from app.config.compose import CONF, CONFIG_NAME
-from app.config.sources import strict_sources
+from app.config.compose import open_composer
+from app.config.overrides import parse_overrides, raw_override
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
-from app.runtime.errors import ConfigError, StorageError, UserError, as_user_error
+from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError, as_user_error
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
 from app.sweep.check import iter_trust_issues
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
+
+HYDRA_VERSION = "1.3"  # whose defaults apply
 
 
 def main() -> None:
@@ -41,17 +47,18 @@ def main() -> None:
     args = parser.parse_args()
     runs_jobs, world = is_run_command(args), None
     try:
-        args = with_saved_overrides(args)
+        args.overrides = with_saved_overrides(args.overrides)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
-        exit_with(str(error), EXIT_USER_ERROR)
+        sys.stderr.write(f"{error}\n")
+        sys.exit(EXIT_USER_ERROR)
     if world is None:
-        sys.exit(run_rank_zero(args, None))
+        sys.exit(run_rank_zero(args, parser, None))
     if world.rank > 0:
         exit_now(run_follower(world) if runs_jobs else 0)
     rank_zero, code = RankZero(world), EXIT_FAILURE
     try:
-        code = run_rank_zero(args, rank_zero)
+        code = run_rank_zero(args, parser, rank_zero)
     finally:
         if runs_jobs:
             rank_zero.finish(code)
@@ -59,46 +66,97 @@ def main() -> None:
 
 
 @as_user_error("sweep.resume")
-def with_saved_overrides(args: argparse.Namespace) -> argparse.Namespace:
+def with_saved_overrides(overrides: list[str]) -> list[str]:
     """Add the saved overrides of a sweep when `sweep.resume` comes with no overrides of its own.
 
     Raises:
         UserError: The sweep folder is damaged, or some overrides have to be repeated by the user.
     """
-    typed = dict(override.partition("=")[::2] for override in args.overrides)
+    typed = overrides_by_key(overrides)
     allowed_prefixes = ("sweep.", "hydra", "trusted_targets")
-    if typed.get("sweep.resume") and all(key.startswith(allowed_prefixes) for key in typed):
-        folder = SweepFolder(Path(typed["sweep.resume"].strip("'\"")).expanduser())
-        saved, issues = folder.overrides, list(iter_trust_issues(folder, args.overrides))
-        if issues:
-            raise ConfigError(issues)
-        # With a new launcher, the options of the saved one no longer apply.
-        dropped = ("hydra.launcher.",) if "hydra/launcher" in typed else ()
-        keys = {override: override.partition("=")[0] for override in saved}
-        added = [o for o, key in keys.items() if key not in typed and not key.startswith(dropped)]
-        sys.argv += added  # Hydra parses sys.argv
-        args.overrides += added
-    return args
+    if "sweep.resume" not in typed or not all(key.startswith(allowed_prefixes) for key in typed):
+        return overrides
+    folder = SweepFolder(Path(str(typed["sweep.resume"].value())).expanduser())
+    if issues := list(iter_trust_issues(folder, overrides)):
+        raise ConfigError(issues)
+    # With a new launcher, the options of the saved one no longer apply.
+    dropped = ("hydra.launcher.",) if "hydra/launcher" in typed else ()
+    saved = overrides_by_key(folder.overrides)
+    added = [key for key in saved if key not in typed and not key.startswith(dropped)]
+    return [*overrides, *(raw_override(saved[key]) for key in added)]
 
 
-def run_rank_zero(args: argparse.Namespace, rank_zero: RankZero | None) -> int:
+def overrides_by_key(overrides: Sequence[str]) -> dict[str, Override]:
+    return {override.get_key_element(): override for override in parse_overrides(overrides)}
+
+
+def run_rank_zero(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, rank_zero: RankZero | None
+) -> int:
     """Run all jobs from the process that talks to Hydra, and return the exit code."""
+    hydra.version.setbase(HYDRA_VERSION)
     try:
-        with strict_sources():
-            if not is_run_command(args):
-                check_config_output(args)
-            elif preflight(args, rank_zero) == POOL_LAUNCHER:
-                start_forkserver()
-            run_jobs(rank_zero)
+        if is_run_command(args):
+            run_jobs(args, rank_zero)
+        else:
+            print_config(args, parser)
         return 0
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR
+    except HydraException as error:
+        sys.stderr.write("\n".join(str(part) for part in (error, error.__cause__) if part) + "\n")
+        return EXIT_FAILURE
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except Exception:  # noqa: BLE001 - of a plugin or callback of Hydra; other ranks wait for the code
+        traceback.print_exc()
+        return EXIT_FAILURE
+
+
+def is_run_command(args: argparse.Namespace) -> bool:
+    """Whether the command runs jobs, rather than print help, completions or configurations."""
+    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    return not shows and args.experimental_rerun is None
+
+
+def run_jobs(args: argparse.Namespace, rank_zero: RankZero | None) -> None:
+    """Check all jobs, and let Hydra run them from the configurations that were checked."""
+    with open_composer(args) as composer:
+        if preflight(composer, rank_zero) == POOL_LAUNCHER:
+            start_forkserver()
+        composer.run(partial(run_job, rank_zero=rank_zero, main_process=current_process_id()))
+
+
+def print_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Let Hydra print help, completions or the configuration.
+
+    Raises:
+        UserError: A configuration is invalid, or the command would rerun a job from a pickle.
+    """
+    if args.experimental_rerun is not None:
+        problem = (
+            f"={args.experimental_rerun!r} would execute code from a pickle file; "
+            "use resume=FOLDER instead"
+        )
+        raise ConfigError([ConfigIssue("--experimental-rerun", problem)])
+    with open_composer(args) as composer:
+        hydra, name, overrides = composer.hydra, composer.config_name, composer.overrides
+        if args.help or args.cfg or args.info:
+            list(composer.compositions())  # Hydra resolves what it prints
+        if args.help:
+            hydra.app_help(name, parser, args)
+        elif args.hydra_help:
+            hydra.hydra_help(name, parser, args)
+        elif args.cfg:
+            hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
+        elif args.info:
+            hydra.show_info(args.info, name, overrides)
+        else:
+            hydra.shell_completion(name, overrides)
 
 
 def run_follower(world: ClusterEnvironment) -> int:
@@ -110,17 +168,6 @@ def run_follower(world: ClusterEnvironment) -> int:
     except Exception as error:  # noqa: BLE001 - rank 0 has logged it if it was still able to
         sys.stderr.write(f"rank {world.rank} failed: {type(error).__name__}: {error}\n")
         return EXIT_FAILURE
-
-
-def run_jobs(rank_zero: RankZero | None) -> None:
-    """Let Hydra run all jobs."""
-    task = partial(run_job, rank_zero=rank_zero, main_process=current_process_id())
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=CONFIG_NAME)(task)()
-
-
-def exit_with(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"{message}\n")
-    sys.exit(code)
 
 
 def exit_now(code: int) -> NoReturn:

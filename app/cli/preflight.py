@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NoReturn
 
 from omegaconf import DictConfig
 
-from app.config.compose import open_composer
+from app.config.compose import Composer
 from app.config.schema import AUTO, Job
 from app.distributed.launch.select import check_environment, choose_num_ranks
 from app.distributed.launch.torchrun import RankZero
@@ -28,14 +27,8 @@ LOG_FILES = ("run.log", "sweep.log", "multirun.yaml")
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 
-def is_run_command(args: argparse.Namespace) -> bool:
-    """Whether the command runs jobs, rather than print help, completions or configurations."""
-    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    return not shows and args.experimental_rerun is None
-
-
 @as_user_error()
-def preflight(args: argparse.Namespace, rank_zero: RankZero | None = None) -> str:
+def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
     """Check every job before the first one starts and before any file is written.
 
     Returns:
@@ -44,17 +37,16 @@ def preflight(args: argparse.Namespace, rank_zero: RankZero | None = None) -> st
     Raises:
         UserError: All errors that were found.
     """
-    with open_composer(args) as composer:
-        check_resume_is_multirun(composer)
-        jobs = make_jobs(composer)
-        key = "hydra.sweep.dir" if composer.is_sweep else "hydra.run.dir"
-        folders = [resolve_folder(composed, key) for composed, _ in jobs]
-        subfolders = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
-        if composer.is_sweep:
-            check_sweep(composer, jobs[0][0], rank_zero is None)
-        if jobs[0][1].config.mode == "check":
-            sys.stdout.write("the configuration is valid\n")
-            sys.exit(0)
+    check_resume_is_multirun(composer)
+    jobs = make_jobs(composer)
+    key = "hydra.sweep.dir" if composer.is_sweep else "hydra.run.dir"
+    folders = [resolve_folder(composed, key) for composed, _ in jobs]
+    subfolders = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
+    if composer.is_sweep:
+        check_sweep(composer, jobs[0][0], rank_zero is None)
+    if jobs[0][1].config.mode == "check":
+        sys.stdout.write("the configuration is valid\n")
+        sys.exit(0)
     for folder, subfolder, (composed, job) in zip(folders, subfolders, jobs, strict=True):
         with as_user_error(key):
             _check_folder(key, folder, composed, job)
@@ -121,21 +113,3 @@ def _exit_already_finished(folder: Path, status: str) -> NoReturn:
 
 def _is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-@as_user_error()
-def check_config_output(args: argparse.Namespace) -> None:
-    """Check a command that prints configurations, since Hydra resolves what it prints.
-
-    Raises:
-        UserError: A configuration is invalid, or the command would rerun a job from a pickle.
-    """
-    if args.experimental_rerun is not None:
-        problem = (
-            f"={args.experimental_rerun!r} would execute code from a pickle file; "
-            "use resume=FOLDER instead"
-        )
-        raise ConfigError([ConfigIssue("--experimental-rerun", problem)])
-    if args.help or args.cfg or args.info:
-        with open_composer(args) as composer:
-            list(composer.compositions())

@@ -6,9 +6,10 @@ import importlib
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard
 
+from app.config.nested import dotted, iter_leaves
 from app.runtime.errors import UserError, did_you_mean
 
 TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
@@ -64,9 +65,14 @@ def is_trusted(name: str, trusted: Sequence[str]) -> bool:
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in trusted)
 
 
+def is_dotted_name(name: object) -> TypeGuard[str]:
+    """Return whether a value is a name such as torch.optim.AdamW."""
+    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+
+
 def is_allowed(name: object, trusted: Sequence[str] = ()) -> bool:
     """Return whether `locate` may import this name, judged by the name alone."""
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+    if not is_dotted_name(name):
         return False
     return is_trusted(name, trusted) or (
         name.startswith(APP_PREFIXES + LIBRARY_PREFIXES)
@@ -85,7 +91,7 @@ def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
         TargetError: The name is not allowed or does not exist. Modules that are not allowed are
             not imported.
     """
-    if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
+    if not is_dotted_name(name):
         raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
     if not is_allowed(name, trusted):
         _raise_not_allowed(name)
@@ -167,34 +173,21 @@ def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence
     Raises:
         UserError: Lists every target that is neither allowed nor trusted.
     """
-    found = {
-        (key, str(name)) for key, name in _iter_targets("", config) if not is_allowed(name, trusted)
-    }
+    found = sorted(
+        (dotted(path), str(name))
+        for path, name in iter_leaves(config)
+        if path[-1] == TARGET and name is not None and not is_allowed(name, trusted)
+    )
     if not found:
         return
-    lines = [f"  {key}={name!r}" for key, name in sorted(found)]
-    modules = sorted({name.rpartition(".")[0] or name for _, name in found})
+    lines = [f"  {key}={name!r}" for key, name in found]
+    modules = ",".join(sorted({name.rpartition(".")[0] or name for _, name in found}))
     raise UserError(
         "\n".join(
             [
                 f"{source} references code outside this program; none of it was imported:",
                 *lines,
-                "if you trust that code, add "
-                f"trusted_targets=[{','.join(modules)}] to the command line",
+                f"if you trust that code, add trusted_targets=[{modules}] to the command line",
             ]
         )
     )
-
-
-def _iter_targets(key: str, node: Any) -> Iterator[tuple[str, Any]]:
-    stack = [(key, node)]
-    while stack:
-        key, node = stack.pop()
-        if isinstance(node, list):
-            stack += [(f"{key}.{index}", child) for index, child in enumerate(node)]
-        elif isinstance(node, dict):
-            stack += [
-                (f"{key}.{name}" if key else str(name), child) for name, child in node.items()
-            ]
-            if TARGET in node and node[TARGET] is not None:
-                yield (f"{key}.{TARGET}" if key else TARGET), node[TARGET]

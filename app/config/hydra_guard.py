@@ -1,7 +1,7 @@
 """Checks of Hydra's own settings, which instantiate objects and configure logging.
 
 Components of a run are validated by `app.config.validate`, and built from the resolved
-configuration. Hydra instead composes again before it acts, so that anything whose value could
+configuration. Hydra instead resolves its own nodes when it acts, so that anything whose value could
 differ by then is refused here.
 """
 
@@ -13,15 +13,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
-from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import is_trusted
+from app.config.allowlist import is_dotted_name, is_trusted
 from app.config.limits import interpolations
-from app.config.overrides import parse_overrides
+from app.config.nested import KeyPath, dotted, get_at, get_child, iter_leaves
+from app.config.overrides import parse_overrides, raw_override
 from app.config.secrets import looks_secret
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
@@ -45,7 +46,7 @@ TRUST_HINT = "if the code is yours, add trusted_targets=[{}] to the command line
 
 
 def hydra_issues(
-    config: DictConfig, overrides: Sequence[str], trusted: Sequence[str]
+    config: DictConfig, overrides: Sequence[Override], trusted: Sequence[str]
 ) -> Iterator[ConfigIssue]:
     """Yield every setting that Hydra must not act on.
 
@@ -57,107 +58,93 @@ def hydra_issues(
     """
     raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
     hydra = raw["hydra"]
-    checker = _NodeChecker(raw, trusted)
     for name in ("launcher", "sweeper"):
-        if not (isinstance(hydra.get(name), dict) and hydra[name].get("_target_")):
+        if get_at(hydra, (name, "_target_")) is None:
             yield ConfigIssue(
                 f"hydra/{name}", f"={hydra.get(name)!r} is not a component; Hydra needs one"
             )
     for name in INSTANTIATED_NODES:
-        yield from checker.component_issues(f"hydra.{name}", hydra.get(name))
+        for path, leaf in iter_leaves(hydra.get(name), ("hydra", name)):
+            yield from _component_issues(path, leaf, raw, trusted)
     for name in LOGGING_NODES:
-        yield from checker.logging_issues(f"hydra.{name}", hydra.get(name), overrides)
+        for path, leaf in iter_leaves(hydra.get(name), ("hydra", name)):
+            if isinstance(leaf, str):
+                yield from _logging_issues(path, leaf, overrides, trusted)
     yield from _param_issues(hydra.get("sweeper"))
     yield from _job_issues(hydra, overrides)
-    for override in [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]:
-        if override not in overrides:
-            problem = f" contains {override!r}, which is not on the command line"
+    typed = [raw_override(override) for override in overrides]
+    for text in [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]:
+        if text not in typed:
+            problem = f" contains {text!r}, which is not on the command line"
             yield ConfigIssue("hydra.overrides", problem)
 
 
-class _NodeChecker:
-    """Checks unresolved nodes, so that interpolations are seen as such."""
-
-    def __init__(self, raw: dict[str, Any], trusted: Sequence[str]) -> None:
-        self.raw, self.trusted = raw, trusted
-
-    def component_issues(self, key: str, node: Any) -> Iterator[ConfigIssue]:
-        """Yield issues of all `_target_`s of a node, at any depth."""
-        if isinstance(node, str) and not self._is_text(node, 0):
+def _component_issues(
+    path: KeyPath, value: Any, raw: dict[str, Any], trusted: Sequence[str]
+) -> Iterator[ConfigIssue]:
+    """Check a value of a component that Hydra builds; it is not resolved yet."""
+    key = dotted(path)
+    if "_target_" not in path:
+        if isinstance(value, str) and not _is_text(value, raw):
             yield ConfigIssue(
                 key,
-                f"={node!r} could resolve to a component; "
+                f"={value!r} could resolve to a component; "
                 "interpolations are not allowed for components of Hydra",
             )
-        for name, child in _children(node):
-            if name == "_target_":
-                yield from self._target_issues(f"{key}._target_", child)
-            else:
-                yield from self.component_issues(f"{key}.{name}", child)
+        return
+    is_plugin = len(path) == 3 and path[1] != "callbacks"
+    allowed = installed_plugins() if is_plugin else COMPONENT_PREFIXES
+    if path[-1] != "_target_" or not is_dotted_name(value):
+        problem = f"={value!r} is not a dotted name; interpolations are not allowed here"
+        yield ConfigIssue(key, problem)
+    elif not _matches(value, allowed) and not is_trusted(value, trusted):
+        hint = TRUST_HINT.format(value.rpartition(".")[0] or value)
+        problem = f"={value!r} is not allowed; allowed: {join_choices(allowed)}; {hint}"
+        yield ConfigIssue(key, problem)
 
-    def _target_issues(self, key: str, name: object) -> Iterator[ConfigIssue]:
-        is_plugin = key.count(".") == 2 and ".callbacks" not in key
-        allowed = installed_plugins() if is_plugin else COMPONENT_PREFIXES
-        if not isinstance(name, str) or not all(part.isidentifier() for part in name.split(".")):
-            problem = f"={name!r} is not a dotted name; interpolations are not allowed here"
-            yield ConfigIssue(key, problem)
-        elif not _matches(name, allowed) and not is_trusted(name, self.trusted):
-            hint = TRUST_HINT.format(name.rpartition(".")[0] or name)
-            yield ConfigIssue(
-                key, f"={name!r} is not allowed; allowed: {join_choices(allowed)}; {hint}"
-            )
 
-    def logging_issues(
-        self, key: str, node: Any, overrides: Sequence[str]
-    ) -> Iterator[ConfigIssue]:
-        """Yield issues of the classes, streams and files that logging would create or open."""
-        if isinstance(node, str):
-            yield from self._logging_value_issues(key, node, overrides)
-        for name, child in _children(node):
-            yield from self.logging_issues(f"{key}.{name}", child, overrides)
+def _logging_issues(
+    path: KeyPath, text: str, overrides: Sequence[Override], trusted: Sequence[str]
+) -> Iterator[ConfigIssue]:
+    """Check a class, stream or file that logging would create or open."""
+    key = dotted(path)
+    if path[-1] in ("class", "()"):
+        if text not in LOGGING_CLASSES and not is_trusted(text, trusted):
+            allowed = join_choices(LOGGING_CLASSES)
+            yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
+    elif path[-1] == "filename":
+        is_inside = text.startswith(RUN_FOLDER_PREFIXES) and ".." not in text
+        if not is_inside and not _is_overridden(key, overrides):
+            allowed = f"{RUN_FOLDER_PREFIXES[0]}NAME.log"
+            yield ConfigIssue(key, f"={text!r} is not in the run folder; allowed: {allowed}")
+    elif "${" in text:
+        problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
+        yield ConfigIssue(key, problem)
+    elif "://" in text and text not in LOG_STREAMS:
+        yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {join_choices(LOG_STREAMS)}")
 
-    def _logging_value_issues(
-        self, key: str, text: str, overrides: Sequence[str]
-    ) -> Iterator[ConfigIssue]:
-        name = key.rpartition(".")[2]
-        if name in ("class", "()"):
-            if text not in LOGGING_CLASSES and not is_trusted(text, self.trusted):
-                allowed = join_choices(LOGGING_CLASSES)
-                yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
-        elif name == "filename":
-            is_inside = text.startswith(RUN_FOLDER_PREFIXES) and ".." not in text
-            if not is_inside and not _is_overridden(key, overrides):
-                allowed = f"{RUN_FOLDER_PREFIXES[0]}NAME.log"
-                yield ConfigIssue(key, f"={text!r} is not in the run folder; allowed: {allowed}")
-        elif "${" in text:
-            problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
-            yield ConfigIssue(key, problem)
-        elif "://" in text and text not in LOG_STREAMS:
-            yield ConfigIssue(
-                key, f"={text!r} is not allowed; allowed: {join_choices(LOG_STREAMS)}"
-            )
 
-    def _is_text(self, text: str, depth: int) -> bool:
-        """Return whether a string resolves to text at any time, never to a node."""
-        if not (text.startswith("${") and text.endswith("}")):
-            return True  # there is text around the interpolation
-        if text[2:-1] not in interpolations(text):
-            # Several interpolations; but quotes could hide where one of them ends.
-            return not re.search(r"[\\'\"]", text)
-        match = re.fullmatch(r"(?:(hydra|[\w.]+):)?(.*)", text[2:-1], flags=re.DOTALL)
-        assert match is not None
-        resolver, key = match[1], match[2]
-        if resolver in TEXT_RESOLVERS:
-            return True
-        if resolver not in (None, "hydra") or not re.fullmatch(r"\w+(\.\w+)*", key):
-            return False
-        value: Any = self.raw["hydra"] if resolver == "hydra" else self.raw
-        for name in key.split("."):
-            if not isinstance(value, dict):
-                return False
-            value = value.get(name)
-        is_text = isinstance(value, str) and depth < 10 and self._is_text(value, depth + 1)
-        return is_text or not isinstance(value, (str, dict, list))
+def _is_text(text: str, raw: dict[str, Any], depth: int = 0) -> bool:
+    """Return whether a string resolves to text at any time, never to a node."""
+    if not (text.startswith("${") and text.endswith("}")):
+        return True  # there is text around the interpolation
+    if text[2:-1] not in interpolations(text):
+        # Several interpolations; but quotes could hide where one of them ends.
+        return not re.search(r"[\\'\"]", text)
+    match = re.fullmatch(r"(?:(hydra|[\w.]+):)?(.*)", text[2:-1], flags=re.DOTALL)
+    assert match is not None
+    resolver, key = match[1], match[2]
+    if resolver in TEXT_RESOLVERS:
+        return True
+    if resolver not in (None, "hydra") or not re.fullmatch(r"\w+(\.\w+)*", key):
+        return False
+    root = raw["hydra"] if resolver == "hydra" else raw
+    *groups, last = key.split(".")
+    group = get_at(root, groups)
+    value = group.get(last) if isinstance(group, dict) else {}
+    if isinstance(value, str):
+        return depth < 10 and _is_text(value, raw, depth + 1)
+    return not isinstance(value, (dict, list))
 
 
 def installed_plugins() -> list[str]:
@@ -167,40 +154,33 @@ def installed_plugins() -> list[str]:
     return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
 
 
-def _children(node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, dict):
-        yield from ((str(name), child) for name, child in node.items())
-    elif isinstance(node, list):
-        yield from ((str(index), child) for index, child in enumerate(node))
-
-
 def _matches(name: str, allowed: Sequence[str]) -> bool:
     """Return whether the name is allowed; a prefix allows only the names right below it."""
     return name in allowed or f"{name.rpartition('.')[0]}." in allowed
 
 
-def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
+def _is_overridden(key: str, overrides: Sequence[Override]) -> bool:
     """Return whether an override sets the key, one of its parents or one of its children."""
-    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    keys = [override.key_or_group for override in overrides]
     return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
 
 
 def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
     """Check `hydra.sweeper.params`, which become overrides of its jobs."""
-    params = sweeper.get("params") if isinstance(sweeper, dict) else None
-    for name, value in _children(params):
+    params = get_child(sweeper, "params")
+    for name, value in params.items() if isinstance(params, dict) else ():
         key = f"hydra.sweeper.params.{name}"
         try:
-            keys = [override.key_or_group for override in parse_overrides([f"{name}={value}"])]
-        except (ConfigError, HydraException):
+            (override,) = parse_overrides([f"{name}={value}"])
+        except ConfigError:
             yield ConfigIssue(key, f"={value!r} cannot be read as key=value")
             continue
-        roots = [other.partition(".")[0].partition("/")[0] for other in [*keys, name]]
+        roots = [re.split(r"[./]", text)[0] for text in (override.key_or_group, str(name))]
         if any(root in COMMAND_LINE_ONLY for root in roots):
             yield ConfigIssue(key, f"={value!r} can only be set on the command line")
 
 
-def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[ConfigIssue]:
+def _job_issues(hydra: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
     """Check for files outside the run folder, and for environment variables of the job."""
     subdir = hydra.get("output_subdir")
     if subdir is not None and not _is_overridden("hydra.output_subdir", overrides):
@@ -212,7 +192,12 @@ def _job_issues(hydra: dict[str, Any], overrides: Sequence[str]) -> Iterator[Con
     if not re.fullmatch(r"[\w.-]+", str(name), flags=re.ASCII) or ".." in str(name):
         problem = f"={name!r} contains invalid characters; allowed: letters, digits, _ . -"
         yield ConfigIssue("hydra.job.name", problem)
-    for variable, value in _children(hydra["job"].get("env_set")):
+    env_set = hydra["job"].get("env_set")
+    if isinstance(env_set, str):
+        problem = f"={env_set!r}: interpolations are not allowed here"
+        yield ConfigIssue("hydra.job.env_set", problem)
+        return
+    for variable, value in (env_set or {}).items():
         key = f"hydra.job.env_set.{variable}"
         if os.environ.get(variable) != value and not _is_overridden(key, overrides):
             yield ConfigIssue(key, f"={value!r} can only be set on the command line")

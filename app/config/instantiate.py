@@ -9,12 +9,15 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
-from app.config.types import MISSING, UNKNOWN, alternatives, describe_type, matches_type
+from app.config.nested import iter_children
+from app.config.types import MISSING, TYPE_NAMES, UNKNOWN
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
+PLAIN_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -108,14 +111,9 @@ def iter_node_issues(
         num_positional: Number of first positional arguments that the program adds.
         injected: Names of further arguments that the program passes.
     """
-    if isinstance(node, list):
-        for index, item in enumerate(node):
-            yield from iter_node_issues(f"{key}.{index}", item, trusted)
-    if not isinstance(node, dict):
-        return
-    for name, child in node.items():
+    for name, child in iter_children(node):
         yield from iter_node_issues(f"{key}.{name}", child, trusted)
-    if TARGET not in node:
+    if not isinstance(node, dict) or TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
         problem = f"={node[POSITIONAL]!r} is not a list of arguments"
@@ -162,18 +160,21 @@ def _argument_issues(
 def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
-    """Check a number, string or null against a parameter that is annotated with another type."""
-    expected = _annotation(target, parameter)
-    if value == UNKNOWN:
+    """Check a number or string against a parameter that is annotated with another plain type."""
+    annotation = _annotation(target, parameter)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    types = get_args(annotation) if is_union else (annotation,)
+    allowed = [type_ for type_ in types if not _is_tensor(type_)]
+    is_checked = type(value) in (str, int, float, bool) and value not in (MISSING, UNKNOWN)
+    if not is_checked or not allowed or any(type_ not in [*PLAIN_TYPES] for type_ in allowed):
         return
-    if value == MISSING:
-        yield ConfigIssue(key, f" has no value; set it with {key}=... on the command line")
-    elif (
-        isinstance(value, (str, int, float))
-        and _is_plain(expected)
-        and not matches_type(value, expected)
-    ):
-        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {_describe_plain(expected)}")
+    if type(value) not in allowed and not (type(value) is int and float in allowed):
+        names = ", or ".join(TYPE_NAMES[PLAIN_TYPES[type_]] for type_ in allowed)
+        yield ConfigIssue(key, f"={value!r} is not valid; allowed: {names}")
+
+
+def _is_tensor(type_: Any) -> bool:
+    return getattr(type_, "__name__", "") == "Tensor"  # which no configuration contains
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:
@@ -182,18 +183,3 @@ def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any
         return get_type_hints(function).get(parameter.name, parameter.empty)
     except (NameError, TypeError, AttributeError):  # names that only a type checker can resolve
         return parameter.empty
-
-
-def _is_plain(expected: Any) -> bool:
-    """Return whether a type is a number, string, bool or None, with at most tensors besides."""
-    names = {getattr(alternative, "__name__", "") for alternative in alternatives(expected)}
-    plain = {"int", "float", "bool", "str", "NoneType"}
-    return bool(plain & names) and names <= plain | {"Tensor"}
-
-
-def _describe_plain(expected: Any) -> str:
-    """Describe a type without tensors, which a configuration cannot contain."""
-    types = [
-        type_ for type_ in alternatives(expected) if getattr(type_, "__name__", "") != "Tensor"
-    ]
-    return ", or ".join(describe_type(type_) for type_ in types)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -72,9 +72,17 @@ def parse_space(
     Raises:
         ConfigError: An override cannot be parsed.
     """
-    texts = [*(f"{key}={value}" for key, value in params.items()), *overrides]
-    parsed = parse_overrides(texts, loader)
-    last = {override.get_key_element(): override for override in parsed}
+    return make_space(parse_overrides(overrides, loader), params, loader)
+
+
+def make_space(
+    overrides: Sequence[Override],
+    params: Mapping[str, object],
+    loader: ConfigLoader | None = None,
+) -> SweepSpace:
+    """Combine overrides and `hydra.sweeper.params` as `parse_space` does."""
+    defaults = parse_overrides([f"{key}={value}" for key, value in params.items()], loader)
+    last = {override.get_key_element(): override for override in [*defaults, *overrides]}
     return SweepSpace(tuple(last.values()))
 
 
@@ -85,19 +93,24 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
         ConfigError: Lists every override that cannot be parsed.
     """
     issues, parsed = [], []
-    parser = OverridesParser.create(config_loader=loader)
     for text in texts:
         if (problem := override_problem(text)) is not None:
             issues.append(ConfigIssue(f"{text[:40]}...", problem))
             continue
         try:
-            parsed += parser.parse_overrides([text])
+            parsed.append(replace(_parse(text), config_loader=loader))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             issues.append(ConfigIssue(text, f" cannot be read as key=value: {reason}"))
     if issues:
         raise ConfigError(issues)
     return parsed
+
+
+@lru_cache(maxsize=1_000)
+def _parse(text: str) -> Override:
+    (override,) = OverridesParser.create().parse_overrides([text])
+    return override
 
 
 def raw_override(override: Override) -> str:

@@ -10,13 +10,13 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
+from app.config.nested import get_at, iter_children
 from app.config.secrets import find_secrets, redact
 from app.config.types import MISSING, UNKNOWN
 from app.runtime.errors import ConfigIssue
 
 PlainConfig = dict[str, Any]
-PATH_ARGUMENTS = ("path", "root")  # arguments of data sources that name files
-# Keys of the current command. The template of a run is saved without them.
+# Keys of the current command, which a saved run does not decide.
 PER_COMMAND_KEYS = (
     "mode",
     "ckpt",
@@ -41,10 +41,7 @@ def resolve(config: DictConfig) -> tuple[PlainConfig, list[ConfigIssue]]:
     issues: list[ConfigIssue] = []
     names = [name for name in config if name != "hydra"]
     plain = {str(name): _resolve_child(config, name, str(name), issues) for name in names}
-    if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = _absolute_path(plain["ckpt"])
-    if isinstance(plain.get("data"), dict):
-        _make_source_paths_absolute(plain["data"].get("source"))
+    _make_paths_absolute(plain)
     raw = OmegaConf.to_container(config, resolve=False)
     assert isinstance(raw, dict)
     secrets = find_secrets({name: value for name, value in raw.items() if name != "hydra"})
@@ -68,18 +65,36 @@ def _resolve_child(parent: Any, name: Any, key: str, issues: list[ConfigIssue]) 
     return value
 
 
+def _make_paths_absolute(plain: PlainConfig) -> None:
+    """Make the paths of the checkpoint and of the data absolute, in place."""
+    if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
+        plain["ckpt"] = _absolute_path(plain["ckpt"])
+    data = plain.get("data")
+    if isinstance(data, dict):
+        if isinstance(data.get("path"), str) and _exists(data["path"]):
+            data["path"] = _absolute_path(data["path"])
+        _make_source_paths_absolute(data.get("source"))
+
+
+def _make_source_paths_absolute(node: Any) -> None:
+    for name, value in iter_children(node):
+        # A path that does not exist may be a name on a hub; a root may be a folder to create.
+        is_path = name == "root" or (name == "path" and isinstance(value, str) and _exists(value))
+        if is_path and isinstance(value, str) and value != MISSING:
+            node[name] = _absolute_path(value)
+        else:
+            _make_source_paths_absolute(value)
+
+
 def _absolute_path(text: str) -> str:
     return str(Path(text).expanduser().absolute())
 
 
-def _make_source_paths_absolute(node: Any) -> None:
-    if not isinstance(node, dict):
-        return
-    for name, value in node.items():
-        if name in PATH_ARGUMENTS and isinstance(value, str) and value != MISSING:
-            node[name] = _absolute_path(value)
-        else:
-            _make_source_paths_absolute(value)
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError):  # not even a path
+        return False
 
 
 def cli_trusted(overrides: Sequence[Override]) -> list[str]:
@@ -89,24 +104,6 @@ def cli_trusted(overrides: Sequence[Override]) -> list[str]:
     return [str(name) for name in (names if isinstance(names, list) else [names])]
 
 
-def unresolved(config: DictConfig) -> DictConfig:
-    """Return the configuration with its interpolations, without the keys of the command."""
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    return OmegaConf.create(
-        {k: v for k, v in raw.items() if k != "hydra" and k not in PER_COMMAND_KEYS}
-    )
-
-
-def shorten(value: object) -> str:
-    """Return a value as one short line: the `_target_` of a component, else its repr."""
-    target = value.get("_target_") if isinstance(value, dict) else None
-    text = str(target) if target else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def get_by_path(config: Any, key: str) -> Any:
     """Return the value at a dotted key, or None if there is none."""
-    for name in key.split("."):
-        config = config.get(name) if isinstance(config, dict) else None
-    return config
+    return get_at(config, key.split("."))

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from app.config.resolve import (
-    PER_COMMAND_KEYS,
-    PlainConfig,
-    get_by_path,
-    resolve,
-    shorten,
-    unresolved,
-)
-from app.config.schema import Config
-from app.config.secrets import PUBLIC_KEYS
-from app.config.types import field_types, only_dataclass
+from app.config.nested import dotted, get_at, shorten
+from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, get_by_path
+from app.config.saved import SavedConfig, resolve_saved
+from app.config.schema import Change, Config, Job
+from app.config.secrets import PUBLIC_KEYS, reveal_config
+from app.config.types import iter_fields
 from app.config.validate import has_auto
 from app.runtime.errors import ConfigError, ConfigIssue
 
-MULTI_KEY_GROUPS = ("experiment", "debug", "local")  # groups whose files set keys anywhere
-FIXED_KEYS = ("model.", "data.split.")
-FIXED_ON_RESUME = ("average", "task.", "loss.")
+MULTI_KEY_GROUPS = ("experiment", "debug", "local", "_global_")  # their files set keys anywhere
+FIXED_KEYS = ("model", "data.split")
+FIXED_ON_RESUME = ("average", "task", "loss")
+OPTIONS_OF_OTHER_MODES = ("predict", "export", "find")
 SCHEDULE_LENGTH_KEYS = (  # determine the number of optimizer steps
     "trainer.max_epochs",
     "trainer.max_steps",
@@ -37,36 +33,52 @@ SCHEDULE_LENGTH_KEYS = (  # determine the number of optimizer steps
 
 
 def apply_overrides_to_saved(
-    saved: PlainConfig,
-    template: DictConfig,
-    current: DictConfig,
-    overrides: Sequence[Override],
-    resumes: bool = False,
-) -> tuple[PlainConfig, DictConfig, list[str]]:
+    saved: SavedConfig, now: SavedConfig, overrides: Sequence[Override], resumes: bool = False
+) -> tuple[SavedConfig, list[Change]]:
     """Apply overrides on top of a saved run's configuration.
 
-    Overrides are applied to the run's own template, so that a changed `data.path` also changes
-    the data source that is interpolated from it.
+    A changed `data.path` also changes the data source that refers to it.
 
     Args:
-        saved: Resolved configuration of the run.
-        template: The same with its interpolations.
-        current: Configuration composed from the current command line.
+        saved: Configuration of the run.
+        now: Configuration composed from the current command line.
         overrides: Overrides from the command line.
         resumes: Whether training continues; if so, task, losses and averaging are fixed as well.
 
     Returns:
-        The configuration, its template, and one line for each difference from the saved one.
+        The configuration, and its differences from the saved one.
 
     Raises:
         ConfigError: An override would change the model, the data split or what is fixed on resume.
     """
-    changed, issues = copy.deepcopy(template), []
-    raw = OmegaConf.to_container(current, resolve=False)
+    changed = _with_overrides(saved, now, overrides, resumes)
+    changes = [
+        change
+        for change in iter_changes(resolve_saved(saved), resolve_saved(changed))
+        if not change.is_below(*PER_COMMAND_KEYS, *OPTIONS_OF_OTHER_MODES)
+    ]
+    fixed_keys = FIXED_KEYS + FIXED_ON_RESUME * resumes
+    issues = [
+        ConfigIssue(f"{change}", ": cannot be changed; the run was trained with the saved value")
+        for change in changes
+        if change.is_below(*fixed_keys) or _is_other_optimizer(change)
+    ]
+    if issues:
+        raise ConfigError(issues)
+    overridden = {override.key_or_group for override in overrides}
+    kept = [name for name in PUBLIC_KEYS if resumes and name in saved and name not in overridden]
+    changed |= {n: now[n] for n in PER_COMMAND_KEYS if n in now and n not in kept}
+    return changed, [*changes, *_add_new_keys(changed, now)]
+
+
+def _with_overrides(
+    saved: SavedConfig, now: SavedConfig, overrides: Sequence[Override], resumes: bool
+) -> SavedConfig:
+    changed, issues = copy.deepcopy(saved), []
     for override in overrides:
-        key = override.package or override.key_or_group
+        key = (override.package or override.key_or_group).replace("/", ".")
         if key in MULTI_KEY_GROUPS and resumes:
-            changed = unresolved(current)  # all keys come from the current command line
+            changed = copy.deepcopy(now)  # all keys come from the current command line
             break
         if key in MULTI_KEY_GROUPS:
             problem = (
@@ -75,81 +87,66 @@ def apply_overrides_to_saved(
             )
             issues.append(ConfigIssue(key, problem))
         elif key.partition(".")[0] not in PER_COMMAND_KEYS and not override.is_hydra_override():
-            _set_or_delete(changed, key, get_by_path(raw, key), override.is_delete())
-    if resumes and get_by_path(saved, "trainer.batch_size_finder"):
-        # A batch size on the command line is where the search began; the saved one is its result.
-        OmegaConf.update(changed, "data.batch_size", saved["data"]["batch_size"])
-    (before, _), (after, _), (now, _) = resolve(template), resolve(changed), resolve(current)
-    differences: list[str] = []
-    merged = _merge_changes(saved, before, after, "", differences)
-    mode_options = ("predict.", "export.", "find.")  # settings of other modes than training
-    differences = [line for line in differences if not line.startswith(mode_options)]
-    fixed_keys = FIXED_KEYS + FIXED_ON_RESUME * resumes
-    issues += [
-        ConfigIssue(line, ": cannot be changed; the run was trained with the saved value")
-        for line in differences
-        if line.startswith(fixed_keys) or _is_other_optimizer(line)
-    ]
+            _apply_override(changed, now, key)
     if issues:
         raise ConfigError(issues)
-    filled = _fill_new_keys(merged, now, Config, "", differences)
-    overridden = {override.key_or_group for override in overrides}
-    kept = [name for name in PUBLIC_KEYS if resumes and name in saved and name not in overridden]
-    filled |= {name: now[name] for name in PER_COMMAND_KEYS if name not in kept}
-    return filled, changed, differences
+    if resumes and get_by_path(saved, "trainer.batch_size_finder"):
+        # A batch size on the command line is where the search began; the saved one is its result.
+        _apply_override(changed, saved, "data.batch_size")
+    return changed
 
 
-def _set_or_delete(config: DictConfig, key: str, value: Any, delete: bool) -> None:
-    if not delete:
-        try:
-            OmegaConf.update(config, key, value, merge=False, force_add=True)
-        except (ValueError, IndexError, OmegaConfBaseException) as error:
-            problem = f" cannot be set in the saved run: {str(error).splitlines()[0]}"
-            raise ConfigError([ConfigIssue(key, problem)]) from error
+def _apply_override(changed: SavedConfig, now: SavedConfig, key: str) -> None:
+    """Set a key to its current value, or remove it if it has none now."""
+    *groups, last = key.split(".")
+    for name in groups:
+        if not isinstance(now.get(name), dict):  # an item of a list: take the whole list
+            last = name
+            break
+        group = changed.setdefault(name, {})
+        if not isinstance(group, dict):
+            problem = f" cannot be set in the saved run: {name} is {shorten(group)}"
+            raise ConfigError([ConfigIssue(key, problem)])
+        changed, now = group, now[name]
+    if last in now:
+        changed[last] = now[last]
+    else:
+        changed.pop(last, None)
+
+
+def _is_other_optimizer(change: Change) -> bool:
+    return change.is_below("optimizer") and change.key.endswith("._target_")
+
+
+def iter_changes(before: Any, after: Any, key: str = "") -> Iterator[Change]:
+    """Yield the differences of two resolved configurations.
+
+    Args:
+        before: Value of the saved run.
+        after: Value now.
+        key: Key of both.
+    """
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        if before != after:
+            yield Change(key, shorten(before), shorten(after))
         return
-    parent = OmegaConf.select(config, key.rpartition(".")[0])
-    if isinstance(parent, DictConfig):
-        parent.pop(key.rpartition(".")[2], None)
-
-
-def _merge_changes(saved: Any, before: Any, after: Any, key: str, differences: list[str]) -> Any:
-    """Return `saved`, changed wherever `after` differs from `before`."""
-    if not (isinstance(before, dict) and isinstance(after, dict) and isinstance(saved, dict)):
-        if before == after or saved == after:
-            return saved
-        differences.append(f"{key}: {shorten(saved)} -> {shorten(after)}")
-        return after
-    merged = dict(saved)
-    for name in before.keys() | after.keys():
+    for name in dict.fromkeys([*before, *after]):
         child_key = f"{key}.{name}" if key else name
-        if name not in after:
-            differences.append(f"{child_key}: {shorten(merged.pop(name, None))} -> removed")
+        if name in after:
+            yield from iter_changes(before.get(name), after[name], child_key)
         else:
-            children = (saved.get(name), before.get(name), after[name])
-            merged[name] = _merge_changes(*children, child_key, differences)
-    return merged
+            yield Change(child_key, shorten(before[name]), "removed")
 
 
-def _is_other_optimizer(line: str) -> bool:
-    return line.startswith("optimizer.") and "_target_: " in line
-
-
-def _fill_new_keys(
-    saved: PlainConfig, now: PlainConfig, cls: type, key: str, differences: list[str]
-) -> PlainConfig:
-    """Return `saved` with the current values of keys that did not exist when it was saved."""
-    filled = dict(saved)
-    for name, expected in field_types(cls).items():
-        child_key, child_cls = f"{key}{name}", only_dataclass(expected)
-        if name not in saved and name in now and name not in PER_COMMAND_KEYS:
-            value = shorten(now[name])
-            differences.append(f"{child_key}: did not exist when the run was saved -> {value}")
-            filled[name] = now[name]
-        elif child_cls and isinstance(saved.get(name), dict) and isinstance(now.get(name), dict):
-            filled[name] = _fill_new_keys(
-                saved[name], now[name], child_cls, f"{child_key}.", differences
-            )
-    return filled
+def _add_new_keys(saved: SavedConfig, now: SavedConfig) -> Iterator[Change]:
+    """Add the keys that did not exist when the run was saved, with their current values."""
+    for path in iter_fields(Config):
+        *groups, last = path
+        group, current = get_at(saved, groups), get_at(now, groups)
+        if isinstance(group, dict) and isinstance(current, dict) and last in current.keys() - group:
+            group[last] = current[last]
+            value = shorten(current[last])
+            yield Change(dotted(path), "did not exist when the run was saved", value)
 
 
 def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:
@@ -159,25 +156,15 @@ def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:
     return any(get_by_path(saved, key) != get_by_path(now, key) for key in keys)
 
 
-def replace_value(
-    plain: PlainConfig, template: DictConfig, key: str, value: object
-) -> tuple[PlainConfig, DictConfig]:
-    """Change one value in a configuration and its template, and all that is interpolated from it.
-
-    Returns:
-        The changed configuration and template.
-    """
-    changed = copy.deepcopy(template)
-    OmegaConf.update(changed, key, value)
-    (before, _), (after, _) = resolve(template), resolve(changed)
-    merged: PlainConfig = _merge_changes(plain, before, after, "", [])
-    return merged, changed
+def replace_value(job: Job, key: str, value: object) -> Job:
+    """Return the job with another value at a key, and at all keys that refer to it."""
+    saved = json.loads(job.template)
+    *groups, last = key.split(".")
+    get_at(saved, groups)[last] = value
+    plain = resolve_saved(saved)
+    return replace(job, config=reveal_config(plain), plain=plain, template=json.dumps(saved))
 
 
-def first_difference(before: Any, now: Any, key: str) -> str | None:
-    """Return the first difference of two nodes as `key: before -> now`, or None."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = dict.fromkeys([*before, *now])
-        inner = (first_difference(before.get(n), now.get(n), f"{key}.{n}") for n in names)
-        return next(filter(None, inner), None)
-    return None if before == now else f"{key}: {shorten(before)} -> {shorten(now)}"
+def first_difference(before: Any, now: Any, key: str) -> Change | None:
+    """Return the first difference of two nodes, or None."""
+    return next(iter_changes(before, now, key), None)

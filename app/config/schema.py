@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from app.config.types import Range
+from annotated_types import Ge, Gt, Le
 
 Node = dict[str, Any]  # a component: `_target_` and its arguments
 Nodes = dict[str, Node | None]  # components by name; null removes one
@@ -13,11 +13,12 @@ Nodes = dict[str, Node | None]  # components by name; null removes one
 STAGES = ("train", "valid", "test")
 AUTO = "auto"  # lets the program choose the value of a key
 
-Positive = Annotated[int, Range(1)]
-NonNegative = Annotated[int, Range(0)]
+STRICT = {"strict": True, "extra": "forbid"}  # pydantic's options; groups inherit those of Config
+Positive = Annotated[int, Ge(1)]
+NonNegative = Annotated[int, Ge(0)]
 MAX_INT64 = 2**63 - 1  # the largest integer that checkpoints and loggers can store
 # Number of batches or samples, a fraction of all, or null.
-Limit = Positive | Annotated[float, Range(0.0, 1.0, exclusive=True)] | None
+Limit = Positive | Annotated[float, Gt(0.0), Le(1.0)] | None
 # Selects a part of a batch, see `app.runtime.nested.pick`.
 BatchKey = int | str | list[Any] | dict[str, Any] | None
 Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_batch_size", "check"]
@@ -26,6 +27,8 @@ Mode = Literal["train", "valid", "test", "predict", "export", "find_lr", "find_b
 @dataclass(frozen=True)
 class MonitorConfig:
     """A metric, and whether higher or lower is better."""
+
+    __pydantic_config__ = STRICT
 
     metric: str
     mode: Literal["max", "min"]
@@ -49,7 +52,7 @@ class GoalConfig(MonitorConfig):
     """
 
     patience: Positive | None = None
-    min_delta: Annotated[float, Range(0.0)] = 0.0
+    min_delta: Annotated[float, Ge(0.0)] = 0.0
     threshold: float | None = None
 
 
@@ -59,9 +62,9 @@ class CheckpointConfig:
 
     every_n_epochs: Positive
     every_n_steps: Positive | None
-    every_n_minutes: Annotated[float, Range(0.0, exclusive=True)] | None
+    every_n_minutes: Annotated[float, Gt(0.0)] | None
     keep_last: Positive
-    save_top_k: Annotated[int, Range(-1)]
+    save_top_k: Annotated[int, Ge(-1)]
     asynchronous: bool
     monitors: dict[str, MonitorConfig | None]
 
@@ -99,9 +102,9 @@ class ExportConfig:
 class TunerConfig:
     """Search ranges of `mode=find_lr` and `mode=find_batch_size`."""
 
-    lr_from: Annotated[float, Range(0.0, exclusive=True)]
-    lr_to: Annotated[float, Range(0.0, exclusive=True)]
-    steps: Annotated[int, Range(10)]
+    lr_from: Annotated[float, Gt(0.0)]
+    lr_to: Annotated[float, Gt(0.0)]
+    steps: Annotated[int, Ge(10)]
     batch_size_to: Positive
     batches: Positive
 
@@ -112,7 +115,7 @@ class SplitConfig:
 
     valid: Limit
     test: Limit
-    seed: Annotated[int, Range(-MAX_INT64, MAX_INT64)]
+    seed: Annotated[int, Ge(-MAX_INT64), Le(MAX_INT64)]
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ class NormalizeConfig:
     """Mean and std per channel after scaling to [0, 1]; `auto`: those of the training data."""
 
     mean: list[float] | Literal["auto"]
-    std: list[Annotated[float, Range(0.0, exclusive=True)]] | Literal["auto"]
+    std: list[Annotated[float, Gt(0.0)]] | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class DataConfig:
     """Where samples come from and how they become batches."""
 
     name: str
-    num_classes: Annotated[int, Range(2)] | None
+    num_classes: Annotated[int, Ge(2)] | None
     path: str | None
     input_shape: list[Positive]
     channels: Positive | None
@@ -185,8 +188,8 @@ class TrainerConfig:
     valid_every_n_epochs: Positive
     sanity_valid_batches: NonNegative
     accumulate_grad_batches: Positive
-    gradient_clip_norm: Annotated[float, Range(0.0, exclusive=True)] | None
-    gradient_clip_value: Annotated[float, Range(0.0, exclusive=True)] | None
+    gradient_clip_norm: Annotated[float, Gt(0.0)] | None
+    gradient_clip_value: Annotated[float, Gt(0.0)] | None
     gradient_norm: bool
     zero_non_finite_gradients: bool
     on_nonfinite: Literal["stop", "skip", "raise"]
@@ -196,13 +199,13 @@ class TrainerConfig:
     limit_test_batches: Limit
     overfit_batches: NonNegative
     fast_dev_run: bool | Positive
-    max_time: str | Annotated[float, Range(0.0, exclusive=True)] | None
+    max_time: str | Annotated[float, Gt(0.0)] | None
     accelerator: Literal["auto", "cpu", "cuda", "mps"]
     devices: Literal["auto"] | Positive | list[NonNegative] | None
     strategy: Literal["ddp", "fsdp"]
     sync_batchnorm: bool
     find_unused_parameters: bool
-    timeout: Annotated[float, Range(0.0, exclusive=True)]
+    timeout: Annotated[float, Gt(0.0)]
     requeue: bool
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: Literal["auto"] | bool
@@ -245,11 +248,13 @@ class SweepConfig:
 class Config:
     """Validated configuration of a run."""
 
+    __pydantic_config__ = STRICT
+
     mode: Mode
     ckpt: str | None
     resume: str | None
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
-    seed: Annotated[int, Range(0, MAX_INT64)]
+    seed: Annotated[int, Ge(0), Le(MAX_INT64)]
     name: str
     tags: list[str]
     notes: str
@@ -273,6 +278,21 @@ class Config:
     callbacks: Nodes
 
 
+class Change(NamedTuple):
+    """A key of a saved run whose value an override has changed, and both values as short texts."""
+
+    key: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} -> {self.after}"
+
+    def is_below(self, *groups: str) -> bool:
+        """Return whether the key is one of these groups, or inside one."""
+        return f"{self.key}.".startswith(tuple(f"{group}." for group in groups))
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything a run needs, as plain values that can be pickled to another process.
@@ -280,9 +300,10 @@ class Job:
     Attributes:
         config: Validated, typed configuration.
         plain: The same as a resolved dict; this is what a run saves.
-        template: The same as YAML with its interpolations, to apply overrides to it later.
+        template: The same as JSON with references to other keys, to apply overrides to it later;
+            see `app.config.saved`.
         trusted: Modules outside this program that the user trusts by name.
-        differences: Differences from the saved run that is tested or resumed, one line each.
+        differences: Differences from the saved run that is tested or resumed.
         damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
     """
 
@@ -290,5 +311,5 @@ class Job:
     plain: dict[str, Any]
     template: str
     trusted: list[str]
-    differences: list[str]
+    differences: list[Change]
     damaged_checkpoints: list[str] = field(default_factory=list)

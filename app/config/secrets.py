@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from app.config.nested import KeyPath, dotted, get_at, iter_leaves, map_strings
 from app.config.schema import Config
 from app.config.types import to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue
@@ -45,33 +46,24 @@ def find_secrets(raw: Any) -> dict[str, str]:
     Args:
         raw: Configuration with its interpolations.
     """
-    texts = list(_env_texts(raw, ""))
-    if not texts:
-        return {}
-    reads = [(key, name) for key, text in texts for name in ENV_READ.findall(text)]
+    reads = [
+        (_last_name(path), name)
+        for path, text in iter_leaves(raw)
+        if isinstance(text, str) and ENV_RESOLVER in text
+        for name in ENV_READ.findall(text)
+    ]
     names = [name for key, name in reads if looks_secret(key) or looks_secret(name)]
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
-def _env_texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield (last key, text) of every value that reads the environment."""
-    if isinstance(node, dict):
-        for name, child in node.items():
-            yield from _env_texts(child, str(name))
-    elif isinstance(node, list):
-        for child in node:
-            yield from _env_texts(child, key)
-    elif isinstance(node, str) and ENV_RESOLVER in node:
-        yield key, node
+def _last_name(path: KeyPath) -> str:
+    """Return the last key of a path that is not an index of a list."""
+    return next((name for name in reversed(path) if isinstance(name, str)), "")
 
 
 def redact(node: Any, secrets: Mapping[str, str]) -> Any:
-    """Replace every secret value by `${oc.env:NAME}`, except in `_target_`."""
-    if isinstance(node, dict):
-        return {k: v if k == "_target_" else redact(v, secrets) for k, v in node.items()}
-    if isinstance(node, list):
-        return [redact(value, secrets) for value in node]
-    return redact_values(node, secrets) if isinstance(node, str) else node
+    """Replace every secret value by `${oc.env:NAME}`."""
+    return map_strings(lambda text: redact_values(text, secrets), node) if secrets else node
 
 
 def redact_values(text: str, secrets: Mapping[str, str]) -> str:
@@ -107,31 +99,24 @@ def reveal(plain: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: An environment variable is not set.
     """
-    issues: list[ConfigIssue] = []
-    revealed: dict[str, Any] = _reveal(plain, "", issues)
+    issues = [
+        ConfigIssue(
+            dotted(path),
+            f"={text!r}: the environment variable {name} is not set; secrets are not saved",
+        )
+        for path, text in iter_leaves(plain)
+        for name in (SECRET_REFERENCE.findall(text) if isinstance(text, str) else ())
+        if name not in os.environ
+    ]
     if issues:
         raise ConfigError(issues)
+    revealed: dict[str, Any] = map_strings(
+        lambda text: SECRET_REFERENCE.sub(lambda match: os.environ[match[1]], text), plain
+    )
     return revealed
 
 
-def _reveal(node: Any, key: str, issues: list[ConfigIssue]) -> Any:
-    prefix = f"{key}." if key else ""
-    if isinstance(node, dict):
-        return {name: _reveal(child, f"{prefix}{name}", issues) for name, child in node.items()}
-    if isinstance(node, list):
-        return [_reveal(child, f"{prefix}{index}", issues) for index, child in enumerate(node)]
-    if not isinstance(node, str):
-        return node
-    for name in SECRET_REFERENCE.findall(node):
-        if name not in os.environ:
-            problem = (
-                f"={node!r}: the environment variable {name} is not set; secrets are not saved"
-            )
-            issues.append(ConfigIssue(key, problem))
-    return SECRET_REFERENCE.sub(lambda match: os.environ.get(match[1], ""), node)
-
-
-def unexpected_env_reads(plain: Any, current: Any, key: str = "") -> Iterator[ConfigIssue]:
+def unexpected_env_reads(plain: Any, current: Any) -> Iterator[ConfigIssue]:
     """Yield variables that a saved configuration reads where the current one does not.
 
     A run from someone else could send their values anywhere.
@@ -139,21 +124,12 @@ def unexpected_env_reads(plain: Any, current: Any, key: str = "") -> Iterator[Co
     Args:
         plain: Configuration of the saved run.
         current: Configuration composed from the current command line.
-        key: Key of both.
     """
-    prefix = f"{key}." if key else ""
-    if isinstance(plain, dict):
-        for name, child in plain.items():
-            other = current.get(name) if isinstance(current, dict) else None
-            yield from unexpected_env_reads(child, other, f"{prefix}{name}")
-    elif isinstance(plain, list):
-        for index, child in enumerate(plain):
-            exists = isinstance(current, list) and index < len(current)
-            other = current[index] if exists else None
-            yield from unexpected_env_reads(child, other, f"{prefix}{index}")
-    elif isinstance(plain, str) and SECRET_REFERENCE.search(plain) and plain != current:
-        problem = (
-            f"={plain!r}: the saved run reads this variable; "
-            f"to allow it, add ++{key}='{plain}' to the command line"
-        )
-        yield ConfigIssue(key, problem)
+    for path, text in iter_leaves(plain):
+        is_read = isinstance(text, str) and SECRET_REFERENCE.search(text)
+        if is_read and text != get_at(current, path):
+            problem = (
+                f"={text!r}: the saved run reads this variable; "
+                f"to allow it, add ++{dotted(path)}='{text}' to the command line"
+            )
+            yield ConfigIssue(dotted(path), problem)

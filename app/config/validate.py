@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from app.config.instantiate import Instantiator, iter_node_issues
+from app.config.nested import get_at
 from app.config.rules import rule_issues
 from app.config.schema import AUTO, STAGES, Config
 from app.config.types import UNKNOWN, iter_issues, to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
+SCHEDULER = "scheduler.lr_scheduler"
+COMPONENTS = ("model", "task", "average", "data.sampling")
+COMPONENT_GROUPS = (
+    *("loss", "callbacks", "data.source", "data.augment"),
+    *(f"metric.{stage}" for stage in STAGES),
+)
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
     "callbacks": ("folder", "model", "config"),
     "task": ("model", "loss", "metrics", "precision"),
@@ -51,75 +59,52 @@ def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[Co
 
 def _build_issues(
     plain: dict[str, Any], trusted: Sequence[str], invalid_keys: set[str]
-) -> Iterator[ConfigIssue]:
+) -> list[ConfigIssue]:
     """Build the small components once, so that errors of their constructors are reported too."""
     nodes = {
         key: node
         for key, node, _ in _iter_nodes(plain)
         if not any(bad.startswith(key) for bad in invalid_keys) and UNKNOWN not in node.values()
     }
+    issues: list[ConfigIssue] = []
     instantiate = Instantiator(trusted)
     for key, node in nodes.items():
-        if key.startswith(("metric.", "loss.", "data.augment.")):
-            strict = {"validate_args": True} if "validate_args" in node else {}
-            _, issues = _try_build(instantiate, key, node | strict)
-            yield from issues
-    if "average" in nodes:
-        import torch
+        with _collect_errors(issues):
+            if key.startswith(("metric.", "loss.", "data.augment.")):
+                strict = {"validate_args": True} if "validate_args" in node else {}
+                instantiate(key, node | strict)
+            elif key == "average":
+                import torch
 
-        _, issues = _try_build(instantiate, "average", nodes["average"], torch.nn.Linear(1, 1))
-        yield from issues
-    for key, node in nodes.items():
-        if key == "optimizer" or key.startswith("optimizer."):
-            import torch
+                instantiate(key, node, torch.nn.Linear(1, 1))
+            elif key.partition(".")[0] == "optimizer":
+                import torch
 
-            parameters = [torch.nn.Parameter(torch.zeros(1))]
-            optimizer, issues = _try_build(instantiate, key, node, parameters)
-            yield from issues
-            scheduler = "scheduler.lr_scheduler"
-            if scheduler in nodes and not issues:
-                _, issues = _try_build(instantiate, scheduler, nodes[scheduler], optimizer)
-                yield from issues
+                optimizer = instantiate(key, node, [torch.nn.Parameter(torch.zeros(1))])
+                instantiate(SCHEDULER, nodes.get(SCHEDULER), optimizer)
+    return issues
 
 
-def _try_build(
-    instantiate: Instantiator, key: str, node: Any, *positional: Any
-) -> tuple[Any, list[ConfigIssue]]:
+@contextmanager
+def _collect_errors(issues: list[ConfigIssue]) -> Iterator[None]:
     try:
-        return instantiate(key, node, *positional), []
+        yield
     except UserError as error:
-        return None, [ConfigIssue("", str(error))]
+        issues.append(ConfigIssue("", str(error)))
 
 
 def _iter_nodes(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int]]:
     """Yield (key, node, number of positional arguments that the program adds) of components."""
-    scheduler, data = _group(plain, "scheduler"), _group(plain, "data")
-    single = {key: plain.get(key) for key in ("model", "task", "average")}
-    single["scheduler.lr_scheduler"] = fill_auto(scheduler.get("lr_scheduler"), 100)
-    single["data.sampling"] = data.get("sampling")
-    optimizers = optimizer_nodes(plain.get("optimizer"))
-    num_positional = {"scheduler.lr_scheduler": 1} | dict.fromkeys(optimizers, 1)
-    groups = {
-        "loss": plain.get("loss"),
-        "callbacks": plain.get("callbacks"),
-        "data.source": data.get("source"),
-        "data.augment": data.get("augment"),
-        **{f"metric.{stage}": _group(plain, "metric").get(stage) for stage in STAGES},
-    }
-    grouped = {
-        f"{key}.{name}": node
-        for key, nodes in groups.items()
-        if isinstance(nodes, dict)
-        for name, node in nodes.items()
-    }
-    for key, node in (single | optimizers | grouped).items():
+    nodes = {key: (get_at(plain, key.split(".")), 0) for key in COMPONENTS}
+    for group in COMPONENT_GROUPS:
+        named = get_at(plain, group.split("."))
+        for name, node in named.items() if isinstance(named, dict) else ():
+            nodes[f"{group}.{name}"] = node, 0
+    nodes |= {key: (node, 1) for key, node in optimizer_nodes(plain.get("optimizer")).items()}
+    nodes[SCHEDULER] = fill_auto(get_at(plain, SCHEDULER.split(".")), 100), 1
+    for key, (node, num_positional) in nodes.items():
         if isinstance(node, dict):
-            yield key, node, num_positional.get(key, 0)
-
-
-def _group(plain: dict[str, Any], name: str) -> dict[str, Any]:
-    value = plain.get(name)
-    return value if isinstance(value, dict) else {}
+            yield key, node, num_positional
 
 
 def optimizer_nodes(node: Any) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from hydra.core.override_parser.types import Override
@@ -17,12 +18,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
 from app.config.overrides import parse_overrides
-from app.config.resolve import cli_trusted, resolve, unresolved
+from app.config.resolve import cli_trusted, resolve
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
-from app.config.schema import AUTO, Job
+from app.config.saved import SavedConfig, half_resolve, load_saved, resolve_saved
+from app.config.schema import AUTO, Change, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
-from app.config.template import safe_template
 from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
@@ -87,35 +88,25 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     trusted = [*cli_trusted(overrides), *trusted_from_environment()]
     if trusted and (cwd := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, cwd)
-    (plain, issues), template = resolve(composed), unresolved(composed)
+    plain, issues = resolve(composed)
     issues += [*_trust_issues(plain, overrides), *_iter_path_issues(plain)]
-    composed_plain = plain
-    differences: list[str] = []
-    damaged: list[str] = []
-    if plain.get("mode") == "train":
-        try:
-            with as_user_error("resume"):
-                last, damaged = resolve_resume(composed, plain.get("resume"), folder)
-        except ConfigError as error:
-            raise ConfigError([*issues, *error.issues]) from error
-        if last is not None:
-            saved, saved_template = _saved_config("resume", str(last))
-            plain, template, differences = apply_overrides_to_saved(
-                saved, saved_template, composed, overrides, resumes=True
-            )
-            plain["resume"] = str(last)
-            check_targets_allowed(str(last), plain, trusted)
-    if plain.get("mode") in CKPT_MODES and plain.get("ckpt") not in (None, UNKNOWN):
-        saved, saved_template = _saved_config("ckpt", plain["ckpt"])
-        plain, template, differences = apply_overrides_to_saved(
-            saved, saved_template, composed, overrides
+    saved, composed_plain = half_resolve(composed, plain), plain
+    differences: list[Change] = []
+    try:
+        key, ckpt, damaged = _base_checkpoint(composed, plain, folder)
+    except ConfigError as error:
+        raise ConfigError([*issues, *error.issues]) from error
+    if ckpt is not None:
+        saved, differences = apply_overrides_to_saved(
+            _saved_config(key, ckpt), saved | {key: ckpt}, overrides, resumes=key == "resume"
         )
-        check_targets_allowed(plain["ckpt"], plain, trusted)
+        plain = resolve_saved(saved)
+        check_targets_allowed(ckpt, plain, trusted)
     issues += unexpected_env_reads(plain, composed_plain)
     config = validate(plain, trusted, issues)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
-    return Job(config, plain, OmegaConf.to_yaml(template), trusted, differences, damaged)
+    return Job(config, plain, json.dumps(saved), trusted, differences, damaged)
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
@@ -139,8 +130,8 @@ def prepare(composed: DictConfig, folder: Path) -> Job:
 
 def has_longer_schedule(job: Job) -> bool:
     """Whether a resumed run has another length, or another goal, than before."""
-    keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal.")
-    return any(line.startswith(keys) for line in job.differences)
+    keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal")
+    return any(change.is_below(*keys) for change in job.differences)
 
 
 def _trust_issues(plain: dict[str, Any], overrides: Sequence[Override]) -> list[ConfigIssue]:
@@ -184,6 +175,18 @@ def hydra_value(composed: DictConfig, key: str) -> Any:
     except OmegaConfBaseException as error:
         problem = f" does not resolve: {str(error).splitlines()[0]}"
         raise ConfigError([ConfigIssue(key, problem)]) from error
+
+
+def _base_checkpoint(
+    composed: DictConfig, plain: dict[str, Any], folder: Path | None
+) -> tuple[Literal["resume", "ckpt"], str | None, list[str]]:
+    """Return which key names the checkpoint that a job is based on, its path, and damaged ones."""
+    mode, ckpt = plain.get("mode"), plain.get("ckpt")
+    if mode != "train":
+        return "ckpt", ckpt if mode in CKPT_MODES and ckpt != UNKNOWN else None, []
+    with as_user_error("resume"):
+        last, damaged = resolve_resume(composed, plain.get("resume"), folder)
+    return "resume", None if last is None else str(last), damaged
 
 
 def resolve_resume(
@@ -247,15 +250,15 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
     return file
 
 
-def _saved_config(key: str, ckpt: str) -> tuple[dict[str, Any], DictConfig]:
-    """Return the configuration and the template that are saved in a checkpoint."""
+def _saved_config(key: str, ckpt: str) -> SavedConfig:
+    """Return the configuration that is saved in a checkpoint."""
     from app.training.checkpoint.checkpoint import load_checkpoint
 
     with as_user_error(key):
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
-        checkpoint = load_checkpoint(Path(ckpt))
-    if checkpoint.config is None:
+        text = load_checkpoint(Path(ckpt)).template
+    if text is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
-    return checkpoint.config, safe_template(checkpoint.template, checkpoint.config, ckpt)
+    return load_saved(text, ckpt)

@@ -19,12 +19,10 @@ import pandas as pd
 import torch
 import yaml
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
 
 from app.config.instantiate import Instantiator
 from app.config.resume import replace_value
 from app.config.schema import Job, TunerConfig
-from app.config.secrets import reveal_config
 from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import world_size
 from app.distributed.strategies import SingleDevice
@@ -253,9 +251,4 @@ def _search_batch_size(job: Job, device: torch.device, folder: Path) -> int:
 
 def replace_batch_size(job: Job, size: int) -> Job:
     """Return the job with another batch size, and with all values interpolated from it."""
-    template = OmegaConf.create(job.template)
-    assert isinstance(template, DictConfig)
-    plain, new_template = replace_value(job.plain, template, "data.batch_size", size)
-    return Job(
-        reveal_config(plain), plain, OmegaConf.to_yaml(new_template), job.trusted, job.differences
-    )
+    return replace_value(job, "data.batch_size", size)

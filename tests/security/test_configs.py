@@ -112,6 +112,10 @@ def test_target_that_executes_code_is_refused_with_its_key(
         ("hydra: {job: {name: ../a}}", "contains invalid characters"),
         ("hydra: {job: {env_set: {LD_PRELOAD: ./evil.so}}}", "hydra.job.env_set.LD_PRELOAD"),
         (
+            "what: {LD_PRELOAD: a}\nhydra: {job: {env_set: '${what}'}}",
+            "hydra.job.env_set='${what}'",
+        ),
+        (
             "hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}",
             "can only be set on the command line",
         ),
@@ -209,7 +213,10 @@ BILLION_LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
 DOUBLES = "".join(f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(60)) + "x60: ha\n"
-LISTS = "".join(f"x{n}: ['${{x{n + 1}}}', '${{x{n + 1}}}']\n" for n in range(60)) + "x60: []\n"
+LISTS = "x9: []\n" + "".join(f"x{n}: [" + f"'${{x{n + 1}}}'," * 10 + "]\n" for n in range(9))
+THROUGH = "a0: {b: ha}\n" + "".join(
+    f"x{n}: '${{a{n - 1}}}'\na{n}: {{b: '${{x{n}.b}}${{x{n}.b}}'}}\n" for n in range(1, 60)
+)
 KEYS = "one: a\nx0: '${t.${one}}${t.${one}}'\nt: {a: '${x1}'}\n" + "".join(
     f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(1, 60)
 )
@@ -231,6 +238,7 @@ TOO_LARGE = {
     "python": ("x: !!python/object/apply:os.system [touch imported]", "cannot be read"),
     "big number": ("x: " + "9" * 10_000, "cannot be read"),
     "doubles": (DOUBLES, "would expand to more than 1,000,000 characters"),
+    "through": (THROUGH, "more than"),
     "lists": (LISTS, "would expand to more than 1,000,000 characters"),
     "keys": (KEYS, "would expand to more than 1,000,000 characters"),
     "cycle": ("x: '${y}'\ny: '${x}'", "refers to itself through its interpolations"),
@@ -238,7 +246,7 @@ TOO_LARGE = {
     "cycle of relatives": ("x: {y: {z: '${..y}'}}", "refers to itself through its interpolations"),
     "chain": (
         "".join(f"x{n}: '${{x{n + 1}}}'\n" for n in range(500)) + "x500: 1\n",
-        f"more than {MAX_NESTING} interpolations",
+        f"is nested more than {MAX_NESTING} deep through its interpolations",
     ),
 }
 

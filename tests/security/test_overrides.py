@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from app.cli.preflight import preflight
 from app.config import resolvers
-from app.config.compose import CONF
+from app.config.compose import CONF, open_composer
 from app.runtime.errors import UserError
 
 SHORT = settings(
@@ -123,7 +123,8 @@ def check_preflight(marker_dir: Path, *arguments: str) -> None:
     with chdir(marker_dir):
         before = sorted(marker_dir.rglob("*"))
         try:
-            preflight(get_args_parser().parse_args(list(arguments)))
+            with open_composer(get_args_parser().parse_args(list(arguments))) as composer:
+                preflight(composer)
         except (UserError, SystemExit) as error:
             assert not isinstance(error, UserError) or str(error)
         assert sorted(marker_dir.rglob("*")) == before

