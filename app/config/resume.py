@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -158,11 +157,11 @@ def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:
 
 def replace_value(job: Job, key: str, value: object) -> Job:
     """Return the job with another value at a key, and at all keys that refer to it."""
-    saved = json.loads(job.template)
+    saved = copy.deepcopy(job.saved)
     *groups, last = key.split(".")
     get_at(saved, groups)[last] = value
     plain = resolve_saved(saved)
-    return replace(job, config=reveal_config(plain), plain=plain, template=json.dumps(saved))
+    return replace(job, config=reveal_config(plain), plain=plain, saved=saved)
 
 
 def first_difference(before: Any, now: Any, key: str) -> Change | None:

@@ -8,17 +8,19 @@ resolvers returned, absolute paths, and `${oc.env:NAME}` in place of a secret.
 from __future__ import annotations
 
 import re
+from types import NoneType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.limits import expansion_issues, load_json
+from app.config.limits import expansion_issues
 from app.config.nested import dotted, iter_leaves, map_strings, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 SavedConfig = dict[str, Any]  # JSON values
+LEAF_TYPES = (str, int, float, bool, NoneType, dict, list)  # empty groups and lists are leaves
 # These resolvers only use their arguments; others, such as `oc.env`, read from this machine.
 HARMLESS_CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
 REFERENCE = re.compile(r"\$\{\s*([\w.@/\[\]-]+)\s*\}")
@@ -58,22 +60,21 @@ def is_harmless(text: str) -> bool:
     return "${" not in REFERENCE.sub("", HARMLESS_CALL.sub("", text))
 
 
-def load_saved(text: object, source: str) -> SavedConfig:
-    """Load a saved configuration, which may come from someone else.
+def check_saved(saved: SavedConfig, source: str) -> None:
+    """Check a saved configuration, which may come from someone else.
 
     Args:
-        text: JSON of the configuration.
+        saved: Configuration as a checkpoint contains it.
         source: File that contains it, for errors.
 
     Raises:
-        UserError: It is not a configuration, reads anything but its own keys and secrets, or
-            expands without bound.
+        UserError: It has other values than a configuration can have, reads anything but its own
+            keys and secrets, or expands without bound.
     """
     source = f"{source}: the saved configuration"
-    saved = load_json(text, source)
-    if not isinstance(saved, dict):
-        raise UserError(f"{source} is a {type(saved).__name__}, not a group of keys")
     for path, leaf in iter_leaves(saved):
+        if not all(isinstance(name, (str, int)) for name in path) or type(leaf) not in LEAF_TYPES:
+            raise UserError(f"{source} has a {type(leaf).__name__} at {dotted(path)}")
         if isinstance(leaf, str) and not is_harmless(SECRET_START.sub(QUOTE, leaf)):
             key = dotted(path)
             raise UserError(f"{source} reads more than its own keys: {key}={shorten(leaf)}")
@@ -81,7 +82,6 @@ def load_saved(text: object, source: str) -> SavedConfig:
         resolve_saved(saved)
     except ConfigError as error:
         raise UserError(f"{source} cannot be used: {error.issues[0]}") from error
-    return saved
 
 
 def resolve_saved(saved: SavedConfig) -> PlainConfig:

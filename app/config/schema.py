@@ -299,9 +299,9 @@ class Job:
 
     Attributes:
         config: Validated, typed configuration.
-        plain: The same as a resolved dict; this is what a run saves.
-        template: The same as JSON with references to other keys, to apply overrides to it later;
-            see `app.config.saved`.
+        plain: The same as a resolved dict; this is `config.yaml` of the run folder.
+        saved: The same with references to other keys, to apply overrides to it later; this is in
+            checkpoints. See `app.config.saved`.
         trusted: Modules outside this program that the user trusts by name.
         differences: Differences from the saved run that is tested or resumed.
         damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
@@ -309,7 +309,7 @@ class Job:
 
     config: Config
     plain: dict[str, Any]
-    template: str
+    saved: dict[str, Any]
     trusted: list[str]
     differences: list[Change]
     damaged_checkpoints: list[str] = field(default_factory=list)

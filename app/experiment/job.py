@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
-from app.config.saved import SavedConfig, half_resolve, load_saved, resolve_saved
+from app.config.saved import SavedConfig, check_saved, half_resolve, resolve_saved
 from app.config.schema import AUTO, Change, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
@@ -106,7 +105,7 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     config = validate(plain, trusted, issues)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
-    return Job(config, plain, json.dumps(saved), trusted, differences, damaged)
+    return Job(config, plain, saved, trusted, differences, damaged)
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
@@ -257,8 +256,9 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
     with as_user_error(key):
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
-        text = load_checkpoint(Path(ckpt)).template
-    if text is None:
+        saved = load_checkpoint(Path(ckpt)).config
+    if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
-    return load_saved(text, ckpt)
+    check_saved(saved, ckpt)
+    return saved

@@ -174,14 +174,12 @@ def test_ckpt_with_target_not_allowed_is_refused(
     trained_run: RunResult, app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     content = read_store(trained_run.folder / "checkpoints" / "best.safetensors")[1]
-    content["template"] = content["template"].replace("app.models.mlp.MLP", "os.system")
+    content["config"]["model"]["_target_"] = "os.system"
     (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2
     assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
-    content["template"] = content["template"].replace(
-        '"trusted_targets": []', '"trusted_targets": ["os"]'
-    )
+    content["config"]["trusted_targets"] = ["os"]
     (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2

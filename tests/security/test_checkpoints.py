@@ -346,7 +346,6 @@ def test_memory_bombs_are_refused_before_allocation(tmp_path: Path) -> None:
 
 CONTENT: dict[str, Any] = {
     "config": {"seed": 0},
-    "template": "seed: 0",
     "model": {"weight": torch.zeros(2)},
     "task": {},
     "epoch": 1,
@@ -368,7 +367,7 @@ CONTENT: dict[str, Any] = {
 
 def test_find_problem_accepts_checkpoint() -> None:
     assert find_problem(CONTENT) is None
-    assert find_problem(CONTENT | {"training": None, "config": None, "template": None}) is None
+    assert find_problem(CONTENT | {"training": None, "config": None}) is None
 
 
 @pytest.mark.parametrize(
@@ -381,7 +380,6 @@ def test_find_problem_accepts_checkpoint() -> None:
         ({"model": {"weight": [1]}}, "model contains more than named tensors"),
         ({"task": None}, "task is of type NoneType, not dict"),
         ({"config": []}, "config is of type list, not dict or NoneType"),
-        ({"template": None}, "config has no template"),
         ({"history": {}}, "history is of type dict, not list"),
         ({"history": [1]}, "history is not a list of rows"),
         ({"history": [{"epoch": 1, "stage": ["train"]}]}, "history is not a list of rows"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from app.config import resolvers
 from app.config.allowlist import TargetError, locate
 from app.config.limits import load_json
 from app.config.resolve import resolve
-from app.config.saved import half_resolve, load_saved, resolve_saved
+from app.config.saved import check_saved, half_resolve, resolve_saved
 from app.runtime.errors import UserError
 from tests.support.hostile_files import checkpoint_bytes
 from tests.support.runs import job_for
@@ -30,8 +31,7 @@ MODES = ["test", "valid", "predict", "export"]
 def write_checkpoint(folder: Path, saved: dict[str, Any]) -> Path:
     """Write the last.safetensors of a run folder with a saved configuration."""
     content = {
-        "config": JOB.plain,
-        "template": json.dumps(saved),
+        "config": saved,
         "model": {},
         "task": {},
         "epoch": 1,
@@ -47,8 +47,7 @@ def write_checkpoint(folder: Path, saved: dict[str, Any]) -> Path:
 
 def copy_saved() -> dict[str, Any]:
     """Return a copy of a saved configuration, to be changed."""
-    saved: dict[str, Any] = json.loads(JOB.template)
-    return saved
+    return copy.deepcopy(JOB.saved)
 
 
 @pytest.fixture
@@ -172,10 +171,10 @@ def test_ckpt_refuses_torch_distributed_checkpoint(tmp_cwd: Path) -> None:
         "${",
     ],
 )
-def test_load_saved_refuses_interpolations_that_read_this_machine(interpolation: str) -> None:
+def test_check_saved_refuses_interpolations_that_read_this_machine(interpolation: str) -> None:
     saved = {"data": "oc", "secret": "1", "more": ["${secret}", interpolation]}
     with pytest.raises(UserError, match=r"^a\.pt: the saved configuration reads more than its own"):
-        load_saved(json.dumps(saved), "a.pt")
+        check_saved(saved, "a.pt")
 
 
 @pytest.mark.parametrize(
@@ -194,7 +193,8 @@ def test_resolve_saved_never_reads_the_environment(
 ) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
     saved = {"asked": text, "data": "", "more": ["${asked}", "x ${more.0}", "${or:${asked},1}"]}
-    plain = resolve_saved(load_saved(json.dumps(saved), "a.pt"))
+    check_saved(saved, "a.pt")
+    plain = resolve_saved(saved)
     assert "hunter2" not in str(plain)
     assert "oc.env:SECRET" in plain["asked"]
     assert plain["more"] == [plain["asked"], f"x {plain['asked']}", plain["asked"]]
@@ -206,7 +206,8 @@ def test_resolve_saved_calls_harmless_resolvers(tmp_cwd: Path) -> None:
         "size": "${or:${a.size},28}",
         "path": "${path:${a.path}}",
     }
-    plain = resolve_saved(load_saved(json.dumps(saved), "a.pt"))
+    check_saved(saved, "a.pt")
+    plain = resolve_saved(saved)
     assert (plain["size"], plain["path"]) == (28, str(tmp_cwd / "b"))
 
 
@@ -229,9 +230,9 @@ def test_half_resolve_keeps_references_and_resolves_to_the_same_values(
     plain, issues = resolve(config)
     assert issues == []
     saved = half_resolve(config, plain)
-    text = json.dumps(saved)
-    assert resolve_saved(load_saved(text, "a.pt")) == plain
-    assert "t0p-s3cret" not in text
+    check_saved(saved, "a.pt")
+    assert resolve_saved(saved) == plain
+    assert "t0p-s3cret" not in str(saved)
     assert saved["a"] == {
         "b": [1, {"c": "${size}"}], "d": "${a.b}", "e": "${..size}", "3": "x ${size}"
     }  # fmt: skip
@@ -266,25 +267,25 @@ EXPANDING = {
 
 
 @pytest.mark.parametrize("name", EXPANDING)
-def test_load_saved_that_expands_without_bound_is_refused(name: str) -> None:
+def test_check_saved_that_expands_without_bound_is_refused(name: str) -> None:
     message = r"a\.pt: .* (would expand to more|is nested more than 64|refers to itself)"
     with pytest.raises(UserError, match=message):
-        load_saved(json.dumps(EXPANDING[name]), "a.pt")
+        check_saved(EXPANDING[name], "a.pt")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("saved", "message"),
     [
-        ("[1]", "is a list, not a group of keys"),
-        ('{"a": "${or:${b}"}', "cannot be used"),
-        ('{"a": "${or:${oc.env:SECRET},1}"}', "cannot be used"),
-        ('{"a": "${b}"}', "cannot be used: a does not resolve"),
-        (5, "must be a JSON text, not int"),
+        ({"a": "${or:${b}"}, "cannot be used"),
+        ({"a": "${or:${oc.env:SECRET},1}"}, "cannot be used"),
+        ({"a": "${b}"}, "cannot be used: a does not resolve"),
+        ({"a": [torch.zeros(1)]}, "has a Tensor at a.0"),
+        ({"a": {"b": (1, 2)}}, "has a tuple at a.b"),
     ],
 )
-def test_load_saved_malformed_is_refused(text: Any, message: str) -> None:
+def test_check_saved_malformed_is_refused(saved: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=r"^a\.pt: the saved configuration") as caught:
-        load_saved(text, "a.pt")
+        check_saved(saved, "a.pt")
     assert message in str(caught.value)
 
 

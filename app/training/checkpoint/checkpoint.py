@@ -29,7 +29,6 @@ BEST_CHECKPOINT = f"best{SUFFIX}"
 Types = tuple[type, ...]
 CONTENT_TYPES: dict[str, Types] = {
     "config": (dict, NoneType),
-    "template": (str, NoneType),
     "model": (dict,),
     "task": (dict,),
     "epoch": (int,),
@@ -57,8 +56,8 @@ class Checkpoint:
     """Content of a checkpoint file.
 
     Attributes:
-        config: Resolved configuration of the run; None if the trainer was built from Python.
-        template: The same configuration as YAML text with its interpolations.
+        config: Configuration of the run, with references between its keys, see `app.config.saved`;
+            None if the trainer was built from Python.
         model: State dict of the model, on the CPU.
         task: State of the task besides the model, such as learned loss weights.
         epoch: Last epoch trained on, counted from 1.
@@ -69,7 +68,6 @@ class Checkpoint:
     """
 
     config: dict[str, Any] | None
-    template: str | None
     model: dict[str, Tensor]
     task: dict[str, Any]
     epoch: int
@@ -138,8 +136,6 @@ def find_problem(content: dict[str, Any]) -> str | None:
         return problem
     if not all(isinstance(tensor, Tensor) for tensor in content["model"].values()):
         return "model contains more than named tensors"
-    if content["config"] is not None and content["template"] is None:
-        return "config has no template"
     if not all(map(_is_row, content["history"])):
         return "history is not a list of rows"
     training = content["training"]

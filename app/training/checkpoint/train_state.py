@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from app.config.resolve import get_by_path
+from app.config.resolve import PlainConfig, get_by_path
 from app.config.resume import first_difference, optimizer_changed
+from app.config.saved import resolve_saved
 from app.config.schema import Job
 from app.distributed.collectives import broadcast_object, rank
 from app.distributed.strategies import full_tensor
@@ -231,9 +232,11 @@ class TrainState:
             raise UserError(
                 f"{file} contains weights only; training resumes from a {LAST_CHECKPOINT}"
             )
-        self._check_mid_epoch(file, checkpoint)
+        before, now = self._configs(checkpoint)
+        if training["mid_epoch"]:
+            _check_same_within_epoch(file, before, now)
         try:
-            schedule_changed = self._has_other_optimizer(checkpoint.config)
+            schedule_changed = optimizer_changed(before, now) if before else False
             self.optimizers.load_state_dict(training["optimizers"], schedule_changed)
             self.averaging.load_state_dict(training["averaging"])
         except MISMATCH_ERRORS as error:
@@ -248,38 +251,18 @@ class TrainState:
             ) from error
         self.batches, self.batches_in_epoch = training["batches"], training["batches_in_epoch"]
         self.mid_epoch = training["mid_epoch"]
-        if training["end"] == TrainingEnd.TIME and not self._has_other_max_time(checkpoint.config):
+        same_time = get_by_path(before, "trainer.max_time") == get_by_path(now, "trainer.max_time")
+        if training["end"] == TrainingEnd.TIME and same_time:
             self.end = TrainingEnd.TIME
         self.history, self.save_count = checkpoint.history, checkpoint.number
         self.rotation.resume_from(file)
         return schedule_changed
 
-    def _check_mid_epoch(self, file: Path, checkpoint: Checkpoint) -> None:
-        """Check that the rest of an interrupted epoch has the same batches and columns."""
-        training = checkpoint.training or {}
-        if self.job is None or not checkpoint.config or not training["mid_epoch"]:
-            return
-        before, now = checkpoint.config, self.job.plain
-        changes = (
-            first_difference(get_by_path(before, key), get_by_path(now, key), key)
-            for key in FIXED_WITHIN_EPOCH
-        )
-        for change in filter(None, changes):
-            raise UserError(
-                f"{change}: it cannot change within an epoch, and {file} was saved in the middle "
-                "of one; allowed: the saved value, or a checkpoint from the end of an epoch"
-            )
-
-    def _has_other_optimizer(self, saved: dict[str, Any] | None) -> bool:
-        return (
-            saved is not None and self.job is not None and optimizer_changed(saved, self.job.plain)
-        )
-
-    def _has_other_max_time(self, saved: dict[str, Any] | None) -> bool:
-        if saved is None or self.job is None:
-            return False
-        is_other: bool = saved["trainer"]["max_time"] != self.job.config.trainer.max_time
-        return is_other
+    def _configs(self, checkpoint: Checkpoint) -> tuple[PlainConfig, PlainConfig]:
+        """Return the saved and the current configuration; empty ones if either is missing."""
+        if self.job is None or checkpoint.config is None:
+            return {}, {}
+        return resolve_saved(checkpoint.config), self.job.plain
 
     def _read(self, file: Path) -> Checkpoint:
         """Load a checkpoint on rank 0 and broadcast it."""
@@ -320,8 +303,7 @@ class TrainState:
     def _make_checkpoint(self, training: dict[str, Any] | None) -> Checkpoint:
         job = self.job
         return Checkpoint(
-            config=job.plain if job else None,
-            template=job.template if job else None,
+            config=job.saved if job else None,
             model=self._snapshot(self.task.model.state_dict()),
             task=self._snapshot(self.task.state_dict()),
             epoch=self.epoch,
@@ -358,3 +340,16 @@ def gather_to_cpu(nested: Nested, copies: bool = False) -> Nested:
         return copy
 
     return map_tensors(gather, nested)
+
+
+def _check_same_within_epoch(file: Path, before: PlainConfig, now: PlainConfig) -> None:
+    """Check that the rest of an interrupted epoch has the same batches and columns."""
+    changes = (
+        first_difference(get_by_path(before, key), get_by_path(now, key), key)
+        for key in FIXED_WITHIN_EPOCH
+    )
+    for change in filter(None, changes):
+        raise UserError(
+            f"{change}: it cannot change within an epoch, and {file} was saved in the middle "
+            "of one; allowed: the saved value, or a checkpoint from the end of an epoch"
+        )

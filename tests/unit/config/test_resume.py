@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import copy
 from functools import cache
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from app.config.overrides import parse_overrides
 from app.config.resume import apply_overrides_to_saved, first_difference, replace_value
 from app.config.saved import resolve_saved
-from app.config.schema import Change
+from app.config.schema import Change, Job
 from app.runtime.errors import ConfigError
 from tests.support.runs import job_for
 
@@ -19,18 +19,18 @@ RUN = ("model=mlp", "scheduler=onecycle", "name=first", "tags=[a]")
 
 
 def saved_run() -> dict[str, Any]:
-    return json.loads(template())  # type: ignore[no-any-return]
+    return copy.deepcopy(cached_job().saved)
 
 
 @cache
-def template() -> str:
-    return job_for(*RUN).template
+def cached_job() -> Job:
+    return job_for(*RUN)
 
 
 def apply(*words: str, saved: Any = None, resumes: bool = True) -> tuple[dict[str, Any], list[str]]:
     """Return the resolved configuration, and each difference as a text."""
     saved = saved or saved_run()
-    now = json.loads(job_for("model=mlp", *words).template)
+    now = job_for("model=mlp", *words).saved
     changed, changes = apply_overrides_to_saved(saved, now, parse_overrides(words), resumes)
     return resolve_saved(changed), [str(change) for change in changes]
 
@@ -116,7 +116,7 @@ def test_replace_value_reaches_what_refers_to_it() -> None:
     job = replace_value(job_for(*RUN), "optimizer.lr", 0.25)
     assert job.config.scheduler.lr_scheduler is not None
     assert job.config.scheduler.lr_scheduler["max_lr"] == 0.25
-    assert job.plain == resolve_saved(json.loads(job.template))
+    assert job.plain == resolve_saved(job.saved)
 
 
 def test_first_difference_is_the_first_of_nested_values() -> None:
