@@ -16,6 +16,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode, TaskFunction
@@ -96,6 +97,18 @@ class SafeConfigLoader(ConfigLoaderImpl):
             _check_composed(self._last, parsed)
             self._last_request = request
         return copy.deepcopy(self._last)
+
+    def get_group_options(
+        self,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        """List the options of a group; Hydra would copy its whole search path for each group."""
+        if config_name or overrides:
+            return super().get_group_options(group_name, results_filter, config_name, overrides)
+        return self.repository.get_group_options(group_name, results_filter)
 
 
 @contextmanager

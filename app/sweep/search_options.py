@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from app.config.schema import MonitorConfig, Positive
+from app.config.schema import STRICT, MonitorConfig, Positive
 
 NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
 
@@ -13,6 +13,8 @@ NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampl
 @dataclass(frozen=True)
 class SearchOptions:
     """The keys of `conf/hydra/sweeper/optuna.yaml`, which documents them."""
+
+    __pydantic_config__ = STRICT
 
     n_trials: Positive
     n_jobs: Positive | Literal["auto"]
