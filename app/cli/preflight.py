@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +41,8 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
         UserError: All errors that were found.
     """
     check_resume_is_multirun(composer)
-    jobs = make_jobs(composer)
+    with _garbage_collection_paused():
+        jobs = make_jobs(composer)
     key = "hydra.sweep.dir" if composer.is_sweep else "hydra.run.dir"
     folders = [resolve_folder(composed, key) for composed, _ in jobs]
     subfolders = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]
@@ -56,6 +60,20 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
         else:
             check_environment(job.config, rank_zero.cluster)
     return str(jobs[0][0].hydra.launcher._target_)
+
+
+@contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pause garbage collection while libraries are imported.
+
+    It would search the many objects that imports create again and again, and find nothing.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()  # later collections leave these objects out, too
+        gc.enable()
 
 
 def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> None:
