@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from app.config import resolvers
 from app.config.limits import expansion_issues
 from app.config.nested import dotted, iter_leaves, map_strings, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
@@ -90,6 +91,7 @@ def resolve_saved(saved: SavedConfig) -> PlainConfig:
     Raises:
         ConfigError: A reference does not resolve, or the result would be too large.
     """
+    resolvers.register()  # a rank that resumes has composed no configuration
     try:
         config = OmegaConf.create(map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
