@@ -44,7 +44,7 @@ task = SupervisedTask(
         stage: {"accuracy": MulticlassAccuracy(2, average="micro")} for stage in ("valid", "test")
     },
 )
-task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.Adam(model.parameters(), lr=0.01)))
+task.prepare_training(OptimWrapperDict(OptimWrapper(torch.optim.Adam(model.parameters(), lr=0.01))))
 trainer = Trainer(
     task,
     TrainingLimits(max_epochs=20),

@@ -177,7 +177,7 @@ def make_callbacks(
 
 
 def make_strategy(config: Config, components: Components) -> SingleDevice:
-    """Choose how several ranks train together; with DDP the task's forward goes through it.
+    """Choose how several ranks train together.
 
     Raises:
         UserError: The loss or the task does not work on several devices with this strategy.
@@ -200,11 +200,9 @@ def make_strategy(config: Config, components: Components) -> SingleDevice:
                 "does; allowed here: ddp"
             )
         return FSDPStrategy(task.model)
-    strategy = DDPStrategy(
+    return DDPStrategy(
         task.model, components.device, has_single_optimizer, trainer.find_unused_parameters
     )
-    task.forward_model = strategy
-    return strategy
 
 
 def make_optimizers(

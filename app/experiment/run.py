@@ -29,7 +29,12 @@ from app.experiment.factory import (
     make_strategy,
 )
 from app.experiment.status import RUN_INFO_KEYS, StatusWriter, versions
-from app.experiment.tuner import apply_batch_size_finder, find_batch_size, find_learning_rate
+from app.experiment.tuner import (
+    apply_batch_size_finder,
+    find_batch_size,
+    find_learning_rate,
+    prepare_tuning,
+)
 from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.nested import Key, pick
@@ -80,11 +85,7 @@ def execute(
         components = make_components(config, instantiator, device)
         log_run_header(config, components, folder)
         if config.mode in TUNERS:
-            strategy = SingleDevice(components.task.model)
-            components.task.optimizers = make_optimizers(
-                config, instantiator, components, strategy, use_scheduler=False
-            )
-            components.freezing.apply(1)
+            prepare_tuning(config, instantiator, components)
             TUNERS[config.mode](config, components, folder)
             return None
         callbacks = make_run_callbacks(job, instantiator, components, status)
@@ -144,7 +145,8 @@ def make_trainer(
     strategy = SingleDevice(components.task.model)
     if config.mode == "train":
         strategy = make_strategy(config, components)
-        components.task.optimizers = make_optimizers(config, instantiator, components, strategy)
+        optimizers = make_optimizers(config, instantiator, components, strategy)
+        components.task.prepare_training(optimizers, strategy)
         averaging = make_averaging(config, instantiator, components.task.model)
     return Trainer(
         components.task,

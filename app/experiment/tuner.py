@@ -22,11 +22,11 @@ from matplotlib.figure import Figure
 
 from app.config.instantiate import Instantiator
 from app.config.resume import replace_value
-from app.config.schema import Job, TunerConfig
+from app.config.schema import Config, Job, TunerConfig
 from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import world_size
 from app.distributed.strategies import SingleDevice
-from app.experiment.factory import make_components, make_optimizers
+from app.experiment.factory import Components, make_components, make_optimizers
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
@@ -240,13 +240,17 @@ def apply_batch_size_finder(job: Job, device: torch.device, folder: Path) -> Job
 def _search_batch_size(job: Job, device: torch.device, folder: Path) -> int:
     config, instantiator = job.config, Instantiator(job.trusted)
     components = make_components(config, instantiator, device)
-    strategy = SingleDevice(components.task.model)
-    components.task.optimizers = make_optimizers(
-        config, instantiator, components, strategy, use_scheduler=False
-    )
-    components.freezing.apply(1)
+    prepare_tuning(config, instantiator, components)
     start, train = config.data.batch_size, components.loaders["train"]
     return find_batch_size(components.task, train, start, config.find, folder)
+
+
+def prepare_tuning(config: Config, instantiator: Instantiator, components: Components) -> None:
+    """Build the optimizers of the task for training steps on one device, without a schedule."""
+    strategy = SingleDevice(components.task.model)
+    optimizers = make_optimizers(config, instantiator, components, strategy, use_scheduler=False)
+    components.task.prepare_training(optimizers)
+    components.freezing.apply(1)
 
 
 def replace_batch_size(job: Job, size: int) -> Job:

@@ -46,7 +46,7 @@ class NonFinitePolicy:
     later; the steps in between are pending, and are undone with the non-finite one.
 
     Args:
-        task: Task that is trained; its optimizers must be set before the first epoch.
+        task: Task that is trained; its optimizers are used from the first epoch on.
         syncs_every_step: Whether each step must be known to be finite before training continues,
             as is the case if a moving average is updated after it.
         stats: Counts and first occurrence, to be updated.

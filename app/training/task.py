@@ -67,8 +67,7 @@ class Task:
         forward_model: What a training step calls in place of `model`. With several ranks it is the
             strategy that synchronizes gradients, otherwise it is `model`.
         metrics: Metrics of each stage.
-        optimizers: Optimizer wrappers by name, set before the first `train_step`; None if the task
-            is not trained.
+        optimizers: Optimizer wrappers by name; None until `prepare_training`.
     """
 
     def __init__(
@@ -86,6 +85,19 @@ class Task:
             for stage in ("train", "valid", "test")
         }
         self.optimizers: OptimWrapperDict | None = None
+
+    def prepare_training(
+        self, optimizers: OptimWrapperDict, forward_model: Callable[..., Any] | None = None
+    ) -> None:
+        """Set what training steps use; call this before the first one.
+
+        Args:
+            optimizers: Steps the parameters that `parameters` returns.
+            forward_model: Called by training steps in place of the model, as a strategy for
+                several ranks is.
+        """
+        self.optimizers = optimizers
+        self.forward_model = forward_model or self.model
 
     def train_step(self, batch: Nested) -> StepOutput:
         """Train on one batch: compute the loss and step the optimizer.

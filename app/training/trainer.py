@@ -61,7 +61,7 @@ class Trainer:
         trainer.evaluate(test_loader)
 
     Args:
-        task: Defines the steps; its `optimizers` must be set if it is trained.
+        task: Defines the steps; call its `prepare_training` first if it is trained.
         limits: How long to train, and when to validate and save.
         folder: Run folder; checkpoints are saved in its `checkpoints/`.
         goal: Metric that decides which epoch is best, and when to stop early.

@@ -309,16 +309,18 @@ def train_alternating() -> dict[str, Tensor]:
     strategy = (
         DDPStrategy(task.model, CPU, False, False) if world_size() > 1 else SingleDevice(task.model)
     )
-    task.optimizers = OptimWrapperDict(
-        {
-            name: OptimWrapper(
-                torch.optim.AdamW(task.model.get_submodule(name).parameters(), 0.01),
-                batch_size=5,
-                owns_all_parameters=False,
-                strategy=strategy,
-            )
-            for name in ("first", "second")
-        }
+    task.prepare_training(
+        OptimWrapperDict(
+            {
+                name: OptimWrapper(
+                    torch.optim.AdamW(task.model.get_submodule(name).parameters(), 0.01),
+                    batch_size=5,
+                    owns_all_parameters=False,
+                    strategy=strategy,
+                )
+                for name in ("first", "second")
+            }
+        )
     )
     return train(task, strategy, toy_loader())
 
@@ -355,9 +357,9 @@ def train_sometimes_used(every: int, find_unused: bool) -> dict[str, Tensor] | s
     strategy = SingleDevice(task.model)
     if world_size() > 1:
         strategy = DDPStrategy(task.model, CPU, True, find_unused)
-        task.forward_model = strategy
     optimizer = torch.optim.AdamW(task.model.parameters(), 0.01, weight_decay=0.1)
-    task.optimizers = OptimWrapperDict(OptimWrapper(optimizer, batch_size=5, strategy=strategy))
+    wrapper = OptimWrapper(optimizer, batch_size=5, strategy=strategy)
+    task.prepare_training(OptimWrapperDict(wrapper), strategy)
     try:
         return train(task, strategy, toy_loader())
     except (UserError, RuntimeError) as error:  # RuntimeError: the other rank has exited

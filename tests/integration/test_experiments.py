@@ -283,15 +283,17 @@ def make_dcgan_task(generator_lr: float, discriminator_lr: float) -> Adversarial
     task = AdversarialTask(DCGAN(1, 8, latent=4, width=4), latent=4)
     networks = {"generator": task.generator, "discriminator": task.discriminator}
     lrs = {"generator": generator_lr, "discriminator": discriminator_lr}
-    task.optimizers = OptimWrapperDict(
-        {
-            name: OptimWrapper(
-                torch.optim.SGD(network.parameters(), lr=lrs[name]),
-                batch_size=8,
-                owns_all_parameters=False,
-            )
-            for name, network in networks.items()
-        }
+    task.prepare_training(
+        OptimWrapperDict(
+            {
+                name: OptimWrapper(
+                    torch.optim.SGD(network.parameters(), lr=lrs[name]),
+                    batch_size=8,
+                    owns_all_parameters=False,
+                )
+                for name, network in networks.items()
+            }
+        )
     )
     return task
 

@@ -41,7 +41,7 @@ def make_trainer(
     task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
     optimizer = SGD(list(task.parameters().values()), lr=0.1)
     wrapper = OptimWrapper(optimizer, tracks_grad_norm=tracks_grad_norm)
-    task.optimizers = OptimWrapperDict(wrapper)
+    task.prepare_training(OptimWrapperDict(wrapper))
     return Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
 
 

@@ -88,7 +88,7 @@ def make_trainer(
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
     task = SupervisedTask(model, loss or nn.CrossEntropyLoss())
     wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler, warmup_steps=2), **options)
-    task.optimizers = OptimWrapperDict(wrapper, policy)
+    task.prepare_training(OptimWrapperDict(wrapper, policy))
     averaging = ExponentialMovingAverage(model, 0.5) if averaged else None
     return Trainer(
         task,
@@ -360,7 +360,7 @@ def test_only_the_optimizer_with_nan_gradients_makes_no_step(
         )
         for number, part in enumerate(task.model.children())
     }
-    task.optimizers = OptimWrapperDict(wrappers, policy)
+    task.prepare_training(OptimWrapperDict(wrappers, policy))
     trainer = Trainer(task, TrainingLimits(1), tmp_path, callbacks=ResultRecorder())
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert tuple(wrapper.steps for wrapper in wrappers.values()) == steps

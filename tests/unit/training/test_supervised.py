@@ -69,7 +69,7 @@ def test_nested_batch_named_inputs_and_several_outputs_are_trained(tmp_path: Pat
         inputs={"left": "points.left", "right": "points.right"},
         targets={"label": "wanted.0", "whole": "wanted.1"},
     )
-    task.optimizers = make_optimizers(task.model)
+    task.prepare_training(make_optimizers(task.model))
     summary = fit(task, tmp_path, DictDataset(), epochs=8)
     train, valid = (summary[summary["stage"] == stage] for stage in ("train", "valid"))
     total = 2 * train["entropy"] + 0.5 * train["copy"]
@@ -130,7 +130,7 @@ def test_overridden_steps_are_used_by_fit(tmp_path: Path) -> None:
     )
     rows = []
     for number, (task, data) in enumerate(zip(tasks, (X, -X), strict=True)):
-        task.optimizers = make_optimizers(task.model)
+        task.prepare_training(make_optimizers(task.model))
         rows.append(fit(task, tmp_path / str(number), TensorDataset(data, Y), 2)["loss_mean"])
     assert rows[0].tolist() == rows[1].tolist()
     assert torch.equal(one.weight, other.weight)
@@ -141,7 +141,7 @@ def test_accumulation_and_clipping_apply_to_overridden_step(tmp_path: Path) -> N
     models = [nn.Linear(4, 2) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     task = NegatedInputTask(models[0], nn.CrossEntropyLoss())
-    task.optimizers = make_optimizers(models[0], batch_size=10, accumulate=6, clip_norm=0.01)
+    task.prepare_training(make_optimizers(models[0], batch_size=10, accumulate=6, clip_norm=0.01))
     fit(task, tmp_path, TensorDataset(X, Y))
     loss = F.cross_entropy(models[1](-X), Y)
     loss.backward()
@@ -168,7 +168,7 @@ def test_precision_applies_to_overridden_step_but_not_to_metrics(tmp_path: Path)
     task = NegatedInputTask(
         model, nn.CrossEntropyLoss(), {"train": {"exact": is_exact}}, Precision("bf16", "cpu")
     )
-    task.optimizers = make_optimizers(model)
+    task.prepare_training(make_optimizers(model))
     summary = fit(task, tmp_path, TensorDataset(X, Y))
     assert model.dtype == torch.bfloat16
     assert model.weight.dtype == model.weight.data.dtype == torch.float32
@@ -180,7 +180,7 @@ def test_backward_runs_without_autocast(tmp_path: Path) -> None:
     model = nn.Linear(4, 2)
     model.weight.register_hook(lambda _: is_autocast_on.append(torch.is_autocast_enabled("cpu")))
     task = NegatedInputTask(model, nn.CrossEntropyLoss(), precision=Precision("bf16", "cpu"))
-    task.optimizers = make_optimizers(model)
+    task.prepare_training(make_optimizers(model))
     fit(task, tmp_path, TensorDataset(X, Y))
     assert is_autocast_on == [False] * 6
 
@@ -198,7 +198,9 @@ def test_forward_after_optimizer_step_uses_the_new_weights_in_reduced_precision(
             return output
 
     task = TwoForwardsTask(model, nn.CrossEntropyLoss(), precision=Precision("bf16", "cpu"))
-    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=10.0)))
+    task.prepare_training(
+        OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=10.0)))
+    )
     fit(task, tmp_path, TensorDataset(X, Y))
     assert not torch.equal(outputs[0], outputs[1])
 
@@ -293,7 +295,7 @@ def test_metrics_receive_outputs_in_float32() -> None:
 
 def test_loss_without_gradient_is_rejected(tmp_path: Path) -> None:
     task = SupervisedTask(nn.Linear(4, 2), lambda o, t: F.cross_entropy(o.detach(), t))
-    task.optimizers = make_optimizers(task.model)
+    task.prepare_training(make_optimizers(task.model))
     with pytest.raises(UserError, match="does not depend on any trainable parameter"):
         fit(task, tmp_path, TensorDataset(X, Y))
 
@@ -311,7 +313,9 @@ def test_mix_changes_the_loss_but_not_the_targets_of_metrics(
 
     model = toy.make_mlp()
     task = SupervisedTask(model, nn.CrossEntropyLoss(), {"train": {"accuracy": accuracy}}, mix=mix)
-    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    task.prepare_training(
+        OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.0)))
+    )
     summary = Trainer(task, TrainingLimits(max_epochs=1), tmp_path).fit(
         make_loader(toy.DATA, 64), make_loader(toy.DATA, 64)
     )

@@ -55,8 +55,10 @@ def test_task_with_two_optimizers_trains_each_on_its_own_loss(tmp_path: Path) ->
         name: torch.optim.SGD(model[name].parameters(), lr=rate)
         for name, rate in (("code", 0.1), ("judge", 0.01))
     }
-    task.optimizers = OptimWrapperDict(
-        {n: OptimWrapper(o, owns_all_parameters=False) for n, o in optimizers.items()}
+    task.prepare_training(
+        OptimWrapperDict(
+            {n: OptimWrapper(o, owns_all_parameters=False) for n, o in optimizers.items()}
+        )
     )
     task.optimizers["judge"].optimizer.register_step_pre_hook(
         lambda *_: leaked.extend(p.grad for p in model["code"].parameters() if p.grad is not None)
@@ -93,7 +95,7 @@ class MissingLossTask(SupervisedTask):
 
 def test_step_output_without_loss_is_rejected_in_the_sanity_check(tmp_path: Path) -> None:
     task = MissingLossTask(nn.Linear(4, 2), F.cross_entropy, {"valid": {"accuracy": accuracy}})
-    task.optimizers = make_optimizers(task.model)
+    task.prepare_training(make_optimizers(task.model))
     with pytest.raises(
         UserError, match=r"task: MissingLossTask\.eval_step must return .* got \['accuracy'\]"
     ):

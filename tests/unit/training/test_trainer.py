@@ -137,8 +137,8 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
     job = job_for("model=alexnet", "data.batch_size=100", "trainer.limit_train_batches=5")
     cuda = torch.device("cuda")
     components = make_components(job.config, Instantiator(), cuda)
-    components.task.optimizers = make_optimizers(
-        job.config, Instantiator(), components, SingleDevice(components.task.model)
+    components.task.prepare_training(
+        make_optimizers(job.config, Instantiator(), components, SingleDevice(components.task.model))
     )
     accumulator = StageAccumulator(components.task.metrics["train"], cuda)
     batches = components.loaders["train"].epoch(1)
@@ -309,7 +309,9 @@ def test_fit_with_goal_that_is_not_measured_fails_before_training(tmp_path: Path
             stages.append(step.stage)
 
     task = SupervisedTask(nn.Linear(3, 2), F.cross_entropy, {"valid": {"accuracy": accuracy}})
-    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(task.model.parameters(), 0.1)))
+    task.prepare_training(
+        OptimWrapperDict(OptimWrapper(torch.optim.SGD(task.model.parameters(), 0.1)))
+    )
     goal = GoalConfig("acuracy", "max")
     limits = TrainingLimits(max_epochs=1)
     trainer = Trainer(task, limits, tmp_path, goal=goal, callbacks=StageRecorder())

@@ -65,8 +65,8 @@ DATASETS = {
 def make_trainer(folder: Path, limits: TrainingLimits, **options: Any) -> Trainer:
     torch.manual_seed(0)
     task = SupervisedTask(nn.Linear(3, 2), nn.CrossEntropyLoss())
-    task.optimizers = OptimWrapperDict(
-        OptimWrapper(torch.optim.SGD(task.model.parameters(), lr=0.1))
+    task.prepare_training(
+        OptimWrapperDict(OptimWrapper(torch.optim.SGD(task.model.parameters(), lr=0.1)))
     )
     return Trainer(task, limits, folder, **options)
 

@@ -117,7 +117,9 @@ def test_swa_recomputes_statistics_of_several_inputs_but_not_of_frozen_norms(
     torch.manual_seed(0)
     model = TwoNorms()
     task = SupervisedTask(model, nn.CrossEntropyLoss(), inputs=[0, 0])
-    task.optimizers = OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+    task.prepare_training(
+        OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+    )
     trainer = Trainer(
         task,
         TrainingLimits(max_epochs=2),
