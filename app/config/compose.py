@@ -91,11 +91,11 @@ class SafeConfigLoader(ConfigLoaderImpl):
         if request != self._last_request:
             parsed = parse_overrides(overrides)
             with _compose_errors():
-                self._last = super().load_configuration(
+                composed = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )
-            _check_composed(self._last, parsed)
-            self._last_request = request
+            _check_composed(composed, parsed)
+            self._last, self._last_request = composed, request
         return copy.deepcopy(self._last)
 
     def get_group_options(

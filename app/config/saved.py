@@ -8,6 +8,8 @@ resolvers returned, absolute paths, and `${oc.env:NAME}` in place of a secret.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from pathlib import Path
 from types import NoneType
 from typing import Any
 
@@ -18,6 +20,7 @@ from app.config import resolvers
 from app.config.limits import expansion_issues
 from app.config.nested import dotted, iter_leaves, map_strings, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
+from app.config.secrets import find_secrets, redact_values
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 SavedConfig = dict[str, Any]  # JSON values
@@ -28,6 +31,7 @@ REFERENCE = re.compile(r"\$\{\s*([\w.@/\[\]-]+)\s*\}")
 FROZEN_ROOTS = (*PER_COMMAND_KEYS, "hydra")  # references to these keys are saved as values
 SECRET_START = re.compile(r"\$\{(?=oc\.env:\w+\})")
 LITERAL_START = re.compile(r"\$\{(?!oc\.env:\w+\})")
+ABSOLUTE_START = re.compile(r"/|(?:\$\{\s*path\s*:\s*)?(?:/|\$\{\s*(?!path\s*:))")
 QUOTE = "\ue000{"  # stands for a `${` that must not be interpolated; of the private use area
 
 
@@ -39,21 +43,29 @@ def half_resolve(config: DictConfig, plain: PlainConfig) -> SavedConfig:
         plain: The same, resolved.
     """
     raw = OmegaConf.to_container(config, resolve=False)
-    saved: SavedConfig = _keep_references(raw, plain)
+    saved: SavedConfig = _keep_references(raw, plain, find_secrets(raw))
     return saved
 
 
-def _keep_references(raw: Any, plain: Any) -> Any:
+def _keep_references(raw: Any, plain: Any, secrets: Mapping[str, str]) -> Any:
     if isinstance(raw, dict) and isinstance(plain, dict):
         by_name = {str(name): child for name, child in raw.items()}
-        return {name: _keep_references(by_name[name], child) for name, child in plain.items()}
+        return {n: _keep_references(by_name[n], child, secrets) for n, child in plain.items()}
     if isinstance(raw, list) and isinstance(plain, list):
-        return [_keep_references(*pair) for pair in zip(raw, plain, strict=True)]
-    if isinstance(raw, str) and "${" in raw and is_harmless(raw):
-        roots = [key.partition(".")[0] for key in REFERENCE.findall(raw)]
-        if not any(root in FROZEN_ROOTS for root in roots):
-            return raw
+        return [_keep_references(*pair, secrets) for pair in zip(raw, plain, strict=True)]
+    if isinstance(raw, str) and redact_values(raw, secrets) == raw and _stays_alive(raw, plain):
+        return raw
     return map_strings(lambda text: LITERAL_START.sub(QUOTE, text), plain)
+
+
+def _stays_alive(raw: str, plain: Any) -> bool:
+    """Return whether a text is saved with its references instead of as its value."""
+    if "${" not in raw or not is_harmless(raw):
+        return False
+    if isinstance(plain, str) and Path(plain).is_absolute() and not ABSOLUTE_START.match(raw):
+        return False  # a path that would depend on the folder of a later command
+    roots = [key.partition(".")[0] for key in REFERENCE.findall(raw)]
+    return not any(root in FROZEN_ROOTS for root in roots)
 
 
 def is_harmless(text: str) -> bool:

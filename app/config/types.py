@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
+from types import NoneType
 from typing import Any, TypeVar, cast
 
 from app.config.limits import MAX_INT_BITS
@@ -14,6 +15,8 @@ from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 T = TypeVar("T")
 Schema = dict[str, Any]  # JSON schema
 MISSING = "???"
+JSON_TYPES = (str, int, float, NoneType, dict, list)  # empty groups and lists are leaves
+MAX_PRINTED_BITS = 10_000  # of an integer
 UNKNOWN = "?"  # depends on a missing value, which is reported itself
 TYPE_NAMES = {
     "integer": "an integer",
@@ -33,7 +36,7 @@ def to_dataclass(value: Any, cls: type[T]) -> T:
         pydantic.ValidationError: A value is not of the type that the dataclass declares.
     """
     # From Python values, strict validation accepts only instances of the dataclass.
-    return cast("T", _adapter(cast("type", cls)).validate_json(json.dumps(value)))
+    return cast("T", _adapter(cast("type", cls)).validate_json(json.dumps(value, default=repr)))
 
 
 @cache
@@ -52,18 +55,31 @@ def iter_issues(key: str, value: Any, cls: type) -> Iterator[ConfigIssue]:
         cls: The dataclass; it is strict, and forbids additional keys.
     """
     prefix = f"{key}." if key else ""
+    leaves = {path: (f"{prefix}{dotted(path)}", leaf) for path, leaf in iter_leaves(value)}
+    huge = [name for name, leaf in leaves.values() if _bits(leaf) > MAX_PRINTED_BITS]
+    if huge:  # Python does not convert them to text
+        yield from (ConfigIssue(name, " is too large for a checkpoint") for name in huge)
+        return
     errors = _type_errors(value, cls)
     for path, kind in errors.items():
         found, name = get_at(value, path), f"{prefix}{dotted(path)}"
         if found not in (MISSING, UNKNOWN):
             yield ConfigIssue(name, _describe_error(kind, found, _json_schema(cls), path, name))
-    for path, leaf in iter_leaves(value):
-        name = f"{prefix}{dotted(path)}"
+    for path, (name, leaf) in leaves.items():
         if leaf == MISSING:
             yield ConfigIssue(name, f" has no value; set it with {name}=... on the command line")
-        elif isinstance(leaf, int) and leaf.bit_length() > MAX_INT_BITS and path not in errors:
+        elif path in errors:
+            continue
+        elif _bits(leaf) > MAX_INT_BITS:
             problem = f"={leaf!r} is too large for a checkpoint; allowed: {MAX_INT_BITS} bits"
             yield ConfigIssue(name, problem)
+        elif not isinstance(leaf, JSON_TYPES):
+            allowed = "allowed: numbers, strings, true, false, null"
+            yield ConfigIssue(name, f"={shorten(leaf)} is of type {type(leaf).__name__}; {allowed}")
+
+
+def _bits(leaf: Any) -> int:
+    return leaf.bit_length() if isinstance(leaf, int) else 0
 
 
 def _type_errors(value: Any, cls: type) -> dict[KeyPath, str]:

@@ -91,7 +91,7 @@ class StageAccumulator:
         self.pending.append(values)
         self.timer.tick()
         for name, number in (host_values or {}).items():
-            self.host_values.setdefault(name, []).append(number)
+            self.host_values.setdefault(name, []).append(float(number))
         self.mask_last(self.pop_invalid_rows())
         if len(self.pending) == FLUSH_EVERY:
             self.flush()

@@ -210,7 +210,9 @@ class Trainer:
         state = self.state
         if not state.is_between_epochs:
             return False
-        if state.end is not None or self.limit_reached(state.epoch) is not None:
+        if state.end in (TrainingEnd.TIME, TrainingEnd.PRUNED):
+            return True
+        if self.limit_reached(state.epoch) is not None:
             return True
         return state.epoch > 0 and reason_to_stop(state.history, self.goal) is not None
 

@@ -447,3 +447,25 @@ def test_saved_run_reads_environment_variable_only_if_overridden(
     job = job_for("mode=test", f"ckpt={file}", f"+{key}='{address}'")
     assert "t0p-s3cret" in job.config.callbacks["mlflow"]["tracking_uri"]  # type: ignore[index]
     assert "t0p-s3cret" not in str(job.plain)
+
+
+def test_half_resolve_redacts_a_secret_beside_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
+    text = "https://hunter2hunter2@host/${name}"
+    config = OmegaConf.create({"name": "n", "token": "${oc.env:MY_TOKEN}", "url": text})
+    plain, issues = resolve(config)
+    assert issues == []
+    saved = half_resolve(config, plain)
+    assert "hunter2" not in str((plain, saved))
+
+
+def test_half_resolve_saves_paths_that_depend_on_the_folder_as_absolute(
+    tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"name": "n", "root": "${path:d/${name}}", "train": {"root": "${root}/train"}}
+    config = OmegaConf.create(values)
+    saved = half_resolve(config, resolve(config)[0])
+    (tmp_cwd / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_cwd / "elsewhere")
+    assert resolve_saved(saved)["root"] == str(tmp_cwd / "d" / "n")
+    assert saved["train"]["root"] == "${root}/train"

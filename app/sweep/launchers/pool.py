@@ -98,6 +98,7 @@ class Pool:
             lock.enter_context(run_lock(job.folder))
             remove_temp_files(job.folder)
             workers.append(make_workers(slot, job))
+            lock.callback(workers[0].kill)  # before the lock is released
             workers[0].start()
 
         with ExitStack() as lock:

@@ -30,6 +30,7 @@ from app.training.checkpoint.header import (
     verify_checksum,
 )
 
+MAX_HEADER_BYTES = 100_000_000  # more is refused by the library
 MAX_VALUES = 2**22  # values in the JSON text; each takes at most a few hundred bytes of memory
 SCALARS = (str, int, float, bool, type(None))
 TENSOR, COMPLEX, TUPLE, ITEMS = "$tensor", "$complex", "$tuple", "$items"  # mark encoded values
@@ -65,12 +66,16 @@ def write_store(file: BinaryIO, name: str, info: CheckpointInfo, content: dict[s
             string or integer keys.
 
     Raises:
-        UserError: The content contains an object of another type; the message names its key.
+        UserError: The content contains an object of another type, whose key the message names, or
+            is larger than what `read_store` reads.
     """
     encoder = _Encoder()
     text = json.dumps(encoder.encode(content, ""))
     tensors = sorted(encoder.tensors.items(), key=lambda item: -item[1].element_size())
     header = _make_header(info, text, dict(tensors))
+    _load_text(text, "the state to save")  # what is written must be readable
+    if len(header) > MAX_HEADER_BYTES:
+        raise UserError(f"the state to save has more than {MAX_HEADER_BYTES:,} bytes of values")
     digest = hashlib.sha256()
     for part in _parts(header, tensors):
         digest.update(part)
@@ -98,7 +103,8 @@ def _parts(header: bytes, tensors: list[tuple[str, Tensor]]) -> Iterator[bytes |
     yield len(header).to_bytes(8, "little")
     yield header
     for _, tensor in tensors:
-        yield tensor.reshape(-1).view(torch.uint8).numpy().data
+        flat = tensor.as_strided((tensor.numel(),), (1,))  # also if one element has a stride
+        yield flat.view(torch.uint8).numpy().data
 
 
 class _Encoder:
@@ -142,7 +148,7 @@ class _Encoder:
         """Return the name under which the tensor is stored."""
         if tensor.dtype not in DTYPES:
             raise UserError(f"{key[1:]}: a tensor of dtype {tensor.dtype} cannot be saved")
-        name = key[1:]
+        name = key[1:].encode(errors="backslashreplace").decode()  # surrogates are not Unicode text
         while name in self.tensors or name == "__metadata__":
             name += "_"
         identity = (tensor.data_ptr(), tensor.dtype, tensor.shape) if tensor.numel() else name
@@ -165,9 +171,7 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
         with safe_open(file, "pt") as opened:
             text = opened.metadata()["content"]
             tensors = {name: _copy_tensor(opened, name) for name in opened.keys()}  # noqa: SIM118
-        if sum(map(text.count, ",[{")) > MAX_VALUES:
-            raise UserError(f"{file} contains more than {MAX_VALUES:,} values")
-        content = _decode(load_json(text, f"{file}: content"), tensors)
+        content = _decode(_load_text(text, f"{file}: content"), tensors)
     except UserError:
         raise
     except READ_ERRORS as error:
@@ -175,6 +179,12 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a checkpoint of this program")
     return info, content
+
+
+def _load_text(text: str, source: str) -> Any:
+    if sum(map(text.count, ",[{")) > MAX_VALUES:
+        raise UserError(f"{source} contains more than {MAX_VALUES:,} values")
+    return load_json(text, source)
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -252,8 +252,8 @@ class TrainState:
         self.batches, self.batches_in_epoch = training["batches"], training["batches_in_epoch"]
         self.mid_epoch = training["mid_epoch"]
         same_time = get_by_path(before, "trainer.max_time") == get_by_path(now, "trainer.max_time")
-        if training["end"] == TrainingEnd.TIME and same_time:
-            self.end = TrainingEnd.TIME
+        was_time_up = training["end"] == TrainingEnd.TIME
+        self.end = TrainingEnd.TIME if was_time_up and same_time else None
         self.history, self.save_count = checkpoint.history, checkpoint.number
         self.rotation.resume_from(file)
         return schedule_changed

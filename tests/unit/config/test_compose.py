@@ -5,7 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
+from hydra.types import RunMode
 
+from app.config import resolvers
+from app.config.compose import open_composer
 from app.runtime.errors import ConfigError
 from tests.support.runs import config_issues, job_for
 
@@ -79,3 +83,15 @@ def test_compose_every_option_of_every_group_has_no_issues(group: str, tmp_cwd: 
     for option in options:
         overrides = required.get(f"{group}={option}", required.get(option, []))
         assert not config_issues(f"{group}={option}", *overrides), option
+
+
+def test_load_configuration_does_not_return_one_that_was_refused() -> None:
+    resolvers.register()
+    with open_composer(get_args_parser().parse_args(["model=mlp"])) as composer:
+        loader = composer.hydra.config_loader
+        loader.load_configuration("config", ["model=mlp"], RunMode.RUN)
+        with pytest.raises(ConfigError):
+            refused = ["model=mlp", "+hydra.callbacks.own._target_=os.system"]
+            loader.load_configuration("config", refused, RunMode.RUN)
+        again = loader.load_configuration("config", ["model=mlp"], RunMode.RUN)
+        assert "own" not in again.hydra.callbacks

@@ -32,6 +32,8 @@ class Group:
         ({"size": None}, "g.size=None is not valid; allowed: an integer of at least 1"),
         ({"size": "???"}, "g.size has no value; set it with g.size=... on the command line"),
         ({"size": 2**64}, f"g.size={2**64} is too large for a checkpoint; allowed: 64 bits"),
+        ({"size": 16**5000}, "g.size is too large for a checkpoint"),
+        ({"size": b"x"}, "g.size=b'x' is not valid; allowed: an integer of at least 1"),
         ({"size": 1, "rate": False}, "g.rate=False is not valid; allowed: a number"),
         ({"size": 1, "on": 1}, "g.on=1 is not valid; allowed: true or false"),
         (

@@ -16,7 +16,7 @@ from app.callbacks.console import Console
 from app.callbacks.progress import Progress
 from app.data.loaders import make_loader
 from app.training.events import Callbacks
-from app.training.limits import TrainingLimits
+from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
@@ -120,3 +120,15 @@ def test_mode_test_with_checkpoint_without_config_is_rejected(tmp_path: Path) ->
     make_trainer(tmp_path, TrainingLimits(max_epochs=1)).fit(make_loader(TensorDataset(X, Y), 20))
     (issue,) = config_issues("mode=test", f"ckpt={tmp_path}")
     assert "was saved by a Trainer from Python and has no configuration" in issue
+
+
+def test_resume_of_earlier_checkpoint_trains_again_in_the_same_process(tmp_path: Path) -> None:
+    limits = TrainingLimits(max_epochs=3, save_schedule=SaveSchedule(keep_last=3))
+    trainer = make_trainer(tmp_path, limits)
+    loader = make_loader(TensorDataset(X, Y), 20)
+    trainer.fit(loader)
+    weight = trainer.task.model.weight.detach().clone()
+    trainer.resume(tmp_path / "checkpoints" / "last-1.safetensors")
+    assert trainer.state.epoch == 2
+    assert trainer.fit(loader)["epoch"].tolist() == [1, 2, 3]
+    assert torch.equal(trainer.task.model.weight, weight)

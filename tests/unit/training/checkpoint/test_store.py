@@ -92,3 +92,26 @@ def test_write_store_with_unsupported_type_names_key(path: Path, value: Any) -> 
     save(path, {"task": {"a": [torch.ones(1), 1, 0.5, "x", None, (True,)]}})
     with pytest.raises(UserError, match=r"^task\.a.*cannot be saved"):
         save(path, {"task": {"a": value}})
+
+
+def test_write_store_takes_one_element_of_any_stride(path: Path) -> None:
+    value = torch.arange(4.0).reshape(1, 4)[:, 2]
+    assert value.stride() == (4,)
+    save(path, {"slice": value, "expanded": torch.tensor(3.0).expand(1)})
+    content = read_store(path)[1]
+    assert (content["slice"].tolist(), content["expanded"].tolist()) == ([2.0], [3.0])
+
+
+def deep(levels: int) -> Any:
+    return [deep(levels - 1)] if levels else []
+
+
+@pytest.mark.parametrize("value", [2**65, deep(70), [0] * 5_000_000])
+def test_write_store_refuses_what_cannot_be_read(path: Path, value: Any) -> None:
+    with pytest.raises(UserError, match="the state to save"):
+        save(path, {"task": value})
+
+
+def test_write_store_takes_names_that_are_not_unicode(path: Path) -> None:
+    save(path, {"task": {"a\udcff": torch.ones(1)}})
+    assert read_store(path)[1]["task"]["a\udcff"].tolist() == [1.0]
