@@ -30,7 +30,11 @@ def code_spans() -> list[str]:
 
 
 NAMES = [s for s in code_spans() if re.fullmatch(r"(app|torch|torchmetrics)(\.\w+)+", s)]
-FILES = [s for s in code_spans() if re.search(r"(\.csv|\.pt|\.log|\.yaml|/)$", s) and "=" not in s]
+FILES = [
+    s
+    for s in code_spans()
+    if re.search(r"(\.csv|\.pt|\.safetensors|\.log|\.yaml|/)$", s) and "=" not in s
+]
 OVERRIDES = [s for s in code_spans() if s not in NAMES + FILES]
 EXTRA_OVERRIDES = {  # rows about regression do not compose with the default classification data
     "loss=l1": ("data=csv", "data.path=x", "data.num_classes=null", "data.input_shape=[4]"),
