@@ -451,8 +451,8 @@ def test_saved_run_reads_environment_variable_only_if_overridden(
 
 def test_half_resolve_redacts_a_secret_beside_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
-    text = "https://hunter2hunter2@host/${name}"
-    config = OmegaConf.create({"name": "n", "token": "${oc.env:MY_TOKEN}", "url": text})
+    text = "https://hunter2hunter2@host/${size}"
+    config = OmegaConf.create({"size": 3, "token": "${oc.env:MY_TOKEN}", "url": text})
     plain, issues = resolve(config)
     assert issues == []
     saved = half_resolve(config, plain)
@@ -462,7 +462,7 @@ def test_half_resolve_redacts_a_secret_beside_a_reference(monkeypatch: pytest.Mo
 def test_half_resolve_saves_paths_that_depend_on_the_folder_as_absolute(
     tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"name": "n", "root": "${path:d/${name}}", "train": {"root": "${root}/train"}}
+    values = {"kind": "n", "root": "${path:d/${kind}}", "train": {"root": "${root}/train"}}
     config = OmegaConf.create(values)
     saved = half_resolve(config, resolve(config)[0])
     (tmp_cwd / "elsewhere").mkdir()

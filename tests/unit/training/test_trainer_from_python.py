@@ -132,3 +132,11 @@ def test_resume_of_earlier_checkpoint_trains_again_in_the_same_process(tmp_path:
     assert trainer.state.epoch == 2
     assert trainer.fit(loader)["epoch"].tolist() == [1, 2, 3]
     assert torch.equal(trainer.task.model.weight, weight)
+
+
+def test_fit_again_with_more_epochs_continues(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, TrainingLimits(max_epochs=1))
+    loader = make_loader(TensorDataset(X, Y), 20)
+    trainer.fit(loader)
+    trainer.limits = TrainingLimits(max_epochs=3)
+    assert trainer.fit(loader)["epoch"].tolist() == [1, 2, 3]
