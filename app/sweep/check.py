@@ -23,12 +23,17 @@ from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
 from app.sweep.launchers.slots import make_slots
-from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, SearchOptions
+from app.sweep.search_options import (
+    EXHAUSTIVE_SAMPLER,
+    NO_PRUNER,
+    OWN_STORAGES,
+    SearchOptions,
+)
 
 GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
 OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"
 PLUGIN_KEYS = ("_target_", "_recursive_", "_convert_", "params")
-TRUST_KEY = "trusted_targets"
+TRUST_KEY, STORAGE_KEY = "trusted_targets", "hydra.sweeper.storage"
 RESTRICTED_KEYS = (  # prefixes of keys that take effect from the command line only
     TRUST_KEY,
     "hydra.job.",
@@ -39,6 +44,8 @@ RESTRICTED_KEYS = (  # prefixes of keys that take effect from the command line o
     "hydra.run.",
     "hydra.sweep.",
     "hydra.overrides",
+    STORAGE_KEY,
+    "sweep.trial",
 )
 
 
@@ -110,26 +117,35 @@ def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[Confi
     if sweeper["n_jobs"] == "auto" and not is_known_launcher:
         problem = "='auto': this launcher does not report how many jobs it runs; set a number"
         yield ConfigIssue("hydra.sweeper.n_jobs", problem)
-    if sweeper["storage"] not in ("sqlite", "journal") and "://" not in str(sweeper["storage"]):
-        problem = f"={sweeper['storage']!r}; allowed: sqlite, journal, a database URL"
-        yield ConfigIssue("hydra.sweeper.storage", problem)
+    yield from _iter_storage_issues(sweeper["storage"], composer.overrides)
     yield from _iter_study_issues(composer, sweeper)
 
 
+def _iter_storage_issues(storage: object, overrides: Sequence[str]) -> Iterator[ConfigIssue]:
+    """Check where the study is; a database that a file names may be a stranger's."""
+    if storage in OWN_STORAGES:
+        return
+    if "://" not in str(storage):
+        problem = f"={storage!r}; allowed: sqlite, journal, a database URL"
+        yield ConfigIssue(STORAGE_KEY, problem)
+    elif STORAGE_KEY not in map(_key, overrides):
+        problem = f"={storage!r}: a database can only be named on the command line"
+        yield ConfigIssue(STORAGE_KEY, problem)
+
+
 def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
+    from app.sweep.optuna_search import parse_search_space
+
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
         problem = ": Optuna cannot prune trials with several objectives; allowed: none"
         yield ConfigIssue("hydra/sweeper/pruner", problem)
-    if sweeper["sampler"]["_target_"] == GRID_SAMPLER:
-        for key, override in composer.space.swept.items():
-            if not override.is_discrete_sweep():
+    if sweeper["sampler"]["_target_"] == EXHAUSTIVE_SAMPLER:
+        for key, distribution in parse_search_space(composer.space.swept).distributions.items():
+            if getattr(distribution, "step", 1) is None:
                 problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
                 yield ConfigIssue(key, problem)
     for key, prefix in (("sampler", SAMPLER_PREFIX), ("pruner", PRUNER_PREFIX)):
-        node = sweeper[key]
-        yield from iter_node_issues(
-            f"hydra.sweeper.{key}", node, [prefix], injected=["search_space"]
-        )
+        yield from iter_node_issues(f"hydra.sweeper.{key}", sweeper[key], [prefix])
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:

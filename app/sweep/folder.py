@@ -21,7 +21,7 @@ from app.runtime.files import read_json, write_json, write_text
 from app.runtime.lock import FolderInUseError, file_lock
 from app.sweep.job import SweepJob, new_job, values_hash
 
-SWEEP_FORMAT = 1  # version of `sweep.json`
+SWEEP_FORMAT = 2  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
 STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 FILE_SCHEME = "file://"
@@ -36,7 +36,7 @@ class SweepFolder:
     Attributes:
         jobs: Jobs of the sweep in the order of their numbers.
         overrides: Command-line overrides of the sweep.
-        study: Storage, name and objectives of the Optuna study; None without a search.
+        study: Objectives and search space of the Optuna study; None without a search.
     """
 
     def __init__(self, path: Path) -> None:

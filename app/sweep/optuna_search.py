@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
-import pandas as pd
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from optuna.distributions import (
     BaseDistribution,
@@ -19,7 +18,9 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from optuna.study import Study, StudyDirection
+from optuna.exceptions import ExperimentalWarning
+from optuna.pruners import BasePruner, NopPruner
+from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import TrialState
 
 from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
@@ -30,22 +31,26 @@ from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
 from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
-from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
+from app.sweep.outcome import COMPLETED, RunStatus, read_run_status
 from app.sweep.run import Sweep
-from app.sweep.search_options import GRID_SAMPLER, NO_PRUNER, SearchOptions
-from app.training.history import Row, goal_value
+from app.sweep.search_options import NO_PRUNER, OWN_STORAGES, SearchOptions
+from app.sweep.study import (
+    DIRECTIONS,
+    RETRY_OF,
+    TRIAL_STATES,
+    AskTellStudy,
+    create_study,
+    parse_choice,
+    replay_jobs,
+    study_record,
+    tell_result,
+)
 from app.training.pruning import make_storage
 
 log = logging.getLogger(__name__)
-DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
-RETRY_OF, EXHAUSTED = "retry_of", "exhausted"  # user attributes of trials and of the study
 LOG_TAG = "log"
-# A diverged trial has no meaningful value, and must not be retried as a failed one is.
-TRIAL_STATES = {
-    PRUNED: TrialState.PRUNED,
-    DIVERGED: TrialState.PRUNED,
-    FAILED: TrialState.FAIL,
-}
+# They see all trials whenever they are asked, and asking them for old ones would be slow.
+STATELESS_SAMPLERS = (TPESampler, GPSampler)
 
 
 class OptunaJobs(JobSource):
@@ -63,41 +68,83 @@ class OptunaJobs(JobSource):
     ) -> None:
         super().__init__(folder, sweep.config.sweep.max_retries)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        warnings.simplefilter("ignore", ExperimentalWarning)
         self.space, self.options = space, options
         self.search_space = parse_search_space(space.swept)
         goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
         self.objectives = {goal.metric: goal, **options.objectives}
         self.storage = folder.storage_name(options.storage)
         self.study_name = options.study_name or folder.path.name
-        self.study = self._open_study()
-        folder.study = {
-            "storage": options.storage,
-            "name": self.study_name,
-            "objectives": list(self.objectives),
-        }
+        self.study = self._make_study() if options.storage in OWN_STORAGES else self._load_study()
+        num_trials = len(self.study.trials)
+        self.study.sampler, self.study.pruner = self._make_sampler(num_trials), self._make_pruner()
+        if num_trials:
+            log.info("the study %s has %d trials", self.study_name, num_trials)
+        folder.study = study_record(self.objectives, self.search_space.distributions)
         folder.save()
         self.interrupted = deque(self._interrupted_jobs())
         self._enqueue_retries()
 
-    def _open_study(self) -> AskTellStudy:
+    def _make_study(self) -> AskTellStudy:
+        """Make the study from the jobs, and save it in a new database in the sweep's folder.
+
+        Raises:
+            UserError: The jobs are not those of a search.
+        """
+        if [job.number for job in self.folder.jobs] != list(range(len(self.folder.jobs))):
+            raise UserError(f"{self.folder.path} is damaged: its jobs are not numbered from 0 on")
+        for file in self.folder.state_folder.glob("optuna.*"):
+            file.unlink()
+        sampler, pruner = self._make_sampler(0), self._make_pruner()
+        study = replay_jobs(
+            self.folder,
+            self.objectives,
+            self.search_space.distributions,
+            None if isinstance(sampler, STATELESS_SAMPLERS) else sampler,
+            None if isinstance(pruner, NopPruner) else pruner,
+        )
         storage = make_storage(self.storage)
-        exists = self.study_name in optuna.get_all_study_names(storage)
-        directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
-        if not exists:
-            optuna.create_study(study_name=self.study_name, storage=storage, directions=directions)
+        optuna.copy_study(
+            from_study_name=study.study_name,
+            from_storage=study._storage,
+            to_storage=storage,
+            to_study_name=self.study_name,
+        )
+        return AskTellStudy(study_name=self.study_name, storage=storage)
+
+    def _load_study(self) -> AskTellStudy:
+        """Open the study in a database of the user, or create it there.
+
+        Raises:
+            ConfigError: The database cannot be opened, or its study is another one.
+        """
+        try:
+            storage = make_storage(self.storage)
+            if self.study_name not in optuna.get_all_study_names(storage):
+                return create_study(self.study_name, self.objectives, storage)
+        except Exception as error:  # each database driver has its own errors
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            problem = f"={self.storage!r} cannot be opened: {reason}"
+            raise ConfigError([ConfigIssue("hydra.sweeper.storage", problem)]) from error
         study = AskTellStudy(study_name=self.study_name, storage=storage)
+        directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
         if study.directions != directions:
             saved, needed = (", ".join(d.name for d in ds) for ds in (study.directions, directions))
             problem = f"={study.study_name!r} exists with direction {saved}; this search needs"
             raise ConfigError([ConfigIssue("hydra.sweeper.study_name", f"{problem} {needed}")])
-        node = sampler_node(
-            self.options.sampler, self.search_space.distributions, len(study.trials)
-        )
-        study.sampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
-        study.pruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", self.options.pruner)
-        if exists:
-            log.info("the study %s has %d trials", self.study_name, len(study.trials))
         return study
+
+    def _make_sampler(self, num_trials: int) -> BaseSampler:
+        """Make the sampler; one that resumes a search must not draw the same values again."""
+        node, seed = self.options.sampler, self.options.sampler.get("seed")
+        node = node | ({"seed": seed + num_trials} if isinstance(seed, int) else {})
+        sampler: BaseSampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
+        return sampler
+
+    def _make_pruner(self) -> BasePruner:
+        node = self.options.pruner
+        pruner: BasePruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", node)
+        return pruner
 
     def _interrupted_jobs(self) -> list[SweepJob]:
         """Report results that the study has missed, and return the jobs that did not end."""
@@ -124,7 +171,8 @@ class OptunaJobs(JobSource):
         for job in self.folder.jobs:
             trial = trials[job.number]
             has_failed = trial.state is TrialState.FAIL and job.number not in retried
-            if has_failed and self.may_retry(job):
+            # A trial without parameters is outside the search space.
+            if has_failed and trial.params and self.may_retry(job):
                 attributes = {RETRY_OF: job.number, "failures": job.failures}
                 self.study.enqueue_trial(trial.params, user_attrs=attributes)
 
@@ -154,64 +202,13 @@ class OptunaJobs(JobSource):
 
     def on_job_end(self, job: SweepJob, outcome: RunStatus) -> None:
         """Tell the study the result of a trial; an interrupted one stays running there."""
-        if outcome.status in TRIAL_STATES:
-            self.study.tell(job.number, state=TRIAL_STATES[outcome.status])
-        elif outcome.status == COMPLETED:
-            values = objective_values(self.folder.run_folder(job), outcome, self.objectives)
-            if any(math.isnan(value) for value in values):
-                log.warning("trial %d has no value of %s", job.number, ", ".join(self.objectives))
-                self.study.tell(job.number, state=TrialState.FAIL)
-            else:
-                self.study.tell(job.number, values)
+        run_folder = self.folder.run_folder(job)
+        tell_result(self.study, job.number, run_folder, outcome, self.objectives)
 
     @property
     def batch_size(self) -> int:
         """Trials at a time."""
         return 1 if self.options.n_jobs == "auto" else self.options.n_jobs
-
-
-class AskTellStudy(Study):
-    """A study for ask and tell that records when its sampler has tried everything."""
-
-    def stop(self) -> None:
-        """Record that the search space is exhausted; samplers call this method."""
-        self.set_user_attr(EXHAUSTED, True)
-
-    @property
-    def is_exhausted(self) -> bool:
-        """Whether the sampler has tried everything, in this or an earlier process."""
-        return bool(self.user_attrs.get(EXHAUSTED))
-
-
-def objective_values(
-    folder: Path, outcome: RunStatus, objectives: dict[str, MonitorConfig]
-) -> list[float]:
-    """Return the best value of the goal, and the values of the other objectives in that epoch."""
-    _, *others = objectives.values()
-    values = [outcome.value if outcome.value is not None else math.nan]
-    if others:
-        table = pd.read_csv(folder / "summary_table.csv")
-        epoch = (outcome.content.get("best") or {}).get("epoch")
-        rows = table[(table["stage"] == "test") | (table["epoch"] == epoch)].to_dict("records")
-        for monitor in others:
-            row: Row = next((r for r in reversed(rows) if r["stage"] == monitor.stage), {})
-            values.append(goal_value(row, monitor) if row else math.nan)
-    return values
-
-
-def sampler_node(
-    node: dict[str, Any], distributions: dict[str, Any], num_trials: int
-) -> dict[str, Any]:
-    """Complete the config node of a sampler.
-
-    The number of trials is added to the seed, as a resumed search must not draw the same values
-    again; the grid sampler gets its search space.
-    """
-    seed = node.get("seed")
-    node = node | ({"seed": seed + num_trials} if isinstance(seed, int) else {})
-    if node["_target_"] == GRID_SAMPLER:
-        return node | {"search_space": {k: list(d.choices) for k, d in distributions.items()}}
-    return node
 
 
 def to_override(value: Any) -> str:
@@ -257,7 +254,7 @@ def parse_search_space(swept: Mapping[str, Override]) -> SearchSpace:
     """
     distributions = {key: _distribution(override) for key, override in swept.items()}
     choice_texts = {
-        key: {_typed_key(_choice_value(text)): text for text in choices(override)}
+        key: {_typed_key(parse_choice(text)): text for text in choices(override)}
         for key, override in swept.items()
         if isinstance(distributions[key], CategoricalDistribution)
     }
@@ -277,16 +274,10 @@ def _typed_key(value: Any) -> Any:
     return (type(value).__name__, value)
 
 
-def _choice_value(text: str) -> Any:
-    """The value of a choice; Optuna cannot store dicts and lists, so these stay texts."""
-    value = parse_value(text)
-    return text if isinstance(value, (dict, list)) else value
-
-
 def _distribution(override: Override) -> BaseDistribution:
     sweep, texts = parse_sweep(override), choices(override)
     if isinstance(sweep, ChoiceSweep) or (isinstance(sweep, RangeSweep) and sweep.shuffle):
-        return CategoricalDistribution([_choice_value(text) for text in texts])
+        return CategoricalDistribution([parse_choice(text) for text in texts])
     values: list[Any] = [parse_value(text) for text in texts]
     is_log, step = LOG_TAG in sweep.tags, None
     if isinstance(sweep, RangeSweep) and not is_log:

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from app.config.schema import STRICT, MonitorConfig, Positive
 
-NO_PRUNER, GRID_SAMPLER = "optuna.pruners.NopPruner", "optuna.samplers.GridSampler"
+NO_PRUNER = "optuna.pruners.NopPruner"
+EXHAUSTIVE_SAMPLER = "optuna.samplers.BruteForceSampler"
+OWN_STORAGES = ("sqlite", "journal")  # files in the sweep's folder
 
 
 @dataclass(frozen=True)

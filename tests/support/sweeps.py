@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
 
 from app.cli import main as cli
 from app.config import resolvers
 from app.config.compose import open_composer
+from app.config.overrides import parse_space
 from app.experiment.job import make_jobs
 from app.runtime.errors import ConfigError
+from app.runtime.files import write_json
 from app.sweep.check import check_sweep
+from app.sweep.folder import SweepFolder
+from app.sweep.optuna_search import OptunaJobs
+from app.sweep.run import Sweep
+from app.sweep.search_options import NO_PRUNER, SearchOptions
 from tests.support.processes import (
     SHORT_RUN,
     SUPPORT_DIR,
@@ -106,13 +114,39 @@ def step_pids(cwd: Path) -> list[int]:
     return [int(line.split()[0]) for line in (cwd / "mark").read_text().splitlines()]
 
 
-def sweep_errors(*overrides: str) -> str:
+def sweep_errors(*overrides: str, flags: Sequence[str] = ()) -> str:
     """Return the error message for a sweep's command line; empty if there is none."""
     resolvers.register()
-    with open_composer(get_args_parser().parse_args(["-m", *overrides])) as composer:
+    with open_composer(get_args_parser().parse_args(["-m", *flags, *overrides])) as composer:
         try:
             jobs = make_jobs(composer)
             check_sweep(composer, jobs[0][0], True)
         except ConfigError as error:
             return str(error)
     return ""
+
+
+def write_search(
+    folder: SweepFolder, results: Sequence[tuple[dict[str, str], dict[str, Any]]]
+) -> None:
+    """Write the folder of a search with the values and the `status.json` of each job."""
+    for values, status in results:
+        job = folder.add(values, [f"{key}={text}" for key, text in values.items()])
+        write_json(folder.run_folder(job) / "status.json", status)
+    folder.save()
+
+
+def open_search(folder: SweepFolder, arguments: Sequence[str], **options: Any) -> OptunaJobs:
+    """Return the jobs of a search that minimizes the loss, as `sweep.resume` does."""
+    defaults: dict[str, Any] = {
+        **{"n_trials": 100, "n_jobs": "auto", "direction": None, "objectives": {}},
+        **{"storage": "sqlite", "study_name": None},
+        "sampler": {"_target_": "optuna.samplers.CmaEsSampler", "seed": 0},
+        "pruner": {"_target_": NO_PRUNER},
+    }
+    config = OmegaConf.create(
+        {"sweep": {"max_retries": 3}, "goal": {"metric": "loss", "mode": "min"}}
+    )
+    sweep = Sweep(config, Any, Any, list(arguments), {})  # type: ignore[arg-type]
+    space = parse_space(arguments, {})
+    return OptunaJobs(sweep, folder, space, SearchOptions(**(defaults | options)))

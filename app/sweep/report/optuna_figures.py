@@ -6,12 +6,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import optuna
 from optuna import visualization
-from optuna.study import StudyDirection
+from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-
-from app.training.pruning import make_storage
 
 PLOTS: dict[str, Callable[..., Any]] = {
     "History": visualization.plot_optimization_history,
@@ -20,9 +17,8 @@ PLOTS: dict[str, Callable[..., Any]] = {
 }
 
 
-def study_figures(storage: str, name: str, objectives: Sequence[str]) -> dict[str, str]:
+def study_figures(study: Study, objectives: Sequence[str]) -> dict[str, str]:
     """Return Plotly figures of a study as JSON by heading; those need enough completed trials."""
-    study = optuna.load_study(study_name=name, storage=make_storage(storage))
     completed = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
     if not completed:
         return {}

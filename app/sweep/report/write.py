@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.config.overrides import quote
+from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.runtime.lock import file_lock
@@ -63,16 +64,19 @@ def write_tables(results: Results, folder: Path) -> None:
 
 def search_figures(folder: SweepFolder) -> dict[str, str]:
     """Return Optuna's Plotly figures of a search as JSON by heading; none for a grid."""
-    study = folder.study
-    if study is None:
+    if folder.study is None:
         return {}
     if find_spec("optuna") is None:
         log.warning("optuna is not installed: the page is written without plots of the search")
         return {}
     from app.sweep.report.optuna_figures import study_figures
+    from app.sweep.study import study_from_record
 
-    storage = folder.storage_name(study["storage"])
-    return study_figures(storage, study["name"], study["objectives"])
+    try:
+        return study_figures(*study_from_record(folder))
+    except UserError as error:
+        log.warning("the page is written without plots of the search: %s", error)
+        return {}
 
 
 def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, str]) -> None:

@@ -37,8 +37,8 @@ def test_sweep_folder_of_newer_format_is_refused(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     folder.save()
     file = tmp_path / ".sweep" / "sweep.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
-    with pytest.raises(UserError, match="has format 2, but this version of the program reads"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 3}))
+    with pytest.raises(UserError, match="has format 3, but this version of the program reads"):
         SweepFolder(tmp_path)
 
 
