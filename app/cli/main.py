@@ -7,14 +7,11 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import hydra.version
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from app.cli import report
@@ -22,17 +19,15 @@ from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import open_composer
-from app.config.overrides import parse_overrides, raw_override
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
-from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError, as_user_error
+from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
-from app.sweep.check import iter_trust_issues
-from app.sweep.folder import SweepFolder
 from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
+from app.sweep.resume import use_saved_command
 
 HYDRA_VERSION = "1.3"  # whose defaults apply
 
@@ -47,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     runs_jobs, world = is_run_command(args), None
     try:
-        args.overrides = with_saved_overrides(args.overrides)
+        use_saved_command(args)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
@@ -63,31 +58,6 @@ def main() -> None:
         if runs_jobs:
             rank_zero.finish(code)
     exit_now(code)
-
-
-@as_user_error("sweep.resume")
-def with_saved_overrides(overrides: list[str]) -> list[str]:
-    """Add the saved overrides of a sweep when `sweep.resume` comes with no overrides of its own.
-
-    Raises:
-        UserError: The sweep folder is damaged, or some overrides have to be repeated by the user.
-    """
-    typed = overrides_by_key(overrides)
-    allowed_prefixes = ("sweep.", "hydra", "trusted_targets")
-    if "sweep.resume" not in typed or not all(key.startswith(allowed_prefixes) for key in typed):
-        return overrides
-    folder = SweepFolder(Path(str(typed["sweep.resume"].value())).expanduser())
-    if issues := list(iter_trust_issues(folder, overrides)):
-        raise ConfigError(issues)
-    # With a new launcher, the options of the saved one no longer apply.
-    dropped = ("hydra.launcher.",) if "hydra/launcher" in typed else ()
-    saved = overrides_by_key(folder.overrides)
-    added = [key for key in saved if key not in typed and not key.startswith(dropped)]
-    return [*overrides, *(raw_override(saved[key]) for key in added)]
-
-
-def overrides_by_key(overrides: Sequence[str]) -> dict[str, Override]:
-    return {override.get_key_element(): override for override in parse_overrides(overrides)}
 
 
 def run_rank_zero(

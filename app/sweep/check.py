@@ -12,17 +12,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX, is_trusted, trusted_from_environment
+from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
-from app.config.resolve import cli_trusted, resolve
+from app.config.resolve import resolve
 from app.config.types import iter_issues
-from app.experiment.job import make_job
+from app.experiment.job import make_job, resolve_folder
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
-from app.sweep.folder import SweepFolder
+from app.sweep.folder import SweepFolder, config_sources
 from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
 from app.sweep.launchers.slots import make_slots
+from app.sweep.resume import STORAGE_KEY, iter_trust_issues
 from app.sweep.search_options import (
     EXHAUSTIVE_SAMPLER,
     NO_PRUNER,
@@ -33,20 +34,6 @@ from app.sweep.search_options import (
 GRID_SWEEPER = "hydra_plugins.app_sweeps.grid.GridSweeper"
 OPTUNA_SWEEPER = "hydra_plugins.app_sweeps.search.OptunaSweeper"
 PLUGIN_KEYS = ("_target_", "_recursive_", "_convert_", "params")
-TRUST_KEY, STORAGE_KEY = "trusted_targets", "hydra.sweeper.storage"
-RESTRICTED_KEYS = (  # prefixes of keys that take effect from the command line only
-    TRUST_KEY,
-    "hydra.job.",
-    "hydra.job_logging",
-    "hydra.hydra_logging",
-    "hydra.output_subdir",
-    "hydra.searchpath",
-    "hydra.run.",
-    "hydra.sweep.",
-    "hydra.overrides",
-    STORAGE_KEY,
-    "sweep.trial",
-)
 
 
 def check_resume_is_multirun(composer: Composer) -> None:
@@ -81,6 +68,9 @@ def check_sweep(composer: Composer, first: DictConfig, is_standalone: bool) -> N
         issues += _iter_search_issues(composer, first)
     if sweeper in (GRID_SWEEPER, OPTUNA_SWEEPER):
         issues += _iter_subdir_issues(first)
+    elif first.sweep.resume is not None:
+        problem = f"={sweeper}: sweep.resume needs one of this program; allowed: grid, optuna"
+        issues.append(ConfigIssue("hydra/sweeper", problem))
     if not is_standalone and launcher._target_ != BASIC_LAUNCHER:
         problem = f"={launcher._target_}: torchrun and srun run one job at a time; allowed: basic"
         issues.append(ConfigIssue("hydra/launcher", problem))
@@ -128,7 +118,7 @@ def _iter_storage_issues(storage: object, overrides: Sequence[str]) -> Iterator[
     if "://" not in str(storage):
         problem = f"={storage!r}; allowed: sqlite, journal, a database URL"
         yield ConfigIssue(STORAGE_KEY, problem)
-    elif STORAGE_KEY not in map(_key, overrides):
+    elif STORAGE_KEY not in [override.key_or_group for override in parse_overrides(overrides)]:
         problem = f"={storage!r}: a database can only be named on the command line"
         yield ConfigIssue(STORAGE_KEY, problem)
 
@@ -182,6 +172,9 @@ def _resume_issues(composer: Composer, first: DictConfig) -> list[ConfigIssue]:
         problem = f"={first.sweep.resume!r} is not the folder of a sweep: there is no {path}/.sweep"
         return [ConfigIssue("sweep.resume", problem)]
     issues = list(iter_trust_issues(folder, composer.overrides))
+    if resolve_folder(first, "hydra.sweep.dir") != path:
+        problem = f"={first.hydra.sweep.dir!r} is not the folder to resume, {str(path)!r}"
+        issues.append(ConfigIssue("hydra.sweep.dir", problem))
     if issues:
         return issues
     with folder.locked():
@@ -200,36 +193,13 @@ def _check_frozen_configs(composer: Composer, folder: SweepFolder) -> None:
 
     The folder may come from somebody else, so its files are not trusted.
     """
-    frozen = folder.frozen_loader(composer.hydra.config_loader)
+    loader = composer.hydra.config_loader
+    frozen = folder.frozen_loader(loader)
+    if config_sources(loader) == config_sources(frozen):
+        return  # these jobs have been checked
     for overrides in composer.space.coverage_jobs():
         composed = frozen.load_configuration(
             composer.config_name, overrides, RunMode.RUN, from_shell=False
         )
         HydraConfig.instance().set_config(composed)
         make_job(composed)
-
-
-def iter_trust_issues(folder: SweepFolder, cli_overrides: Sequence[str]) -> Iterator[ConfigIssue]:
-    """Yield an issue for each saved override that must be repeated on the command line.
-
-    A file cannot grant trust: overrides that choose which code runs or where files are written
-    only take effect when the user gives them again, as `cli_overrides`.
-    """
-    cli_trust = [override for override in cli_overrides if _key(override) == TRUST_KEY]
-    trusted = [*cli_trusted(parse_overrides(cli_trust)), *trusted_from_environment()]
-    job_overrides = dict.fromkeys(override for job in folder.jobs for override in job.overrides)
-    for override in dict.fromkeys([*folder.overrides, *job_overrides]):
-        key = _key(override)
-        if key == TRUST_KEY and override not in cli_overrides:
-            names = cli_trusted(parse_overrides([override]))
-            is_allowed = all(is_trusted(name, trusted) for name in names)
-        else:
-            is_allowed = override in cli_overrides or not key.startswith(RESTRICTED_KEYS)
-            is_allowed = is_allowed and not (override in job_overrides and key.startswith("hydra"))
-        if not is_allowed:
-            problem = f": the sweep was started with {override}; repeat it here if you trust it"
-            yield ConfigIssue("sweep.resume", problem)
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0].strip().lstrip("+~")

@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from app.config.overrides import quote
+from app.config.overrides import SweepSpace, quote
 from app.distributed.launch.failures import RankFailure
 from app.runtime.errors import UserError
 from app.sweep.folder import SweepFolder
@@ -31,11 +31,12 @@ class JobSource(ABC):
 
     Args:
         folder: Folder of the sweep.
+        space: Swept keys and their values.
         max_retries: How often a failed job is retried.
     """
 
-    def __init__(self, folder: SweepFolder, max_retries: int) -> None:
-        self.folder, self.max_retries = folder, max_retries
+    def __init__(self, folder: SweepFolder, space: SweepSpace, max_retries: int) -> None:
+        self.folder, self.space, self.max_retries = folder, space, max_retries
 
     @property
     @abstractmethod
@@ -111,7 +112,8 @@ class SweepDriver:
         """All overrides of a job; the last two place it in this sweep's folder in any case."""
         path = quote(str(self.folder.path))
         folders = [f"hydra.sweep.dir={path}", f"hydra.sweep.subdir={quote(job.folder)}"]
-        return [*job.overrides, *self.source.extra_overrides(job), *folders]
+        own = self.source.space.overrides_for(job.values)
+        return [*own, *self.source.extra_overrides(job), *folders]
 
     def _on_job_end(self, number: int) -> None:
         job = self.jobs[number]

@@ -25,6 +25,7 @@ SWEEP_FORMAT = 2  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
 STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 FILE_SCHEME = "file://"
+FROZEN_PROVIDERS = ("main", "command-line")  # of Hydra's search path: --config-path, --config-dir
 
 
 class SweepFolder:
@@ -36,6 +37,8 @@ class SweepFolder:
     Attributes:
         jobs: Jobs of the sweep in the order of their numbers.
         overrides: Command-line overrides of the sweep.
+        config_name: Name of its primary configuration file.
+        working_folder: Where the command was started.
         study: Objectives and search space of the Optuna study; None without a search.
     """
 
@@ -43,6 +46,7 @@ class SweepFolder:
         self.path, self.state_folder = path, path / STATE_FOLDER
         self.jobs: list[SweepJob] = []
         self.overrides: list[str] = []
+        self.config_name, self.working_folder = "config", str(Path.cwd())
         self.study: dict[str, Any] | None = None
         if self.exists:
             self._read()
@@ -58,6 +62,8 @@ class SweepFolder:
         try:
             _check_format(file, content["format"])
             self.overrides, self.study = content["words"], content["study"]
+            self.config_name = content.get("config_name", self.config_name)
+            self.working_folder = content.get("working_folder", self.working_folder)
             self.jobs = [SweepJob.from_json(job) for job in content["jobs"]]
             invalid = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
         except (KeyError, TypeError, AttributeError) as error:
@@ -70,6 +76,8 @@ class SweepFolder:
         content = {
             "format": SWEEP_FORMAT,
             "words": self.overrides,
+            "config_name": self.config_name,
+            "working_folder": self.working_folder,
             "study": self.study,
             "jobs": [job.to_json() for job in self.jobs],
         }
@@ -79,11 +87,11 @@ class SweepFolder:
         """Return the job with these values of the swept keys, if there is one."""
         return next((job for job in self.jobs if job.hash == values_hash(values)), None)
 
-    def add(self, values: JobValues, overrides: list[str], number: int | None = None) -> SweepJob:
+    def add(self, values: JobValues, number: int | None = None) -> SweepJob:
         """Add a job with a number, by default the next free one."""
         if number is None:
             number = max((job.number for job in self.jobs), default=-1) + 1
-        self.jobs.append(new_job(number, values, overrides))
+        self.jobs.append(new_job(number, values))
         return self.jobs[-1]
 
     def run_folder(self, job: SweepJob) -> Path:
@@ -156,28 +164,34 @@ class SweepFolder:
 
     def differences(self, plain: dict[str, Any]) -> list[str]:
         """Return a line for each value that differs from the saved shared configuration."""
-        saved = yaml.safe_load((self.state_folder / "base.yaml").read_text())
-        return list(_iter_differences(saved, _shared_part(plain), ""))
+        return list(_iter_differences(self.read_base(), _shared_part(plain), ""))
+
+    def read_base(self) -> dict[str, Any]:
+        """Return the saved configuration that all jobs share."""
+        base: dict[str, Any] = yaml.safe_load((self.state_folder / "base.yaml").read_text())
+        return base
 
     def freeze(self, loader: ConfigLoader) -> None:
         """Copy the configuration files, so that editing them changes no later job."""
-        conf = self.state_folder / "conf"
-        shutil.rmtree(conf, ignore_errors=True)
-        for number, (_, path) in enumerate(_config_sources(loader)):
-            if path.startswith(FILE_SCHEME):
-                source = path.removeprefix(FILE_SCHEME)
-                for file in sorted(Path(source).rglob("*.y*ml")):
-                    target = conf / str(number) / file.relative_to(source)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(file, target)
+        shutil.rmtree(self.state_folder / "conf", ignore_errors=True)
+        for provider, path in config_sources(loader):
+            source = Path(path.removeprefix(FILE_SCHEME))
+            for file in sorted(source.rglob("*.y*ml")) if provider in FROZEN_PROVIDERS else ():
+                target = self.state_folder / "conf" / provider / file.relative_to(source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
+
+    def frozen_conf(self, provider: str) -> str | None:
+        """Return the folder with the copied files of a provider; None if it has none."""
+        folder = self.state_folder / "conf" / provider
+        return str(folder) if provider in FROZEN_PROVIDERS and folder.is_dir() else None
 
     def frozen_loader(self, loader: ConfigLoader) -> ConfigLoader:
         """Return a loader that reads the copied configuration files."""
         search_path = ConfigSearchPathImpl()
-        for number, (provider, path) in enumerate(_config_sources(loader)):
-            is_file = path.startswith(FILE_SCHEME)
-            copied = f"{FILE_SCHEME}{self.state_folder / 'conf' / str(number)}"
-            search_path.append(provider, copied if is_file else path)
+        for provider, path in config_sources(loader):
+            copied = self.frozen_conf(provider)
+            search_path.append(provider, path if copied is None else f"{FILE_SCHEME}{copied}")
         return SafeConfigLoader(config_search_path=search_path)
 
 
@@ -194,7 +208,7 @@ def _check_format(file: Path, version: int) -> None:
         )
 
 
-def _config_sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
+def config_sources(loader: ConfigLoader) -> Sequence[tuple[str, str]]:
     """Providers and paths of the search path; folders always with the `file://` Hydra may omit."""
     sources = [(source.provider, source.path) for source in loader.get_search_path().get_path()]
     return [(name, path if "://" in path else f"{FILE_SCHEME}{path}") for name, path in sources]

@@ -25,10 +25,11 @@ class GridJobs(JobSource):
     """
 
     def __init__(self, sweep: Sweep, folder: SweepFolder, space: SweepSpace) -> None:
-        super().__init__(folder, sweep.config.sweep.max_retries)
+        super().__init__(folder, space, sweep.config.sweep.max_retries)
         jobs = {}
         for values in grid(space, sweep.config.sweep.together):
-            job = folder.find_job(values) or folder.add(values, space.overrides_for(values))
+            job = folder.find_job(values) or folder.add(values)
+            job.values = values  # a stranger's folder may have others with the same hash
             if job.number in jobs:
                 log.warning("the values of job %d are listed twice; it runs once", job.number)
             jobs[job.number] = job

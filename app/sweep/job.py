@@ -21,7 +21,6 @@ class SweepJob:
     Attributes:
         number: Number of the job, counted from 0.
         values: Values of the swept keys, as texts that Hydra can parse.
-        overrides: All overrides of the job except those of Hydra itself.
         folder: Name of the job's folder inside the folder of the sweep.
         failures: How often the job has failed.
         retry_of: In a search, the number of the failed job that this one repeats.
@@ -29,21 +28,30 @@ class SweepJob:
 
     number: int
     values: JobValues
-    overrides: list[str]
     folder: str
     failures: int = 0
     retry_of: int | None = None
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> SweepJob:
-        """Build a job from its entry in `sweep.json`."""
-        fields = dict(content)
-        return cls(overrides=fields.pop("words"), **fields)
+        """Build a job from its entry in `sweep.json`.
+
+        Raises:
+            TypeError: The entry has other fields, or values of other types.
+        """
+        fields = {key: value for key, value in content.items() if key != "words"}  # of format 1
+        job = cls(**fields)
+        numbers = (job.number, job.failures, 0 if job.retry_of is None else job.retry_of)
+        texts = (job.folder, *job.values, *job.values.values())
+        wrong: list[object] = [n for n in numbers if type(n) is not int or n < 0]
+        wrong += [text for text in texts if type(text) is not str]
+        if wrong:
+            raise TypeError(f"job {job.number!r} has {wrong[0]!r}")
+        return job
 
     def to_json(self) -> dict[str, Any]:
         """Return the job's entry in `sweep.json`."""
-        fields = asdict(self)
-        return {"words": fields.pop("overrides"), **fields}
+        return asdict(self)
 
     @property
     def hash(self) -> str:
@@ -51,10 +59,10 @@ class SweepJob:
         return values_hash(self.values)
 
 
-def new_job(number: int, values: JobValues, overrides: list[str]) -> SweepJob:
+def new_job(number: int, values: JobValues) -> SweepJob:
     """Make a job that has not run yet; its folder is named after its number and values."""
     parts = [f"{number}", short_name(values), values_hash(values)]
-    return SweepJob(number, values, overrides, "_".join(part for part in parts if part))
+    return SweepJob(number, values, "_".join(part for part in parts if part))
 
 
 def values_hash(values: Mapping[str, str]) -> str:

@@ -66,10 +66,10 @@ class OptunaJobs(JobSource):
     def __init__(
         self, sweep: Sweep, folder: SweepFolder, space: SweepSpace, options: SearchOptions
     ) -> None:
-        super().__init__(folder, sweep.config.sweep.max_retries)
+        super().__init__(folder, space, sweep.config.sweep.max_retries)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         warnings.simplefilter("ignore", ExperimentalWarning)
-        self.space, self.options = space, options
+        self.options = options
         self.search_space = parse_search_space(space.swept)
         goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
         self.objectives = {goal.metric: goal, **options.objectives}
@@ -187,7 +187,7 @@ class OptunaJobs(JobSource):
             return None
         trial = self.study.ask(self.search_space.distributions)
         values = self.search_space.to_values(trial.params)
-        job = self.folder.add(values, self.space.overrides_for(values), trial.number)
+        job = self.folder.add(values, trial.number)
         job.failures = trial.user_attrs.get("failures", 0)
         job.retry_of = trial.user_attrs.get(RETRY_OF)
         self.folder.save()

@@ -114,6 +114,8 @@ def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> tuple[ConfigLoader, Sw
     is_fresh = not folder.exists or sweep.config.sweep.force
     if is_fresh:
         folder.freeze(loader)
+        folder.config_name = str(sweep.config.hydra.job.config_name)
+        folder.working_folder = str(Path.cwd())
     frozen = folder.frozen_loader(loader)
     space = parse_space(sweep.arguments, sweep.params, frozen)
     if is_fresh:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ import pandas as pd
 import pytest
 import yaml
 
+from app.config.compose import CONF
 from app.sweep.folder import SweepFolder
 from tests.support import sweeps
-from tests.support.processes import status_of
+from tests.support.processes import SHORT_RUN, status_of
 from tests.support.runs import run_app
 from tests.support.sweeps import RunSweep
 
@@ -240,6 +242,37 @@ def test_resume_with_changed_config_is_refused_unless_forced(
     ]
     clips = [config["trainer"]["gradient_clip_norm"] for config in configs]
     assert clips == [None, None, 1.0]
+
+
+def test_resume_alone_continues_with_copied_files_from_another_folder(
+    tmp_path: Path, sweep: RunSweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, base = tmp_path / "theirs", tmp_path / "base"
+    (theirs / "experiment").mkdir(parents=True)
+    (theirs / "experiment" / "short.yaml").write_text(
+        "# @package _global_\ntrainer: {max_epochs: 1}\n"
+    )
+    (theirs / "main.yaml").write_text("defaults: [config, _self_]\nnotes: theirs\n")
+    shutil.copytree(CONF, base)
+    flags = ("-m", "--config-path", "base", "--config-dir", "theirs", "--config-name", "main")
+    (tmp_path / "broken").touch()
+    faults = (*sweeps.SWEEP_TASK, "+task.fault=raise,nothing", "+task.fault_step=1")
+    short = [override for override in SHORT_RUN if "max_epochs" not in override]
+    overrides = (*short, *faults, "experiment=short", "hydra.sweep.dir=first")
+    assert sweep(*overrides, short=False, flags=flags) == 1
+    for folder in (theirs, base):
+        shutil.rmtree(folder)
+    for name in ("broken", "mark"):
+        (tmp_path / name).unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert sweep("sweep.resume=../first", short=False) == 0
+    assert sweeps.job_statuses(tmp_path / "first") == ["completed"] * 2
+    assert len(sweeps.step_pids(tmp_path)) == 12  # only the failed job ran
+    for job in sweeps.job_folders(tmp_path / "first"):
+        config = yaml.safe_load((job / "config.yaml").read_text())
+        assert (config["notes"], config["trainer"]["max_epochs"]) == ("theirs", 1)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_resume_with_more_values_adds_jobs(tmp_path: Path, sweep: RunSweep) -> None:

@@ -103,9 +103,7 @@ def test_resume_finished_trial_unknown_to_study_is_not_rerun(
     study, folder = load_study(path), SweepFolder(path)
     trial = study.ask(study.trials[0].distributions)
     values = {key: repr(value) for key, value in trial.params.items()}
-    job = folder.add(
-        values, [*folder.jobs[0].overrides, *(f"{k}={v}" for k, v in values.items())], 1
-    )
+    job = folder.add(values, 1)
     folder.save()
     shutil.copytree(folder.run_folder(folder.jobs[0]), folder.run_folder(job))
     num_steps = len(sweeps.step_pids(tmp_path))

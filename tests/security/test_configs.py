@@ -333,7 +333,6 @@ def add_override(override: str) -> Callable[[str], str]:
     def change(text: str) -> str:
         content = json.loads(text)
         content["words"].append(override)
-        content["jobs"][0]["words"].append(override)
         return json.dumps(content)
 
     return change

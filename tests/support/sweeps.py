@@ -131,7 +131,7 @@ def write_search(
 ) -> None:
     """Write the folder of a search with the values and the `status.json` of each job."""
     for values, status in results:
-        job = folder.add(values, [f"{key}={text}" for key, text in values.items()])
+        job = folder.add(values)
         write_json(folder.run_folder(job) / "status.json", status)
     folder.save()
 

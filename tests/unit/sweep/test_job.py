@@ -20,7 +20,7 @@ from app.sweep.job import SweepJob, new_job, short_name, values_hash
     ],
 )
 def test_new_job_folder_needs_no_quotes_in_override(values: dict[str, str]) -> None:
-    job = new_job(3, values, [])
+    job = new_job(3, values)
     assert re.fullmatch(r"3_[A-Za-z0-9_.-]+_[0-9a-f]{8}", job.folder)
     assert len(job.folder) < 100
     (override,) = parse_overrides([f"ckpt=outputs/sweeps/{job.folder}"])
@@ -29,9 +29,17 @@ def test_new_job_folder_needs_no_quotes_in_override(values: dict[str, str]) -> N
 
 
 def test_job_to_json_restores_equal_job() -> None:
-    job = SweepJob(3, {"seed": "1"}, ["seed=1", "model=mlp"], "3_seed-1", failures=1, retry_of=2)
-    assert job.to_json()["words"] == ["seed=1", "model=mlp"]
+    job = SweepJob(3, {"seed": "1"}, "3_seed-1", failures=1, retry_of=2)
     assert SweepJob.from_json(job.to_json()) == job
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"number": "3"}, {"values": {"seed": 1}}, {"values": None}, {"failures": True}, {"more": 1}],
+)
+def test_from_json_of_other_types_is_refused(change: dict[str, object]) -> None:
+    with pytest.raises((TypeError, AttributeError)):
+        SweepJob.from_json(SweepJob(3, {"seed": "1"}, "3_seed-1").to_json() | change)
 
 
 def test_short_name_contains_keys_and_values() -> None:
@@ -43,4 +51,4 @@ def test_short_name_contains_keys_and_values() -> None:
 def test_values_hash_depends_on_values_only() -> None:
     assert values_hash({"a": "1", "b": "2"}) == values_hash({"b": "2", "a": "1"})
     assert values_hash({"a": "1"}) != values_hash({"a": "2"})
-    assert new_job(0, {"a": "1"}, []).hash == new_job(7, {"a": "1"}, ["other"]).hash
+    assert new_job(0, {"a": "1"}).hash == new_job(7, {"a": "1"}).hash
