@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from app.config.instantiate import Instantiator
 from app.config.schema import STAGES, Config, DataConfig, TrainerConfig
+from app.data.augment import per_image
 from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
@@ -128,8 +129,8 @@ def _make_loader(
 ) -> BatchLoader:
     data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
     if is_training:
-        augment = list(build.build_all("data.augment", data.augment).values())
-        transform = replace(transform, augment=augment)
+        augment = build.build_all("data.augment", data.augment).values()
+        transform = replace(transform, augment=[per_image(step) for step in augment])
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
     prepare = BatchPreparer(device, transform, data.inputs)
     limit, options = _batch_limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))

@@ -46,7 +46,8 @@ class SupervisedTask(Task):
             a list or dict of them. None takes the complete batch.
         targets: Key of the targets in a batch, in the same form; None if there are none.
         mix: Transforms inputs and targets of a training batch, as MixUp does. The loss uses the
-            mixed targets, the metrics the original ones.
+            mixed targets, the metrics the original ones. If it has a method `set_epoch`, that is
+            called with the number of the epoch before each step.
         patches: Replaces `forward` in evaluation and prediction: called with `forward` and the
             inputs, for example to run the model on overlapping windows.
 
@@ -146,6 +147,9 @@ class SupervisedTask(Task):
 
     def on_step_start(self, epoch: int, step: int) -> None:
         self.loss.update_weights(epoch, step)
+        set_epoch = getattr(self.mix, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         own = {f"loss.{name}": p for name, p in self.loss.named_parameters()}

@@ -116,7 +116,7 @@ def test_find_lr_and_find_batch_size_write_their_tables(tmp_path: Path) -> None:
     assert (table["samples/s"] > 0).all()
 
 
-@pytest.mark.parametrize("task", ["mixup", "cutmix"])
+@pytest.mark.parametrize("task", ["mixup", "cutmix", "mixup_cutmix"])
 def test_task_mixup_and_cutmix_train(tmp_path: Path, task: str) -> None:
     execute(job_for("model=cnn", "debug=fast", "~callbacks.plots", f"task={task}"), tmp_path)
     assert "accuracy" in epoch_details(tmp_path, 1)

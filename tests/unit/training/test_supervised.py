@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from app.data.loaders import make_loader
+from app.data.mix import MixUpCutMix
 from app.losses.weighted_sum import Term
 from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
@@ -326,3 +327,13 @@ def test_mix_changes_the_loss_but_not_the_targets_of_metrics(
         F.cross_entropy(model(toy.X), toy.Y).item(), rel=1e-6
     )
     assert summary["accuracy"][0] == pytest.approx(accuracy(outputs, toy.Y).item())
+
+
+def test_mix_receives_the_epoch_of_each_step() -> None:
+    mix = MixUpCutMix(2, mixup_alpha=1.0, until_epoch=3)
+    task = SupervisedTask(nn.Linear(2, 2), nn.CrossEntropyLoss(), mix=mix)
+    task.on_step_start(3, 7)
+    assert mix.epoch == 3
+    SupervisedTask(nn.Linear(2, 2), nn.CrossEntropyLoss(), mix=lambda x, y: (x, y)).on_step_start(
+        1, 1
+    )

@@ -1,0 +1,187 @@
+"""What augmentations have in common: shapes, dtypes, random draws and checks of arguments."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from app.runtime.errors import UserError
+
+Interval = tuple[float, float]
+Params = dict[str, Tensor]
+
+
+class Augmentation(nn.Module, ABC):
+    """Base class of augmentations that draw their parameters for each image.
+
+    Takes images of shape (C, H, W) or (N, C, H, W), uint8 or floats in [0, 1], and returns the same
+    dtype; the input is not modified. Random numbers come from the default generator of the device
+    that the images are on, and nothing is read from the device.
+
+    A subclass overrides `make_params` and `transform`, as transforms of torchvision do.
+
+    Attributes:
+        in_float: Whether `transform` receives a float32 copy with values in [0, 1]; otherwise it
+            receives the images as they are.
+    """
+
+    in_float: ClassVar[bool] = True
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Augment one image or a batch.
+
+        Raises:
+            UserError: The shape or the dtype is not that of images.
+        """
+        if images.ndim not in (3, 4):
+            raise UserError(
+                f"{type(self).__name__}: images of shape {tuple(images.shape)} are not valid; "
+                "allowed: (C, H, W) or (N, C, H, W)"
+            )
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise UserError(
+                f"{type(self).__name__}: images of dtype {images.dtype} are not valid; "
+                "allowed: uint8, or floats in [0, 1]"
+            )
+        batch = images if images.ndim == 4 else images[None]
+        params = self.make_params(batch)
+        if self.in_float:
+            batch = from_unit(self.transform(to_unit(batch), params), images.dtype)
+        else:
+            batch = self.transform(batch, params)
+        return batch if images.ndim == 4 else batch[0]
+
+    @abstractmethod
+    def make_params(self, images: Tensor) -> Params:
+        """Draw parameters for images of shape (N, C, H, W); the first dimension of each is N."""
+
+    @abstractmethod
+    def transform(self, images: Tensor, params: Params) -> Tensor:
+        """Transform images of shape (N, C, H, W) by the parameters of each."""
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return a float32 copy with values in [0, 1]."""
+    if images.dtype == torch.uint8:
+        return images.to(torch.float32).div_(255)
+    return images.to(torch.float32, copy=True)
+
+
+def from_unit(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert floats in [0, 1] to another dtype; uint8 is rounded."""
+    return images.mul(255).round_().to(dtype) if dtype == torch.uint8 else images.to(dtype)
+
+
+def uniform(images: Tensor, interval: Interval) -> Tensor:
+    """Draw a number for each image; the result has shape (N,)."""
+    return torch.empty(len(images), device=images.device).uniform_(*interval)
+
+
+def bernoulli(images: Tensor, p: float) -> Tensor:
+    """Draw for each image whether something happens, with probability `p`."""
+    return torch.rand(len(images), device=images.device) < p
+
+
+def transform_where(
+    mask: Tensor, function: Callable[..., Tensor], images: Tensor, *params: Tensor
+) -> Tensor:
+    """Return `function(images, *params)` for images in the mask, and the others unchanged.
+
+    `images` may be modified. On the CPU, only images in the mask are transformed. On other devices
+    all are, because the host would have to wait for the device to learn how many there are.
+
+    Args:
+        mask: Shape (N,).
+        function: Must not change the shape of the images.
+        images: Shape (N, C, H, W).
+        *params: First dimension N.
+    """
+    if not images.is_cpu:
+        return torch.where(per_pixel(mask), function(images, *params), images)
+    if mask.any():
+        images[mask] = function(images[mask], *(values[mask] for values in params))
+    return images
+
+
+def per_pixel(values: Tensor) -> Tensor:
+    """Reshape (N,) to (N, 1, 1, 1)."""
+    return values[:, None, None, None]
+
+
+def check_probability(name: str, value: float) -> float:
+    """Return a probability.
+
+    Raises:
+        ValueError: It is not between 0 and 1.
+    """
+    if not (_is_number(value) and 0 <= value <= 1):
+        raise ValueError(f"{name}={value!r} is not valid; allowed: a number from 0 to 1")
+    return value
+
+
+def check_integer(name: str, value: int, low: int, high: int | None = None) -> int:
+    """Return an integer.
+
+    Raises:
+        ValueError: It is not an integer in this range.
+    """
+    if not isinstance(value, int) or value < low or (high is not None and value > high):
+        upper = "" if high is None else f" and at most {high}"
+        raise ValueError(
+            f"{name}={value!r} is not valid; allowed: an integer, at least {low}{upper}"
+        )
+    return value
+
+
+def check_interval(name: str, value: Sequence[float], low: float, high: float) -> Interval:
+    """Return an interval (min, max).
+
+    Raises:
+        ValueError: It is not two increasing numbers between `low` and `high`.
+    """
+    is_pair = isinstance(value, Sequence) and len(value) == 2 and all(map(_is_number, value))
+    if not (is_pair and low <= value[0] <= value[1] <= high):
+        raise ValueError(
+            f"{name}={value!r} is not valid; allowed: [min, max] between {low:g} and {high:g}"
+        )
+    return float(value[0]), float(value[1])
+
+
+def check_spread(
+    name: str, value: float | Sequence[float], center: float, low: float, high: float
+) -> Interval:
+    """Return an interval that is given by its bounds, or by its distance from the center.
+
+    Raises:
+        ValueError: It is neither, or not between `low` and `high`.
+    """
+    if isinstance(value, Sequence):
+        return check_interval(name, value, low, high)
+    if not (_is_number(value) and 0 <= value <= high - center):
+        raise ValueError(
+            f"{name}={value!r} is not valid; allowed: a number from 0 to {high - center:g}, "
+            f"or [min, max] between {low:g} and {high:g}"
+        )
+    return max(center - value, low), center + value
+
+
+def check_size(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width); a single number stands for both.
+
+    Raises:
+        ValueError: They are not positive integers.
+    """
+    sizes = (value, value) if isinstance(value, int) else tuple(value)
+    if len(sizes) != 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise ValueError(
+            f"{name}={value!r} is not valid; allowed: a positive integer, or [height, width]"
+        )
+    return sizes[0], sizes[1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float))
