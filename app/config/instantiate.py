@@ -71,6 +71,7 @@ class Instantiator:
         accepted = signature_parameters(target)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
         arguments = children | {k: v for k, v in injected.items() if k in accepted or takes_any}
+        arguments = {k: _as_tensor(v, target, accepted.get(k)) for k, v in arguments.items()}
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
         try:
@@ -85,6 +86,25 @@ class Instantiator:
         return {
             name: self(f"{key}.{name}", node, **injected) for name, node in nodes.items() if node
         }
+
+
+def _as_tensor(value: Any, target: Callable[..., Any], parameter: inspect.Parameter | None) -> Any:
+    """Return a list of numbers for a parameter that is annotated as a tensor as float32 tensor."""
+    if parameter is None or not _is_numbers(value) or not _takes_tensor(target, parameter):
+        return value
+    import torch
+
+    return torch.tensor(value, dtype=torch.float32)
+
+
+def _is_numbers(value: object) -> bool:
+    if not isinstance(value, list) or not value:
+        return False
+    return all(type(item) in (int, float) for item in value)
+
+
+def _takes_tensor(target: Callable[..., Any], parameter: inspect.Parameter) -> bool:
+    return any(map(_is_tensor, _annotated_types(target, parameter)))
 
 
 def signature_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -161,9 +181,7 @@ def _value_issues(
     key: str, value: object, target: Callable[..., Any], parameter: inspect.Parameter
 ) -> Iterator[ConfigIssue]:
     """Check a number or string against a parameter that is annotated with another plain type."""
-    annotation = _annotation(target, parameter)
-    is_union = get_origin(annotation) in (Union, UnionType)
-    types = get_args(annotation) if is_union else (annotation,)
+    types = _annotated_types(target, parameter)
     allowed = [type_ for type_ in types if not _is_tensor(type_)]
     is_checked = type(value) in (str, int, float, bool) and value not in (MISSING, UNKNOWN)
     if not is_checked or not allowed or any(type_ not in [*PLAIN_TYPES] for type_ in allowed):
@@ -175,6 +193,12 @@ def _value_issues(
 
 def _is_tensor(type_: Any) -> bool:
     return getattr(type_, "__name__", "") == "Tensor"  # which no configuration contains
+
+
+def _annotated_types(target: Callable[..., Any], parameter: inspect.Parameter) -> tuple[Any, ...]:
+    annotation = _annotation(target, parameter)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if is_union else (annotation,)
 
 
 def _annotation(target: Callable[..., Any], parameter: inspect.Parameter) -> Any:

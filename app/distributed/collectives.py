@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 T = TypeVar("T")
 SYNC_SECONDS = 0.2  # approximate time between two reductions of a `LazyAllReduceMax`
@@ -99,18 +98,6 @@ def broadcast_tensors(tensors: list[Tensor]) -> None:
     if is_distributed():
         for tensor in tensors:
             dist.broadcast(tensor.detach(), 0)
-
-
-class AllReduceSum(torch.autograd.Function):
-    """Differentiable sum of a tensor over all ranks."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004
-        return all_reduce(tensor.clone())
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
-        return all_reduce(gradient.clone())
 
 
 class LazyAllReduceMax:

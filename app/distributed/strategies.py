@@ -258,6 +258,11 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of a sharded tensor; return any other tensor as is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def split_dtensors(tensors: list[Tensor]) -> list[list[Tensor]]:
     """Split tensors into regular and sharded ones; empty groups are left out."""
     sharded: list[Tensor] = [tensor for tensor in tensors if isinstance(tensor, DTensor)]

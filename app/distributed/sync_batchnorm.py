@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from app.distributed.collectives import AllReduceSum, is_distributed
+from app.distributed.collectives import is_distributed
+from app.runtime.rank_sums import AllReduceSum
 
 
 def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

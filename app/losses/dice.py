@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from app.runtime.rank_sums import sum_over_ranks
+
 
 class DiceLoss(nn.Module):
     """Soft Dice loss: mean over classes of `1 - (2 * overlap + smooth) / (areas + smooth)`.
@@ -20,7 +22,8 @@ class DiceLoss(nn.Module):
             neither present nor predicted.
         include_background: Whether to include class 0. Ignored for a single output channel.
         ignore_index: Label of positions to ignore; None to use all positions.
-        per_sample: Whether to compute the overlap of each sample instead of that of the batch.
+        per_sample: Whether to compute the overlap of each sample instead of that of the batch, over
+            all ranks.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class DiceLoss(nn.Module):
         if not self.include_background and values.shape[1] > 1:
             values = values[:, 1:]
         sums = values.reshape(*values.shape[:2], -1).sum(dim=-1)
-        return sums if self.per_sample else sums.sum(dim=0)
+        return sums if self.per_sample else sum_over_ranks(sums.sum(dim=0))
 
 
 class DiceCrossEntropyLoss(nn.Module):

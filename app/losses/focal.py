@@ -57,6 +57,12 @@ class FocalLoss(nn.Module):
             losses = self.alpha.to(dtype)[labels] * losses
         return losses.where(mask, 0).sum() / mask.sum().clamp(min=1)
 
+    def normalizer(self, target: Tensor) -> Tensor | None:
+        """Return the number of positions that the mean is over; None if that of the samples."""
+        if target.ndim < 2 and self.ignore_index < 0:
+            return None
+        return (target != self.ignore_index).sum()
+
     def _check(self, output: Tensor, target: Tensor) -> None:
         expected, num_classes = output[:, 0].shape, output.shape[1]
         if target.shape != expected or target.is_floating_point():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from app.losses.dice import DiceCrossEntropyLoss, DiceLoss
 from app.losses.focal import FocalLoss
+from app.losses.normalizer import normalized_loss, normalizer
 from app.losses.weights import ScheduledWeight, UncertaintyWeight
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, describe, pick
@@ -55,7 +56,30 @@ class Term:
 
     def compute(self, outputs: Nested, targets: Nested) -> Tensor:
         """Return the unweighted value."""
-        return self.function(pick(outputs, self.output), pick(targets, self.target))
+        output, target = pick(outputs, self.output), pick(targets, self.target)
+        divisor = self._normalizer(target)
+        if divisor is not None and isinstance(self.function, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return normalized_loss(self.function, output, target, divisor)
+        return self.function(output, target)
+
+    def samples_weight(self, targets: Nested) -> Tensor | None:
+        """Return how many samples the batch counts for in a mean over batches.
+
+        It differs from the number of samples for class weights and ignored positions: the weight of
+        a sample is then the mean weight of its positions.
+
+        Args:
+            targets: Targets of the batch.
+
+        Returns:
+            A scalar, or None for the number of samples.
+        """
+        target = pick(targets, self.target)
+        divisor = self._normalizer(target)
+        return None if divisor is None else divisor * (len(target) / max(1, target.numel()))
+
+    def _normalizer(self, target: Nested) -> Tensor | None:
+        return normalizer(self.function, target) if isinstance(target, Tensor) else None
 
     def apply_weight(self, value: Tensor) -> Tensor:
         """Return the value times the weight; a weight of 1 needs no operation."""
@@ -128,6 +152,21 @@ class WeightedSum(nn.Module):
                 f"returned {describe(value)}"
             )
         return value.mean() if value.ndim else value
+
+    def samples_weight(self, targets: Nested) -> Tensor | None:
+        """Return how many samples a batch counts for in a mean over batches.
+
+        Args:
+            targets: Targets of the batch.
+
+        Returns:
+            A scalar for a single term that does not divide by the number of samples; otherwise
+            None, for the number of samples.
+        """
+        if len(self.terms) > 1:
+            return None
+        (term,) = self.terms.values()
+        return term.samples_weight(targets)
 
     def update_weights(self, epoch: int, step: int) -> None:
         """Set the scheduled weights for the next step.

@@ -33,25 +33,36 @@ class Average:
     Attributes:
         value: Scalar tensor on the device, detached.
         count: Number of samples; 0 if the step does not count.
+        weight: How much the value counts in a mean over steps, a scalar on the device; None is the
+            number of samples.
     """
 
     value: Tensor
     count: int
+    weight: Tensor | None = None
 
 
 StepValues = Mapping[str, Average | Sums]
 Timestamp = float | torch.cuda.Event
 
 
-def average(value: Tensor, count: int) -> Average:
-    """Return a scalar tensor as the mean over `count` samples; detached, but not read."""
-    return Average(value.detach(), count)
+def average(value: Tensor, count: int, weight: Tensor | None = None) -> Average:
+    """Return a scalar tensor as the mean over `count` samples; detached, but not read.
+
+    Args:
+        value: The mean.
+        count: Number of samples.
+        weight: See `Average`.
+    """
+    return Average(value.detach(), count, weight)
 
 
 def zeros_like_row(values: StepValues) -> StepValues:
     """Return the same columns with values that count for nothing."""
     return {
-        name: Average(torch.zeros_like(value.value), 0)
+        name: Average(
+            torch.zeros_like(value.value), 0, None if value.weight is None else 0 * value.weight
+        )
         if isinstance(value, Average)
         else tuple(torch.zeros_like(part) for part in value)
         for name, value in values.items()
@@ -160,9 +171,8 @@ class StageAccumulator:
             metric = self.metrics.sum_metrics.get(name)
             total = sums.sum(0)
             if metric is None:
-                with np.errstate(invalid="ignore"):  # 0 / 0 of a step without samples is NaN
-                    steps[name] = (sums[:, 0] / sums[:, 1]).numpy()
-                    totals[name] = float(total[0] / total[1])
+                steps[name] = _means(sums).numpy()
+                totals[name] = _means(total).item()
             elif (value := self.metrics.value(name, total)).size == 1:
                 steps[name] = metric.values(sums)
                 totals[name] = value.item()
@@ -173,9 +183,10 @@ class StageAccumulator:
                 totals[name] = value.item()
             else:
                 arrays[name] = value
-        counts = columns["loss"][:, 1].numpy().astype(np.int64)
+        counts = columns["loss"][:, -1].numpy().astype(np.int64)
         table = self._step_table(stage, epoch, counts, steps)
-        row = self._summary_row(stage, epoch, counts, steps["loss"], totals)
+        weights = columns["loss"][:, 1].numpy()
+        row = self._summary_row(stage, epoch, counts, weights, steps["loss"], totals)
         return StageResult(stage, epoch, row, table, arrays)
 
     def _step_table(
@@ -201,14 +212,15 @@ class StageAccumulator:
         stage: str,
         epoch: int,
         counts: np.ndarray,
+        weights: np.ndarray,
         losses: np.ndarray,
         totals: dict[str, float],
     ) -> Row:
         num_samples, seconds = int(counts.sum()), self.timer.elapsed()
         mean = totals.pop("loss")
-        counted = counts > 0
+        counted = weights > 0
         squares = (losses[counted] - mean) ** 2
-        variance = np.average(squares, weights=counts[counted]) if counted.any() else math.nan
+        variance = np.average(squares, weights=weights[counted]) if counted.any() else math.nan
         return {
             "epoch": epoch,
             "stage": stage,
@@ -228,8 +240,9 @@ def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
         rows: Values of each step, all with the same columns.
 
     Returns:
-        By column name, a float64 matrix with one row per step. Its columns are the sum and the
-        count of an `Average`, or all states of a metric.
+        By column name, a float64 matrix with one row per step. Its columns are the weighted value,
+        the weight (if it is not the count) and the count of an `Average`, or all states of a
+        metric.
     """
     columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
     widths = [column.shape[1] for column in columns.values()]
@@ -237,12 +250,22 @@ def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
     return dict(zip(columns, block.split(widths, dim=1), strict=True))
 
 
+def _means(sums: Tensor) -> Tensor:
+    """Return the means of columns of `Average`s; NaN without samples, 0 if all weights are 0."""
+    value, weight, count = sums[..., 0], sums[..., 1], sums[..., -1]
+    return value / weight.masked_fill((weight == 0) & (count > 0), 1.0)
+
+
 def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
     averages = [value for value in values if isinstance(value, Average)]
     if averages:
         means = _to_float64(torch.stack([item.value for item in averages]))
         counts = means.new_tensor([item.count for item in averages])
-        return torch.stack([means * counts, counts], dim=1)
+        weights = [item.weight for item in averages if item.weight is not None]
+        if not weights:
+            return torch.stack([means * counts, counts], dim=1)
+        weight = _to_float64(torch.stack(weights))
+        return torch.stack([means * weight, weight, counts], dim=1)
     states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
     stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
     return torch.cat(stacked, dim=1)

@@ -11,6 +11,7 @@ import torch
 from app.data.batch import BatchLoader
 from app.distributed.collectives import rank
 from app.distributed.strategies import SingleDevice
+from app.runtime.rank_sums import padding
 from app.runtime.seed import seed_everything
 from app.training.nonfinite import NonFinitePolicy
 from app.training.oom import OOMReporter
@@ -89,6 +90,7 @@ class StepContext:
         with (
             self.oom.guard_step(stage, epoch, batch.number),
             metrics.paused() if metrics is not None else nullcontext(),
+            padding(batch.is_padding),
             self.task.precision.autocast(),
         ):
             yield

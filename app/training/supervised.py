@@ -80,14 +80,16 @@ class SupervisedTask(Task):
         mixed_inputs, mixed_targets = self.mix(inputs, targets) if self.mix else (inputs, targets)
         outputs = self.forward(mixed_inputs)
         loss, terms = self.loss(outputs, mixed_targets)
-        self.optimizer.step(loss, count_samples(inputs))
-        return self.step_output("train", outputs, targets, loss, terms)
+        weight = self.loss.samples_weight(mixed_targets)
+        self.optimizer.step(loss, count_samples(inputs), weight)
+        return self.step_output("train", outputs, targets, loss, terms, weight)
 
     def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
         outputs = self.predict(inputs)
         loss, terms = self.loss(outputs, targets)
-        return self.step_output(stage, outputs, targets, loss, terms)
+        weight = self.loss.samples_weight(targets)
+        return self.step_output(stage, outputs, targets, loss, terms, weight)
 
     def predict_step(self, batch: Nested) -> Nested:
         return self.predict(pick(batch, self.inputs))
@@ -139,10 +141,11 @@ class SupervisedTask(Task):
         targets: Nested,
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> StepOutput:
         """Do as `Task.step_output`, and add the weights of the loss terms as columns."""
         columns = {**(terms or {}), **self.loss.learned_weights()}
-        output = super().step_output(stage, outputs, targets, loss, columns)
+        output = super().step_output(stage, outputs, targets, loss, columns, weight)
         return StepOutput(output.values, output.outputs, self.loss.scheduled_weights())
 
     def on_step_start(self, epoch: int, step: int) -> None:

@@ -186,6 +186,7 @@ class Task:
         targets: Nested,
         loss: Tensor,
         terms: Mapping[str, Tensor] | None = None,
+        weight: Tensor | None = None,
     ) -> StepOutput:
         """Update the metrics of a stage, and return the values of a step.
 
@@ -198,10 +199,12 @@ class Task:
             targets: Targets, as the metrics of the stage expect them.
             loss: Scalar, the mean over the batch.
             terms: Further scalars by column name, each the mean over the batch.
+            weight: How much the loss counts in a mean over batches, a scalar; None is the number
+                of samples.
         """
         count = count_samples(outputs)
         averages = {n: average(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
-        averages["loss"] = average(loss, count)  # even if a term has the name `loss`
+        averages["loss"] = average(loss, count, weight)  # even if a term has the name `loss`
         outputs = map_tensors(Tensor.detach, outputs)
         skipped = stage == "train" and self.optimizers is not None and self.optimizers.skipped_step
         maybe_paused = self.metrics[stage].paused() if skipped else nullcontext()

@@ -128,10 +128,16 @@ def assert_same(one: Fit, several: Fit, **tolerance: float) -> None:
             "data.split.valid=101",
             "trainer.limit_valid_batches=null",
         ],
+        [
+            "model=mlp",
+            "data.batch_size=7",
+            "trainer.accumulate_grad_batches=3",
+            "loss.cross_entropy.function.weight=[0.1,1,2,1,5,1,1,3,1,9]",
+        ],
         ["model=lenet", "+freeze.first={parameters: features, until_epoch: 2}"],
         ["model=lenet", "+freeze.first={parameters: features, from_epoch: 2}"],
     ],
-    ids=["plain", "adamw-ema", "accumulate-clip", "uneven", "unfreeze", "freeze"],
+    ids=["plain", "adamw-ema", "accumulate-clip", "uneven", "class-weights", "unfreeze", "freeze"],
 )
 def test_fit_ddp_matches_one_rank(overrides: list[str]) -> None:
     one = fit(*SHORT, *overrides)
@@ -148,6 +154,31 @@ def test_fit_last_batch_smaller_than_number_of_ranks_matches_one_rank() -> None:
     assert_same(one, run_on_ranks(3, fit, *overrides, "data.batch_size=10")[0], **ROUNDING)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss=dice", "loss.dice.function.per_sample=false"],
+        ["loss=cross_entropy", "+loss.cross_entropy.function.ignore_index=0"],
+    ],
+    ids=["dice-of-the-batch", "ignored-pixels"],
+)
+def test_fit_segmentation_matches_one_rank(overrides: list[str]) -> None:
+    """The loss divides by sums over the batch, of which each rank has an unequal part or none."""
+    overrides = [
+        *SHORT[:-1],
+        "experiment=shapes_unet",
+        "~model",
+        "+model={_target_: torch.nn.Conv2d, in_channels: 1, out_channels: 3, kernel_size: 5,"
+        " padding: 2}",
+        "data.image_size=16",
+        "data.batch_size=4",
+        "data.split.valid=795",  # 5 training samples: in the second batch two ranks have none
+        "data.eval_batch_size=100",
+        *overrides,
+    ]
+    assert_same(fit(*overrides), run_on_ranks(3, fit, *overrides)[0], **ROUNDING)
+
+
 def test_fit_fsdp_matches_one_rank() -> None:
     overrides = [
         *SHORT,
@@ -156,6 +187,7 @@ def test_fit_fsdp_matches_one_rank() -> None:
         "trainer.gradient_norm=true",
     ]
     overrides += ["optimizer=adamw", "optimizer.lr=0.001", "average=ema"]
+    overrides += ["loss.cross_entropy.function.weight=[0.1,1,2,1,5,1,1,3,1,9]"]
     one = fit(*overrides)
     for size in (2, 3):
         assert_same(

@@ -13,6 +13,7 @@ from app.distributed.collectives import all_reduce, all_reduce_async
 from app.distributed.strategies import (
     SingleDevice,
     finite_indicator,
+    local_tensor,
     shard_like,
     split_dtensors,
     total_norm,
@@ -84,18 +85,22 @@ class OptimWrapper:
         self.steps = self.batches = self.samples = 0
         self.last_batch_samples = 0
         self.total_samples: Callable[[], float] | None = None  # over all ranks, once reduced
+        self.total_weight: Tensor | None = None  # on this rank, if it is not that of the samples
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         return self.schedule.lr
 
-    def step(self, loss: Tensor, num_samples: int) -> None:
+    def step(self, loss: Tensor, num_samples: int, weight: Tensor | None = None) -> None:
         """Backpropagate a loss, and step the optimizer once enough batches are accumulated.
 
         Args:
             loss: Scalar, the mean loss over the samples of the batch on this rank.
             num_samples: Number of samples in the batch.
+            weight: How many samples the batch counts for in the mean over accumulated batches and
+                ranks, a scalar on the device, such as the sum of the class weights of its
+                targets; None is `num_samples`. Either all batches have one or none.
 
         Raises:
             UserError: If the loss does not depend on a trainable parameter.
@@ -108,12 +113,12 @@ class OptimWrapper:
         if self.batches == self.accumulate:
             # Overlaps with the backward pass.
             self.total_samples = all_reduce_async(self.samples)
-        self.backward(loss, num_samples)
+        self.backward(loss, num_samples, weight)
         if self.batches == self.accumulate:
             self.apply()
 
-    def backward(self, loss: Tensor, num_samples: int) -> None:
-        """Accumulate the gradients of a loss, weighted by its samples; frozen parameters get none.
+    def backward(self, loss: Tensor, num_samples: int, weight: Tensor | None = None) -> None:
+        """Accumulate the gradients of a loss; frozen parameters get none. See `step`.
 
         Raises:
             UserError: If the loss does not depend on a trainable parameter.
@@ -130,10 +135,19 @@ class OptimWrapper:
             else self._initial_gradient(loss)
         )
         if self.weights_by_samples:
-            loss = loss * (self.last_batch_samples / self.full_batch_size)
+            loss = loss * (self._batch_weight(weight) / self.full_batch_size)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
             scaled.backward(gradient, inputs=None if self.owns_all_parameters else trainable)
+
+    def _batch_weight(self, weight: Tensor | None) -> Tensor | int:
+        """Return the weight of the last batch, and add it to the total weight on this rank."""
+        if weight is None:
+            return self.last_batch_samples
+        weight = torch.zeros_like(weight) if self.strategy.is_padding else weight
+        earlier = 0 if self.total_weight is None else self.total_weight
+        self.total_weight = earlier + weight.float()  # a new tensor, as it is reduced in place
+        return weight
 
     @property
     def checks_loss_only(self) -> bool:
@@ -172,7 +186,7 @@ class OptimWrapper:
             self.schedule.on_step_end()
             self.steps += 1
         self.batches = self.samples = 0
-        self.total_samples = self.loss_indicator = None
+        self.total_samples = self.total_weight = self.loss_indicator = None
 
     def _apply_gradients(self, total: float) -> bool:
         """Clip and step, unless the finite check refuses; return whether a step was made."""
@@ -185,13 +199,8 @@ class OptimWrapper:
         uses_values = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(uses_values):
             self.scaler.unscale_(self.optimizer)
-        factor = (
-            self.full_batch_size * self.strategy.grad_divisor / total
-            if self.weights_by_samples and total
-            else 1.0
-        )
-        if factor != 1.0:  # makes it the mean over the samples that were there
-            torch._foreach_mul_(list(self._gradients()), factor)
+        if self.weights_by_samples:
+            self._normalize_gradients(total)
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
@@ -214,6 +223,16 @@ class OptimWrapper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return True
+
+    def _normalize_gradients(self, total: float) -> None:
+        """Make the gradients those of the mean over the samples that were there."""
+        expected = self.full_batch_size * self.strategy.grad_divisor
+        gradients = [local_tensor(gradient) for gradient in self._gradients()]
+        if self.total_weight is not None:
+            weight = all_reduce(self.total_weight)
+            torch._foreach_mul_(gradients, expected / weight.where(weight > 0, 1))
+        elif total and total != expected:
+            torch._foreach_mul_(gradients, expected / total)
 
     def _is_finite(self, indicator: Tensor) -> bool:
         check, has_scaler = self.finite_check, self.scaler.is_enabled()

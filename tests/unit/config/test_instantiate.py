@@ -32,3 +32,12 @@ def test_instantiate_partial_node_returns_functools_partial() -> None:
     node = {"_target_": "torch.nn.functional.cross_entropy", "_partial_": True, "reduction": "sum"}
     function = Instantiator()("loss", node)
     assert function.keywords == {"reduction": "sum"}
+
+
+def test_instantiate_list_of_numbers_becomes_a_tensor_where_one_is_expected() -> None:
+    node = {"_target_": "torch.nn.CrossEntropyLoss", "weight": [1, 2.5]}
+    assert Instantiator()("loss", node).weight.tolist() == [1.0, 2.5]
+    node = {"_target_": "app.losses.focal.FocalLoss", "alpha": [1, 2.5]}
+    assert Instantiator()("loss", node).alpha.tolist() == [1.0, 2.5]
+    node = {"_target_": "torch.nn.Unflatten", "dim": 1, "unflattened_size": [2, 2]}
+    assert Instantiator()("model", node).unflattened_size == [2, 2]

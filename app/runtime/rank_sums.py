@@ -1,0 +1,48 @@
+"""Sums over a batch that several ranks share, through which gradients flow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+_is_padding = ContextVar("is_padding", default=False)
+
+
+class AllReduceSum(torch.autograd.Function):
+    """Differentiable sum of a tensor over all ranks."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, tensor: Tensor) -> Tensor:  # noqa: ARG004
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> Tensor:  # noqa: ARG004
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+@contextmanager
+def padding(is_padding: bool) -> Iterator[None]:
+    """Leave this rank's samples out of `sum_over_ranks` if its batch is padding."""
+    token = _is_padding.set(is_padding)
+    try:
+        yield
+    finally:
+        _is_padding.reset(token)
+
+
+def sum_over_ranks(sums: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks; in a single process, the tensor itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return sums
+    total: Tensor = AllReduceSum.apply(sums * (not _is_padding.get()))
+    return total
