@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from tests.support.interrupted_runs import TINY_RUN, write_indexed_data
 from tests.support.processes import SUPPORT_DIR
 from tests.support.runs import job_for
 
-NUM_JOBS = 50
 WARMUP_JOBS = 10  # until then, caches of the libraries grow
 
 
@@ -29,6 +29,7 @@ def process_state() -> dict[str, Any]:
     return {
         "dtype": torch.get_default_dtype(),
         "threads": torch.get_num_threads(),
+        "python threads": threading.active_count(),
         "grad": torch.is_grad_enabled(),
         "handlers": list(root.handlers),
         "level": root.level,
@@ -49,8 +50,11 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize(
+    "num_jobs", [50, pytest.param(500, marks=[pytest.mark.long, pytest.mark.timeout(3600)])]
+)
 def test_many_jobs_in_one_process_leave_it_unchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_jobs: int
 ) -> None:
     monkeypatch.syspath_prepend(SUPPORT_DIR)
     monkeypatch.setenv("FAULT", "none:0:0")
@@ -59,7 +63,7 @@ def test_many_jobs_in_one_process_leave_it_unchanged(
     overrides = ("--config-dir", str(tmp_path / "conf"), *TINY_RUN, "trainer.max_epochs=1")
     job = job_for(*overrides, "trainer.deterministic=true", "model.dropout=0.2")
     memory, files, state = 0, 0, {}
-    for number in range(NUM_JOBS):
+    for number in range(num_jobs):
         folder = tmp_path / str(number)
         folder.mkdir()
         random.seed(number), np.random.seed(number), torch.manual_seed(number)
@@ -70,6 +74,6 @@ def test_many_jobs_in_one_process_leave_it_unchanged(
     assert num_open_files() <= files
     assert resident_bytes() - memory < 20 * 2**20, "memory must not grow"
     weights = [
-        torch.load(tmp_path / str(n) / "model.pt", weights_only=True) for n in (0, NUM_JOBS - 1)
+        torch.load(tmp_path / str(n) / "model.pt", weights_only=True) for n in (0, num_jobs - 1)
     ]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
+import sys
 import time
 import warnings
+from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,8 +80,40 @@ def trigger_fault(kind: str) -> None:
         torch.empty(1 << 50)
     if kind == "warn":
         warnings.warn("injected warning", stacklevel=1)
+    if kind == "clock":
+        set_clock_back(timedelta(days=1))
     if kind in ("SIGTERM", "SIGUSR1", "SIGINT"):
         os.kill(os.getpid(), getattr(signal, kind))
+
+
+def set_clock_back(difference: timedelta) -> None:
+    """Set the clock back for the rest of this process, as far as this program reads it."""
+    now = time.time
+
+    class EarlierDatetime(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> Self:
+            return super().now(tz) - difference
+
+    time.time = lambda: now() - difference.total_seconds()  # type: ignore[assignment]
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("app.") and hasattr(module, "datetime"):
+            module.datetime = EarlierDatetime
+
+
+class MemoryRecorder(Callback):
+    """Appends the resident memory of this process to `memory.csv`, every so many steps."""
+
+    def __init__(self, folder: Path, every: int) -> None:
+        self.path, self.every, self.steps = folder / "memory.csv", every, 0
+        self.path.write_text("step,bytes\n")
+
+    def on_step_end(self, step: StepEnd) -> None:  # noqa: ARG002
+        self.steps += 1
+        if self.steps % self.every == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            with self.path.open("a") as file:
+                file.write(f"{self.steps},{pages * resource.getpagesize()}\n")
 
 
 class RecordedTask(FaultyTask):
