@@ -146,6 +146,14 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class TransformsConfig:
+    """Transforms of single samples: those of training, and those of all other stages."""
+
+    train: Nodes
+    eval: Nodes
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where samples come from and how they become batches."""
 
@@ -164,6 +172,7 @@ class DataConfig:
     eval_batch_size: Positive | None
     drop_last: bool
     sampling: Node | None
+    transforms: TransformsConfig
     normalize: NormalizeConfig | None
     augment: Nodes
     memory: Literal["auto", "host", "device"]

@@ -17,8 +17,11 @@ SCHEDULER = "scheduler.lr_scheduler"
 COMPONENTS = ("model", "task", "average", "data.sampling")
 COMPONENT_GROUPS = (
     *("loss", "callbacks", "data.source", "data.augment"),
+    *("data.transforms.train", "data.transforms.eval"),
     *(f"metric.{stage}" for stage in STAGES),
 )
+# Sources that had an argument `transforms` once.
+SOURCES_WITHOUT_TRANSFORMS = ("app.data.images.image_folder", "app.data.hugging_face.hugging_face")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
     "callbacks": ("folder", "model", "config"),
     "task": ("model", "loss", "metrics", "precision"),
@@ -53,6 +56,13 @@ def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[Co
     for key, node, num_positional in _iter_nodes(plain):
         if "_target_" not in node:
             yield ConfigIssue(f"{key}._target_", " is missing: the class or function to use")
+        if node.get("_target_") in SOURCES_WITHOUT_TRANSFORMS and "transforms" in node:
+            problem = (
+                " has moved, since transforms belong to stages: use data.transforms.train and "
+                "data.transforms.eval. Of a saved run, name the data again: data=..., data.path=..."
+            )
+            yield ConfigIssue(f"{key}.transforms", problem)
+            node = {name: value for name, value in node.items() if name != "transforms"}
         injected = INJECTED_ARGUMENTS.get(key.partition(".")[0], ())
         yield from iter_node_issues(key, node, trusted, num_positional, injected)
 
@@ -70,7 +80,7 @@ def _build_issues(
     instantiate = Instantiator(trusted)
     for key, node in nodes.items():
         with _collect_errors(issues):
-            if key.startswith(("metric.", "loss.", "data.augment.")):
+            if key.startswith(("metric.", "loss.", "data.augment.", "data.transforms.")):
                 strict = {"validate_args": True} if "validate_args" in node else {}
                 instantiate(key, node | strict)
             elif key == "average":

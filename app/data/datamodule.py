@@ -15,7 +15,14 @@ from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.sampling import EpochSampler
 from app.data.split import check_datasets, dataset_labels, dataset_size, split_dataset, subset
-from app.data.transform import BatchTransform, channel_statistics
+from app.data.transform import (
+    BatchTransform,
+    PerSample,
+    channel_statistics,
+    draws_once_per_batch,
+    for_batches,
+    transform_samples,
+)
 from app.runtime.errors import UserError, as_user_error
 
 Limit = int | float | None
@@ -72,8 +79,9 @@ def active_stages(config: Config) -> tuple[str, ...]:
 def _prediction_dataset(config: Config, datasets: dict[str, Dataset[Any]]) -> Dataset[Any]:
     if config.predict.images is None:
         return datasets[config.predict.stage]
+    side = None if config.data.transforms.eval else config.data.image_size
     with as_user_error("predict.images"):
-        return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
+        return ImageFiles(config.predict.images, side, config.data.channels)
 
 
 def make_loaders(
@@ -86,7 +94,7 @@ def make_loaders(
     """Build a loader for each stage of the mode."""
     if not active_stages(config):
         return {}
-    transform = _eval_transform(config.data, datasets, device, memory_format)
+    transform = _batch_transform(config.data, datasets, device, memory_format)
     return {
         stage: _make_loader(config, build, stage, datasets[stage], transform, device)
         for stage in active_stages(config)
@@ -94,7 +102,7 @@ def make_loaders(
     }
 
 
-def _eval_transform(
+def _batch_transform(
     data: DataConfig,
     datasets: dict[str, Dataset[Any]],
     device: torch.device,
@@ -127,9 +135,16 @@ def _make_loader(
     device: torch.device,
 ) -> BatchLoader:
     data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
+    group = "train" if is_training else "eval"
+    nodes = getattr(data.transforms, group)
+    transforms = list(build.build_all(f"data.transforms.{group}", nodes).values())
+    if isinstance(dataset, TensorDataset):
+        transform = replace(transform, transforms=[for_batches(t) for t in transforms])
     if is_training:
-        augment = list(build.build_all("data.augment", data.augment).values())
-        transform = replace(transform, augment=augment)
+        augment = build.build_all("data.augment", data.augment).values()
+        transform = replace(
+            transform, augment=[PerSample(a) if draws_once_per_batch(a) else a for a in augment]
+        )
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
     prepare = BatchPreparer(device, transform, data.inputs)
     limit, options = _batch_limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
@@ -142,7 +157,9 @@ def _make_loader(
         if is_training and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")
         drop_last = is_training and data.drop_last
-        return IterableLoader(dataset, batch_size, prepare, limit, config.seed, options, drop_last)
+        stream = transform_samples(dataset, transforms, data.inputs)
+        assert isinstance(stream, IterableDataset)
+        return IterableLoader(stream, batch_size, prepare, limit, config.seed, options, drop_last)
     seed = config.seed if is_training else None
     weights = _sample_weights(build, data, dataset) if is_training and data.sampling else None
     sampler = EpochSampler.from_limit(dataset_size(dataset), batch_size, limit, seed, weights)
@@ -151,7 +168,8 @@ def _make_loader(
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
         return TensorLoader(dataset, sampler, batch_size, prepare, on_device)
-    return SampleLoader(dataset, sampler, batch_size, prepare, config.seed, options)
+    samples = transform_samples(dataset, transforms, data.inputs)
+    return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
 
 
 def _batch_limit(trainer: TrainerConfig, stage: str) -> Limit:

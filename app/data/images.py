@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,17 +18,13 @@ from app.runtime.errors import UserError, join_choices
 DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError)
 
 
-def image_folder(
-    root: str, transforms: dict[str, Callable[[Tensor], Tensor]], follow_links: bool = False
-) -> ImageFolder:
+def image_folder(root: str, follow_links: bool = False) -> ImageFolder:
     """Return a dataset of images in one sub-folder per class.
 
     A sample is (uint8 of shape (3, H, W), label).
 
     Args:
         root: The folder that contains the class folders; classes are numbered in order of name.
-        transforms: Named transforms, applied to each decoded image in order; together they must
-            give all images the same size.
         follow_links: Whether to allow links that point outside the folder.
 
     Raises:
@@ -39,8 +34,7 @@ def image_folder(
         raise UserError(f"{root!r} is not a folder")
     _check_links(Path(root), follow_links)
     try:
-        transform = v2.Compose(list(transforms.values())) if transforms else None
-        return ImageFolder(root, transform=transform, loader=decode_image)
+        return ImageFolder(root, loader=decode_image)
     except FileNotFoundError as error:
         raise UserError(str(error)) from error
 
@@ -85,7 +79,7 @@ class ImageFiles(Dataset[tuple[Tensor]]):
         channels: 1 reads images in grayscale; any other value gives 3 channels.
 
     Attributes:
-        names: Paths of the files relative to the folder.
+        paths: Paths of the files relative to the folder.
 
     Raises:
         UserError: The folder does not exist or contains no image.
@@ -100,13 +94,13 @@ class ImageFiles(Dataset[tuple[Tensor]]):
             raise UserError(
                 f"predict.images={folder!r} contains no image; allowed: {join_choices(suffixes)}"
             )
-        self.root, self.names = root, [path.relative_to(root).as_posix() for path in files]
+        self.root, self.paths = root, [path.relative_to(root).as_posix() for path in files]
         self.mode: Literal["RGB", "L"] = "L" if channels == 1 else "RGB"
         self.resize = v2.Resize([side, side], antialias=True) if side else None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor]:
-        pixels = decode_image(str(self.root / self.names[index]), self.mode)
+        pixels = decode_image(str(self.root / self.paths[index]), self.mode)
         return (self.resize(pixels) if self.resize else pixels,)

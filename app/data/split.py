@@ -143,3 +143,11 @@ def dataset_labels(dataset: Dataset[Any], targets: Key) -> Tensor | None:
         values = dataset.tensors[targets] if has_targets else None  # type: ignore[index]
     labels = None if values is None else torch.as_tensor(values)
     return labels if labels is not None and labels.ndim == 1 else None
+
+
+def sample_paths(dataset: Dataset[Any]) -> list[str] | None:
+    """Return the file of each sample, from the attribute `paths` of the dataset, if it has it."""
+    if isinstance(dataset, Subset):
+        paths = sample_paths(dataset.dataset)
+        return None if paths is None else [paths[index] for index in dataset.indices]
+    return getattr(dataset, "paths", None)

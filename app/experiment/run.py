@@ -197,7 +197,7 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
     file, task = load_ckpt_weights(trainer, config), components.task
     loader = components.loaders[PREDICT]
     logits = logit_keys(task)
-    names = getattr(loader, "names", None)
+    names = components.paths.get(PREDICT) if config.predict.images else None
     files = PredictionFileWriter(trainer.state.folder, logits, config.predict.format, names)
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):
