@@ -23,7 +23,7 @@ COMPONENT_GROUPS = (
 # Sources that had an argument `transforms` once.
 SOURCES_WITHOUT_TRANSFORMS = ("app.data.images.image_folder", "app.data.hugging_face.hugging_face")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
-    "callbacks": ("folder", "model", "config"),
+    "callbacks": ("folder", "model", "config", "paths"),
     "task": ("model", "loss", "metrics", "precision"),
     "average": ("model",),
 }
@@ -42,14 +42,21 @@ def validate(
     Raises:
         ConfigError: Lists everything that is wrong.
     """
+    issues = config_issues(plain, trusted, known_issues)
+    if issues:
+        raise ConfigError(issues)
+    return to_dataclass(plain, Config)
+
+
+def config_issues(
+    plain: dict[str, Any], trusted: Sequence[str], known_issues: Sequence[ConfigIssue] = ()
+) -> list[ConfigIssue]:
+    """Return everything that is wrong with a configuration; see `validate`."""
     issues = [*known_issues, *iter_issues("", plain, Config)]
     issues += rule_issues(plain, tuple(issue.key for issue in issues))
     issues += _target_issues(plain, trusted)
     invalid_keys = {issue.key for issue in issues}
-    issues += _build_issues(plain, trusted, invalid_keys)
-    if issues:
-        raise ConfigError(issues)
-    return to_dataclass(plain, Config)
+    return issues + _build_issues(plain, trusted, invalid_keys)
 
 
 def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -85,6 +86,28 @@ def transform_samples(
     if isinstance(dataset, IterableDataset):
         return TransformedStream(dataset, transform)
     return TransformedDataset(dataset, transform)
+
+
+class ResizeCenterCrop:
+    """Resize the shorter side of images to `size / ratio`, and cut out the square in the middle.
+
+    This is how torchvision and timm (with `ratio` as `crop_pct`) evaluate their published weights.
+
+    Args:
+        size: Height and width of the result, in pixels.
+        ratio: Part of the shorter side that is kept, above 0 and at most 1; None keeps all of it.
+    """
+
+    def __init__(self, size: int, ratio: float | None = None) -> None:
+        if ratio is not None and not 0 < ratio <= 1:
+            raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
+        self.resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
+        self.crop = v2.CenterCrop(size)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Transform images of shape (..., C, H, W)."""
+        cropped: Tensor = self.crop(self.resize(images))
+        return cropped
 
 
 class PerSample:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -17,61 +15,12 @@ from app.config.instantiate import Instantiator
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.transform import for_batches, transform_samples
-from tests.support.image_files import write_image_folder
+from tests.support.data_files import write_data
 from tests.support.runs import config_issues, job_for
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
 DOWNLOADED = {"cifar10", "cifar100", "fashion_mnist", "kmnist", "svhn"}
 FLIP = "+data.transforms.train.flip={_target_: torchvision.transforms.v2.RandomHorizontalFlip}"
-
-
-def write_csv(folder: Path) -> list[str]:
-    rows = [f"{index},{index * 2},{index % 3}" for index in range(30)]
-    (folder / "x.csv").write_text("\n".join(["a,b,label", *rows]))
-    return ["data.path=x.csv", "data.num_classes=3", "data.input_shape=[2]", "model=mlp"]
-
-
-def write_npz(folder: Path) -> list[str]:
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8)
-    np.savez(folder / "x.npz", x=images, y=np.arange(30) % 3)
-    return ["data.path=x.npz", "data.num_classes=3", "data.input_shape=[1,8,8]", FLIP]
-
-
-def write_images(folder: Path) -> list[str]:
-    write_image_folder(folder / "pets" / "train", {"cat": 20, "dog": 20})
-    write_image_folder(folder / "pets" / "test", {"cat": 4, "dog": 4})
-    return ["data.path=pets", "data.num_classes=2", "data.image_size=16"]
-
-
-def write_hugging_face(folder: Path) -> list[str]:
-    datasets = pytest.importorskip("datasets")
-    write_image_folder(folder / "files", {"cat": 20, "dog": 20})
-    rows = {
-        "image": [str(path) for path in sorted((folder / "files").rglob("*.png"))],
-        "label": [0] * 20 + [1] * 20,
-    }
-    label = datasets.ClassLabel(names=["cat", "dog"])
-    features = datasets.Features({"image": datasets.Image(), "label": label})
-    train = datasets.Dataset.from_dict(rows, features=features)
-    saved = datasets.DatasetDict(train=train, test=train.select(range(4)))
-    saved.save_to_disk(str(folder / "saved"))
-    return ["data.path=saved", "data.num_classes=2", "data.image_size=16"]
-
-
-def nothing_to_write(folder: Path) -> list[str]:  # noqa: ARG001
-    return [FLIP]
-
-
-FIXTURES: dict[str, Callable[[Path], list[str]]] = {
-    "mnist": nothing_to_write,
-    "mnist_parity": nothing_to_write,
-    "shapes": nothing_to_write,
-    "csv": write_csv,
-    "npz": write_npz,
-    "image_folder": write_images,
-    "hugging_face": write_hugging_face,
-}
 
 
 def make_stage_loaders(*overrides: str) -> dict[str, BatchLoader]:
@@ -90,14 +39,14 @@ def inputs_of(loader: BatchLoader, epoch: int, batches: int = 3) -> torch.Tensor
 def test_validation_of_every_data_option_is_the_same_in_two_epochs(
     name: str, tmp_cwd: Path
 ) -> None:
-    overrides = FIXTURES[name](tmp_cwd)
+    overrides = write_data(name, tmp_cwd) + ([] if name == "csv" else [FLIP])
     loaders = make_stage_loaders(f"data={name}", "data.batch_size=10", *overrides)
     for stage in ("valid", "test"):
         assert torch.equal(*(inputs_of(loaders[stage], epoch) for epoch in (1, 2))), stage
 
 
 def test_overfitting_reads_untransformed_samples_in_both_stages(tmp_cwd: Path) -> None:
-    overrides = write_images(tmp_cwd)
+    overrides = write_data("image_folder", tmp_cwd)
     loaders = make_stage_loaders(
         "data=image_folder", *overrides, "data.batch_size=4", "trainer.overfit_batches=2"
     )
@@ -107,8 +56,10 @@ def test_overfitting_reads_untransformed_samples_in_both_stages(tmp_cwd: Path) -
 
 
 def test_training_samples_are_transformed_by_epoch_from_files_and_in_memory(tmp_cwd: Path) -> None:
-    files = make_stage_loaders("data=image_folder", *write_images(tmp_cwd), "data.batch_size=40")
-    memory = make_stage_loaders("data=npz", *write_npz(tmp_cwd), "data.batch_size=24")
+    files = make_stage_loaders(
+        "data=image_folder", *write_data("image_folder", tmp_cwd), "data.batch_size=40"
+    )
+    memory = make_stage_loaders("data=npz", FLIP, *write_data("npz", tmp_cwd), "data.batch_size=24")
     for loader in (files["train"], memory["train"]):
         pixels = [inputs_of(loader, epoch) for epoch in (1, 2)]
         rows = [sorted(map(tuple, batch.flatten(1).tolist())) for batch in pixels]
@@ -116,7 +67,7 @@ def test_training_samples_are_transformed_by_epoch_from_files_and_in_memory(tmp_
 
 
 def test_samples_are_the_same_with_and_without_workers(tmp_cwd: Path) -> None:
-    overrides = ["data=image_folder", *write_images(tmp_cwd), "~data.augment.flip"]
+    overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd), "~data.augment.flip"]
     alone, workers = (
         make_stage_loaders(*overrides, f"data.loader.num_workers={count}") for count in (0, 2)
     )
@@ -167,11 +118,11 @@ def test_samples_without_transforms_are_the_dataset_itself() -> None:
     assert transform_samples(dataset, [], 0) is dataset
 
 
-def test_transforms_of_a_source_are_refused_with_the_new_key() -> None:
+def test_transforms_of_a_source_are_refused_with_the_new_key(tmp_cwd: Path) -> None:
+    (tmp_cwd / "x").mkdir()
     (issue,) = config_issues(
         "data=image_folder",
         "data.path=x",
-        "data.num_classes=2",
         "+data.source.train.transforms={flip: {_target_: app.data.augment.RandomFlip}}",
     )
     assert issue.startswith("data.source.train.transforms has moved")
