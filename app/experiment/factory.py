@@ -165,15 +165,20 @@ def make_metrics(stage: str, nodes: Mapping[str, Any], instantiator: Instantiato
 
 
 def make_callbacks(
-    config: Config, instantiator: Instantiator, folder: Path, model: nn.Module, job: Job
+    job: Job, instantiator: Instantiator, folder: Path, components: Components
 ) -> list[Callback]:
     """Build the callbacks of the configuration.
 
     Raises:
         UserError: A target does not build a `Callback`.
     """
-    offers = {"folder": folder, "model": model, "config": job.plain}
-    callbacks = instantiator.build_all("callbacks", config.callbacks, **offers)
+    offers = {
+        "folder": folder,
+        "model": components.task.model,
+        "config": job.plain,
+        "paths": components.paths,
+    }
+    callbacks = instantiator.build_all("callbacks", job.config.callbacks, **offers)
     for name, callback in callbacks.items():
         if not isinstance(callback, Callback):
             raise UserError(f"callbacks.{name} is not an app.training.events.Callback")
