@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.utils import make_grid
 
 from app.callbacks.prediction_files import flatten_outputs, labeled, output_name, to_label_image
-from app.callbacks.selection import configured_logit_outputs, pick_targets
+from app.callbacks.selection import class_label, configured_logit_outputs, pick_targets
 from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
 
@@ -85,15 +85,22 @@ class SampleBuffer:
         return rows
 
     def titles(self) -> list[str]:
-        """Return "predicted / true" labels per sample; empty if there are no (N, K) logits."""
+        """Return "predicted / true" classes per sample; empty if there are no (N, K) logits."""
         _, outputs, targets = self.named_tensors()
         logits = [o for name, o in outputs.items() if name in self.logit_names and o.ndim == 2]
         labels = [t for t in targets.values() if t.ndim == 1 and not t.is_floating_point()]
         if not logits:
             return []
-        predicted = logits[0].argmax(1).tolist()
-        true = labels[0].tolist() if labels else ["?"] * len(predicted)
-        return [f"{p} / {t}" for p, t in zip(predicted, true, strict=True)]
+        classes = logits[0].shape[1]
+        predicted = [self._name(label, classes) for label in logits[0].argmax(1).tolist()]
+        true = [self._name(label, classes) for label in labels[0].tolist()] if labels else []
+        return [
+            f"{p} / {t}" for p, t in zip(predicted, true or ["?"] * len(predicted), strict=True)
+        ]
+
+    def _name(self, label: int, count: int) -> str:
+        names = self.config["data"].get("class_names") or []
+        return class_label(self.config, label) if len(names) == count else str(label)
 
 
 def normalize_images(images: Tensor) -> Tensor:

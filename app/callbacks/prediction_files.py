@@ -34,6 +34,8 @@ class PredictionFileWriter:
         classes: Keys of the outputs that are class logits; None is the key of a single output.
         format: `auto` chooses csv, png or npz as described above.
         names: Names of the samples, in order; None numbers them.
+        paths: The file of each sample, in order, for a column `path`; None if there are none.
+        class_names: Names of the classes in the order of their labels; None if unknown.
     """
 
     def __init__(
@@ -42,9 +44,12 @@ class PredictionFileWriter:
         classes: Collection[Key] = (),
         format: Format = "auto",
         names: Sequence[str] | None = None,
+        paths: Sequence[str] | None = None,
+        class_names: Sequence[str] | None = None,
     ) -> None:
         self.folder, self.format, self.names = folder, format, names
-        self.class_names = {output_name(key) for key in classes}
+        self.paths, self.class_names = paths, class_names
+        self.logit_names = {output_name(key) for key in classes}
         self.batches: dict[str, list[Tensor]] = {}
         self.targets: list[Tensor] = []
         self.num_images: dict[str, int] = {}
@@ -71,7 +76,7 @@ class PredictionFileWriter:
             if self._choose_format(name, batches[0]) == "csv":
                 write_csv(self.folder / f"{stem}.csv", self._table(name, values))
             else:
-                labels = {"labels": values.argmax(1)} if name in self.class_names else {}
+                labels = {"labels": values.argmax(1)} if name in self.logit_names else {}
                 write = partial(np.savez_compressed, allow_pickle=False, outputs=values, **labels)
                 atomic_write(self.folder / f"{stem}.npz", write)
 
@@ -86,15 +91,19 @@ class PredictionFileWriter:
             return self.format
         if tensor.ndim <= 2:
             return "csv"
-        is_image = tensor.ndim == 4 and (name in self.class_names or tensor.shape[1] in (1, 3))
+        is_image = tensor.ndim == 4 and (name in self.logit_names or tensor.shape[1] in (1, 3))
         return "png" if is_image else "npz"
 
     def _table(self, name: str, values: np.ndarray) -> pd.DataFrame:
-        table = prediction_table(values, name in self.class_names)
+        table = prediction_table(values, name in self.logit_names)
         if self.names is not None:
             table["sample"] = self.names
         if sum(map(len, self.targets)) == len(values):
             table.insert(1, "target", np.concatenate([part.numpy() for part in self.targets]))
+        if self.class_names is not None and values.shape[1:] == (len(self.class_names),):
+            _insert_names(table, self.class_names)
+        if self.paths is not None:
+            table.insert(1, "path", self.paths[: len(values)])
         return table
 
     def _write_images(self, name: str, batch: Tensor) -> None:
@@ -102,7 +111,7 @@ class PredictionFileWriter:
         folder = self.folder / labeled("predictions", name)
         for index, values in enumerate(batch.numpy(), first):
             stem = self.stems[index] if self.stems else f"{index:06d}"
-            image = to_label_image(values) if name in self.class_names else to_image(values)
+            image = to_label_image(values) if name in self.logit_names else to_image(values)
             atomic_write(folder / f"{stem}.png", partial(image.save, format="png"))
         self.num_images[name] = first + len(batch)
 
@@ -124,6 +133,15 @@ def prediction_table(values: np.ndarray, classes: bool) -> pd.DataFrame:
     softmax /= softmax.sum(1, keepdims=True)
     probabilities = {f"probability_{k}": softmax[:, k] for k in columns}
     return pd.DataFrame(samples | {"label": values.argmax(1)} | probabilities)
+
+
+def _insert_names(table: pd.DataFrame, names: Sequence[str]) -> None:
+    """Insert a column of class names after each column of labels."""
+    for column in ("target", "label"):
+        if column in table and pd.api.types.is_integer_dtype(table[column]):
+            labels = table[column].tolist()
+            texts = [names[k] if 0 <= k < len(names) else str(k) for k in labels]
+            table.insert([*table.columns].index(column) + 1, f"{column}_name", texts)
 
 
 def output_name(key: Key) -> str:

@@ -32,6 +32,7 @@ class PredictionWriter(Callback):
         format: As in `app.callbacks.prediction_files.PredictionFileWriter`.
         every_n_epochs: Interval between validations whose outputs are written. The outputs of
             other evaluations are always written.
+        paths: The file of each sample of a stage, in order, where samples are files.
 
     Raises:
         UserError: A stage, the format or the interval is not allowed.
@@ -44,12 +45,14 @@ class PredictionWriter(Callback):
         stages: Sequence[str] = ("test",),
         format: Format = "auto",
         every_n_epochs: int = 1,
+        paths: dict[str, list[str]] | None = None,
     ) -> None:
         check_selection(stages, EVALUATION_STAGES, every_n_epochs)
         if format not in get_args(Format):
             raise UserError(f"format={format!r}; allowed: {', '.join(get_args(Format))}")
         self.folder, self.config = folder / "predictions", config
         self.stages, self.format, self.every_n_epochs = stages, format, every_n_epochs
+        self.paths = paths or {}
         self.files: PredictionFileWriter | None = None
 
     def on_stage_start(self, start: StageStart) -> None:
@@ -57,7 +60,11 @@ class PredictionWriter(Callback):
         if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
             folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
             self.files = PredictionFileWriter(
-                folder, configured_logit_outputs(self.config), self.format
+                folder,
+                configured_logit_outputs(self.config),
+                self.format,
+                paths=self.paths.get(start.stage),
+                class_names=self.config["data"].get("class_names"),
             )
 
     def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002

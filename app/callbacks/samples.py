@@ -90,5 +90,7 @@ def draw_titled_images(images: Tensor, titles: Sequence[str]) -> Figure:
         axes.axis("off")
     for axes, image, title in zip(grid, images, titles, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(title, size=9)
+        is_long = len(title) > 16
+        lines = title.replace(" / ", "\n/ ") if is_long else title
+        axes.set_title(lines, size=7 if is_long else 9, parse_math=False)
     return figure

@@ -34,6 +34,41 @@ def is_due(start: StageStart, every_n_epochs: int, config: dict[str, Any]) -> bo
     return runs_once or start.epoch % every_n_epochs == 0
 
 
+def class_label(config: dict[str, Any], label: int) -> str:
+    """Return the name of a class, or its number if the data has no names for it."""
+    names = config["data"].get("class_names") or []
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def classes_of_metric(
+    config: dict[str, Any] | None, stage: str, metric: str, size: int
+) -> list[str] | None:
+    """Return the name of each class that a vector or matrix of a metric has values for.
+
+    Args:
+        config: Resolved configuration; None if there is none.
+        stage: `train`, `valid` or `test`.
+        metric: Name of the metric.
+        size: Length of the vector, or side of the matrix.
+
+    Returns:
+        None if the values are not one per class, judging by the options of the metric.
+    """
+    node = ((config or {}).get("metric", {}).get(stage) or {}).get(metric) or {}
+    node = node.get("metric", node)  # within an OutputMetric
+    count = node.get("num_classes")
+    if config is None or not isinstance(count, int):
+        return None
+    if size == count:
+        first = 0
+    elif size == count - 1 and str(node["_target_"]).startswith("app.metrics.segmentation."):
+        first = 1  # without the background
+    else:
+        return None
+    has_names = len(config["data"].get("class_names") or []) == count
+    return [class_label(config, k) if has_names else str(k) for k in range(first, count)]
+
+
 def configured_logit_outputs(config: dict[str, Any]) -> list[Key]:
     """Return the keys of the outputs that are class logits, judging by their loss functions."""
     names = {kind.__name__ for kind in LOGIT_LOSSES}

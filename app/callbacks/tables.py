@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from app.callbacks.selection import classes_of_metric
 from app.config.schema import STAGES
 from app.runtime.errors import as_storage_error
 from app.runtime.files import atomic_write, write_csv
@@ -34,10 +35,17 @@ class Tables(Callback):
         memory: Whether to add a column `memory_mb` to the iterations, in MiB: the memory of
             tensors on a CUDA device, else the resident memory of the process (NaN if the operating
             system does not report it).
+        config: Resolved configuration, for the names of classes; None if there is none.
     """
 
-    def __init__(self, folder: Path, throughput: bool = False, memory: bool = False) -> None:
-        self.folder, self.throughput, self.memory = folder, throughput, memory
+    def __init__(
+        self,
+        folder: Path,
+        throughput: bool = False,
+        memory: bool = False,
+        config: dict[str, Any] | None = None,
+    ) -> None:
+        self.folder, self.throughput, self.memory, self.config = folder, throughput, memory, config
         self.memory_column: list[float] = []
         self.restored_column: list[float] = []  # of a stage that was interrupted
         self.stage = ""  # current stage
@@ -61,7 +69,8 @@ class Tables(Callback):
         name = f"epoch{result.epoch:03d}_{result.stage}"
         write_csv(details / f"{name}.csv", self._with_usage(result.steps))
         for metric, value in result.arrays.items():
-            write_csv(details / f"{name}_{metric}.csv", array_table(value))
+            classes = classes_of_metric(self.config, result.stage, metric, value.shape[-1])
+            write_csv(details / f"{name}_{metric}.csv", array_table(value, classes))
         write_summaries(self.folder, history, [result.stage])
         if result.is_complete:
             self.memory_column = []
@@ -98,9 +107,15 @@ def memory_mb(batch: Nested) -> float:
     return resident_pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def array_table(value: np.ndarray) -> pd.DataFrame:
-    """Return a vector as one row and an array as rows of its last dimension."""
-    return pd.DataFrame(value.reshape(-1, value.shape[-1]))
+def array_table(value: np.ndarray, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """Return a vector as one row and an array as rows of its last dimension.
+
+    Args:
+        value: Array of one or more dimensions.
+        columns: Names of the columns; None numbers them.
+    """
+    table = pd.DataFrame(value.reshape(-1, value.shape[-1]))
+    return table if columns is None else table.set_axis([*columns], axis=1)
 
 
 def truncate_to_history(folder: Path, history: History) -> None:

@@ -49,6 +49,8 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
     if composer.is_sweep:
         check_sweep(composer, jobs[0][0], rank_zero is None)
     if jobs[0][1].config.mode == "check":
+        for warning in dict.fromkeys(line for _, job in jobs for line in job.data_warnings):
+            sys.stderr.write(f"{warning}\n")
         sys.stdout.write("the configuration is valid\n")
         sys.exit(0)
     for folder, subfolder, (composed, job) in zip(folders, subfolders, jobs, strict=True):

@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 from app.config.nested import dotted, get_at, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, get_by_path
 from app.config.saved import SavedConfig, resolve_saved
-from app.config.schema import Change, Config, Job
+from app.config.schema import AUTO, DATA_FACTS, Change, Config, Job
 from app.config.secrets import PUBLIC_KEYS, reveal_config
 from app.config.types import iter_fields
 from app.config.validate import has_auto
@@ -51,6 +51,7 @@ def apply_overrides_to_saved(
         ConfigError: An override would change the model, the data split or what is fixed on resume.
     """
     changed = _with_overrides(saved, now, overrides, resumes)
+    _keep_data_facts(changed, saved)
     changes = [
         change
         for change in iter_changes(resolve_saved(saved), resolve_saved(changed))
@@ -93,6 +94,16 @@ def _with_overrides(
         # A batch size on the command line is where the search began; the saved one is its result.
         _apply_override(changed, saved, "data.batch_size")
     return changed
+
+
+def _keep_data_facts(changed: SavedConfig, saved: SavedConfig) -> None:
+    """Prefer what the run knows about its data to `auto`; other data must match it."""
+    data, known = changed.get("data"), saved.get("data")
+    if isinstance(data, dict) and isinstance(known, dict):
+        data.setdefault("class_names", None)  # today's would be the names of today's data
+        data |= {
+            name: known[name] for name in DATA_FACTS if data.get(name) == AUTO and name in known
+        }
 
 
 def _apply_override(changed: SavedConfig, now: SavedConfig, key: str) -> None:

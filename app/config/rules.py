@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from app.config.schema import STAGES
+from app.config.types import UNKNOWN
 from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
 CKPT_MODES = ("test", "valid", "predict", "export")  # modes that require a checkpoint
 SUPERVISED_TASK = "app.training.supervised.SupervisedTask"  # its columns follow from the config
+FILE_SOURCES = {  # the argument that names a file or a folder, and which of both
+    "app.data.arrays.csv": ("path", "file"),
+    "app.data.arrays.npz": ("path", "file"),
+    "app.data.images.image_folder": ("root", "folder"),
+}
 RESERVED_COLUMNS = (
     "epoch",
     "iter",
@@ -42,6 +48,8 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _mode_issues: ("mode", "ckpt"),
         _stage_issues: ("mode", "predict", *data),
         _input_issues: ("data.inputs", "data.normalize"),
+        _class_issues: ("data.num_classes", "data.class_names"),
+        _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _resume_issues: ("mode", "resume", "trainer.requeue"),
         _length_issues: ("trainer.max_epochs", "trainer.max_steps"),
@@ -114,6 +122,44 @@ def _input_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         yield ConfigIssue(
             "data.inputs", "=None: a whole batch cannot be normalized; set data.normalize=null"
         )
+
+
+def _class_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    names, count = plain["data"]["class_names"], plain["data"]["num_classes"]
+    if not isinstance(names, list):
+        return
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        yield ConfigIssue("data.class_names", f" has the name {twice!r} twice")
+    if isinstance(count, int) and len(names) != count:
+        problem = f"={count}, but data.class_names has {len(names)} names: {join_choices(names)}"
+        yield ConfigIssue("data.num_classes", problem)
+
+
+def _path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Check that the files and folders that the mode reads exist."""
+    mode, data = plain["mode"], plain["data"]
+    if mode == "export" or (mode == "predict" and plain["predict"]["images"] is not None):
+        return
+    required = _required_stage(plain)
+    stages = STAGES if required in (None, "train") else (required,)
+    nodes = {stage: data["source"][stage] for stage in stages if data["source"][stage]}
+    for stage, node in (nodes or {"train": data["source"]["train"] or {}}).items():
+        name, kind = FILE_SOURCES.get(str(node.get("_target_")), ("", ""))
+        path = node.get(name)
+        if not isinstance(path, str) or path == UNKNOWN:
+            continue
+        if not _exists(Path(path), kind):
+            is_data_path = data["path"] is not None and Path(data["path"]).absolute() == Path(path)
+            key = "data.path" if is_data_path else f"data.source.{stage}.{name}"
+            yield ConfigIssue(key, f"={path!r} is not a {kind}")
+
+
+def _exists(path: Path, kind: str) -> bool:
+    try:
+        return path.is_dir() if kind == "folder" else path.is_file()
+    except OSError:  # not even a path
+        return False
 
 
 def _monitor_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:

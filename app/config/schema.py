@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le
 
@@ -11,7 +11,8 @@ Node = dict[str, Any]  # a component: `_target_` and its arguments
 Nodes = dict[str, Node | None]  # components by name; null removes one
 
 STAGES = ("train", "valid", "test")
-AUTO = "auto"  # lets the program choose the value of a key
+AUTO: Final = "auto"  # lets the program choose the value of a key
+DATA_FACTS = ("num_classes", "class_names", "input_shape")  # keys of data that may be `auto`
 
 STRICT = {"strict": True, "extra": "forbid"}  # pydantic's options; groups inherit those of Config
 Positive = Annotated[int, Ge(1)]
@@ -116,6 +117,7 @@ class SplitConfig:
     valid: Limit
     test: Limit
     seed: Annotated[int, Ge(-MAX_INT64), Le(MAX_INT64)]
+    stratify: bool
 
 
 @dataclass(frozen=True)
@@ -146,16 +148,30 @@ class SourceConfig:
 
 
 @dataclass(frozen=True)
+class TransformsConfig:
+    """Transforms of single samples: those of training, and those of all other stages."""
+
+    train: Nodes
+    eval: Nodes
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    """Where samples come from and how they become batches."""
+    """Where samples come from and how they become batches.
+
+    The `auto` values of `DATA_FACTS` are found before a run starts, see
+    `app.experiment.data_facts`; nothing that runs meets them.
+    """
 
     name: str
-    num_classes: Annotated[int, Ge(2)] | None
+    num_classes: Annotated[int, Ge(2)] | Literal["auto"] | None
+    class_names: list[str] | Literal["auto"] | None
     path: str | None
-    input_shape: list[Positive]
+    input_shape: list[Positive] | Literal["auto"]
     channels: Positive | None
     image_size: Positive | None
     resize: Positive | None
+    eval_crop: Annotated[float, Gt(0.0), Le(1.0)] | None
     source: SourceConfig
     split: SplitConfig
     inputs: int | str | list[int | str] | None
@@ -164,6 +180,7 @@ class DataConfig:
     eval_batch_size: Positive | None
     drop_last: bool
     sampling: Node | None
+    transforms: TransformsConfig
     normalize: NormalizeConfig | None
     augment: Nodes
     memory: Literal["auto", "host", "device"]
@@ -305,6 +322,7 @@ class Job:
         trusted: Modules outside this program that the user trusts by name.
         differences: Differences from the saved run that is tested or resumed.
         damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
+        data_warnings: What is suspicious about the user's data, one line each.
     """
 
     config: Config
@@ -313,3 +331,4 @@ class Job:
     trusted: list[str]
     differences: list[Change]
     damaged_checkpoints: list[str] = field(default_factory=list)
+    data_warnings: list[str] = field(default_factory=list)

@@ -17,10 +17,13 @@ SCHEDULER = "scheduler.lr_scheduler"
 COMPONENTS = ("model", "task", "average", "data.sampling")
 COMPONENT_GROUPS = (
     *("loss", "callbacks", "data.source", "data.augment"),
+    *("data.transforms.train", "data.transforms.eval"),
     *(f"metric.{stage}" for stage in STAGES),
 )
+# Sources that had an argument `transforms` once.
+SOURCES_WITHOUT_TRANSFORMS = ("app.data.images.image_folder", "app.data.hugging_face.hugging_face")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
-    "callbacks": ("folder", "model", "config"),
+    "callbacks": ("folder", "model", "config", "paths"),
     "task": ("model", "loss", "metrics", "precision"),
     "average": ("model",),
 }
@@ -39,20 +42,34 @@ def validate(
     Raises:
         ConfigError: Lists everything that is wrong.
     """
+    issues = config_issues(plain, trusted, known_issues)
+    if issues:
+        raise ConfigError(issues)
+    return to_dataclass(plain, Config)
+
+
+def config_issues(
+    plain: dict[str, Any], trusted: Sequence[str], known_issues: Sequence[ConfigIssue] = ()
+) -> list[ConfigIssue]:
+    """Return everything that is wrong with a configuration; see `validate`."""
     issues = [*known_issues, *iter_issues("", plain, Config)]
     issues += rule_issues(plain, tuple(issue.key for issue in issues))
     issues += _target_issues(plain, trusted)
     invalid_keys = {issue.key for issue in issues}
-    issues += _build_issues(plain, trusted, invalid_keys)
-    if issues:
-        raise ConfigError(issues)
-    return to_dataclass(plain, Config)
+    return issues + _build_issues(plain, trusted, invalid_keys)
 
 
 def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
     for key, node, num_positional in _iter_nodes(plain):
         if "_target_" not in node:
             yield ConfigIssue(f"{key}._target_", " is missing: the class or function to use")
+        if node.get("_target_") in SOURCES_WITHOUT_TRANSFORMS and "transforms" in node:
+            problem = (
+                " has moved, since transforms belong to stages: use data.transforms.train and "
+                "data.transforms.eval. Of a saved run, name the data again: data=..., data.path=..."
+            )
+            yield ConfigIssue(f"{key}.transforms", problem)
+            node = {name: value for name, value in node.items() if name != "transforms"}
         injected = INJECTED_ARGUMENTS.get(key.partition(".")[0], ())
         yield from iter_node_issues(key, node, trusted, num_positional, injected)
 
@@ -70,7 +87,7 @@ def _build_issues(
     instantiate = Instantiator(trusted)
     for key, node in nodes.items():
         with _collect_errors(issues):
-            if key.startswith(("metric.", "loss.", "data.augment.")):
+            if key.startswith(("metric.", "loss.", "data.augment.", "data.transforms.")):
                 strict = {"validate_args": True} if "validate_args" in node else {}
                 instantiate(key, node | strict)
             elif key == "average":

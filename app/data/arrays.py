@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from app.config.schema import AUTO
 from app.data.archives import check_name, read_npz
 from app.runtime.errors import UserError, join_choices
 
@@ -49,13 +51,25 @@ def _to_targets(y: np.ndarray) -> Tensor:
     raise UserError(f"labels have the non-numeric dtype {y.dtype}")
 
 
+class NamedClasses(TensorDataset):
+    """Tensors of N samples whose classes have names.
+
+    Attributes:
+        classes: Names in the order of the labels; None if they are not known.
+    """
+
+    def __init__(self, *tensors: Tensor, classes: list[str] | None) -> None:
+        super().__init__(*tensors)
+        self.classes = classes
+
+
 def csv(
     path: str,
     target: str,
     features: list[str] | None = None,
-    classes: list[str] | None = None,
+    classes: list[str] | Literal["auto"] | None = AUTO,
     regression: bool = False,
-) -> TensorDataset:
+) -> NamedClasses:
     """Load a table with a header line.
 
     Args:
@@ -63,7 +77,8 @@ def csv(
         target: Name of the target column.
         features: Names of the feature columns; None uses all other columns.
         classes: Class names in the target column, in the order of their indices; None if the
-            column contains the indices 0, 1, ... already.
+            column contains the indices 0, 1, ... already; `auto` finds out, and takes the names in
+            alphabetical order.
         regression: Whether the target is a value instead of a class label.
 
     Returns:
@@ -83,17 +98,22 @@ def csv(
     for name in [target, *columns]:
         check_name(path, "column", name, [str(column) for column in table.columns])
     x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
+    is_text = not regression and not pd.api.types.is_numeric_dtype(table[target])
+    names = classes
+    if names == AUTO:
+        names = sorted(table[target].dropna().astype(str).unique()) if is_text else None
     y = (
         _to_numbers(path, table[target])
-        if classes is None
-        else _to_class_indices(path, table[target], classes)
+        if names is None
+        else _to_class_indices(path, table[target], names)
     )
     if regression:
-        return TensorDataset(_to_inputs(x), torch.from_numpy(y.astype(np.float32))[:, None])
+        values = torch.from_numpy(y.astype(np.float32))[:, None]
+        return NamedClasses(_to_inputs(x), values, classes=None)
     if (y != np.round(y)).any():
         value = y[y != np.round(y)][0]
         raise UserError(f"{path}: column {target!r} contains {value}, which is not a class index")
-    return TensorDataset(_to_inputs(x), torch.from_numpy(y.astype(np.int64)))
+    return NamedClasses(_to_inputs(x), torch.from_numpy(y.astype(np.int64)), classes=names)
 
 
 def _to_numbers(path: str, column: pd.Series) -> np.ndarray:

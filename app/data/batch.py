@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from app.runtime.nested import Nested, map_tensors, pick, replace
 
 Batch = Nested
 Transform = Callable[[Tensor], Tensor]
+Inputs = int | str | list[int | str] | None
 
 
 class BatchLoader(Protocol):
@@ -52,17 +54,28 @@ class BatchPreparer:
 
     device: torch.device
     transform: Transform | None = None
-    inputs: int | str | list[int | str] | None = 0
+    inputs: Inputs = 0
 
     def __call__(self, batch: Batch) -> Batch:
         batch = map_tensors(lambda tensor: to_device(tensor, self.device), batch)
         if self.transform is None:
             return batch
-        if self.inputs is None:
-            return map_tensors(self.transform, batch)
-        for key in self.inputs if isinstance(self.inputs, list) else [self.inputs]:
-            batch = replace(batch, key, map_tensors(self.transform, pick(batch, key)))
-        return batch
+        return map_inputs(partial(map_tensors, self.transform), batch, self.inputs)
+
+
+def map_inputs(function: Callable[[Any], Any], sample: Nested, inputs: Inputs) -> Nested:
+    """Replace the inputs of a sample or batch by the function's results for them.
+
+    Args:
+        function: Called for each selected input.
+        sample: Tuple, list or dict.
+        inputs: Key or keys of the inputs; None for the entire sample.
+    """
+    if inputs is None:
+        return function(sample)
+    for key in inputs if isinstance(inputs, list) else [inputs]:
+        sample = replace(sample, key, function(pick(sample, key)))
+    return sample
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -9,15 +10,30 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from app.config.instantiate import Instantiator
-from app.config.schema import STAGES, Config, DataConfig, TrainerConfig
+from app.config.schema import AUTO, STAGES, Config, DataConfig, TrainerConfig
 from app.data.augment import per_image
 from app.data.batch import BatchLoader, BatchPreparer
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.sampling import EpochSampler
-from app.data.split import check_datasets, dataset_labels, dataset_size, split_dataset, subset
-from app.data.transform import BatchTransform, channel_statistics
+from app.data.split import (
+    check_datasets,
+    dataset_labels,
+    dataset_size,
+    split_dataset,
+    subset,
+    warn_about_missing_classes,
+)
+from app.data.transform import (
+    BatchTransform,
+    channel_statistics,
+    for_batches,
+    transform_samples,
+)
 from app.runtime.errors import UserError, as_user_error
+from app.runtime.nested import Nested, pick
+
+log = logging.getLogger(__name__)
 
 Limit = int | float | None
 
@@ -29,14 +45,65 @@ def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]
         UserError: Data is missing, damaged, empty, or has labels outside the classes.
     """
     data = config.data
-    datasets = {
-        stage: build(f"data.source.{stage}", node)
-        for stage in _required_sources(config)
-        if (node := getattr(data.source, stage)) is not None
-    }
-    check_datasets(datasets, data.num_classes, data.targets)
-    if "train" in datasets:
-        datasets = split_dataset(datasets, data.split.valid, data.split.test, data.split.seed)
+    sources = build_sources(config, build)
+    assert data.num_classes != AUTO
+    assert data.class_names != AUTO
+    present = {stage: dataset for stage, dataset in sources.items() if dataset is not None}
+    check_datasets(present, data.num_classes, data.targets, data.class_names)
+    warn_about_missing_classes(present, data.num_classes, data.targets, data.class_names)
+    for layout in {getattr(dataset, "layout", None): None for dataset in present.values()}:
+        if layout is not None:
+            log.info("%s", layout)
+    datasets = split_sources(config, sources)
+    if config.mode == "predict":
+        datasets["predict"] = _prediction_dataset(config, datasets)
+    elif config.mode in STAGES and config.mode not in datasets:
+        raise UserError(f"mode={config.mode!r} has no data: there is none in {data.path}")
+    return datasets
+
+
+def build_sources(config: Config, build: Instantiator) -> dict[str, Dataset[Any] | None]:
+    """Build the sources that the mode needs.
+
+    A source of the training stage may return a dict with the datasets of several stages; sources
+    of their own take precedence.
+
+    Returns:
+        Datasets by stage. None stands for a stage that has no data, and needs none split off.
+
+    Raises:
+        UserError: Data is missing or damaged.
+    """
+    sources: dict[str, Dataset[Any] | None] = {}
+    for stage in _required_sources(config):
+        node = getattr(config.data.source, stage)
+        built = None if node is None else build(f"data.source.{stage}", node)
+        if isinstance(built, dict) and stage == "train":
+            sources = built | sources
+        elif isinstance(built, dict):
+            sources[stage] = built.get(stage)
+        elif built is not None:
+            sources[stage] = built
+    return sources
+
+
+def split_sources(
+    config: Config, sources: dict[str, Dataset[Any] | None]
+) -> dict[str, Dataset[Any]]:
+    """Split the stages without data of their own off the training data.
+
+    Raises:
+        UserError: The data cannot be split as the configuration asks.
+    """
+    data, split = config.data, config.data.split
+    datasets = {stage: dataset for stage, dataset in sources.items() if dataset is not None}
+    valid = None if "valid" in sources else split.valid
+    test = None if "test" in sources else split.test
+    if "train" in datasets and (valid is not None or test is not None):
+        labels = dataset_labels(datasets["train"], data.targets) if split.stratify else None
+        if split.stratify and labels is None:
+            raise UserError("data.split.stratify=True needs a class label for each sample")
+        datasets = split_dataset(datasets, valid, test, split.seed, labels)
     batches = config.trainer.overfit_batches
     if batches and config.mode == "train":
         if isinstance(datasets["train"], IterableDataset):
@@ -44,8 +111,6 @@ def make_datasets(config: Config, build: Instantiator) -> dict[str, Dataset[Any]
         count = min(dataset_size(datasets["train"]), batches * data.batch_size)
         overfit_data = subset(datasets["train"], torch.arange(count))
         datasets |= {"train": overfit_data, "valid": overfit_data}
-    if config.mode == "predict":
-        datasets["predict"] = _prediction_dataset(config, datasets)
     return datasets
 
 
@@ -71,10 +136,14 @@ def active_stages(config: Config) -> tuple[str, ...]:
 
 
 def _prediction_dataset(config: Config, datasets: dict[str, Dataset[Any]]) -> Dataset[Any]:
+    stage = config.predict.stage
+    if config.predict.images is None and stage not in datasets:
+        raise UserError(f"predict.stage={stage!r} has no data: there is none in {config.data.path}")
     if config.predict.images is None:
-        return datasets[config.predict.stage]
+        return datasets[stage]
+    side = None if config.data.transforms.eval else config.data.image_size
     with as_user_error("predict.images"):
-        return ImageFiles(config.predict.images, config.data.image_size, config.data.channels)
+        return ImageFiles(config.predict.images, side, config.data.channels)
 
 
 def make_loaders(
@@ -87,7 +156,7 @@ def make_loaders(
     """Build a loader for each stage of the mode."""
     if not active_stages(config):
         return {}
-    transform = _eval_transform(config.data, datasets, device, memory_format)
+    transform = _batch_transform(config.data, datasets, device, memory_format)
     return {
         stage: _make_loader(config, build, stage, datasets[stage], transform, device)
         for stage in active_stages(config)
@@ -95,7 +164,15 @@ def make_loaders(
     }
 
 
-def _eval_transform(
+def first_inputs(config: Config, build: Instantiator, dataset: Dataset[Any]) -> Nested:
+    """Return the inputs of the first sample as the model receives them, but not normalized."""
+    data = config.data
+    transform = BatchTransform(None, None, data.resize, data.channels, torch.contiguous_format)
+    loader = _make_loader(config, build, "predict", dataset, transform, torch.device("cpu"))
+    return pick(loader.first(1), data.inputs)
+
+
+def _batch_transform(
     data: DataConfig,
     datasets: dict[str, Dataset[Any]],
     device: torch.device,
@@ -128,6 +205,11 @@ def _make_loader(
     device: torch.device,
 ) -> BatchLoader:
     data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
+    group = "train" if is_training else "eval"
+    nodes = getattr(data.transforms, group)
+    transforms = list(build.build_all(f"data.transforms.{group}", nodes).values())
+    if isinstance(dataset, TensorDataset):
+        transform = replace(transform, transforms=[for_batches(t) for t in transforms])
     if is_training:
         augment = build.build_all("data.augment", data.augment).values()
         transform = replace(transform, augment=[per_image(step) for step in augment])
@@ -143,7 +225,9 @@ def _make_loader(
         if is_training and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")
         drop_last = is_training and data.drop_last
-        return IterableLoader(dataset, batch_size, prepare, limit, config.seed, options, drop_last)
+        stream = transform_samples(dataset, transforms, data.inputs)
+        assert isinstance(stream, IterableDataset)
+        return IterableLoader(stream, batch_size, prepare, limit, config.seed, options, drop_last)
     seed = config.seed if is_training else None
     weights = _sample_weights(build, data, dataset) if is_training and data.sampling else None
     sampler = EpochSampler.from_limit(dataset_size(dataset), batch_size, limit, seed, weights)
@@ -152,7 +236,8 @@ def _make_loader(
     if isinstance(dataset, TensorDataset):
         on_device = _fits_on_device(dataset, device, data.memory)
         return TensorLoader(dataset, sampler, batch_size, prepare, on_device)
-    return SampleLoader(dataset, sampler, batch_size, prepare, config.seed, options)
+    samples = transform_samples(dataset, transforms, data.inputs)
+    return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
 
 
 def _batch_limit(trainer: TrainerConfig, stage: str) -> Limit:

@@ -6,7 +6,7 @@ import importlib
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.data.archives import check_name
@@ -40,7 +39,6 @@ def hugging_face(
     targets: str = "label",
     name: str | None = None,
     image_mode: str | None = None,
-    transforms: dict[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> HuggingFace:
     """Load a split of a dataset; samples are read one by one when they are indexed.
 
@@ -53,8 +51,6 @@ def hugging_face(
         name: Name of a dataset configuration, if there are several.
         image_mode: Pillow mode that input images are converted to, such as RGB or L; None keeps
             the mode.
-        transforms: Named transforms, applied to each input in order; together they must give all
-            inputs the same size.
 
     Raises:
         UserError: The library is not installed, or the data, the split or a column is missing.
@@ -69,8 +65,7 @@ def hugging_face(
     rows = _load_rows(library, path, split, name)
     for column in (inputs, targets):
         check_name(path, "column", column, rows.column_names)
-    transform = v2.Compose(list(transforms.values())) if transforms else None
-    return HuggingFace(rows, inputs, targets, image_mode, transform)
+    return HuggingFace(rows, inputs, targets, image_mode)
 
 
 class HuggingFace(Dataset[tuple[Tensor, Any]]):
@@ -84,24 +79,16 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
         inputs: Name of the column of inputs.
         targets: Name of the column of targets.
         image_mode: Pillow mode that input images are converted to, or None.
-        transform: Applied to each input, or None.
 
     Attributes:
         classes: Class names, if the targets are labels with names.
         targets: The label of each sample, if the targets are labels.
     """
 
-    def __init__(
-        self,
-        rows: Any,
-        inputs: str,
-        targets: str,
-        image_mode: str | None,
-        transform: Callable[[Tensor], Tensor] | None,
-    ) -> None:
+    def __init__(self, rows: Any, inputs: str, targets: str, image_mode: str | None) -> None:
         self.rows = rows.select_columns(list({inputs: None, targets: None})).with_format(None)
         self.columns = inputs, targets
-        self.image_mode, self.transform = image_mode, transform
+        self.image_mode = image_mode
         feature = rows.features[targets]
         self.classes: list[str] | None = getattr(feature, "names", None)
         # The type is checked too, because arrays also have an integer dtype.
@@ -125,10 +112,8 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
     def _to_input(self, location: str, value: Any) -> Tensor:
         if isinstance(value, Image.Image):
             image = value.convert(self.image_mode) if self.image_mode else value
-            x = _to_pixels(location, image)
-        else:
-            x = _to_tensor(location, value)
-        return x if self.transform is None else self.transform(x)
+            return _to_pixels(location, image)
+        return _to_tensor(location, value)
 
 
 def _to_target(location: str, value: Any) -> Any:

@@ -3,46 +3,159 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from app.config.schema import AUTO
 from app.runtime.errors import UserError, join_choices
 
+STAGE_FOLDERS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError)
 
 
 def image_folder(
-    root: str, transforms: dict[str, Callable[[Tensor], Tensor]], follow_links: bool = False
-) -> ImageFolder:
-    """Return a dataset of images in one sub-folder per class.
+    root: str, classes: list[str] | Literal["auto"] | None = AUTO, follow_links: bool = False
+) -> ImageFolder | dict[str, ImageFolder | None]:
+    """Return the images of one folder of class folders, or of such a folder for each stage.
 
-    A sample is (uint8 of shape (3, H, W), label).
+    Folders for stages are named `train`, `valid` (or `val`, `validation`) and `test`.
 
     Args:
-        root: The folder that contains the class folders; classes are numbered in order of name.
-        transforms: Named transforms, applied to each decoded image in order; together they must
-            give all images the same size.
+        root: The folder with the class folders, or with the folders for stages.
+        classes: Names of the class folders in the order of their labels; `auto` or None takes
+            those of the training images, in alphabetical order.
         follow_links: Whether to allow links that point outside the folder.
 
+    Returns:
+        A dataset, or one for each stage that has a folder. With a folder for `valid` but none for
+        `test`, `test` is None: nothing shall be split off for it.
+
     Raises:
-        UserError: The folder does not exist, a class has no images, or a link is not allowed.
+        UserError: The folder does not exist or has no class folders, a class has no images or is
+            not one of the classes, or a link is not allowed.
     """
-    if not Path(root).is_dir():
+    folder = Path(root)
+    if not folder.is_dir():
         raise UserError(f"{root!r} is not a folder")
-    _check_links(Path(root), follow_links)
-    try:
-        transform = v2.Compose(list(transforms.values())) if transforms else None
-        return ImageFolder(root, transform=transform, loader=decode_image)
-    except FileNotFoundError as error:
-        raise UserError(str(error)) from error
+    _check_links(folder, follow_links)
+    stages = _stage_folders(folder)
+    known = list(classes) if isinstance(classes, list) else None
+    if not stages:
+        return _read_class_folders(folder, folder, known, _describe_single(folder))
+    if known is None:
+        known = _class_names(folder, stages.get("train", next(iter(stages.values()))))
+    names = ", ".join(f"{path.name}/" for path in stages.values())
+    layout = f"{folder} is read as {names} with {len(known)} classes: {join_choices(known)}"
+    datasets: dict[str, ImageFolder | None] = {"test": None} if "valid" in stages else {}
+    for stage, path in stages.items():
+        datasets[stage] = _read_class_folders(folder, path, known, layout)
+    return datasets
+
+
+def _describe_single(folder: Path) -> str:
+    return f"{folder} is read as one folder of classes, which data.split divides"
+
+
+def _stage_folders(root: Path) -> dict[str, Path]:
+    """Return the folders of stages that contain class folders; empty if there are none."""
+    stages: dict[str, Path] = {}
+    for stage, names in STAGE_FOLDERS.items():
+        found = [root / name for name in names if _subfolders(root / name)]
+        if len(found) > 1:
+            raise UserError(f"{found[0]} and {found[1]} both exist; allowed: one of them")
+        if found:
+            stages[stage] = found[0]
+    return stages
+
+
+def _subfolders(folder: Path) -> list[str]:
+    """Return the names of the visible folders in a folder, in order."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    for name in names:
+        if not name.isprintable():  # it would be the name of a class
+            raise UserError(f"the folder {name!r} in {folder} needs a name that can be printed")
+    return names
+
+
+def _class_names(root: Path, folder: Path) -> list[str]:
+    names = _subfolders(folder)
+    if len(names) > 1:
+        return names
+    inner = [name for name in names if _subfolders(folder / name)]
+    hint = f"; did you mean data.path={folder / inner[0]}?" if inner else ""
+    found = f"the only class folder {names[0]!r}" if names else "no class folders"
+    raise UserError(
+        f"{folder} has {found}{hint} Expected are at least two folders of images, such as "
+        f"{root}/cat/1.jpg and {root}/dog/7.jpg, or these in {root}/train, {root}/valid (or val) "
+        f"and {root}/test"
+    )
+
+
+def _read_class_folders(
+    root: Path, folder: Path, classes: list[str] | None, layout: str
+) -> ImageFolder:
+    is_training = classes is None or folder.name in STAGE_FOLDERS["train"]
+    names = _class_names(root, folder) if classes is None else classes
+    for name in _subfolders(folder):
+        if name not in names:
+            raise UserError(
+                f"{folder / name}: {name!r} is not a class of the training data; allowed: "
+                f"{join_choices(names)}"
+            )
+    paths, targets = [], []
+    for label, name in enumerate(names):
+        files = _image_files(folder / name)
+        if not files and is_training:
+            raise UserError(
+                f"{folder / name} contains no image; allowed: {join_choices(IMG_EXTENSIONS)}"
+            )
+        paths += [file.relative_to(root).as_posix() for file in files]
+        targets += [label] * len(files)
+    return ImageFolder(root, paths, targets, names, layout)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    """Return all visible images below a folder, in order of their folder and name."""
+    return [
+        Path(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    ]
+
+
+class ImageFolder(Dataset[tuple[Tensor, int]]):
+    """Images in one folder per class; a sample is (uint8 of shape (3, H, W), label).
+
+    Args:
+        root: The folder that the paths begin in.
+        paths: The file of each sample.
+        targets: The label of each sample.
+        classes: Names of the classes, in the order of their labels.
+        layout: How the folder has been read, for the log.
+    """
+
+    def __init__(
+        self, root: Path, paths: list[str], targets: list[int], classes: list[str], layout: str
+    ) -> None:
+        self.root, self.paths, self.targets = root, paths, targets
+        self.classes, self.layout = classes, layout
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return decode_image(str(self.root / self.paths[index])), self.targets[index]
 
 
 def _check_links(root: Path, follow_links: bool) -> None:
@@ -85,7 +198,7 @@ class ImageFiles(Dataset[tuple[Tensor]]):
         channels: 1 reads images in grayscale; any other value gives 3 channels.
 
     Attributes:
-        names: Paths of the files relative to the folder.
+        paths: Paths of the files relative to the folder.
 
     Raises:
         UserError: The folder does not exist or contains no image.
@@ -100,13 +213,13 @@ class ImageFiles(Dataset[tuple[Tensor]]):
             raise UserError(
                 f"predict.images={folder!r} contains no image; allowed: {join_choices(suffixes)}"
             )
-        self.root, self.names = root, [path.relative_to(root).as_posix() for path in files]
+        self.root, self.paths = root, [path.relative_to(root).as_posix() for path in files]
         self.mode: Literal["RGB", "L"] = "L" if channels == 1 else "RGB"
         self.resize = v2.Resize([side, side], antialias=True) if side else None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor]:
-        pixels = decode_image(str(self.root / self.names[index]), self.mode)
+        pixels = decode_image(str(self.root / self.paths[index]), self.mode)
         return (self.resize(pixels) if self.resize else pixels,)

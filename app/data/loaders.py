@@ -170,7 +170,6 @@ class SampleLoader:
             **options.arguments(prepare.device, seed),
         )
         self.num_batches = len(self.batch_sampler)
-        self.names: list[str] | None = getattr(dataset, "names", None)  # of the samples
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.batch_sampler.epoch = epoch

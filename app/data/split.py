@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def split_dataset(
     valid: int | float | None,
     test: int | float | None,
     seed: int,
+    labels: Tensor | None = None,
 ) -> dict[str, Dataset[Any]]:
     """Split validation and test data off the training data.
 
@@ -30,6 +32,8 @@ def split_dataset(
         valid: Number of samples (int), fraction of the training data (float), or None.
         test: Same as `valid`, for test data.
         seed: The choice of samples depends only on the seed.
+        labels: Class of each training sample, shape (N,), if every part shall have each class in
+            the same proportion.
 
     Raises:
         UserError: No training sample would be left, or the training data is iterable.
@@ -52,9 +56,25 @@ def split_dataset(
     order = torch.randperm(
         total, generator=torch.Generator().manual_seed(derive_seed(seed, "split"))
     )
+    if labels is not None:
+        order = _stratified(order, labels)
     indices = dict(zip(("train", *sizes), order.split([rest, *sizes.values()]), strict=True))
     subsets = {stage: subset(datasets["train"], i) for stage, i in indices.items() if len(i)}
     return datasets | subsets
+
+
+def _stratified(order: Tensor, labels: Tensor) -> Tensor:
+    """Sort samples so that every stretch has each class in the same proportion, within one sample.
+
+    The sample in the middle of its class comes in the middle of all samples, and so on. A class of
+    one or two samples comes early, and so in the training data, which is the first stretch.
+    """
+    position = torch.empty(len(order), dtype=torch.float64)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        count = len(members)
+        position[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    return order[position[order].argsort(stable=True)]
 
 
 def _split_size(part: int | float | None, total: int) -> int:
@@ -71,17 +91,21 @@ def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
 
 
 def check_datasets(
-    datasets: dict[str, Dataset[Any]], num_classes: int | None, targets: Key
+    datasets: dict[str, Dataset[Any]],
+    num_classes: int | None,
+    targets: Key,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Refuse empty data and labels outside the classes; warn about classes without samples.
+    """Refuse empty data, labels outside the classes, and other classes than the expected ones.
 
     Args:
         datasets: Datasets by stage; iterable ones are skipped.
         num_classes: None if targets are not classes.
         targets: Key of the target within a sample.
+        class_names: Names of the classes, in the order of their labels; None if unknown.
 
     Raises:
-        UserError: A dataset is empty, has an invalid label, or another number of classes.
+        UserError: A dataset is empty, has an invalid label, or other classes.
     """
     for stage, dataset in datasets.items():
         if isinstance(dataset, IterableDataset):
@@ -93,6 +117,11 @@ def check_datasets(
             raise UserError(
                 f"data.num_classes={num_classes}, but data.source.{stage} has {len(names)} "
                 f"classes: {_join_names(names)}"
+            )
+        if class_names is not None and names is not None and [*names] != [*class_names]:
+            raise UserError(
+                f"data.class_names={[*class_names]}, but data.source.{stage} has the classes "
+                f"{[*names]}"
             )
         labels = dataset_labels(dataset, targets)
         if num_classes is not None and labels is not None:
@@ -116,9 +145,24 @@ def _check_labels(stage: str, labels: Tensor, num_classes: int) -> None:
             f"data.num_classes={num_classes}, but data.source.{stage} has the label {invalid}; "
             f"allowed: 0 to {num_classes - 1}"
         )
-    empty = (torch.bincount(labels, minlength=num_classes) == 0).nonzero().flatten().tolist()
-    if empty:
-        log.warning("no sample of class %s in the %s data", ", ".join(map(str, empty)), stage)
+
+
+def warn_about_missing_classes(
+    datasets: dict[str, Dataset[Any]],
+    num_classes: int | None,
+    targets: Key,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Log the classes of which a stage has no sample; arguments are those of `check_datasets`."""
+    for stage, dataset in datasets.items():
+        labels = None if isinstance(dataset, IterableDataset) else dataset_labels(dataset, targets)
+        if num_classes is None or labels is None:
+            continue
+        counts = torch.bincount(labels, minlength=num_classes)
+        names = class_names or range(num_classes)
+        missing = [names[label] for label in (counts == 0).nonzero().flatten().tolist()]
+        if missing:
+            log.warning("no sample of class %s in the %s data", ", ".join(map(str, missing)), stage)
 
 
 def dataset_size(dataset: Dataset[Any]) -> int:
@@ -143,3 +187,34 @@ def dataset_labels(dataset: Dataset[Any], targets: Key) -> Tensor | None:
         values = dataset.tensors[targets] if has_targets else None  # type: ignore[index]
     labels = None if values is None else torch.as_tensor(values)
     return labels if labels is not None and labels.ndim == 1 else None
+
+
+def sample_paths(dataset: Dataset[Any]) -> list[str] | None:
+    """Return the file of each sample below the root of the dataset, as text that can be printed.
+
+    None if the dataset has no attributes `root` and `paths`.
+    """
+    files = sample_files(dataset)
+    if files is None:
+        return None
+    root = str(_innermost(dataset).root)  # type: ignore[attr-defined]
+    return [printable(file.relative_to(root)) for file in files]
+
+
+def sample_files(dataset: Dataset[Any]) -> list[Path] | None:
+    """Return the path of each sample's file, from the attributes `root` and `paths`."""
+    if isinstance(dataset, Subset):
+        files = sample_files(dataset.dataset)
+        return None if files is None else [files[index] for index in dataset.indices]
+    root, paths = getattr(dataset, "root", None), getattr(dataset, "paths", None)
+    return None if root is None or paths is None else [Path(root, path) for path in paths]
+
+
+def _innermost(dataset: Dataset[Any]) -> Dataset[Any]:
+    return _innermost(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
+def printable(path: Path) -> str:
+    """Return a path as text; bytes that are no text, and control characters, become escapes."""
+    text = path.as_posix()
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")

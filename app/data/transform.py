@@ -1,21 +1,124 @@
-"""Transform of stored batches into the inputs of the model, and statistics for normalization."""
+"""Transforms of samples and batches into the inputs of the model; statistics to normalize them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
+from app.data.augment import PerSample, draws_once_per_batch
+from app.data.batch import Inputs, map_inputs
 from app.runtime.errors import UserError
-from app.runtime.nested import Key, pick
+from app.runtime.nested import Key, Nested, map_tensors, pick
 
 Augment = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SampleTransform:
+    """Applies the transforms of a stage to the inputs of one sample.
+
+    Attributes:
+        transforms: Applied in order.
+        inputs: Key or keys of the inputs within a sample; None for the entire sample.
+    """
+
+    transforms: Sequence[Augment]
+    inputs: Inputs
+
+    def __call__(self, sample: Nested) -> Nested:
+        return map_inputs(self._apply, sample, self.inputs)
+
+    def _apply(self, value: Any) -> Any:
+        if isinstance(value, (tuple, list, dict)):
+            return map_tensors(self._apply, value)
+        for transform in self.transforms:
+            value = transform(value)
+        return value
+
+
+class TransformedDataset(Dataset[Any]):
+    """A map-style dataset whose samples are transformed when they are read."""
+
+    def __init__(self, dataset: Dataset[Any], transform: SampleTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.transform(self.dataset[index])
+
+
+class TransformedStream(IterableDataset[Any]):
+    """An iterable dataset whose samples are transformed when they are read."""
+
+    def __init__(self, dataset: IterableDataset[Any], transform: SampleTransform) -> None:
+        self.dataset, self.transform = dataset, transform
+        if hasattr(dataset, "set_epoch"):
+            self.set_epoch = dataset.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.transform, self.dataset)
+
+
+def transform_samples(
+    dataset: Dataset[Any], transforms: Sequence[Augment], inputs: Inputs
+) -> Dataset[Any]:
+    """Return the dataset with transformed inputs, of either style; itself without transforms."""
+    if not transforms:
+        return dataset
+    transform = SampleTransform(transforms, inputs)
+    if isinstance(dataset, IterableDataset):
+        return TransformedStream(dataset, transform)
+    return TransformedDataset(dataset, transform)
+
+
+class ResizeCenterCrop:
+    """Resize the shorter side of images to `size / ratio`, and cut out the square in the middle.
+
+    This is how torchvision and timm (with `ratio` as `crop_pct`) evaluate their published weights.
+
+    Args:
+        size: Height and width of the result, in pixels.
+        ratio: Part of the shorter side that is kept, above 0 and at most 1; None keeps all of it.
+    """
+
+    def __init__(self, size: int, ratio: float | None = None) -> None:
+        if ratio is not None and not 0 < ratio <= 1:
+            raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
+        self.resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
+        self.crop = v2.CenterCrop(size)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Transform images of shape (..., C, H, W)."""
+        cropped: Tensor = self.crop(self.resize(images))
+        return cropped
+
+
+def for_batches(transform: Augment) -> Augment:
+    """Return a transform of single samples as one of batches, (N, ...), in the same order.
+
+    Random transforms of torchvision would draw once for all samples of a batch, and a function of
+    the user expects a single one: they are called for each sample. Deterministic ones and those of
+    this program take the whole batch.
+    """
+    return transform if _takes_batches(transform) else PerSample(transform)
+
+
+def _takes_batches(transform: Augment) -> bool:
+    is_known = type(transform).__module__.startswith(("app.data.", "torchvision.transforms."))
+    return is_known and not draws_once_per_batch(transform)
 
 
 @dataclass(frozen=True)
@@ -28,7 +131,9 @@ class BatchTransform:
         size: Height and width in pixels to resize to, or None.
         channels: Number of channels of the result, or None to keep it.
         memory_format: Memory format of the result, if it is a batch of images.
-        augment: Augmentations, applied in order.
+        transforms: Transforms of the stage, applied first, to the stored values; empty if the
+            samples of the batch have been transformed already.
+        augment: Augmentations of values in [0, 1], applied in order.
     """
 
     mean: Tensor | None
@@ -36,10 +141,13 @@ class BatchTransform:
     size: int | None
     channels: int | None
     memory_format: torch.memory_format
+    transforms: Sequence[Augment] = ()
     augment: Sequence[Augment] = ()
 
     def __call__(self, x: Tensor) -> Tensor:
         """Transform a uint8 or float batch to float32; other integer tensors are returned as is."""
+        for transform in self.transforms:
+            x = transform(x)
         if not (x.dtype == torch.uint8 or x.is_floating_point()):
             return x
         # Operations below are in place: allocating a tensor for each one would dominate the cost.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -17,11 +18,19 @@ from app.runtime.files import atomic_write
 from app.runtime.nested import iter_tensors
 
 T = TypeVar("T")
+Metadata = dict[str, str]
+NAMES_KEY = "class_names"
 Format = Literal["safetensors", "torch_export", "onnx"]
 FILES = {"safetensors": "model.safetensors", "torch_export": "model.pt2", "onnx": "model.onnx"}
 
 
-def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Path:
+def export(
+    model: nn.Module,
+    sample: Tensor,
+    format: Format,
+    folder: Path,
+    class_names: Sequence[str] | None = None,
+) -> Path:
     """Write a model to a file, and check that the exported model gives the same outputs.
 
     Args:
@@ -29,6 +38,8 @@ def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Pa
         sample: Inputs of shape (2, ...); the batch size of the exported model is dynamic.
         format: `safetensors` (weights only), `torch_export` (loads with torch alone) or `onnx`.
         folder: Where to write the file.
+        class_names: Names of the classes, stored in the file as JSON under the key `class_names`
+            of its metadata (of `extra_files` with `torch_export`); None if there are none.
 
     Returns:
         The path of the file.
@@ -38,34 +49,35 @@ def export(model: nn.Module, sample: Tensor, format: Format, folder: Path) -> Pa
     """
     path = folder / FILES[format]
     exporters = {"safetensors": _to_safetensors, "torch_export": _to_torch_export, "onnx": _to_onnx}
-    content = exporters[format](model, sample)
+    metadata = {} if class_names is None else {NAMES_KEY: json.dumps([*class_names])}
+    content = exporters[format](model, sample, metadata)
     atomic_write(path, lambda file: file.write(content))
     return path
 
 
-def _to_safetensors(model: nn.Module, sample: Tensor) -> bytes:  # noqa: ARG001
+def _to_safetensors(model: nn.Module, sample: Tensor, metadata: Metadata) -> bytes:  # noqa: ARG001
     library = import_extra("safetensors.torch", "export")
     state = {name: tensor.contiguous().clone() for name, tensor in model.state_dict().items()}
-    content: bytes = library.save(state)
+    content: bytes = library.save(state, metadata)
     loaded = library.load(content)
     _check_same(all(torch.equal(loaded[name], tensor) for name, tensor in state.items()))
     return content
 
 
-def _to_torch_export(model: nn.Module, sample: Tensor) -> bytes:
+def _to_torch_export(model: nn.Module, sample: Tensor, metadata: Metadata) -> bytes:
     def trace() -> torch.export.ExportedProgram:
         shapes = ({0: torch.export.Dim("batch")},)
         return torch.export.export(model, (sample,), dynamic_shapes=shapes)
 
     content = io.BytesIO()
-    torch.export.save(_traced("torch_export", trace), content)
+    torch.export.save(_traced("torch_export", trace), content, extra_files=metadata)
     content.seek(0)
     loaded = torch.export.load(content).module()
     _check_outputs(lambda inputs: iter_tensors(loaded(inputs)), model, sample, 1e-5)
     return content.getvalue()
 
 
-def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
+def _to_onnx(model: nn.Module, sample: Tensor, metadata: Metadata) -> bytes:
     for library in ("onnx", "onnxscript"):
         import_extra(library, "export")
     runtime = import_extra("onnxruntime", "export")
@@ -80,7 +92,10 @@ def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
 
     program = _traced("onnx", trace)
     assert program is not None
-    content: bytes = program.model_proto.SerializeToString()
+    proto = program.model_proto
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=key, value=value)
+    content: bytes = proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     (name,) = [node.name for node in session.get_inputs()]
 

@@ -22,6 +22,7 @@ from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
+from app.data.split import sample_paths
 from app.distributed.collectives import is_distributed, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
@@ -50,12 +51,14 @@ class Components:
     Attributes:
         task: The train and eval steps; holds the model, which is on the device.
         loaders: The batch loader of each stage that the mode runs and that has data.
+        paths: The file of each sample of a stage, in order, where samples are files.
         freezing: When which parameters of the model are frozen.
         device: The device of the model and of the batches.
     """
 
     task: Task
     loaders: dict[str, BatchLoader]
+    paths: dict[str, list[str]]
     freezing: FreezeSchedule
     device: torch.device
 
@@ -78,7 +81,8 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     freezing = FreezeSchedule(model, freezes)
     if config.trainer.compile:
         model.compile()
-    return Components(task, loaders, freezing, device)
+    paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
+    return Components(task, loaders, paths, freezing, device)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
@@ -161,15 +165,20 @@ def make_metrics(stage: str, nodes: Mapping[str, Any], instantiator: Instantiato
 
 
 def make_callbacks(
-    config: Config, instantiator: Instantiator, folder: Path, model: nn.Module, job: Job
+    job: Job, instantiator: Instantiator, folder: Path, components: Components
 ) -> list[Callback]:
     """Build the callbacks of the configuration.
 
     Raises:
         UserError: A target does not build a `Callback`.
     """
-    offers = {"folder": folder, "model": model, "config": job.plain}
-    callbacks = instantiator.build_all("callbacks", config.callbacks, **offers)
+    offers = {
+        "folder": folder,
+        "model": components.task.model,
+        "config": job.plain,
+        "paths": components.paths,
+    }
+    callbacks = instantiator.build_all("callbacks", job.config.callbacks, **offers)
     for name, callback in callbacks.items():
         if not isinstance(callback, Callback):
             raise UserError(f"callbacks.{name} is not an app.training.events.Callback")

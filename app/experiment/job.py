@@ -25,6 +25,7 @@ from app.config.schema import AUTO, Change, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
+from app.experiment.data_facts import read_data, with_data_facts
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import write_text
 from app.training.checkpoint.header import verify_checksum
@@ -102,10 +103,15 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
         plain = resolve_saved(saved)
         check_targets_allowed(ckpt, plain, trusted)
     issues += unexpected_env_reads(plain, composed_plain)
+    report = read_data(saved, plain, trusted, issues, is_new=ckpt is None)
+    if report is not None and report.facts:
+        saved = with_data_facts(saved, report.facts)
+        plain = resolve_saved(saved)
     config = validate(plain, trusted, issues)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
-    return Job(config, plain, saved, trusted, differences, damaged)
+    warnings = report.warnings if report else []
+    return Job(config, plain, saved, trusted, differences, damaged, warnings)
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
@@ -122,6 +128,8 @@ def prepare(composed: DictConfig, folder: Path) -> Job:
     write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
     for problem in job.damaged_checkpoints:
         log.warning("%s; resuming from %s", problem, job.config.resume)
+    for warning in job.data_warnings:
+        log.warning("%s", warning)
     for difference in job.differences:
         log.warning("the configuration differs from the saved run: %s", difference)
     return job

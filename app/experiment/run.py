@@ -118,8 +118,7 @@ def make_run_callbacks(
     """Build the callbacks, which exist on rank 0 only; the first of them writes the status."""
     if rank() > 0:
         return Callback()
-    model = components.task.model
-    return Callbacks([status, *make_callbacks(job.config, instantiator, status.folder, model, job)])
+    return Callbacks([status, *make_callbacks(job, instantiator, status.folder, components)])
 
 
 @contextmanager
@@ -197,8 +196,17 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
     file, task = load_ckpt_weights(trainer, config), components.task
     loader = components.loaders[PREDICT]
     logits = logit_keys(task)
-    names = getattr(loader, "names", None)
-    files = PredictionFileWriter(trainer.state.folder, logits, config.predict.format, names)
+    paths, class_names = components.paths.get(PREDICT), config.data.class_names
+    assert class_names != AUTO
+    names = paths if config.predict.images else None
+    files = PredictionFileWriter(
+        trainer.state.folder,
+        logits,
+        config.predict.format,
+        names,
+        paths if names is None else None,
+        class_names,
+    )
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
@@ -209,8 +217,11 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
 def export_model(trainer: Trainer, components: Components, config: Config) -> None:
     """Export the model of a checkpoint."""
     file, model = load_ckpt_weights(trainer, config), components.task.model
+    assert config.data.input_shape != AUTO
     sample = torch.rand(2, *config.data.input_shape)
-    path = export(model.cpu().eval(), sample, config.export.format, trainer.state.folder)
+    names = config.data.class_names
+    assert names != AUTO
+    path = export(model.cpu().eval(), sample, config.export.format, trainer.state.folder, names)
     log.info("exported the model of %s to %s", file, path)
 
 

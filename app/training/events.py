@@ -97,7 +97,8 @@ class Callback:
 
     Besides the options in its configuration, the constructor of a callback receives any of these
     if it has a parameter of that name: `folder` (path of the run folder), `model` (the module, for
-    inspection) and `config` (the resolved configuration as a plain dict).
+    inspection), `config` (the resolved configuration as a plain dict) and `paths` (the file of
+    each sample, by stage, where samples are files).
 
     Example::
 

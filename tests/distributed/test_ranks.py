@@ -27,6 +27,7 @@ from app.config.instantiate import Instantiator
 from app.data.batch import BatchLoader, BatchPreparer
 from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader, make_loader
 from app.data.sampling import EpochSampler
+from app.data.transform import transform_samples
 from app.distributed.collectives import LazyAllReduceMax, local_slice, rank, world_size
 from app.distributed.strategies import DDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
@@ -453,7 +454,13 @@ def make_counting_loader(kind: str, count: int, batch_size: int) -> BatchLoader:
     if kind == "stream":
         return make_loader(ShuffledStream(count), batch_size)
     options = DataLoaderOptions(num_workers=2 if kind == "workers" else 0)
-    return SampleLoader(IndexedDataset(count), sampler, batch_size, preparer, 7, options)
+    samples = transform_samples(IndexedDataset(count), [add_noise], 0)
+    return SampleLoader(samples, sampler, batch_size, preparer, 7, options)
+
+
+def add_noise(x: Tensor) -> Tensor:
+    """Transform a sample at random."""
+    return x + torch.rand(())
 
 
 def local_batches(kind: str, count: int, batch_size: int) -> list[list[list[float]]]:

@@ -46,7 +46,30 @@ def save_arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
     [
         (np.array([], int), 28, [], "data.source.train has no samples"),
         (np.arange(40) % 4, 28, [], "data.num_classes=3, but data.source.train has the label 3"),
-        (np.arange(40) % 3, 30, [], "data.input_shape=[1, 28, 28], but the train samples have"),
+        (np.arange(40) % 3, 30, [], "data.input_shape=[1, 28, 28], but the samples have shape"),
+        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave none of the 40 training samples"),
+    ],
+)
+def test_data_that_contradicts_the_configuration_fails_before_a_run_folder_is_made(
+    app: Callable[..., RunResult],
+    tmp_path: Path,
+    labels: np.ndarray,
+    side: int,
+    overrides: list[str],
+    message: str,
+) -> None:
+    save_arrays(tmp_path / "a.npz", labels, side)
+    base = ("data=npz", "data.path=a.npz", "data.num_classes=3", "data.input_shape=[1,28,28]")
+    ran = app(*base, "model=lenet", *overrides)
+    assert ran.code == 2
+    assert message in ran.err
+    assert len(error_lines(ran)) == 2
+    assert not (ran.cwd / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("labels", "side", "overrides", "message"),
+    [
         (
             np.arange(40) % 3,
             16,
@@ -55,7 +78,6 @@ def save_arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
         ),
         (np.arange(40) % 3, 28, ["model.num_classes=4"], "but the model has 4 outputs"),
         (np.arange(40) % 3, 28, ["loss=mse"], "loss.mse: cannot take outputs (a float32 tensor of"),
-        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave none of the 40 training samples"),
     ],
 )
 def test_data_that_does_not_match_model_fails_before_training(

@@ -15,7 +15,7 @@ from app.data.augment.geometry import (
     RandomShift,
     RandomVerticalFlip,
 )
-from app.data.augment.per_image import PerImage, draws_once_per_batch, per_image
+from app.data.augment.per_image import PerImage, PerSample, draws_once_per_batch, per_image
 from app.data.augment.policies import RandAugment, TrivialAugmentWide
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "ColorJitter",
     "GaussianBlur",
     "PerImage",
+    "PerSample",
     "RandAugment",
     "RandomAffine",
     "RandomErasing",

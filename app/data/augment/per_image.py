@@ -35,32 +35,37 @@ def per_image(transform: Transform) -> Transform:
     return PerImage(transform) if draws_once_per_batch(transform) else transform
 
 
-class PerImage(nn.Module):
-    """Applies a transform to the images of a batch one after the other.
+class PerSample(nn.Module):
+    """Applies a transform to the samples of a batch one after the other.
 
     Args:
-        transform: A transform of single images; its results must have the same size.
+        transform: A transform of single samples; its results must have the same size.
     """
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
         self.transform = transform
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Transform images of shape (C, H, W) or (N, C, H, W).
+    def forward(self, batch: Tensor) -> Tensor:
+        """Transform a batch of shape (N, ...).
 
         Raises:
             UserError: The results differ in size.
         """
-        if images.ndim == 3:
-            return self.transform(images)
-        results = [self.transform(image) for image in images]
+        results = [self.transform(sample) for sample in batch]
         if len({result.shape for result in results}) > 1:
             raise UserError(
                 f"{self.transform} gives images of different sizes, which make no batch; "
                 "add a transform that resizes or crops them"
             )
-        return torch.stack(results) if results else images
+        return torch.stack(results) if results else batch
+
+
+class PerImage(PerSample):
+    """Applies a transform to each of some images of shape (N, C, H, W), or to one (C, H, W)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.transform(images) if images.ndim == 3 else super().forward(images)
 
 
 def draws_once_per_batch(transform: object) -> bool:

@@ -7,11 +7,18 @@ from tests.support.runs import job_for
 
 def test_callbacks_option_adds_one_callback_to_the_default() -> None:
     callbacks = job_for("callbacks=wandb").plain["callbacks"]
-    assert list(callbacks) == ["tables", "progress", "console", "plots", "wandb"]
+    assert list(callbacks) == ["tables", "progress", "console", "plots", "batch_images", "wandb"]
 
 
 def test_callbacks_list_adds_several_callbacks() -> None:
     both = "callbacks/single@callbacks=[tensorboard,samples]"
     callbacks = job_for(both, "callbacks.samples.count=2", "~callbacks.plots").plain["callbacks"]
-    assert list(callbacks) == ["tables", "progress", "console", "tensorboard", "samples"]
+    assert list(callbacks) == [
+        "tables",
+        "progress",
+        "console",
+        "batch_images",
+        "tensorboard",
+        "samples",
+    ]
     assert callbacks["samples"]["count"] == 2

@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from app.data.split import check_datasets, dataset_size, split_dataset
+from app.data.split import (
+    check_datasets,
+    dataset_size,
+    split_dataset,
+    warn_about_missing_classes,
+)
 from app.runtime.errors import UserError
 from tests.support.toy_datasets import arange_dataset
 
@@ -50,8 +55,41 @@ def test_check_datasets_refuses_empty_data_and_invalid_labels(
         check_datasets({"train": dataset}, num_classes, 1)
 
 
-def test_check_datasets_warns_about_classes_without_samples(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    check_datasets({"train": arange_dataset()}, 5, 1)
+def test_classes_without_samples_are_logged_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    warn_about_missing_classes({"train": arange_dataset()}, 5, 1)
     assert "no sample of class 3, 4 in the train data" in caplog.text
+    warn_about_missing_classes({"train": arange_dataset()}, 5, 1, ["a", "b", "c", "d", "e"])
+    assert "no sample of class d, e in the train data" in caplog.text
+
+
+def test_stratified_split_has_each_class_in_proportion_and_rare_ones_in_training() -> None:
+    labels = torch.tensor([0] * 100 + [1] * 30 + [2] * 10 + [3] * 2 + [4])
+    dataset = TensorDataset(torch.arange(len(labels)), labels)
+    for seed in range(3):
+        parts = split_dataset({"train": dataset}, 0.1, 0.2, seed, labels)
+        counts = {
+            stage: torch.bincount(part.tensors[1], minlength=5).tolist()  # type: ignore[attr-defined]
+            for stage, part in parts.items()
+        }
+        assert sum(map(sum, counts.values())) == len(labels)
+        for stage, share in (("train", 0.7), ("valid", 0.1), ("test", 0.2)):
+            for label, total in enumerate((100, 30, 10)):
+                assert abs(counts[stage][label] - share * total) <= 1.01, (stage, label)
+        assert counts["train"][3] >= 1
+        assert counts["train"][4] == 1
+    first, again, other = (
+        split_dataset({"train": dataset}, 0.1, 0.2, seed, labels)["valid"].tensors[0].tolist()  # type: ignore[attr-defined]
+        for seed in (0, 0, 1)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_check_datasets_refuses_other_class_names() -> None:
+    dataset = arange_dataset()
+    dataset.classes = ["a", "b", "c"]  # type: ignore[attr-defined]
+    check_datasets({"train": dataset}, 3, 1, ["a", "b", "c"])
+    with pytest.raises(
+        UserError, match=r"\['a', 'c', 'b'\], but data.source.train has the classes"
+    ):
+        check_datasets({"train": dataset}, 3, 1, ["a", "c", "b"])

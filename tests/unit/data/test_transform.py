@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from app.data.transform import BatchTransform, channel_statistics
+from app.data.transform import BatchTransform, ResizeCenterCrop, channel_statistics
 from app.runtime.errors import UserError
 
 
@@ -62,3 +62,15 @@ def test_channel_statistics_normalize_to_mean_0_and_std_1() -> None:
     y = (x.double() / 255 - torch.tensor(mean).view(2, 1, 1)) / torch.tensor(std).view(2, 1, 1)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(2).double())
+
+
+def test_resize_center_crop_is_the_recipe_of_torchvision() -> None:
+    recipe = v2.Compose([v2.Resize(256, antialias=True), v2.CenterCrop(224)])
+    for height, width in ((300, 400), (500, 300)):
+        image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        assert torch.equal(ResizeCenterCrop(224, 0.875)(image), recipe(image))
+        assert torch.equal(ResizeCenterCrop(224, 0.875)(image[None])[0], recipe(image))
+    whole = ResizeCenterCrop(32)(torch.zeros(3, 64, 96))
+    assert whole.shape == (3, 32, 32)
+    with pytest.raises(ValueError, match=r"ratio=1\.5 must be above 0"):
+        ResizeCenterCrop(32, 1.5)

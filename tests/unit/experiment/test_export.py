@@ -40,11 +40,29 @@ def run_exported(path: Path, images: Tensor) -> Tensor:
     return outputs
 
 
+def read_class_names(path: Path) -> str | None:
+    """Return the names that a file contains, as JSON."""
+    if path.suffix == ".pt2":
+        extra = {"class_names": ""}
+        torch.export.load(path, extra_files=extra)
+        return extra["class_names"]
+    if path.suffix == ".onnx":
+        import onnxruntime
+
+        metadata = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
+        return str(metadata["class_names"])
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return str(file.metadata()["class_names"])
+
+
 @pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx"])
 def test_exported_model_gives_same_outputs_for_any_batch_size(
     tmp_path: Path, format: Format
 ) -> None:
-    path = export(make_model(), torch.rand(2, 1, 28, 28), format, tmp_path)
+    path = export(make_model(), torch.rand(2, 1, 28, 28), format, tmp_path, ["cat", "é", "o"])
+    assert read_class_names(path) == '["cat", "\\u00e9", "o"]'
     images = torch.rand(5, 1, 28, 28)
     with torch.no_grad():
         expected = make_model()(images)

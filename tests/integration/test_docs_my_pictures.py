@@ -1,0 +1,66 @@
+"""The tutorial docs/my_pictures.md works as it is written, on the pictures that it draws."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from safetensors import safe_open
+
+from tests.support.runs import RunResult
+
+TUTORIAL = (Path(__file__).parents[2] / "docs" / "my_pictures.md").read_text()
+NAMES = ["circle", "square", "triangle"]
+
+
+def test_tutorial_runs_from_a_folder_to_an_exported_model(
+    app: Callable[..., RunResult], tmp_cwd: Path
+) -> None:
+    (script,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
+    exec(script)
+    commands = re.findall(r"^python -m app (.*)$", TUTORIAL, re.MULTILINE)
+    check, train, test, predict, export, check_transforms = map(shlex.split, commands)
+    for command in (check, check_transforms):
+        checked = app(*command)
+        assert (checked.code, checked.out) == (0, "the configuration is valid\n"), checked.err
+    assert not (tmp_cwd / "outputs").exists()
+
+    trained = app(*train)
+    assert trained.code == 0, trained.err
+    folder = tmp_cwd / "outputs" / "shapes3"
+    assert "is read as one folder of classes" in (folder / "run.log").read_text()
+    for name in ("train_batch.png", "valid_batch.png", "plots/test_confusion_matrix.png"):
+        assert (folder / name).stat().st_size > 1000
+    assert (folder / "plots/test_confusion_matrix_normalized.png").exists()
+    summary = pd.read_csv(folder / "test_summary_table.csv")
+    assert summary["total_samples"].tolist() == [18]
+    assert summary["accuracy"][0] > 0.8
+    (details,) = (folder / "epoch_details").glob("*_test_confusion_matrix.csv")
+    assert list(pd.read_csv(details).columns) == NAMES
+    (file,) = (folder / "predictions").glob("*_test/predictions.csv")
+    predictions = pd.read_csv(file)
+    assert [path.split("/")[0] for path in predictions["path"]] == [*predictions["target_name"]]
+    assert predictions["target_name"].value_counts().tolist() == [6, 6, 6]
+
+    tested = app(*test)
+    assert tested.code == 0, tested.err
+    (again,) = tmp_cwd.glob("outputs/2*/*_test_*/test_summary_table.csv")
+    columns = ["accuracy", "loss_mean", "total_samples"]
+    assert pd.read_csv(again)[columns].equals(summary[columns])
+
+    assert app(*predict).code == 0
+    (file,) = tmp_cwd.glob("outputs/2*/*_predict_*/predictions.csv")
+    labels = pd.read_csv(file)
+    assert labels["sample"].tolist() == [f"{number:03}.png" for number in range(60)]
+    shared = predictions[predictions["target_name"] == "circle"]
+    for path, label in zip(shared["path"], shared["label_name"], strict=True):
+        row = labels[labels["sample"] == path.split("/")[1]]
+        assert row["label_name"].tolist() == [label]
+
+    assert app(*export).code == 0
+    (file,) = tmp_cwd.glob("outputs/2*/*_export_*/model.safetensors")
+    with safe_open(file, "pt") as exported:
+        assert exported.metadata()["class_names"] == '["circle", "square", "triangle"]'
