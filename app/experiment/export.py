@@ -11,6 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from app.config.instantiate import check_part_names
 from app.runtime.errors import UserError
 from app.runtime.extras import import_extra
 from app.runtime.files import atomic_write
@@ -58,7 +59,7 @@ def _to_torch_export(model: nn.Module, sample: Tensor) -> bytes:
         return torch.export.export(model, (sample,), dynamic_shapes=shapes)
 
     content = io.BytesIO()
-    torch.export.save(_traced("torch_export", trace), content)
+    torch.export.save(_traced("torch_export", model, trace), content)
     content.seek(0)
     loaded = torch.export.load(content).module()
     _check_outputs(lambda inputs: iter_tensors(loaded(inputs)), model, sample, 1e-5)
@@ -78,7 +79,7 @@ def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
             model, (sample,), dynamo=True, dynamic_shapes=shapes, verbose=False
         )
 
-    program = _traced("onnx", trace)
+    program = _traced("onnx", model, trace)
     assert program is not None
     content: bytes = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -91,7 +92,8 @@ def _to_onnx(model: nn.Module, sample: Tensor) -> bytes:
     return content
 
 
-def _traced(format: str, trace: Callable[[], T]) -> T:
+def _traced(format: str, model: nn.Module, trace: Callable[[], T]) -> T:
+    check_part_names(f"export.format={format!r}", model)
     try:
         return trace()
     except Exception as error:  # tracers raise whatever the model's code makes them raise

@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX, is_trusted, trusted_from_environment
+from app.config.allowlist import is_trusted, trusted_from_environment
 from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
@@ -125,11 +125,9 @@ def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[
             if not override.is_discrete_sweep():
                 problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
                 yield ConfigIssue(key, problem)
-    for key, prefix in (("sampler", SAMPLER_PREFIX), ("pruner", PRUNER_PREFIX)):
+    for key in ("sampler", "pruner"):
         node = sweeper[key]
-        yield from iter_node_issues(
-            f"hydra.sweeper.{key}", node, [prefix], injected=["search_space"]
-        )
+        yield from iter_node_issues(f"hydra.sweeper.{key}", node, (), injected=["search_space"])
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:

@@ -22,7 +22,6 @@ from optuna.distributions import (
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState
 
-from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig, OptunaTrial
@@ -93,8 +92,8 @@ class OptunaJobs(JobSource):
         node = sampler_node(
             self.options.sampler, self.search_space.distributions, len(study.trials)
         )
-        study.sampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
-        study.pruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", self.options.pruner)
+        study.sampler = Instantiator()("hydra.sweeper.sampler", node)
+        study.pruner = Instantiator()("hydra.sweeper.pruner", self.options.pruner)
         if exists:
             log.info("the study %s has %d trials", self.study_name, len(study.trials))
         return study
