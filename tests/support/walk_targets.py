@@ -99,10 +99,9 @@ def calls(target: Target) -> Iterator[dict[str, Any]]:
             yield required | {MARK: text, "norm_layer": text}
         elif kind is not inspect.Parameter.VAR_POSITIONAL:
             yield required | {name: text}
-    for text in HOSTILE:
-        names = [name for name in required if name not in ("weights", "progress")]
-        yield required | dict.fromkeys(names, text)
-    yield required | {name: {HOSTILE[2]: torch.nn.ReLU()} for name in required}
+    if required:
+        yield from (dict.fromkeys(required, text) for text in HOSTILE)
+        yield {name: {HOSTILE[2]: torch.nn.ReLU()} for name in required}
 
 
 def walk(module: str, recorder: Recorder) -> int:
