@@ -1,53 +1,99 @@
-"""Allow-list of the classes and functions that a `_target_` may name."""
+"""The classes and functions that a `_target_` may name: public components of known kinds.
+
+A component is offered by a module listed here, or by a module in one of our own packages; nothing
+else is imported. Whether it is allowed follows from what it is, not from its name alone.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import os
+import pkgutil
+import sys
 import types
-from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeGuard, get_origin, get_type_hints
 
 from app.config.nested import dotted, iter_leaves
 from app.runtime.errors import UserError, did_you_mean
 
 TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
 TRUSTED_TARGETS_VARIABLE = "APP_TRUSTED_TARGETS"
-APP_PREFIXES = (
-    "app.training.optim.weight_averaging.",
-    "app.callbacks.",
-    "app.data.",
-    "app.losses.",
-    "app.metrics.",
-    "app.models.",
-    "app.training.optim.chain.",
-    "app.training.supervised.",
-    "app.training.task.",
-    "app.training.dcgan_task.",
+Target = Callable[..., Any]
+
+METRIC_DOMAINS = (
+    *("classification", "clustering", "detection", "image", "nominal", "regression"),
+    *("retrieval", "segmentation", "shape", "wrappers"),
 )
-LIBRARY_PREFIXES = (
-    "torch.nn.",
-    "torch.optim.",
-    "torchmetrics.",
-    "torchvision.datasets.",
-    "torchvision.models.",
-    "torchvision.transforms.",
+# The public subclasses in these modules.
+LIBRARY_CLASSES = {
+    "torch.nn": ("torch.nn.Module",),
+    "torch.optim": ("torch.optim.Optimizer",),
+    "torch.optim.lr_scheduler": ("torch.optim.lr_scheduler.LRScheduler",),
+    "torch.optim.swa_utils": ("torch.optim.lr_scheduler.LRScheduler",),
+    "torchmetrics": ("torchmetrics.Metric", "torchmetrics.MetricCollection"),
+    **{f"torchmetrics.{domain}": ("torchmetrics.Metric",) for domain in METRIC_DOMAINS},
+    "torchvision.transforms.v2": ("torchvision.transforms.v2.Transform", "enum.Enum"),
+    "optuna.samplers": ("optuna.samplers.BaseSampler",),
+    "optuna.pruners": ("optuna.pruners.BasePruner",),
+    "hydra.experimental.callbacks": ("hydra.experimental.callback.Callback",),
+}
+EXCLUDED_CLASSES = (
+    *("torch.nn.ParameterDict", "torch.nn.ParameterList"),  # would set attributes of any name
+    # These download, unpickle or run a network; app.metrics.images has FID, KID and LPIPS.
+    "torchmetrics.SacreBLEUScore",
+    "torchmetrics.image.ARNIQA",
+    "torchmetrics.image.DeepImageStructureAndTextureSimilarity",
+    "torchmetrics.image.FrechetInceptionDistance",
+    "torchmetrics.image.InceptionScore",
+    "torchmetrics.image.KernelInceptionDistance",
+    "torchmetrics.image.LearnedPerceptualImagePatchSimilarity",
+    "torchmetrics.image.MemorizationInformedFrechetInceptionDistance",
+    "torchmetrics.image.PerceptualPathLength",
 )
-# Below the allowed prefixes, but these run code or write files that their arguments name.
-DENIED_PREFIXES = (
-    "app.callbacks.prediction_files.",  # writes files to any folder
-    "app.data.datamodule.",  # builds components from nodes that it is given
-    "app.data.torchvision_sets.download_dataset",  # downloads any URL to any path
-    "torchmetrics.functional.multimodal.clip_score.",  # runs code that comes with a model
-    "torchmetrics.multimodal.clip_score.",
-    "torchvision.datasets.lsun.",  # unpickles a file from the working directory
-    "torchvision.datasets.utils.",  # downloads and unpacks any URL to any path
+LOSS_FUNCTIONS = "torch.nn.functional"  # the functions that have a reduction
+MODELS = (  # the functions that torchvision has registered as builders of models
+    "torchvision.models",
+    *(f"torchvision.models.{task}" for task in ("detection", "optical_flow", "segmentation")),
+    "torchvision.models.video",
 )
-# What Hydra's sampler and pruner nodes of an Optuna sweep may name.
-SAMPLER_PREFIX, PRUNER_PREFIX = "optuna.samplers", "optuna.pruners"
-# Libraries offer classes; functions are allowed only below these prefixes.
-FUNCTION_PREFIXES = ("torch.nn.functional.", "torchmetrics.functional.", "torchvision.models.")
+DATASETS = "torchvision.datasets"
+# These read neither pickles nor images of any format, which could start a program.
+DATASET_CLASSES = (
+    *("EMNIST", "FER2013", "FakeData", "FashionMNIST", "KMNIST", "MNIST", "MovingMNIST"),
+    *("QMNIST", "SEMEION", "STL10", "SVHN", "USPS"),
+)
+LIBRARY_MODULES = (*LIBRARY_CLASSES, LOSS_FUNCTIONS, *MODELS, DATASETS)
+# In the modules of our packages: the subclasses, and the functions that return an instance.
+OWN_PACKAGES = {
+    "app.callbacks": ("app.training.events.Callback",),
+    "app.data": ("torch.nn.Module", "torch.utils.data.Dataset"),
+    "app.losses": ("torch.nn.Module",),
+    "app.metrics": ("torchmetrics.Metric",),
+    "app.models": ("torch.nn.Module",),
+    "app.training": ("app.training.task.Task",),
+    "app.training.optim": (
+        "app.training.optim.weight_averaging.WeightAveraging",
+        "torch.optim.lr_scheduler.LRScheduler",
+    ),
+}
+OWN_CLASSES = (  # that derive from nothing
+    "app.data.sampling.BalancedClasses",
+    "app.data.sampling.ClassWeights",
+    "app.data.sampling.SampleWeights",
+    "app.data.windows.PatchInference",
+    "app.losses.weighted_sum.Term",
+    "app.losses.weights.LinearSchedule",
+    "app.losses.weights.StepSchedule",
+    "app.metrics.output_metric.OutputMetric",
+)
+ALLOWED = (
+    "components of this program, of torch.nn, torch.optim, torchmetrics, torchvision.models and "
+    "torchvision.transforms.v2, losses of torch.nn.functional, some of torchvision.datasets"
+)
 
 
 class TargetError(UserError):
@@ -71,16 +117,15 @@ def is_dotted_name(name: object) -> TypeGuard[str]:
 
 
 def is_allowed(name: object, trusted: Sequence[str] = ()) -> bool:
-    """Return whether `locate` may import this name, judged by the name alone."""
+    """Return whether `locate` may import the module of this name, judged by the name alone."""
     if not is_dotted_name(name):
         return False
-    return is_trusted(name, trusted) or (
-        name.startswith(APP_PREFIXES + LIBRARY_PREFIXES)
-        and not any(part.startswith("_") for part in name.split("."))
-    )
+    module = name.rpartition(".")[0]
+    package = module.rpartition(".")[0]
+    return is_trusted(name, trusted) or module in LIBRARY_MODULES or package in OWN_PACKAGES
 
 
-def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+def locate(name: object, trusted: Sequence[str] = ()) -> Target:
     """Import a class or function by its dotted name.
 
     Args:
@@ -93,26 +138,80 @@ def locate(name: object, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """
     if not is_dotted_name(name):
         raise TargetError(f"{name!r} is not a dotted name such as torch.optim.AdamW")
-    if not is_allowed(name, trusted):
-        _raise_not_allowed(name)
-    target: Callable[..., Any] = _import_object(name)
-    if not callable(target):
-        raise TargetError(f"{name!r} is not a class or function")
-    if not is_trusted(name, trusted):
-        _check_home(name, target)
-    return target
+    if is_trusted(name, trusted):
+        return _import_trusted(name)
+    if not is_allowed(name):
+        raise TargetError(f"{name!r} is not allowed; allowed: {ALLOWED}{_same_elsewhere(name)}")
+    module, _, attribute = name.rpartition(".")
+    targets = allowed_targets(module)
+    if attribute in targets:
+        return targets[attribute]
+    if hasattr(sys.modules[module], attribute):
+        problem = "is not allowed: it is not one of the components that are known to be safe"
+        raise TargetError(f"{name!r} {problem}; trusted_targets=[{name}] allows it")
+    raise TargetError(f"{name!r} does not exist{did_you_mean(attribute, targets)}")
 
 
-def _raise_not_allowed(name: str) -> None:
-    allowed = ", ".join(f"{prefix}*" for prefix in APP_PREFIXES + LIBRARY_PREFIXES)
-    module = name.rpartition(".")[0] or name
-    raise TargetError(
-        f"{name!r} is not allowed; allowed: {allowed}; if the code is yours, "
-        f"add trusted_targets=[{module}] to the command line"
-    )
+@functools.cache
+def allowed_targets(module: str) -> Mapping[str, Target]:
+    """Return the components of a module by name, for any module that `is_allowed` imports.
+
+    Raises:
+        TargetError: The module cannot be imported.
+    """
+    imported = _import_module(module, module)
+    names = getattr(imported, "__all__", None) or list(vars(imported))
+    public = {name: getattr(imported, name) for name in names if not name.startswith("_")}
+    return {
+        name: target
+        for name, target in public.items()
+        if callable(target) and _is_component(module, name, target)
+    }
 
 
-def _import_object(name: str) -> Any:
+def _is_component(module: str, name: str, target: Target) -> bool:
+    full_name = f"{module}.{name}"
+    if module in LIBRARY_CLASSES:
+        return _derives(target, LIBRARY_CLASSES[module]) and full_name not in EXCLUDED_CLASSES
+    if module in MODELS:
+        models: Any = importlib.import_module("torchvision.models")
+        return name in models.list_models(importlib.import_module(module))
+    if module == LOSS_FUNCTIONS:
+        return "reduction" in signature_parameters(target)
+    if module == DATASETS:
+        return name in DATASET_CLASSES
+    bases = OWN_PACKAGES[module.rpartition(".")[0]]
+    return target.__module__ == module and (full_name in OWN_CLASSES or _derives(target, bases))
+
+
+def _derives(target: Target, bases: Iterable[str]) -> bool:
+    """Return whether a class derives from one of the bases, or a function of ours returns one."""
+    kind: Any = target
+    if inspect.isfunction(target) and target.__module__.startswith("app."):
+        with suppress(NameError):  # a type that is imported for type checkers only
+            returned = get_type_hints(target).get("return")
+            kind = get_origin(returned) or returned
+    return inspect.isclass(kind) and issubclass(kind, tuple(map(pkgutil.resolve_name, bases)))
+
+
+def signature_parameters(target: Target) -> dict[str, inspect.Parameter]:
+    """Parameters of a class or function by name; empty if Python cannot determine them."""
+    try:
+        return dict(inspect.signature(target, eval_str=False).parameters)
+    except ValueError:
+        return {}
+
+
+def _same_elsewhere(name: str) -> str:
+    """Return a hint to the component of the same name in another module of the library."""
+    library, attribute = name.partition(".")[0], name.rpartition(".")[2]
+    for module in LIBRARY_MODULES:
+        if module.partition(".")[0] == library and attribute in allowed_targets(module):
+            return f"; did you mean '{module}.{attribute}'?"
+    return ""
+
+
+def _import_trusted(name: str) -> Target:
     first, *rest = name.split(".")
     found: Any = _import_module(first, name)
     for part in rest:
@@ -124,7 +223,12 @@ def _import_object(name: str) -> Any:
         are_modules = isinstance(found, types.ModuleType) and isinstance(parent, types.ModuleType)
         if are_modules and not found.__name__.startswith(f"{parent.__name__}."):
             raise TargetError(f"{name!r} is not allowed: it reaches into {found.__name__!r}")
-    return found
+        if part.startswith("__"):
+            raise TargetError(f"{name!r} is not allowed: {part!r} is internal to Python")
+    if not callable(found):
+        raise TargetError(f"{name!r} is not a class or function")
+    target: Target = found
+    return target
 
 
 def _import_module(module: str, name: str) -> types.ModuleType:
@@ -134,8 +238,7 @@ def _import_module(module: str, name: str) -> types.ModuleType:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise TargetError(f"{name!r} cannot be imported: {error}") from error
         parent, _, missing = module.rpartition(".")
-        names = dir(importlib.import_module(parent)) if parent else []
-        close = did_you_mean(missing, [n for n in names if not n.startswith("_")])
+        close = did_you_mean(missing, _public_names(parent)) if parent else ""
         raise TargetError(
             f"{name!r} cannot be imported: no {missing!r} in {parent!r}{close}"
         ) from error
@@ -144,22 +247,18 @@ def _import_module(module: str, name: str) -> types.ModuleType:
         raise TargetError(f"{name!r} cannot be imported: {reason}") from error
 
 
-def _check_home(name: str, target: Callable[..., Any]) -> None:
-    """Check the module that defines the target: an allowed module may only re-export it."""
-    home = f"{getattr(target, '__module__', None)}."
-    if f"{home}{getattr(target, '__qualname__', '')}".startswith(DENIED_PREFIXES):
-        raise TargetError(
-            f"{name!r} is not allowed: it can run code or write files that its arguments name; "
-            f"trusted_targets=[{name}] on the command line allows it"
-        )
-    if name.startswith("torch.nn.functional.") and inspect.isbuiltin(target):
-        return  # some of these are defined in torch itself, such as cosine_similarity
-    is_app = name.startswith(APP_PREFIXES)
-    homes = APP_PREFIXES if is_app else (*LIBRARY_PREFIXES, "torch._C._nn.")
-    if not home.startswith(homes):
-        raise TargetError(f"{name!r} is not allowed: it is defined in {home[:-1]!r}")
-    if not inspect.isclass(target) and not name.startswith(APP_PREFIXES + FUNCTION_PREFIXES):
-        raise TargetError(f"{name!r} is not allowed: only classes of that module are allowed")
+def _public_names(module: str) -> list[str]:
+    imported = importlib.import_module(module)
+    submodules = [found.name for found in pkgutil.iter_modules(getattr(imported, "__path__", ()))]
+    return [name for name in [*dir(imported), *submodules] if not name.startswith("_")]
+
+
+def trust_hint(names: Iterable[str]) -> str:
+    """Return how to allow targets: by their package, or a foreign one by its own name."""
+    foreign = {*sys.stdlib_module_names, *(m.partition(".")[0] for m in LIBRARY_MODULES), "app"}
+    roots = {name: name.partition(".")[0] for name in names}
+    trusted = sorted({name if root in foreign else root for name, root in roots.items()})
+    return f"if you trust that code, add trusted_targets=[{','.join(trusted)}] to the command line"
 
 
 def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:
@@ -180,14 +279,6 @@ def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence
     )
     if not found:
         return
+    head = f"{source} references code that is not allowed; none of it was imported:"
     lines = [f"  {key}={name!r}" for key, name in found]
-    modules = ",".join(sorted({name.rpartition(".")[0] or name for _, name in found}))
-    raise UserError(
-        "\n".join(
-            [
-                f"{source} references code outside this program; none of it was imported:",
-                *lines,
-                f"if you trust that code, add trusted_targets=[{modules}] to the command line",
-            ]
-        )
-    )
+    raise UserError("\n".join([head, *lines, trust_hint(name for _, name in found)]))

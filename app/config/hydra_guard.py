@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import PurePath
 from typing import Any
 
@@ -19,7 +20,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import is_dotted_name, is_trusted
+from app.config.allowlist import TargetError, is_dotted_name, is_trusted, locate, trust_hint
 from app.config.limits import interpolations
 from app.config.nested import KeyPath, dotted, get_at, get_child, iter_leaves
 from app.config.overrides import parse_overrides, raw_override
@@ -28,7 +29,7 @@ from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
 INSTANTIATED_NODES = ("launcher", "sweeper", "callbacks")
 LOGGING_NODES = ("job_logging", "hydra_logging")
-COMPONENT_PREFIXES = ("hydra.experimental.callbacks.", "optuna.samplers.", "optuna.pruners.")
+COMPONENT_MODULES = ("hydra.experimental.callbacks", "optuna.samplers", "optuna.pruners")
 LOGGING_CLASSES = (
     "logging.StreamHandler",
     "logging.FileHandler",
@@ -42,7 +43,6 @@ RUN_FOLDER_PREFIXES = ("${hydra.runtime.output_dir}/", "${hydra.run.dir}/", "${h
 # Resolvers that return text, never a node.
 TEXT_RESOLVERS = ("oc.env", "now", "path", "run_name", "run_folder", "python_version")
 COMMAND_LINE_ONLY = ("hydra", "trusted_targets")
-TRUST_HINT = "if the code is yours, add trusted_targets=[{}] to the command line"
 
 
 def hydra_issues(
@@ -92,15 +92,26 @@ def _component_issues(
                 "interpolations are not allowed for components of Hydra",
             )
         return
-    is_plugin = len(path) == 3 and path[1] != "callbacks"
-    allowed = installed_plugins() if is_plugin else COMPONENT_PREFIXES
     if path[-1] != "_target_" or not is_dotted_name(value):
         problem = f"={value!r} is not a dotted name; interpolations are not allowed here"
         yield ConfigIssue(key, problem)
-    elif not _matches(value, allowed) and not is_trusted(value, trusted):
-        hint = TRUST_HINT.format(value.rpartition(".")[0] or value)
-        problem = f"={value!r} is not allowed; allowed: {join_choices(allowed)}; {hint}"
-        yield ConfigIssue(key, problem)
+        return
+    is_plugin = len(path) == 3 and path[1] != "callbacks"
+    if not is_trusted(value, trusted) and not _is_component(value, is_plugin):
+        allowed = join_choices(installed_plugins() if is_plugin else COMPONENT_MODULES)
+        yield ConfigIssue(key, f"={value!r} is not allowed; allowed: {allowed}")
+        yield ConfigIssue("", trust_hint([value]))
+
+
+def _is_component(name: str, is_plugin: bool) -> bool:
+    """Return whether Hydra may build this: a plugin, or a callback, sampler or pruner."""
+    if is_plugin:
+        return name in installed_plugins()
+    if name.rpartition(".")[0] not in COMPONENT_MODULES:
+        return False
+    with suppress(TargetError):
+        return callable(locate(name))
+    return False
 
 
 def _logging_issues(
@@ -152,11 +163,6 @@ def installed_plugins() -> list[str]:
     plugins = Plugins.instance()
     classes = [*plugins.discover(Launcher), *plugins.discover(Sweeper)]
     return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
-
-
-def _matches(name: str, allowed: Sequence[str]) -> bool:
-    """Return whether the name is allowed; a prefix allows only the names right below it."""
-    return name in allowed or f"{name.rpartition('.')[0]}." in allowed
 
 
 def _is_overridden(key: str, overrides: Sequence[Override]) -> bool:

@@ -8,16 +8,28 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from app.config.allowlist import PARTIAL, POSITIONAL, TARGET, TargetError, locate
-from app.config.nested import iter_children
+from app.config.allowlist import (
+    PARTIAL,
+    POSITIONAL,
+    TARGET,
+    TargetError,
+    is_allowed,
+    is_trusted,
+    locate,
+    signature_parameters,
+    trust_hint,
+)
+from app.config.nested import iter_children, iter_leaves
 from app.config.types import MISSING, TYPE_NAMES, UNKNOWN
 from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
 
 PLAIN_TYPES = {int: "integer", float: "number", str: "string", bool: "boolean", NoneType: "null"}
+PART_NAME_PROBLEM = ": {!r} cannot name a part; allowed: letters, digits, _ and -"
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -75,11 +87,14 @@ class Instantiator:
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
         try:
-            return target(*positional, **arguments)
+            built = target(*positional, **arguments)
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         except (TypeError, ValueError, RuntimeError, OSError) as error:
             raise UserError(f"{key}: {name} could not be built: {error}") from error
+        if not is_trusted(name, self.trusted):
+            check_part_names(key, built)
+        return built
 
     def build_all(self, key: str, nodes: dict[str, Any], **injected: Any) -> dict[str, Any]:
         """Build a dict of nodes to a dict of objects, leaving out nodes that are null."""
@@ -107,12 +122,22 @@ def _takes_tensor(target: Callable[..., Any], parameter: inspect.Parameter) -> b
     return any(map(_is_tensor, _annotated_types(target, parameter)))
 
 
-def signature_parameters(target: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters of a class or function by name; empty if Python cannot determine them."""
-    try:
-        return dict(inspect.signature(target, eval_str=False).parameters)
-    except ValueError:
-        return {}
+def check_part_names(key: str, built: object) -> None:
+    """Check the names of the parts of a module, which `torch.export` writes into code that it runs.
+
+    Raises:
+        UserError: A name is not plain; the message names it.
+    """
+    named_modules = getattr(built, "named_modules", dict)
+    for path, _ in named_modules():
+        for name in path.split(".") if path else ():
+            if not is_part_name(name):
+                raise UserError(f"{key}{PART_NAME_PROBLEM.format(name)}")
+
+
+def is_part_name(name: object) -> bool:
+    """Return whether a name, such as a key of a `ModuleDict`, is harmless in generated code."""
+    return bool(re.fullmatch(r"[\w-]+", str(name)))
 
 
 def iter_node_issues(
@@ -133,6 +158,8 @@ def iter_node_issues(
     """
     for name, child in iter_children(node):
         yield from iter_node_issues(f"{key}.{name}", child, trusted)
+        if not is_part_name(name) and any(TARGET in path for path, _ in iter_leaves(child)):
+            yield ConfigIssue(key, PART_NAME_PROBLEM.format(name))
     if not isinstance(node, dict) or TARGET not in node:
         return
     if not isinstance(node.get(POSITIONAL, []), list):
@@ -143,6 +170,8 @@ def iter_node_issues(
         target = locate(node[TARGET], trusted)
     except TargetError as error:
         yield ConfigIssue(f"{key}.{TARGET}", f"={error}")
+        if not is_allowed(node[TARGET], trusted):
+            yield ConfigIssue("", trust_hint([str(node[TARGET])]))
         return
     yield from _argument_issues(key, node, target, num_positional, injected)
 

@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from app.config.instantiate import check_part_names
 from app.runtime.errors import UserError
 from app.runtime.extras import import_extra
 from app.runtime.files import atomic_write
@@ -70,7 +71,7 @@ def _to_torch_export(model: nn.Module, sample: Tensor, metadata: Metadata) -> by
         return torch.export.export(model, (sample,), dynamic_shapes=shapes)
 
     content = io.BytesIO()
-    torch.export.save(_traced("torch_export", trace), content, extra_files=metadata)
+    torch.export.save(_traced("torch_export", model, trace), content, extra_files=metadata)
     content.seek(0)
     loaded = torch.export.load(content).module()
     _check_outputs(lambda inputs: iter_tensors(loaded(inputs)), model, sample, 1e-5)
@@ -90,7 +91,7 @@ def _to_onnx(model: nn.Module, sample: Tensor, metadata: Metadata) -> bytes:
             model, (sample,), dynamo=True, dynamic_shapes=shapes, verbose=False
         )
 
-    program = _traced("onnx", trace)
+    program = _traced("onnx", model, trace)
     assert program is not None
     proto = program.model_proto
     for key, value in metadata.items():
@@ -106,7 +107,8 @@ def _to_onnx(model: nn.Module, sample: Tensor, metadata: Metadata) -> bytes:
     return content
 
 
-def _traced(format: str, trace: Callable[[], T]) -> T:
+def _traced(format: str, model: nn.Module, trace: Callable[[], T]) -> T:
+    check_part_names(f"export.format={format!r}", model)
     try:
         return trace()
     except Exception as error:  # tracers raise whatever the model's code makes them raise

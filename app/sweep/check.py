@@ -12,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
@@ -134,8 +133,8 @@ def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[
             if getattr(distribution, "step", 1) is None:
                 problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
                 yield ConfigIssue(key, problem)
-    for key, prefix in (("sampler", SAMPLER_PREFIX), ("pruner", PRUNER_PREFIX)):
-        yield from iter_node_issues(f"hydra.sweeper.{key}", sweeper[key], [prefix])
+    for key in ("sampler", "pruner"):
+        yield from iter_node_issues(f"hydra.sweeper.{key}", sweeper[key], ())
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:

@@ -23,7 +23,6 @@ from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, GPSampler, TPESampler
 from optuna.trial import TrialState
 
-from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig, OptunaTrial
@@ -138,12 +137,12 @@ class OptunaJobs(JobSource):
         """Make the sampler; one that resumes a search must not draw the same values again."""
         node, seed = self.options.sampler, self.options.sampler.get("seed")
         node = node | ({"seed": seed + num_trials} if isinstance(seed, int) else {})
-        sampler: BaseSampler = Instantiator([SAMPLER_PREFIX])("hydra.sweeper.sampler", node)
+        sampler: BaseSampler = Instantiator()("hydra.sweeper.sampler", node)
         return sampler
 
     def _make_pruner(self) -> BasePruner:
         node = self.options.pruner
-        pruner: BasePruner = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", node)
+        pruner: BasePruner = Instantiator()("hydra.sweeper.pruner", node)
         return pruner
 
     def _interrupted_jobs(self) -> list[SweepJob]:

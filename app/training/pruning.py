@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from app.config.allowlist import PRUNER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.schema import GoalConfig, OptunaTrial
 from app.distributed.collectives import broadcast_object, rank
@@ -44,7 +43,7 @@ class Pruning:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.last_reported_epoch = values[-1].epoch
         storage = make_storage(trial.storage)
-        pruner: Any = Instantiator([PRUNER_PREFIX])("hydra.sweeper.pruner", trial.pruner)
+        pruner: Any = Instantiator()("hydra.sweeper.pruner", trial.pruner)
         study = optuna.load_study(study_name=trial.study, storage=storage, pruner=pruner)
         frozen = study.get_trials(deepcopy=False)[trial.number]
         storage.set_trial_intermediate_value(

@@ -55,6 +55,7 @@ CODE_EXECUTION_TARGETS = (
     "torch.load",
     "torch.hub.load",
     "subprocess.run",
+    "torchvision.models.feature_extraction.create_feature_extractor",
 )
 
 
@@ -156,6 +157,26 @@ def test_searchpath_package_is_not_imported(
     with pytest.raises(ConfigError, match="pkg:"):
         config_issues(*arguments)
     assert not (untrusted_dir / "trap" / "imported").exists()
+
+
+def test_code_in_the_name_of_a_part_is_refused(untrusted_dir: Path) -> None:
+    name = 'a" + str(open("was_here", "w")) + "'
+    node = {"_target_": "torch.nn.ModuleDict", "modules": {name: {"_target_": "torch.nn.ReLU"}}}
+    message = refusal(untrusted_dir, json.dumps({"model": node}))
+    assert f"model.modules: {name!r} cannot name a part" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hydra.experimental.callbacks.Path",
+        "optuna.samplers.nsgaii.BaseCrossover",
+        "torch.nn.Linear",
+    ],
+)
+def test_hydra_component_of_another_kind_is_refused(untrusted_dir: Path, name: str) -> None:
+    text = f"hydra: {{callbacks: {{evil: {{_target_: {name}}}}}}}"
+    assert f"hydra.callbacks.evil._target_={name!r} is not allowed" in refusal(untrusted_dir, text)
 
 
 @pytest.mark.usefixtures("untrusted_dir")

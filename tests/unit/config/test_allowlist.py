@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from app.config.allowlist import TargetError, locate
 from tests.support.runs import config_issues
@@ -13,24 +14,85 @@ from tests.support.runs import config_issues
 @pytest.mark.parametrize(
     "name",
     [
-        "os.system",
-        "builtins.eval",
-        "torch.load",
-        "torch.hub.load",
-        "subprocess.run",
-        "app.data.torchvision_sets.torch.load",  # through what an allowed module has imported
-        "app.data.images.v2.torch.load",
-        "torch.nn.modules.module.torch.load",
+        *("os.system", "builtins.eval", "torch.load", "torch.hub.load", "subprocess.run"),
+        # through what an allowed module has imported
+        "app.data.torchvision_sets.torch.load",
+        "app.models.cnn.Conv2dNormActivation",
+        "app.callbacks.image_grids.interpolate",
+        "torch.nn.functional.handle_torch_function",
         "torchvision.datasets.folder.os.system",
+        # generate code, walk attributes, open files, or are helpers
+        "torchvision.models.feature_extraction.create_feature_extractor",
+        "torchvision.models.get_model",
+        "torchvision.models.quantization.resnet18",
+        "torchvision.models.detection.backbone_utils.IntermediateLayerGetter",
+        "torchvision.datasets.DatasetFolder",
+        "torchvision.datasets.ImageFolder",
+        "torchvision.datasets.LSUN",
+        "torchvision.datasets.CIFAR10",
         "torchvision.datasets.utils.download_and_extract_archive",
-        "torch.nn._reduction.warnings.warn",
-        "app.cli.main",
-        "app.config.instantiate.Instantiator",
+        "torch.nn.ParameterDict",
+        "torch.nn.parallel.DistributedDataParallel",
+        "torch.nn.utils.parametrize.register_parametrization",
+        "torch.nn.init.normal_",
+        "torch.optim.swa_utils.AveragedModel",
+        "torchmetrics.image.FrechetInceptionDistance",
+        "torchmetrics.multimodal.CLIPScore",
+        "torchmetrics.functional.accuracy",
+        # parts of this program that are not components
+        *("app.cli.main", "app.config.instantiate.Instantiator", "app.training.trainer.Trainer"),
+        "app.callbacks.prediction_files.PredictionFileWriter",
+        "app.callbacks.tables.drop_torn_line",
+        "app.data.archives.unpack",
+        "app.data.datamodule.make_datasets",
+        "app.data.torchvision_sets.download_dataset",
+        "app.metrics.images.find_weights",
     ],
 )
-def test_locate_name_not_on_allowlist_is_refused(name: str) -> None:
+def test_locate_name_that_is_no_allowed_component_is_refused(name: str) -> None:
     with pytest.raises(TargetError, match="is not allowed"):
         locate(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch.optim.Adamw", "does not exist; did you mean 'AdamW'?"),
+        ("app.losses.dice.Dice", "does not exist; did you mean 'DiceLoss'?"),
+        ("app.models.alexnett.AlexNet", "no 'alexnett' in 'app.models'; did you mean 'alexnet'?"),
+        ("torch.nn.modules.linear.Linear", "did you mean 'torch.nn.Linear'?"),
+        ("torchvision.transforms.Resize", "did you mean 'torchvision.transforms.v2.Resize'?"),
+        ("torchvision.datasets.LSUN", "trusted_targets=[torchvision.datasets.LSUN] allows it"),
+        ("os.system", "allowed: components of this program, of torch.nn, torch.optim"),
+    ],
+)
+def test_locate_refusal_names_the_nearest_match_or_the_way_out(name: str, message: str) -> None:
+    with pytest.raises(TargetError) as caught:
+        locate(name)
+    assert name.rpartition(".")[0] in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_locate_trusted_name_is_allowed_but_not_what_it_imports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "my_lab.py").write_text("import os\nclass Net:\n    def forward(self): ...\n")
+    assert locate("my_lab.Net", ["my_lab"]).__name__ == "Net"
+    assert locate("torch.nn.ParameterDict", ["torch.nn.ParameterDict"]) is torch.nn.ParameterDict
+    for name in ("my_lab.os.system", "my_lab.Net.forward.__globals__.get"):
+        with pytest.raises(TargetError, match="is not allowed"):
+            locate(name, ["my_lab"])
+
+
+def test_refused_package_of_the_user_is_hinted_at_once() -> None:
+    nodes = ("model._target_=herlab.nets.Net", "task._target_=herlab.tasks.Task")
+    issues = config_issues(*nodes)
+    assert sum("herlab" in issue for issue in issues) == 3
+    assert (
+        issues.count("if you trust that code, add trusted_targets=[herlab] to the command line")
+        == 1
+    )
 
 
 def test_locate_refused_module_is_not_imported(tmp_cwd: Path) -> None:
@@ -46,10 +108,24 @@ def test_locate_refused_module_is_not_imported(tmp_cwd: Path) -> None:
         "torch.optim.AdamW",
         "torch.nn.CrossEntropyLoss",
         "torch.nn.functional.cross_entropy",
+        "torch.optim.lr_scheduler.StepLR",
+        "torch.optim.swa_utils.SWALR",
+        "torchvision.datasets.FakeData",
         "torchvision.models.resnet50",
+        "torchvision.models.segmentation.fcn_resnet50",
         "torchvision.transforms.v2.RandomCrop",
         "torchmetrics.classification.MulticlassAccuracy",
+        "torchmetrics.wrappers.LambdaInputTransformer",
+        "app.callbacks.lambda_callback.LambdaCallback",
+        "app.data.images.image_folder",
+        "app.data.sampling.BalancedClasses",
+        "app.losses.weighted_sum.Term",
+        "app.metrics.output_metric.OutputMetric",
         "app.models.lenet.LeNet",
+        "app.models.pretrained.pretrained",
+        "app.training.dcgan_task.AdversarialTask",
+        "app.training.optim.chain.sequential",
+        "app.training.optim.weight_averaging.ExponentialMovingAverage",
     ],
 )
 def test_locate_allowed_name_returns_the_object(name: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from app.config.instantiate import Instantiator
+from app.config.instantiate import Instantiator, iter_node_issues
+from app.experiment.export import export
 from app.runtime.errors import UserError
+
+SUM_METRIC = {"_target_": "torchmetrics.SumMetric"}
 
 
 def test_instantiate_refused_arguments_name_the_node() -> None:
@@ -41,3 +47,32 @@ def test_instantiate_list_of_numbers_becomes_a_tensor_where_one_is_expected() ->
     assert Instantiator()("loss", node).alpha.tolist() == [1.0, 2.5]
     node = {"_target_": "torch.nn.Unflatten", "dim": 1, "unflattened_size": [2, 2]}
     assert Instantiator()("model", node).unflattened_size == [2, 2]
+
+
+@pytest.mark.parametrize("key", ['a" + open("f", "w") + "', "a\nb", "{a}", "'", "a\\b", "a b"])
+def test_part_name_that_is_not_plain_is_refused(key: str) -> None:
+    part = {"_target_": "torch.nn.ReLU"}
+    by_dict = {"_target_": "torch.nn.ModuleDict", "modules": {key: part}}
+    by_pairs = {"_target_": "torch.nn.ModuleDict", "modules": [[key, part]]}
+    metrics = {"_target_": "torchmetrics.MetricCollection", "metrics": {key: SUM_METRIC}}
+    for node in (by_dict, by_pairs, metrics):
+        with pytest.raises(UserError, match="cannot name a part; allowed: letters, digits"):
+            Instantiator()("model", node)
+    assert [issue.key for issue in iter_node_issues("model", by_dict, ())] == ["model.modules"]
+
+
+def test_part_name_of_trusted_code_is_free_until_it_is_exported(tmp_path: Path) -> None:
+    node = {"_target_": "tests.unit.config.test_instantiate.OddNames"}
+    model = Instantiator(["tests"])("model", node)
+    assert not list(iter_node_issues("model", node, ["tests"]))
+    with pytest.raises(
+        UserError, match=r"export\.format='torch_export': 'a\"b' cannot name a part"
+    ):
+        export(model, torch.zeros(2, 3), "torch_export", tmp_path)
+
+
+class OddNames(nn.Sequential):
+    """A model of the user's own whose part has a name that is no identifier."""
+
+    def __init__(self) -> None:
+        super().__init__(OrderedDict({'a"b': nn.Linear(3, 3)}))

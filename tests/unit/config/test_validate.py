@@ -20,7 +20,7 @@ def test_validate_default_configuration_has_no_issues() -> None:
         (["+model.depth=2"], "model.depth=2 is not an argument of app.models.alexnet.AlexNet"),
         (["model.width=wide"], "model.width='wide' is not valid; allowed: a number"),
         (["model._target_=app.models.alexnet.AlexNt"], "did you mean 'AlexNet'?"),
-        (["model._target_=torch.nn.no_such.Thing"], "cannot be imported"),
+        (["model._target_=app.models.no_such.Thing"], "cannot be imported"),
         (["~model.num_classes"], "model.num_classes is missing"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1"),
         (["scheduler=step", "scheduler.lr_scheduler.step_size=often"], "allowed: an integer"),
