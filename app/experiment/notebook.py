@@ -18,6 +18,7 @@ from app.config.compose import open_composer
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Job
 from app.data.batch import BatchLoader
+from app.data.images import without_ghostscript
 from app.experiment.factory import make_components
 from app.experiment.job import make_jobs, resolve_folder
 from app.experiment.run import (
@@ -111,6 +112,7 @@ class Experiment:
         remove_temp_files(self.folder)
         self._resume_once()
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
+        self._stack.enter_context(without_ghostscript())
         self._stack.enter_context(self._status.recording())
         self._stack.enter_context(closing_callbacks(self.trainer.callbacks, self._status))
         return self

@@ -16,6 +16,7 @@ from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config, FreezeConfig, Job
 from app.data.batch import BatchLoader
 from app.data.datamodule import active_stages
+from app.data.images import without_ghostscript
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.experiment.export import export
@@ -78,7 +79,7 @@ def execute(
     make_deterministic(config.trainer.deterministic)
     is_resumed = config.resume not in (None, AUTO)
     status = make_status(job, folder, device)
-    with status.recording() if rank() == 0 else nullcontext():
+    with without_ghostscript(), status.recording() if rank() == 0 else nullcontext():
         if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
             job = apply_batch_size_finder(job, device, folder)
             config = job.config
