@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from app.experiment.tuner import (
 )
 from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
+from app.runtime.errors import StorageError
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
@@ -128,8 +129,11 @@ def closing_callbacks(callbacks: Callback, status: StatusWriter) -> Iterator[Non
     """Tell the callbacks when the `with` block, and so the run, ends."""
     try:
         yield
-    finally:
-        callbacks.on_run_end(status.history)
+    except BaseException:
+        with suppress(OSError, StorageError):  # must not hide the error that ended the run
+            callbacks.on_run_end(status.history)
+        raise
+    callbacks.on_run_end(status.history)
 
 
 def make_trainer(
