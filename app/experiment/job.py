@@ -18,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
+from app.config.limits import MAX_FILE_BYTES, load_json
 from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve
 from app.config.resume import apply_overrides_to_saved
@@ -28,7 +29,7 @@ from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
-from app.runtime.files import read_json, read_status, write_text
+from app.runtime.files import read_status, write_text
 from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
 
@@ -252,7 +253,7 @@ def _start_config(folder: Path, resume: str) -> Path | None:
     """
     file = folder / CHECKPOINT_DIR / START_CONFIG
     has_failed = resume == AUTO and read_status(folder).get("status") == "failed"
-    if file.exists() and not has_failed:
+    if file.is_file() and not has_failed:
         return file
     if resume == AUTO:
         return None
@@ -297,9 +298,18 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         is_start = Path(ckpt).name == START_CONFIG
-        saved = read_json(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
+        saved = _read_start(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
     check_saved(saved, ckpt)
+    return saved
+
+
+def _read_start(file: Path) -> SavedConfig:
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{file} has more than {MAX_FILE_BYTES:,} bytes")
+    saved = load_json(file.read_text(errors="replace"), str(file))
+    if not isinstance(saved, dict):
+        raise UserError(f"{file} is damaged: it does not contain a JSON object")
     return saved

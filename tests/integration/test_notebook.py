@@ -92,8 +92,8 @@ def test_compose_with_resume_starts_a_run_without_checkpoint_again() -> None:
     assert again.config.optimizer["lr"] == 0.03
     assert summary["total_samples"].tolist() == [150, 50]
     Path("run", "checkpoints", "last.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"model\.hidden: .* cannot be changed"):
-        app.compose(["resume=run", "model.hidden=[7]"], folder="run")
+    with pytest.raises(ConfigError, match=r"data\.split\.seed: .* cannot be changed"):
+        app.compose(["resume=run", "data.split.seed=4"], folder="run")
     with pytest.raises(UserError, match="is not the folder of the run to resume: resume=run"):
         app.compose(["resume=run"], folder="other")
     Path("run", "checkpoints", "start.json").unlink()
