@@ -20,6 +20,7 @@ from app.callbacks.log_values import final_metrics, flatten, row_metrics
 from app.callbacks.plots import draw_matrix
 from app.config.schema import GoalConfig
 from app.runtime.extras import import_extra
+from app.runtime.folders import make_folder
 from app.runtime.nested import Nested, iter_tensors
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
@@ -67,7 +68,8 @@ class TensorBoard(Callback):
         import_extra("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        self.make_writer = partial(SummaryWriter, str(folder / "tensorboard"))
+        self.folder = folder / "tensorboard"
+        self.make_writer = partial(SummaryWriter, str(self.folder))
         self.model, self.config, self.goal = model, config, GoalConfig(**config["goal"])
         self.steps, self.images, self.hparams = steps, images, hparams
         self.histograms_every_n_epochs = histograms_every_n_epochs
@@ -84,6 +86,7 @@ class TensorBoard(Callback):
     @cached_property
     def writer(self) -> SummaryWriter:
         """Writer, created at first use: a callback that receives no events writes no file."""
+        make_folder(self.folder)
         return self.make_writer()
 
     def on_stage_start(self, start: StageStart) -> None:
@@ -128,6 +131,7 @@ class TensorBoard(Callback):
         if self.hparams:
             values = final_metrics(history, self.goal)
             metrics = {f"hparam/{name}": value for name, value in values.items()}
+            make_folder(self.folder)  # fails if the run folder is gone; the writer would create it
             self.writer.add_hparams(_hparams(self.config), metrics, run_name=".")
         self.writer.close()
 

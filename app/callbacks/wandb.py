@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from app.callbacks.log_values import ExperimentTracker, final_metrics, row_metrics
 from app.runtime.errors import UserError
 from app.runtime.extras import import_extra
+from app.runtime.folders import make_folder
 from app.training.accumulator import StageResult
 from app.training.events import StageStart
 from app.training.history import History
@@ -61,6 +62,7 @@ class WeightsAndBiases(ExperimentTracker):
         Not in the constructor: a callback that receives no events must not create a run.
         """
         if self.run is None:
+            make_folder(self.folder)  # fails if the run folder is gone; wandb would create it
             self.run = self.init_run(
                 dir=self.folder,
                 config=self.config,

@@ -38,7 +38,15 @@ log.setLevel(logging.DEBUG)  # tracebacks of user errors go to run.log only
 
 
 class JobFailedError(Exception):
-    """A job failed; the reason has already been logged."""
+    """A job failed; the reason has already been logged.
+
+    Args:
+        error: Why it failed.
+    """
+
+    def __init__(self, error: BaseException) -> None:
+        self.failure = RankFailure.from_exception(0, error)
+        super().__init__(self.failure.error)
 
 
 def run_job(
@@ -75,15 +83,13 @@ def run_job(
             partial(run_locked, with_hydra, folder, rank_zero, quiet=True), sweep, folder
         )
     except JobFailedError as error:
-        failure = RankFailure.from_exception(0, error.__cause__ or error)
-        record_failure(folder, failure, write_log=False)
         if not multirun or rank_zero is not None:
-            sys.exit(failure.exit_code)
+            sys.exit(error.failure.exit_code)
         if composed.sweep.on_error == "stop":
             sweep.stop()
         return None
     finally:
-        if multirun:
+        if multirun and sweep.path.exists():
             from app.sweep.report.write import update_tables
 
             update_tables(sweep.path)
@@ -109,7 +115,11 @@ def run_locked(
         except UserError as error:  # not logged: run.log may belong to the process with the lock
             sys.stderr.write(f"{error}\n")
             sys.exit(error.exit_code)
-        return run_job_in_folder(composed, folder, rank_zero, quiet)
+        try:
+            return run_job_in_folder(composed, folder, rank_zero, quiet)
+        except JobFailedError as error:
+            record_failure(folder, error.failure, write_log=False)
+            raise
 
 
 def run_job_in_folder(
@@ -125,17 +135,17 @@ def run_job_in_folder(
         job = prepare(composed, folder)
     except UserError as error:
         log.error("%s", error)
-        raise JobFailedError from error
+        raise JobFailedError(error) from error
     try:
         return launch(job, folder, rank_zero, composed.hydra, quiet)
     except UserError as error:
         log.error("%s", redact_text(str(error)))
         trace = "".join(traceback.format_exception(error))
         log.debug("traceback of this error:\n%s", redact_text(trace))
-        raise JobFailedError from error
+        raise JobFailedError(error) from error
     except RankFailedError as error:
         log.error("the run failed: %s\n%s", error, error.failure.trace)
-        raise JobFailedError from error
+        raise JobFailedError(error) from error
     except TrainingInterrupted as interrupt:
         log.warning("%s", interrupt)
         if interrupt.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
@@ -147,7 +157,7 @@ def run_job_in_folder(
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         log.error(redact_text(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
-        raise JobFailedError from error
+        raise JobFailedError(error) from error
 
 
 def launch(

@@ -81,7 +81,8 @@ def _garbage_collection_paused() -> Iterator[None]:
 def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> None:
     """Check that the run folder can be created and does not belong to another run."""
     status = folder / "status.json"
-    resumes = job.config.resume not in (None, AUTO) or job.config.sweep.resume is not None
+    resumes_run = composed.resume not in (None, AUTO) or job.config.resume not in (None, AUTO)
+    resumes = resumes_run or job.config.sweep.resume is not None
     check_unlocked(folder)
     saved_status = resumes and str(read_status(folder).get("status"))
     if (saved_status == COMPLETED and not has_longer_schedule(job)) or (

@@ -130,12 +130,13 @@ class NormalizeConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """Arguments of `torch.utils.data.DataLoader`, for data that is read sample by sample."""
+    """How data is read sample by sample: by `torch.utils.data.DataLoader`, and for how long."""
 
     num_workers: NonNegative
     pin_memory: bool
     persistent_workers: bool
     prefetch_factor: Positive | None
+    timeout: Annotated[float, Gt(0.0)]
 
 
 @dataclass(frozen=True)

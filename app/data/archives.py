@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import math
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +29,9 @@ NPZ_DAMAGE_ERRORS = (  # raised by NumPy and zipfile for corrupt files and wrong
     MemoryError,
     RuntimeError,
 )
+STREAM_DAMAGE_ERRORS = (*NPZ_DAMAGE_ERRORS, lzma.LZMAError)
+CHUNK_BYTES = 2**20
+OTHER_COMPRESSIONS = (".zst", ".tar", ".tgz", ".7z")  # of tables; see DECOMPRESSORS
 HEADER_READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -103,6 +110,65 @@ def read_npz(path: Path, names: Sequence[str]) -> list[np.ndarray]:
         raise UserError(f"{path} is not an .npz file of plain arrays: {error}") from error
 
 
+@contextmanager
+def open_table(path: Path) -> Iterator[IO[bytes]]:
+    """Open a table that may be compressed, after a check of how large it is.
+
+    Raises:
+        UserError: The file is damaged or a decompression bomb, or the compression is unknown.
+    """
+    suffix = path.suffix.lower()
+    if suffix in OTHER_COMPRESSIONS:
+        allowed = join_choices(DECOMPRESSORS)
+        raise UserError(
+            f"{path}: a table compressed as {suffix} cannot be read; allowed: {allowed}"
+        )
+    if suffix not in DECOMPRESSORS:
+        with path.open("rb") as file:
+            yield file
+        return
+    decompress = DECOMPRESSORS[suffix]
+    try:
+        with decompress(path) as file:
+            _check_stream_size(path, file)
+        with decompress(path) as file:
+            yield file
+    except STREAM_DAMAGE_ERRORS as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _check_stream_size(path: Path, file: IO[bytes]) -> None:
+    """Read a compressed stream up to the largest size allowed, and keep nothing of it."""
+    left = limit = _max_expanded_bytes(path)
+    while chunk := file.read(CHUNK_BYTES):
+        left -= len(chunk)
+        if left < 0:
+            size = path.stat().st_size
+            raise UserError(f"{path}: its {size:,} bytes expand to more than {limit:,}; refused")
+
+
+def _max_expanded_bytes(path: Path) -> int:
+    return max(MAX_UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * path.stat().st_size)
+
+
+@contextmanager
+def _open_single_member(path: Path) -> Iterator[IO[bytes]]:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if len(names) != 1:
+            raise UserError(f"{path} contains {len(names)} files; allowed: a single table")
+        with archive.open(names[0]) as file:
+            yield file
+
+
+DECOMPRESSORS: dict[str, Callable[[Path], AbstractContextManager[Any]]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+    ".zip": _open_single_member,
+}
+
+
 def check_name(path: object, kind: str, name: str, available: Sequence[str]) -> None:
     """Check that a file has an array or a column of that name.
 
@@ -121,7 +187,7 @@ def _check_npz(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         total = sum(member.file_size for member in members)
-        if total > max(MAX_UNCHECKED_BYTES, MAX_COMPRESSION_RATIO * path.stat().st_size):
+        if total > _max_expanded_bytes(path):
             raise UserError(
                 f"{path}: its {path.stat().st_size:,} bytes would expand to {total:,}, more than "
                 f"{MAX_COMPRESSION_RATIO} times as many; refused"

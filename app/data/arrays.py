@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from app.config.schema import AUTO
-from app.data.archives import check_name, read_npz
+from app.data.archives import check_name, open_table, read_npz
 from app.runtime.errors import UserError, join_choices
 
 
@@ -73,7 +73,7 @@ def csv(
     """Load a table with a header line.
 
     Args:
-        path: The `.csv` file.
+        path: The `.csv` file, which may be compressed (`.csv.gz`, `.bz2`, `.xz`, `.zip`).
         target: Name of the target column.
         features: Names of the feature columns; None uses all other columns.
         classes: Class names in the target column, in the order of their indices; None if the
@@ -91,7 +91,8 @@ def csv(
     if not Path(path).is_file():
         raise UserError(f"{path!r} is not a file")
     try:
-        table = pd.read_csv(path)
+        with open_table(Path(path)) as file:
+            table = pd.read_csv(file)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a table: {error}") from error
     columns = features or [str(name) for name in table.columns if name != target]

@@ -8,16 +8,19 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.data.archives import check_name
+from app.data.images import open_image
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.extras import import_extra
 
@@ -29,6 +32,7 @@ BUILDERS = {
     ".arrow": "arrow",
 }
 IMAGE_MODES = ("L", "LA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB")  # one byte per channel
+COLUMN_TYPES = "images, numbers, labels"
 HUB_TIMEOUT = 10  # seconds to wait for any answer of the hub
 
 
@@ -86,8 +90,9 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
     """
 
     def __init__(self, rows: Any, inputs: str, targets: str, image_mode: str | None) -> None:
-        self.rows = rows.select_columns(list({inputs: None, targets: None})).with_format(None)
-        self.columns = inputs, targets
+        rows = rows.select_columns(list({inputs: None, targets: None})).with_format(None)
+        self.modes = {name: getattr(rows.features[name], "mode", None) for name in rows.features}
+        self.rows, self.columns = _without_decoding(rows), (inputs, targets)
         self.image_mode = image_mode
         feature = rows.features[targets]
         self.classes: list[str] | None = getattr(feature, "names", None)
@@ -101,19 +106,56 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
-        inputs, targets = self.columns
-        try:
-            row = self.rows[index]
-        except (OSError, Image.DecompressionBombError) as error:  # Pillow's others are OSErrors
-            raise UserError(f"sample {index} cannot be read: {error}") from error
-        x = self._to_input(f"sample {index}, column {inputs!r}", row[inputs])
-        return x, _to_target(f"sample {index}, column {targets!r}", row[targets])
+        row, places = (
+            self.rows[index],
+            [f"sample {index}, column {name!r}" for name in self.columns],
+        )
+        x, y = (
+            self._decode(place, name, row[name])
+            for place, name in zip(places, self.columns, strict=True)
+        )
+        return self._to_input(places[0], x), _to_target(places[1], y)
+
+    def _decode(self, location: str, column: str, value: Any) -> Any:
+        """Decode an image as `datasets` does, but only in the formats that are allowed."""
+        if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
+            return value
+        content, path = value["bytes"], value["path"]
+        if content is None and not (path and Path(path).is_file()):
+            raise UserError(f"{location}: the image file {path!r} does not exist")
+        with open_image(path if content is None else BytesIO(content), location) as image:
+            upright = ImageOps.exif_transpose(image)
+        mode = self.modes[column]
+        return upright.convert(mode) if mode else upright
 
     def _to_input(self, location: str, value: Any) -> Tensor:
         if isinstance(value, Image.Image):
             image = value.convert(self.image_mode) if self.image_mode else value
             return _to_pixels(location, image)
         return _to_tensor(location, value)
+
+
+def _without_decoding(rows: Any) -> Any:
+    """Return the rows with encoded images, because `datasets` decodes every format.
+
+    Raises:
+        UserError: A column has images in lists or dicts, or other media.
+    """
+    for name, feature in rows.features.items():
+        if type(feature).__name__ == "Image":
+            rows = rows.cast_column(name, replace(feature, decode=False))
+        elif _has_media(feature):
+            raise UserError(f"column {name!r} is of type {feature}; allowed: {COLUMN_TYPES}")
+    return rows
+
+
+def _has_media(feature: Any) -> bool:
+    """Whether reading a column would decode images, audio or video, at any depth."""
+    if isinstance(feature, dict):
+        return any(map(_has_media, feature.values()))
+    if isinstance(feature, (list, tuple)):
+        return any(map(_has_media, feature))
+    return hasattr(feature, "decode_example") or _has_media(getattr(feature, "feature", ()))
 
 
 def _to_target(location: str, value: Any) -> Any:
@@ -139,9 +181,7 @@ def _to_tensor(location: str, value: Any) -> Tensor:
         return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         kind = type(value).__name__
-        raise UserError(
-            f"{location} is of type {kind}; allowed: images, numbers, labels"
-        ) from error
+        raise UserError(f"{location} is of type {kind}; allowed: {COLUMN_TYPES}") from error
 
 
 def _load_rows(library: Any, path: str, split: str, name: str | None) -> Any:

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from app.data.images import DECODE_ERRORS
+from app.data.images import DECODE_ERRORS, IMAGE_FORMATS
 from app.data.split import printable
 from app.runtime.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP")  # the others could start a program
 END_MARKS = {"JPEG": (-2, b"\xff\xd9"), "PNG": (-8, b"IEND")}  # position from the end, and bytes
 MAX_LISTED = 20
 NUM_THREADS = 8
@@ -43,12 +42,12 @@ def image_problem(path: Path) -> str | None:
     try:
         if path.stat().st_size == 0:
             return "the file is empty"
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             if not _is_complete(path, image.format):
                 image.load()
     except UnidentifiedImageError:
-        return f"not an image; allowed: {', '.join(FORMATS)}"
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
+        return f"not an image; allowed: {', '.join(IMAGE_FORMATS)}"
+    except DECODE_ERRORS as error:
         return str(error)
     return None
 

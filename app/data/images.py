@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -17,7 +21,9 @@ from app.config.schema import AUTO
 from app.runtime.errors import UserError, join_choices
 
 STAGE_FOLDERS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
-DECODE_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, MemoryError)
+# Formats that Pillow decodes by itself; for EPS, it would start Ghostscript.
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 
 
 def image_folder(
@@ -181,12 +187,62 @@ def decode_image(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
     Raises:
         UserError: The file cannot be read.
     """
-    try:
-        with Image.open(path) as image:
-            pixels: Tensor = pil_to_tensor(image.convert(mode))
-    except (*DECODE_ERRORS, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    with open_image(path, path) as image:
+        pixels: Tensor = pil_to_tensor(image.convert(mode))
     return pixels
+
+
+@contextmanager
+def open_image(file: str | BytesIO, name: str) -> Iterator[Image.Image]:
+    """Open an image in one of the `IMAGE_FORMATS`, whatever its name ends in.
+
+    Args:
+        file: Path or content of the image.
+        name: Name of the image in errors.
+
+    Raises:
+        UserError: The image has another format, or cannot be decoded inside the `with` block.
+    """
+    try:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
+            yield image
+    except UnidentifiedImageError as error:
+        found, allowed = _describe_format(file), join_choices(IMAGE_FORMATS)
+        raise UserError(
+            f"{name} cannot be read as an image: {found}; allowed: {allowed}"
+        ) from error
+    except DECODE_ERRORS as error:
+        raise UserError(f"{name} cannot be read as an image: {error}") from error
+
+
+def _describe_format(file: str | BytesIO) -> str:
+    """Name the format by the first bytes, without opening the image."""
+    prefix = file.getvalue()[:16] if isinstance(file, BytesIO) else _first_bytes(file)
+    Image.init()
+    for name, (_, accepts) in Image.OPEN.items():
+        with suppress(struct.error, IndexError):  # of a prefix that is too short
+            if accepts is not None and accepts(prefix) is True:
+                return f"its format is {name}"
+    return "its format is unknown"
+
+
+def _first_bytes(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(16)
+
+
+@contextmanager
+def without_ghostscript() -> Iterator[None]:
+    """Keep Pillow from starting Ghostscript, also for other libraries that read images.
+
+    `torchvision.datasets`, for example, opens whatever Pillow recognizes.
+    """
+    before = EpsImagePlugin.gs_binary
+    EpsImagePlugin.gs_binary = False
+    try:
+        yield
+    finally:
+        EpsImagePlugin.gs_binary = before
 
 
 class ImageFiles(Dataset[tuple[Tensor]]):
@@ -205,7 +261,7 @@ class ImageFiles(Dataset[tuple[Tensor]]):
     """
 
     def __init__(self, folder: str, side: int | None, channels: int | None) -> None:
-        root, suffixes = Path(folder), Image.registered_extensions()
+        root, suffixes = Path(folder), _image_suffixes()
         if not root.is_dir():
             raise UserError(f"predict.images={folder!r} is not a folder")
         files = sorted(path for path in root.rglob("*") if path.suffix.lower() in suffixes)
@@ -223,3 +279,7 @@ class ImageFiles(Dataset[tuple[Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor]:
         pixels = decode_image(str(self.root / self.paths[index]), self.mode)
         return (self.resize(pixels) if self.resize else pixels,)
+
+
+def _image_suffixes() -> list[str]:
+    return [end for end, name in Image.registered_extensions().items() if name in IMAGE_FORMATS]

@@ -25,6 +25,7 @@ from torch.utils.data import (
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
 from app.data.sampling import EpochSampler
 from app.data.split import dataset_size
+from app.data.waiting import ReadTracker, TrackedStream, watch_batches, watch_call
 from app.distributed.collectives import is_distributed, local_slice
 from app.runtime.errors import UserError
 from app.runtime.nested import count_samples, map_tensors, slice_batch
@@ -73,12 +74,14 @@ class DataLoaderOptions:
         pin_memory: Whether to pin memory; only used for CUDA devices.
         persistent_workers: Whether to keep the workers from epoch to epoch.
         prefetch_factor: Batches that each worker loads in advance.
+        timeout: Seconds without a sample after which reading fails.
     """
 
     num_workers: int = 0
     pin_memory: bool = True
     persistent_workers: bool = False
     prefetch_factor: int | None = None
+    timeout: float = 1800.0
 
     def arguments(self, device: torch.device, seed: int) -> dict[str, Any]:
         """Return the keyword arguments of a `DataLoader` whose batches go to that device."""
@@ -162,9 +165,10 @@ class SampleLoader:
         options: DataLoaderOptions,
     ) -> None:
         self.batch_sampler, self.prepare = _BatchSampler(sampler, batch_size), prepare
-        self.num_samples = sampler.num_samples
+        self.num_samples, self.timeout = sampler.num_samples, options.timeout
+        self.tracker = ReadTracker(dataset, options.num_workers)
         self.loader = DataLoader(
-            _SeededDataset(dataset, seed),
+            _SeededDataset(dataset, seed, self.tracker),
             batch_sampler=self.batch_sampler,
             collate_fn=_collate,
             **options.arguments(prepare.device, seed),
@@ -173,7 +177,7 @@ class SampleLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.batch_sampler.epoch = epoch
-        for batch in self.loader:
+        for batch in watch_batches(self.loader, self.timeout, self.tracker):
             yield None if batch is None else self.prepare(batch)
 
     def indices(self, epoch: int, step: int) -> Tensor:
@@ -183,7 +187,8 @@ class SampleLoader:
     def first(self, count: int) -> Batch:
         dataset = self.loader.dataset
         keys = [(0, index) for index in range(min(count, self.batch_sampler.sampler.dataset_size))]
-        return self.prepare(default_collate([dataset[key] for key in keys]))
+        samples = watch_call(lambda: [dataset[key] for key in keys], self.timeout, self.tracker)
+        return self.prepare(default_collate(samples))
 
 
 class _BatchSampler(Sampler[list[tuple[int, int]]]):
@@ -203,8 +208,8 @@ class _BatchSampler(Sampler[list[tuple[int, int]]]):
 class _SeededDataset(Dataset[Any]):
     """Seeds the generators by (seed, epoch, index) while a sample is read."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int) -> None:
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Dataset[Any], seed: int, tracker: ReadTracker) -> None:
+        self.dataset, self.seed, self.tracker = dataset, seed, tracker
 
     def __len__(self) -> int:
         return dataset_size(self.dataset)
@@ -213,7 +218,10 @@ class _SeededDataset(Dataset[Any]):
         epoch, index = key
         with _preserved_rng_state():
             seed_cpu(self.seed, "sample", epoch, index)
-            return self.dataset[index]
+            self.tracker.begin(index)
+            sample = self.dataset[index]
+            self.tracker.end()
+            return sample
 
 
 def _collate(samples: list[Any]) -> Batch:
@@ -260,7 +268,11 @@ class IterableLoader:
         self.prepare, self.limit, self.seed = prepare, limit, seed
         arguments = options.arguments(prepare.device, seed)
         self.generator = arguments["generator"]
-        self.loader = DataLoader(dataset, batch_size=batch_size, drop_last=drop_last, **arguments)
+        self.tracker, self.timeout = ReadTracker(dataset, options.num_workers), options.timeout
+        self.stream = TrackedStream(dataset, self.tracker)
+        self.loader = DataLoader(
+            self.stream, batch_size=batch_size, drop_last=drop_last, **arguments
+        )
         self.num_samples, self.num_batches = self._lengths(drop_last)
 
     def _lengths(self, drop_last: bool) -> tuple[int | None, int | None]:
@@ -275,13 +287,14 @@ class IterableLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self._start_epoch(epoch)
         batches = iterate_with_shared_rng(self.loader, self.seed, "stream", epoch)
-        for batch in islice(batches, self.limit):
+        watched = watch_batches(batches, self.timeout, self.tracker)
+        for batch in islice(watched, self.limit):
             local = local_batch(batch)
             yield None if local is None else self.prepare(local)
 
     def first(self, count: int) -> Batch:
         self._start_epoch(0)
-        samples = list(islice(self.dataset, count))
+        samples = watch_call(lambda: list(islice(self.stream, count)), self.timeout, self.tracker)
         if not samples:
             raise UserError("the iterable dataset has no samples")
         return self.prepare(default_collate(samples))
@@ -312,7 +325,7 @@ class ExternalLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
-        for batch in self.loader:
+        for batch in watch_batches(self.loader, DataLoaderOptions().timeout):
             local = local_batch(batch)
             yield None if local is None else self.prepare(local)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
+from app.config.limits import MAX_FILE_BYTES, load_json
 from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve
 from app.config.resume import apply_overrides_to_saved
@@ -27,12 +30,14 @@ from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.experiment.data_facts import read_data, with_data_facts
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
-from app.runtime.files import write_text
+from app.runtime.files import read_status, write_text
 from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
 
 log = logging.getLogger(__name__)
 
+# In the folder of checkpoints: what a run was started with, for a restart before the first one.
+START_CONFIG = "start.json"
 PATH_KEYS = {  # keys that name a folder or a file, and what they allow
     "resume": "null, auto, a run folder, a training checkpoint in one",
     "ckpt": "null, a run folder, a checkpoint file",
@@ -97,8 +102,9 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     except ConfigError as error:
         raise ConfigError([*issues, *error.issues]) from error
     if ckpt is not None:
+        value = AUTO if Path(ckpt).name == START_CONFIG else ckpt
         saved, differences = apply_overrides_to_saved(
-            _saved_config(key, ckpt), saved | {key: ckpt}, overrides, resumes=key == "resume"
+            _saved_config(key, ckpt), saved | {key: value}, overrides, resumes=key == "resume"
         )
         plain = resolve_saved(saved)
         check_targets_allowed(ckpt, plain, trusted)
@@ -125,7 +131,9 @@ def prepare(composed: DictConfig, folder: Path) -> Job:
         UserError: All errors in the configuration.
     """
     job = make_job(composed, folder if composed.hydra.mode == RunMode.MULTIRUN else None)
-    write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
+    save_config(job, folder)
+    if composed.resume is not None and job.config.resume == AUTO:
+        log.info("there is no checkpoint in %s: training starts from the beginning", folder)
     for problem in job.damaged_checkpoints:
         log.warning("%s; resuming from %s", problem, job.config.resume)
     for warning in job.data_warnings:
@@ -133,6 +141,19 @@ def prepare(composed: DictConfig, folder: Path) -> Job:
     for difference in job.differences:
         log.warning("the configuration differs from the saved run: %s", difference)
     return job
+
+
+def save_config(job: Job, folder: Path) -> None:
+    """Save the configuration of a run: for a restart, and then as `config.yaml`.
+
+    As soon as the first file exists, `resume` can start the run again.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    if job.config.mode == "train":
+        write_text(folder / CHECKPOINT_DIR / START_CONFIG, json.dumps(job.saved))
+    write_text(folder / "config.yaml", yaml.safe_dump(job.plain, sort_keys=False))
 
 
 def has_longer_schedule(job: Job) -> bool:
@@ -187,7 +208,7 @@ def hydra_value(composed: DictConfig, key: str) -> Any:
 def _base_checkpoint(
     composed: DictConfig, plain: dict[str, Any], folder: Path | None
 ) -> tuple[Literal["resume", "ckpt"], str | None, list[str]]:
-    """Return which key names the checkpoint that a job is based on, its path, and damaged ones."""
+    """Return which key names the file that a job is based on, its path, and damaged checkpoints."""
     mode, ckpt = plain.get("mode"), plain.get("ckpt")
     if mode != "train":
         return "ckpt", ckpt if mode in CKPT_MODES and ckpt != UNKNOWN else None, []
@@ -199,7 +220,7 @@ def _base_checkpoint(
 def resolve_resume(
     composed: DictConfig, resume: str | None, folder: Path | None
 ) -> tuple[Path | None, list[str]]:
-    """Return the training checkpoint that a run resumes from.
+    """Return the training checkpoint that a run resumes from, or else its saved configuration.
 
     Args:
         composed: The configuration composed by Hydra, with the `hydra` node.
@@ -207,11 +228,11 @@ def resolve_resume(
         folder: The folder of a job in a sweep.
 
     Returns:
-        The file, or None if the run starts from the beginning; and what is wrong with each
-        newer file.
+        The file, or None if the run starts from today's configuration; and what is wrong with
+        each newer file.
 
     Raises:
-        ConfigError: There is no checkpoint to resume from, or `auto` has no fixed folder.
+        ConfigError: There is no run to resume, or `auto` has no fixed folder.
     """
     if resume in (UNKNOWN, MISSING):
         return None, []
@@ -227,11 +248,31 @@ def resolve_resume(
     if resume.endswith(".safetensors"):
         return _checkpoint_in(folder, resume), []
     last, damaged = _latest_checkpoint(folder)
-    if last is None and resume != AUTO:
-        missing = folder / CHECKPOINT_DIR / LAST_CHECKPOINT
-        problem = f"={resume!r} contains no run to resume: {missing} does not exist"
-        raise ConfigError([ConfigIssue("resume", problem)])
-    return last, damaged
+    return last or _start_config(folder, resume), damaged
+
+
+def _start_config(folder: Path, resume: str) -> Path | None:
+    """Return the saved configuration of a run that was interrupted before its first checkpoint.
+
+    A run that failed by itself is not interrupted: `auto` starts it with today's configuration.
+
+    Raises:
+        ConfigError: No run was started in the folder.
+    """
+    file = folder / CHECKPOINT_DIR / START_CONFIG
+    has_failed = resume == AUTO and read_status(folder).get("status") == "failed"
+    if file.is_file() and not has_failed:
+        return file
+    if resume == AUTO:
+        return None
+    problem = f"={resume!r} contains no run to resume: {folder} does not exist"
+    if folder.exists():
+        problem = (
+            f"={resume!r} contains no run to resume: nothing was started there (no checkpoint, no "
+            f"{file.relative_to(folder)}); start it with its own command and "
+            f"resume=auto hydra.run.dir={shlex.quote(str(folder))}"
+        )
+    raise ConfigError([ConfigIssue("resume", problem)])
 
 
 def _latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -258,15 +299,25 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
 
 
 def _saved_config(key: str, ckpt: str) -> SavedConfig:
-    """Return the configuration that is saved in a checkpoint."""
+    """Return the configuration that is saved in a checkpoint or in the file of a restart."""
     from app.training.checkpoint.checkpoint import load_checkpoint
 
     with as_user_error(key):
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
-        saved = load_checkpoint(Path(ckpt)).config
+        is_start = Path(ckpt).name == START_CONFIG
+        saved = _read_start(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
     check_saved(saved, ckpt)
+    return saved
+
+
+def _read_start(file: Path) -> SavedConfig:
+    if file.stat().st_size > MAX_FILE_BYTES:
+        raise UserError(f"{file} has more than {MAX_FILE_BYTES:,} bytes")
+    saved = load_json(file.read_text(errors="replace"), str(file))
+    if not isinstance(saved, dict):
+        raise UserError(f"{file} is damaged: it does not contain a JSON object")
     return saved

@@ -8,7 +8,6 @@ from types import TracebackType
 
 import numpy as np
 import pandas as pd
-import yaml
 from hydra._internal.utils import get_args_parser
 
 from app.callbacks.prediction_files import prediction_table
@@ -18,8 +17,9 @@ from app.config.compose import open_composer
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Job
 from app.data.batch import BatchLoader
+from app.data.images import without_ghostscript
 from app.experiment.factory import make_components
-from app.experiment.job import make_jobs, resolve_folder
+from app.experiment.job import make_jobs, resolve_folder, save_config
 from app.experiment.run import (
     closing_callbacks,
     load_ckpt_weights,
@@ -30,7 +30,7 @@ from app.experiment.run import (
 )
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, as_user_error
-from app.runtime.files import remove_temp_files, write_text
+from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.nested import Nested, describe
 from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
@@ -68,10 +68,11 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             f"folder={str(run_folder)!r} already contains a run, which is not overwritten; "
             "use another folder, or resume=FOLDER to resume the run"
         )
-    resume = job.config.resume
-    if resume not in (None, AUTO) and Path(str(resume)).parent.parent != run_folder:
+    resumes_run = composed.resume not in (None, AUTO)
+    if resumes_run and resolve_folder(composed, "hydra.run.dir") != run_folder:
         raise UserError(
-            f"folder={str(run_folder)!r} is not the folder of the run to resume: resume={resume}"
+            f"folder={str(run_folder)!r} is not the folder of the run to resume: "
+            f"resume={composed.resume}"
         )
     return Experiment(job, run_folder)
 
@@ -110,7 +111,8 @@ class Experiment:
         self._stack.enter_context(run_lock(self.folder))
         remove_temp_files(self.folder)
         self._resume_once()
-        write_text(self.folder / "config.yaml", yaml.safe_dump(self.job.plain, sort_keys=False))
+        save_config(self.job, self.folder)
+        self._stack.enter_context(without_ghostscript())
         self._stack.enter_context(self._status.recording())
         self._stack.enter_context(closing_callbacks(self.trainer.callbacks, self._status))
         return self

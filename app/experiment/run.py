@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config, FreezeConfig, Job
 from app.data.batch import BatchLoader
 from app.data.datamodule import active_stages
+from app.data.images import without_ghostscript
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.experiment.export import export
@@ -37,6 +38,7 @@ from app.experiment.tuner import (
 )
 from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
+from app.runtime.errors import StorageError
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
@@ -78,7 +80,7 @@ def execute(
     make_deterministic(config.trainer.deterministic)
     is_resumed = config.resume not in (None, AUTO)
     status = make_status(job, folder, device)
-    with status.recording() if rank() == 0 else nullcontext():
+    with without_ghostscript(), status.recording() if rank() == 0 else nullcontext():
         if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
             job = apply_batch_size_finder(job, device, folder)
             config = job.config
@@ -126,8 +128,11 @@ def closing_callbacks(callbacks: Callback, status: StatusWriter) -> Iterator[Non
     """Tell the callbacks when the `with` block, and so the run, ends."""
     try:
         yield
-    finally:
-        callbacks.on_run_end(status.history)
+    except BaseException:
+        with suppress(OSError, StorageError):  # must not hide the error that ended the run
+            callbacks.on_run_end(status.history)
+        raise
+    callbacks.on_run_end(status.history)
 
 
 def make_trainer(

@@ -21,6 +21,7 @@ from app.distributed.collectives import world_size
 from app.runtime.device import describe_device, peak_memory
 from app.runtime.errors import StorageError
 from app.runtime.files import read_status, write_json
+from app.runtime.folders import is_in_place
 from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
@@ -80,7 +81,8 @@ class StatusWriter(Callback):
             try:
                 self.write("failed", redact_text(f"{type(error).__name__}: {error}"))
             except StorageError as storage_error:  # must not hide the error that ended the run
-                log.error("%s", storage_error)
+                if not isinstance(error, StorageError) and is_in_place(self.folder):
+                    log.error("%s", storage_error)
             raise
         self.write(self.outcome)
 

@@ -11,13 +11,13 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-import yaml
 from matplotlib.figure import Figure
 
 from app.config.instantiate import Instantiator
@@ -27,10 +27,11 @@ from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import world_size
 from app.distributed.strategies import SingleDevice
 from app.experiment.factory import Components, make_components, make_optimizers
+from app.experiment.job import save_config
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
-from app.runtime.files import write_csv, write_text
+from app.runtime.files import write_csv
 from app.runtime.nested import map_tensors
 from app.runtime.seed import rng_state, set_rng_state
 from app.training.task import Task, check_step_output
@@ -233,7 +234,8 @@ def apply_batch_size_finder(job: Job, device: torch.device, folder: Path) -> Job
         torch.cuda.reset_peak_memory_stats(device)
     log.info("trainer.batch_size_finder: training runs with data.batch_size=%d", size)
     tuned = replace_batch_size(job, size)
-    write_text(folder / "config.yaml", yaml.safe_dump(tuned.plain, sort_keys=False))
+    without_search = replace_value(tuned, "trainer.batch_size_finder", False)
+    save_config(replace(tuned, saved=without_search.saved), folder)  # a restart does not search
     return tuned
 
 

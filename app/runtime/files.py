@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from app.runtime.errors import StorageError, UserError, as_storage_error, describe_read_error
 from app.runtime.fault_injection import maybe_crash
+from app.runtime.folders import make_folder
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,7 +43,7 @@ def atomic_write(
     """
     temp_file, size = path.with_name(f".{path.name}{TEMP_SUFFIX}"), 0
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             with temp_file.open("wb") as file:
                 maybe_crash("opened", path.name)

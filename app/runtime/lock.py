@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from app.runtime.errors import StorageError, UserError, as_user_error
 from app.runtime.files import read_json, write_json
+from app.runtime.folders import held_folder, make_folder
 
 log = logging.getLogger(__name__)
 RUN_SUBFOLDERS = (
@@ -34,18 +35,19 @@ class FolderInUseError(UserError):
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Hold the exclusive lock of a run folder, which is created if missing.
+    """Hold a run folder, which is created if missing, and its exclusive lock.
 
     Raises:
         FolderInUseError: Another process holds it; the message names the owner.
-        StorageError: The folder is not writable.
+        StorageError: The folder is not writable, or was deleted or moved; see `held_folder`.
     """
     refuse_symlinks(folder)
     with file_lock(folder / LOCK_FILE, in_use=lambda: _in_use_error(folder)):
         now = datetime.now(UTC).isoformat(timespec="seconds")
         owner = {"host": platform.node(), "process": os.getpid(), "since": now}
         write_json(folder / OWNER_FILE, owner)
-        yield
+        with held_folder(folder):
+            yield
 
 
 def check_unlocked(folder: Path) -> None:
@@ -75,6 +77,7 @@ def file_lock(path: Path, in_use: Callable[[], Exception] | None = None) -> Iter
     """
     lock = FileLock(path)
     try:
+        make_folder(path.parent)
         lock.acquire(timeout=-1 if in_use is None else 0)
     except Timeout as error:
         assert in_use is not None

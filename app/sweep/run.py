@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.overrides import SweepSpace, parse_space
 from app.config.resolve import resolve
-from app.runtime.errors import UserError
+from app.runtime.errors import StorageError, UserError
+from app.runtime.folders import held_folder
 from app.runtime.signals import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -64,13 +65,13 @@ JobSourceFactory = Callable[[Sweep, SweepFolder, SweepSpace], JobSource]
 def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
     """Run a sweep; exit the process with an error code unless every job has finished."""
     try:
-        with SweepFolder(sweep.folder).locked():
+        with SweepFolder(sweep.folder).locked(), held_folder(sweep.folder):
             folder = SweepFolder(sweep.folder)  # read again: no other process changes it now
             with sweep_logging(folder):
                 code = _run(sweep, folder, make_source)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR)
     if code:
         sys.exit(code)
 

@@ -19,6 +19,7 @@ from app.data.batch import BatchLoader
 from app.distributed.collectives import broadcast_object, rank, world_size
 from app.distributed.strategies import SingleDevice
 from app.runtime.errors import UserError
+from app.runtime.folders import held_folder, make_folder
 from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 from app.training.accumulator import StageAccumulator, StageResult
@@ -137,8 +138,15 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: A signal requested to stop; `last.safetensors` has been saved.
+            UserError: The folder already contains another run.
         """
-        with self.stop.signal.deferred_until_step(self.limits.max_seconds), self.state.flushed():
+        self.refuse_folder_of_other_run()
+        make_folder(self.state.folder)
+        with (
+            held_folder(self.state.folder),
+            self.stop.signal.deferred_until_step(self.limits.max_seconds),
+            self.state.flushed(),
+        ):
             try:
                 self.resave_missing_best(train)
                 self.fit_epochs(train, valid)
@@ -149,6 +157,20 @@ class Trainer:
                 broadcast_object(None)  # no rank exits before `last.safetensors` is saved
                 raise
         return summary_table(self.state.history)
+
+    def refuse_folder_of_other_run(self) -> None:
+        """Check that a training that begins overwrites no other run; all ranks must call this.
+
+        Raises:
+            UserError: The folder already contains a run that was not resumed.
+        """
+        state = self.state
+        has_begun = state.save_count > 0 or state.batches > 0
+        if broadcast_object(not has_begun and rank() == 0 and state.folder_contains_run()):
+            raise UserError(
+                f"folder={str(state.folder)!r} already contains a run, which is not overwritten; "
+                "use another folder, or trainer.resume(CHECKPOINT) to resume the run"
+            )
 
     def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> None:
         """Run the epochs that remain."""

@@ -52,6 +52,25 @@ def test_unresponsive_rank_is_named_after_timeout(
     assert not child_processes()
 
 
+def test_blocked_dataset_on_one_rank_ends_all_ranks_and_names_the_sample(
+    run_ranks: Callable[..., Path], tmp_path: Path
+) -> None:
+    write_numbered_data(tmp_path / "conf")
+    overrides = ("data=numbered", "trainer.sanity_valid_batches=0", "data.loader.timeout=4")
+    message = r"no data for 4 s \(data\.loader\.timeout\): worker 0 is reading sample 7"
+    with pytest.raises(UserError, match=message):
+        run_ranks(
+            "block:1:7",
+            *overrides,
+            "data.loader.num_workers=1",
+            flags=("--config-dir", str(tmp_path / "conf")),
+        )
+    log = (tmp_path / "logs" / "rank1.log").read_text()
+    assert "waiting for data for 2 s: worker 0 is reading sample 7" in log
+    assert status_of(tmp_path)["rank"] == 1
+    assert not child_processes()
+
+
 def test_dataset_failure_on_one_rank_ends_all_ranks(
     run_ranks: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -91,9 +91,10 @@ def test_full_disk_at_start_is_reported_before_writing(
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
-def start_and_wait_for_file(cwd: Path, file: Path) -> WarmCommand:
+def start_and_wait_for_file(cwd: Path, file: Path, *overrides: str) -> WarmCommand:
     """Start a run with slow steps, and return once it has written a file."""
-    process = WarmCommand(cwd, [*RUN, *FAULTY_TASK], ENVIRONMENT | {"SLOW": "0.3"})
+    environment = ENVIRONMENT | {"SLOW": "0.3", "OMP_NUM_THREADS": "1"}
+    process = WarmCommand(cwd, [*RUN, *FAULTY_TASK, *overrides], environment)
     wait_for_file(file)
     return process
 
@@ -104,18 +105,45 @@ def fill_disk(disk: Path, free: int) -> None:
     (disk / "filler").write_bytes(bytes(max(0, size)))
 
 
-def test_removed_run_folder_ends_run_with_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "small").mkdir()
-    failed = start_and_wait_for_file(
-        tmp_path, tmp_path / "small" / "run" / "checkpoints" / "last.safetensors"
-    )
-    (tmp_path / "small" / "run").rename(tmp_path / "small" / "moved")
-    (tmp_path / "small" / "run").write_text("a file instead of a folder")
+ALL_WRITERS = (
+    "checkpoint.asynchronous=true",
+    "callbacks/single@callbacks=[tensorboard,predictions,samples]",
+)
+
+
+@pytest.mark.parametrize(
+    ("fate", "overrides"),
+    [
+        ("deleted", ALL_WRITERS),
+        ("moved", ("trainer.devices=2",)),
+        ("replaced", ()),
+    ],
+)
+def test_run_folder_that_disappears_is_one_error_and_nothing_grows_in_its_place(
+    tmp_path: Path, fate: str, overrides: tuple[str, ...]
+) -> None:
+    home = tmp_path / "small"
+    folder = home / "run"
+    file = folder / "checkpoints" / "last.safetensors"
+    failed = start_and_wait_for_file(tmp_path, file, *overrides)
+    folder.rename(home / "moved")
+    if fate == "deleted":
+        shutil.rmtree(home / "moved")
+    if fate == "replaced":
+        folder.mkdir()
     out, _ = failed.communicate(timeout=120)
     assert failed.returncode == STORAGE_EXIT_CODE, out
-    assert "cannot be written: " in out
+    (error,) = [line for line in out.splitlines() if "cannot be written" in line]
+    assert f"{folder} cannot be written: it was deleted, moved or replaced" in error
     assert "Traceback" not in out
-    assert latest_valid(tmp_path / "small" / "moved")[0] is not None
+    assert "failed" not in out
+    assert {path.name for path in home.iterdir()} == {
+        "deleted": set(),
+        "moved": {"moved"},
+        "replaced": {"moved", "run"},
+    }[fate]
+    assert not [*folder.glob("*")]
+    assert fate == "deleted" or latest_valid(home / "moved")[0] is not None
 
 
 # Locks

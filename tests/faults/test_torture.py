@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.support.killed_runs import (
+    EARLY_FAULTS,
     Kill,
     assert_readable,
     assert_same_outcome,
     plan_kills,
+    run_arguments,
     run_command,
     run_two_ranks,
 )
@@ -54,7 +56,11 @@ def run_despite_kills(cwd: Path, ranks: int, planned: list[Kill]) -> int:
     run, overrides = RUNS[ranks]
     survived = 0
     for kill in planned:
-        code = run(cwd, overrides, kill)
+        is_started = (cwd / "run" / "checkpoints" / "start.json").exists()
+        if ranks == 1 and is_started:  # its own configuration is all that it needs
+            code = run_arguments(cwd, ["resume=run"], kill)
+        else:
+            code = run(cwd, overrides, kill)
         if code == 0:
             break
         assert code in EXPECTED_CODES, (kill, code, _output_tail(cwd))
@@ -112,6 +118,27 @@ def test_run_killed_repeatedly_ends_like_undisturbed_run(
     survive_kills(
         tmp_path, expected, ranks, 3, lambda n, share: plan_kills(16, n, share * duration)
     )
+
+
+def test_run_killed_before_first_checkpoint_is_started_again_by_resume(
+    undisturbed: tuple[int, Path], tmp_path: Path
+) -> None:
+    """Only the first commands have options; whatever is killed later is started by `resume=run`."""
+    ranks, expected = undisturbed
+    # Epochs are checkpointed, but no steps, so that all of the first epoch is before a checkpoint.
+    options = ("checkpoint.every_n_steps=null", f"trainer.devices={ranks}", "hydra.run.dir=run")
+    faults = EARLY_FAULTS if ranks == 1 else EARLY_FAULTS[:2] + EARLY_FAULTS[-3:]
+    assert run_command(tmp_path, options, Kill(faults[0])) == -signal.SIGKILL
+    assert run_arguments(tmp_path, ["resume=run"]) == 2
+    assert "nothing was started there" in _output_tail(tmp_path)
+    assert run_command(tmp_path, options, Kill(faults[1])) == -signal.SIGKILL
+    for fault in faults[2:]:
+        # A rank that is killed fails the command, which survives.
+        assert run_arguments(tmp_path, ["resume=run"], Kill(fault)) in (-signal.SIGKILL, 1), fault
+        assert_readable(tmp_path / "run")
+        assert not (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
+    assert run_arguments(tmp_path, ["resume=run"]) == 0, _output_tail(tmp_path)
+    assert_same_outcome(expected, tmp_path / "run", compare_older=False)
 
 
 @pytest.mark.long

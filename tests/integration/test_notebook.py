@@ -79,3 +79,23 @@ def test_compose_with_resume_continues_the_run() -> None:
     with app.compose(["resume=run", "trainer.max_epochs=2"], folder="run") as second:
         summary = second.fit()
     assert list(summary["epoch"]) == [1, 1, 2, 2]
+
+
+@pytest.mark.usefixtures("tmp_cwd")
+def test_compose_with_resume_starts_a_run_without_checkpoint_again() -> None:
+    options = ["model=mlp", "optimizer.lr=0.03", "trainer.max_epochs=1", "data.batch_size=50"]
+    short = ["trainer.limit_train_batches=3", "trainer.limit_valid_batches=1"]
+    with pytest.raises(KeyboardInterrupt), app.compose([*options, *short], folder="run"):
+        raise KeyboardInterrupt
+    with app.compose(["resume=run"], folder="run") as again:
+        summary = again.fit()
+    assert again.config.optimizer["lr"] == 0.03
+    assert summary["total_samples"].tolist() == [150, 50]
+    Path("run", "checkpoints", "last.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"data\.split\.seed: .* cannot be changed"):
+        app.compose(["resume=run", "data.split.seed=4"], folder="run")
+    with pytest.raises(UserError, match="is not the folder of the run to resume: resume=run"):
+        app.compose(["resume=run"], folder="other")
+    Path("run", "checkpoints", "start.json").unlink()
+    with pytest.raises(ConfigError, match=r"nothing was started there .* resume=auto hydra\.run"):
+        app.compose(["resume=run"], folder="run")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
 import io
+import lzma
 import multiprocessing as mp
 import os
 import pickle
+import subprocess
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +27,15 @@ import pandas as pd
 import pytest
 import torch
 import torchvision.datasets as datasets
-from PIL import Image
+from PIL import EpsImagePlugin, Image
+from torchvision.datasets import ImageFolder
 
 from app.data.archives import unpack
-from app.data.arrays import npz
+from app.data.arrays import csv, npz
 from app.data.cached import cached
+from app.data.hugging_face import hugging_face
 from app.data.idx import read_idx
-from app.data.images import decode_image, image_folder
+from app.data.images import ImageFiles, decode_image, image_folder, without_ghostscript
 from app.data.torchvision_sets import download_dataset, torchvision_dataset
 from app.models.pretrained import pretrained
 from app.runtime.errors import UserError
@@ -158,7 +164,110 @@ def test_gzip_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         read_idx(tmp_path / "a.gz")
 
 
+def write_compressed(path: Path, content: bytes) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.csv", content)
+    else:
+        compress = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        path.write_bytes(compress[path.suffix](content))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zip"])
+def test_compressed_table_that_expands_too_far_is_refused_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    path = tmp_path / f"a.csv{suffix}"
+    write_compressed(path, b"a,label\n1,0\n2,1\n")
+    assert csv(str(path), "label").tensors[0].tolist() == [[1.0], [2.0]]
+    # Lowered, because a file above the real limit takes a minute to write.
+    monkeypatch.setattr("app.data.archives.MAX_UNCHECKED_BYTES", 2**22)
+    write_compressed(path, b"a,label\n" + b"0,0\n" * 10_000_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"bytes expand to more than [\d,]+; refused"):
+            csv(str(path), "label")
+        assert tracemalloc.get_traced_memory()[1] < 2**24  # of 40 MB
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv.gz", b"no gzip", r"a\.csv\.gz is damaged: Not a gzipped file"),
+        ("a.csv.gz", gzip.compress(b"a,label\n1,0\n" * 999)[:40], r"a\.csv\.gz is damaged"),
+        ("a.csv.xz", b"no xz", r"a\.csv\.xz is damaged"),
+        ("a.csv.zip", b"no zip", r"a\.csv\.zip is damaged"),
+        ("a.csv.zst", b"", r"a\.csv\.zst: .*allowed: \.bz2, \.gz, \.xz, \.zip"),
+    ],
+)
+def test_damaged_compressed_table_is_one_error(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        csv(str(tmp_path / name), "label")
+
+
 # ---- images
+
+
+@pytest.fixture
+def ghostscript_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that exists once a program named `gs` has been started."""
+    mark, program = tmp_path / "started", tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch '{mark}'\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow searches for it only once
+    return mark
+
+
+def write_eps(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ["%!PS-Adobe-3.0 EPSF-3.0", "%%BoundingBox: 0 0 8 8", "%%EndComments", "showpage"]
+    path.write_text("\n".join([*lines, "%%EOF", ""]))
+
+
+def test_eps_named_png_is_refused_without_starting_ghostscript(
+    tmp_path: Path, ghostscript_mark: Path
+) -> None:
+    write_eps(tmp_path / "pets" / "cat" / "a.png")
+    message = "its format is EPS; allowed: BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
+    for dataset in (
+        image_folder(str(tmp_path / "pets"), {}),
+        ImageFiles(str(tmp_path / "pets"), None, 3),
+    ):
+        with pytest.raises(UserError, match=rf"a\.png cannot be read as an image: {message}"):
+            dataset[0]
+    foreign = ImageFolder(str(tmp_path / "pets"))  # opens whatever Pillow recognizes
+    with without_ghostscript(), pytest.raises(OSError, match="Ghostscript"):
+        foreign[0]
+    assert not ghostscript_mark.exists()
+    with pytest.raises(subprocess.CalledProcessError):
+        foreign[0]
+    assert ghostscript_mark.exists(), "the test must be able to start it"
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+def test_hugging_face_eps_is_refused_without_starting_ghostscript(
+    tmp_path: Path, ghostscript_mark: Path, as_bytes: bool
+) -> None:
+    library = pytest.importorskip("datasets", reason="needs the extra hugging_face")
+    write_eps(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes() if as_bytes else None
+    cell = {"bytes": content, "path": str(tmp_path / "a.png")}
+    one, several = library.Image(), library.List(library.Image())
+    features = library.Features({"image": one, "label": library.Value("int64"), "all": several})
+    rows = {"image": [cell], "label": [0], "all": [[cell]]}
+    library.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "rows"))
+    with pytest.raises(UserError, match=r"sample 0, column 'image' .*its format is EPS; allowed: "):
+        hugging_face(str(tmp_path / "rows"), "train")[0]
+    with pytest.raises(UserError, match=r"column 'all' is of type .*; allowed: images, numbers"):
+        hugging_face(str(tmp_path / "rows"), "train", inputs="all")
+    assert not ghostscript_mark.exists()
 
 
 def test_image_folder_refuses_external_and_cyclic_links(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,34 @@ def check_config(folder: Path, changes: dict[str, Any]) -> None:
             job_for(*arguments, "trainer.limit_test_batches=3")
         except UserError as error:
             assert len(str(error)) < 20_000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"model": {"_target_": "os.system", "command": "touch x"}}, "references code outside"),
+        ({"notes": "${oc.env:HOME,x}"}, "reads more than its own keys"),
+        ({"notes": "${oc.env:MY_TOKEN}"}, "the saved run reads this variable"),
+        ({"notes": "${tags}", "tags": "${notes}"}, "cannot be used"),
+        ("[1]", "does not contain a JSON object"),
+        ("[" * 5000, "nested more than 64 deep"),
+        ("{", "is not JSON"),
+        (" " * 1_000_001, "has more than 1,000,000 bytes"),
+    ],
+)
+def test_untrusted_configuration_of_a_restart_is_refused(
+    tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch, content: Any, message: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "confidential")
+    file = tmp_cwd / "untrusted" / "checkpoints" / "start.json"
+    file.parent.mkdir(parents=True)
+    text = content if isinstance(content, str) else json.dumps(copy_saved() | content)
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(message)) as error:
+        job_for("resume=untrusted")
+    assert "confidential" not in str(error.value)
+    file.write_text(json.dumps(copy_saved()))
+    assert job_for("resume=untrusted").config.data.batch_size == 50
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,10 @@ class BatchNormMLP(nn.Sequential):
 
 
 class FaultyDataset(Dataset[tuple[torch.Tensor, int]]):
-    """Random samples, one of which cannot be read in one rank (`FAULT=data:rank:index`)."""
+    """Random samples, one of which cannot be read in one rank (`FAULT=data:rank:index`).
+
+    With `FAULT=block:rank:index`, reading it never ends.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -159,6 +162,8 @@ class FaultyDataset(Dataset[tuple[torch.Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if os.environ[FAULT_VARIABLE] == f"data:{rank()}:{index}":
             raise OSError("injected read failure")
+        if os.environ[FAULT_VARIABLE] == f"block:{rank()}:{index}":
+            time.sleep(1000)
         return torch.rand(4), index % 2
 
 

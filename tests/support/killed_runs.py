@@ -6,7 +6,7 @@ import json
 import random
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,20 @@ FAULTY_FILES = (
     "epoch00",
     "summary_table.csv",
     "status.json",
+    "start.json",
     "config.yaml",
+)
+EARLY_FAULTS = (  # before the first checkpoint, in the order of a run
+    "opened:start.json:1",
+    "after_rename:start.json:1",
+    "opened:config.yaml:1",
+    "before_rename:config.yaml:1",
+    "after_rename:config.yaml:1",
+    "opened:status.json:1",
+    "opened:epoch001_train.csv:1",
+    "after_rename:best.safetensors:1",
+    "opened:last.safetensors:1",
+    "before_rename:last.safetensors:1",
 )
 FAULT_POINTS = [f"{point}:last.safetensors" for point in CHECKPOINT_FAULT_POINTS] + [
     f"{point}:{file}" for file in FAULTY_FILES for point in FILE_FAULT_POINTS
@@ -105,9 +118,14 @@ def plan_kills(count: int, seed: int, duration: float, signum: int = signal.SIGK
 
 
 def run_command(cwd: Path, overrides: Iterable[str], kill: Kill | None = None) -> int:
+    """Run `python -m app` with the options of the run, and return the exit code."""
+    return run_arguments(cwd, [*STATEFUL_RUN, *overrides], kill)
+
+
+def run_arguments(cwd: Path, arguments: Sequence[str], kill: Kill | None = None) -> int:
     """Run `python -m app` and return the exit code of the process."""
     fault = {FAULT_VARIABLE: kill.fault} if kill and kill.fault else {}
-    running = WarmCommand(cwd, [*STATEFUL_RUN, *overrides], {**fault, "OMP_NUM_THREADS": "1"})
+    running = WarmCommand(cwd, arguments, {**fault, "OMP_NUM_THREADS": "1"})
     if kill and kill.seconds:
         running.process.join(kill.seconds)
         running.send_signal(kill.signum)
@@ -119,6 +137,7 @@ def run_command(cwd: Path, overrides: Iterable[str], kill: Kill | None = None) -
 def run_two_ranks(cwd: Path, overrides: Iterable[str], kill: Kill | None = None) -> int:
     """Run a job on two ranks; a fault point kills rank 0."""
     job = job_for(*STATEFUL_RUN, "trainer.devices=2", f"hydra.run.dir={cwd / 'run'}", *overrides)
+    (cwd / "run").mkdir(exist_ok=True)
     fault = {FAULT_VARIABLE: kill.fault} if kill and kill.fault else {}
     workers = LocalWorkers(run_experiment, job, cwd / "run", 2, SILENT_LOGGING, fault)
     try:
@@ -153,8 +172,11 @@ def assert_same_outcome(expected: Path, actual: Path, compare_older: bool = True
             has others.
     """
     assert_equal_runs(expected, actual)
-    names = {path.name for path in (expected / "checkpoints").iterdir()}
-    assert {path.name for path in (actual / "checkpoints").iterdir()} == names
+    names, found = (
+        {path.name for path in folder.glob("checkpoints/*.safetensors")}
+        for folder in (expected, actual)
+    )
+    assert found == names
     for name in names if compare_older else names - {"last-1.safetensors", "last-2.safetensors"}:
         one, other = (read_store(folder / "checkpoints" / name)[1] for folder in (expected, actual))
         assert one["epoch"] == other["epoch"], name

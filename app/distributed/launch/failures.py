@@ -186,4 +186,5 @@ def record_rank_failure(folder: Path, failure: RankFailure) -> None:
     try:
         write_json(path, content)
     except StorageError as storage_error:  # must not hide the failure itself
-        log.error("%s", storage_error)
+        if failure.exit_code != StorageError.exit_code:
+            log.error("%s", storage_error)

@@ -8,6 +8,7 @@ from app.config.schema import Config, Job
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import RankFunction
 from app.runtime.errors import UserError
+from app.runtime.folders import held_folder
 from app.runtime.signals import StopSignal
 
 SINGLE_DEVICE_MODES = ("export", "find_lr", "find_batch_size")
@@ -81,5 +82,5 @@ def _check_batch_size_finder(config: Config, problem: str) -> None:
 def launch_inline(function: RankFunction, job: Job, folder: Path) -> float | None:
     """Run a job in this process; return the result of the function."""
     stop = StopSignal()
-    with stop.installed():
+    with stop.installed(), held_folder(folder):
         return function(job, folder, stop, 0)

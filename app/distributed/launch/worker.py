@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from app.config.schema import Job
 from app.distributed.launch.environment import ClusterEnvironment
 from app.runtime.errors import UserError
+from app.runtime.folders import held_folder, make_folder
 from app.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run_rank(
         job_number: Number of the job among those that use the store.
     """
     with ExitStack() as stack:
+        stack.enter_context(held_folder(folder))
         if cluster.rank > 0:
             stack.enter_context(rank_logging(cluster.rank, folder))
         if cluster.world_size > 1:
@@ -140,7 +142,7 @@ def rank_zero_output(folder: Path) -> AbstractContextManager[None]:
 @contextmanager
 def redirect_output(path: Path) -> Iterator[None]:
     """Append everything that is written to stdout and stderr, also by C code, to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)

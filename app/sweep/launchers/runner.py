@@ -149,6 +149,8 @@ class BatchRunner:
 
     def _record_missing_status(self, job: ComposedJob, result: JobReturn | None) -> None:
         """Write the final status of a job whose process could not write it itself."""
+        if _has_returned(result) and not job.folder.exists():
+            return  # it was deleted while the job ran
         status = read_run_status(job.folder).status
         if status not in (PENDING, RUNNING) or self.folder.is_running(job.folder):
             return
@@ -157,6 +159,10 @@ class BatchRunner:
         elif status == RUNNING or not self.folder.is_stopped:
             job.folder.mkdir(parents=True, exist_ok=True)
             record_failure(job.folder, _to_failure(result))
+
+
+def _has_returned(result: JobReturn | None) -> bool:
+    return result is not None and not isinstance(result._return_value, BaseException)
 
 
 def _to_failure(result: JobReturn | None) -> RankFailure:

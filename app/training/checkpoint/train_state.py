@@ -36,6 +36,7 @@ from app.training.checkpoint.rotation import (
     LAST_CHECKPOINT,
     SUFFIX,
     CheckpointRotation,
+    list_checkpoints,
     remove_file,
 )
 from app.training.history import Row
@@ -136,6 +137,11 @@ class TrainState:
     def is_between_epochs(self) -> bool:
         """Whether the last epoch is complete and no other has begun."""
         return self.phase is Phase.TRAIN and self.mid_epoch is None
+
+    def folder_contains_run(self) -> bool:
+        """Return whether there are training checkpoints, or the files of a run of another job."""
+        has_status = self.job is None and (self.folder / "status.json").exists()
+        return has_status or bool(list_checkpoints(self.folder))
 
     def save_best(self) -> None:
         """Save the weights with all that testing needs, and as a bare `model.pt`."""

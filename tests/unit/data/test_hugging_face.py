@@ -153,7 +153,10 @@ def test_damaged_image_is_named(tmp_path: Path, datasets_library: Any) -> None:
     rows = {"image": [{"bytes": b"no image", "path": None}], "label": [0]}
     features = datasets_library.Features(columns)
     datasets_library.Dataset.from_dict(rows, features=features).save_to_disk(path)
-    with pytest.raises(UserError, match="sample 0 cannot be read"):
+    with pytest.raises(
+        UserError,
+        match="sample 0, column 'image' cannot be read as an image: its format is unknown",
+    ):
         hugging_face(path, "train")[0]
 
 

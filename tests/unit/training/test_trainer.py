@@ -264,8 +264,8 @@ def test_callback_that_draws_random_numbers_does_not_change_training(tmp_path: P
     overrides = ("model=mlp", "model.dropout=0.5", "trainer.max_epochs=2", "data.batch_size=50")
     job = job_for(*overrides, "trainer.limit_train_batches=3", "trainer.limit_valid_batches=1")
     parameters = []
-    for callbacks in ([], [RandomCallback()]):
-        trainer, components = build_trainer(job, tmp_path, *callbacks)
+    for name, callbacks in {"without": [], "with": [RandomCallback()]}.items():
+        trainer, components = build_trainer(job, tmp_path / name, *callbacks)
         trainer.fit(components.loaders["train"], components.loaders["valid"])
         parameters.append(list(trainer.task.model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(*parameters, strict=True))

@@ -15,7 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
 from app.data.loaders import make_loader
-from app.training.events import Callbacks
+from app.runtime.errors import StorageError, UserError
+from app.training.accumulator import StageResult
+from app.training.events import Callback, Callbacks
+from app.training.history import History
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
@@ -140,3 +143,33 @@ def test_fit_again_with_more_epochs_continues(tmp_path: Path) -> None:
     trainer.fit(loader)
     trainer.limits = TrainingLimits(max_epochs=3)
     assert trainer.fit(loader)["epoch"].tolist() == [1, 2, 3]
+
+
+def test_fit_into_folder_of_another_run_is_refused(tmp_path: Path) -> None:
+    data = make_loader(TensorDataset(X, Y), 10)
+    first = make_trainer(tmp_path / "run", TrainingLimits(max_epochs=1))
+    first.fit(data)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    second = make_trainer(tmp_path / "run", TrainingLimits(max_epochs=2))
+    with pytest.raises(UserError, match="already contains a run, which is not overwritten"):
+        second.fit(data)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    second.resume(tmp_path / "run" / "checkpoints" / "last.safetensors")
+    assert list(second.fit(data)["epoch"]) == [1, 2]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "status.json").write_text("{}")
+    with pytest.raises(UserError, match="already contains a run, which is not overwritten"):
+        make_trainer(tmp_path / "other", TrainingLimits(max_epochs=1)).fit(data)
+
+
+def test_fit_into_folder_that_disappears_is_a_storage_error(tmp_path: Path) -> None:
+    class MoveFolder(Callback):
+        def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    data = make_loader(TensorDataset(X, Y), 10)
+    limits = TrainingLimits(max_epochs=3)
+    trainer = make_trainer(tmp_path / "run", limits, callbacks=MoveFolder())
+    with pytest.raises(StorageError, match=r"run cannot be written: it was deleted, moved or"):
+        trainer.fit(data)
+    assert [path.name for path in tmp_path.iterdir()] == ["moved"]

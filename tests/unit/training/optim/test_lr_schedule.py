@@ -43,7 +43,7 @@ def test_scheduler_that_returns_nan_is_rejected_by_name() -> None:
 def test_scheduler_length_auto_is_the_length_of_the_run(tmp_path: Path) -> None:
     few = ("trainer.limit_train_batches=5", "trainer.limit_valid_batches=1", "model=mlp")
     for overrides in (("scheduler=cosine", "scheduler.warmup_steps=2"), ("scheduler=onecycle",)):
-        _, recorder = fit(tmp_path, *few, "trainer.max_epochs=3", *overrides)
+        _, recorder = fit(tmp_path / overrides[0], *few, "trainer.max_epochs=3", *overrides)
         train_results = [result for result in recorder.results if result.stage == "train"]
         lrs = [lr for result in train_results for lr in result.steps["lr"]]
         assert len(lrs) == 15
