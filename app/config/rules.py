@@ -43,12 +43,13 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         plain: Resolved configuration.
         invalid_keys: Keys with issues of their own; rules that read one of them are skipped.
     """
-    data = ("data.source", "data.split", "trainer.overfit_batches")
+    data = ("data.source", "data.split", "data.folds", "trainer.overfit_batches")
     rules = {
         _mode_issues: ("mode", "ckpt"),
         _stage_issues: ("mode", "predict", *data),
+        _fold_issues: ("data.folds", "data.fold", "data.source", "data.split"),
         _input_issues: ("data.inputs", "data.normalize"),
-        _class_issues: ("data.num_classes", "data.class_names"),
+        _class_issues: ("data.num_classes", "data.class_names", "data.class_weights"),
         _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _resume_issues: ("mode", "resume", "trainer.requeue"),
@@ -109,11 +110,34 @@ def stages_with_data(plain: dict[str, Any]) -> set[str]:
     """Stages that have a data source of their own or a split of the training data."""
     source, split = plain["data"]["source"], plain["data"]["split"]
     overfit = plain["trainer"]["overfit_batches"] > 0 and plain["mode"] == "train"
+    has_valid = overfit or plain["data"]["folds"] is not None
     return {
         stage
         for stage in STAGES
-        if source[stage] is not None or split.get(stage) or (overfit and stage == "valid")
+        if source[stage] is not None or split.get(stage) or (has_valid and stage == "valid")
     }
+
+
+def _fold_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    data = plain["data"]
+    folds, fold = data["folds"], data["fold"]
+    if folds is None and fold > 0:
+        yield ConfigIssue("data.fold", f"={fold} needs data.folds, the number of folds")
+    elif folds is not None and fold >= folds:
+        yield ConfigIssue("data.fold", f"={fold} is not a fold; allowed: 0 to {folds - 1}")
+    if folds is not None and data["source"]["valid"] is not None:
+        problem = f"={folds} and data.source.valid are both set; allowed: one of them"
+        yield ConfigIssue("data.folds", problem)
+    pattern = data["split"]["group_pattern"]
+    try:
+        groups = 1 if pattern is None else re.compile(pattern).groups
+    except re.error as error:
+        problem = f"={pattern!r} is not a regular expression: {error}"
+        yield ConfigIssue("data.split.group_pattern", problem)
+        return
+    if groups != 1:
+        problem = f"={pattern!r} must have one group in brackets, such as '(patient[0-9]+)_'"
+        yield ConfigIssue("data.split.group_pattern", problem)
 
 
 def _input_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
@@ -126,6 +150,10 @@ def _input_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
 
 def _class_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     names, count = plain["data"]["class_names"], plain["data"]["num_classes"]
+    weights = plain["data"]["class_weights"]
+    if isinstance(weights, list) and isinstance(count, int) and len(weights) != count:
+        problem = f" has {len(weights)} values; allowed: one for each of {count} classes"
+        yield ConfigIssue("data.class_weights", problem)
     if not isinstance(names, list):
         return
     if len({*names}) < len(names):

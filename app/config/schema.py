@@ -12,7 +12,8 @@ Nodes = dict[str, Node | None]  # components by name; null removes one
 
 STAGES = ("train", "valid", "test")
 AUTO: Final = "auto"  # lets the program choose the value of a key
-DATA_FACTS = ("num_classes", "class_names", "input_shape")  # keys of data that may be `auto`
+# Keys of data that may be `auto`
+DATA_FACTS = ("num_classes", "class_names", "input_shape", "class_weights")
 
 STRICT = {"strict": True, "extra": "forbid"}  # pydantic's options; groups inherit those of Config
 Positive = Annotated[int, Ge(1)]
@@ -118,6 +119,7 @@ class SplitConfig:
     test: Limit
     seed: Annotated[int, Ge(-MAX_INT64), Le(MAX_INT64)]
     stratify: bool
+    group_pattern: str | None
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,8 @@ class DataConfig:
     name: str
     num_classes: Annotated[int, Ge(2)] | Literal["auto"] | None
     class_names: list[str] | Literal["auto"] | None
+    class_weights: list[Annotated[float, Ge(0.0)]] | Literal["auto"] | None
+    class_weight_power: Annotated[float, Ge(0.0)]
     path: str | None
     input_shape: list[Positive] | Literal["auto"]
     channels: Positive | None
@@ -175,6 +179,8 @@ class DataConfig:
     eval_crop: Annotated[float, Gt(0.0), Le(1.0)] | None
     source: SourceConfig
     split: SplitConfig
+    folds: Annotated[int, Ge(2)] | None
+    fold: NonNegative
     inputs: int | str | list[int | str] | None
     targets: BatchKey
     batch_size: Positive

@@ -58,9 +58,11 @@ class NamedClasses(TensorDataset):
         classes: Names in the order of the labels; None if they are not known.
     """
 
-    def __init__(self, *tensors: Tensor, classes: list[str] | None) -> None:
+    def __init__(
+        self, *tensors: Tensor, classes: list[str] | None, groups: list[str] | None = None
+    ) -> None:
         super().__init__(*tensors)
-        self.classes = classes
+        self.classes, self.groups = classes, groups
 
 
 def csv(
@@ -69,6 +71,7 @@ def csv(
     features: list[str] | None = None,
     classes: list[str] | Literal["auto"] | None = AUTO,
     regression: bool = False,
+    group: str | None = None,
 ) -> NamedClasses:
     """Load a table with a header line.
 
@@ -80,6 +83,7 @@ def csv(
             column contains the indices 0, 1, ... already; `auto` finds out, and takes the names in
             alphabetical order.
         regression: Whether the target is a value instead of a class label.
+        group: Name of a column whose equal values stay in one part when the data are split.
 
     Returns:
         Features, float32 of shape (N, columns), and int64 labels of shape (N,) or, for a
@@ -95,10 +99,11 @@ def csv(
             table = pd.read_csv(file)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as a table: {error}") from error
-    columns = features or [str(name) for name in table.columns if name != target]
-    for name in [target, *columns]:
+    columns = features or [str(name) for name in table.columns if name not in (target, group)]
+    for name in [target, *columns, *([] if group is None else [group])]:
         check_name(path, "column", name, [str(column) for column in table.columns])
     x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
+    groups = None if group is None else table[group].astype(str).tolist()
     is_text = not regression and not pd.api.types.is_numeric_dtype(table[target])
     names = classes
     if names == AUTO:
@@ -110,11 +115,13 @@ def csv(
     )
     if regression:
         values = torch.from_numpy(y.astype(np.float32))[:, None]
-        return NamedClasses(_to_inputs(x), values, classes=None)
+        return NamedClasses(_to_inputs(x), values, classes=None, groups=groups)
     if (y != np.round(y)).any():
         value = y[y != np.round(y)][0]
         raise UserError(f"{path}: column {target!r} contains {value}, which is not a class index")
-    return NamedClasses(_to_inputs(x), torch.from_numpy(y.astype(np.int64)), classes=names)
+    return NamedClasses(
+        _to_inputs(x), torch.from_numpy(y.astype(np.int64)), classes=names, groups=groups
+    )
 
 
 def _to_numbers(path: str, column: pd.Series) -> np.ndarray:

@@ -20,6 +20,7 @@ from app.data.split import (
     check_datasets,
     dataset_labels,
     dataset_size,
+    sample_groups,
     split_dataset,
     subset,
     warn_about_missing_classes,
@@ -99,11 +100,15 @@ def split_sources(
     datasets = {stage: dataset for stage, dataset in sources.items() if dataset is not None}
     valid = None if "valid" in sources else split.valid
     test = None if "test" in sources else split.test
-    if "train" in datasets and (valid is not None or test is not None):
+    folds = None if data.folds is None else (data.folds, data.fold)
+    if folds and "valid" in sources:
+        raise UserError(f"data.folds={data.folds}, but the data have a validation part already")
+    if "train" in datasets and (valid is not None or test is not None or folds):
         labels = dataset_labels(datasets["train"], data.targets) if split.stratify else None
         if split.stratify and labels is None:
             raise UserError("data.split.stratify=True needs a class label for each sample")
-        datasets = split_dataset(datasets, valid, test, split.seed, labels)
+        groups = sample_groups(datasets["train"], split.group_pattern)
+        datasets = split_dataset(datasets, valid, test, split.seed, labels, folds, groups)
     batches = config.trainer.overfit_batches
     if batches and config.mode == "train":
         if isinstance(datasets["train"], IterableDataset):

@@ -12,7 +12,7 @@ from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config
 from app.data.datamodule import build_sources, first_inputs, split_sources
 from app.data.image_checks import check_images, find_duplicates
-from app.data.split import check_datasets, dataset_labels, sample_files
+from app.data.split import check_datasets, class_weights, dataset_labels, sample_files
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
 
@@ -59,6 +59,8 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
         config.data.class_names,
     )
     stages = split_sources(config, sources)
+    if data.class_weights == AUTO:
+        facts["class_weights"] = _class_weights(stages, config)
     files = {stage: found for stage, dataset in stages.items() if (found := sample_files(dataset))}
     check_images([path for paths in files.values() for path in paths])
     inputs = first_inputs(config, build, reference)
@@ -70,6 +72,13 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
     elif shape is not None and shape != data.input_shape:
         raise UserError(f"data.input_shape={data.input_shape}, but the samples have shape {shape}")
     return DataReport(facts, find_duplicates(files))
+
+
+def _class_weights(stages: dict[str, Dataset[Any]], config: Config) -> list[float]:
+    data = config.data
+    if "train" not in stages or not isinstance(data.num_classes, int):
+        raise UserError("data.class_weights='auto' needs training data with class labels")
+    return class_weights(stages["train"], data.targets, data.num_classes, data.class_weight_power)
 
 
 def class_names(dataset: Dataset[Any]) -> list[str] | None:

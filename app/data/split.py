@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def split_dataset(
     test: int | float | None,
     seed: int,
     labels: Tensor | None = None,
+    folds: tuple[int, int] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Dataset[Any]]:
     """Split validation and test data off the training data.
 
@@ -34,11 +37,14 @@ def split_dataset(
         seed: The choice of samples depends only on the seed.
         labels: Class of each training sample, shape (N,), if every part shall have each class in
             the same proportion.
+        folds: Number of folds, and the fold that is the validation data; then `valid` is ignored.
+        groups: Group of each training sample, whose samples stay in one part; None if there are no
+            groups.
 
     Raises:
         UserError: No training sample would be left, or the training data is iterable.
     """
-    if valid is None and test is None:
+    if valid is None and test is None and folds is None:
         return datasets
     if isinstance(datasets["train"], IterableDataset):
         raise UserError(
@@ -46,19 +52,27 @@ def split_dataset(
             "be split; set data.source.valid and data.source.test"
         )
     total = dataset_size(datasets["train"])
-    sizes = {"valid": _split_size(valid, total), "test": _split_size(test, total)}
-    rest = total - sum(sizes.values())
-    if rest < 1:
+    sizes = [0 if folds else _split_size(valid, total), _split_size(test, total)]
+    rest, num_folds = total - sum(sizes), folds[0] if folds else 1
+    if rest < num_folds:
         raise UserError(
-            f"data.split.valid={valid!r} and data.split.test={test!r} leave none of the "
-            f"{total} training samples"
+            f"data.split.valid={valid!r} and data.split.test={test!r} leave {max(0, rest)} of the "
+            f"{total} training samples; needed: {num_folds}"
         )
     order = torch.randperm(
         total, generator=torch.Generator().manual_seed(derive_seed(seed, "split"))
     )
-    if labels is not None:
-        order = _stratified(order, labels)
-    indices = dict(zip(("train", *sizes), order.split([rest, *sizes.values()]), strict=True))
+    if groups is not None:
+        fold_sizes = [rest // num_folds + (i < rest % num_folds) for i in range(num_folds)]
+        parts = split_groups(order, groups, labels, [*fold_sizes, *sizes])
+    else:
+        order = order if labels is None else _stratified(order, labels)
+        train, *others = order.split([rest, *sizes])
+        parts = [*train.tensor_split(num_folds), *others]
+    if folds:
+        held_out = parts.pop(folds[1])
+        parts = [torch.cat(parts[: num_folds - 1]), held_out, parts[-1]]
+    indices = dict(zip(("train", "valid", "test"), parts, strict=True))
     subsets = {stage: subset(datasets["train"], i) for stage, i in indices.items() if len(i)}
     return datasets | subsets
 
@@ -75,6 +89,110 @@ def _stratified(order: Tensor, labels: Tensor) -> Tensor:
         count = len(members)
         position[members] = (torch.arange(count, dtype=torch.float64) + 0.5) / count
     return order[position[order].argsort(stable=True)]
+
+
+def split_groups(
+    order: Tensor, groups: Sequence[Hashable], labels: Tensor | None, sizes: Sequence[int]
+) -> list[Tensor]:
+    """Divide samples into parts without dividing a group.
+
+    The largest groups are assigned first, each to the part where it brings the numbers of samples
+    per class closest to the wanted ones.
+
+    Args:
+        order: Indices of the samples, in random order.
+        groups: Group of each sample.
+        labels: Class of each sample, if the parts shall have the same proportions; else None.
+        sizes: Wanted number of samples in each part.
+
+    Raises:
+        UserError: There are fewer groups than parts.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for index in order.tolist():
+        members.setdefault(groups[index], []).append(index)
+    if len(members) < sum(size > 0 for size in sizes):
+        raise UserError(f"{len(members)} groups cannot be divided into {len(sizes)} parts")
+    classes = torch.zeros(len(order), dtype=torch.int64) if labels is None else labels
+    counts = torch.bincount(classes).double()
+    missing = torch.tensor(sizes, dtype=torch.float64)[:, None] / len(order) * counts
+    parts: list[list[int]] = [[] for _ in sizes]
+    for group in sorted(members.values(), key=len, reverse=True):
+        found = torch.bincount(classes[group], minlength=len(counts)).double()
+        # How much the squared deviation from the wanted numbers grows, part by part
+        growth = (found * (found - 2 * missing)).sum(1)
+        growth[[size == 0 for size in sizes]] = torch.inf
+        best = int(growth.argmin())
+        missing[best] -= found
+        parts[best] += group
+    empty = next((i for i, size in enumerate(sizes) if size and not parts[i]), None)
+    if empty is not None:
+        raise UserError(f"the groups are too large: part {empty + 1} of {len(sizes)} stays empty")
+    return [torch.tensor(part, dtype=torch.int64) for part in parts]
+
+
+def sample_groups(dataset: Dataset[Any], pattern: str | None) -> list[Hashable] | None:
+    """Return the group of each sample, whose samples must stay in one part; None without groups.
+
+    Args:
+        dataset: Its attribute `groups` is used if there is no pattern.
+        pattern: Regular expression that finds the group in the path of a sample's file.
+
+    Raises:
+        UserError: The samples have no files, or a path does not match.
+    """
+    if pattern is None:
+        groups = getattr(dataset, "groups", None)
+        return None if groups is None else list(groups)
+    paths = sample_paths(dataset)
+    if paths is None:
+        raise UserError(f"data.split.group_pattern={pattern!r} needs samples that are files")
+    found = [re.search(pattern, path) for path in paths]
+    unmatched = next((path for path, match in zip(paths, found, strict=True) if not match), None)
+    if unmatched is not None:
+        raise UserError(f"data.split.group_pattern={pattern!r} does not match {unmatched!r}")
+    return [match[1] for match in found if match]
+
+
+def class_weights(
+    dataset: Dataset[Any], targets: Key, num_classes: int, power: float
+) -> list[float]:
+    """Return a weight for each class that is inverse to its frequency.
+
+    For class labels it is `(N / (K * n)) ** power` with N labels, K classes and n labels of the
+    class, so that a label weighs 1 on average at a power of 1. For targets of several classes each
+    it is the number of negatives per positive to this power.
+
+    Args:
+        dataset: The training data.
+        targets: Key of the target within a sample.
+        num_classes: Number of classes.
+        power: Exponent; 0 gives equal weights.
+
+    Raises:
+        UserError: The labels are not available without reading the samples, or a class has none.
+    """
+    labels = dataset_labels(dataset, targets)
+    if labels is None and isinstance(dataset, TensorDataset) and isinstance(targets, int):
+        labels = dataset.tensors[targets]
+    if labels is None:
+        raise UserError(
+            "data.class_weights='auto' needs labels: a dataset with `targets`, or one in memory"
+        )
+    if labels.is_floating_point() and labels.ndim == 2:
+        positives = (labels > 0.5).sum(0).double()
+        counts, ratios = positives, (len(labels) - positives) / positives
+    else:
+        known = labels[(labels >= 0) & (labels < num_classes)].long()
+        counts = torch.bincount(known.flatten(), minlength=num_classes).double()
+        ratios = known.numel() / (num_classes * counts)
+    if not counts.all():
+        missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
+        raise UserError(
+            f"data.class_weights='auto': the training data have no sample of class {missing}; "
+            "allowed: a list of weights"
+        )
+    return [float(f"{ratio**power:.6g}") for ratio in ratios.tolist()]
 
 
 def _split_size(part: int | float | None, total: int) -> int:

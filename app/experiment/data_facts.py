@@ -72,7 +72,8 @@ def with_data_facts(saved: SavedConfig, facts: dict[str, Any]) -> SavedConfig:
 
 def _relevant_values(plain: PlainConfig) -> dict[str, Any]:
     data = {name: value for name, value in plain["data"].items() if name not in IRRELEVANT}
-    return {"data": data, "mode": plain["mode"], "predict": plain["predict"]}
+    overfit = plain["trainer"]["overfit_batches"]
+    return {"data": data, "mode": plain["mode"], "predict": plain["predict"], "overfit": overfit}
 
 
 def _fingerprint(data: dict[str, Any]) -> str:

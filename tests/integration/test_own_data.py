@@ -6,11 +6,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+import yaml
 
+from app.config.instantiate import Instantiator
+from app.data.datamodule import make_datasets
+from app.data.split import dataset_labels
+from app.experiment.factory import make_loss
 from app.experiment.run import execute
 from app.runtime.errors import UserError
 from tests.support.own_data import OWN_DATA, STREAM, write_own_data
 from tests.support.runs import job_for
+from tests.support.sweeps import sweep_folder, sweep_runner
 
 
 @pytest.fixture(autouse=True)
@@ -54,3 +61,51 @@ def test_dict_samples_train_and_unknown_keys_are_named(own_data: Path) -> None:
         UserError, match=r"data\.inputs, data\.targets: .*there is no 'z'; available: x, y"
     ):
         execute(job_for(*OWN_DATA, *overrides, "data.targets=z"), own_data / "other")
+
+
+def write_table(path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(60, 2, generator=generator)
+    table = pd.DataFrame(x.numpy(), columns=["a", "b"])
+    table["label"] = ["rare" if value > 0.8 else "common" for value in table["a"]]
+    table["patient"] = [index // 3 for index in range(60)]
+    table.to_csv(path, index=False)
+
+
+def test_class_weights_of_the_training_part_are_saved_and_used(own_data: Path) -> None:
+    write_table(own_data / "table.csv")
+    table = ("data=csv", "data.path=table.csv", "model=mlp", "model.hidden=[4]")
+    job = job_for(*table, "data.class_weights=auto", "trainer.max_epochs=1")
+    execute(job, own_data / "run")
+    weights = yaml.safe_load((own_data / "run" / "config.yaml").read_text())["data"][
+        "class_weights"
+    ]
+    datasets = make_datasets(job.config, Instantiator())
+    counts = torch.bincount(dataset_labels(datasets["train"], 1))
+    expected = (counts.sum() / (2 * counts)).tolist()
+    assert weights == pytest.approx(expected, rel=1e-5)
+    assert make_loss(job.config, Instantiator()).terms[
+        "cross_entropy"
+    ].function.weight.tolist() == (pytest.approx(expected, rel=1e-5))
+    tested = job_for("mode=test", f"ckpt={own_data / 'run'}")
+    assert tested.plain["data"]["class_weights"] == weights
+
+
+def test_cross_validation_is_a_sweep_with_means_over_the_folds(
+    own_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(own_data / "table.csv")
+    run = sweep_runner(own_data, monkeypatch)
+    run(
+        "data=csv", "data.path=table.csv", "data.source.train.group=patient", "model=mlp",
+        "data.folds=3", "data.fold=range(3)", "optimizer.lr=0.1,0.01", "trainer.max_epochs=1",
+    )  # fmt: skip
+    folder = sweep_folder(own_data)
+    table, means = (pd.read_csv(folder / f"{n}.csv") for n in ("sweep", "sweep_by_config"))
+    assert table["data.fold"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert means["completed"].tolist() == [3, 3]
+    for rate, mean, std in zip(
+        means["optimizer.lr"], means["best_accuracy_mean"], means["best_accuracy_std"], strict=True
+    ):
+        values = table[table["optimizer.lr"] == rate]["best_accuracy"]
+        assert (mean, std) == (pytest.approx(values.mean()), pytest.approx(values.std()))

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from app.config.schema import MonitorConfig
-from app.sweep.report.table import Results
+from app.sweep.report.table import REPEAT_KEYS, Results
 
 Scale: TypeAlias = Literal["linear", "log", "category"]
 
@@ -59,8 +59,8 @@ def plot_curves(results: Results, goal: MonitorConfig) -> Figure:
 def plot_by_key(results: Results, goal: MonitorConfig, key: str) -> Figure:
     """Plot the best value of each run against a swept key; unfilled if not completed.
 
-    If seeds were swept as well, also plot the mean and the sample standard deviation of the
-    completed runs that only differ in their seed.
+    If seeds or folds were swept as well, also plot the mean and the sample standard deviation of
+    the completed runs that only differ in them.
     """
     figure, axes = _make_axes(key, f"best {goal.metric}")
     runs = pd.DataFrame(
@@ -68,13 +68,15 @@ def plot_by_key(results: Results, goal: MonitorConfig, key: str) -> Figure:
             "position": _positions(axes, results.table[key].tolist()),
             "best": best_values(results, goal),
             "completed": (results.table["status"] == "completed").tolist(),
-            "configuration": _row_labels(results.table, [k for k in results.keys if k != "seed"]),
+            "configuration": _row_labels(
+                results.table, [k for k in results.keys if k not in REPEAT_KEYS]
+            ),
         }
     ).dropna()
     completed, others = runs[runs["completed"]], runs[~runs["completed"]]
     axes.plot(completed["position"], completed["best"], "o", c="C0", alpha=0.6, label="completed")
     axes.plot(others["position"], others["best"], "o", c="C0", mfc="none", label="not completed")
-    if "seed" in results.keys and key != "seed":
+    if {*REPEAT_KEYS} & {*results.keys} and key not in REPEAT_KEYS:
         _plot_means(axes, completed)
     axes.legend(fontsize="small")
     return figure
@@ -138,7 +140,7 @@ def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataF
 def _plot_means(axes: Axes, runs: pd.DataFrame) -> None:
     groups = runs.groupby("configuration")
     position, best = groups["position"].first(), groups["best"]
-    label = "mean ± std over seeds"
+    label = "mean ± std over seeds and folds"
     axes.errorbar(position, best.mean(), best.std(), fmt="D", ms=4, c="C1", capsize=4, label=label)
 
 

@@ -18,7 +18,8 @@ from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
 from app.sweep.outcome import COMPLETED, FAILED, PENDING, RunStatus, read_run_status
 
-SEED, DEVICE_MEMORY = "seed", "peak_device_memory_bytes"
+REPEAT_KEYS = ("seed", "data.fold")  # runs that differ only in these are repetitions
+DEVICE_MEMORY = "peak_device_memory_bytes"
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}
 ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs compare
 
@@ -218,12 +219,14 @@ def _read_curve(folder: Path) -> pd.DataFrame:
 
 
 def aggregate_by_config(results: Results) -> pd.DataFrame:
-    """Return the mean and sample standard deviation over seeds, one row per other configuration.
+    """Return the mean and sample standard deviation over seeds and folds.
+
+    There is one row per configuration that is the same but for these.
 
     Only completed runs count. The column `jobs` has the number of runs, `completed` the number of
     completed ones.
     """
-    table, keys = results.table, [key for key in results.keys if key != SEED]
+    table, keys = results.table, [key for key in results.keys if key not in REPEAT_KEYS]
     measured = [c for c in table.columns if c.startswith(("best_", "last_", "test/"))]
     measured = [c for c in [*measured, "seconds", "samples/s"] if c not in results.keys]
     is_completed = table["status"] == COMPLETED

@@ -57,7 +57,7 @@ def update_tables(folder: Path, curves: bool = False) -> Results:
 
 
 def write_tables(results: Results, folder: Path) -> None:
-    """Write `sweep.csv`, and `sweep_by_config.csv` with the statistics over seeds."""
+    """Write `sweep.csv`, and `sweep_by_config.csv` with the statistics over seeds and folds."""
     write_csv(folder / TABLE_FILE, results.table)
     write_csv(folder / BY_CONFIG_FILE, aggregate_by_config(results))
 

@@ -86,3 +86,20 @@ def test_validate_metric_named_like_table_column_is_refused() -> None:
     node = "{_target_: app.metrics.function.CorrectPredictions}"
     (issue,) = config_issues(f"+metric.valid.total_samples={node}")
     assert issue == "metric.valid.total_samples is the name of another column; rename it"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.fold=1"], "data.fold=1 needs data.folds"),
+        (["data.folds=3", "data.fold=3"], "data.fold=3 is not a fold; allowed: 0 to 2"),
+        (["data.folds=1"], "data.folds=1"),
+        (["data.split.group_pattern='(a'"], "is not a regular expression"),
+        (["data.split.group_pattern=abc"], "must have one group in brackets"),
+        (["data.class_weights=[1,2]"], "data.class_weights has 2 values; allowed: one for each of"),
+        (["data.class_weights=often"], "data.class_weights='often'"),
+    ],
+)
+def test_folds_and_class_weights_are_checked(overrides: list[str], message: str) -> None:
+    (issue,) = config_issues(*overrides)
+    assert message in issue
