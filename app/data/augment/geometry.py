@@ -129,8 +129,6 @@ def _resize_weights(start: Tensor, length: Tensor, full: int, out: int, antialia
     support = scale.clamp(min=1) if antialias else 1
     start, end = start[:, None, None], (start + length)[:, None, None]
     center = start + scale * (torch.arange(out, device=start.device) + 0.5)[:, None]
-    if not antialias:
-        center = torch.minimum(torch.maximum(center, start + 0.5), end - 0.5)
     pixel = torch.arange(full, device=start.device) + 0.5
     weights = (1 - (pixel - center).abs() / support).clamp(min=0)
     weights = weights * ((pixel > start) & (pixel < end))
