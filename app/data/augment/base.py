@@ -13,14 +13,16 @@ from app.runtime.errors import UserError
 
 Interval = tuple[float, float]
 Params = dict[str, Tensor]
+CHUNK = 2**18  # values that the CPU transforms at once: as floats they fit into its cache
 
 
 class Augmentation(nn.Module, ABC):
     """Base class of augmentations that draw their parameters for each image.
 
     Takes images of shape (C, H, W) or (N, C, H, W), uint8 or floats in [0, 1], and returns the same
-    dtype; the input is not modified. Random numbers come from the default generator of the device
-    that the images are on, and nothing is read from the device.
+    dtype; the input is not modified, but returned if nothing is to be done. Random numbers come
+    from the default generator of the device that the images are on, and nothing is read from the
+    device.
 
     A subclass overrides `make_params` and `transform`, as transforms of torchvision do.
 
@@ -49,15 +51,36 @@ class Augmentation(nn.Module, ABC):
             )
         batch = images if images.ndim == 4 else images[None]
         params = self.make_params(batch)
-        if self.in_float:
-            batch = from_unit(self.transform(to_unit(batch), params), images.dtype)
-        else:
-            batch = self.transform(batch, params)
-        return batch if images.ndim == 4 else batch[0]
+        chunk = CHUNK // max(1, batch[:1].numel()) if batch.is_cpu else len(batch)
+        pieces = (tensor.split(max(1, chunk)) for tensor in (batch, *params.values()))
+        parts = [
+            self._augment(part, dict(zip(params, values, strict=True)))
+            for part, *values in zip(*pieces, strict=True)
+        ]
+        result = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return result if images.ndim == 4 else result[0]
+
+    def _augment(self, images: Tensor, params: Params) -> Tensor:
+        mask = params.pop("mask", None)
+        if mask is None:
+            return self._in_float(images, params)
+
+        def transform(selected: Tensor, *values: Tensor) -> Tensor:
+            return self._in_float(selected, dict(zip(params, values, strict=True)))
+
+        return transform_where(mask, transform, images, *params.values())
+
+    def _in_float(self, images: Tensor, params: Params) -> Tensor:
+        if not self.in_float:
+            return self.transform(images, params)
+        return from_unit(self.transform(to_unit(images), params), images.dtype)
 
     @abstractmethod
     def make_params(self, images: Tensor) -> Params:
-        """Draw parameters for images of shape (N, C, H, W); the first dimension of each is N."""
+        """Draw parameters for images of shape (N, C, H, W); the first dimension of each is N.
+
+        A parameter `mask` selects the images that `transform` is for; the others stay.
+        """
 
     @abstractmethod
     def transform(self, images: Tensor, params: Params) -> Tensor:
@@ -91,8 +114,8 @@ def transform_where(
 ) -> Tensor:
     """Return `function(images, *params)` for images in the mask, and the others unchanged.
 
-    `images` may be modified. On the CPU, only images in the mask are transformed. On other devices
-    all are, because the host would have to wait for the device to learn how many there are.
+    On the CPU, only images in the mask are transformed. On other devices all are, because the host
+    would have to wait for the device to learn how many there are.
 
     Args:
         mask: Shape (N,).
@@ -102,9 +125,12 @@ def transform_where(
     """
     if not images.is_cpu:
         return torch.where(per_pixel(mask), function(images, *params), images)
-    if mask.any():
-        images[mask] = function(images[mask], *(values[mask] for values in params))
-    return images
+    if not mask.any():
+        return images
+    if mask.all():
+        return function(images, *params)
+    transformed = function(images[mask], *(values[mask] for values in params))
+    return images.index_put((mask,), transformed)
 
 
 def per_pixel(values: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ from app.data.augment.base import (
     check_size,
     check_spread,
     per_pixel,
-    transform_where,
     uniform,
 )
 from app.runtime.errors import UserError
@@ -70,7 +69,7 @@ class ColorJitter(Augmentation):
         )
         for function, name, has_effect in steps:
             if has_effect:
-                images = transform_where(params["mask"], function, images, params[name])
+                images = function(images, params[name])
         return images
 
 
@@ -88,8 +87,8 @@ class RandomGrayscale(Augmentation):
     def make_params(self, images: Tensor) -> Params:
         return {"mask": bernoulli(images, self.p)}
 
-    def transform(self, images: Tensor, params: Params) -> Tensor:
-        return torch.where(per_pixel(params["mask"]), grayscale(images), images)
+    def transform(self, images: Tensor, params: Params) -> Tensor:  # noqa: ARG002
+        return grayscale(images).expand_as(images)
 
 
 class GaussianBlur(Augmentation):
@@ -118,27 +117,24 @@ class GaussianBlur(Augmentation):
         return {"mask": bernoulli(images, self.p), "sigma": uniform(images, self.sigma)}
 
     def transform(self, images: Tensor, params: Params) -> Tensor:
-        return transform_where(params["mask"], self._blur, images, params["sigma"])
-
-    def _blur(self, images: Tensor, sigma: Tensor) -> Tensor:
-        rows, columns = self.kernel_size
-        images = _blur_rows(images, sigma, rows)
-        return _blur_rows(images.mT, sigma, columns).mT
+        for dim, kernel_size in zip((2, 3), self.kernel_size, strict=True):
+            images = _blur(images, params["sigma"], kernel_size, dim)
+        return images
 
 
-def _blur_rows(images: Tensor, sigma: Tensor, kernel_size: int) -> Tensor:
-    """Blur along the height; pixels outside of the image are its mirror image."""
-    count, channels, height, width = images.shape
-    radius = kernel_size // 2
+def _blur(images: Tensor, sigma: Tensor, kernel_size: int, dim: int) -> Tensor:
+    """Blur along a dimension; pixels outside of the image are its mirror image."""
+    size, radius = images.shape[dim], kernel_size // 2
     offset = torch.arange(-radius, radius + 1, device=images.device)
     kernel = torch.exp(-0.5 * (offset / sigma[:, None]) ** 2)
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(channels, 0)
-    period = max(2 * (height - 1), 1)
-    row = torch.arange(-radius, height + radius, device=images.device) % period
-    padded = images[:, :, torch.minimum(row, period - row) if height > 1 else row]
-    planes = padded.reshape(1, count * channels, height + 2 * radius, width)
-    blurred = F.conv2d(planes, kernel[:, None, :, None], groups=count * channels)
-    return blurred.view(images.shape)
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    period = max(2 * (size - 1), 1)
+    index = torch.arange(-radius, size + radius, device=images.device) % period
+    padded = images.index_select(dim, torch.minimum(index, period - index).clamp(max=size - 1))
+    blurred = torch.zeros_like(images)
+    for tap, weight in enumerate(kernel.unbind(1)):
+        blurred.addcmul_(padded.narrow(dim, tap, size), per_pixel(weight))
+    return blurred
 
 
 def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:

@@ -129,8 +129,6 @@ def _resize_weights(start: Tensor, length: Tensor, full: int, out: int, antialia
     support = scale.clamp(min=1) if antialias else 1
     start, end = start[:, None, None], (start + length)[:, None, None]
     center = start + scale * (torch.arange(out, device=start.device) + 0.5)[:, None]
-    if not antialias:
-        center = torch.minimum(torch.maximum(center, start + 0.5), end - 0.5)
     pixel = torch.arange(full, device=start.device) + 0.5
     weights = (1 - (pixel - center).abs() / support).clamp(min=0)
     weights = weights * ((pixel > start) & (pixel < end))
@@ -182,10 +180,10 @@ class RandomHorizontalFlip(Augmentation):
         self.p = check_probability("p", p)
 
     def make_params(self, images: Tensor) -> Params:
-        return {"flip": bernoulli(images, self.p)}
+        return {"mask": bernoulli(images, self.p)}
 
-    def transform(self, images: Tensor, params: Params) -> Tensor:
-        return torch.where(per_pixel(params["flip"]), images.flip(self.axis), images)
+    def transform(self, images: Tensor, params: Params) -> Tensor:  # noqa: ARG002
+        return images.flip(self.axis)
 
 
 class RandomVerticalFlip(RandomHorizontalFlip):
@@ -329,6 +327,8 @@ class RandomErasing(Augmentation):
             that is uniform in [0, 1].
     """
 
+    in_float = False
+
     def __init__(
         self,
         p: float = 0.5,
@@ -348,11 +348,10 @@ class RandomErasing(Augmentation):
         full_height, full_width = images.shape[-2:]
         widths, heights = _draw_sizes(images, self.scale, self.ratio)
         fits = (heights < full_height) & (widths < full_width)
-        should_erase = bernoulli(images, self.p)
-        height = torch.where(should_erase, _first(fits, heights, 0), 0)
-        width = torch.where(should_erase, _first(fits, widths, 0), 0)
+        height, width = _first(fits, heights, 0), _first(fits, widths, 0)
         top, left = _draw_start(full_height, height), _draw_start(full_width, width)
         params = {"top": top, "left": left, "height": height, "width": width}
+        params["mask"] = bernoulli(images, self.p) & fits.any(0)
         if isinstance(self.value, str):
             params["noise"] = torch.rand_like(images, dtype=torch.float32)
         return params
@@ -363,7 +362,11 @@ class RandomErasing(Augmentation):
         column = torch.arange(images.shape[-1], device=images.device)
         in_rows = (row >= top) & (row < top + per_pixel(params["height"]))
         in_columns = (column >= left) & (column < left + per_pixel(params["width"]))
-        value = params["noise"] if isinstance(self.value, str) else self.value
+        value: Tensor | float
+        if isinstance(self.value, str):
+            value = from_unit(params["noise"], images.dtype)
+        else:
+            value = round(self.value * 255) if images.dtype == torch.uint8 else self.value
         return torch.where(in_rows & in_columns, value, images)
 
 

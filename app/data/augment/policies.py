@@ -145,18 +145,17 @@ def apply_operations(
     """Apply to each image its operations, one after the other.
 
     Args:
-        images: Floats in [0, 1] of shape (N, C, H, W); may be modified.
+        images: Floats in [0, 1] of shape (N, C, H, W).
         operation: Indices into `OPERATIONS`, of shape (N, K).
         magnitude: As torchvision defines it for each operation, of shape (N, K).
         interpolation: `nearest` or `bilinear`, for geometric operations.
         fill: Value outside of the image.
     """
-    move = partial(warp, interpolation=interpolation, fill=fill)
+    move = partial(_move, interpolation=interpolation, fill=fill)
     for index, strength in zip(operation.unbind(1), magnitude.unbind(1), strict=True):
         is_op = {name: index == number for number, name in enumerate(OPERATIONS)}
-        matrix = _geometric_matrix(images, is_op, strength)
-        is_geometric = torch.stack([is_op[name] for name in GEOMETRIC]).any(0)
-        images = transform_where(is_geometric, move, images, matrix)
+        is_geometric = (index >= 1) & (index <= len(GEOMETRIC))
+        images = transform_where(is_geometric, move, images, index, strength)
         for name, function in FACTORS.items():
             images = transform_where(is_op[name], function, images, 1 + strength)
         images = transform_where(is_op["Posterize"], posterize, images, strength)
@@ -166,14 +165,17 @@ def apply_operations(
     return images
 
 
-def _geometric_matrix(images: Tensor, is_op: dict[str, Tensor], magnitude: Tensor) -> Tensor:
-    """Return the matrix for `warp` of each image's geometric operation; other images get any."""
+def _move(
+    images: Tensor, operation: Tensor, magnitude: Tensor, interpolation: str, fill: float
+) -> Tensor:
+    """Apply to each image its geometric operation."""
+    is_op = {name: operation == number for number, name in enumerate(OPERATIONS)}
     none = torch.zeros_like(magnitude)
     height, width = images.shape[-2:]
     shear = torch.rad2deg(magnitude.atan())
     is_shear = is_op["ShearX"] | is_op["ShearY"]
     pixels = magnitude.trunc()
-    return inverse_affine_matrix(
+    matrix = inverse_affine_matrix(
         angle=torch.where(is_op["Rotate"], -magnitude, none),
         translate=torch.stack(
             [torch.where(is_op[name], pixels, none) for name in ("TranslateX", "TranslateY")], 1
@@ -184,6 +186,7 @@ def _geometric_matrix(images: Tensor, is_op: dict[str, Tensor], magnitude: Tenso
         ),
         center=torch.stack([is_shear * (-width / 2), is_shear * (-height / 2)], 1),  # upper left
     )
+    return warp(images, matrix, interpolation, fill)
 
 
 def posterize(images: Tensor, bits: Tensor) -> Tensor:

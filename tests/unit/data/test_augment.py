@@ -26,6 +26,7 @@ from app.data.augment import (
     RandomShift,
     RandomVerticalFlip,
     TrivialAugmentWide,
+    base,
 )
 from app.runtime.errors import UserError
 from tests.support.runs import job_for
@@ -102,6 +103,18 @@ def test_augmentation_batch_of_one_equals_single_image(augment: Augmentation) ->
         single = augment(image)
         torch.manual_seed(seed)
         assert torch.equal(augment(image[None])[0], single)
+
+
+@ALL
+def test_augmentation_in_chunks_equals_one_of_all(
+    augment: Augmentation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = images_of(torch.float32, 9, 3, 12, 12)
+    torch.manual_seed(0)
+    expected = augment(images)
+    monkeypatch.setattr(base, "CHUNK", 4 * 3 * 12 * 12)
+    torch.manual_seed(0)
+    torch.testing.assert_close(augment(images), expected, rtol=0, atol=1e-6)  # vectorized sums
 
 
 @ALL
