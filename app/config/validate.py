@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from app.config.instantiate import Instantiator, iter_node_issues
-from app.config.nested import get_at
+from app.config.nested import get_at, iter_leaves
 from app.config.rules import rule_issues
 from app.config.schema import AUTO, STAGES, Config
 from app.config.types import UNKNOWN, iter_issues, to_dataclass
@@ -81,7 +81,8 @@ def _build_issues(
     nodes = {
         key: node
         for key, node, _ in _iter_nodes(plain)
-        if not any(bad.startswith(key) for bad in invalid_keys) and UNKNOWN not in node.values()
+        if not any(bad.startswith(key) for bad in invalid_keys)
+        and UNKNOWN not in (leaf for _, leaf in iter_leaves(node))
     }
     issues: list[ConfigIssue] = []
     instantiate = Instantiator(trusted)

@@ -111,8 +111,9 @@ def split_groups(
     members: dict[Hashable, list[int]] = {}
     for index in order.tolist():
         members.setdefault(groups[index], []).append(index)
-    if len(members) < sum(size > 0 for size in sizes):
-        raise UserError(f"{len(members)} groups cannot be divided into {len(sizes)} parts")
+    num_parts = sum(size > 0 for size in sizes)
+    if len(members) < num_parts:
+        raise UserError(f"{len(members)} groups cannot be divided into {num_parts} parts")
     classes = torch.zeros(len(order), dtype=torch.int64) if labels is None else labels
     counts = torch.bincount(classes).double()
     missing = torch.tensor(sizes, dtype=torch.float64)[:, None] / len(order) * counts
@@ -125,9 +126,8 @@ def split_groups(
         best = int(growth.argmin())
         missing[best] -= found
         parts[best] += group
-    empty = next((i for i, size in enumerate(sizes) if size and not parts[i]), None)
-    if empty is not None:
-        raise UserError(f"the groups are too large: part {empty + 1} of {len(sizes)} stays empty")
+    if any(size and not part for size, part in zip(sizes, parts, strict=True)):
+        raise UserError(f"the groups are too large: one of {num_parts} parts stays empty")
     return [torch.tensor(part, dtype=torch.int64) for part in parts]
 
 

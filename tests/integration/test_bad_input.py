@@ -47,7 +47,7 @@ def save_arrays(path: Path, labels: np.ndarray, side: int = 28) -> None:
         (np.array([], int), 28, [], "data.source.train has no samples"),
         (np.arange(40) % 4, 28, [], "data.num_classes=3, but data.source.train has the label 3"),
         (np.arange(40) % 3, 30, [], "data.input_shape=[1, 28, 28], but the samples have shape"),
-        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave none of the 40 training samples"),
+        (np.arange(40) % 3, 28, ["data.split.valid=40"], "leave 0 of the 40 training samples"),
     ],
 )
 def test_data_that_contradicts_the_configuration_fails_before_a_run_folder_is_made(

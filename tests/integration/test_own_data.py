@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-import yaml
 
 from app.config.instantiate import Instantiator
 from app.data.datamodule import make_datasets
@@ -76,19 +76,16 @@ def test_class_weights_of_the_training_part_are_saved_and_used(own_data: Path) -
     write_table(own_data / "table.csv")
     table = ("data=csv", "data.path=table.csv", "model=mlp", "model.hidden=[4]")
     job = job_for(*table, "data.class_weights=auto", "trainer.max_epochs=1")
-    execute(job, own_data / "run")
-    weights = yaml.safe_load((own_data / "run" / "config.yaml").read_text())["data"][
-        "class_weights"
-    ]
-    datasets = make_datasets(job.config, Instantiator())
-    counts = torch.bincount(dataset_labels(datasets["train"], 1))
+    labels = dataset_labels(make_datasets(job.config, Instantiator())["train"], 1)
+    assert labels is not None
+    counts = torch.bincount(labels)
     expected = (counts.sum() / (2 * counts)).tolist()
-    assert weights == pytest.approx(expected, rel=1e-5)
-    assert make_loss(job.config, Instantiator()).terms[
-        "cross_entropy"
-    ].function.weight.tolist() == (pytest.approx(expected, rel=1e-5))
+    assert job.saved["data"]["class_weights"] == pytest.approx(expected, rel=1e-5)
+    function: Any = make_loss(job.config, Instantiator()).terms["cross_entropy"].function
+    assert function.weight.tolist() == pytest.approx(expected, rel=1e-5)
+    execute(job, own_data / "run")
     tested = job_for("mode=test", f"ckpt={own_data / 'run'}")
-    assert tested.plain["data"]["class_weights"] == weights
+    assert tested.plain["data"]["class_weights"] == job.saved["data"]["class_weights"]
 
 
 def test_cross_validation_is_a_sweep_with_means_over_the_folds(

@@ -38,7 +38,7 @@ def test_split_depends_only_on_seed_and_keeps_every_sample() -> None:
 
 
 def test_split_larger_than_dataset_is_refused() -> None:
-    with pytest.raises(UserError, match="leave none of the 10 training samples"):
+    with pytest.raises(UserError, match="leave 0 of the 10 training samples; needed: 1"):
         split_dataset({"train": arange_dataset(10)}, 8, 0.2, seed=0)
 
 
