@@ -104,7 +104,7 @@ def draw_matrix(values: np.ndarray, title: str, classes: Sequence[str] | None = 
     axes = figure.subplots()
     mesh = axes.imshow(values, cmap="Blues")
     figure.colorbar(mesh, ax=axes)
-    axes.set_title(title)
+    axes.set_title(title, size=10)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     if classes and values.shape[0] == values.shape[1]:
@@ -113,12 +113,13 @@ def draw_matrix(values: np.ndarray, title: str, classes: Sequence[str] | None = 
         figure.subplots_adjust(left=_margin(classes), bottom=_margin(classes))
     if max(values.shape) <= 20:
         middle = (values.min() + values.max()) / 2
+        is_count = bool((values == np.round(values)).all())
         for (row, column), value in np.ndenumerate(values):
             color = "white" if value > middle else "black"
             axes.text(
                 column,
                 row,
-                f"{value:.3g}" if value < 1 else f"{value:g}",
+                f"{value:g}" if is_count else f"{value:.2f}",
                 ha="center",
                 va="center",
                 color=color,

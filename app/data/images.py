@@ -101,9 +101,9 @@ def _class_names(root: Path, folder: Path) -> list[str]:
     hint = f"; did you mean data.path={folder / inner[0]}?" if inner else ""
     found = f"the only class folder {names[0]!r}" if names else "no class folders"
     raise UserError(
-        f"{folder} has {found}{hint} Expected are at least two folders of images, such as "
+        f"{folder} has {found}; expected are at least two folders of images, such as "
         f"{root}/cat/1.jpg and {root}/dog/7.jpg, or these in {root}/train, {root}/valid (or val) "
-        f"and {root}/test"
+        f"and {root}/test{hint}"
     )
 
 

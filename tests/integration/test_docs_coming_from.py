@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.data_files import write_data
 from tests.support.runs import RunResult, config_issues
 
 TEXT = (Path(__file__).parents[2] / "docs" / "coming-from.md").read_text()
@@ -37,8 +38,8 @@ FILES = [
 ]
 OVERRIDES = [s for s in code_spans() if s not in NAMES + FILES]
 EXTRA_OVERRIDES = {  # rows about regression do not compose with the default classification data
-    "loss=l1": ("data=csv", "data.path=x", "data.num_classes=null", "data.input_shape=[4]"),
-    "loss=mse": ("data=csv", "data.path=x", "data.num_classes=null", "data.input_shape=[4]"),
+    "loss=l1": ("data=csv", "data.path=x.csv", "data.num_classes=null"),
+    "loss=mse": ("data=csv", "data.path=x.csv", "data.num_classes=null"),
 }
 REGRESSION = ("model=mlp", "+model.num_classes=1", "metric=regression", "goal.metric=mae")
 
@@ -74,8 +75,9 @@ def test_coming_from_file_exists_in_run_folder(trained_run: RunResult, file: str
 
 @pytest.mark.parametrize("overrides", OVERRIDES)
 def test_coming_from_overrides_have_no_config_errors(
-    overrides: str, trained_run: RunResult
+    overrides: str, trained_run: RunResult, tmp_cwd: Path
 ) -> None:
+    write_data("csv", tmp_cwd)
     arguments = shlex.split(overrides.replace("RUN", str(trained_run.folder)))
     if overrides.startswith("--"):
         return  # prints the configuration; see test_imports.py

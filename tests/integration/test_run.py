@@ -38,7 +38,9 @@ RUN_FOLDER_FILES = {
     "status.json",
     "summary_table.csv",
     "test_summary_table.csv",
+    "train_batch.png",
     "train_summary_table.csv",
+    "valid_batch.png",
     "valid_summary_table.csv",
 }
 
@@ -356,9 +358,6 @@ def test_csv_classification_learns_end_to_end(
     result = app(
         "data=csv",
         "data.path=my.csv",
-        "data.num_classes=3",
-        "data.input_shape=[4]",
-        "data.source.train.classes=[low,mid,top]",
         "model=mlp",
         "trainer.max_epochs=30",
         "data.batch_size=32",
@@ -379,8 +378,6 @@ def test_csv_regression_learns_and_has_no_total_correct(
     result = app(
         "data=csv",
         "data.path=my.csv",
-        "data.num_classes=null",
-        "data.input_shape=[2]",
         "data.source.train.target=value",
         "data.source.train.regression=true",
         "model=mlp",

@@ -277,17 +277,17 @@ def test_image_folder_refuses_external_and_cyclic_links(tmp_path: Path) -> None:
     for folder in (inside, outside):
         Image.new("RGB", (2, 2)).save(folder / "a.png")
     (inside / "again.png").symlink_to(inside / "a.png")
-    assert len(image_folder(str(tmp_path / "in"))) == 2
+    assert len(image_folder(str(tmp_path / "in"), ["cat"])) == 2
     (inside / "b.png").symlink_to(outside / "a.png")
     with pytest.raises(
         UserError, match=r"b\.png is a link to .*, outside the folder.*follow_links=true"
     ):
-        image_folder(str(tmp_path / "in"))
-    assert len(image_folder(str(tmp_path / "in"), follow_links=True)) == 3
+        image_folder(str(tmp_path / "in"), ["cat"])
+    assert len(image_folder(str(tmp_path / "in"), ["cat"], follow_links=True)) == 3
     (inside / "b.png").unlink()
     (inside / "loop").symlink_to(tmp_path / "in")
     with pytest.raises(UserError, match=r"loop is a link back to"):
-        image_folder(str(tmp_path / "in"), follow_links=True)
+        image_folder(str(tmp_path / "in"), ["cat"], follow_links=True)
 
 
 def test_image_bomb_is_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_apply_overrides_reaches_what_refers_to_the_changed_key() -> None:
 
 def test_apply_overrides_to_number_of_classes_names_the_model_that_would_change() -> None:
     with pytest.raises(ConfigError) as refused:
-        apply("data.num_classes=7")
+        apply("data.num_classes=7", "data.class_names=null")
     assert [issue.key for issue in refused.value.issues] == ["model.num_classes: 10 -> 7"]
 
 

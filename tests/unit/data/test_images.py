@@ -68,7 +68,9 @@ def test_missing_classes_are_refused_with_their_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no class folders.*/cat/1\.jpg and "):
         image_folder(str(tmp_path))
     write_image_folder(tmp_path / "zip", {"cat": 1, "dog": 1})
-    with pytest.raises(UserError, match=r"only class folder 'zip'; did you mean data\.path=.*zip"):
+    with pytest.raises(
+        UserError, match=r"only class folder 'zip'; expected .*; did you mean data\.path=.*zip"
+    ):
         image_folder(str(tmp_path))
     write_image_folder(tmp_path / "all" / "train", {"cat": 1, "dog": 1})
     write_image_folder(tmp_path / "all" / "test", {"bird": 1})

@@ -125,8 +125,9 @@ def test_saved_runs_keep_what_they_know_and_old_ones_have_no_names(tmp_cwd: Path
     changed, changes = apply_overrides_to_saved(saved, now, parse_overrides(["data=csv"]))
     assert (changed["data"]["num_classes"], changed["data"]["class_names"]) == (2, ["a", "b"])
     assert changes == []
-    del saved["data"]["class_names"]
-    changed, _ = apply_overrides_to_saved(saved, now, [])
+    old = job_for("model=mlp").saved
+    del old["data"]["class_names"]
+    changed, _ = apply_overrides_to_saved(old, now, [])
     assert changed["data"]["class_names"] is None
 
 
