@@ -27,7 +27,10 @@ SCHEDULE_LENGTH_KEYS = (  # determine the number of optimizer steps
     "trainer.max_steps",
     "trainer.accumulate_grad_batches",
     "trainer.limit_train_batches",
+    "trainer.overfit_batches",
+    "trainer.fast_dev_run",
     "data.batch_size",
+    "data.drop_last",
 )
 
 
@@ -161,7 +164,9 @@ def _add_new_keys(saved: SavedConfig, now: SavedConfig) -> Iterator[Change]:
 
 def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:
     """Return whether a resumed run continues with another optimizer or learning rate schedule."""
-    depends_on_length = has_auto(now["scheduler"]["lr_scheduler"])
+    scheduler = now["scheduler"]
+    has_share = isinstance(scheduler["warmup_steps"], float)
+    depends_on_length = has_share or has_auto(scheduler["lr_scheduler"])
     keys = ("optimizer", "scheduler", *(SCHEDULE_LENGTH_KEYS * depends_on_length))
     return any(get_by_path(saved, key) != get_by_path(now, key) for key in keys)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal, NamedTuple
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, Lt
 
 Node = dict[str, Any]  # a component: `_target_` and its arguments
 Nodes = dict[str, Node | None]  # components by name; null removes one
@@ -199,7 +199,7 @@ class SchedulerConfig:
     """Learning rate schedule."""
 
     interval: Literal["step", "epoch"]
-    warmup_steps: NonNegative
+    warmup_steps: NonNegative | Annotated[float, Gt(0.0), Lt(1.0)]
     lr_scheduler: Node | None
 
 

@@ -26,7 +26,12 @@ TYPE_NAMES = {
     "null": "null",
     "object": "a group of keys",
 }
-BOUND_NAMES = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
+BOUND_NAMES = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
 
 
 def to_dataclass(value: Any, cls: type[T]) -> T:

@@ -6,10 +6,11 @@ The modules below this one take plain arguments and never see the configuration.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -42,6 +43,8 @@ from app.training.optim.weight_averaging import WeightAveraging
 from app.training.precision import Precision, memory_format
 from app.training.supervised import SupervisedTask
 from app.training.task import Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,6 +249,8 @@ def make_optimizers(
         for key, name in names.items()
     }
     _check_groups(groups, trainable, names)
+    if use_scheduler:
+        _warn_about_few_steps(config, components.loaders["train"].num_batches)
     wrappers = {
         names[key]: _make_optim_wrapper(
             config, instantiator, components, strategy, key, groups[key], use_scheduler
@@ -325,13 +330,9 @@ def _fused_option(config: Config, node: Node, components: Components) -> dict[st
 def _make_lr_schedule(
     config: Config, instantiator: Instantiator, optimizer: Optimizer, num_batches: int | None
 ) -> LRSchedule:
-    scheduler, limits = config.scheduler, make_limits(config)
-    accumulate = config.trainer.accumulate_grad_batches
-    steps_per_epoch = None if num_batches is None else -(-num_batches // accumulate)
-    epochs, per_epoch = limits.num_epochs(steps_per_epoch), scheduler.interval == "epoch"
-    steps_in_epochs = epochs * steps_per_epoch if epochs and steps_per_epoch else None
-    steps = [number for number in (limits.max_steps, steps_in_epochs) if number is not None]
-    total = epochs if per_epoch else min(steps, default=None)
+    scheduler, length = config.scheduler, _run_length(config, num_batches)
+    per_epoch = scheduler.interval == "epoch"
+    total = length.epochs if per_epoch else length.steps
     if total is None and has_auto(scheduler.lr_scheduler):
         raise UserError(
             "scheduler.lr_scheduler: 'auto' is the length of the run, which is unknown for this "
@@ -340,7 +341,64 @@ def _make_lr_schedule(
         )
     node = fill_auto(scheduler.lr_scheduler, total or 1)
     lr_scheduler = instantiator("scheduler.lr_scheduler", node, optimizer) if node else None
-    return LRSchedule(optimizer, lr_scheduler, per_epoch, scheduler.warmup_steps)
+    return LRSchedule(optimizer, lr_scheduler, per_epoch, _warmup_steps(config, length))
+
+
+class RunLength(NamedTuple):
+    """Maximum length of a run in epochs and optimizer steps; None is unknown."""
+
+    epochs: int | None
+    steps: int | None
+    steps_per_epoch: int | None
+
+
+def _run_length(config: Config, num_batches: int | None) -> RunLength:
+    limits, accumulate = make_limits(config), config.trainer.accumulate_grad_batches
+    per_epoch = None if num_batches is None else -(-num_batches // accumulate)
+    epochs = limits.num_epochs(per_epoch)
+    in_epochs = epochs * per_epoch if epochs and per_epoch else None
+    steps = [number for number in (limits.max_steps, in_epochs) if number is not None]
+    return RunLength(epochs, min(steps, default=None), per_epoch)
+
+
+def _warmup_steps(config: Config, length: RunLength) -> int:
+    """Return the number of warm-up steps, which the configuration may give as a share of the run.
+
+    Raises:
+        UserError: It is a share, and the length of the run is unknown.
+    """
+    warmup = config.scheduler.warmup_steps
+    if isinstance(warmup, int):
+        return warmup
+    if length.steps is None:
+        raise UserError(
+            f"scheduler.warmup_steps={warmup} is a share of the run's steps, whose number is "
+            "unknown for this data; set a number of steps, or trainer.max_steps"
+        )
+    return round(warmup * length.steps)
+
+
+def _warn_about_few_steps(config: Config, num_batches: int | None) -> None:
+    """Log that a run hardly trains: long warm-up, or a single optimizer step per epoch."""
+    length = _run_length(config, num_batches)
+    if config.trainer.fast_dev_run or length.steps is None:
+        return
+    warmup = _warmup_steps(config, length)
+    if warmup >= length.steps / 2:
+        log.warning(
+            "scheduler.warmup_steps=%s: the learning rate rises during %d of the run's %d "
+            "optimizer steps; set fewer steps, or a share of the run such as 0.1",
+            config.scheduler.warmup_steps,
+            min(warmup, length.steps),
+            length.steps,
+        )
+    if length.steps_per_epoch == 1:
+        log.warning(
+            "an epoch is a single optimizer step, so that the run has %d; a smaller "
+            "data.batch_size=%d gives more",
+            length.steps,
+            config.data.batch_size,
+        )
 
 
 def make_averaging(config: Config, instantiator: Instantiator, model: nn.Module) -> WeightAveraging:

@@ -37,6 +37,8 @@ def test_iterable_dataset_of_unknown_length_trains(own_data: Path) -> None:
     ("overrides", "message"),
     [
         ((), "'auto' is the length of the run, which is unknown"),
+        (("scheduler=constant", "scheduler.warmup_steps=0.1"),
+         r"scheduler.warmup_steps=0.1 is a share of the run's steps, whose number is unknown"),
         (("scheduler=constant", "trainer.limit_train_batches=0.5"), "a fraction of an iterable"),
         (("scheduler=constant", "trainer.overfit_batches=2"), "needs data that is not iterable"),
         (("scheduler=constant", "data.source.valid=null", "data.split.valid=0.1"),

@@ -20,7 +20,7 @@ from tests.support.processes import assert_equal_runs, status_of
 from tests.support.runs import FEW_BATCHES, run_app
 
 SCHEDULES = {
-    "warm-up": ("scheduler.warmup_steps=12",),
+    "warm-up": ("scheduler.warmup_steps=0.6",),
     "milestone": ("scheduler=multistep", "scheduler.lr_scheduler.milestones=[2,3]"),
     "plateau": (
         "scheduler=plateau",
@@ -302,6 +302,15 @@ def test_resume_with_changed_lr_within_warmup_scales_remaining_steps(run_job: Ru
     before = [0.01 * step / 20 for step in range(1, 12)]
     after = [0.02 * step / 20 for step in range(12, 21)]
     assert iteration_values(folder, "train", "lr") == pytest.approx(before + after)
+
+
+def test_resume_of_longer_run_stretches_warmup_that_is_a_share(run_job: RunJob) -> None:
+    overrides = ("scheduler=constant", "scheduler.warmup_steps=0.9", "optimizer.lr=0.01")
+    folder = run_job("run", "raise:0:13", *overrides)
+    run_job("run", "none:0:0", *overrides, "trainer.max_epochs=8")
+    before = [0.01 * step / 18 for step in range(1, 12)]
+    after = [0.01 * min(1.0, step / 36) for step in range(12, 41)]
+    assert iteration_values(folder, "train", "lr") == before + after
 
 
 def test_resume_keeps_tensorboard_steps(run_job: RunJob) -> None:

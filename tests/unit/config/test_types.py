@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
+from annotated_types import Gt, Lt
 
 from app.config.schema import STRICT, Config, Limit, MonitorConfig, Positive
 from app.config.types import UNKNOWN, iter_fields, iter_issues, to_dataclass
@@ -17,6 +18,7 @@ class Group:
     size: Positive
     rate: float = 0.5
     limit: Limit = None
+    share: Annotated[float, Gt(0.0), Lt(1.0)] = 0.5
     on: bool = True
     devices: Literal["auto"] | list[Positive] | None = None
     monitors: dict[str, MonitorConfig | None] | None = None
@@ -40,6 +42,10 @@ class Group:
             {"size": 1, "limit": 0.0},
             "g.limit=0.0 is not valid; allowed: an integer of at least 1, or a number above 0 and "
             "at most 1, or null",
+        ),
+        (
+            {"size": 1, "share": 1.0},
+            "g.share=1.0 is not valid; allowed: a number above 0 and below 1",
         ),
         ({"size": 1, "devices": [1, 0]}, "g.devices.1=0 is not valid; allowed: an integer of at"),
         ({"size": 1, "devices": "aut"}, "or null; did you mean 'auto'?"),
