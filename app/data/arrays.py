@@ -102,46 +102,94 @@ def csv(
     columns = features or [str(name) for name in table.columns if name not in (target, group)]
     for name in [target, *columns, *([] if group is None else [group])]:
         check_name(path, "column", name, [str(column) for column in table.columns])
+    _check_features(path, table[columns])
     x = np.stack([_to_numbers(path, table[name]) for name in columns], axis=1)
-    groups = None if group is None else table[group].astype(str).tolist()
-    is_text = not regression and not pd.api.types.is_numeric_dtype(table[target])
-    names = classes
-    if names == AUTO:
-        names = sorted(table[target].dropna().astype(str).unique()) if is_text else None
-    y = (
-        _to_numbers(path, table[target])
-        if names is None
-        else _to_class_indices(path, table[target], names)
-    )
+    groups = None
+    if group is not None:
+        _check_not_empty(path, table[group])
+        groups = table[group].astype(str).tolist()
     if regression:
-        values = torch.from_numpy(y.astype(np.float32))[:, None]
+        values = torch.from_numpy(_to_numbers(path, table[target]).astype(np.float32))[:, None]
         return NamedClasses(_to_inputs(x), values, classes=None, groups=groups)
-    if (y != np.round(y)).any():
-        value = y[y != np.round(y)][0]
-        raise UserError(f"{path}: column {target!r} contains {value}, which is not a class index")
-    return NamedClasses(
-        _to_inputs(x), torch.from_numpy(y.astype(np.int64)), classes=names, groups=groups
+    labels, names = _to_labels(path, table[target], classes)
+    return NamedClasses(_to_inputs(x), torch.from_numpy(labels), classes=names, groups=groups)
+
+
+def _check_features(path: str, table: pd.DataFrame) -> None:
+    """Check that no column is text; a single cell that is no number is reported with its line."""
+    text = [str(name) for name in table.columns if _is_text(table[name])]
+    if not text:
+        return
+    numeric = ",".join(str(name) for name in table.columns if name not in text)
+    leave_out = f", or leave them out: data.source.train.features=[{numeric}]" if numeric else ""
+    raise UserError(
+        f"{path}: columns with text instead of numbers: {', '.join(text)}; encode them first, for "
+        f"example with pandas.get_dummies{leave_out}"
     )
+
+
+def _is_text(column: pd.Series) -> bool:
+    has_numbers = pd.to_numeric(column, errors="coerce").notna().any()
+    return len(column) > 0 and not pd.api.types.is_numeric_dtype(column) and not has_numbers
+
+
+def _to_labels(
+    path: str, column: pd.Series, classes: list[str] | Literal["auto"] | None
+) -> tuple[np.ndarray, list[str] | None]:
+    """Return class indices (int64) and the names of the classes."""
+    _check_not_empty(path, column)
+    if classes == AUTO:
+        is_text = not pd.api.types.is_numeric_dtype(column)
+        classes = sorted(column.astype(str).unique()) if is_text else None
+    if classes is not None:
+        return _to_class_indices(path, column, classes), classes
+    if _is_text(column):
+        raise UserError(
+            f"{path}: column {column.name!r} contains names, such as {column.iloc[0]!r}; set "
+            "data.class_names=auto, or a list in the order of the labels"
+        )
+    labels = _to_numbers(path, column)
+    fractions = labels[labels != np.round(labels)]
+    if len(fractions):
+        raise UserError(
+            f"{path}: column {column.name!r} contains {fractions[0]}, which is not a class index; "
+            "to predict values, use experiment=csv_regression"
+        )
+    return labels.astype(np.int64), None
 
 
 def _to_numbers(path: str, column: pd.Series) -> np.ndarray:
+    _check_not_empty(path, column)
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(np.float64)
     invalid = np.flatnonzero(~np.isfinite(numbers))
     if len(invalid):
         cell = column.iloc[invalid[0]]
-        line = int(invalid[0]) + 2  # counted from 1, after the header
-        raise UserError(
-            f"{path}: line {line}, column {column.name!r}: {cell} is not a finite number"
-        )
+        raise UserError(f"{_place(path, column, invalid[0])}: {cell} is not a finite number")
     return numbers
 
 
-def _to_class_indices(path: str, column: pd.Series, classes: list[str]) -> np.ndarray:
-    index_of = {name: float(index) for index, name in enumerate(classes)}
-    names = column.astype(str)
-    unknown = names[~names.isin(classes)]
-    if len(unknown):
+def _check_not_empty(path: str, column: pd.Series) -> None:
+    empty = np.flatnonzero(column.isna())
+    if len(empty):
         raise UserError(
-            f"{path}: unknown class {unknown.iloc[0]!r}; allowed: {join_choices(classes)}"
+            f"{_place(path, column, empty[0])} is empty, one of {len(empty)} such cells (NA, nan, "
+            "null and None count as empty); fill them, or remove their lines"
         )
-    return names.map(index_of).to_numpy(np.float64)
+
+
+def _place(path: str, column: pd.Series, row: int) -> str:
+    line = int(row) + 2  # counted from 1, after the header
+    return f"{path}: line {line}, column {column.name!r}"
+
+
+def _to_class_indices(path: str, column: pd.Series, classes: list[str]) -> np.ndarray:
+    indices = {name: index for index, name in enumerate(classes)}
+    names = column.astype(str)
+    unknown = np.flatnonzero(~names.isin(classes))
+    if len(unknown):
+        name = names.iloc[unknown[0]]
+        raise UserError(
+            f"{_place(path, column, unknown[0])}: unknown class {name!r}; data.class_names allows: "
+            f"{join_choices(classes)}"
+        )
+    return names.map(indices).to_numpy(np.int64)

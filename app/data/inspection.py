@@ -130,6 +130,6 @@ def _count_labels(labels: Tensor) -> int:
         raise UserError(
             f"data.num_classes='auto': the labels of the training data are {shown}; "
             "allowed are 0, 1, ... without a gap. Set data.num_classes, or, for a table, "
-            "data.class_names"
+            "data.class_names; to predict values, use experiment=csv_regression"
         )
     return int(count)

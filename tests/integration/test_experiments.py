@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from app.training.trainer import Trainer
 from tests.support.runs import job_for
 
 EXPERIMENTS = {  # overrides that make each of them small
+    "csv_regression": ("data.path=houses.csv", "data.source.train.target=price"),
     "fashion_mnist_alexnet": ("data.batch_size=4", "data.split.valid=8", "model.width=0.125"),
     "mnist_alexnet": ("data.batch_size=16",),
     "mnist_alexnet_sgd": ("data.batch_size=16",),
@@ -39,6 +41,7 @@ EXPERIMENTS = {  # overrides that make each of them small
     "transfer": ("data.batch_size=8", "data.resize=32", "model.weights=null"),
 }
 CLASSIFICATION = ("fashion_mnist_alexnet", "mnist_alexnet", "mnist_alexnet_sgd", "transfer")
+EXPERIMENTS_PAGE = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
 RunFolder = Callable[[str], Path]
 
 
@@ -51,6 +54,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
             with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folders[name])
+                write_houses(100)
                 if name == "fashion_mnist_alexnet":
                     write_fashion_mnist(tmp_path_factory.mktemp("datasets"), patch)
                 execute(folders[name], name, "debug=fast", *EXPERIMENTS[name])
@@ -80,6 +85,12 @@ def write_fashion_mnist(root: Path, patch: pytest.MonkeyPatch) -> None:
             path.write_bytes(gzip.compress(header + values.numpy().tobytes()))
             resources.append((path.name, hashlib.md5(path.read_bytes()).hexdigest()))
     patch.setattr(torchvision.datasets.FashionMNIST, "resources", resources)
+
+
+def write_houses(count: int) -> None:
+    """Draw the table of docs/experiments.md."""
+    (block,) = re.findall(r"```python\n# draw_houses.py\n(.*?)```", EXPERIMENTS_PAGE, re.DOTALL)
+    exec(block.replace("500", str(count)))
 
 
 class StateDictRecorder(Callback):
@@ -135,6 +146,20 @@ def test_experiment_runs_train_valid_and_test(name: str, run_folder: RunFolder) 
     assert (folder / "checkpoints" / "best.safetensors").is_file()
     for stage in ("train", "valid", "test"):
         assert ("total_correct" in columns(folder, stage)) == (name in CLASSIFICATION)
+
+
+# ---- regression
+
+
+def test_csv_regression_measures_errors_in_units_of_the_target(
+    tmp_cwd: Path,
+) -> None:
+    write_houses(200)
+    execute(tmp_cwd / "run", "csv_regression", *EXPERIMENTS["csv_regression"])
+    summary = pd.read_csv(tmp_cwd / "run" / "test_summary_table.csv")
+    assert summary["total_samples"].tolist() == [20]
+    assert summary["mse"].item() == pytest.approx(summary["loss_mean"].item(), rel=1e-4)
+    assert summary["mae"].item() < 1.0
 
 
 # ---- AlexNet at 224 pixels

@@ -50,11 +50,22 @@ def test_csv_reads_numbers_and_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("a,label\n1,0\n,1\n", {}, "line 3, column 'a': nan is not a finite number"),
+        ("a,label\n1,0\n,1\n", {}, r"line 3, column 'a' is empty, one of 1 such cells"),
+        ("a,label\n1,\n2,1\n", {}, "line 2, column 'label' is empty"),
+        ("a,label\n1,\n2,cat\n", {}, "line 2, column 'label' is empty"),
+        ("a,p,label\n1,,0\n2,x,1\n", {"group": "p"}, "line 2, column 'p' is empty"),
         ("a,label\n1,0\nx,1\n", {}, "line 3, column 'a': x is not a finite number"),
+        (
+            "a,hue,size,label\n1,red,,0\n2,,big,1\n",
+            {},
+            r"columns with text instead of numbers: hue, size; encode them first, for example with "
+            r"pandas\.get_dummies, or leave them out: data\.source\.train\.features=\[a\]$",
+        ),
         ("a,lable\n1,0\n", {}, "no column 'label'; available: a, lable; did you mean 'lable'"),
-        ("a,label\n1,0.5\n", {}, "contains 0.5, which is not a class index"),
-        ("a,label\n1,cow\n", {"classes": ["cat"]}, "unknown class 'cow'; allowed: cat"),
+        ("a,label\n1,0.5\n", {}, r"0\.5, which is not a class .* experiment=csv_regression"),
+        ("a,label\n1,cow\n", {"classes": ["cat"]}, "unknown class 'cow'; data.class_names allows"),
+        ("a,label\n1,cow\n", {"classes": None}, "contains names, such as 'cow'; set data.class_na"),
+        ("a,label\n1,0\n1,cow\n", {"regression": True}, "column 'label': cow is not a finite"),
         ("", {}, "cannot be read as a table"),
     ],
 )

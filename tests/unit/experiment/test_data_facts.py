@@ -44,16 +44,7 @@ def test_table_of_names_gives_classes_in_alphabetical_order(tmp_cwd: Path) -> No
 
 def test_table_of_values_has_no_classes(tmp_cwd: Path) -> None:
     write_csv(tmp_cwd, [0.5, 1.5, 2.5] * 10)
-    job = job_for(
-        *CSV,
-        "data.source.train.regression=true",
-        "loss=mse",
-        "metric=regression",
-        "goal.metric=mse",
-        "goal.mode=min",
-        "model.num_classes=1",
-    )
-    assert facts(job) == (None, None, [2])
+    assert facts(job_for("experiment=csv_regression", *CSV[1:])) == (None, None, [2])
 
 
 def test_arrays_give_count_and_shape_after_resizing(tmp_cwd: Path) -> None:
@@ -84,7 +75,11 @@ def test_folders_give_count_and_names(tmp_cwd: Path) -> None:
             ("data.num_classes=3",),
             "data.num_classes=3, but data.source.train has 2",
         ),
-        (["a", "b"] * 5, ("data.class_names=[a,c]",), "unknown class 'b'; allowed: a, c"),
+        (
+            ["a", "b"] * 5,
+            ("data.class_names=[a,c]",),
+            "unknown class 'b'; data.class_names allows: a, c",
+        ),
     ],
 )
 def test_contradictions_are_errors_of_the_configuration(
