@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
 
 
 def register() -> None:
@@ -15,6 +18,17 @@ def register() -> None:
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+@contextmanager
+def replaced_resolver(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a resolver of OmegaConf while the context is open."""
+    original = BaseContainer._resolvers[name]
+    OmegaConf.register_new_resolver(name, function, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers[name] = original
 
 
 def _first_not_none(*values: object) -> object:
