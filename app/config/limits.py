@@ -28,8 +28,9 @@ MAX_FILE_VALUES = 20_000  # in a configuration file; aliases count each time the
 CHARACTERS_PER_VALUE = 2  # of texts with interpolations, which OmegaConf parses slowly
 MAX_RESOLVED_SIZE = 1_000_000  # characters of a resolved configuration; other costs are in these:
 VALUE_COST = 40  # of a value: OmegaConf makes an object of each
-INTERPOLATION_COST = 100  # of resolving `${...}`, in addition to its result
-PARSE_COST = 10  # of each character inside `${...}`
+INTERPOLATION_COST = 250  # of resolving `${...}`, in addition to its result
+PARSE_COST = 25  # of each character inside `${...}`
+TEXT_COST = 5  # of each character of a text with interpolations
 MAX_INT_BITS = 64
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -179,7 +180,7 @@ def charge_text(value: Any, path: KeyPath) -> None:
     """
     charge_value(value, path)
     if isinstance(value, str) and "${" in value:
-        charge(PARSE_COST * len(value), path)
+        charge(TEXT_COST * len(value), path)
 
 
 def _limit_error(problem: str, path: KeyPath) -> LimitError:

@@ -14,8 +14,8 @@ from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseExce
 
 from app.config.limits import LimitError, charge_value, resolution_budget
 from app.config.nested import KeyPath, dotted, get_at, iter_children
+from app.config.resolvers import absolute_path
 from app.config.secrets import (
-    SECRET_REFERENCE,
     hidden_secrets,
     recorded_secrets,
     redact,
@@ -94,7 +94,8 @@ def _resolve_child(parent: Any, name: Any, path: KeyPath, issues: list[ConfigIss
         return MISSING
     try:
         value = parent[name]
-    except LimitError:
+    except LimitError as error:
+        error.full_key = dotted(path)
         raise
     except InterpolationToMissingValueError:
         return UNKNOWN
@@ -135,11 +136,11 @@ def hydra_config(config: DictConfig) -> Iterator[None]:
 def _make_paths_absolute(plain: PlainConfig) -> None:
     """Make the paths of the checkpoint and of the data absolute, in place."""
     if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = _absolute_path(plain["ckpt"])
+        plain["ckpt"] = absolute_path(plain["ckpt"])
     data = plain.get("data")
     if isinstance(data, dict):
         if isinstance(data.get("path"), str) and _exists(data["path"]):
-            data["path"] = _absolute_path(data["path"])
+            data["path"] = absolute_path(data["path"])
         _make_source_paths_absolute(data.get("source"))
 
 
@@ -148,15 +149,9 @@ def _make_source_paths_absolute(node: Any) -> None:
         # A path that does not exist may be a name on a hub; a root may be a folder to create.
         is_path = name == "root" or (name == "path" and isinstance(value, str) and _exists(value))
         if is_path and isinstance(value, str) and value != MISSING:
-            node[name] = _absolute_path(value)
+            node[name] = absolute_path(value)
         else:
             _make_source_paths_absolute(value)
-
-
-def _absolute_path(text: str) -> str:
-    if SECRET_REFERENCE.match(text):
-        return text
-    return str(Path(text).expanduser().absolute())
 
 
 def _exists(text: str) -> bool:

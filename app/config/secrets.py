@@ -115,16 +115,26 @@ def transformed_secrets(
         secrets: Names and values.
     """
     real, hidden = dict(iter_leaves(real)), dict(iter_leaves(hidden))
-    names = ", ".join(secrets)
-    for path in dict.fromkeys([*real, *hidden]):
-        value, text = real.get(path), hidden.get(path)
-        if repr(value) == repr(text) or path[0] in PUBLIC_KEYS:
-            continue
-        revealed = reveal_text(text) if isinstance(text, str) else None
-        # A path from a variable stays as the variable has it.
-        if value is None or value not in (revealed, str(Path(str(revealed)).absolute())):
-            problem = f" is computed from a secret ({names}); a secret can only be inserted in text"
+    transformed = [
+        path for path, text in hidden.items() if not _reveals(text, real.get(path), secrets)
+    ]
+    # Any other key of such a path may itself be computed from a secret.
+    transformed += [path[:1] for path in real if path not in hidden]
+    problem = (
+        f" is computed from a secret ({', '.join(secrets)}); a secret can only be inserted in text"
+    )
+    for path in dict.fromkeys(transformed):
+        if path[0] not in PUBLIC_KEYS:
             yield ConfigIssue(dotted(path), problem)
+
+
+def _reveals(hidden: Any, value: Any, secrets: Mapping[str, str]) -> bool:
+    """Return whether a value is what `reveal` makes of the one without secrets."""
+    if repr(hidden) == repr(value):
+        return True
+    revealed = reveal_text(hidden, secrets) if isinstance(hidden, str) else ""
+    # A path from a variable is saved as the variable, and absolute or not like its value.
+    return value in (revealed, str(Path(revealed).absolute()))
 
 
 def redact(node: Any, secrets: Mapping[str, str]) -> Any:
@@ -182,9 +192,14 @@ def reveal(plain: dict[str, Any]) -> dict[str, Any]:
     return revealed
 
 
-def reveal_text(text: str) -> str:
-    """Replace every `${oc.env:NAME}` in a text by the value of the variable, if it is set."""
-    return SECRET_REFERENCE.sub(lambda match: os.environ.get(match[1], match[0]), text)
+def reveal_text(text: str, values: Mapping[str, str] = os.environ) -> str:
+    """Replace every `${oc.env:NAME}` in a text by the value of the variable, if it has one."""
+    return SECRET_REFERENCE.sub(lambda match: values.get(match[1], match[0]), text)
+
+
+def reveal_read_secrets(text: str) -> str:
+    """Replace `${oc.env:NAME}` by the values of secrets that this process has read before."""
+    return reveal_text(text, _read_values)
 
 
 def unexpected_env_reads(plain: Any, current: Any) -> Iterator[ConfigIssue]:

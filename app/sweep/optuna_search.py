@@ -26,6 +26,7 @@ from app.config.allowlist import PRUNER_PREFIX, SAMPLER_PREFIX
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig, OptunaTrial
+from app.config.secrets import hidden_secrets, reveal_read_secrets
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
 from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
@@ -67,11 +68,13 @@ class OptunaJobs(JobSource):
         self.search_space = parse_search_space(space.swept)
         goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
         self.objectives = {goal.metric: goal, **options.objectives}
-        self.storage = folder.storage_name(options.storage)
+        with hidden_secrets():  # this text is saved
+            storage = str(sweep.config.hydra.sweeper.storage)
+        self.storage = folder.storage_name(storage)
         self.study_name = options.study_name or folder.path.name
         self.study = self._open_study()
         folder.study = {
-            "storage": options.storage,
+            "storage": storage,
             "name": self.study_name,
             "objectives": list(self.objectives),
         }
@@ -80,7 +83,7 @@ class OptunaJobs(JobSource):
         self._enqueue_retries()
 
     def _open_study(self) -> AskTellStudy:
-        storage = make_storage(self.storage)
+        storage = make_storage(reveal_read_secrets(self.storage))
         exists = self.study_name in optuna.get_all_study_names(storage)
         directions = [DIRECTIONS[monitor.mode] for monitor in self.objectives.values()]
         if not exists:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.config.schema import Job
+from app.config.secrets import remember_secrets
 from app.distributed.launch.environment import ClusterEnvironment
 from app.runtime.errors import UserError
 from app.runtime.signals import StopSignal
@@ -47,6 +48,7 @@ def run_rank(
         stop: Requests to stop early.
         job_number: Number of the job among those that use the store.
     """
+    remember_secrets(job.plain)
     with ExitStack() as stack:
         if cluster.rank > 0:
             stack.enter_context(rank_logging(cluster.rank, folder))

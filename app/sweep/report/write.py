@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.config.overrides import quote
+from app.config.secrets import reveal_read_secrets
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.runtime.lock import file_lock
@@ -71,7 +72,10 @@ def search_figures(folder: SweepFolder) -> dict[str, str]:
         return {}
     from app.sweep.report.optuna_figures import study_figures
 
-    storage = folder.storage_name(study["storage"])
+    storage = reveal_read_secrets(folder.storage_name(study["storage"]))
+    if "${" in storage:
+        log.warning("the study needs a secret: the page is written without plots of the search")
+        return {}
     return study_figures(storage, study["name"], study["objectives"])
 
 
