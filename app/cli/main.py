@@ -13,12 +13,15 @@ from typing import NoReturn
 import hydra.version
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from app.cli import report
 from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import open_composer
+from app.config.resolve import resolve
+from app.config.secrets import hidden_secrets
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
@@ -77,6 +80,9 @@ def run_rank_zero(
     except HydraException as error:
         sys.stderr.write("\n".join(str(part) for part in (error, error.__cause__) if part) + "\n")
         return EXIT_FAILURE
+    except OmegaConfBaseException as error:  # Hydra resolves its own keys when it needs them
+        sys.stderr.write(f"{error.full_key} does not resolve: {str(error).splitlines()[0]}\n")
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
@@ -116,17 +122,19 @@ def print_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     with open_composer(args) as composer:
         hydra, name, overrides = composer.hydra, composer.config_name, composer.overrides
         if args.help or args.cfg or args.info:
-            list(composer.compositions())  # Hydra resolves what it prints
-        if args.help:
-            hydra.app_help(name, parser, args)
-        elif args.hydra_help:
-            hydra.hydra_help(name, parser, args)
-        elif args.cfg:
-            hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
-        elif args.info:
-            hydra.show_info(args.info, name, overrides)
-        else:
-            hydra.shell_completion(name, overrides)
+            for composed, _ in composer.compositions():
+                resolve(composed)  # as Hydra may do, but within limits
+        with hidden_secrets():
+            if args.help:
+                hydra.app_help(name, parser, args)
+            elif args.hydra_help:
+                hydra.hydra_help(name, parser, args)
+            elif args.cfg:
+                hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
+            elif args.info:
+                hydra.show_info(args.info, name, overrides)
+            else:
+                hydra.shell_completion(name, overrides)
 
 
 def run_follower(world: ClusterEnvironment) -> int:

@@ -119,6 +119,12 @@ def raw_override(override: Override) -> str:
     return override.input_line
 
 
+def is_overridden(key: str, overrides: Sequence[Override]) -> bool:
+    """Return whether an override sets the key, one of its parents or one of its children."""
+    keys = [override.key_or_group for override in overrides]
+    return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
+
+
 def quote(text: str) -> str:
     """Quote a string so that Hydra reads it as it is."""
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
+
+SECRET_PREFIX = "${oc.env:"  # of what stands for a secret; see `app.config.secrets`
 
 
 def register() -> None:
     """Register the resolvers with OmegaConf. Calling it again has no effect."""
     OmegaConf.register_new_resolver("or", _first_not_none, replace=True)
-    OmegaConf.register_new_resolver("path", _absolute_path, replace=True)
+    OmegaConf.register_new_resolver("path", absolute_path, replace=True)
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+@contextmanager
+def replaced_resolver(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a resolver of OmegaConf while the context is open."""
+    original = BaseContainer._resolvers[name]
+    OmegaConf.register_new_resolver(name, function, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers[name] = original
 
 
 def _first_not_none(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
-def _absolute_path(text: str) -> str:
-    """Make a path absolute, relative to the working directory."""
+def absolute_path(text: str) -> str:
+    """Make a path absolute, except one that a secret variable names."""
+    if text.startswith(SECRET_PREFIX):
+        return text
     return str(Path(text).expanduser().absolute())
 
 
@@ -44,5 +62,5 @@ def _run_folder(resume: object, new_folder: str) -> str:
     """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one."""
     if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
         return new_folder
-    path = Path(_absolute_path(resume))
+    path = Path(absolute_path(resume))
     return str(path.parent.parent if path.suffix == ".safetensors" else path)

@@ -138,7 +138,8 @@ def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:
-    for override in first.hydra.overrides.hydra:
+    overrides: Any = OmegaConf.to_container(first.hydra.overrides.hydra, resolve=False)
+    for override in overrides:
         if override.partition("=")[0].lstrip("+") == "hydra.sweep.subdir":
             problem = ": this sweeper names the job folders itself; hydra/sweeper=basic does not"
             yield ConfigIssue(override, problem)

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.overrides import SweepSpace, parse_space
-from app.config.resolve import resolve
+from app.config.resolve import hydra_config, resolve
 from app.runtime.errors import StorageError, UserError
 from app.runtime.folders import held_folder
 from app.runtime.signals import (
@@ -129,12 +128,8 @@ def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> tuple[ConfigLoader, Sw
 
 def shared_config(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration that all jobs share."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
+    with hydra_config(config):
         return resolve(config)[0]
-    finally:
-        HydraConfig.instance().cfg = before
 
 
 def overrides_to_save(config: DictConfig) -> list[str]:
