@@ -16,8 +16,9 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
-from app.config.overrides import parse_overrides
+from app.config.overrides import parse_overrides, quote, quote_for_shell
 from app.config.resolve import cli_trusted, resolve
+from app.config.resolvers import escape_interpolations
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
 from app.config.saved import SavedConfig, check_saved, half_resolve, resolve_saved
@@ -147,7 +148,8 @@ def _iter_path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         parent: Any = plain.get(group) if group else plain
         value = parent.get(name) if isinstance(parent, dict) else None
         if value is not None and (not isinstance(value, str) or value == ""):
-            yield ConfigIssue(key, f"={value!r}: allowed: {allowed}")
+            hint = "" if value == "" else f"; quote a name that is no plain word: \"{key}='...'\""
+            yield ConfigIssue(key, f"={value!r}: allowed: {allowed}{hint}")
             parent[name] = UNKNOWN
 
 
@@ -157,7 +159,13 @@ def resolve_folder(composed: DictConfig, key: str) -> Path:
     Raises:
         ConfigError: The key has no value or does not resolve.
     """
-    return Path(str(hydra_value(composed, key))).absolute()
+    folder = str(hydra_value(composed, key))
+    try:  # Hydra interpolates the folder again, as `hydra.runtime.output_dir`
+        return Path(str(OmegaConf.create({"dir": folder})["dir"])).absolute()
+    except OmegaConfBaseException as error:
+        typed = quote_for_shell(f"{key}={quote(escape_interpolations(folder))}")
+        problem = f"={folder!r} contains an interpolation; if it is a name, type {typed}"
+        raise ConfigError([ConfigIssue(key, problem)]) from error
 
 
 def hydra_value(composed: DictConfig, key: str) -> Any:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,31 @@ from hydra.core.config_loader import ConfigLoader
 from app.config.compose import SafeConfigLoader
 from app.config.overrides import JobValues
 from app.config.resolve import PER_COMMAND_KEYS
+from app.config.types import READ_FIELDS, parse_content
+from app.config.yaml_files import read_yaml
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
-from app.runtime.files import read_json, write_json, write_text
+from app.runtime.files import write_json, write_text
 from app.runtime.lock import FolderInUseError, file_lock
-from app.sweep.job import SweepJob, new_job, values_hash
+from app.runtime.small_files import describe_special_file, read_json, read_small_file
+from app.sweep.job import JobEntry, SweepJob, new_job, values_hash
 
 SWEEP_FORMAT = 1  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
+MAX_OVERRIDE_TEXT = 30_000  # characters of all overrides of a sweep, which Hydra parses slowly
 STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 FILE_SCHEME = "file://"
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """Content of `sweep.json`."""
+
+    __pydantic_config__ = READ_FIELDS
+
+    format: int
+    words: list[str]
+    study: dict[str, Any] | None
+    jobs: list[JobEntry]
 
 
 class SweepFolder:
@@ -54,16 +71,20 @@ class SweepFolder:
 
     def _read(self) -> None:
         file = self.state_folder / "sweep.json"
-        content = read_json(file)
-        try:
-            _check_format(file, content["format"])
-            self.overrides, self.study = content["words"], content["study"]
-            self.jobs = [SweepJob.from_json(job) for job in content["jobs"]]
-            invalid = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged: {error!r}") from error
-        if invalid:
-            raise UserError(f"{file} is damaged: {invalid[0]!r} is not the name of a job folder")
+        content = read_json(self.path, f"{STATE_FOLDER}/{file.name}")
+        _check_format(file, content.get("format"))
+        found = parse_content(content, SweepFile, file)
+        self.overrides, self.study = found.words, found.study
+        self.jobs = [SweepJob.from_json(asdict(entry)) for entry in found.jobs]
+        if sum(map(len, self.overrides)) > MAX_OVERRIDE_TEXT:
+            raise UserError(f"{file} has overrides of more than {MAX_OVERRIDE_TEXT:,} characters")
+        for job in self.jobs:
+            if not re.fullmatch(r"\w[^/\\]*", job.folder):
+                problem = f"{job.folder!r} is not the name of a job folder"
+                raise UserError(f"{file} is damaged: {problem}")
+            special = describe_special_file(self.run_folder(job))
+            if special not in (None, "a folder"):
+                raise UserError(f"{self.run_folder(job)} is {special}, not a run folder")
 
     def save(self) -> None:
         """Replace `sweep.json`."""
@@ -130,7 +151,8 @@ class SweepFolder:
     @property
     def stops_running_jobs(self) -> bool:
         """Whether running jobs should save and stop, too."""
-        return self.is_stopped and self._stop_file.read_text() == STOP_RUNNING_JOBS
+        content = read_small_file(self.path, f"{STATE_FOLDER}/{self._stop_file.name}")
+        return content == STOP_RUNNING_JOBS
 
     def stop(self, running_jobs: bool = False) -> None:
         """Let no further job start in any process, and maybe ask running jobs to stop, too."""
@@ -156,7 +178,7 @@ class SweepFolder:
 
     def differences(self, plain: dict[str, Any]) -> list[str]:
         """Return a line for each value that differs from the saved shared configuration."""
-        saved = yaml.safe_load((self.state_folder / "base.yaml").read_text())
+        saved: dict[str, Any] = read_yaml(self.path, f"{STATE_FOLDER}/base.yaml", dict)
         return list(_iter_differences(saved, _shared_part(plain), ""))
 
     def freeze(self, loader: ConfigLoader) -> None:
@@ -181,13 +203,13 @@ class SweepFolder:
         return SafeConfigLoader(config_search_path=search_path)
 
 
-def _check_format(file: Path, version: int) -> None:
+def _check_format(file: Path, version: object) -> None:
     """Check that this version of the program can read `sweep.json`.
 
     Raises:
         UserError: A newer version has written it.
     """
-    if version > SWEEP_FORMAT:
+    if isinstance(version, int) and version > SWEEP_FORMAT:
         raise UserError(
             f"{file} has format {version}, but this version of the program reads formats up to "
             f"{SWEEP_FORMAT}; use a newer version"

@@ -51,6 +51,18 @@ class SweepJob:
         return values_hash(self.values)
 
 
+@dataclass(frozen=True)
+class JobEntry:
+    """A job in `sweep.json`."""
+
+    number: int
+    values: JobValues
+    words: list[str]
+    folder: str
+    failures: int = 0
+    retry_of: int | None = None
+
+
 def new_job(number: int, values: JobValues, overrides: list[str]) -> SweepJob:
     """Make a job that has not run yet; its folder is named after its number and values."""
     parts = [f"{number}", short_name(values), values_hash(values)]

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.config.overrides import SweepSpace, parse_space
 from app.config.resolve import resolve
 from app.runtime.errors import UserError
+from app.runtime.escaping import print_error
 from app.runtime.signals import (
     EXIT_FAILURE,
     EXIT_INTERRUPTED,
@@ -69,7 +70,7 @@ def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
             with sweep_logging(folder):
                 code = _run(sweep, folder, make_source)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        print_error(error)
         sys.exit(EXIT_USER_ERROR)
     if code:
         sys.exit(code)

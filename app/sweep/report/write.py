@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from app.config.overrides import quote
+from app.runtime.errors import UserError
 from app.runtime.figures import save_figure
 from app.runtime.files import write_csv, write_text
 from app.runtime.lock import file_lock
@@ -80,6 +81,8 @@ def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, s
     from app.sweep.report.page import render_page
     from app.sweep.report.plots import make_plots
 
+    if (folder / PLOTS_FOLDER).is_symlink():
+        raise UserError(f"{folder / PLOTS_FOLDER} is a link; reports never write through links")
     write_text(folder / PAGE_FILE, render_page(results, figures))
     for name, figure in make_plots(results).items():
         save_figure(folder / PLOTS_FOLDER / name, figure)
