@@ -181,8 +181,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         escaped_cells = [_escape_formula(cell) for cell in cells]
         if any(new is not old for new, old in zip(escaped_cells, cells, strict=True)):
             escaped.isetitem(index, escaped_cells)
-    # Names of files may contain bytes that are not UTF-8.
-    atomic_write(path, lambda file: escaped.to_csv(file, index=False, errors="backslashreplace"))
+    atomic_write(path, lambda file: escaped.to_csv(file, index=False))
 
 
 def _escape_formula(cell: Any) -> Any:

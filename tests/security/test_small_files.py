@@ -311,6 +311,13 @@ def test_report_lists_good_runs_and_one_line_for_each_bad_file(
     assert damaged["error"].notna().all()
 
 
+def test_report_of_file_name_in_another_encoding_shows_it_escaped(tmp_path: Path) -> None:
+    make_run(tmp_path / "a\udcff")
+    report([tmp_path], tmp_path / "report")
+    table = pd.read_csv(tmp_path / "report" / "sweep.csv")
+    assert table["folder"].tolist() == [r"../a\udcff"]
+
+
 def test_report_damaged_sweep_is_one_line_and_the_rest_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -378,11 +385,15 @@ def test_report_of_many_keys_shows_the_first(
 # ---- commands
 
 
-def test_commands_on_hostile_folders_end_with_one_line(tmp_path: Path) -> None:
+def test_commands_on_hostile_folders_end_with_one_line(
+    tmp_path: Path, trained_run: RunResult
+) -> None:
     run, sweep = tmp_path / "run", tmp_path / "sweep"
-    make_run(run, "status.json", make_fifo)
-    (run / "checkpoints").mkdir()
-    make_fifo(run / "checkpoints" / "best.safetensors")
+    shutil.copytree(trained_run.folder, run)
+    (run / "status.json").unlink()
+    make_fifo(run / "status.json")
+    fifo = tmp_path / "fifo.safetensors"
+    make_fifo(fifo)
     write_text(sweep / ".sweep" / "sweep.json", json.dumps(SWEEP))
     make_fifo(sweep / ".sweep" / "base.yaml")
     make_run(sweep / "0_a")
@@ -393,8 +404,8 @@ def test_commands_on_hostile_folders_end_with_one_line(tmp_path: Path) -> None:
         assert "Traceback" not in result.err
         return result.err.splitlines()[-1]
 
-    assert f"{run / 'status.json'} is a FIFO" in last_line(f"resume={run}", "model=mlp")
-    assert "is not a" in last_line("mode=test", f"ckpt={run}")
+    assert f"{run / 'status.json'} is a FIFO" in last_line(f"resume={run}")
+    assert str(fifo) in last_line("mode=test", f"ckpt={fifo}")
     assert f"{sweep / '.sweep' / 'base.yaml'} is a FIFO" in last_line("-m", f"sweep.resume={sweep}")
     (sweep / ".sweep" / "base.yaml").unlink()
     (sweep / "sweep.log").symlink_to(tmp_path / "victim")

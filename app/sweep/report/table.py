@@ -230,6 +230,8 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
     best, metrics = content.get("best") or {}, content.get("metrics") or {}
     measured = {} if goal is None else metrics.get(goal.stage, {})
     test = metrics.get("test", {})
+    # A file name of another encoding has halves of characters, which no table can hold.
+    folder = os.path.relpath(run.folder, relative_to).encode(errors="backslashreplace").decode()
     return {
         "job": run.number,
         "status": run.outcome.status,
@@ -241,7 +243,7 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
         "peak_memory_bytes": content.get("peak_memory_bytes"),
         DEVICE_MEMORY: content.get(DEVICE_MEMORY),
         "attempts": run.attempts,
-        "folder": os.path.relpath(run.folder, relative_to),
+        "folder": folder,
         "error": run.outcome.error,
     }
 
