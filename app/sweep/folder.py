@@ -194,13 +194,29 @@ class SweepFolder:
                     shutil.copyfile(file, target)
 
     def frozen_loader(self, loader: ConfigLoader) -> ConfigLoader:
-        """Return a loader that reads the copied configuration files."""
+        """Return a loader that reads the copied configuration files.
+
+        Raises:
+            UserError: One of them is not a regular file.
+        """
+        _check_regular_files(self.state_folder / "conf")
         search_path = ConfigSearchPathImpl()
         for number, (provider, path) in enumerate(_config_sources(loader)):
             is_file = path.startswith(FILE_SCHEME)
             copied = f"{FILE_SCHEME}{self.state_folder / 'conf' / str(number)}"
             search_path.append(provider, copied if is_file else path)
         return SafeConfigLoader(config_search_path=search_path)
+
+
+def _check_regular_files(folder: Path) -> None:
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        for path in waiting.pop().iterdir():
+            special = describe_special_file(path)
+            if special == "a folder":
+                waiting.append(path)
+            elif special is not None:
+                raise UserError(f"{path} is {special}; allowed: a regular file")
 
 
 def _check_format(file: Path, version: object) -> None:
