@@ -21,7 +21,14 @@ from app.config.resolve import cli_trusted, resolve
 from app.config.resolvers import escape_interpolations
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
-from app.config.saved import SavedConfig, check_saved, half_resolve, resolve_saved
+from app.config.saved import (
+    LITERAL_START,
+    QUOTE,
+    SavedConfig,
+    check_saved,
+    half_resolve,
+    resolve_saved,
+)
 from app.config.schema import AUTO, Change, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
@@ -98,7 +105,10 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
         raise ConfigError([*issues, *error.issues]) from error
     if ckpt is not None:
         saved, differences = apply_overrides_to_saved(
-            _saved_config(key, ckpt), saved | {key: ckpt}, overrides, resumes=key == "resume"
+            _saved_config(key, ckpt),
+            saved | {key: LITERAL_START.sub(QUOTE, ckpt)},
+            overrides,
+            resumes=key == "resume",
         )
         plain = resolve_saved(saved)
         check_targets_allowed(ckpt, plain, trusted)

@@ -49,8 +49,8 @@ def test_run_folder_of_any_name_is_tested_exported_resumed_and_reported(
 def test_errors_about_special_characters_say_what_to_type(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    for name in ("it's (é)", "${x}"):
-        refused = app(*SHORT_RUN, f"hydra.run.dir={name}")
+    for name, value in (("it's (é)", "it's (é)"), ("${x}", quote("${x}"))):
+        refused = app(*SHORT_RUN, f"hydra.run.dir={value}")
         assert refused.code == 2
         (override,) = shlex.split(refused.err.rpartition(" type ")[2])
         trained = app(*SHORT_RUN, override)

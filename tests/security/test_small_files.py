@@ -376,7 +376,10 @@ def test_report_of_many_keys_shows_the_first(
     make_run(tmp_path / "good")
     overrides = json.dumps([f"+key{'x' * 300}{number}={number}" for number in range(1_000)])
     make_run(tmp_path / "bad", ".hydra/overrides.yaml", partial(Path.write_text, data=overrides))
+    metrics = {"test": {f"metric{number}": 1 for number in range(20_000)}}
+    write_text(tmp_path / "bad" / "status.json", json.dumps(STATUS | {"metrics": metrics}))
     report([tmp_path], tmp_path / "report")
+    assert len(pd.read_csv(tmp_path / "report" / "sweep.csv").columns) < 1_000
     assert "only the first 200 overrides are read" in caplog.text
     assert "only the first 100 of 20" in caplog.text
     assert len(list((tmp_path / "report" / "plots").iterdir())) <= 21
@@ -394,9 +397,8 @@ def test_commands_on_hostile_folders_end_with_one_line(
     make_fifo(run / "status.json")
     fifo = tmp_path / "fifo.safetensors"
     make_fifo(fifo)
-    write_text(sweep / ".sweep" / "sweep.json", json.dumps(SWEEP))
-    make_fifo(sweep / ".sweep" / "base.yaml")
-    make_run(sweep / "0_a")
+    (sweep / ".sweep").mkdir(parents=True)
+    make_fifo(sweep / ".sweep" / "sweep.json")
 
     def last_line(*arguments: str) -> str:
         result: RunResult = run_app(tmp_path, *arguments)
@@ -406,17 +408,19 @@ def test_commands_on_hostile_folders_end_with_one_line(
 
     assert f"{run / 'status.json'} is a FIFO" in last_line(f"resume={run}")
     assert str(fifo) in last_line("mode=test", f"ckpt={fifo}")
-    assert f"{sweep / '.sweep' / 'base.yaml'} is a FIFO" in last_line("-m", f"sweep.resume={sweep}")
-    (sweep / ".sweep" / "base.yaml").unlink()
-    (sweep / "sweep.log").symlink_to(tmp_path / "victim")
-    assert "sweep.log is a symbolic link" in last_line("-m", f"sweep.resume={sweep}")
-    assert not (tmp_path / "victim").exists()
+    refused = last_line("-m", f"sweep.resume={sweep}")
+    assert refused == f"{sweep / '.sweep' / 'sweep.json'} is a FIFO; allowed: a regular file"
     result = run_app(tmp_path, "report", str(run), str(sweep))
     assert result.code == 0
     assert f"{run / 'status.json'} is a FIFO; allowed: a regular file" in result.out
 
 
 def test_refuse_special_files_of_another_kind_are_named(tmp_path: Path) -> None:
+    (tmp_path / ".sweep").mkdir()
+    make_fifo(tmp_path / ".sweep" / "base.yaml")
+    with pytest.raises(UserError, match=r"base\.yaml is a FIFO"):
+        SweepFolder(tmp_path).differences({})
+    (tmp_path / ".sweep" / "base.yaml").unlink()
     for folder, make in ((tmp_path, make_fifo), (tmp_path / ".hydra", make_socket)):
         folder.mkdir(exist_ok=True)
         make(folder / "run.log")

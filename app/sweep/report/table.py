@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +37,7 @@ SCALARS = (str, int, float, bool, type(None))
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}
 ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs compare
 MAX_KEYS = 100  # columns of the table for keys that differ
+MAX_TEST_METRICS = 500  # columns of one run, as each takes time in every statistic
 MAX_OVERRIDES = 200  # of a single run whose command line is read; Hydra needs 5 ms for each
 MAX_VALUE_LENGTH = 100  # characters of a value that is read as more than text
 
@@ -229,7 +231,7 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
     content, goal = run.outcome.content, _goal(run)
     best, metrics = content.get("best") or {}, content.get("metrics") or {}
     measured = {} if goal is None else metrics.get(goal.stage, {})
-    test = metrics.get("test", {})
+    test = dict(islice(metrics.get("test", {}).items(), MAX_TEST_METRICS))
     # A file name of another encoding has halves of characters, which no table can hold.
     folder = os.path.relpath(run.folder, relative_to).encode(errors="backslashreplace").decode()
     return {
