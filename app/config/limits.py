@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ from omegaconf.errors import InterpolationResolutionError
 from omegaconf.grammar_visitor import GrammarVisitor
 from omegaconf.resolvers import oc
 
-from app.config.nested import KeyPath, dotted, iter_leaves
+from app.config.nested import KeyPath, dotted
 from app.config.resolvers import replaced_resolver
-from app.runtime.errors import ConfigError, ConfigIssue, UserError
+from app.runtime.errors import ConfigError, ConfigIssue
+from app.runtime.small_files import MAX_NESTING
 
-MAX_NESTING = 64  # levels of nested lists and dicts
 MAX_INTERPOLATION_DEPTH = 16  # levels of interpolations of interpolations
 MAX_OVERRIDE_LENGTH = 10_000  # characters of one override
 MAX_FILE_BYTES = 1_000_000  # of a configuration file
@@ -31,7 +30,7 @@ VALUE_COST = 40  # of a value: OmegaConf makes an object of each
 INTERPOLATION_COST = 250  # of resolving `${...}`, in addition to its result
 PARSE_COST = 25  # of each character inside `${...}`
 TEXT_COST = 5  # of each character of a text with interpolations
-MAX_INT_BITS = 64
+SEXAGESIMAL = re.compile(r"\d(?::[0-5]?\d){100}")  # YAML reads 1:30 as 90, slowly if it is long
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -53,6 +52,8 @@ def yaml_problem(text: str) -> str | None:
     Raises:
         yaml.YAMLError: The text is not valid YAML.
     """
+    if SEXAGESIMAL.search(text):
+        return "it contains a number of more than 100 parts"
     anchors: dict[str, tuple[int, int]] = {}  # name -> number of values, depth
     stack: list[list[Any]] = [[None, 0, 0]]  # anchor, number of values, depth
     for event in yaml.parse(text, Loader=YAML_LOADER):
@@ -231,35 +232,3 @@ def interpolations(text: str) -> Iterator[str]:
             starts.append(match.end() if match[0] == "${" else -1)
         elif starts and (start := starts.pop()) >= 0:
             yield text[start : match.start()]
-
-
-def load_json(text: object, source: str) -> Any:
-    """Load plain values from a JSON text.
-
-    Args:
-        text: JSON text; any other type is an error.
-        source: File or key that contains the text, for errors.
-
-    Raises:
-        UserError: The text is not JSON, or deeper than any configuration or table.
-    """
-    if not isinstance(text, str):
-        raise UserError(f"{source} must be a JSON text, not {type(text).__name__}")
-    try:
-        return _check_plain(json.loads(text))
-    except RecursionError as error:
-        raise UserError(f"{source}: values nested more than {MAX_NESTING} deep") from error
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
-
-
-def _check_plain(value: Any) -> Any:
-    """Return the value if it is not nested too deeply and all integers can be stored."""
-    for path, leaf in iter_leaves(value):
-        if len(path) >= MAX_NESTING:
-            raise UserError(f"nests values more than {MAX_NESTING} deep")
-        if isinstance(leaf, int) and leaf.bit_length() > MAX_INT_BITS:
-            raise UserError(f"contains an integer of more than {MAX_INT_BITS} bits")
-    return value

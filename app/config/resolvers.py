@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
 
 SECRET_PREFIX = "${oc.env:"  # of what stands for a secret; see `app.config.secrets`
+
+MAX_NAME_BYTES = 200  # of a run; the folder also has the time, and file systems allow 255
 
 
 def register() -> None:
@@ -52,15 +55,30 @@ def _image_part(shape: Sequence[int], index: int) -> int | None:
 def _run_name(mode: str, ckpt: object, model: str, data: str) -> str:
     """Return `alexnet_mnist`, or `test_alexnet_mnist` named after the run of the checkpoint."""
     if not isinstance(ckpt, str):  # None, or a type that is refused later
-        return f"{model}_{data}"
+        return _safe_name(f"{model}_{data}")
     path = Path(ckpt)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"
+    return _safe_name(f"{mode}_{folder.stem.partition('_')[2] or folder.stem}")
+
+
+def _safe_name(text: str) -> str:
+    """Replace the characters that the name of a run cannot have, and shorten it."""
+    safe = re.sub(r"[^\w.+=,-]+", "-", text)
+    return safe.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _run_folder(resume: object, new_folder: str) -> str:
-    """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one."""
+    """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one.
+
+    Hydra puts the folder into the configuration once more, where it is interpolated again.
+    """
     if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
         return new_folder
     path = Path(absolute_path(resume))
-    return str(path.parent.parent if path.suffix == ".safetensors" else path)
+    folder = str(path.parent.parent if path.suffix == ".safetensors" else path)
+    return escape_interpolations(folder)
+
+
+def escape_interpolations(text: str) -> str:
+    """Return a text that OmegaConf resolves to the given one."""
+    return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", text)

@@ -29,6 +29,9 @@ def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
     folder.freeze(loader)
     (conf / "config.yaml").write_text("a: 2\n")
     frozen = folder.frozen_loader(loader)
+    (folder.state_folder / "conf" / "1" / "link.yaml").symlink_to(conf / "config.yaml")
+    with pytest.raises(UserError, match=r"link\.yaml is a symbolic link; allowed: a regular file"):
+        folder.frozen_loader(loader)
     assert frozen.load_configuration("config", [], RunMode.RUN).a == 1
     assert loader.load_configuration("config", [], RunMode.RUN).a == 2
 
