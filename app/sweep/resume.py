@@ -15,6 +15,7 @@ from app.config.overrides import parse_overrides, quote, raw_override
 from app.config.resolve import cli_trusted
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import FROZEN_PROVIDERS, SweepFolder
+from app.sweep.launchers.options import has_unsafe_option
 
 TRUST_KEY, STORAGE_KEY = "trusted_targets", "hydra.sweeper.storage"
 RESTRICTED_KEYS = (  # take effect from the command line only, as do the keys above and below them
@@ -93,7 +94,8 @@ def iter_trust_issues(folder: SweepFolder, cli_overrides: Sequence[str]) -> Iter
     trusted = [*cli_trusted(typed), *trusted_from_environment()]
     for override in parse_overrides(folder.overrides):
         text = raw_override(override)
-        if text in cli_overrides or not is_related(override.key_or_group, RESTRICTED_KEYS):
+        is_restricted = is_related(override.key_or_group, RESTRICTED_KEYS)
+        if text in cli_overrides or not (is_restricted or has_unsafe_option(override)):
             continue
         names = cli_trusted([override])
         if override.key_or_group != TRUST_KEY or not all(is_trusted(n, trusted) for n in names):

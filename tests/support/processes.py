@@ -72,9 +72,9 @@ def start_command(
     )
 
 
-def wait_for_lines(process: Command, file: Path, count: int) -> None:
+def wait_for_lines(process: Command, file: Path, count: int, seconds: float = 120) -> None:
     """Wait until the process has written `count` lines to a file."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while not (file.exists() and len(file.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
