@@ -16,14 +16,16 @@ import torch
 
 from app.callbacks.selection import classes_of_metric
 from app.config.schema import STAGES
-from app.runtime.errors import as_storage_error
-from app.runtime.files import atomic_write, write_csv
+from app.runtime.errors import UserError, as_storage_error
+from app.runtime.files import write_csv
 from app.runtime.nested import Nested, iter_tensors
+from app.runtime.small_files import describe_special_file
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History, summary_table
 
 log = logging.getLogger(__name__)
+MAX_LINE_BYTES = 2**20
 
 
 class Tables(Callback):
@@ -150,8 +152,20 @@ def _truncate(folder: Path, history: History) -> None:
 
 
 def drop_torn_line(path: Path) -> None:
-    """Remove an incomplete last line from a file."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
+    """Remove an incomplete last line from a file, of which only the end is read.
+
+    Raises:
+        UserError: It is not a regular file, or its last line is longer than any of this program.
+    """
+    if special := describe_special_file(path):
+        raise UserError(f"{path} is {special}; allowed: a regular file")
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        start = file.seek(max(0, size - MAX_LINE_BYTES))
+        end = file.read()
+        if not end or end.endswith(b"\n"):
+            return
+        if start and b"\n" not in end:
+            raise UserError(f"{path} is damaged: its last line has over {MAX_LINE_BYTES:,} bytes")
         log.warning("%s ends with an incomplete line, which is removed", path)
-        atomic_write(path, lambda file: file.write(content[: content.rfind(b"\n") + 1]))
+        file.truncate(start + end.rfind(b"\n") + 1)

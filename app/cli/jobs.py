@@ -26,6 +26,7 @@ from app.distributed.launch.worker import route_errors_to_stderr
 from app.experiment.entry import run_experiment
 from app.experiment.job import prepare
 from app.runtime.errors import NonFiniteError, UserError
+from app.runtime.escaping import escape_log_records, print_error
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.signals import EXIT_INTERRUPTED, StopReason, TrainingInterrupted
@@ -71,6 +72,7 @@ def run_job(
     assert isinstance(with_hydra, DictConfig)
     if multirun and sweep.is_stopped:
         return None
+    escape_log_records()
     route_errors_to_stderr()
     logging.captureWarnings(True)
     try:
@@ -113,7 +115,7 @@ def run_locked(
         try:
             stack.enter_context(run_lock(folder))
         except UserError as error:  # not logged: run.log may belong to the process with the lock
-            sys.stderr.write(f"{error}\n")
+            print_error(error)
             sys.exit(error.exit_code)
         try:
             return run_job_in_folder(composed, folder, rank_zero, quiet)

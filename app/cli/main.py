@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
 import traceback
+from contextlib import redirect_stdout
 from functools import partial
 from typing import NoReturn
 
 import hydra.version
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from app.cli import report
 from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import open_composer
+from app.config.resolve import resolve
+from app.config.secrets import hidden_secrets
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
 from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
+from app.runtime.escaping import escape_control, escape_log_records, print_error
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
 from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
@@ -34,6 +40,7 @@ HYDRA_VERSION = "1.3"  # whose defaults apply
 
 def main() -> None:
     """Run the console script `app`, or `python -m app`."""
+    escape_log_records()
     if sys.argv[1:2] == [report.COMMAND]:
         sys.exit(report.main(sys.argv[2:]))
     resolvers.register()
@@ -45,7 +52,7 @@ def main() -> None:
         use_saved_command(args)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        print_error(error)
         sys.exit(EXIT_USER_ERROR)
     if world is None:
         sys.exit(run_rank_zero(args, parser, None))
@@ -72,18 +79,21 @@ def run_rank_zero(
             print_config(args, parser)
         return 0
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        print_error(error)
         return error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR
     except HydraException as error:
-        sys.stderr.write("\n".join(str(part) for part in (error, error.__cause__) if part) + "\n")
+        print_error("\n".join(str(part) for part in (error, error.__cause__) if part))
         return EXIT_FAILURE
+    except OmegaConfBaseException as error:  # Hydra resolves its own keys when it needs them
+        print_error(f"{error.full_key} does not resolve: {str(error).splitlines()[0]}")
+        return EXIT_USER_ERROR
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:  # noqa: BLE001 - of a plugin or callback of Hydra; other ranks wait for the code
-        traceback.print_exc()
+        print_error(traceback.format_exc())
         return EXIT_FAILURE
 
 
@@ -113,20 +123,24 @@ def print_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
             "use resume=FOLDER instead"
         )
         raise ConfigError([ConfigIssue("--experimental-rerun", problem)])
-    with open_composer(args) as composer:
+    printed = io.StringIO()
+    with open_composer(args) as composer, redirect_stdout(printed):
         hydra, name, overrides = composer.hydra, composer.config_name, composer.overrides
         if args.help or args.cfg or args.info:
-            list(composer.compositions())  # Hydra resolves what it prints
-        if args.help:
-            hydra.app_help(name, parser, args)
-        elif args.hydra_help:
-            hydra.hydra_help(name, parser, args)
-        elif args.cfg:
-            hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
-        elif args.info:
-            hydra.show_info(args.info, name, overrides)
-        else:
-            hydra.shell_completion(name, overrides)
+            for composed, _ in composer.compositions():
+                resolve(composed)  # as Hydra may do, but within limits
+        with hidden_secrets():
+            if args.help:
+                hydra.app_help(name, parser, args)
+            elif args.hydra_help:
+                hydra.hydra_help(name, parser, args)
+            elif args.cfg:
+                hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
+            elif args.info:
+                hydra.show_info(args.info, name, overrides)
+            else:
+                hydra.shell_completion(name, overrides)
+    sys.stdout.write(escape_control(printed.getvalue()))
 
 
 def run_follower(world: ClusterEnvironment) -> int:
@@ -136,7 +150,7 @@ def run_follower(world: ClusterEnvironment) -> int:
     except TrainingInterrupted as interrupt:
         return interrupt.exit_code
     except Exception as error:  # noqa: BLE001 - rank 0 has logged it if it was still able to
-        sys.stderr.write(f"rank {world.rank} failed: {type(error).__name__}: {error}\n")
+        print_error(f"rank {world.rank} failed: {type(error).__name__}: {error}")
         return EXIT_FAILURE
 
 

@@ -20,7 +20,7 @@ from app.experiment.job import has_longer_schedule, hydra_value, make_jobs, reso
 from app.runtime.errors import ConfigError, ConfigIssue, NonFiniteError, as_user_error
 from app.runtime.files import check_disk_space, check_writable, read_status
 from app.runtime.lock import check_unlocked
-from app.sweep.check import check_resume_is_multirun, check_sweep
+from app.sweep.check import check_resume_is_multirun, check_sweep, check_trial_is_unset
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, FINISHED_STATUSES
 
@@ -43,6 +43,8 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
     check_resume_is_multirun(composer)
     with _garbage_collection_paused():
         jobs = make_jobs(composer)
+    for _, job in jobs:
+        check_trial_is_unset(job)
     key = "hydra.sweep.dir" if composer.is_sweep else "hydra.run.dir"
     folders = [resolve_folder(composed, key) for composed, _ in jobs]
     subfolders = [hydra_value(composed, "hydra.output_subdir") or "" for composed, _ in jobs]

@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from app.runtime.errors import StorageError, UserError, as_user_error
+from app.runtime.escaping import escape_log_records, print_error
 
 log = logging.getLogger(__name__)
 COMMAND = "report"
@@ -28,12 +29,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "else a new folder under outputs/reports)",
     )
     args = parser.parse_args(arguments)
+    escape_log_records()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         with as_user_error():
             report([folder.expanduser().absolute() for folder in args.folders], args.to)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        print_error(error)
         return error.exit_code if isinstance(error, StorageError) else 2
     return 0
 

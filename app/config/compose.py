@@ -24,10 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.allowlist import trusted_from_environment
 from app.config.diagnose import diagnose
+from app.config.hydra_files import pin_hydra_paths
 from app.config.hydra_guard import hydra_issues
-from app.config.limits import expansion_issues
+from app.config.limits import limited_interpolations, resolution_budget
 from app.config.overrides import SweepSpace, make_space, parse_overrides
 from app.config.resolve import cli_trusted
+from app.config.secrets import hidden_secrets
 from app.config.sources import strict_sources
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
@@ -53,7 +55,7 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
     Args:
         args: Command line as parsed by Hydra's argument parser.
     """
-    with strict_sources():
+    with strict_sources(), limited_interpolations():
         try:
             hydra = Hydra("app", SafeConfigLoader(_search_path(args)))
             GlobalHydra.instance().initialize(hydra)
@@ -63,7 +65,7 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
 
 
 class SafeConfigLoader(ConfigLoaderImpl):
-    """Config loader that refuses unbounded configurations and unsafe Hydra settings.
+    """Config loader that refuses configurations that grow too large and unsafe Hydra settings.
 
     It remembers the last configuration, so that what has been checked is not composed again to run.
     """
@@ -84,13 +86,13 @@ class SafeConfigLoader(ConfigLoaderImpl):
         """Compose a configuration and check it.
 
         Raises:
-            ConfigError: The configuration expands without bound, or has Hydra settings that are
-                not allowed.
+            ConfigError: It is too large to compose, or has Hydra settings that are not allowed.
         """
         request = (config_name, tuple(overrides), run_mode)
         if request != self._last_request:
             parsed = parse_overrides(overrides)
-            with _compose_errors():
+            # What Hydra resolves while it composes becomes part of what it saves.
+            with resolution_budget(), hidden_secrets(), _compose_errors():
                 composed = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )
@@ -126,8 +128,7 @@ def _compose_errors() -> Iterator[None]:
 
 def _check_composed(composed: DictConfig, overrides: Sequence[Override]) -> None:
     trusted = [*cli_trusted(overrides), *trusted_from_environment()]
-    # The second check resolves values, so it runs only if they are bounded.
-    issues = list(expansion_issues(composed)) or list(hydra_issues(composed, overrides, trusted))
+    issues = [*hydra_issues(composed, overrides, trusted), *pin_hydra_paths(composed, overrides)]
     if issues:
         raise ConfigError(issues)
 

@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from pathlib import PurePath
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -23,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from app.config.allowlist import TargetError, is_dotted_name, is_trusted, locate, trust_hint
 from app.config.limits import interpolations
 from app.config.nested import KeyPath, dotted, get_at, get_child, iter_leaves
-from app.config.overrides import parse_overrides, raw_override
+from app.config.overrides import is_overridden, parse_overrides, raw_override
 from app.config.secrets import looks_secret
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
@@ -39,7 +38,6 @@ LOGGING_CLASSES = (
     "colorlog.ColoredFormatter",
 )
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-RUN_FOLDER_PREFIXES = ("${hydra.runtime.output_dir}/", "${hydra.run.dir}/", "${hydra.sweep.dir}/")
 # Resolvers that return text, never a node.
 TEXT_RESOLVERS = ("oc.env", "now", "path", "run_name", "run_folder", "python_version")
 COMMAND_LINE_ONLY = ("hydra", "trusted_targets")
@@ -69,7 +67,7 @@ def hydra_issues(
     for name in LOGGING_NODES:
         for path, leaf in iter_leaves(hydra.get(name), ("hydra", name)):
             if isinstance(leaf, str):
-                yield from _logging_issues(path, leaf, overrides, trusted)
+                yield from _logging_issues(path, leaf, trusted)
     yield from _param_issues(hydra.get("sweeper"))
     yield from _job_issues(hydra, overrides)
     typed = [raw_override(override) for override in overrides]
@@ -114,20 +112,17 @@ def _is_component(name: str, is_plugin: bool) -> bool:
     return False
 
 
-def _logging_issues(
-    path: KeyPath, text: str, overrides: Sequence[Override], trusted: Sequence[str]
-) -> Iterator[ConfigIssue]:
-    """Check a class, stream or file that logging would create or open."""
+def _logging_issues(path: KeyPath, text: str, trusted: Sequence[str]) -> Iterator[ConfigIssue]:
+    """Check a class or stream that logging would create or open."""
     key = dotted(path)
     if path[-1] in ("class", "()"):
         if text not in LOGGING_CLASSES and not is_trusted(text, trusted):
             allowed = join_choices(LOGGING_CLASSES)
             yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
+    elif "." in path:
+        yield ConfigIssue(key, f"={text!r}: attributes of handlers cannot be set")
     elif path[-1] == "filename":
-        is_inside = text.startswith(RUN_FOLDER_PREFIXES) and ".." not in text
-        if not is_inside and not _is_overridden(key, overrides):
-            allowed = f"{RUN_FOLDER_PREFIXES[0]}NAME.log"
-            yield ConfigIssue(key, f"={text!r} is not in the run folder; allowed: {allowed}")
+        return  # see `app.config.hydra_files`
     elif "${" in text:
         problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
         yield ConfigIssue(key, problem)
@@ -165,12 +160,6 @@ def installed_plugins() -> list[str]:
     return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
 
 
-def _is_overridden(key: str, overrides: Sequence[Override]) -> bool:
-    """Return whether an override sets the key, one of its parents or one of its children."""
-    keys = [override.key_or_group for override in overrides]
-    return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
-
-
 def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
     """Check `hydra.sweeper.params`, which become overrides of its jobs."""
     params = get_child(sweeper, "params")
@@ -187,17 +176,10 @@ def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
 
 
 def _job_issues(hydra: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
-    """Check for files outside the run folder, and for environment variables of the job."""
-    subdir = hydra.get("output_subdir")
-    if subdir is not None and not _is_overridden("hydra.output_subdir", overrides):
-        path = PurePath(str(subdir))
-        if path.is_absolute() or ".." in path.parts or "${" in str(subdir):
-            problem = f"={subdir!r} is not a folder inside the run folder"
-            yield ConfigIssue("hydra.output_subdir", problem)
-    name = hydra["job"].get("name")
-    if not re.fullmatch(r"[\w.-]+", str(name), flags=re.ASCII) or ".." in str(name):
-        problem = f"={name!r} contains invalid characters; allowed: letters, digits, _ . -"
-        yield ConfigIssue("hydra.job.name", problem)
+    """Check the environment variables of jobs, and what Hydra resolves while it composes."""
+    for path, leaf in iter_leaves(hydra["job"].get("config"), ("hydra", "job", "config")):
+        if isinstance(leaf, str) and "${" in leaf:
+            yield ConfigIssue(dotted(path), f"={leaf!r}: interpolations are not allowed here")
     env_set = hydra["job"].get("env_set")
     if isinstance(env_set, str):
         problem = f"={env_set!r}: interpolations are not allowed here"
@@ -205,7 +187,7 @@ def _job_issues(hydra: dict[str, Any], overrides: Sequence[Override]) -> Iterato
         return
     for variable, value in (env_set or {}).items():
         key = f"hydra.job.env_set.{variable}"
-        if os.environ.get(variable) != value and not _is_overridden(key, overrides):
+        if os.environ.get(variable) != value and not is_overridden(key, overrides):
             yield ConfigIssue(key, f"={value!r} can only be set on the command line")
         elif looks_secret(variable) and os.environ.get(variable) == value:
             problem = " would be saved with the run; jobs inherit the variable anyway"

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from omegaconf.grammar_parser import parse
+from omegaconf import Container, Node
+from omegaconf.errors import InterpolationResolutionError
+from omegaconf.grammar_visitor import GrammarVisitor
+from omegaconf.resolvers import oc
 
-from app.config.nested import KeyPath, dotted, get_child, iter_children, iter_leaves
-from app.runtime.errors import ConfigIssue, UserError
+from app.config.nested import KeyPath, dotted
+from app.config.resolvers import replaced_resolver
+from app.runtime.errors import ConfigError, ConfigIssue
+from app.runtime.small_files import MAX_NESTING
 
-MAX_NESTING = 64  # levels of nested lists and dicts, or of interpolations of interpolations
+MAX_INTERPOLATION_DEPTH = 16  # levels of interpolations of interpolations
 MAX_OVERRIDE_LENGTH = 10_000  # characters of one override
 MAX_FILE_BYTES = 1_000_000  # of a configuration file
 MAX_FILE_VALUES = 20_000  # in a configuration file; aliases count each time they are used
-MAX_EXPANDED_SIZE = 1_000_000  # characters and values of a resolved configuration
-INTERPOLATION_SIZE = (
-    100  # of one interpolation, in characters: its cost, or what a resolver returns
-)
-INTERPOLATION_DEPTH = 4  # levels of recursion that OmegaConf needs for an interpolation
-TOO_DEEP = f" is nested more than {MAX_NESTING} deep through its interpolations"
-KEY_RESOLVERS = ("oc.select", "oc.deprecated", "oc.dict.keys", "oc.dict.values")  # take a key
-MAX_INT_BITS = 64
+CHARACTERS_PER_VALUE = 2  # of texts with interpolations, which OmegaConf parses slowly
+MAX_RESOLVED_SIZE = 1_000_000  # characters of a resolved configuration; other costs are in these:
+VALUE_COST = 40  # of a value: OmegaConf makes an object of each
+INTERPOLATION_COST = 250  # of resolving `${...}`, in addition to its result
+PARSE_COST = 25  # of each character inside `${...}`
+TEXT_COST = 5  # of each character of a text with interpolations
+SEXAGESIMAL = re.compile(r"\d(?::[0-5]?\d){100}")  # YAML reads 1:30 as 90, slowly if it is long
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
@@ -48,6 +52,8 @@ def yaml_problem(text: str) -> str | None:
     Raises:
         yaml.YAMLError: The text is not valid YAML.
     """
+    if SEXAGESIMAL.search(text):
+        return "it contains a number of more than 100 parts"
     anchors: dict[str, tuple[int, int]] = {}  # name -> number of values, depth
     stack: list[list[Any]] = [[None, 0, 0]]  # anchor, number of values, depth
     for event in yaml.parse(text, Loader=YAML_LOADER):
@@ -58,8 +64,9 @@ def yaml_problem(text: str) -> str | None:
             anchors[anchor] = values, depth + 1
             _add(stack[-1], *anchors[anchor])
         elif isinstance(event, yaml.ScalarEvent):
-            anchors[str(event.anchor)] = 1, 0
-            _add(stack[-1], 1, 0)
+            parsed = len(event.value) if "${" in event.value else 0
+            anchors[str(event.anchor)] = 1 + parsed // CHARACTERS_PER_VALUE, 0
+            _add(stack[-1], *anchors[str(event.anchor)])
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
                 return f"the alias *{event.anchor} refers to itself or to an unknown anchor"
@@ -76,93 +83,145 @@ def _add(collection: list[Any], values: int, depth: int) -> None:
     collection[2] = max(collection[2], depth)
 
 
-def expansion_issues(config: DictConfig) -> Iterator[ConfigIssue]:
-    """Yield an issue if interpolations are circular or expand to more than memory holds.
+class LimitError(InterpolationResolutionError):
+    """An interpolation costs more than a configuration may."""
 
-    The configuration is not resolved for this, except for keys that contain interpolations.
+
+@dataclass
+class _Budget:
+    """What a resolution may still cost, in characters, and how deep it is nested now."""
+
+    left: int = MAX_RESOLVED_SIZE
+    depth: int = 0
+
+
+_budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
+_visit_unlimited = GrammarVisitor.visitInterpolation
+
+
+@contextmanager
+def limited_interpolations() -> Iterator[None]:
+    """Limit what each interpolation may cost, whoever resolves it, while the context is open.
+
+    Inside `resolution_budget`, all interpolations together have one budget. Any other, such as one
+    that Hydra resolves when a job starts, has its own.
     """
-    raw = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
+    if GrammarVisitor.visitInterpolation is _visit_limited:
+        yield
+        return
+    setattr(GrammarVisitor, "visitInterpolation", _visit_limited)  # noqa: B010 - for mypy
     try:
-        _ExpandedSizes(config, raw).measure((), raw)
-    except _ExpansionError as error:
-        yield ConfigIssue(dotted(error.path), error.problem)
+        with replaced_resolver("oc.decode", _decode_limited):
+            yield
+    finally:
+        setattr(GrammarVisitor, "visitInterpolation", _visit_unlimited)  # noqa: B010
 
 
-class _ExpansionError(Exception):
-    def __init__(self, path: KeyPath, problem: str) -> None:
-        super().__init__(problem)
-        self.path, self.problem = path, problem
+@contextmanager
+def resolution_budget() -> Iterator[None]:
+    """Give one budget to everything that is resolved while the context is open.
+
+    Raises:
+        ConfigError: It is spent, or interpolations are nested too deep.
+    """
+    token = _budget.set(_Budget())
+    try:
+        with limited_interpolations():
+            yield
+    except Exception as error:
+        limit = _limit_error_in(error)
+        if limit is None:
+            raise
+        problem = f" {str(limit).splitlines()[0]}"
+        raise ConfigError([ConfigIssue(limit.full_key or "the configuration", problem)]) from error
+    finally:
+        _budget.reset(token)
 
 
-class _ExpandedSizes:
-    """Measures values as if their interpolations were expanded."""
+def _limit_error_in(error: BaseException | None) -> LimitError | None:
+    """Return the `LimitError` that Hydra or OmegaConf has turned into another error, if any."""
+    while error is not None and not isinstance(error, LimitError):
+        error = error.__cause__ or error.__context__
+    return error
 
-    def __init__(self, config: DictConfig, raw: Any) -> None:
-        self.config, self.raw = config, raw
-        self.sizes: dict[KeyPath, tuple[int, int]] = {}  # characters and values; depth
-        self.active: set[KeyPath] = set()
 
-    def measure(self, path: KeyPath, node: Any) -> tuple[int, int]:
-        """Return the number of characters and values of a node, and how deep it is nested."""
-        if path in self.active:
-            raise _ExpansionError(path, " refers to itself through its interpolations")
-        if path not in self.sizes:
-            if len(self.active) > 2 * MAX_NESTING:
-                raise _ExpansionError(path, TOO_DEEP)
-            self.active.add(path)
-            self.sizes[path] = self._measure(path, node)
-            self.active.remove(path)
-        return self.sizes[path]
+def charge(cost: int, path: KeyPath = ()) -> None:
+    """Take a cost from the current budget.
 
-    def _measure(self, path: KeyPath, node: Any) -> tuple[int, int]:
-        size, depth = 1, 1
-        if isinstance(node, str):
-            size += len(node)
-            keys = [self._referenced_key(inner) for inner in interpolations(node)]
-            children = [self.measure(*self._find(path, key)) for key in keys if key is not None]
-            size += INTERPOLATION_SIZE * len(keys)
-            depth = INTERPOLATION_DEPTH if keys else 1
-        else:
-            children = [self.measure((*path, str(k)), child) for k, child in iter_children(node)]
-        size += sum(child_size for child_size, _ in children)
-        depth += max((child_depth for _, child_depth in children), default=0)
-        if size > MAX_EXPANDED_SIZE:
-            problem = f" would expand to more than {MAX_EXPANDED_SIZE:,} characters and values"
-            raise _ExpansionError(path, f"{problem} through its interpolations")
-        if depth > MAX_NESTING:
-            raise _ExpansionError(path, TOO_DEEP)
-        return size, depth
+    Args:
+        cost: In characters.
+        path: Key that is being resolved, for errors; OmegaConf adds it to errors of interpolations.
 
-    def _referenced_key(self, inner: str) -> str | None:
-        """Return the key whose value an interpolation inserts; None if it calls a resolver."""
-        resolver, colon, arguments = inner.partition(":")
-        if colon and "${" not in resolver:
-            is_key = resolver in KEY_RESOLVERS
-            return self._resolve_key(arguments.split(",")[0].strip(" '\"")) if is_key else None
-        return self._resolve_key(inner)
+    Raises:
+        LimitError: The budget is spent.
+    """
+    budget = _budget.get()
+    assert budget is not None
+    budget.left -= cost
+    if budget.left < 0:
+        raise _limit_error(f"would expand to more than {MAX_RESOLVED_SIZE:,} characters", path)
 
-    def _resolve_key(self, key: str) -> str:
-        """Resolve interpolations inside a key; their sizes have been checked before."""
-        if "${" not in key:
-            return key
-        try:
-            tree = parse(key)
-            return str(self.config.resolve_parse_tree(tree, node=self.config))
-        except (OmegaConfBaseException, ValueError, TypeError):
-            return key
 
-    def _find(self, path: KeyPath, reference: str) -> tuple[KeyPath, Any]:
-        """Return the path and the value that a reference at a path leads to."""
-        key = reference.strip().lstrip(".")
-        dots = len(reference.strip()) - len(key)
-        parent = path[: max(len(path) - dots, 0)] if dots else ()
-        target = (*parent, *(name for name in re.split(r"[.\[\]]+", key) if name))
-        node: Any = self.raw
-        for length, name in enumerate(target):
-            if isinstance(node, str):  # an interpolation; everything that it refers to counts
-                return target[:length], node
-            node = get_child(node, name)
-        return target, node
+def charge_value(value: Any, path: KeyPath) -> None:
+    """Take the cost of a resolved value, without what it contains, from the current budget.
+
+    Raises:
+        LimitError: The budget is spent, or the value is nested too deep.
+    """
+    if len(path) > MAX_NESTING:
+        raise _limit_error(f"is nested more than {MAX_NESTING} deep", path)
+    charge(VALUE_COST + (len(value) if isinstance(value, str) else 0), path)
+
+
+def charge_text(value: Any, path: KeyPath) -> None:
+    """Take the cost of a value that OmegaConf has yet to parse from the current budget.
+
+    Raises:
+        LimitError: The budget is spent, or the value is nested too deep.
+    """
+    charge_value(value, path)
+    if isinstance(value, str) and "${" in value:
+        charge(TEXT_COST * len(value), path)
+
+
+def _limit_error(problem: str, path: KeyPath) -> LimitError:
+    error = LimitError(f"{problem} through its interpolations")
+    error.full_key = dotted(path)
+    return error
+
+
+def _visit_limited(visitor: GrammarVisitor, context: Any) -> Any:
+    """Resolve one `${...}`, at any level of nesting."""
+    budget = _budget.get() or _Budget()
+    token = _budget.set(budget)
+    budget.depth += 1
+    try:
+        if budget.depth > MAX_INTERPOLATION_DEPTH:
+            raise _limit_error(f"is nested more than {MAX_INTERPOLATION_DEPTH} deep", ())
+        charge(INTERPOLATION_COST + PARSE_COST * (context.stop.stop - context.start.start))
+        value = _visit_unlimited(visitor, context)
+        charge(_size(value))
+        return value
+    finally:
+        budget.depth -= 1
+        _budget.reset(token)
+
+
+def _decode_limited(expr: str | None, _parent_: Container, _node_: Node) -> Any:
+    """Call the resolver `oc.decode`, whose parser is slow."""
+    charge(PARSE_COST * len(expr) if isinstance(expr, str) else 0)
+    return oc.decode(expr, _parent_, _node_)
+
+
+def _size(value: Any) -> int:
+    """Return the cost of a value and all that it contains."""
+    if isinstance(value, Node):
+        value = value._value()
+    if isinstance(value, dict):
+        return VALUE_COST + sum(_size(child) for child in value.values())
+    if isinstance(value, list):
+        return VALUE_COST + sum(map(_size, value))
+    return VALUE_COST + (len(value) if isinstance(value, str) else 0)
 
 
 def interpolations(text: str) -> Iterator[str]:
@@ -173,35 +232,3 @@ def interpolations(text: str) -> Iterator[str]:
             starts.append(match.end() if match[0] == "${" else -1)
         elif starts and (start := starts.pop()) >= 0:
             yield text[start : match.start()]
-
-
-def load_json(text: object, source: str) -> Any:
-    """Load plain values from a JSON text.
-
-    Args:
-        text: JSON text; any other type is an error.
-        source: File or key that contains the text, for errors.
-
-    Raises:
-        UserError: The text is not JSON, or deeper than any configuration or table.
-    """
-    if not isinstance(text, str):
-        raise UserError(f"{source} must be a JSON text, not {type(text).__name__}")
-    try:
-        return _check_plain(json.loads(text))
-    except RecursionError as error:
-        raise UserError(f"{source}: values nested more than {MAX_NESTING} deep") from error
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    except ValueError as error:
-        raise UserError(f"{source} is not JSON: {error}") from error
-
-
-def _check_plain(value: Any) -> Any:
-    """Return the value if it is not nested too deeply and all integers can be stored."""
-    for path, leaf in iter_leaves(value):
-        if len(path) >= MAX_NESTING:
-            raise UserError(f"nests values more than {MAX_NESTING} deep")
-        if isinstance(leaf, int) and leaf.bit_length() > MAX_INT_BITS:
-            raise UserError(f"contains an integer of more than {MAX_INT_BITS} bits")
-    return value

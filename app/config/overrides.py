@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -14,6 +15,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from app.config.limits import override_problem
+from app.config.resolvers import escape_interpolations
 from app.runtime.errors import ConfigError, ConfigIssue, did_you_mean, join_choices
 
 JobValues = dict[str, str]  # swept key -> value, as written in an override
@@ -101,7 +103,8 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
             parsed.append(replace(_parse(text), config_loader=loader))
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            issues.append(ConfigIssue(text, f" cannot be read as key=value: {reason}"))
+            hint = _quoting_hint(text)
+            issues.append(ConfigIssue(text, f" cannot be read as key=value: {reason}{hint}"))
     if issues:
         raise ConfigError(issues)
     return parsed
@@ -113,14 +116,40 @@ def _parse(text: str) -> Override:
     return override
 
 
+def _quoting_hint(text: str) -> str:
+    """Return how to type a value with special characters, if quoting it helps."""
+    key, equals, value = text.partition("=")
+    try:
+        _parse(f"{key}=1")
+    except HydraException:
+        return ""
+    typed = f"{key}={quote(value)}"
+    return f"; to use the value as it is, type {quote_for_shell(typed)}" if equals else ""
+
+
+def quote_for_shell(override: str) -> str:
+    """Quote an override for a POSIX shell, in double quotes if possible: it has single ones."""
+    if re.search(r"[!\n]", override):
+        return shlex.quote(override)
+    escaped = re.sub(r'(["$`\\])', r"\\\1", override)
+    return f'"{escaped}"'
+
+
 def raw_override(override: Override) -> str:
     """Return an override as it was written."""
     assert override.input_line is not None
     return override.input_line
 
 
+def is_overridden(key: str, overrides: Sequence[Override]) -> bool:
+    """Return whether an override sets the key, one of its parents or one of its children."""
+    keys = [override.key_or_group for override in overrides]
+    return any(f"{key}.".startswith(f"{other}.") or other.startswith(f"{key}.") for other in keys)
+
+
 def quote(text: str) -> str:
     """Quote a string so that Hydra reads it as it is."""
+    text = escape_interpolations(text)
     escaped = re.sub(r"(\\*)('|$)", lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
     return f"'{escaped}'"
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from app.config.nested import get_at, iter_children
-from app.config.secrets import find_secrets, redact
+from app.config.limits import LimitError, charge_value, resolution_budget
+from app.config.nested import KeyPath, dotted, get_at, iter_children
+from app.config.resolvers import absolute_path
+from app.config.secrets import (
+    hidden_secrets,
+    recorded_secrets,
+    redact,
+    transformed_secrets,
+)
 from app.config.types import MISSING, UNKNOWN
-from app.runtime.errors import ConfigIssue
+from app.runtime.errors import ConfigError, ConfigIssue
 
 PlainConfig = dict[str, Any]
+CIRCULAR_MESSAGES = ("Recursive interpolation detected", "Interpolation to parent node detected")
 # Keys of the current command, which a saved run does not decide.
 PER_COMMAND_KEYS = (
     "mode",
@@ -31,48 +41,106 @@ PER_COMMAND_KEYS = (
 
 
 def resolve(config: DictConfig) -> tuple[PlainConfig, list[ConfigIssue]]:
-    """Resolve all interpolations and make all paths absolute.
+    """Resolve all interpolations except those of Hydra's node, and make all paths absolute.
 
-    Values of secret environment variables stay unresolved, see `app.config.secrets`.
+    Secrets stay unresolved, see `app.config.secrets`.
 
     Returns:
-        The plain configuration, and an issue for each interpolation that cannot be resolved.
+        The plain configuration, and an issue for each interpolation that cannot be resolved, or
+        computes something from a secret.
+
+    Raises:
+        ConfigError: The resolved configuration would be too large or nested too deep.
     """
-    issues: list[ConfigIssue] = []
     names = [name for name in config if name != "hydra"]
-    plain = {str(name): _resolve_child(config, name, str(name), issues) for name in names}
-    _make_paths_absolute(plain)
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    secrets = find_secrets({name: value for name, value in raw.items() if name != "hydra"})
-    return redact(plain, secrets), issues
+    _, hidden, issues = resolve_twice(config, names)
+    _make_paths_absolute(hidden)
+    return hidden, issues
 
 
-def _resolve_child(parent: Any, name: Any, key: str, issues: list[ConfigIssue]) -> Any:
+def resolve_twice(
+    config: DictConfig, names: Sequence[Any]
+) -> tuple[PlainConfig, PlainConfig, list[ConfigIssue]]:
+    """Resolve keys with the values of secrets, and with references in their place.
+
+    Returns:
+        Both, and the issues.
+
+    Raises:
+        ConfigError: The resolved configuration would be too large or nested too deep.
+    """
+    with recorded_secrets() as secrets:
+        real, issues = _resolve_children(config, names)
+    if not secrets:
+        return real, real, issues
+    with hidden_secrets(secrets):
+        hidden, issues = _resolve_children(config, names)
+    transformed = list(transformed_secrets(real, hidden, secrets))
+    keys = [issue.key for issue in transformed]
+    others = [issue for issue in issues if issue.key not in keys]
+    return real, redact(hidden, secrets), [*others, *transformed]
+
+
+def _resolve_children(
+    config: DictConfig, names: Sequence[Any]
+) -> tuple[PlainConfig, list[ConfigIssue]]:
+    issues: list[ConfigIssue] = []
+    with resolution_budget():
+        return {str(n): _resolve_child(config, n, (str(n),), issues) for n in names}, issues
+
+
+def _resolve_child(parent: Any, name: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:
     if OmegaConf.is_missing(parent, name):
         return MISSING
     try:
         value = parent[name]
+    except LimitError as error:
+        error.full_key = dotted(path)
+        raise
     except InterpolationToMissingValueError:
         return UNKNOWN
     except OmegaConfBaseException as error:
-        issues.append(ConfigIssue(key, f" does not resolve: {str(error).splitlines()[0]}"))
+        reason = str(error).splitlines()[0]
+        if any(message in reason for message in CIRCULAR_MESSAGES):
+            problem = " refers to itself through its interpolations"
+            raise ConfigError([ConfigIssue(dotted(path), problem)]) from error
+        issues.append(ConfigIssue(dotted(path), f" does not resolve: {reason}"))
         return UNKNOWN
+    return _resolve_value(value, path, issues)
+
+
+def _resolve_value(value: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:
+    charge_value(value, path)
     if isinstance(value, DictConfig):
-        return {str(k): _resolve_child(value, k, f"{key}.{k!s}", issues) for k in value}
+        return {str(k): _resolve_child(value, k, (*path, str(k)), issues) for k in value}
     if isinstance(value, ListConfig):
-        return [_resolve_child(value, i, f"{key}.{i}", issues) for i in range(len(value))]
+        return [_resolve_child(value, i, (*path, i), issues) for i in range(len(value))]
+    if isinstance(value, dict):  # a resolver may return these, with configurations in them
+        return {str(k): _resolve_value(v, (*path, str(k)), issues) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve_value(v, (*path, i), issues) for i, v in enumerate(value)]
     return value
+
+
+@contextmanager
+def hydra_config(config: DictConfig) -> Iterator[None]:
+    """Let `${hydra:...}` read this configuration while the context is open."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def _make_paths_absolute(plain: PlainConfig) -> None:
     """Make the paths of the checkpoint and of the data absolute, in place."""
     if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = _absolute_path(plain["ckpt"])
+        plain["ckpt"] = absolute_path(plain["ckpt"])
     data = plain.get("data")
     if isinstance(data, dict):
         if isinstance(data.get("path"), str) and _exists(data["path"]):
-            data["path"] = _absolute_path(data["path"])
+            data["path"] = absolute_path(data["path"])
         _make_source_paths_absolute(data.get("source"))
 
 
@@ -81,13 +149,9 @@ def _make_source_paths_absolute(node: Any) -> None:
         # A path that does not exist may be a name on a hub; a root may be a folder to create.
         is_path = name == "root" or (name == "path" and isinstance(value, str) and _exists(value))
         if is_path and isinstance(value, str) and value != MISSING:
-            node[name] = _absolute_path(value)
+            node[name] = absolute_path(value)
         else:
             _make_source_paths_absolute(value)
-
-
-def _absolute_path(text: str) -> str:
-    return str(Path(text).expanduser().absolute())
 
 
 def _exists(text: str) -> bool:

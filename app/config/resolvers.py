@@ -2,27 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.basecontainer import BaseContainer
+
+SECRET_PREFIX = "${oc.env:"  # of what stands for a secret; see `app.config.secrets`
+
+MAX_NAME_BYTES = 200  # of a run; the folder also has the time, and file systems allow 255
 
 
 def register() -> None:
     """Register the resolvers with OmegaConf. Calling it again has no effect."""
     OmegaConf.register_new_resolver("or", _first_not_none, replace=True)
-    OmegaConf.register_new_resolver("path", _absolute_path, replace=True)
+    OmegaConf.register_new_resolver("path", absolute_path, replace=True)
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+
+
+@contextmanager
+def replaced_resolver(name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Replace a resolver of OmegaConf while the context is open."""
+    original = BaseContainer._resolvers[name]
+    OmegaConf.register_new_resolver(name, function, replace=True)
+    try:
+        yield
+    finally:
+        BaseContainer._resolvers[name] = original
 
 
 def _first_not_none(*values: object) -> object:
     return next((value for value in values if value is not None), None)
 
 
-def _absolute_path(text: str) -> str:
-    """Make a path absolute, relative to the working directory."""
+def absolute_path(text: str) -> str:
+    """Make a path absolute, except one that a secret variable names."""
+    if text.startswith(SECRET_PREFIX):
+        return text
     return str(Path(text).expanduser().absolute())
 
 
@@ -34,15 +55,26 @@ def _image_part(shape: Sequence[int], index: int) -> int | None:
 def _run_name(mode: str, ckpt: object, model: str, data: str) -> str:
     """Return `alexnet_mnist`, or `test_alexnet_mnist` named after the run of the checkpoint."""
     if not isinstance(ckpt, str):  # None, or a type that is refused later
-        return f"{model}_{data}"
+        return _safe_name(f"{model}_{data}")
     path = Path(ckpt)
     folder = path.parent.parent if path.parent.name == "checkpoints" else path
-    return f"{mode}_{folder.stem.partition('_')[2] or folder.stem}"
+    return _safe_name(f"{mode}_{folder.stem.partition('_')[2] or folder.stem}")
+
+
+def _safe_name(text: str) -> str:
+    """Replace the characters that the name of a run cannot have, and shorten it."""
+    safe = re.sub(r"[^\w.+=,-]+", "-", text)
+    return safe.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
 
 
 def _run_folder(resume: object, new_folder: str) -> str:
     """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one."""
     if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
         return new_folder
-    path = Path(_absolute_path(resume))
+    path = Path(absolute_path(resume))
     return str(path.parent.parent if path.suffix == ".safetensors" else path)
+
+
+def escape_interpolations(text: str) -> str:
+    """Return a text that OmegaConf resolves to the given one."""
+    return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", text)

@@ -17,10 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config import resolvers
-from app.config.limits import expansion_issues
+from app.config.limits import charge_text, resolution_budget
 from app.config.nested import dotted, iter_leaves, map_strings, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
-from app.config.secrets import find_secrets, redact_values
+from app.config.secrets import redact_values, referenced_secrets
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 SavedConfig = dict[str, Any]  # JSON values
@@ -43,7 +43,7 @@ def half_resolve(config: DictConfig, plain: PlainConfig) -> SavedConfig:
         plain: The same, resolved.
     """
     raw = OmegaConf.to_container(config, resolve=False)
-    saved: SavedConfig = _keep_references(raw, plain, find_secrets(raw))
+    saved: SavedConfig = _keep_references(raw, plain, referenced_secrets(plain))
     return saved
 
 
@@ -104,13 +104,14 @@ def resolve_saved(saved: SavedConfig) -> PlainConfig:
         ConfigError: A reference does not resolve, or the result would be too large.
     """
     resolvers.register()  # a rank that resumes has composed no configuration
+    with resolution_budget():
+        for path, leaf in iter_leaves(saved):
+            charge_text(leaf, path)
     try:
         config = OmegaConf.create(map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise ConfigError([ConfigIssue("", str(error).splitlines()[0])]) from error
-    issues = list(expansion_issues(config))
-    if not issues:
-        plain, issues = resolve(config)
+    plain, issues = resolve(config)
     if issues:
         raise ConfigError(issues)
     resolved: PlainConfig = map_strings(lambda text: text.replace(QUOTE, "${"), plain)

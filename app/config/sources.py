@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from app.config.allowlist import TRUSTED_TARGETS_VARIABLE, is_trusted, trusted_from_environment
 from app.config.limits import MAX_FILE_BYTES, yaml_problem
 from app.runtime.errors import ConfigError, ConfigIssue
+from app.runtime.small_files import read_small_file
 
 TRUSTED_PACKAGES = ("hydra.conf", "hydra_plugins")
 
@@ -60,10 +61,9 @@ class FileConfigSource(file_config_source.FileConfigSource):
 
 
 def _problem(path: Path) -> str | None:
-    size = path.stat().st_size
-    if size > MAX_FILE_BYTES:
-        return f"it has {size:,} bytes; allowed: {MAX_FILE_BYTES:,}"
-    return yaml_problem(path.read_text(encoding="utf-8"))
+    target = path.resolve()  # links may lead anywhere
+    text = read_small_file(target.parent, target.name, MAX_FILE_BYTES)
+    return None if text is None else yaml_problem(text)
 
 
 class ImportlibResourcesConfigSource(  # Hydra compares the names of sources of one scheme

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, cast
 
-from app.config.limits import MAX_INT_BITS
 from app.config.nested import KeyPath, dotted, get_at, iter_children, iter_leaves, shorten
-from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
+from app.runtime.errors import ConfigIssue, UserError, did_you_mean, join_choices
+from app.runtime.small_files import MAX_INT_BITS
 
 T = TypeVar("T")
 Schema = dict[str, Any]  # JSON schema
@@ -26,6 +27,7 @@ TYPE_NAMES = {
     "null": "null",
     "object": "a group of keys",
 }
+READ_FIELDS = {"strict": True, "extra": "ignore"}  # pydantic's options for the content of files
 BOUND_NAMES = {
     "minimum": "of at least",
     "exclusiveMinimum": "above",
@@ -42,6 +44,26 @@ def to_dataclass(value: Any, cls: type[T]) -> T:
     """
     # From Python values, strict validation accepts only instances of the dataclass.
     return cast("T", _adapter(cast("type", cls)).validate_json(json.dumps(value, default=repr)))
+
+
+def parse_content(content: dict[str, Any], cls: type[T], source: Path) -> T:
+    """Convert the content of a file to a dataclass.
+
+    Args:
+        content: Plain values.
+        cls: The dataclass; it may ignore additional keys.
+        source: The file, for errors.
+
+    Raises:
+        UserError: A value is not of the type that the dataclass declares.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return to_dataclass(content, cls)
+    except ValidationError as error:
+        issue = next(iter_issues("", content, cls), error.errors()[0]["msg"])
+        raise UserError(f"{source} is damaged: {issue}") from error
 
 
 @cache

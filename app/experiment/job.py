@@ -18,12 +18,19 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
-from app.config.limits import MAX_FILE_BYTES, load_json
+from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
-from app.config.saved import SavedConfig, check_saved, half_resolve, resolve_saved
+from app.config.saved import (
+    LITERAL_START,
+    QUOTE,
+    SavedConfig,
+    check_saved,
+    half_resolve,
+    resolve_saved,
+)
 from app.config.schema import AUTO, Change, Job
 from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
@@ -31,6 +38,7 @@ from app.config.validate import validate
 from app.experiment.data_facts import read_data, with_data_facts
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import read_status, write_text
+from app.runtime.small_files import parse_json, read_small_file
 from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
 
@@ -104,7 +112,10 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     if ckpt is not None:
         value = AUTO if Path(ckpt).name == START_CONFIG else ckpt
         saved, differences = apply_overrides_to_saved(
-            _saved_config(key, ckpt), saved | {key: value}, overrides, resumes=key == "resume"
+            _saved_config(key, ckpt),
+            saved | {key: LITERAL_START.sub(QUOTE, value)},
+            overrides,
+            resumes=key == "resume",
         )
         plain = resolve_saved(saved)
         check_targets_allowed(ckpt, plain, trusted)
@@ -176,7 +187,8 @@ def _iter_path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         parent: Any = plain.get(group) if group else plain
         value = parent.get(name) if isinstance(parent, dict) else None
         if value is not None and (not isinstance(value, str) or value == ""):
-            yield ConfigIssue(key, f"={value!r}: allowed: {allowed}")
+            hint = "" if value == "" else f"; quote a name that is no plain word: \"{key}='...'\""
+            yield ConfigIssue(key, f"={value!r}: allowed: {allowed}{hint}")
             parent[name] = UNKNOWN
 
 
@@ -186,7 +198,11 @@ def resolve_folder(composed: DictConfig, key: str) -> Path:
     Raises:
         ConfigError: The key has no value or does not resolve.
     """
-    return Path(str(hydra_value(composed, key))).absolute()
+    folder = str(hydra_value(composed, key))
+    if "${" in folder:  # Hydra would interpolate it again
+        problem = f"={folder!r}: the folder of a run cannot have '${{' in its path; rename it"
+        raise ConfigError([ConfigIssue(key, problem)])
+    return Path(folder).absolute()
 
 
 def hydra_value(composed: DictConfig, key: str) -> Any:
@@ -315,9 +331,8 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
 
 
 def _read_start(file: Path) -> SavedConfig:
-    if file.stat().st_size > MAX_FILE_BYTES:
-        raise UserError(f"{file} has more than {MAX_FILE_BYTES:,} bytes")
-    saved = load_json(file.read_text(errors="replace"), str(file))
+    text = read_small_file(file.parent, file.name, MAX_FILE_BYTES)
+    saved = parse_json(text or "", f"{file} is damaged")
     if not isinstance(saved, dict):
         raise UserError(f"{file} is damaged: it does not contain a JSON object")
     return saved

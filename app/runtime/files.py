@@ -13,9 +13,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from app.runtime.errors import StorageError, UserError, as_storage_error, describe_read_error
+from app.runtime.errors import StorageError, UserError, as_storage_error
 from app.runtime.fault_injection import maybe_crash
 from app.runtime.folders import make_folder
+from app.runtime.small_files import read_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,8 +45,9 @@ def atomic_write(
     temp_file, size = path.with_name(f".{path.name}{TEMP_SUFFIX}"), 0
     try:
         make_folder(path.parent)
+        temp_file.unlink(missing_ok=True)
         try:
-            with temp_file.open("wb") as file:
+            with temp_file.open("xb") as file:  # never through a link of that name
                 maybe_crash("opened", path.name)
                 write(file)
                 size = file.tell()
@@ -150,29 +152,10 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(_nonfinite_to_none(content), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file, or an empty dict if the file does not exist.
-
-    Raises:
-        UserError: The file is damaged or cannot be read.
-    """
-    try:
-        if not path.exists():
-            return {}
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(describe_read_error(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it does not contain a JSON object")
-    return content
-
-
 def read_status(folder: Path) -> dict[str, Any]:
     """Return the `status.json` of a run; log a warning and return an empty dict if damaged."""
     try:
-        return read_json(folder / "status.json")
+        return read_json(folder, "status.json")
     except UserError as error:
         log.warning("%s; it will be overwritten", error)
         return {}

@@ -13,8 +13,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from app.runtime.errors import StorageError, UserError, as_user_error
-from app.runtime.files import read_json, write_json
+from app.runtime.files import write_json
 from app.runtime.folders import held_folder, make_folder
+from app.runtime.small_files import describe_special_file, read_json
 
 log = logging.getLogger(__name__)
 RUN_SUBFOLDERS = (
@@ -25,8 +26,10 @@ RUN_SUBFOLDERS = (
     "predictions",
     ".hydra",
     "tensorboard",
+    ".sweep",
 )
 LOCK_FILE, OWNER_FILE = ".lock", ".owner.json"
+OWNER_FIELDS = ("host", "process", "since")
 
 
 class FolderInUseError(UserError):
@@ -41,11 +44,11 @@ def run_lock(folder: Path) -> Iterator[None]:
         FolderInUseError: Another process holds it; the message names the owner.
         StorageError: The folder is not writable, or was deleted or moved; see `held_folder`.
     """
-    refuse_symlinks(folder)
+    refuse_special_files(folder)
     with file_lock(folder / LOCK_FILE, in_use=lambda: _in_use_error(folder)):
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        owner = {"host": platform.node(), "process": os.getpid(), "since": now}
-        write_json(folder / OWNER_FILE, owner)
+        owner = zip(OWNER_FIELDS, (platform.node(), os.getpid(), now), strict=True)
+        write_json(folder / OWNER_FILE, dict(owner))
         with held_folder(folder):
             yield
 
@@ -56,7 +59,7 @@ def check_unlocked(folder: Path) -> None:
     Raises:
         FolderInUseError: A process holds it.
     """
-    refuse_symlinks(folder)
+    refuse_special_files(folder)
     if (folder / LOCK_FILE).exists():
         with file_lock(folder / LOCK_FILE, in_use=lambda: _in_use_error(folder)):
             pass
@@ -96,8 +99,9 @@ def file_lock(path: Path, in_use: Callable[[], Exception] | None = None) -> Iter
 
 
 def _in_use_error(folder: Path) -> FolderInUseError:
-    owner = read_json(folder / OWNER_FILE)
-    holder = ", ".join(f"{name} {value}" for name, value in owner.items()) or "another process"
+    owner = read_json(folder, OWNER_FILE)
+    known = {name: owner[name] for name in OWNER_FIELDS if isinstance(owner.get(name), (str, int))}
+    holder = ", ".join(f"{name} {value}" for name, value in known.items()) or "another process"
     return FolderInUseError(
         f"{folder} is in use by another run ({holder}); wait until it has ended, or choose "
         "another folder"
@@ -105,17 +109,20 @@ def _in_use_error(folder: Path) -> FolderInUseError:
 
 
 @as_user_error()
-def refuse_symlinks(folder: Path) -> None:
-    """Check that a run folder has no symbolic links, through which files outside would be written.
+def refuse_special_files(folder: Path) -> None:
+    """Check that a run folder has only regular files and folders where a run writes.
+
+    Through a symbolic link, files outside would be written; opening a FIFO would wait forever.
 
     Raises:
-        UserError: There is a link, or the folder cannot be read.
+        UserError: There is another kind of file, or the folder cannot be read.
     """
     subfolders = [folder / name for name in RUN_SUBFOLDERS if not (folder / name).is_symlink()]
     places = [path for path in (folder, *subfolders) if path.is_dir()]
     for path in (path for place in places for path in place.iterdir()):
-        if path.is_symlink() and path.name != "wandb":
+        special = describe_special_file(path)
+        if special not in (None, "a folder") and path.name != "wandb":
             raise UserError(
-                f"{path} is a symbolic link, and runs never write through symbolic links; replace "
-                "it with the file or folder that it points to"
+                f"{path} is {special}, which runs do not write through; replace it with a regular "
+                "file or folder"
             )

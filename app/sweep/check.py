@@ -16,11 +16,13 @@ from app.config.compose import Composer
 from app.config.instantiate import iter_node_issues
 from app.config.overrides import grid_issues, parse_overrides
 from app.config.resolve import resolve
+from app.config.schema import Job
 from app.config.types import iter_issues
 from app.experiment.job import make_job, resolve_folder
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import SweepFolder, config_sources
 from app.sweep.launchers import BASIC_LAUNCHER, POOL_LAUNCHER
+from app.sweep.launchers.options import iter_option_issues
 from app.sweep.launchers.slots import make_slots
 from app.sweep.resume import STORAGE_KEY, iter_trust_issues
 from app.sweep.search_options import (
@@ -46,6 +48,16 @@ def check_resume_is_multirun(composer: Composer) -> None:
     if path not in ("", "null") and not composer.is_sweep:
         command = f"python -m app -m {shlex.quote(f'sweep.resume={path}')}"
         raise ConfigError([ConfigIssue("sweep.resume", f"={path} also needs -m: {command}")])
+
+
+def check_trial_is_unset(job: Job) -> None:
+    """Check that no file or command names the study of a trial, which is a database to open.
+
+    Raises:
+        ConfigError: `sweep.trial` is set.
+    """
+    if job.config.sweep.trial is not None:
+        raise ConfigError([ConfigIssue("sweep.trial", " is set by the Optuna sweeper only")])
 
 
 def check_sweep(composer: Composer, first: DictConfig, is_standalone: bool) -> None:
@@ -75,6 +87,8 @@ def check_sweep(composer: Composer, first: DictConfig, is_standalone: bool) -> N
         issues.append(ConfigIssue("hydra/launcher", problem))
     if launcher._target_ == POOL_LAUNCHER:
         issues += _pool_issues(first)
+    elif launcher._target_ != BASIC_LAUNCHER:
+        issues += iter_option_issues(launcher, parse_overrides(composer.overrides))
     if first.sweep.resume is not None:
         issues += _resume_issues(composer, first)
     if issues:
@@ -138,7 +152,8 @@ def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:
-    for override in first.hydra.overrides.hydra:
+    overrides: Any = OmegaConf.to_container(first.hydra.overrides.hydra, resolve=False)
+    for override in overrides:
         if override.partition("=")[0].lstrip("+") == "hydra.sweep.subdir":
             problem = ": this sweeper names the job folders itself; hydra/sweeper=basic does not"
             yield ConfigIssue(override, problem)

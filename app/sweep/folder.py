@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,48 @@ from hydra.core.config_loader import ConfigLoader
 from app.config.compose import SafeConfigLoader
 from app.config.overrides import JobValues
 from app.config.resolve import PER_COMMAND_KEYS
+from app.config.schema import NonNegative
+from app.config.types import READ_FIELDS, parse_content
+from app.config.yaml_files import read_yaml
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
-from app.runtime.files import read_json, write_json, write_text
+from app.runtime.files import write_json, write_text
 from app.runtime.lock import FolderInUseError, file_lock
+from app.runtime.small_files import describe_special_file, read_json, read_small_file
 from app.sweep.job import SweepJob, new_job, values_hash
 
 SWEEP_FORMAT = 2  # version of `sweep.json`
 STATE_FOLDER = ".sweep"
+MAX_OVERRIDE_TEXT = 30_000  # characters of all overrides of a sweep, which Hydra parses slowly
 STOP_RUNNING_JOBS = "now"  # content of the file `stopped` if running jobs should stop, too
 FILE_SCHEME = "file://"
 FROZEN_PROVIDERS = ("main", "command-line")  # of Hydra's search path: --config-path, --config-dir
+
+
+@dataclass(frozen=True)
+class JobEntry:
+    """A job in `sweep.json`; see `SweepJob`."""
+
+    __pydantic_config__ = READ_FIELDS
+
+    number: NonNegative
+    values: JobValues
+    folder: str
+    failures: NonNegative = 0
+    retry_of: NonNegative | None = None
+
+
+@dataclass(frozen=True)
+class SweepFile:
+    """Content of `sweep.json`."""
+
+    __pydantic_config__ = READ_FIELDS
+
+    format: int
+    words: list[str]
+    study: dict[str, Any] | None
+    jobs: list[JobEntry]
+    config_name: str | None = None  # not in format 1
+    working_folder: str | None = None
 
 
 class SweepFolder:
@@ -58,18 +92,22 @@ class SweepFolder:
 
     def _read(self) -> None:
         file = self.state_folder / "sweep.json"
-        content = read_json(file)
-        try:
-            _check_format(file, content["format"])
-            self.overrides, self.study = content["words"], content["study"]
-            self.config_name = content.get("config_name", self.config_name)
-            self.working_folder = content.get("working_folder", self.working_folder)
-            self.jobs = [SweepJob.from_json(job) for job in content["jobs"]]
-            invalid = [job.folder for job in self.jobs if not re.match(r"\w[^/\\]*$", job.folder)]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{file} is damaged: {error!r}") from error
-        if invalid:
-            raise UserError(f"{file} is damaged: {invalid[0]!r} is not the name of a job folder")
+        content = read_json(self.path, f"{STATE_FOLDER}/{file.name}")
+        _check_format(file, content.get("format"))
+        found = parse_content(content, SweepFile, file)
+        self.overrides, self.study = found.words, found.study
+        self.config_name = found.config_name or self.config_name
+        self.working_folder = found.working_folder or self.working_folder
+        self.jobs = [SweepJob(**asdict(entry)) for entry in found.jobs]
+        if sum(map(len, self.overrides)) > MAX_OVERRIDE_TEXT:
+            raise UserError(f"{file} has overrides of more than {MAX_OVERRIDE_TEXT:,} characters")
+        for job in self.jobs:
+            if not re.fullmatch(r"\w[^/\\]*", job.folder):
+                problem = f"{job.folder!r} is not the name of a job folder"
+                raise UserError(f"{file} is damaged: {problem}")
+            special = describe_special_file(self.run_folder(job))
+            if special not in (None, "a folder"):
+                raise UserError(f"{self.run_folder(job)} is {special}, not a run folder")
 
     def save(self) -> None:
         """Replace `sweep.json`."""
@@ -138,7 +176,8 @@ class SweepFolder:
     @property
     def stops_running_jobs(self) -> bool:
         """Whether running jobs should save and stop, too."""
-        return self.is_stopped and self._stop_file.read_text() == STOP_RUNNING_JOBS
+        content = read_small_file(self.path, f"{STATE_FOLDER}/{self._stop_file.name}")
+        return content == STOP_RUNNING_JOBS
 
     def stop(self, running_jobs: bool = False) -> None:
         """Let no further job start in any process, and maybe ask running jobs to stop, too."""
@@ -151,8 +190,11 @@ class SweepFolder:
 
     def storage_name(self, storage: str) -> str:
         """Return the storage of a study: a file of this folder for `sqlite` and `journal`."""
+        database = str(self.state_folder / "optuna.db")
+        if "?" in database:  # where options begin; SQLAlchemy and SQLite each unquote once
+            database = f"file:{urllib.parse.quote(urllib.parse.quote(database))}?uri=true"
         names = {
-            "sqlite": f"sqlite:///{self.state_folder / 'optuna.db'}",
+            "sqlite": f"sqlite:///{database}",
             "journal": f"journal:{self.state_folder / 'optuna.log'}",
         }
         return names.get(storage, storage)
@@ -168,7 +210,7 @@ class SweepFolder:
 
     def read_base(self) -> dict[str, Any]:
         """Return the saved configuration that all jobs share."""
-        base: dict[str, Any] = yaml.safe_load((self.state_folder / "base.yaml").read_text())
+        base: dict[str, Any] = read_yaml(self.path, f"{STATE_FOLDER}/base.yaml", dict)
         return base
 
     def freeze(self, loader: ConfigLoader) -> None:
@@ -187,7 +229,12 @@ class SweepFolder:
         return str(folder) if provider in FROZEN_PROVIDERS and folder.is_dir() else None
 
     def frozen_loader(self, loader: ConfigLoader) -> ConfigLoader:
-        """Return a loader that reads the copied configuration files."""
+        """Return a loader that reads the copied configuration files.
+
+        Raises:
+            UserError: One of them is not a regular file.
+        """
+        _check_regular_files(self.state_folder / "conf")
         search_path = ConfigSearchPathImpl()
         for provider, path in config_sources(loader):
             copied = self.frozen_conf(provider)
@@ -195,13 +242,24 @@ class SweepFolder:
         return SafeConfigLoader(config_search_path=search_path)
 
 
-def _check_format(file: Path, version: int) -> None:
+def _check_regular_files(folder: Path) -> None:
+    waiting = [folder] if folder.is_dir() else []
+    while waiting:
+        for path in waiting.pop().iterdir():
+            special = describe_special_file(path)
+            if special == "a folder":
+                waiting.append(path)
+            elif special is not None:
+                raise UserError(f"{path} is {special}; allowed: a regular file")
+
+
+def _check_format(file: Path, version: object) -> None:
     """Check that this version of the program can read `sweep.json`.
 
     Raises:
         UserError: A newer version has written it.
     """
-    if version > SWEEP_FORMAT:
+    if isinstance(version, int) and version > SWEEP_FORMAT:
         raise UserError(
             f"{file} has format {version}, but this version of the program reads formats up to "
             f"{SWEEP_FORMAT}; use a newer version"

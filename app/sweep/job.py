@@ -32,23 +32,6 @@ class SweepJob:
     failures: int = 0
     retry_of: int | None = None
 
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> SweepJob:
-        """Build a job from its entry in `sweep.json`.
-
-        Raises:
-            TypeError: The entry has other fields, or values of other types.
-        """
-        fields = {key: value for key, value in content.items() if key != "words"}  # of format 1
-        job = cls(**fields)
-        numbers = (job.number, job.failures, 0 if job.retry_of is None else job.retry_of)
-        texts = (job.folder, *job.values, *job.values.values())
-        wrong: list[object] = [n for n in numbers if type(n) is not int or n < 0]
-        wrong += [text for text in texts if type(text) is not str]
-        if wrong:
-            raise TypeError(f"job {job.number!r} has {wrong[0]!r}")
-        return job
-
     def to_json(self) -> dict[str, Any]:
         """Return the job's entry in `sweep.json`."""
         return asdict(self)

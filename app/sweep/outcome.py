@@ -5,16 +5,48 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from app.config.schema import MonitorConfig
+from app.config.types import READ_FIELDS, parse_content
 from app.distributed.launch.failures import RankFailure, record_rank_failure
 from app.distributed.launch.worker import FILE_FORMAT
 from app.runtime.errors import UserError
-from app.runtime.files import read_json
+from app.runtime.small_files import read_csv, read_json
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
-DIVERGED = "diverged"
+DIVERGED, DAMAGED = "diverged", "damaged"  # only the table of a report has `damaged`
 FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # nothing is left to do
+
+
+Scalar = int | float | str | None
+
+
+@dataclass(frozen=True)
+class StatusFile:
+    """The fields of `status.json` that sweeps and reports read."""
+
+    __pydantic_config__ = READ_FIELDS
+
+    status: str
+    error: str | None = None
+    seconds: float | None = None
+    best: BestValue | None = None
+    goal: MonitorConfig | None = None
+    metrics: dict[str, dict[str, Scalar]] | None = None
+    peak_memory_bytes: int | None = None
+    peak_device_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class BestValue:
+    """The best value of the goal, and its epoch."""
+
+    value: float | None
+    epoch: int
 
 
 @dataclass(frozen=True)
@@ -45,13 +77,32 @@ def read_run_status(folder: Path) -> RunStatus:
     Raises:
         UserError: `status.json` is damaged.
     """
-    content = read_json(folder / "status.json")
+    content = read_json(folder, "status.json")
     if not content:
         return RunStatus()
-    best, status = content.get("best") or {}, content.get("status")
-    if not isinstance(status, str) or not isinstance(best, dict):
-        raise UserError(f"{folder / 'status.json'} is damaged: it has no valid status")
-    return RunStatus(status, best.get("value"), content.get("error"), content)
+    found = parse_content(content, StatusFile, folder / "status.json")
+    value = found.best.value if found.best else None
+    return RunStatus(found.status, value, found.error, content)
+
+
+def read_history(folder: Path) -> pd.DataFrame:
+    """Return the summary table of a run: a row per finished stage, with numbers but for `stage`.
+
+    Raises:
+        UserError: `summary_table.csv` cannot be read or is damaged.
+    """
+    import pandas as pd
+
+    table = read_csv(folder, "summary_table.csv")
+    if table.empty:
+        return pd.DataFrame(columns=["epoch", "stage"])
+    numeric = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
+    others = sorted({"epoch", "stage", *table.columns} - {*numeric, "stage"})
+    if others or "stage" not in table:
+        column = others[0] if others else "stage"
+        problem = "there is no" if column not in table else "there is text in the"
+        raise UserError(f"{folder / 'summary_table.csv'} is damaged: {problem} column {column!r}")
+    return table
 
 
 def record_failure(folder: Path, failure: RankFailure, write_log: bool = True) -> None:

@@ -15,6 +15,7 @@ from app.config.overrides import parse_overrides, quote, raw_override
 from app.config.resolve import cli_trusted
 from app.runtime.errors import ConfigError, ConfigIssue, as_user_error
 from app.sweep.folder import FROZEN_PROVIDERS, SweepFolder
+from app.sweep.launchers.options import has_unsafe_option
 
 TRUST_KEY, STORAGE_KEY = "trusted_targets", "hydra.sweeper.storage"
 RESTRICTED_KEYS = (  # take effect from the command line only, as do the keys above and below them
@@ -55,7 +56,7 @@ def use_saved_command(args: argparse.Namespace) -> None:
     if not (is_forced or args.config_path or args.config_dir or args.config_name):
         args.config_path, args.config_dir = map(folder.frozen_conf, FROZEN_PROVIDERS)
         args.config_name = folder.config_name
-    if all(key.startswith(UNCHANGING_KEYS) for key in typed):
+    if all(key.lstrip("+~").startswith(UNCHANGING_KEYS) for key in typed):
         if issues := list(iter_trust_issues(folder, args.overrides)):
             raise ConfigError(issues)
         # With a new launcher, the options of the saved one no longer apply.
@@ -93,7 +94,8 @@ def iter_trust_issues(folder: SweepFolder, cli_overrides: Sequence[str]) -> Iter
     trusted = [*cli_trusted(typed), *trusted_from_environment()]
     for override in parse_overrides(folder.overrides):
         text = raw_override(override)
-        if text in cli_overrides or not is_related(override.key_or_group, RESTRICTED_KEYS):
+        is_restricted = is_related(override.key_or_group, RESTRICTED_KEYS)
+        if text in cli_overrides or not (is_restricted or has_unsafe_option(override)):
             continue
         names = cli_trusted([override])
         if override.key_or_group != TRUST_KEY or not all(is_trusted(n, trusted) for n in names):

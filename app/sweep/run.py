@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.config_loader import ConfigLoader
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from app.config.overrides import SweepSpace, parse_space
-from app.config.resolve import resolve
+from app.config.resolve import hydra_config, resolve
 from app.runtime.errors import StorageError, UserError
+from app.runtime.escaping import print_error
 from app.runtime.folders import held_folder
 from app.runtime.signals import (
     EXIT_FAILURE,
@@ -70,7 +70,7 @@ def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
             with sweep_logging(folder):
                 code = _run(sweep, folder, make_source)
     except UserError as error:
-        sys.stderr.write(f"{error}\n")
+        print_error(error)
         sys.exit(error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR)
     if code:
         sys.exit(code)
@@ -129,12 +129,8 @@ def _prepare_folder(sweep: Sweep, folder: SweepFolder) -> tuple[ConfigLoader, Sw
 
 def shared_config(config: DictConfig) -> dict[str, Any]:
     """Return the resolved configuration that all jobs share."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
+    with hydra_config(config):
         return resolve(config)[0]
-    finally:
-        HydraConfig.instance().cfg = before
 
 
 def overrides_to_save(config: DictConfig) -> list[str]:

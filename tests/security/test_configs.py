@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from app.config.limits import MAX_NESTING
+from app.config.limits import MAX_INTERPOLATION_DEPTH
 from app.runtime.errors import ConfigError
 from tests.support.runs import RunResult, config_issues
 from tests.support.sweeps import RunSweep, sweep_folder, sweep_runner
@@ -233,14 +233,12 @@ def test_experimental_rerun_is_refused(app: Callable[..., RunResult]) -> None:
 BILLION_LAUGHS = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10)
 )
-DOUBLES = "".join(f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(60)) + "x60: ha\n"
+DOUBLES = "".join(f"x{n}: '{f'${{x{n + 1}}}' * 8}'\n" for n in range(12)) + "x12: ha\n"
 LISTS = "x9: []\n" + "".join(f"x{n}: [" + f"'${{x{n + 1}}}'," * 10 + "]\n" for n in range(9))
 THROUGH = "a0: {b: ha}\n" + "".join(
     f"x{n}: '${{a{n - 1}}}'\na{n}: {{b: '${{x{n}.b}}${{x{n}.b}}'}}\n" for n in range(1, 60)
 )
-KEYS = "one: a\nx0: '${t.${one}}${t.${one}}'\nt: {a: '${x1}'}\n" + "".join(
-    f"x{n}: '${{x{n + 1}}}${{x{n + 1}}}'\n" for n in range(1, 60)
-)
+KEYS = "one: a\nx0: '${t.${one}}${t.${one}}'\nt: {a: '${x1}'}\n" + DOUBLES.partition("\n")[2]
 TOO_LARGE = {
     "billion laughs": (BILLION_LAUGHS, "contains more than 20,000 values"),
     "deep": ("x: " + "[" * 500 + "]" * 500, "lists and groups more than 64 deep"),
@@ -267,7 +265,7 @@ TOO_LARGE = {
     "cycle of relatives": ("x: {y: {z: '${..y}'}}", "refers to itself through its interpolations"),
     "chain": (
         "".join(f"x{n}: '${{x{n + 1}}}'\n" for n in range(500)) + "x500: 1\n",
-        f"is nested more than {MAX_NESTING} deep through its interpolations",
+        f"is nested more than {MAX_INTERPOLATION_DEPTH} deep through its interpolations",
     ),
 }
 

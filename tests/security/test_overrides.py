@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import chdir
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import CONF, open_composer
 from app.runtime.errors import UserError
+from tests.support.runs import RunResult
 
 SHORT = settings(
     max_examples=25,
@@ -145,6 +146,28 @@ def check_file(marker_dir: Path, file: tuple[str, str]) -> None:
         selection = [f"{group}={option}"] if group in GROUPS else []
         flags = ["--config-path", folder] if name == "config.yaml" else ["--config-dir", folder]
         check_preflight(marker_dir, *flags, *selection)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("-m", "seed=0", "hydra.sweep.subdir=${hydra.job.num}"),
+            "hydra.sweep.subdir=${hydra.job.num}: this sweeper names the job folders itself",
+        ),
+        (
+            ("hydra.job_logging.handlers.file.filename=${hydra.run.dir}.${hydra.job.id}",),
+            "hydra.job_logging.handlers.file.filename does not resolve: ",
+        ),
+    ],
+)
+def test_command_with_value_that_only_a_sweep_job_has_is_refused_in_one_line(
+    app: Callable[..., RunResult], arguments: tuple[str, ...], message: str
+) -> None:
+    ran = app(*arguments, "model=mlp")
+    assert ran.code == 2
+    assert message in ran.err
+    assert "Traceback" not in ran.err
 
 
 @SHORT

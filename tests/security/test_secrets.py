@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.utils import get_args_parser
+from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError
 
-from app.config.secrets import looks_secret
+from app.config import resolvers
+from app.config.compose import compositions
+from app.config.limits import limited_interpolations
+from app.config.resolve import resolve
+from app.config.saved import half_resolve, resolve_saved
+from app.config.secrets import looks_secret, redact_text, reveal_text
 from app.distributed.launch.failures import RankFailure
 from app.runtime.errors import ConfigError
 from app.training.checkpoint.checkpoint import load_checkpoint
@@ -20,7 +30,7 @@ from app.training.events import Callback
 
 
 class Tracker(Callback):
-    def __init__(self, api, url, config, folder):
+    def __init__(self, api, url, suffix, config, folder):
         with open("calls.txt", "a") as file:
             file.write(f"{api} {url} {'@' in str(config)} ")
         self.message = f"{api} is wrong"
@@ -32,7 +42,8 @@ class Tracker(Callback):
 """
 OVERRIDES = (
     *("+callbacks.tracker._target_=tracker.Tracker", "trusted_targets=[tracker]"),
-    *("+callbacks.tracker.api=${oc.env:MY_API_TOKEN}", "+callbacks.tracker.url=${oc.env:MY_URL}"),
+    *("+callbacks.tracker.api='${ oc.env:MY_${.suffix}}'", "+callbacks.tracker.suffix=API_TOKEN"),
+    "+callbacks.tracker.url=${oc.env:MY_URL}",
     *("+tags=['a ${callbacks.tracker.api}']", "model=mlp", "debug=fast"),
 )
 
@@ -101,6 +112,167 @@ def files_containing(folder: Path, text: str) -> list[Path]:
     """Return the files below the folder that contain the text."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [path for path in files if text.encode() in path.read_bytes()]
+
+
+# ---- every way to spell that a variable is read
+
+READS = (
+    *("${oc.env:TOKEN}", "${ oc.env:TOKEN}", "${oc.env: TOKEN }", "${oc.env:'TOKEN'}"),
+    *('${oc.env:"TOKEN"}', "${oc.env:TOKEN,none}", "${oc.env:${var}}", "${oc.env:TOK${end}}"),
+    *("${oc.${kind}:TOKEN}", "${${ns}.env:TOKEN}", "${oc.env:NOT_SET,${oc.env:TOKEN}}"),
+    *("${oc.env:SHORT_KEY}", "${oc.env:PIN_KEY}", "${oc.env:MAP_KEY}", "${oc.env:PATH_KEY}"),
+)
+WRAPPERS = (
+    *(
+        "THIS",
+        "aTHISb",
+        "THISTHIS",
+        "https://u:THIS@host/${size}",
+        "${or:THIS,1}",
+        "${or:null,THIS}",
+    ),
+    *("${oc.decode:THIS}", "${oc.decode:'\"THIS\"'}", "${oc.decode:'[1, THIS]'}", "${path:THIS}"),
+    *("${oc.decode:'{a: THIS}'}", "${oc.decode:'{THIS: 1}'}", "${oc.create:{a: 'THIS'}}"),
+    *("${oc.create:[THIS, 1]}", "${or:'THIS',2}", "${table.THIS}", "${oc.select:table.THIS}"),
+    *("${oc.select:nothing,THIS}", "${image_part:[1,2,THIS],2}", "${image_part:'aTHIS',0}"),
+    *(
+        "${run_folder:null,x/THIS}",
+        "${run_name:test,THIS,a,b}",
+        "\\\\THIS",
+        "\\THIS",
+        "${upper:THIS}",
+    ),
+)
+ENVIRONMENT = {
+    "TOKEN": TOKEN,
+    "SHORT_KEY": "q7Zx",
+    "PIN_KEY": "48151623",
+    "MAP_KEY": "{b: [xyzzy-1]}",
+    "PATH_KEY": "/mnt/xyzzy-2",
+}
+PARTS = (TOKEN, TOKEN.upper(), "q7Zx", "48151623", "xyzzy")  # what no file may contain
+
+
+def random_form(rng: random.Random) -> str:
+    text = rng.choice(READS)
+    for _ in range(rng.randint(1, 3)):
+        text = rng.choice(WRAPPERS).replace("THIS", text)
+    return text
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Secret variables, and a resolver that transforms its argument."""
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    resolvers.register()
+    OmegaConf.register_new_resolver("upper", lambda text: str(text).upper())
+    yield
+    OmegaConf.clear_resolver("upper")
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("seed", range(10))
+def test_resolve_saves_no_secret_however_it_is_read(seed: int) -> None:
+    rng = random.Random(seed)
+    kept = 0
+    for _ in range(30):
+        form = random_form(rng)
+        values = {"x": form, "y": ["${x}", "${z.0}"], "z": [{"deep": "${x}"}]}
+        keys = {"size": 3, "var": "TOKEN", "end": "EN", "kind": "env", "ns": "oc"}
+        try:
+            config = OmegaConf.create({**values, **keys, "table": {TOKEN: "chosen"}})
+        except GrammarParseError:
+            continue
+        plain, issues = resolve(config)
+        saved = half_resolve(config, plain)
+        texts = [str(issues), *(json.dumps({**each, "table": 0}) for each in (plain, saved))]
+        assert not [part for part in PARTS if any(part in text for text in texts)], form
+        if not issues and "\\" not in form:  # an escaped one is a reference all the same
+            kept += 1
+            with limited_interpolations():
+                used = OmegaConf.to_container(config.copy(), resolve=True)
+            assert isinstance(used, dict)
+            revealed = [str(each["z"]).replace(f"{Path.cwd()}/", "") for each in (plain, used)]
+            assert reveal_text(revealed[0]) == revealed[1], form
+            assert resolve_saved(saved) == plain, form
+    assert kept > 5
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("form", "is_refused"),
+    [
+        ("${oc.decode:${oc.env:TOKEN}}", False),
+        ("${oc.decode:${oc.env:PIN_KEY}}", True),
+        ("${oc.decode:${oc.env:MAP_KEY}}", True),
+        ("${upper:${oc.env:TOKEN}}", True),
+        ("${table.${oc.env:TOKEN}}", True),
+        ("${path:${oc.env:PATH_KEY}}", False),
+        ("https://u:${oc.env:SHORT_KEY}@host", False),
+    ],
+)
+def test_resolve_refuses_what_is_computed_from_a_secret(form: str, is_refused: bool) -> None:
+    plain, issues = resolve(OmegaConf.create({"x": form, "table": {TOKEN: "chosen"}}))
+    assert bool(issues) == is_refused
+    if is_refused:
+        assert "x is computed from a secret (" in str(issues[0])
+    else:
+        assert "${oc.env:" in plain["x"]
+
+
+@pytest.mark.usefixtures("environment")
+def test_resolve_hides_a_variable_that_only_its_key_shows_to_be_secret(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PLAIN", "correct-horse")
+    config = OmegaConf.create({"api_key": ["${oc.env:PLAIN}"], "url": "u-${oc.env:PLAIN}"})
+    plain, issues = resolve(config)
+    assert issues == []
+    assert plain == {"api_key": ["${oc.env:PLAIN}"], "url": "u-${oc.env:PLAIN}"}
+    assert redact_text("battery correct-horse") == "battery ${oc.env:PLAIN}"
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("hydra.run.dir=out/${oc.env:TOKEN}", "hydra.run.dir='out/${oc.env:TOKEN}': names of"),
+        ("name=${ oc.env:TOKEN}", "_${oc.env:TOKEN}': names of files and folders must not"),
+        (
+            "hydra.sweep.subdir='a${oc.decode:${oc.env:TOKEN}}'",
+            "names of files and folders must not",
+        ),
+        (
+            "hydra.job_logging.handlers.file.filename=/x/${oc.env:SHORT_KEY}",
+            "filename='/x/${oc.env:SHORT_KEY}': names of files and folders must not",
+        ),
+        (
+            "hydra.job.config.override_dirname.kv_sep=${oc.env:TOKEN}",
+            "kv_sep='${oc.env:TOKEN}': interpolations are not allowed",
+        ),
+    ],
+)
+def test_hydra_key_with_secret_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_issues(override)
+    assert message in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.usefixtures("environment")
+def test_composition_inserts_no_secret_into_what_hydra_saves(tmp_cwd: Path) -> None:
+    """Hydra resolves an interpolation to a group when another file adds keys to it."""
+    for name, text in {
+        "experiment/first": "mine: {node: '${oc.create:{x: ${oc.env:TOKEN}}}'}",
+        "debug/second": "mine: {node: {y: 1}}",
+    }.items():
+        (tmp_cwd / name).parent.mkdir()
+        (tmp_cwd / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
+    arguments = ["--config-dir", ".", "experiment=first", "debug=second"]
+    ((composed, _),) = compositions(get_args_parser().parse_args(arguments))
+    assert TOKEN not in OmegaConf.to_yaml(composed)
+    assert resolve(composed)[0]["mine"] == {"node": {"x": "${oc.env:TOKEN}", "y": 1}}
 
 
 def test_errors_do_not_reveal_secret(monkeypatch: pytest.MonkeyPatch) -> None:

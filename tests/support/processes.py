@@ -61,6 +61,9 @@ def start_command(
     """Start `python -m app`, with stderr redirected to stdout."""
     if not cold:
         return WarmCommand(cwd, arguments, environment)
+    # Keep the path by which these tests found the program, which may not be the installed one.
+    paths = (environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
         [sys.executable, "-m", "app", *arguments],
         cwd=cwd,
@@ -72,9 +75,9 @@ def start_command(
     )
 
 
-def wait_for_lines(process: Command, file: Path, count: int) -> None:
+def wait_for_lines(process: Command, file: Path, count: int, seconds: float = 120) -> None:
     """Wait until the process has written `count` lines to a file."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + seconds
     while not (file.exists() and len(file.read_text().splitlines()) >= count):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline

@@ -63,7 +63,12 @@ def sweep_runner(cwd: Path, patch: pytest.MonkeyPatch) -> RunSweep:
 
 
 def start_sweep(
-    cwd: Path, *overrides: str, steps: int = 1, flags: tuple[str, ...] = (), cold: bool = False
+    cwd: Path,
+    *overrides: str,
+    steps: int = 1,
+    flags: tuple[str, ...] = (),
+    cold: bool = False,
+    seconds: float = 120,
 ) -> Command:
     """Start a sweep in a separate process, and wait until it has made some training steps.
 
@@ -73,13 +78,14 @@ def start_sweep(
         steps: Training steps to wait for, in all jobs together.
         flags: Command-line flags besides `-m`.
         cold: Whether to start a new Python process instead of a forked one.
+        seconds: How long to wait for the steps.
     """
     mark = cwd / "mark"
     mark.unlink(missing_ok=True)
     environment = {"MARK": str(mark), "BROKEN": str(cwd / "broken"), "PYTHONPATH": SUPPORT_DIR}
     arguments = ["-m", *flags, *SHORT_RUN, *SWEEP_TASK, *overrides]
     process = start_command(cwd, arguments, cold, **environment)
-    wait_for_lines(process, mark, steps)
+    wait_for_lines(process, mark, steps, seconds)
     return process
 
 
@@ -144,9 +150,14 @@ def open_search(folder: SweepFolder, arguments: Sequence[str], **options: Any) -
         "sampler": {"_target_": "optuna.samplers.CmaEsSampler", "seed": 0},
         "pruner": {"_target_": NO_PRUNER},
     }
+    all_options = defaults | options
     config = OmegaConf.create(
-        {"sweep": {"max_retries": 3}, "goal": {"metric": "loss", "mode": "min"}}
+        {
+            "sweep": {"max_retries": 3},
+            "goal": {"metric": "loss", "mode": "min"},
+            "hydra": {"sweeper": {"storage": all_options["storage"]}},
+        }
     )
     sweep = Sweep(config, Any, Any, list(arguments), {})  # type: ignore[arg-type]
     space = parse_space(arguments, {})
-    return OptunaJobs(sweep, folder, space, SearchOptions(**(defaults | options)))
+    return OptunaJobs(sweep, folder, space, SearchOptions(**all_options))

@@ -36,6 +36,7 @@ from app.distributed.launch.worker import (
     run_rank,
     set_num_threads,
 )
+from app.runtime.escaping import escape_log_records
 from app.runtime.signals import (
     REASON_BY_SIGNAL,
     SIGNAL_BY_REASON,
@@ -322,6 +323,7 @@ def _run(
 ) -> float | None:
     from torch._C._distributed_c10d import TCPStore
 
+    escape_log_records()
     set_num_threads(cluster.local_world_size)
     if cluster.rank == 0:
         logging.config.dictConfig(logging_config)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app.config.schema import Job
+from app.config.secrets import remember_secrets
 from app.distributed.launch.environment import ClusterEnvironment
 from app.runtime.errors import UserError
 from app.runtime.folders import held_folder, make_folder
@@ -48,6 +49,7 @@ def run_rank(
         stop: Requests to stop early.
         job_number: Number of the job among those that use the store.
     """
+    remember_secrets(job.plain)
     with ExitStack() as stack:
         stack.enter_context(held_folder(folder))
         if cluster.rank > 0:

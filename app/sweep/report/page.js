@@ -17,6 +17,7 @@ const runs = content.rows.map((cells, index) => ({
   cells,
   index,
   label: content.labels[index],
+  link: content.links[index],
   curves: content.curves[index],
   text: cells.map((cell) => String(cell ?? "")).join(" ").toLowerCase(),
   selected: false,
@@ -72,7 +73,7 @@ function showBest({ metric, mode, column }) {
   const caption = addElement("span", "", card);
   const folder = cell(best, "folder");
   if (folder === null) caption.textContent = best.label;
-  else addElement("a", best.label, caption).href = link(folder);
+  else addElement("a", best.label, caption).href = best.link;
 }
 
 function bestRun({ column, mode }) {
@@ -135,17 +136,12 @@ function buildCell(run, column, numeric) {
   if (value === null) return;
   node.title = value;
   if (column === "status") addBadge(value, value, node);
-  else if (column === "folder") addElement("a", value, node).href = link(value);
+  else if (column === "folder") addElement("a", value, node).href = run.link;
   else node.textContent = formatValue(value, column);
 }
 
 function cell(run, column) {
   return run.cells[columns.indexOf(column)] ?? null;
-}
-
-// The link must stay relative whatever the folder is called, even `javascript:...`.
-function link(folder) {
-  return "./" + folder.split(/[\\/]/).map(encodeURIComponent).join("/");
 }
 
 function formatValue(value, column) {

@@ -8,13 +8,15 @@ import html
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from string import Template
 from typing import TypeAlias
+from urllib.parse import quote
 
 import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from app.runtime.escaping import escape_control, escape_strings
 from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
 from app.sweep.report.table import Results
 
@@ -35,9 +37,9 @@ def render_page(results: Results, figures: Mapping[str, str]) -> str:
     return Template(_read("page.html")).substitute(
         scripts,
         hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts.values()),
-        title=html.escape(results.title),
+        title=html.escape(escape_control(results.title)),
         style=_read("page.css"),
-        content=_embeddable_json(_content(results, figures)),
+        content=_embeddable_json(escape_strings(_content(results, figures))),
     )
 
 
@@ -61,6 +63,8 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
         "columns": [str(column) for column in table.columns],
         "rows": [[_json_value(cell) for cell in row] for row in table.to_dict("split")["data"]],
         "labels": run_labels(results),
+        # Relative whatever the folder is called, even `javascript:...`.
+        "links": [f"./{quote(PurePath(str(folder)).as_posix())}" for folder in folders],
         "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
         "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
         "goals": [

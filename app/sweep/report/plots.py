@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from app.config.schema import MonitorConfig
+from app.runtime.escaping import escape_control
 from app.sweep.report.table import REPEAT_KEYS, Results
 
 Scale: TypeAlias = Literal["linear", "log", "category"]
@@ -19,6 +20,7 @@ Scale: TypeAlias = Literal["linear", "log", "category"]
 MAX_LEGEND_ENTRIES = 12
 MAX_LABEL_LENGTH = 60
 MAX_CATEGORIES = 12  # for a key with numbers that some runs do not have
+MAX_PLOTS = 20  # of single keys
 MANY_TICKS = 6  # above this number, tick labels are rotated
 MIN_LOG_RATIO = 100  # largest to smallest value from which on an axis is logarithmic
 
@@ -32,7 +34,10 @@ def make_plots(results: Results) -> dict[str, Figure]:
     if not results.goals or best_values(results, results.goals[0]).isna().all():
         return {}
     goal = results.goals[0]
-    by_key = {f"by_{_safe_name(key)}.png": plot_by_key(results, goal, key) for key in results.keys}
+    by_key = {
+        f"by_{_safe_name(key)}.png": plot_by_key(results, goal, key)
+        for key in results.keys[:MAX_PLOTS]
+    }
     return {"curves.png": plot_curves(results, goal), **by_key}
 
 
@@ -126,7 +131,7 @@ def best_values(results: Results, goal: MonitorConfig) -> pd.Series[float]:
 
 
 def _safe_name(key: str) -> str:
-    return re.sub(r"[^\w.+-]", "_", key)
+    return re.sub(r"[^\w.+-]", "_", key)[:MAX_LABEL_LENGTH]
 
 
 def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataFrame:
@@ -178,6 +183,7 @@ def _row_labels(table: pd.DataFrame, columns: list[str]) -> list[str]:
 
 def _label(name: str) -> str:
     """Shorten a name for a plot, and escape the dollars that Matplotlib reads as math."""
+    name = escape_control(name)
     is_short = len(name) <= MAX_LABEL_LENGTH
     short = name if is_short else f"{name[: MAX_LABEL_LENGTH - 1]}…"
     return short.replace("$", r"\$")

@@ -2,26 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
-import yaml
-from pandas.errors import EmptyDataError
 
+from app.config.nested import get_at
 from app.config.schema import MonitorConfig
+from app.config.yaml_files import read_yaml
+from app.runtime.errors import UserError, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
-from app.sweep.outcome import COMPLETED, FAILED, PENDING, RunStatus, read_run_status
+from app.sweep.outcome import (
+    COMPLETED,
+    DAMAGED,
+    FAILED,
+    PENDING,
+    RunStatus,
+    read_history,
+    read_run_status,
+)
 
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 REPEAT_KEYS = ("seed", "data.fold")  # runs that differ only in these are repetitions
 DEVICE_MEMORY = "peak_device_memory_bytes"
+SCALARS = (str, int, float, bool, type(None))
 NOT_RESULTS = {"epoch", "stage", "loss_std", "total_samples", "epoch_time", "samples/s"}
 ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs compare
+MAX_KEYS = 100  # columns of the table for keys that differ
+MAX_TEST_METRICS = 500  # columns of one run, as each takes time in every statistic
+MAX_OVERRIDES = 200  # of a single run whose command line is read; Hydra needs 5 ms for each
+MAX_VALUE_LENGTH = 100  # characters of a value that is read as more than text
 
 
 @dataclass(frozen=True)
@@ -63,37 +82,97 @@ class Run:
     attempts: int
     outcome: RunStatus
 
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """The options of the configuration groups that were chosen."""
+        hydra = _read_or_warn(lambda: read_yaml(self.folder, ".hydra/hydra.yaml", dict))
+        choices = get_at(hydra, ("hydra", "runtime", "choices"))
+        return choices if isinstance(choices, dict) else {}
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration."""
+        return _read_or_warn(lambda: read_yaml(self.folder, "config.yaml", dict)) or {}
+
+
+def _read_or_warn(read: Callable[[], T]) -> T | None:
+    """Return what a function reads; if the file is damaged, log a line and return None."""
+    try:
+        with as_user_error():
+            return read()
+    except UserError as error:
+        log.warning("%s", error)
+        return None
+
 
 def list_runs(folder: Path) -> list[Run]:
-    """Return the jobs of a sweep, a single run, or all runs below any other folder."""
-    sweep = SweepFolder(folder)
-    if sweep.exists:
+    """Return the jobs of a sweep, a single run, or all runs below any other folder.
+
+    What cannot be read is left out with a warning, or listed as damaged. Links to folders are not
+    followed.
+    """
+    runs: list[Run] = []
+    waiting = [folder]
+    while waiting:  # no recursion, as folders may be nested deeper than Python allows
+        path = waiting.pop()
+        found = _runs_at(path)
+        if found is None:
+            waiting += reversed(_read_or_warn(partial(_subfolders, path)) or [])
+        else:
+            runs += found
+    return runs
+
+
+def _runs_at(folder: Path) -> list[Run] | None:
+    """Return the jobs of a sweep, or a single run; None for any other folder."""
+    sweep = _read_or_warn(lambda: SweepFolder(folder))
+    if sweep is not None and sweep.exists:
         return [_sweep_run(sweep, job) for job in sweep.jobs]
-    if (folder / "status.json").exists():
-        return [Run(folder, None, _cli_values(folder), 1, read_run_status(folder))]
-    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    return [run for path in inside if not path.name.startswith(".") for run in list_runs(path)]
+    if not os.path.lexists(folder / "status.json"):
+        return None
+    return [Run(folder, None, _cli_values(folder), 1, _run_status(folder))]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    for path in found:
+        if path.is_symlink():
+            log.warning("%s is a link, which is not followed", path)
+    return [path for path in found if not path.is_symlink()]
 
 
 def _sweep_run(sweep: SweepFolder, job: SweepJob) -> Run:
     folder = sweep.run_folder(job)
-    outcome = read_run_status(folder)
-    values = {key.lstrip("+"): parse_value(text) for key, text in job.values.items()}
+    outcome = _run_status(folder)
+    values = {key.lstrip("+"): _cell(text) for key, text in job.values.items()}
     attempts = job.failures + (outcome.status not in (PENDING, FAILED))
     return Run(folder, job.number, values, attempts, outcome)
 
 
+def _run_status(folder: Path) -> RunStatus:
+    try:
+        return read_run_status(folder)
+    except UserError as error:
+        log.warning("%s", error)
+        return RunStatus(DAMAGED, error=str(error))
+
+
 def _cli_values(folder: Path) -> dict[str, Any]:
     """Values that were set on the command line of a single run."""
-    path = folder / ".hydra" / "overrides.yaml"
-    overrides = yaml.safe_load(path.read_text()) if path.exists() else []
-    pairs = [str(override).partition("=") for override in overrides]
-    return {key.lstrip("+"): _scalar(text) for key, _, text in pairs if not key.startswith("~")}
+    overrides = _read_or_warn(lambda: read_yaml(folder, ".hydra/overrides.yaml", list)) or []
+    if len(overrides) > MAX_OVERRIDES:
+        log.warning("%s: only the first %d overrides are read", folder, MAX_OVERRIDES)
+    pairs = [str(override).partition("=") for override in overrides[:MAX_OVERRIDES]]
+    return {key.lstrip("+"): _cell(text) for key, _, text in pairs if not key.startswith("~")}
 
 
-def _scalar(text: str) -> Any:
-    value = parse_value(text)
-    return str(value) if isinstance(value, (dict, list)) else value
+def _cell(text: str) -> Any:
+    """Return the value of an override; a text that is not a short number or word stays a text."""
+    try:
+        value = parse_value(text) if len(text) <= MAX_VALUE_LENGTH else text
+    except UserError:
+        return text
+    return value if isinstance(value, SCALARS) else str(value)
 
 
 def collect_results(
@@ -122,7 +201,10 @@ def _varied_keys(runs: Sequence[Run]) -> list[str]:
     swept = dict.fromkeys(key for run in runs if run.number is not None for key in run.values)
     candidates = dict.fromkeys(key for run in runs for key in run.values)
     different = [key for key in candidates if key not in swept and _is_different(runs, key)]
-    return [*swept, *different]
+    keys = [*swept, *different]
+    if len(keys) > MAX_KEYS:
+        log.warning("only the first %d of %d different keys are shown", MAX_KEYS, len(keys))
+    return keys[:MAX_KEYS]
 
 
 def _is_different(runs: Sequence[Run], key: str) -> bool:
@@ -135,18 +217,10 @@ def _key_value(run: Run, key: str) -> Any:
     """The value of a key in a run's overrides, its group choices or its configuration."""
     if key in run.values:
         return run.values[key]
-    hydra = _read_yaml(run.folder / ".hydra" / "hydra.yaml")
-    choices = hydra.get("hydra", {}).get("runtime", {}).get("choices", {})
-    if key in choices:
-        return choices[key]
-    value: Any = _read_yaml(run.folder / "config.yaml")
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
-    return None if isinstance(value, dict) else value
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    value = run.choices[key] if key in run.choices else get_at(run.config, key.split("."))
+    if isinstance(value, dict):
+        return None
+    return value if isinstance(value, SCALARS) else str(value)
 
 
 def _goal(run: Run) -> MonitorConfig | None:
@@ -158,7 +232,9 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
     content, goal = run.outcome.content, _goal(run)
     best, metrics = content.get("best") or {}, content.get("metrics") or {}
     measured = {} if goal is None else metrics.get(goal.stage, {})
-    test = metrics.get("test", {})
+    test = dict(islice(metrics.get("test", {}).items(), MAX_TEST_METRICS))
+    # A file name of another encoding has halves of characters, which no table can hold.
+    folder = os.path.relpath(run.folder, relative_to).encode(errors="backslashreplace").decode()
     return {
         "job": run.number,
         "status": run.outcome.status,
@@ -170,7 +246,7 @@ def _row(run: Run, keys: Sequence[str], relative_to: Path) -> dict[str, Any]:
         "peak_memory_bytes": content.get("peak_memory_bytes"),
         DEVICE_MEMORY: content.get(DEVICE_MEMORY),
         "attempts": run.attempts,
-        "folder": os.path.relpath(run.folder, relative_to),
+        "folder": folder,
         "error": run.outcome.error,
     }
 
@@ -212,10 +288,11 @@ def _column_names(
 
 
 def _read_curve(folder: Path) -> pd.DataFrame:
-    try:
-        return pd.read_csv(folder / "summary_table.csv").rename(columns=_short_name)
-    except (FileNotFoundError, EmptyDataError):
+    table = _read_or_warn(lambda: read_history(folder))
+    if table is None:
         return pd.DataFrame(columns=["epoch", "stage"])
+    table = table.rename(columns=_short_name)
+    return table.loc[:, ~table.columns.duplicated()]
 
 
 def aggregate_by_config(results: Results) -> pd.DataFrame:

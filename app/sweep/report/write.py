@@ -84,6 +84,8 @@ def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, s
     from app.sweep.report.page import render_page
     from app.sweep.report.plots import make_plots
 
+    if (folder / PLOTS_FOLDER).is_symlink():
+        raise UserError(f"{folder / PLOTS_FOLDER} is a link; reports never write through links")
     write_text(folder / PAGE_FILE, render_page(results, figures))
     for name, figure in make_plots(results).items():
         save_figure(folder / PLOTS_FOLDER / name, figure)

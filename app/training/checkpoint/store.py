@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from app.config.limits import load_json
 from app.runtime.errors import UserError
 from app.runtime.fault_injection import maybe_crash
+from app.runtime.small_files import parse_json
 from app.training.checkpoint.header import (
     DIGEST_START,
     FORMAT_VERSION,
@@ -73,7 +73,7 @@ def write_store(file: BinaryIO, name: str, info: CheckpointInfo, content: dict[s
     text = json.dumps(encoder.encode(content, ""))
     tensors = sorted(encoder.tensors.items(), key=lambda item: -item[1].element_size())
     header = _make_header(info, text, dict(tensors))
-    _load_text(text, "the state to save")  # what is written must be readable
+    parse_json(text, "the state to save", MAX_VALUES)  # what is written must be readable
     if len(header) > MAX_HEADER_BYTES:
         raise UserError(f"the state to save has more than {MAX_HEADER_BYTES:,} bytes of values")
     digest = hashlib.sha256()
@@ -171,7 +171,7 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
         with safe_open(file, "pt") as opened:
             text = opened.metadata()["content"]
             tensors = {name: _copy_tensor(opened, name) for name in opened.keys()}  # noqa: SIM118
-        content = _decode(_load_text(text, f"{file}: content"), tensors)
+        content = _decode(parse_json(text, f"{file}: content", MAX_VALUES), tensors)
     except UserError:
         raise
     except READ_ERRORS as error:
@@ -179,12 +179,6 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a checkpoint of this program")
     return info, content
-
-
-def _load_text(text: str, source: str) -> Any:
-    if sum(map(text.count, ",[{")) > MAX_VALUES:
-        raise UserError(f"{source} contains more than {MAX_VALUES:,} values")
-    return load_json(text, source)
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -140,10 +140,10 @@ def test_erasing_of_same_boxes_equals_torchvision() -> None:
 def test_erasing_draws_boxes_as_torchvision_does(shape: tuple[int, int]) -> None:
     torch.manual_seed(0)
     image = torch.zeros(3, *shape)
-    theirs = v2.RandomErasing()
+    theirs = v2.RandomErasing(ratio=(0.3, 0.8))
     drawn = [theirs.make_params([image]) for _ in range(2000)]
     erased = stack([{name: p[name] for name in "ijhw"} for p in drawn if p["v"] is not None])
-    ours = RandomErasing(1.0).make_params(image.expand(2000, -1, -1, -1))
+    ours = RandomErasing(1.0, ratio=(0.3, 0.8)).make_params(image.expand(2000, -1, -1, -1))
     is_erased = ours["mask"]
     assert abs(int(is_erased.sum()) - len(erased["h"])) < 60
     mine = [

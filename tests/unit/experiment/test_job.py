@@ -30,4 +30,9 @@ from tests.support.runs import config_issues
     ],
 )
 def test_make_job_path_of_wrong_type_is_refused(overrides: list[str], message: str) -> None:
-    assert config_issues("model=mlp", *overrides) == [message]
+    (issue,) = config_issues("model=mlp", *overrides)
+    text, _, hint = issue.partition("; quote a name that is no plain word: ")
+    key = message.partition("=")[0]
+    assert text == message
+    assert hint in ("", f"\"{key}='...'\"")
+    assert bool(hint) == ("allowed" in message and "=''" not in message)

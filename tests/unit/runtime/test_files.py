@@ -14,7 +14,8 @@ import torch
 
 from app.callbacks.tables import truncate_to_history
 from app.runtime.errors import StorageError, UserError
-from app.runtime.files import atomic_write, read_json, read_status, remove_temp_files, write_text
+from app.runtime.files import atomic_write, read_status, remove_temp_files, write_text
+from app.runtime.small_files import read_json
 from app.sweep.outcome import read_run_status
 from app.training.checkpoint.checkpoint import write_model
 from app.training.checkpoint.header import CheckpointInfo
@@ -103,13 +104,13 @@ def test_read_status_unreadable_file_warns_and_read_json_raises(
     write_text(file, "{}")
     with permissions(file, 0):
         with pytest.raises(UserError, match=r"status\.json cannot be read: Permission denied"):
-            read_json(file)
+            read_json(file.parent, "status.json")
         assert read_status(file.parent) == {}
     assert "it will be overwritten" in caplog.text
     file.unlink()
     file.mkdir()
-    with pytest.raises(UserError, match=r"status\.json cannot be read: Is a directory"):
-        read_json(file)
+    with pytest.raises(UserError, match=r"status\.json is a folder; allowed: a regular file"):
+        read_json(file.parent, "status.json")
 
 
 def test_atomic_write_failure_keeps_old_file(tmp_path: Path) -> None:

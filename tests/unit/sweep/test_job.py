@@ -7,7 +7,7 @@ import re
 import pytest
 
 from app.config.overrides import parse_overrides
-from app.sweep.job import SweepJob, new_job, short_name, values_hash
+from app.sweep.job import new_job, short_name, values_hash
 
 
 @pytest.mark.parametrize(
@@ -26,20 +26,6 @@ def test_new_job_folder_needs_no_quotes_in_override(values: dict[str, str]) -> N
     (override,) = parse_overrides([f"ckpt=outputs/sweeps/{job.folder}"])
     assert override.value() == f"outputs/sweeps/{job.folder}"
     assert not override.is_sweep_override()
-
-
-def test_job_to_json_restores_equal_job() -> None:
-    job = SweepJob(3, {"seed": "1"}, "3_seed-1", failures=1, retry_of=2)
-    assert SweepJob.from_json(job.to_json()) == job
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"number": "3"}, {"values": {"seed": 1}}, {"values": None}, {"failures": True}, {"more": 1}],
-)
-def test_from_json_of_other_types_is_refused(change: dict[str, object]) -> None:
-    with pytest.raises((TypeError, AttributeError)):
-        SweepJob.from_json(SweepJob(3, {"seed": "1"}, "3_seed-1").to_json() | change)
 
 
 def test_short_name_contains_keys_and_values() -> None:
