@@ -192,4 +192,4 @@ def _to_class_indices(path: str, column: pd.Series, classes: list[str]) -> np.nd
             f"{_place(path, column, unknown[0])}: unknown class {name!r}; data.class_names allows: "
             f"{join_choices(classes)}"
         )
-    return names.map(indices).to_numpy(np.int64)
+    return names.map(indices).to_numpy(np.int64, copy=True)

@@ -6,6 +6,8 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +17,7 @@ from app.data.split import printable
 from app.runtime.errors import UserError
 
 END_MARKS = {"JPEG": (-2, b"\xff\xd9"), "PNG": (-8, b"IEND")}  # position from the end, and bytes
+MAX_DECODED_BYTES = 64 * 2**20  # of all files together; a second or two
 MAX_LISTED = 20
 NUM_THREADS = 8
 
@@ -22,13 +25,15 @@ NUM_THREADS = 8
 def check_images(files: Sequence[Path]) -> None:
     """Check that all files are images and complete.
 
-    Only headers and the last bytes are read. A file without the usual end is decoded.
+    If they are many bytes, only headers and ends are read, except of files without the usual end.
 
     Raises:
         UserError: Lists the files that cannot be read.
     """
+    should_decode = _total_bytes(files) <= MAX_DECODED_BYTES
+    problem_of = partial(image_problem, should_decode=should_decode)
     with ThreadPoolExecutor(NUM_THREADS) as pool:
-        problems = pool.map(image_problem, files, chunksize=256)
+        problems = pool.map(problem_of, files)
     bad = [f"{printable(path)}: {text}" for path, text in zip(files, problems, strict=True) if text]
     if bad:
         raise UserError(
@@ -37,13 +42,26 @@ def check_images(files: Sequence[Path]) -> None:
         )
 
 
-def image_problem(path: Path) -> str | None:
-    """Return what is wrong with an image file, or None."""
+def _total_bytes(files: Sequence[Path]) -> int:
+    total = 0
+    for file in files:
+        with suppress(OSError):  # reported by `image_problem`
+            total += file.stat().st_size
+    return total
+
+
+def image_problem(path: Path, should_decode: bool = False) -> str | None:
+    """Return what is wrong with an image file, or None.
+
+    Args:
+        path: The file.
+        should_decode: Whether to decode it even if it has the usual end.
+    """
     try:
         if path.stat().st_size == 0:
             return "the file is empty"
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            if not _is_complete(path, image.format):
+            if should_decode or not _is_complete(path, image.format):
                 image.load()
     except UnidentifiedImageError:
         return f"not an image; allowed: {', '.join(IMAGE_FORMATS)}"

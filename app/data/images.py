@@ -95,11 +95,14 @@ def _subfolders(folder: Path) -> list[str]:
 
 def _class_names(root: Path, folder: Path) -> list[str]:
     names = _subfolders(folder)
-    if len(names) > 1:
+    are_stages = {*names} <= {name for folders in STAGE_FOLDERS.values() for name in folders}
+    if len(names) > 1 and not are_stages:
         return names
     inner = [name for name in names if _subfolders(folder / name)]
     hint = f"; did you mean data.path={folder / inner[0]}?" if inner else ""
     found = f"the only class folder {names[0]!r}" if names else "no class folders"
+    if names and are_stages:
+        folder, found = folder / names[0], "no class folders"
     raise UserError(
         f"{folder} has {found}; expected are at least two folders of images, such as "
         f"{root}/cat/1.jpg and {root}/dog/7.jpg, or these in {root}/train, {root}/valid (or val) "

@@ -20,6 +20,7 @@ from torch.utils.data import (
     Sampler,
     TensorDataset,
     default_collate,
+    get_worker_info,
 )
 
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
@@ -178,6 +179,8 @@ class SampleLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.batch_sampler.epoch = epoch
         for batch in watch_batches(self.loader, self.timeout, self.tracker):
+            if isinstance(batch, UserError):
+                raise batch
             yield None if batch is None else self.prepare(batch)
 
     def indices(self, epoch: int, step: int) -> Tensor:
@@ -219,12 +222,24 @@ class _SeededDataset(Dataset[Any]):
         with _preserved_rng_state():
             seed_cpu(self.seed, "sample", epoch, index)
             self.tracker.begin(index)
-            sample = self.dataset[index]
+            sample = self._read(index)
             self.tracker.end()
             return sample
 
+    def _read(self, index: int) -> Any:
+        """Return the sample, or the error of a worker: a `DataLoader` would raise its traceback."""
+        try:
+            return self.dataset[index]
+        except UserError as error:
+            if get_worker_info() is None:
+                raise
+            return error
 
-def _collate(samples: list[Any]) -> Batch:
+
+def _collate(samples: list[Any]) -> Batch | UserError:
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    if errors:
+        return errors[0]
     return default_collate(samples) if samples else None
 
 

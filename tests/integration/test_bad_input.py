@@ -17,6 +17,7 @@ from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from app.training.checkpoint.store import read_store
 from tests.support.hostile_files import MaliciousPickle, checkpoint_bytes
+from tests.support.image_files import damage_image, write_image_folder, write_jpegs
 from tests.support.runs import RunResult, job_for
 from tests.support.toy_datasets import copy_mnist_with_flipped_bit
 
@@ -64,6 +65,38 @@ def test_data_that_contradicts_the_configuration_fails_before_a_run_folder_is_ma
     assert ran.code == 2
     assert message in ran.err
     assert len(error_lines(ran)) == 2
+    assert not (ran.cwd / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("empty", "pets has no class folders; expected are at least two folders"),
+        ("one class", "pets has the only class folder 'cat'; expected are at least two folders"),
+        ("class without training", "pets/valid/cow: 'cow' is not a class of the training data"),
+        ("damaged", "1 of 3000 images cannot be read; repair or remove them:"),
+    ],
+)
+def test_bad_image_folder_is_one_error_before_a_run_folder_is_made(
+    app: Callable[..., RunResult], tmp_path: Path, case: str, message: str
+) -> None:
+    pets = tmp_path / "pets"
+    if case == "empty":
+        pets.mkdir()
+    elif case == "one class":
+        write_image_folder(pets, {"cat": 4})
+    elif case == "class without training":
+        write_image_folder(pets / "train", {"cat": 2, "dog": 2})
+        write_image_folder(pets / "valid", {"cat": 2, "cow": 2}, seed=1)
+    else:
+        write_jpegs(pets, ["cat", "dog"], 1500)
+        damage_image(pets / "dog" / "00700.jpg")
+    ran = app("data=image_folder", f"data.path={pets}", "model=cnn")
+    assert ran.code == 2
+    assert error_lines(ran)[0] == "1 error in the configuration:"
+    assert message in error_lines(ran)[1]
+    assert len(error_lines(ran)) == (3 if case == "damaged" else 2)
+    assert ("dog/00700.jpg: " in ran.err) == (case == "damaged")
     assert not (ran.cwd / "outputs").exists()
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from app.data.batch import BatchPreparer
 from app.data.cached import cached
+from app.data.images import ImageFolder
 from app.data.loaders import DataLoaderOptions, SampleLoader
 from app.data.sampling import EpochSampler
+from app.runtime.errors import UserError
+from tests.support.image_files import damage_image, write_image_folder
 from tests.support.toy_datasets import NoisyDataset, array_dataset
 
 
@@ -35,3 +41,18 @@ def test_cached_reads_same_samples_with_and_without_workers() -> None:
         strict=True,
     ):
         assert torch.equal(with_workers, without)
+
+
+def test_damaged_image_is_one_line_with_and_without_workers(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, {"cat": 4})
+    damage_image(tmp_path / "cat" / "002.png")
+    dataset = ImageFolder(tmp_path, [f"cat/00{i}.png" for i in range(4)], [0] * 4, ["cat"], "")
+    sampler = EpochSampler.from_limit(4, 1, None, shuffle_seed=None)
+    prepare = BatchPreparer(torch.device("cpu"), lambda x: x)
+    for num_workers in (0, 1):
+        options = DataLoaderOptions(num_workers)
+        loader = SampleLoader(dataset, sampler, 1, prepare, 0, options)
+        with pytest.raises(UserError) as error:
+            list(loader.epoch(1))
+        assert str(error.value).startswith(f"{tmp_path}/cat/002.png cannot be read as an image: ")
+        assert "\n" not in str(error.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -26,3 +27,31 @@ def write_image_folder(
         for index in range(count):
             pixels = rng.integers(0, 128, (24 + 2 * (index % 3), 32, 3)) + 100 * (label % 2)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{index:03d}.{suffix}")
+
+
+def write_jpegs(root: Path, names: list[str], count: int) -> None:
+    """Write many small JPEG files, the same picture with a different comment in each.
+
+    Args:
+        root: Folder of the class folders.
+        names: Names of the classes.
+        count: Number of files per class.
+    """
+    buffer = BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    start, rest = buffer.getvalue()[:2], buffer.getvalue()[2:]
+    for name in names:
+        (root / name).mkdir(parents=True)
+        for index in range(count):
+            comment = f"{name} {index:05}".encode()
+            marker = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+            (root / name / f"{index:05}.jpg").write_bytes(start + marker + rest)
+
+
+def damage_image(path: Path) -> None:
+    """Overwrite compressed data in the middle of a PNG or JPEG file; its beginning and end stay."""
+    content = bytearray(path.read_bytes())
+    begin = content.index(b"\xff\xc4") + 5 if path.suffix == ".jpg" else len(content) // 2
+    content[begin : begin + 16] = b"\xff" * 16
+    path.write_bytes(content)

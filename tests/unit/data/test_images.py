@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.data import image_checks
 from app.data.image_checks import check_images, find_duplicates, image_problem
 from app.data.images import ImageFolder, image_folder
 from app.data.split import check_datasets, dataset_labels, sample_files, sample_paths, subset
 from app.runtime.errors import UserError
-from tests.support.image_files import write_image_folder
+from tests.support.image_files import damage_image, write_image_folder
 
 
 def read_stages(root: Path) -> dict[str, ImageFolder | None]:
@@ -86,6 +87,15 @@ def test_missing_classes_are_refused_with_their_folder(tmp_path: Path) -> None:
         image_folder(str(tmp_path / "all"))
 
 
+@pytest.mark.parametrize("names", [("train",), ("train", "val"), ("train", "test")])
+def test_stage_folders_without_classes_are_not_taken_for_classes(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    write_image_folder(tmp_path, dict.fromkeys(names, 2))
+    with pytest.raises(UserError, match=r"/(train|test) has no class folders; expected are"):
+        image_folder(str(tmp_path))
+
+
 def test_names_that_cannot_be_printed_are_escaped_or_refused(tmp_path: Path) -> None:
     write_image_folder(tmp_path, {"cat": 1, "dog": 1})
     file = tmp_path / "cat" / "000.png"
@@ -117,6 +127,19 @@ def test_damaged_images_are_listed_together(tmp_path: Path) -> None:
     )
     assert "the file is empty" in lines[1]
     assert "not an image; allowed: BMP, GIF, JPEG" in lines[2]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_damage_between_beginning_and_end_is_found_in_data_of_moderate_size(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image_folder(tmp_path, {"cat": 3}, suffix=suffix)
+    files = sorted(tmp_path.rglob("*.*"))
+    damage_image(files[1])
+    with pytest.raises(UserError, match=rf"1 of 3 images cannot .*\n    {files[1]}: "):
+        check_images(files)
+    monkeypatch.setattr(image_checks, "MAX_DECODED_BYTES", 1000)
+    check_images(files)
 
 
 def test_complete_image_with_bytes_after_its_end_is_accepted(tmp_path: Path) -> None:
