@@ -84,7 +84,7 @@ def transform_samples(
     return TransformedDataset(dataset, transform)
 
 
-class ResizeCenterCrop(v2.Compose):
+class ResizeCenterCrop(v2.Compose):  # type: ignore[misc]  # torchvision has no types
     """Resize the shorter side of images to `size / ratio`, and cut out the square in the middle.
 
     This is how torchvision and timm (with `ratio` as `crop_pct`) evaluate their published weights.
@@ -97,8 +97,13 @@ class ResizeCenterCrop(v2.Compose):
     def __init__(self, size: int, ratio: float | None = None) -> None:
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
-        resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
+        resize = v2.Resize(resized_side(size, ratio), antialias=True)
         super().__init__([resize, v2.CenterCrop(size)])
+
+
+def resized_side(size: int, ratio: float | None) -> int:
+    """Return the length of the shorter side from which evaluation crops `size` pixels."""
+    return math.floor(size / (ratio or 1))
 
 
 def for_batches(transform: Augment) -> Augment:
