@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -20,6 +20,7 @@ from torch.utils.data import (
     Sampler,
     TensorDataset,
     default_collate,
+    get_worker_info,
 )
 
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
@@ -238,7 +239,8 @@ class _SeededDataset(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
-        with _preserved_rng_state():
+        # Nothing else draws in a worker, and saving the states costs more than a small image.
+        with _preserved_rng_state() if get_worker_info() is None else nullcontext():
             seed_cpu(self.seed, "sample", epoch, index)
             self.tracker.begin(index)
             sample = self.dataset[index]

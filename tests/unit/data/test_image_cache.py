@@ -98,6 +98,24 @@ def test_cached_samples_are_those_without_a_cache(name: str, kind: str, tmp_cwd:
     assert torch.equal(first[0], plain["valid"].first(2)[0])  # type: ignore[index]
 
 
+def test_ranks_divide_the_cached_batches(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd), TRAIN_LIKE_EVAL]
+    loaders = loaders_for(*overrides, "data.augment.flip=null", "data.cache=disk")
+    shares = {}
+    for rank in (0, 1):
+        share = slice(None, 4) if rank == 0 else slice(4, None)
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "app.data.loaders.local_slice", lambda count, s=share: slice(*s.indices(count))
+            )
+            shares[rank] = [next(iter(loaders[stage].epoch(2))) for stage in ("train", "test")]
+    for number, stage in enumerate(("train", "test")):
+        whole = next(iter(loaders[stage].epoch(2)))
+        for part in (0, 1):  # inputs, labels
+            joined = torch.cat([shares[rank][number][part] for rank in (0, 1)])  # type: ignore[index]
+            assert torch.equal(joined, whole[part]), stage  # type: ignore[index]
+
+
 def test_stages_of_one_folder_share_an_array_and_a_mode_reads_only_its_own(
     tmp_cwd: Path,
 ) -> None:
