@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Any
+
+# Torch then asks for huge pages for large tensors on Linux, which halves the time to fill them.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def compose(overrides: list[str], folder: str | None = None) -> Any:

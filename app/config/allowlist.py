@@ -15,7 +15,6 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from types import UnionType
 from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from app.config.nested import dotted, iter_leaves
@@ -190,13 +189,14 @@ def _is_component(module: str, name: str, target: Target) -> bool:
 
 def _derives(target: Target, bases: Iterable[str]) -> bool:
     """Return whether a class derives from one of the bases, or a function of ours returns one."""
-    kind: Any = target
+    kinds: list[Any] = [target]
     if inspect.isfunction(target) and target.__module__.startswith("app."):
         with suppress(NameError):  # a type that is imported for type checkers only
             returned = get_type_hints(target).get("return")
-            alternatives = get_args(returned) if isinstance(returned, UnionType) else (returned,)
-            kind = get_origin(alternatives[0]) or alternatives[0]
-    return inspect.isclass(kind) and issubclass(kind, tuple(map(pkgutil.resolve_name, bases)))
+            members = get_args(returned) if isinstance(returned, types.UnionType) else [returned]
+            kinds = [get_origin(member) or member for member in members]
+    parents = tuple(map(pkgutil.resolve_name, bases))
+    return any(inspect.isclass(kind) and issubclass(kind, parents) for kind in kinds)
 
 
 def signature_parameters(target: Target) -> dict[str, inspect.Parameter]:

@@ -134,7 +134,7 @@ class NormalizeConfig:
 class LoaderConfig:
     """How data is read sample by sample: by `torch.utils.data.DataLoader`, and for how long."""
 
-    num_workers: NonNegative
+    num_workers: NonNegative | Literal["auto"]
     pin_memory: bool
     persistent_workers: bool
     prefetch_factor: Positive | None
@@ -191,6 +191,9 @@ class DataConfig:
     normalize: NormalizeConfig | None
     augment: Nodes
     memory: Literal["auto", "host", "device"]
+    cache: Literal["memory", "disk"] | None
+    cache_size: Positive | list[Positive] | None
+    cache_folder: str
     loader: LoaderConfig
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from app.config.instantiate import Instantiator
-from app.config.schema import AUTO, STAGES, Config, DataConfig, TrainerConfig
+from app.config.schema import AUTO, STAGES, Config, DataConfig, LoaderConfig, TrainerConfig
 from app.data.augment import per_image
 from app.data.batch import BatchLoader, BatchPreparer
+from app.data.image_cache import CachedSamples, FitImage, ImageCache, load_cached
 from app.data.images import ImageFiles
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.sampling import EpochSampler
@@ -29,6 +31,7 @@ from app.data.transform import (
     BatchTransform,
     channel_statistics,
     for_batches,
+    resized_side,
     transform_samples,
 )
 from app.runtime.errors import UserError, as_user_error
@@ -162,11 +165,31 @@ def make_loaders(
     if not active_stages(config):
         return {}
     transform = _batch_transform(config.data, datasets, device, memory_format)
+    active = {stage: datasets[stage] for stage in active_stages(config) if stage in datasets}
+    cached: dict[str, CachedSamples] = {}
+    if config.data.cache is not None and not isinstance(active.get("predict"), ImageFiles):
+        cached = load_cached(make_cache(config.data), active)
     return {
-        stage: _make_loader(config, build, stage, datasets[stage], transform, device)
-        for stage in active_stages(config)
-        if stage in datasets
+        stage: _make_loader(config, build, stage, dataset, transform, device, cached.get(stage))
+        for stage, dataset in active.items()
     }
+
+
+def make_cache(data: DataConfig) -> ImageCache:
+    """Build the cache of decoded images.
+
+    Raises:
+        UserError: Its size is unknown or invalid.
+    """
+    assert data.cache is not None
+    size = data.cache_size
+    if size is None and data.image_size is not None:
+        size = resized_side(data.image_size, data.eval_crop)
+    sizes = [size, size] if isinstance(size, int) else size
+    if sizes is None or len(sizes) != 2:
+        raise UserError(f"data.cache_size={size}; allowed: a number of pixels, or [height, width]")
+    fit = FitImage(sizes[0], sizes[1], inner=(data.image_size or 0) % 4)
+    return ImageCache(data.cache, fit, Path(data.cache_folder), torch.get_num_threads())
 
 
 def first_inputs(config: Config, build: Instantiator, dataset: Dataset[Any]) -> Nested:
@@ -208,19 +231,20 @@ def _make_loader(
     dataset: Dataset[Any],
     transform: BatchTransform,
     device: torch.device,
+    cached: CachedSamples | None = None,
 ) -> BatchLoader:
     data, is_training = config.data, stage == "train" and not config.trainer.overfit_batches
     group = "train" if is_training else "eval"
     nodes = getattr(data.transforms, group)
     transforms = list(build.build_all(f"data.transforms.{group}", nodes).values())
-    if isinstance(dataset, TensorDataset):
+    if cached is not None or isinstance(dataset, TensorDataset):
         transform = replace(transform, transforms=[for_batches(t) for t in transforms])
     if is_training:
         augment = build.build_all("data.augment", data.augment).values()
         transform = replace(transform, augment=[per_image(step) for step in augment])
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
     prepare = BatchPreparer(device, transform, data.inputs)
-    limit, options = _batch_limit(config.trainer, stage), DataLoaderOptions(**vars(data.loader))
+    limit, options = _batch_limit(config.trainer, stage), _loader_options(data.loader)
     if isinstance(dataset, IterableDataset):
         if isinstance(limit, float):
             raise UserError(
@@ -238,9 +262,10 @@ def _make_loader(
     sampler = EpochSampler.from_limit(dataset_size(dataset), batch_size, limit, seed, weights)
     if is_training and data.drop_last:
         sampler = sampler.drop_last(batch_size)
-    if isinstance(dataset, TensorDataset):
-        on_device = _fits_on_device(dataset, device, data.memory)
-        return TensorLoader(dataset, sampler, batch_size, prepare, on_device)
+    arrays, rows = (dataset, None) if cached is None else (cached.arrays, cached.rows)
+    if isinstance(arrays, TensorDataset):
+        on_device = _fits_on_device(arrays, dataset_size(dataset), device, data.memory)
+        return TensorLoader(arrays, sampler, batch_size, prepare, on_device, rows)
     samples = transform_samples(dataset, transforms, data.inputs)
     return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
 
@@ -270,8 +295,17 @@ def _sample_weights(build: Instantiator, data: DataConfig, dataset: Dataset[Any]
     return weights
 
 
-def _fits_on_device(dataset: TensorDataset, device: torch.device, memory: str) -> bool:
+def _fits_on_device(
+    arrays: TensorDataset, num_samples: int, device: torch.device, memory: str
+) -> bool:
     if memory != "auto" or device.type != "cuda":
         return memory != "host"
     free, _ = torch.cuda.mem_get_info(device)
-    return sum(t.numel() * t.element_size() for t in dataset.tensors) < free / 4
+    return num_samples * sum(t[0].numel() * t.element_size() for t in arrays.tensors) < free / 4
+
+
+def _loader_options(loader: LoaderConfig) -> DataLoaderOptions:
+    """Return the options of a `DataLoader`; `auto` is a worker for each core of this rank."""
+    cores = torch.get_num_threads()
+    num_workers = (cores if cores > 1 else 0) if loader.num_workers == AUTO else loader.num_workers
+    return DataLoaderOptions(**vars(loader) | {"num_workers": num_workers})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -18,7 +19,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.config.schema import AUTO
-from app.runtime.errors import UserError, join_choices
+from app.runtime.errors import UserError, as_user_error, join_choices
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+except ImportError:  # deprecated since torchvision 0.29
+    decode_jpeg = None
 
 STAGE_FOLDERS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 # Formats that Pillow decodes by itself; for EPS, it would start Ghostscript.
@@ -164,7 +170,25 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return decode_image(str(self.root / self.paths[index])), self.targets[index]
+        return self.read_image(index), self.targets[index]
+
+    def read_image(self, index: int) -> Tensor:
+        return decode_image(str(self.root / self.paths[index]))
+
+    @property
+    def location(self) -> str:
+        """The folder that contains all files."""
+        return str(self.root.resolve() / os.path.commonpath(self.paths))
+
+    def fingerprint(self) -> str:
+        """Return a hash of the paths, sizes and modification times of all files."""
+        digest = hashlib.sha256()
+        for path in self.paths:
+            with as_user_error():
+                status = (self.root / path).stat()
+            stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
+            digest.update(os.fsencode(path) + stamp.encode())
+        return digest.hexdigest()
 
 
 def _check_links(root: Path, follow_links: bool) -> None:
@@ -191,6 +215,12 @@ def decode_image(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
         UserError: The file cannot be read.
     """
     with open_image(path, path) as image:
+        is_plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
+        if is_plain_jpeg and mode == "RGB" and decode_jpeg is not None:
+            # The same pixels as Pillow's, in three quarters of the time
+            with suppress(RuntimeError):  # a damaged file: Pillow says what is wrong
+                decoded: Tensor = decode_jpeg(read_file(path), ImageReadMode.RGB)
+                return decoded
         pixels: Tensor = pil_to_tensor(image.convert(mode))
     return pixels
 

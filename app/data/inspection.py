@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, TensorDataset
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config
 from app.data.datamodule import build_sources, first_inputs, split_sources
+from app.data.image_cache import check_cacheable
 from app.data.image_checks import check_images, find_duplicates
 from app.data.split import check_datasets, class_weights, dataset_labels, sample_files
 from app.runtime.errors import UserError
@@ -59,6 +60,8 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
         config.data.class_names,
     )
     stages = split_sources(config, sources)
+    if data.cache is not None:
+        check_cacheable(stages)
     if data.class_weights == AUTO:
         facts["class_weights"] = _class_weights(stages, config)
     files = {stage: found for stage, dataset in stages.items() if (found := sample_files(dataset))}

@@ -315,7 +315,7 @@ def sample_paths(dataset: Dataset[Any]) -> list[str] | None:
     files = sample_files(dataset)
     if files is None:
         return None
-    root = str(_innermost(dataset).root)  # type: ignore[attr-defined]
+    root = str(innermost(dataset).root)  # type: ignore[attr-defined]
     return [printable(file.relative_to(root)) for file in files]
 
 
@@ -328,8 +328,17 @@ def sample_files(dataset: Dataset[Any]) -> list[Path] | None:
     return None if root is None or paths is None else [Path(root, path) for path in paths]
 
 
-def _innermost(dataset: Dataset[Any]) -> Dataset[Any]:
-    return _innermost(dataset.dataset) if isinstance(dataset, Subset) else dataset
+def innermost(dataset: Dataset[Any]) -> Dataset[Any]:
+    """Return the dataset that subsets are part of."""
+    return innermost(dataset.dataset) if isinstance(dataset, Subset) else dataset
+
+
+def base_dataset(dataset: Dataset[Any]) -> tuple[Dataset[Any], Tensor]:
+    """Return the innermost dataset, and the index of each sample in it, shape (N,)."""
+    if not isinstance(dataset, Subset):
+        return dataset, torch.arange(dataset_size(dataset))
+    base, indices = base_dataset(dataset.dataset)
+    return base, indices[torch.as_tensor(dataset.indices)]
 
 
 def printable(path: Path) -> str:

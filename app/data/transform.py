@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -84,7 +85,7 @@ def transform_samples(
     return TransformedDataset(dataset, transform)
 
 
-class ResizeCenterCrop:
+class ResizeCenterCrop(v2.Compose):  # type: ignore[misc]  # torchvision has no types
     """Resize the shorter side of images to `size / ratio`, and cut out the square in the middle.
 
     This is how torchvision and timm (with `ratio` as `crop_pct`) evaluate their published weights.
@@ -97,13 +98,13 @@ class ResizeCenterCrop:
     def __init__(self, size: int, ratio: float | None = None) -> None:
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
-        self.resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
-        self.crop = v2.CenterCrop(size)
+        resize = v2.Resize(resized_side(size, ratio), antialias=True)
+        super().__init__([resize, v2.CenterCrop(size)])
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Transform images of shape (..., C, H, W)."""
-        cropped: Tensor = self.crop(self.resize(images))
-        return cropped
+
+def resized_side(size: int, ratio: float | None) -> int:
+    """Return the length of the shorter side from which evaluation crops `size` pixels."""
+    return math.floor(size / (ratio or 1))
 
 
 def for_batches(transform: Augment) -> Augment:
@@ -151,10 +152,16 @@ class BatchTransform:
         if not (x.dtype == torch.uint8 or x.is_floating_point()):
             return x
         # Operations below are in place: allocating a tensor for each one would dominate the cost.
-        x = x.float().div_(255) if x.dtype == torch.uint8 else x.clone()
+        on_bytes, on_floats = self._split_augment
+        if x.dtype == torch.uint8:
+            for augment in on_bytes:
+                x = augment(x)
+            x = x.float().div_(255)
+        else:
+            x, on_floats = x.clone(), self.augment
         if self._resize is not None:
             x = self._resize(x)
-        for augment in self.augment:
+        for augment in on_floats:
             x = augment(x)
         if self.mean is not None and self.std is not None:
             x = x.sub_(self.mean).div_(self.std)
@@ -163,6 +170,13 @@ class BatchTransform:
         if self.channels is not None and x.shape[1] != self.channels:
             x = self._convert_channels(x)
         return x.contiguous(memory_format=self.memory_format)
+
+    @cached_property
+    def _split_augment(self) -> tuple[Sequence[Augment], Sequence[Augment]]:
+        """The first augmentations that give the same result on bytes, and the others."""
+        known = self.augment if self.size is None else []
+        first = [*takewhile(lambda step: getattr(step, "same_on_bytes", False), known)]
+        return first, self.augment[len(first) :]
 
     @cached_property
     def _resize(self) -> Augment | None:

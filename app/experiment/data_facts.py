@@ -22,7 +22,10 @@ from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
 if TYPE_CHECKING:
     from app.data.inspection import DataReport
 
-IRRELEVANT = ("batch_size", "eval_batch_size", "drop_last", "memory", "loader", "augment")
+IRRELEVANT = (
+    *("batch_size", "eval_batch_size", "drop_last", "memory", "loader", "augment"),
+    *("cache_size", "cache_folder"),
+)
 # Reports of this process. A command checks its jobs before it runs them, and a sweep has many.
 _reports: dict[str, DataReport] = {}
 

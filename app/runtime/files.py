@@ -65,7 +65,7 @@ def atomic_write(
             with suppress(OSError):  # a failed cleanup must not hide the original error
                 temp_file.unlink(missing_ok=True)
     except OSError as error:
-        raise _storage_error(path, size, error) from error
+        raise storage_error(path, size, error) from error
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -79,7 +79,8 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _storage_error(path: Path, size: int, error: OSError) -> StorageError:
+def storage_error(path: Path, size: int, error: OSError) -> StorageError:
+    """Return the error for a file of some bytes that could not be written; 0 if that is unknown."""
     folder = next(parent for parent in path.absolute().parents if os.path.exists(parent))  # noqa: PTH110
     written = f" ({size:,} bytes)" if size else ""
     return StorageError(f"{path}{written} {_write_problem(folder, error)}")

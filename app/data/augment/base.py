@@ -29,9 +29,14 @@ class Augmentation(nn.Module, ABC):
     Attributes:
         in_float: Whether `transform` receives a float32 copy with values in [0, 1]; otherwise it
             receives the images as they are.
+        in_chunks: Whether the CPU transforms a batch in pieces that fit into its cache.
+        same_on_bytes: Whether bytes give the same result as floats in [0, 1], so that the
+            augmentation can come before the conversion, where it moves a quarter of the memory.
     """
 
     in_float: ClassVar[bool] = True
+    in_chunks: ClassVar[bool] = True
+    same_on_bytes: ClassVar[bool] = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Augment one image or a batch.
@@ -51,7 +56,8 @@ class Augmentation(nn.Module, ABC):
             )
         batch = images if images.ndim == 4 else images[None]
         params = self.make_params(batch)
-        chunk = CHUNK // max(1, batch[:1].numel()) if batch.is_cpu else len(batch)
+        in_chunks = self.in_chunks and batch.is_cpu
+        chunk = CHUNK // max(1, batch[:1].numel()) if in_chunks else len(batch)
         pieces = (tensor.split(max(1, chunk)) for tensor in (batch, *params.values()))
         parts = [
             self._augment(part, dict(zip(params, values, strict=True)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +33,10 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class RandomResizedCrop(Augmentation):
     """Crop each image to a random part, and resize that to `size` (bilinear).
 
-    On the CPU, torchvision's kernel resizes one crop after the other, since it is faster than any
-    batched method there. On other devices all crops are resized by two batched matrix products,
-    which have the same antialiasing weights.
+    On the CPU, torchvision's kernel resizes each crop by itself, since it is faster than any
+    batched method there, and twice as fast for images in channels_last memory format. On other
+    devices all crops are resized by two batched matrix products, which have the same antialiasing
+    weights.
 
     Args:
         size: Height and width of the result; a single number stands for both.
@@ -44,6 +46,7 @@ class RandomResizedCrop(Augmentation):
     """
 
     in_float = False
+    in_chunks = False
 
     def __init__(
         self,
@@ -88,13 +91,21 @@ class RandomResizedCrop(Augmentation):
                 to_unit(images), **params, size=self.size, antialias=self.antialias
             )
             return from_unit(crops, images.dtype)
-        result = images.new_empty((*images.shape[:2], *self.size))
         boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], 1)
-        for index, box in enumerate(boxes.int().tolist()):
-            result[index] = tv.resized_crop(
-                images[index], *box, size=list(self.size), antialias=self.antialias
-            )
-        return result
+
+        def crop(image: Tensor, box: list[int]) -> Tensor:
+            top, left, height, width = box
+            part = image[:, top : top + height, left : left + width]
+            resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
+            return resized
+
+        if len(images) == 0:
+            return images.new_empty((0, images.shape[1], *self.size))
+        threads = min(len(images), torch.get_num_threads())
+        if threads == 1:
+            return torch.stack([*map(crop, images, boxes.int().tolist())])
+        with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
+            return torch.stack([*pool.map(crop, images, boxes.int().tolist())])
 
 
 def resized_crop(
@@ -145,6 +156,7 @@ class RandomShift(Augmentation):
     """
 
     in_float = False
+    same_on_bytes = True
 
     def __init__(self, pixels: int) -> None:
         super().__init__()
@@ -173,6 +185,7 @@ class RandomHorizontalFlip(Augmentation):
     """
 
     in_float = False
+    same_on_bytes = True
     axis = -1
 
     def __init__(self, p: float = 0.5) -> None:

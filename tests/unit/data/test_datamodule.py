@@ -51,6 +51,16 @@ def test_iterable_loader_with_several_workers_warns_about_sharding(
     assert "each of 2 workers reads the entire iterable dataset" in caplog.text
 
 
+@pytest.mark.parametrize(("cores", "workers"), [(1, 0), (2, 2)])
+def test_automatic_number_of_workers_is_that_of_the_cores_of_a_rank(
+    cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    files = "data.source.train._target_=own_data.Dicts", "data.inputs=x", "data.targets=y"
+    loader = loaders_for(*files, "data.loader.num_workers=auto")["train"]
+    assert loader.loader.num_workers == workers  # type: ignore[attr-defined]
+
+
 def test_balanced_sampling_equalizes_classes_and_varies_by_epoch() -> None:
     unbalanced = loaders_for("data.source.train.count=2000")["train"]
     balanced = loaders_for(

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from app.data import image_checks
 from app.data.image_checks import check_images, find_duplicates, image_problem
-from app.data.images import ImageFolder, image_folder
+from app.data.images import ImageFolder, decode_image, image_folder
 from app.data.split import check_datasets, dataset_labels, sample_files, sample_paths, subset
 from app.runtime.errors import UserError
 from tests.support.image_files import damage_image, write_image_folder
@@ -160,3 +162,29 @@ def test_copies_in_other_stages_are_listed(tmp_path: Path) -> None:
     assert warning.startswith("1 images are also in another stage")
     assert "train/cat/000.png (train) = " in warning
     assert "test/cat/000.png (test)" in warning
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "gif", "bmp", "tiff"])
+def test_decoded_pixels_are_those_of_pillow(tmp_path: Path, mode: str, suffix: str) -> None:
+    pixels = torch.randint(0, 256, (20, 30, 4), dtype=torch.uint8).numpy()
+    image = Image.fromarray(pixels[..., :3]).convert(mode)
+    if mode == "CMYK" and suffix not in ("jpg", "tiff"):
+        pytest.skip("the format has no CMYK")
+    path = tmp_path / f"x.{suffix}"
+    image.save(path)
+    expected = pil_to_tensor(Image.open(path).convert("RGB"))
+    assert torch.equal(decode_image(str(path)), expected)
+    renamed = path.rename(tmp_path / "x.png")  # the first bytes decide
+    assert torch.equal(decode_image(str(renamed)), expected)
+
+
+def test_truncated_jpeg_and_other_formats_are_refused(tmp_path: Path) -> None:
+    write_image_folder(tmp_path, {"cat": 1}, suffix="jpg")
+    (file,) = tmp_path.rglob("*.jpg")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"000\.jpg cannot be read as an image: image file is trun"):
+        decode_image(str(file))
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(UserError, match="its format is EPS; allowed: BMP"):
+        decode_image(str(file))

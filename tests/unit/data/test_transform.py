@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
+from app.data.augment import RandomErasing, RandomHorizontalFlip, RandomShift
 from app.data.transform import BatchTransform, ResizeCenterCrop, channel_statistics
 from app.runtime.errors import UserError
 
@@ -39,6 +40,17 @@ def test_transform_does_not_modify_stored_data() -> None:
     mean, std = torch.tensor([0.5])[:, None, None], torch.tensor([2.0])[:, None, None]
     make_transform(mean=mean, std=std)(x)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("size", [None, 6])
+def test_augmentations_of_bytes_give_the_result_of_those_of_floats(size: int | None) -> None:
+    x = torch.randint(0, 256, (8, 3, 5, 5), dtype=torch.uint8)
+    steps = [RandomShift(2), RandomHorizontalFlip(), RandomErasing(1.0), RandomHorizontalFlip()]
+    results = []
+    for images in (x, x.float() / 255):
+        torch.manual_seed(0)
+        results.append(make_transform(size=size, augment=steps)(images))
+    assert torch.equal(*results)
 
 
 def test_transform_resizes_and_converts_channels() -> None:

@@ -1,0 +1,142 @@
+"""Measure how fast folders of pictures become batches, against torchvision's usual pipeline.
+
+    python benchmarks/images.py
+    python benchmarks/images.py --images 200 --rounds 2
+
+Theirs is `ImageFolder` with `RandomResizedCrop(224)`, a flip, `ToTensor` and `Normalize` in a
+`DataLoader`; ours is `data=image_folder` with the same augmentation and the same workers, without a
+cache, and with each kind of it. They take turns in this process for several rounds of one epoch
+each, whose batches are ready for the model. The script prints images per second and the median
+ratio of a round. The pictures are JPEGs of 500 x 375 pixels that it draws itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+
+from app.experiment.notebook import Experiment, compose
+
+Epoch = Callable[[int], Iterable[object]]
+THEIRS = "torchvision"
+CACHES = {"no cache": "null", "cache=memory": "memory", "cache=disk": "disk"}
+NUM_VALID = 4
+
+
+def draw_pictures(folder: Path, number: int) -> None:
+    """Write smooth random pictures with some noise, 70 kB each, for two classes."""
+    rng = np.random.default_rng(0)
+    for index in range(number):
+        colors = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
+        smooth = np.asarray(colors.resize((500, 375), Image.Resampling.BICUBIC), np.float64)
+        pixels = (smooth + rng.normal(0, 8, smooth.shape)).clip(0, 255)
+        path = folder / f"class{index % 2}" / f"{index:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
+
+
+def their_epochs(root: Path, batch_size: int, workers: int) -> Epoch:
+    """Return torchvision's pipeline."""
+    steps = [
+        transforms.RandomResizedCrop(224),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+    images = ImageFolder(str(root), transforms.Compose(steps))
+    loader = DataLoader(
+        images,
+        batch_size,
+        shuffle=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return lambda _: (images.to(device, non_blocking=True) for images, _ in loader)
+
+
+def our_experiment(root: Path, batch_size: int, workers: int, cache: str) -> Experiment:
+    """Return our pipeline; the augmentation is the default one."""
+    options = (
+        *("data=image_folder", f"data.path={root}", f"data.batch_size={batch_size}"),
+        *(f"data.loader.num_workers={workers}", f"data.cache={cache}", "model=mlp"),
+        *(f"data.cache_folder={root.parent / 'cache'}", "model.hidden=[1]", "callbacks={}"),
+    )
+    return compose([*options], str(root.parent / f"run_{cache}"))
+
+
+def rate(epoch: Epoch, number: int, images: int) -> float:
+    """Return the images per second of an epoch."""
+    start = time.perf_counter()
+    for _ in epoch(number):
+        pass
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def compare(sides: dict[str, Epoch], images: int, rounds: int) -> dict[str, list[float]]:
+    """Return the rates of each side by round; the first round, a warm-up, is left out."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(rounds + 1):
+        for name in [*sides] if number % 2 else [*reversed(sides)]:
+            rates[name].append(rate(sides[name], number + 1, images))
+    return {name: values[1:] for name, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="of torch in the main process")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    logging.disable()
+    print(f"{options.images} images, {options.workers} workers, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as temp, ExitStack() as stack:
+        root = Path(temp, "pictures")
+        draw_pictures(root / "train", options.images)
+        draw_pictures(root / "valid", NUM_VALID)
+        sides = {THEIRS: their_epochs(root / "train", options.batch_size, options.workers)}
+        build_seconds = dict.fromkeys(CACHES, 0.0)
+        for name, cache in CACHES.items():
+            start = time.perf_counter()
+            experiment = our_experiment(root, options.batch_size, options.workers, cache)
+            stack.enter_context(experiment)
+            sides[name] = experiment.loaders["train"].epoch
+            build_seconds[name] = time.perf_counter() - start
+        rates = compare(sides, options.images, options.rounds)
+        for name in CACHES:
+            extra = build_seconds[name] - build_seconds["no cache"]
+            ratio = statistics.median(
+                a / b for a, b in zip(rates[name], rates[THEIRS], strict=True)
+            )
+            both = (statistics.median(rates[side]) for side in (name, THEIRS))
+            line = "{:.0f} images/s, torchvision {:.0f}".format(*both)
+            built = f", built in {extra:.1f} s" if name != "no cache" else ""
+            print(f"{name}: {line}, ratio {ratio:.2f}{built}")
+        files = (root.parent / "cache").glob("*.safetensors")
+        print(f"on disk: {sum(file.stat().st_size for file in files) / 1e6:.0f} MB of arrays")
+        pictures = sum(file.stat().st_size for file in root.rglob("*.jpg"))
+        print(f"pictures: {pictures / 1e6:.0f} MB; load {os.getloadavg()[0]:.1f}")
+
+
+if __name__ == "__main__":
+    main()
