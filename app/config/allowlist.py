@@ -15,7 +15,7 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeGuard, get_origin, get_type_hints
+from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from app.config.nested import dotted, iter_leaves
 from app.runtime.errors import UserError, did_you_mean
@@ -181,17 +181,20 @@ def _is_component(module: str, name: str, target: Target) -> bool:
     if module == DATASETS:
         return name in DATASET_CLASSES
     bases = OWN_PACKAGES[module.rpartition(".")[0]]
-    return target.__module__ == module and (full_name in OWN_CLASSES or _derives(target, bases))
+    is_defined_here = f"{target.__module__}.".startswith(f"{module}.")  # or in a submodule
+    return is_defined_here and (full_name in OWN_CLASSES or _derives(target, bases))
 
 
 def _derives(target: Target, bases: Iterable[str]) -> bool:
     """Return whether a class derives from one of the bases, or a function of ours returns one."""
-    kind: Any = target
+    kinds: list[Any] = [target]
     if inspect.isfunction(target) and target.__module__.startswith("app."):
         with suppress(NameError):  # a type that is imported for type checkers only
             returned = get_type_hints(target).get("return")
-            kind = get_origin(returned) or returned
-    return inspect.isclass(kind) and issubclass(kind, tuple(map(pkgutil.resolve_name, bases)))
+            members = get_args(returned) if isinstance(returned, types.UnionType) else [returned]
+            kinds = [get_origin(member) or member for member in members]
+    parents = tuple(map(pkgutil.resolve_name, bases))
+    return any(inspect.isclass(kind) and issubclass(kind, parents) for kind in kinds)
 
 
 def signature_parameters(target: Target) -> dict[str, inspect.Parameter]:

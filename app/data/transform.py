@@ -84,7 +84,7 @@ def transform_samples(
     return TransformedDataset(dataset, transform)
 
 
-class ResizeCenterCrop:
+class ResizeCenterCrop(v2.Compose):
     """Resize the shorter side of images to `size / ratio`, and cut out the square in the middle.
 
     This is how torchvision and timm (with `ratio` as `crop_pct`) evaluate their published weights.
@@ -97,13 +97,8 @@ class ResizeCenterCrop:
     def __init__(self, size: int, ratio: float | None = None) -> None:
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
-        self.resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
-        self.crop = v2.CenterCrop(size)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Transform images of shape (..., C, H, W)."""
-        cropped: Tensor = self.crop(self.resize(images))
-        return cropped
+        resize = v2.Resize(math.floor(size / (ratio or 1)), antialias=True)
+        super().__init__([resize, v2.CenterCrop(size)])
 
 
 def for_batches(transform: Augment) -> Augment:
