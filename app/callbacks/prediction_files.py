@@ -197,7 +197,8 @@ def class_colors(colors: Colors | None, num_classes: int) -> np.ndarray:
     known = [rgb for name, rgb in table.items() if name != IGNORE]
     if len(known) == num_classes:
         return np.array(known, np.uint8)
-    palette = colormaps["tab20"](np.arange(num_classes - 1) % 20, bytes=True)[:, :3]
+    strong_first = np.r_[0:20:2, 1:20:2][np.arange(num_classes - 1) % 20]
+    palette = colormaps["tab20"](strong_first, bytes=True)[:, :3]
     return np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
 
