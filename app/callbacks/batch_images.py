@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from app.callbacks.image_grids import normalize_images
-from app.callbacks.prediction_files import to_image
+from app.callbacks.overlays import FONT, legend_of, overlay, with_legend
+from app.callbacks.prediction_files import class_colors, to_image
 from app.callbacks.selection import class_label, pick_targets
 from app.runtime.files import atomic_write
 from app.runtime.nested import Nested, pick
@@ -23,11 +23,12 @@ from app.training.history import History
 
 STAGES = ("train", "valid")
 COLUMNS, MIN_SIDE, CAPTION = 8, 96, 14  # images per row; pixels
-FONT = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 class BatchImages(Callback):
     """Draw `train_batch.png` and `valid_batch.png` in the first epoch, with names of the classes.
+
+    Masks are drawn over their images.
 
     The inputs are those of the model, after all transforms and augmentations, with the
     normalization undone. Nothing is drawn if the inputs are not images.
@@ -54,7 +55,7 @@ class BatchImages(Callback):
         inputs = pick(step.batch, self.config["data"]["inputs"])
         if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] in (1, 3):
             targets = pick_targets(step.batch, self.config)
-            labels = targets if isinstance(targets, Tensor) and targets.ndim == 1 else None
+            labels = targets if isinstance(targets, Tensor) and targets.ndim in (1, 3) else None
             copies = None if labels is None else labels[: self.count].clone()
             self.batch = inputs[: self.count].detach().clone(), copies
 
@@ -64,9 +65,16 @@ class BatchImages(Callback):
         (images, labels), self.batch = self.batch, None
         pixels = denormalize(images.float().cpu(), self.config["data"]["normalize"])
         names: list[str] = []
+        legend: dict[str, tuple[int, ...]] = {}
         if labels is not None and not labels.is_floating_point():
-            names = [class_label(self.config, label) for label in labels.tolist()]
-        grid = draw_captioned_images(pixels, names)
+            if labels.ndim == 1:
+                names = [class_label(self.config, label) for label in labels.tolist()]
+            elif labels.shape[1:] == pixels.shape[2:] and self.config["data"]["num_classes"]:
+                data = self.config["data"]
+                colors = class_colors(data.get("colors"), data["num_classes"])
+                legend = legend_of(self.config, colors)
+                pixels = overlay(pixels, labels.cpu(), colors)
+        grid = with_legend(draw_captioned_images(pixels, names), legend)
         atomic_write(self._path(result.stage), partial(grid.save, format="png"))
 
     def _path(self, stage: str) -> Path:

@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
-from torchvision.utils import make_grid
 
-from app.callbacks.prediction_files import flatten_outputs, labeled, output_name, to_label_image
+from app.callbacks.overlays import legend_of, overlay
+from app.callbacks.prediction_files import class_colors, flatten_outputs, labeled, output_name
 from app.callbacks.selection import class_label, configured_logit_outputs, pick_targets
 from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
@@ -63,26 +62,42 @@ class SampleBuffer:
         """Return everything that can be shown as images, each (N, 3, height, width) in [0, 1].
 
         Returns:
-            Rows named `inputs`, `outputs` (of outputs that are images), `labels` (of dense logits)
-            and `targets` (that match such outputs), followed by `_<name>` if there are several of a
-            kind. Empty if no input is an image.
+            Rows named `image`, `target` (label maps over the image, or images) and `prediction`
+            (label maps over the image, or outputs that are images), followed by `_<name>` if there
+            are several of a kind. Empty if no input is an image.
         """
         inputs, outputs, targets = self.named_tensors()
-        rows = {labeled("inputs", n): normalize_images(x) for n, x in inputs.items() if x.ndim == 4}
-        if not rows:
+        shown = {name: normalize_images(x) for name, x in inputs.items() if x.ndim == 4}
+        if not shown:
             return {}
         dense = {name: o for name, o in outputs.items() if o.ndim == 4}
         logits = {name: o for name, o in dense.items() if name in self.logit_names}
         images = {n: o for n, o in dense.items() if n not in logits and o.shape[1] in (1, 3)}
-        rows |= {labeled("outputs", name): normalize_images(o) for name, o in images.items()}
-        rows |= {labeled("labels", name): color_label_maps(o) for name, o in logits.items()}
-        num_classes = max((o.shape[1] for o in logits.values()), default=0)
+        colors, first = self.colors(logits), next(iter(shown.values()))
+        rows = {labeled("image", name): x for name, x in shown.items()}
         for name, target in targets.items():
             if logits and _is_label_map(target):
-                rows[labeled("targets", name)] = color_label_maps(one_hot(target, num_classes))
+                labels = target.squeeze(1) if target.ndim == 4 else target
+                rows[labeled("target", name)] = overlay(first, labels, colors)
             elif images and target.ndim == 4 and target.shape[1] in (1, 3):
-                rows[labeled("targets", name)] = normalize_images(target)
+                rows[labeled("target", name)] = normalize_images(target)
+        for name, output in logits.items():
+            rows[labeled("prediction", name)] = overlay(first, predicted_labels(output), colors)
+        for name, output in images.items():
+            rows[labeled("prediction", name)] = normalize_images(output)
         return rows
+
+    def legend(self) -> dict[str, tuple[int, ...]]:
+        """Return the color of each class by its name; empty if there are no label maps."""
+        _, outputs, _ = self.named_tensors()
+        logits = {n: o for n, o in outputs.items() if o.ndim == 4 and n in self.logit_names}
+        return legend_of(self.config, self.colors(logits)) if logits else {}
+
+    def colors(self, logits: NamedTensors) -> np.ndarray:
+        """Return the color of each class of dense logits (N, K, height, width)."""
+        return class_colors(
+            self.config["data"].get("colors"), max((2, *(o.shape[1] for o in logits.values())))
+        )
 
     def titles(self) -> list[str]:
         """Return "predicted / true" classes per sample; empty if there are no (N, K) logits."""
@@ -113,25 +128,9 @@ def normalize_images(images: Tensor) -> Tensor:
     return ((shown - low) / (high - low).clamp(min=1e-12)).expand(-1, 3, -1, -1)
 
 
-def color_label_maps(logits: Tensor) -> Tensor:
-    """Return the most likely class of each pixel as a color, from logits (N, K, height, width)."""
-    colored = [np.asarray(to_label_image(item.float().numpy()).convert("RGB")) for item in logits]
-    return torch.from_numpy(np.stack(colored)).permute(0, 3, 1, 2) / 255
-
-
-def one_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Return label maps as one-hot maps; labels that are no class (ignored pixels) get zeros."""
-    labels = labels.squeeze(1) if labels.ndim == 4 else labels
-    return labels.unsqueeze(1) == torch.arange(max(num_classes, 2)).view(1, -1, 1, 1)
-
-
-def stack_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Arrange rows of images in one grid; smaller images are enlarged to the largest size."""
-    size = [max(row.shape[side] for row in rows) for side in (2, 3)]
-    stacked: Tensor = make_grid(
-        torch.cat([interpolate(row, size) for row in rows]), nrow=len(rows[0])
-    )
-    return stacked
+def predicted_labels(logits: Tensor) -> Tensor:
+    """Return the class of each pixel, from logits (N, K, height, width); K of 1 is binary."""
+    return logits.argmax(1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()
 
 
 def _concat(parts: Sequence[Nested]) -> NamedTensors:

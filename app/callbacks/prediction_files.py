@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from app.data.masks import IGNORE, Colors, color_table
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write, write_csv
 from app.runtime.nested import Key, Nested
@@ -26,8 +27,9 @@ class PredictionFileWriter:
 
     With `format="auto"`, outputs (N, K) become a table: labels and probabilities if they are class
     logits, else one column per output. Outputs (N, K, height, width) become one PNG file per
-    sample: a label map if they are class logits, else the image itself, if K is 1 or 3. All other
-    outputs become arrays. Each of several outputs has files of its own.
+    sample, named like its file if it has one: a label map if they are class logits, else the image
+    itself, if K is 1 or 3. All other outputs become arrays. Each of several outputs has files of
+    its own.
 
     Args:
         folder: Folder of the files.
@@ -36,6 +38,7 @@ class PredictionFileWriter:
         names: Names of the samples, in order; None numbers them.
         paths: The file of each sample, in order, for a column `path`; None if there are none.
         class_names: Names of the classes in the order of their labels; None if unknown.
+        colors: Colors of the classes in label maps; see `class_colors`.
     """
 
     def __init__(
@@ -46,16 +49,18 @@ class PredictionFileWriter:
         names: Sequence[str] | None = None,
         paths: Sequence[str] | None = None,
         class_names: Sequence[str] | None = None,
+        colors: Colors | None = None,
     ) -> None:
         self.folder, self.format, self.names = folder, format, names
-        self.paths, self.class_names = paths, class_names
+        self.paths, self.class_names, self.colors = paths, class_names, colors
         self.logit_names = {output_name(key) for key in classes}
         self.batches: dict[str, list[Tensor]] = {}
         self.targets: list[Tensor] = []
         self.num_images: dict[str, int] = {}
-        stems = [str(Path(name).with_suffix("")) for name in names or ()]
+        files = list(names or paths or ())
+        stems = [str(Path(name).with_suffix("")) for name in files]
         # Keep the suffixes if cat.jpg and cat.png would otherwise overwrite each other.
-        self.stems = stems if len({*stems}) == len(stems) else list(names or ())
+        self.stems = stems if len({*stems}) == len(stems) else files
 
     def add(self, outputs: Nested, targets: Nested = None) -> None:
         """Add a batch; targets are kept if they have shape (N,)."""
@@ -111,7 +116,8 @@ class PredictionFileWriter:
         folder = self.folder / labeled("predictions", name)
         for index, values in enumerate(batch.numpy(), first):
             stem = self.stems[index] if self.stems else f"{index:06d}"
-            image = to_label_image(values) if name in self.logit_names else to_image(values)
+            is_label_map = name in self.logit_names
+            image = to_label_image(values, self.colors) if is_label_map else to_image(values)
             atomic_write(folder / f"{stem}.png", partial(image.save, format="png"))
         self.num_images[name] = first + len(batch)
 
@@ -167,17 +173,33 @@ def flatten_outputs(outputs: Nested, prefix: str = SINGLE_OUTPUT) -> Iterator[tu
         yield from flatten_outputs(part, f"{prefix}.{name}" if prefix else str(name))
 
 
-def to_label_image(logits: np.ndarray) -> Image.Image:
+def to_label_image(logits: np.ndarray, colors: Colors | None = None) -> Image.Image:
     """Return the most likely class of each pixel as a palette image.
 
     Args:
         logits: Class logits of shape (K, height, width); a single channel is binary.
+        colors: Colors of the classes; see `class_colors`.
     """
     labels = logits.argmax(0) if len(logits) > 1 else (logits[0] > 0)
     image = Image.fromarray(labels.astype(np.uint8), mode="P")
-    colors = colormaps["tab20"](np.arange(20), bytes=True)[:, :3]
-    image.putpalette([0, 0, 0, *colors.flatten().tolist()])
+    image.putpalette(class_colors(colors, max(2, len(logits))).flatten().tolist())
     return image
+
+
+def class_colors(colors: Colors | None, num_classes: int) -> np.ndarray:
+    """Return the color of each class, uint8 of shape (num_classes, 3).
+
+    Args:
+        colors: `data.colors`, which is used if it has as many classes. Otherwise class 0 is black.
+        num_classes: Number of classes.
+    """
+    table = {} if colors is None else color_table(colors)
+    known = [rgb for name, rgb in table.items() if name != IGNORE]
+    if len(known) == num_classes:
+        return np.array(known, np.uint8)
+    strong_first = np.r_[0:20:2, 1:20:2][np.arange(num_classes - 1) % 20]
+    palette = colormaps["tab20"](strong_first, bytes=True)[:, :3]
+    return np.concatenate([np.zeros((1, 3), np.uint8), palette])
 
 
 def to_image(values: np.ndarray) -> Image.Image:

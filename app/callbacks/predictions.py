@@ -65,6 +65,7 @@ class PredictionWriter(Callback):
                 self.format,
                 paths=self.paths.get(start.stage),
                 class_names=self.config["data"].get("class_names"),
+                colors=self.config["data"].get("colors"),
             )
 
     def needs_all_ranks(self, start: StageStart) -> bool:  # noqa: ARG002

@@ -12,8 +12,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from app.callbacks.image_grids import SampleBuffer, stack_rows
-from app.callbacks.prediction_files import to_image
+from app.callbacks.image_grids import SampleBuffer
+from app.callbacks.overlays import draw_rows
 from app.callbacks.selection import check_selection, is_due
 from app.config.schema import STAGES
 from app.runtime.figures import save_figure
@@ -29,7 +29,8 @@ MAX_COLUMNS = 8
 class SampleImages(Callback):
     """Draw the first inputs of a stage and their predictions, as `samples/epoch001_valid.png`.
 
-    Class labels become titles; predicted label maps and images are drawn below the inputs.
+    Class labels become titles. Targets and predictions that are images or label maps are drawn in
+    rows below the inputs; label maps over the inputs, with a legend of the classes.
 
     Args:
         folder: Run folder.
@@ -73,9 +74,9 @@ class SampleImages(Callback):
                 "no samples drawn for stage %s: none of the inputs is an image", result.stage
             )
         elif titles:
-            save_figure(path, draw_titled_images(rows["inputs"], titles))
+            save_figure(path, draw_titled_images(next(iter(rows.values())), titles))
         else:
-            grid = to_image(stack_rows(list(rows.values())).numpy())
+            grid = draw_rows(rows, self.samples.legend())
             atomic_write(path, partial(grid.save, format="png"))
 
 

@@ -17,6 +17,7 @@ FILE_SOURCES = {  # the argument that names a file or a folder, and which of bot
     "app.data.arrays.csv": ("path", "file"),
     "app.data.arrays.npz": ("path", "file"),
     "app.data.images.image_folder": ("root", "folder"),
+    "app.data.masks.mask_folder": ("root", "folder"),
 }
 RESERVED_COLUMNS = (
     "epoch",

@@ -171,6 +171,8 @@ class DataConfig:
     class_names: list[str] | Literal["auto"] | None
     class_weights: list[Annotated[float, Ge(0.0)]] | Literal["auto"] | None
     class_weight_power: Annotated[float, Ge(0.0)]
+    ignore_index: int | None
+    colors: dict[str, str | list[int]] | list[str | list[int]] | None
     path: str | None
     input_shape: list[Positive] | Literal["auto"]
     channels: Positive | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -61,6 +61,49 @@ class BatchPreparer:
         if self.transform is None:
             return batch
         return map_inputs(partial(map_tensors, self.transform), batch, self.inputs)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of the inputs, which are transformed together with them.
+
+    Attributes:
+        key: Key of the masks within a sample or a batch.
+        outside: Label of pixels that a transform moves in from outside of the image.
+    """
+
+    key: int | str
+    outside: int
+
+    def replace_both(self, sample: Nested, inputs: Inputs, images: Tensor, masks: Tensor) -> Nested:
+        """Return a copy of a sample or batch with other images and masks."""
+        assert isinstance(inputs, (int, str))
+        return replace(replace(sample, inputs, images), self.key, masks)
+
+
+@dataclass(frozen=True)
+class MaskBatchPreparer(BatchPreparer):
+    """Moves a batch to the device, and transforms images and masks there; masks become int64.
+
+    Attributes:
+        masks: The masks of the inputs.
+        transform_both: Called with images, masks and the label outside of images; returns the
+            transformed images and masks.
+    """
+
+    masks: Masks = field(kw_only=True)
+    transform_both: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor | None]] = field(
+        kw_only=True
+    )
+
+    def __call__(self, batch: Batch) -> Batch:
+        masks = self.masks
+        batch = map_tensors(lambda tensor: to_device(tensor, self.device), batch)
+        images, labels = self.transform_both(
+            pick(batch, self.inputs), pick(batch, masks.key), masks.outside
+        )
+        assert labels is not None
+        return masks.replace_both(batch, self.inputs, images, labels.long())
 
 
 def map_inputs(function: Callable[[Any], Any], sample: Nested, inputs: Inputs) -> Nested:

@@ -13,10 +13,12 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, STAGES, Config, DataConfig, LoaderConfig, TrainerConfig
 from app.data.augment import per_image
-from app.data.batch import BatchLoader, BatchPreparer
+from app.data.batch import BatchLoader, BatchPreparer, Inputs, MaskBatchPreparer, Masks
 from app.data.image_cache import CachedSamples, FitImage, ImageCache, load_cached
 from app.data.images import ImageFiles
+from app.data.joint import fill_masks
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
+from app.data.masks import has_masks
 from app.data.sampling import EpochSampler
 from app.data.split import (
     check_datasets,
@@ -237,13 +239,16 @@ def _make_loader(
     group = "train" if is_training else "eval"
     nodes = getattr(data.transforms, group)
     transforms = list(build.build_all(f"data.transforms.{group}", nodes).values())
+    augment = list(build.build_all("data.augment", data.augment if is_training else {}).values())
+    masks = _masks(data, dataset)
+    if masks is not None:
+        for step in (*transforms, *augment):
+            fill_masks(step, masks.outside)
     if cached is not None or isinstance(dataset, TensorDataset):
         transform = replace(transform, transforms=[for_batches(t) for t in transforms])
-    if is_training:
-        augment = build.build_all("data.augment", data.augment).values()
-        transform = replace(transform, augment=[per_image(step) for step in augment])
+    transform = replace(transform, augment=[per_image(step) for step in augment])
     batch_size = (None if stage == "train" else data.eval_batch_size) or data.batch_size
-    prepare = BatchPreparer(device, transform, data.inputs)
+    prepare = _make_preparer(device, transform, data.inputs, masks)
     limit, options = _batch_limit(config.trainer, stage), _loader_options(data.loader)
     if isinstance(dataset, IterableDataset):
         if isinstance(limit, float):
@@ -254,7 +259,7 @@ def _make_loader(
         if is_training and data.sampling:
             raise UserError("data.sampling needs data that is not iterable")
         drop_last = is_training and data.drop_last
-        stream = transform_samples(dataset, transforms, data.inputs)
+        stream = transform_samples(dataset, transforms, data.inputs, masks)
         assert isinstance(stream, IterableDataset)
         return IterableLoader(stream, batch_size, prepare, limit, config.seed, options, drop_last)
     seed = config.seed if is_training else None
@@ -266,8 +271,25 @@ def _make_loader(
     if isinstance(arrays, TensorDataset):
         on_device = _fits_on_device(arrays, dataset_size(dataset), device, data.memory)
         return TensorLoader(arrays, sampler, batch_size, prepare, on_device, rows)
-    samples = transform_samples(dataset, transforms, data.inputs)
+    samples = transform_samples(dataset, transforms, data.inputs, masks)
     return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
+
+
+def _masks(data: DataConfig, dataset: Dataset[Any]) -> Masks | None:
+    """Return where the masks of a dataset are, if its targets are masks."""
+    if data.num_classes is None or not has_masks(dataset, data.inputs, data.targets):
+        return None
+    assert isinstance(data.targets, (int, str))
+    return Masks(data.targets, 0 if data.ignore_index is None else data.ignore_index)
+
+
+def _make_preparer(
+    device: torch.device, transform: BatchTransform, inputs: Inputs, masks: Masks | None
+) -> BatchPreparer:
+    if masks is None:
+        return BatchPreparer(device, transform, inputs)
+    both = transform.transform_both
+    return MaskBatchPreparer(device, transform, inputs, masks=masks, transform_both=both)
 
 
 def _batch_limit(trainer: TrainerConfig, stage: str) -> Limit:

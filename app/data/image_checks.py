@@ -38,7 +38,7 @@ def check_images(files: Sequence[Path]) -> None:
     if bad:
         raise UserError(
             f"{len(bad)} of {len(files)} images cannot be read; repair or remove them:"
-            f"{_indented(bad)}"
+            f"{join_lines(bad)}"
         )
 
 
@@ -97,7 +97,7 @@ def find_duplicates(files: Mapping[str, Sequence[Path]]) -> list[str]:
     ]
     return [
         f"{len(pairs)} images are also in another stage, so that its results look better than "
-        f"they are:{_indented(lines)}"
+        f"they are:{join_lines(lines)}"
     ]
 
 
@@ -117,6 +117,7 @@ def _copies(
     ]
 
 
-def _indented(lines: Sequence[str]) -> str:
+def join_lines(lines: Sequence[str]) -> str:
+    """Return each line on one of its own, indented; the first 20 of them."""
     more = [f"and {len(lines) - MAX_LISTED} more"] * (len(lines) > MAX_LISTED)
     return "".join(f"\n    {line}" for line in [*lines[:MAX_LISTED], *more])

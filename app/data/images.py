@@ -56,7 +56,7 @@ def image_folder(
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(f"{root!r} is not a folder")
-    _check_links(folder, follow_links)
+    check_links(folder, follow_links)
     stages = _stage_folders(folder)
     known = list(classes) if isinstance(classes, list) else None
     if not stages:
@@ -129,7 +129,7 @@ def _read_class_folders(
             )
     paths, targets = [], []
     for label, name in enumerate(names):
-        files = _image_files(folder / name)
+        files = image_files(folder / name)
         if not files and is_training:
             raise UserError(
                 f"{folder / name} contains no image; allowed: {join_choices(IMG_EXTENSIONS)}"
@@ -139,7 +139,7 @@ def _read_class_folders(
     return ImageFolder(root, paths, targets, names, layout)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     """Return all visible images below a folder, in order of their folder and name."""
     return [
         Path(parent, name)
@@ -191,7 +191,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return digest.hexdigest()
 
 
-def _check_links(root: Path, follow_links: bool) -> None:
+def check_links(root: Path, follow_links: bool) -> None:
     """Refuse links that point outside, and cycles of links, which would be searched forever."""
     resolved_root = root.resolve()
     for folder, folders, files in os.walk(root):

@@ -13,7 +13,14 @@ from app.config.schema import AUTO, Config
 from app.data.datamodule import build_sources, first_inputs, split_sources
 from app.data.image_cache import check_cacheable
 from app.data.image_checks import check_images, find_duplicates
-from app.data.split import check_datasets, class_weights, dataset_labels, sample_files
+from app.data.masks import check_mask_labels, count_mask_classes, pixel_counts
+from app.data.split import (
+    check_datasets,
+    class_weights,
+    dataset_labels,
+    sample_files,
+    weights_from_counts,
+)
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
 
@@ -59,6 +66,7 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
         data.targets,
         config.data.class_names,
     )
+    warnings = check_mask_labels(datasets, config.data.num_classes)
     stages = split_sources(config, sources)
     if data.cache is not None:
         check_cacheable(stages)
@@ -74,14 +82,19 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
         facts["input_shape"] = shape
     elif shape is not None and shape != data.input_shape:
         raise UserError(f"data.input_shape={data.input_shape}, but the samples have shape {shape}")
-    return DataReport(facts, find_duplicates(files))
+    return DataReport(facts, [*warnings, *find_duplicates(files)])
 
 
 def _class_weights(stages: dict[str, Dataset[Any]], config: Config) -> list[float]:
     data = config.data
     if "train" not in stages or not isinstance(data.num_classes, int):
         raise UserError("data.class_weights='auto' needs training data with class labels")
-    return class_weights(stages["train"], data.targets, data.num_classes, data.class_weight_power)
+    power, ignore_index = data.class_weight_power, data.ignore_index
+    pixels = pixel_counts(stages["train"])
+    if pixels is not None:
+        counts = pixels.sum(0)[: data.num_classes]
+        return weights_from_counts(counts, counts.sum() / data.num_classes, power)
+    return class_weights(stages["train"], data.targets, data.num_classes, power, ignore_index)
 
 
 def class_names(dataset: Dataset[Any]) -> list[str] | None:
@@ -100,8 +113,11 @@ def count_classes(dataset: Dataset[Any], config: Config) -> int | None:
         return None
     names = class_names(dataset)
     labels = dataset_labels(dataset, config.data.targets)
+    in_masks = count_mask_classes(dataset)
     if names is not None:
         count = len(names)
+    elif in_masks is not None:
+        count = in_masks
     elif labels is None:
         if _has_float_targets(dataset, config):
             return None

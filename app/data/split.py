@@ -155,7 +155,11 @@ def sample_groups(dataset: Dataset[Any], pattern: str | None) -> list[Hashable] 
 
 
 def class_weights(
-    dataset: Dataset[Any], targets: Key, num_classes: int, power: float
+    dataset: Dataset[Any],
+    targets: Key,
+    num_classes: int,
+    power: float,
+    ignore_index: int | None = None,
 ) -> list[float]:
     """Return a weight for each class that is inverse to its frequency.
 
@@ -168,6 +172,7 @@ def class_weights(
         targets: Key of the target within a sample.
         num_classes: Number of classes.
         power: Exponent; 0 gives equal weights.
+        ignore_index: Label that is not counted.
 
     Raises:
         UserError: The labels are not available without reading the samples, or a class has none.
@@ -180,18 +185,28 @@ def class_weights(
             "data.class_weights='auto' needs labels: a dataset with `targets`, or one in memory"
         )
     if labels.is_floating_point() and labels.ndim == 2:
-        positives = (labels > 0.5).sum(0).double()
-        counts, ratios = positives, (len(labels) - positives) / positives
-    else:
-        known = labels[(labels >= 0) & (labels < num_classes)].long()
-        counts = torch.bincount(known.flatten(), minlength=num_classes).double()
-        ratios = known.numel() / (num_classes * counts)
+        positives = (labels > 0.5).sum(0)
+        return weights_from_counts(positives, len(labels) - positives, power)
+    known = labels[(labels >= 0) & (labels < num_classes)].long()
+    if ignore_index is not None:
+        known = known[known != ignore_index]
+    counts = torch.bincount(known.flatten(), minlength=num_classes)
+    return weights_from_counts(counts, counts.sum() / num_classes, power)
+
+
+def weights_from_counts(counts: Tensor, reference: Tensor, power: float) -> list[float]:
+    """Return `(reference / counts) ** power` for each class.
+
+    Raises:
+        UserError: A class has no sample.
+    """
     if not counts.all():
         missing = ", ".join(map(str, (counts == 0).nonzero().flatten().tolist()))
         raise UserError(
             f"data.class_weights='auto': the training data have no sample of class {missing}; "
             "allowed: a list of weights"
         )
+    ratios = reference.double() / counts.double()
     return [float(f"{ratio**power:.6g}") for ratio in ratios.tolist()]
 
 

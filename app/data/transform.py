@@ -15,7 +15,8 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
 from app.data.augment import PerSample, draws_once_per_batch
-from app.data.batch import Inputs, map_inputs
+from app.data.batch import Inputs, Masks, map_inputs
+from app.data.joint import transform_both
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, map_tensors, pick
 
@@ -24,18 +25,25 @@ Augment = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class SampleTransform:
-    """Applies the transforms of a stage to the inputs of one sample.
+    """Applies the transforms of a stage to the inputs of one sample, and to its mask.
 
     Attributes:
         transforms: Applied in order.
         inputs: Key or keys of the inputs within a sample; None for the entire sample.
+        masks: The masks that are transformed together with the inputs; None if there are none.
     """
 
     transforms: Sequence[Augment]
     inputs: Inputs
+    masks: Masks | None = None
 
     def __call__(self, sample: Nested) -> Nested:
-        return map_inputs(self._apply, sample, self.inputs)
+        if self.masks is None:
+            return map_inputs(self._apply, sample, self.inputs)
+        image, mask = pick(sample, self.inputs), pick(sample, self.masks.key)
+        for transform in self.transforms:
+            image, mask = transform_both(transform, image, mask, self.masks.outside)
+        return self.masks.replace_both(sample, self.inputs, image, mask)
 
     def _apply(self, value: Any) -> Any:
         if isinstance(value, (tuple, list, dict)):
@@ -74,12 +82,15 @@ class TransformedStream(IterableDataset[Any]):
 
 
 def transform_samples(
-    dataset: Dataset[Any], transforms: Sequence[Augment], inputs: Inputs
+    dataset: Dataset[Any],
+    transforms: Sequence[Augment],
+    inputs: Inputs,
+    masks: Masks | None = None,
 ) -> Dataset[Any]:
     """Return the dataset with transformed inputs, of either style; itself without transforms."""
     if not transforms:
         return dataset
-    transform = SampleTransform(transforms, inputs)
+    transform = SampleTransform(transforms, inputs, masks)
     if isinstance(dataset, IterableDataset):
         return TransformedStream(dataset, transform)
     return TransformedDataset(dataset, transform)
@@ -147,22 +158,31 @@ class BatchTransform:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Transform a uint8 or float batch to float32; other integer tensors are returned as is."""
+        return self.transform_both(x, None, 0)[0]
+
+    def transform_both(
+        self, x: Tensor, masks: Tensor | None, outside: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Transform a batch, and its masks in the same way; arguments of `joint.transform_both`."""
         for transform in self.transforms:
-            x = transform(x)
+            x, masks = transform_both(transform, x, masks, outside)
         if not (x.dtype == torch.uint8 or x.is_floating_point()):
-            return x
+            return x, masks
         # Operations below are in place: allocating a tensor for each one would dominate the cost.
         on_bytes, on_floats = self._split_augment
         if x.dtype == torch.uint8:
             for augment in on_bytes:
-                x = augment(x)
+                x, masks = transform_both(augment, x, masks, outside)
             x = x.float().div_(255)
         else:
             x, on_floats = x.clone(), self.augment
         if self._resize is not None:
-            x = self._resize(x)
+            x, masks = transform_both(self._resize, x, masks, outside)
         for augment in on_floats:
-            x = augment(x)
+            x, masks = transform_both(augment, x, masks, outside)
+        return self._finish(x), masks
+
+    def _finish(self, x: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
             x = x.sub_(self.mean).div_(self.std)
         if x.ndim != 4:

@@ -211,6 +211,7 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
         names,
         paths if names is None else None,
         class_names,
+        config.data.colors,
     )
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):

@@ -144,7 +144,7 @@ class WeightedSum(nn.Module):
             hint = f"; set loss.{name}.output to select one of the outputs" if takes_all else ""
             raise UserError(
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
-                f"({describe(targets)}): {error}{hint}"
+                f"({describe(targets)}{_label_range(pick(targets, term.target))}): {error}{hint}"
             ) from error
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(
@@ -192,6 +192,14 @@ class WeightedSum(nn.Module):
             for name, term in self.terms.items()
             if isinstance(term.weight, UncertaintyWeight)
         }
+
+
+def _label_range(targets: Nested) -> str:
+    """Describe the labels in targets, for the error of a loss; empty for other targets."""
+    is_readable = isinstance(targets, Tensor) and targets.is_cpu and targets.numel() > 0
+    if not is_readable or targets.is_floating_point():
+        return ""
+    return f" with labels {int(targets.min())} to {int(targets.max())}"
 
 
 def as_loss(

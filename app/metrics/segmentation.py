@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from app.metrics.function import SampleMean
 from app.runtime.extras import import_extra
 
 Mask = NDArray[np.bool_]
+Average = Literal["macro", "none"]
 
 
 class OverlapMetric(Metric):
@@ -27,6 +28,8 @@ class OverlapMetric(Metric):
     Args:
         num_classes: Number of classes C.
         labels: Labels of the classes to include.
+        ignore_index: Label of pixels that are not counted, in the prediction either; None counts
+            all.
     """
 
     higher_is_better = True
@@ -34,26 +37,33 @@ class OverlapMetric(Metric):
     overlap: Tensor
     areas: Tensor
 
-    def __init__(self, num_classes: int, labels: Sequence[int]) -> None:
+    def __init__(
+        self, num_classes: int, labels: Sequence[int], ignore_index: int | None = None
+    ) -> None:
         super().__init__()
         self.num_classes, self.labels = num_classes, list(labels)
+        self.ignore_index = ignore_index
         self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
         self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
-        overlap, areas = count_overlaps(output, target, self.num_classes)
+        overlap, areas = count_overlaps(output, target, self.num_classes, self.ignore_index)
         self.overlap += overlap.sum(dim=0)
         self.areas += areas.sum(dim=0)
 
     @property
     def update_key(self) -> tuple[object, ...]:
         """Equal for metrics whose updates add the same, so that a step updates one of them."""
-        return OverlapMetric, self.num_classes
+        return OverlapMetric, self.num_classes, self.ignore_index
 
     def dice_scores(self) -> Tensor:
         """Return the Dice score of each included class."""
         return (2 * self.overlap / self.areas)[self.labels]
+
+    def iou_scores(self) -> Tensor:
+        """Return the intersection over union of each included class."""
+        return (self.overlap / (self.areas - self.overlap))[self.labels]
 
 
 class DiceScore(OverlapMetric):
@@ -65,18 +75,19 @@ class DiceScore(OverlapMetric):
         num_classes: Number of classes C.
         include_background: Whether to include class 0.
         average: `macro` returns the mean over the classes, `none` one value per class.
+        ignore_index: Label of pixels that are not counted; None counts all.
     """
 
     def __init__(
         self,
         num_classes: int,
         include_background: bool = False,
-        average: Literal["macro", "none"] = "macro",
+        average: Average = "macro",
+        ignore_index: int | None = None,
     ) -> None:
-        super().__init__(num_classes, included_labels(num_classes, include_background))
-        if average not in ("macro", "none"):
-            raise ValueError(f"average={average!r} is not valid; allowed: macro, none")
-        self.average = average
+        labels = included_labels(num_classes, include_background)
+        super().__init__(num_classes, labels, ignore_index)
+        self.average = check_average(average)
 
     def compute(self) -> Tensor:
         """Return a scalar, or with `average="none"` a vector over the included classes."""
@@ -90,35 +101,50 @@ class PartialDice(OverlapMetric):
     Args:
         num_classes: Number of classes C.
         classes: Labels to average over, each from 0 to C - 1.
+        ignore_index: Label of pixels that are not counted; None counts all.
     """
 
-    def __init__(self, num_classes: int, classes: Sequence[int]) -> None:
+    def __init__(
+        self, num_classes: int, classes: Sequence[int], ignore_index: int | None = None
+    ) -> None:
         allowed = included_labels(num_classes, include_background=True)
         if not classes or not set(classes) <= set(allowed):
             raise ValueError(
                 f"classes={list(classes)} must be at least one label from 0 to {num_classes - 1}"
             )
-        super().__init__(num_classes, classes)
+        super().__init__(num_classes, classes, ignore_index)
 
     def compute(self) -> Tensor:
         return self.dice_scores().nanmean()
 
 
 class MeanIoU(OverlapMetric):
-    """Mean over classes of the intersection over union of all pixels of the stage.
+    """Intersection over union of each class over all pixels of the stage, and its mean.
 
     Jaccard, "The Distribution of the Flora in the Alpine Zone", 1912.
 
     Args:
         num_classes: Number of classes C.
         include_background: Whether to include class 0.
+        average: `macro` returns the mean over the classes, `none` one value per class.
+        ignore_index: Label of pixels that are not counted; None counts all.
     """
 
-    def __init__(self, num_classes: int, include_background: bool = True) -> None:
-        super().__init__(num_classes, included_labels(num_classes, include_background))
+    def __init__(
+        self,
+        num_classes: int,
+        include_background: bool = True,
+        average: Average = "macro",
+        ignore_index: int | None = None,
+    ) -> None:
+        labels = included_labels(num_classes, include_background)
+        super().__init__(num_classes, labels, ignore_index)
+        self.average = check_average(average)
 
     def compute(self) -> Tensor:
-        return (self.overlap / (self.areas - self.overlap))[self.labels].nanmean()
+        """Return a scalar, or with `average="none"` a vector over the included classes."""
+        scores = self.iou_scores()
+        return scores.nanmean() if self.average == "macro" else scores
 
 
 class InstanceIoU(SampleMean):
@@ -130,18 +156,21 @@ class InstanceIoU(SampleMean):
     Args:
         num_classes: Number of classes C.
         include_background: Whether to include class 0.
+        ignore_index: Label of pixels that are not counted; None counts all.
     """
 
     higher_is_better = True
 
-    def __init__(self, num_classes: int, include_background: bool = True) -> None:
+    def __init__(
+        self, num_classes: int, include_background: bool = True, ignore_index: int | None = None
+    ) -> None:
         super().__init__()
         self.labels = included_labels(num_classes, include_background)
-        self.num_classes = num_classes
+        self.num_classes, self.ignore_index = num_classes, ignore_index
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
-        overlap, areas = count_overlaps(output, target, self.num_classes)
+        overlap, areas = count_overlaps(output, target, self.num_classes, self.ignore_index)
         image_scores = (overlap / (areas - overlap))[:, self.labels.start :].nanmean(dim=1)
         self.total += image_scores.nansum()
         self.count += (~image_scores.isnan()).sum()
@@ -154,13 +183,14 @@ class HausdorffDistance95(Metric):
     nearest edge pixel of the other; the larger of both is averaged over the images and classes in
     which the class occurs in target and prediction. An edge pixel has a face neighbor that is of
     another class or outside of the image. Label maps are kept on the device until `compute`, with
-    one byte per pixel for up to 256 classes. Huttenlocher et al., "Comparing Images Using the
+    one byte per pixel for up to 255 classes. Huttenlocher et al., "Comparing Images Using the
     Hausdorff Distance", 1993.
 
     Args:
         num_classes: Number of classes C.
         include_background: Whether to include class 0.
         percentile: Percentile, above 0 and at most 100, which is the plain Hausdorff distance.
+        ignore_index: Label of pixels that are of no class in both maps; None if there are none.
     """
 
     higher_is_better = False
@@ -170,23 +200,32 @@ class HausdorffDistance95(Metric):
     targets: list[Tensor]
 
     def __init__(
-        self, num_classes: int, include_background: bool = False, percentile: float = 95.0
+        self,
+        num_classes: int,
+        include_background: bool = False,
+        percentile: float = 95.0,
+        ignore_index: int | None = None,
     ) -> None:
         super().__init__()
         import_extra("scipy", "segmentation")
         if not 0 < percentile <= 100:
             raise ValueError(f"percentile={percentile!r} must be above 0 and at most 100")
         self.labels = included_labels(num_classes, include_background)
-        self.num_classes = num_classes
+        self.num_classes, self.ignore_index = num_classes, ignore_index
         self.percentile = percentile
-        self.label_dtype = torch.uint8 if num_classes <= 256 else torch.int16
+        self.label_dtype = torch.uint8 if num_classes < 256 else torch.int16
         self.add_state("outputs", [], dist_reduce_fx="cat")
         self.add_state("targets", [], dist_reduce_fx="cat")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits (N, C, H, W) or (N, C, D, H, W) and labels (N, H, W) or (N, D, H, W)."""
         check_num_classes(output, self.num_classes)
-        self.outputs.append(output.argmax(dim=1).to(self.label_dtype))
+        labels = output.argmax(dim=1)
+        if self.ignore_index is not None:
+            is_ignored = target == self.ignore_index
+            no_class = self.num_classes
+            labels, target = (x.masked_fill(is_ignored, no_class) for x in (labels, target))
+        self.outputs.append(labels.to(self.label_dtype))
         self.targets.append(target.to(self.label_dtype))
 
     def compute(self) -> Tensor:
@@ -201,8 +240,10 @@ class HausdorffDistance95(Metric):
         return torch.tensor(distances, device=self.device).mean()
 
 
-def count_overlaps(output: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Count the pixels of each image and class.
+def count_overlaps(
+    output: Tensor, target: Tensor, num_classes: int, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Count the pixels of each image and class, except where the target is `ignore_index`.
 
     Returns:
         The number of pixels in both maps, and the sum of the numbers in each map, both of shape
@@ -210,8 +251,12 @@ def count_overlaps(output: Tensor, target: Tensor, num_classes: int) -> tuple[Te
     """
     check_num_classes(output, num_classes)
     classes = torch.arange(num_classes, device=output.device)[:, None]
+    target = target.reshape(len(target), 1, -1)
     predicted = output.argmax(dim=1).reshape(len(output), 1, -1) == classes
-    actual = target.reshape(len(target), 1, -1) == classes
+    actual = target == classes
+    if ignore_index is not None:
+        is_counted = target != ignore_index
+        predicted, actual = predicted & is_counted, actual & is_counted
     return (predicted & actual).sum(dim=2), predicted.sum(dim=2) + actual.sum(dim=2)
 
 
@@ -226,6 +271,17 @@ def edge_distance(output: Mask, target: Mask, percentile: float) -> float:
         float(np.percentile(ndimage.distance_transform_edt(~other)[edge], percentile))
         for edge, other in (edges, reversed(edges))
     )
+
+
+def check_average(average: Average) -> Average:
+    """Return how a metric averages over classes.
+
+    Raises:
+        ValueError: There is no such average.
+    """
+    if average not in get_args(Average):
+        raise ValueError(f"average={average!r} is not valid; allowed: macro, none")
+    return average
 
 
 def included_labels(num_classes: int, include_background: bool) -> range:

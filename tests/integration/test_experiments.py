@@ -26,11 +26,13 @@ from app.training.dcgan_task import AdversarialTask
 from app.training.events import Callback, EpochEnd
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.trainer import Trainer
+from tests.support.image_files import write_mask_folder
 from tests.support.runs import job_for
 
 EXPERIMENTS = {  # overrides that make each of them small
     "csv_regression": ("data.path=houses.csv", "data.source.train.target=price"),
     "fashion_mnist_alexnet": ("data.batch_size=4", "data.split.valid=8", "model.width=0.125"),
+    "masks_unet": ("data.batch_size=4", "data.image_size=32", "data.loader.num_workers=0"),
     "mnist_alexnet": ("data.batch_size=16",),
     "mnist_alexnet_sgd": ("data.batch_size=16",),
     "mnist_autoencoder": ("data.batch_size=16",),
@@ -58,7 +60,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
                 write_houses(100)
                 if name == "fashion_mnist_alexnet":
                     write_fashion_mnist(tmp_path_factory.mktemp("datasets"), patch)
-                execute(folders[name], name, "debug=fast", *EXPERIMENTS[name])
+                files = write_masks(folders[name]) if name == "masks_unet" else []
+                execute(folders[name], name, "debug=fast", *EXPERIMENTS[name], *files)
         return folders[name]
 
     return folder_of
@@ -67,6 +70,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 def execute(folder: Path, name: str, *overrides: str) -> None:
     fixed = ("trainer.accelerator=cpu", "~callbacks.plots")
     run.execute(job_for(f"experiment={name}", *fixed, *overrides), folder)
+
+
+def write_masks(folder: Path) -> list[str]:
+    write_mask_folder(folder / "street", 20)
+    return [f"data.path={folder / 'street'}"]
 
 
 def write_fashion_mnist(root: Path, patch: pytest.MonkeyPatch) -> None:

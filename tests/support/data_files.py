@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.image_files import write_image_folder
+from tests.support.image_files import write_image_folder, write_mask_folder
+
+MASK_GROUPS = ("model=unet", "loss=dice_ce", "metric=segmentation", "goal.metric=mean_iou")
 
 
 def write_data(name: str, folder: Path) -> list[str]:
@@ -16,6 +18,7 @@ def write_data(name: str, folder: Path) -> list[str]:
         "csv": _write_csv,
         "npz": _write_npz,
         "image_folder": _write_images,
+        "masks": _write_masks,
         "hugging_face": _write_hugging_face,
     }
     return writers[name](folder) if name in writers else []
@@ -38,6 +41,11 @@ def _write_images(folder: Path) -> list[str]:
     write_image_folder(folder / "pets" / "train", {"cat": 20, "dog": 20})
     write_image_folder(folder / "pets" / "test", {"cat": 4, "dog": 4}, seed=1)
     return ["data.path=pets", "data.image_size=16"]
+
+
+def _write_masks(folder: Path) -> list[str]:
+    write_mask_folder(folder / "street", 20)
+    return ["data.path=street", "data.image_size=16", *MASK_GROUPS]
 
 
 def _write_hugging_face(folder: Path) -> list[str]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from app.data.shapes import shapes
+
 
 def write_image_folder(
     root: Path, counts: dict[str, int], seed: int = 0, suffix: str = "png"
@@ -55,3 +57,24 @@ def damage_image(path: Path) -> None:
     begin = content.index(b"\xff\xc4") + 5 if path.suffix == ".jpg" else len(content) // 2
     content[begin : begin + 16] = b"\xff" * 16
     path.write_bytes(content)
+
+
+def write_mask_folder(root: Path, count: int, size: int = 32, seed: int = 0) -> None:
+    """Write pictures of shapes to `images/000.png`, and their masks to `masks/000.png`, mode L.
+
+    Args:
+        root: Folder of both folders.
+        count: Number of pictures.
+        size: Height in pixels; every other picture is wider by 8.
+        seed: Seed of the pictures.
+    """
+    pictures, masks = shapes(count, size, seed).tensors
+    for folder in ("images", "masks"):
+        (root / folder).mkdir(parents=True)
+    for index, (picture, mask) in enumerate(zip(pictures, masks, strict=True)):
+        width = size + 8 * (index % 2)
+        for folder, values in (("images", picture[0] * 255), ("masks", mask)):
+            image = Image.fromarray(values.numpy().astype(np.uint8))
+            image.resize((width, size), Image.Resampling.NEAREST).save(
+                root / folder / f"{index:03d}.png"
+            )

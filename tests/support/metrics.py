@@ -28,7 +28,7 @@ FLOAT32_RTOL = 2e-5  # torchmetrics computes in float32
 
 def make_metric(name: str, num_classes: int = NUM_CLASSES, **changes: Any) -> torchmetrics.Metric:
     """Return the metric of a configuration file, with some arguments changed."""
-    data = {"num_classes": num_classes}
+    data = {"num_classes": num_classes, "ignore_index": None}
     tree = OmegaConf.create({"data": data, "metric": OmegaConf.load(CONFIG_DIR / f"{name}.yaml")})
     (node,) = OmegaConf.to_container(tree, resolve=True)["metric"].values()
     metric: torchmetrics.Metric = Instantiator()("metric", node | changes)

@@ -24,7 +24,8 @@ class Augmentation(nn.Module, ABC):
     from the default generator of the device that the images are on, and nothing is read from the
     device.
 
-    A subclass overrides `make_params` and `transform`, as transforms of torchvision do.
+    A subclass overrides `make_params` and `transform`, as transforms of torchvision do, and
+    `transform_masks` if it moves pixels and is used with masks.
 
     Attributes:
         in_float: Whether `transform` receives a float32 copy with values in [0, 1]; otherwise it
@@ -32,11 +33,13 @@ class Augmentation(nn.Module, ABC):
         in_chunks: Whether the CPU transforms a batch in pieces that fit into its cache.
         same_on_bytes: Whether bytes give the same result as floats in [0, 1], so that the
             augmentation can come before the conversion, where it moves a quarter of the memory.
+        keeps_masks: Whether pixels stay where they are, so that masks do not change.
     """
 
     in_float: ClassVar[bool] = True
     in_chunks: ClassVar[bool] = True
     same_on_bytes: ClassVar[bool] = False
+    keeps_masks: ClassVar[bool] = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Augment one image or a batch.
@@ -44,6 +47,40 @@ class Augmentation(nn.Module, ABC):
         Raises:
             UserError: The shape or the dtype is not that of images.
         """
+        self._check(images)
+        batch = images if images.ndim == 4 else images[None]
+        result = self._augment_chunks(batch, self.make_params(batch))
+        return result if images.ndim == 4 else result[0]
+
+    def transform_both(
+        self, images: Tensor, masks: Tensor, outside: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Augment images, and move the pixels of their masks in the same way.
+
+        Args:
+            images: One image or a batch.
+            masks: Labels of shape (H, W) or (N, H, W), of an integer dtype, which is kept.
+            outside: Label of pixels outside of the image.
+
+        Raises:
+            UserError: The shape or the dtype is not that of images, or the augmentation moves
+                pixels in a way that it does not know for masks.
+        """
+        self._check(images)
+        if self.keeps_masks:
+            return self(images), masks
+        is_batch = images.ndim == 4
+        batch, labels = (images, masks) if is_batch else (images[None], masks[None])
+        params = self.make_params(batch)
+
+        def move(selected: Tensor, values: Params) -> Tensor:
+            return self.transform_masks(selected, values, outside)
+
+        moved = _transform_selected(move, labels[:, None], params)[:, 0]
+        result = self._augment_chunks(batch, params)
+        return (result, moved) if is_batch else (result[0], moved[0])
+
+    def _check(self, images: Tensor) -> None:
         if images.ndim not in (3, 4):
             raise UserError(
                 f"{type(self).__name__}: images of shape {tuple(images.shape)} are not valid; "
@@ -54,27 +91,16 @@ class Augmentation(nn.Module, ABC):
                 f"{type(self).__name__}: images of dtype {images.dtype} are not valid; "
                 "allowed: uint8, or floats in [0, 1]"
             )
-        batch = images if images.ndim == 4 else images[None]
-        params = self.make_params(batch)
+
+    def _augment_chunks(self, batch: Tensor, params: Params) -> Tensor:
         in_chunks = self.in_chunks and batch.is_cpu
         chunk = CHUNK // max(1, batch[:1].numel()) if in_chunks else len(batch)
         pieces = (tensor.split(max(1, chunk)) for tensor in (batch, *params.values()))
         parts = [
-            self._augment(part, dict(zip(params, values, strict=True)))
+            _transform_selected(self._in_float, part, dict(zip(params, values, strict=True)))
             for part, *values in zip(*pieces, strict=True)
         ]
-        result = torch.cat(parts) if len(parts) > 1 else parts[0]
-        return result if images.ndim == 4 else result[0]
-
-    def _augment(self, images: Tensor, params: Params) -> Tensor:
-        mask = params.pop("mask", None)
-        if mask is None:
-            return self._in_float(images, params)
-
-        def transform(selected: Tensor, *values: Tensor) -> Tensor:
-            return self._in_float(selected, dict(zip(params, values, strict=True)))
-
-        return transform_where(mask, transform, images, *params.values())
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _in_float(self, images: Tensor, params: Params) -> Tensor:
         if not self.in_float:
@@ -91,6 +117,29 @@ class Augmentation(nn.Module, ABC):
     @abstractmethod
     def transform(self, images: Tensor, params: Params) -> Tensor:
         """Transform images of shape (N, C, H, W) by the parameters of each."""
+
+    def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
+        """Transform masks of shape (N, 1, H, W) by the parameters of each, to the nearest label."""
+        name = type(self).__name__
+        raise UserError(
+            f"{name} moves pixels of images, and cannot move those of masks; allowed with masks: "
+            "flips, RandomShift, RandomAffine, RandomResizedCrop, and what only changes colors"
+        )
+
+
+def _transform_selected(
+    transform: Callable[[Tensor, Params], Tensor], images: Tensor, params: Params
+) -> Tensor:
+    """Transform the images that the parameter `mask` selects, or all if there is none."""
+    params = dict(params)
+    mask = params.pop("mask", None)
+    if mask is None:
+        return transform(images, params)
+
+    def transform_some(selected: Tensor, *values: Tensor) -> Tensor:
+        return transform(selected, dict(zip(params, values, strict=True)))
+
+    return transform_where(mask, transform_some, images, *params.values())
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ class ColorJitter(Augmentation):
         p: Probability that an image is changed.
     """
 
+    keeps_masks = True
+
     def __init__(
         self,
         brightness: float | Sequence[float] = 0.0,
@@ -80,6 +82,8 @@ class RandomGrayscale(Augmentation):
         p: The probability.
     """
 
+    keeps_masks = True
+
     def __init__(self, p: float = 0.1) -> None:
         super().__init__()
         self.p = check_probability("p", p)
@@ -99,6 +103,8 @@ class GaussianBlur(Augmentation):
         sigma: Range of the standard deviation in pixels.
         p: Probability that an image is blurred.
     """
+
+    keeps_masks = True
 
     def __init__(
         self,

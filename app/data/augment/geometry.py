@@ -107,6 +107,18 @@ class RandomResizedCrop(Augmentation):
         with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
             return torch.stack([*pool.map(crop, images, boxes.int().tolist())])
 
+    def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
+        rows = _nearest_pixel(params["top"], params["height"], self.size[0])
+        columns = _nearest_pixel(params["left"], params["width"], self.size[1])
+        sample = torch.arange(len(masks), device=masks.device)[:, None, None]
+        return masks[sample, 0, rows[:, :, None], columns[:, None, :]][:, None]
+
+
+def _nearest_pixel(start: Tensor, length: Tensor, out: int) -> Tensor:
+    """Return the input pixel of each output pixel, (N, out), as `nearest` of torch chooses it."""
+    offset = (torch.arange(out, device=start.device) * (length / out)[:, None]).floor()
+    return (start[:, None] + torch.minimum(offset, length[:, None] - 1)).long()
+
 
 def resized_crop(
     images: Tensor,
@@ -168,8 +180,14 @@ class RandomShift(Augmentation):
         return {"row": rows, "column": columns}
 
     def transform(self, images: Tensor, params: Params) -> Tensor:
+        return self._shift(images, params, 0)
+
+    def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:
+        return self._shift(masks, params, outside)
+
+    def _shift(self, images: Tensor, params: Params, fill: int) -> Tensor:
         count, _, height, width = images.shape
-        padded = F.pad(images, [self.pixels] * 4).permute(0, 2, 3, 1)
+        padded = F.pad(images, [self.pixels] * 4, value=fill).permute(0, 2, 3, 1)
         rows = params["row"][:, None] + torch.arange(height, device=images.device)
         columns = params["column"][:, None] + torch.arange(width, device=images.device)
         sample = torch.arange(count, device=images.device)[:, None, None]
@@ -197,6 +215,9 @@ class RandomHorizontalFlip(Augmentation):
 
     def transform(self, images: Tensor, params: Params) -> Tensor:  # noqa: ARG002
         return images.flip(self.axis)
+
+    def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
+        return masks.flip(self.axis)
 
 
 class RandomVerticalFlip(RandomHorizontalFlip):
@@ -271,6 +292,10 @@ class RandomAffine(Augmentation):
         matrix = inverse_affine_matrix(**params)
         return warp(images, matrix, self.interpolation, self.fill)
 
+    def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:
+        matrix = inverse_affine_matrix(**params)
+        return warp(masks.float(), matrix, "nearest", outside).round_().to(masks.dtype)
+
 
 def check_interpolation(value: str) -> str:
     """Return the interpolation mode of `warp`.
@@ -340,6 +365,7 @@ class RandomErasing(Augmentation):
             that is uniform in [0, 1].
     """
 
+    keeps_masks = True
     in_float = False
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,20 @@ class PerSample(nn.Module):
         Raises:
             UserError: The results differ in size.
         """
-        results = [self.transform(sample) for sample in batch]
+        return self.stack([self.transform(sample) for sample in batch]) if len(batch) else batch
+
+    def stack(self, results: Sequence[Tensor]) -> Tensor:
+        """Make a batch of transformed samples.
+
+        Raises:
+            UserError: They differ in size.
+        """
         if len({result.shape for result in results}) > 1:
             raise UserError(
                 f"{self.transform} gives images of different sizes, which make no batch; "
                 "add a transform that resizes or crops them"
             )
-        return torch.stack(results) if results else batch
+        return torch.stack([*results])
 
 
 class PerImage(PerSample):

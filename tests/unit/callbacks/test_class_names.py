@@ -14,6 +14,7 @@ from PIL import Image
 from app.callbacks.batch_images import BatchImages, denormalize, draw_captioned_images
 from app.callbacks.image_grids import SampleBuffer
 from app.callbacks.plots import Plots, draw_matrix, draw_vector
+from app.callbacks.prediction_files import class_colors
 from app.callbacks.predictions import PredictionWriter
 from app.callbacks.selection import classes_of_metric
 from app.callbacks.tables import Tables
@@ -126,6 +127,20 @@ def test_batch_images_show_the_first_batch_once_without_normalization(
     send_stage(callback, [(other, None)], "train", epoch=2)
     assert (tmp_path / "train_batch.png").read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["train_batch.png"]
+
+
+def test_batch_images_of_masks_show_them_with_a_legend(
+    tmp_path: Path, named: dict[str, Any]
+) -> None:
+    config = named | {"data": named["data"] | {"normalize": None}, "mode": "train"}
+    images, masks = torch.zeros(2, 3, 100, 100), torch.full((2, 100, 100), 255)
+    masks[:, :50] = 1
+    send_stage(BatchImages(tmp_path, config), [((images, masks), None)], "train")
+    grid = np.asarray(Image.open(tmp_path / "train_batch.png"))
+    assert grid.shape == (104 + 16, 2 * 104, 3)
+    assert grid[2, 2].tolist() == (class_colors(None, 4)[1] / 2).round().tolist()
+    assert grid[99, 2].tolist() == [0, 0, 0]
+    assert (grid[104:] == class_colors(None, 4)[3]).all(-1).any()
 
 
 def test_batch_images_of_tables_draw_nothing(tmp_path: Path, named: dict[str, Any]) -> None:

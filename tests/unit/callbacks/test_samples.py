@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from app.callbacks.image_grids import normalize_images
+from app.callbacks.prediction_files import class_colors
 from app.callbacks.samples import SampleImages
 from app.runtime.errors import UserError
 from tests.support.callback_events import send_stage
@@ -23,10 +24,13 @@ def read_png(path: Path) -> Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
 
 
-def test_samples_of_segmentation_show_label_maps_below_inputs(
-    tmp_path: Path, config: dict[str, Any]
-) -> None:
-    callback = SampleImages(tmp_path, config, count=3)
+def draw_segmentation(folder: Path, config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw three samples of a perfect segmentation whose first rows are ignored.
+
+    Returns:
+        The picture, the images and the labels.
+    """
+    callback = SampleImages(folder, config, count=3)
     labels = torch.randint(0, 4, (4, 8, 6), generator=torch.Generator().manual_seed(0))
     logits = nn.functional.one_hot(labels, 4).permute(0, 3, 1, 2).float()
     images = torch.rand(4, 1, 8, 6)
@@ -35,16 +39,37 @@ def test_samples_of_segmentation_show_label_maps_below_inputs(
     send_stage(
         callback, [((images[:2], targets[:2]), logits[:2]), ((images[2:], targets[2:]), logits[2:])]
     )
-    grid = read_png(tmp_path / "samples/epoch001_valid.png")
-    # 3 columns and 3 rows with a padding of 2 pixels
-    assert grid.shape == (3, 3 * (8 + 2) + 2, 3 * (6 + 2) + 2)
-    tiles = grid[:, 2:, 2:].unfold(1, 8, 10).unfold(2, 6, 8)
-    inputs, predicted, true = tiles[:, 0], tiles[:, 1], tiles[:, 2]
-    torch.testing.assert_close(inputs[0], normalize_images(images[:3])[:, 0], atol=1 / 255, rtol=0)
+    return read_png(folder / "samples/epoch001_valid.png"), normalize_images(images[:3]), labels[:3]
+
+
+def test_samples_of_segmentation_show_label_maps_over_inputs(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    grid, images, labels = draw_segmentation(tmp_path, config)
+    assert grid.shape[1] == 3 * (8 + 2) + 2 + 16  # rows, and a line of the legend
+    left = next(
+        x
+        for x in range(grid.shape[2])
+        if torch.allclose(grid[:, 2:10, x : x + 6], images[0], atol=1 / 255)
+    )
+    tiles = grid[:, 2:32, left : left + 22].unfold(1, 8, 10).unfold(2, 6, 8)
+    inputs, true, predicted = tiles[:, 0], tiles[:, 1], tiles[:, 2]
+    torch.testing.assert_close(inputs.movedim(1, 0), images, atol=1 / 255, rtol=0)
     assert torch.equal(predicted[:, :, 1:], true[:, :, 1:])
-    assert true[:, :, 0].max() == 0
-    colors = {tuple(predicted[:, n, y, x].tolist()) for n, y, x in np.ndindex(3, 8, 6)}
-    assert len(colors) == 4
+    assert torch.equal(true[:, :, 0], inputs[:, :, 0])
+    colors = torch.from_numpy(class_colors(None, 4)) / 255
+    expected = (images + colors[labels].movedim(3, 1)) / 2
+    torch.testing.assert_close(predicted.movedim(1, 0), expected, atol=1 / 255, rtol=0)
+
+
+def test_samples_of_segmentation_use_the_colors_of_the_data(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    colors = {"a": "#ff0000", "ignore": "#ffffff", "b": [0, 255, 0], "c": "#0000ff", "d": "#123456"}
+    config = config | {"data": config["data"] | {"colors": colors, "class_names": [*"abcd"]}}
+    legend = draw_segmentation(tmp_path, config)[0][:, 33:]
+    drawn = {tuple(pixel) for pixel in (legend * 255).round().long().flatten(1).T.tolist()}
+    assert {(255, 0, 0), (0, 255, 0), (0, 0, 255), (18, 52, 86)} <= drawn
 
 
 def test_samples_of_different_sizes_are_enlarged(tmp_path: Path, config: dict[str, Any]) -> None:
@@ -55,9 +80,9 @@ def test_samples_of_different_sizes_are_enlarged(tmp_path: Path, config: dict[st
         "test",
     )
     grid = read_png(tmp_path / "samples/epoch001_test.png")
-    assert grid.shape == (3, 2 * (8 + 2) + 2, 2 * (8 + 2) + 2)
+    assert grid.shape[1] == 2 * (8 + 2) + 2
     expected = normalize_images(outputs["image"])[1]
-    torch.testing.assert_close(grid[:, 12:20, 12:20], expected, atol=1 / 255, rtol=0)
+    torch.testing.assert_close(grid[:, 12:20, -10:-2], expected, atol=1 / 255, rtol=0)
 
 
 def test_samples_without_image_inputs_log_a_warning(

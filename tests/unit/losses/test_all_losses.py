@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from app.config import resolvers
 from app.config.instantiate import Instantiator
 from app.losses.dice import DiceCrossEntropyLoss, DiceLoss
 from app.losses.focal import BinaryFocalLoss, FocalLoss
@@ -155,9 +156,11 @@ def test_targets_of_wrong_shape_or_dtype_raise(loss: Loss, target: Tensor, messa
     "name", ["bce", "dice", "dice_ce", "focal", "huber", "kl_div", "l1", "nll", "smooth_l1"]
 )
 def test_loss_config_instantiates_one_term(name: str) -> None:
+    resolvers.register()
     node = OmegaConf.load(Path(__file__).parents[3] / "conf" / "loss" / f"{name}.yaml")
-    config = OmegaConf.create({"loss": node, "data": {"class_weights": None}})
-    terms = Instantiator().build_all("loss", OmegaConf.to_container(config.loss, resolve=True))
+    data = {"class_weights": None, "ignore_index": None}
+    tree = OmegaConf.to_container(OmegaConf.create({"data": data, "loss": node}), resolve=True)
+    terms = Instantiator().build_all("loss", tree["loss"])  # type: ignore[call-overload, index]
     assert list(terms) == [name]
     assert isinstance(terms[name], Term)
     assert isinstance(terms[name].function, nn.Module)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from app.losses.weighted_sum import MeanOutputLoss, Term, WeightedSum
+from app.losses.dice import DiceLoss
+from app.losses.weighted_sum import MeanOutputLoss, Term, WeightedSum, as_loss
+from app.runtime.errors import UserError
 from tests.support.losses import (
     loss_and_gradient,
     make_logits,
@@ -25,3 +28,9 @@ def test_single_term_without_weight_has_no_column() -> None:
     total, terms = loss(outputs, targets)
     assert terms["a"] * 2 == total
     assert WeightedSum({"a": Term(nn.CrossEntropyLoss())})(outputs, targets)[1] == {}
+
+
+def test_label_outside_the_classes_is_named_with_the_range_of_labels() -> None:
+    loss = as_loss({"dice": DiceLoss()})
+    with pytest.raises(UserError, match=r"loss\.dice: .* shape \[2, 4, 4\] with labels 0 to 3\)"):
+        loss(torch.zeros(2, 3, 4, 4), torch.arange(4).expand(2, 4, 4))

@@ -20,6 +20,7 @@ from app.metrics.segmentation import (
     MeanIoU,
     PartialDice,
 )
+from app.runtime.errors import UserError
 from tests.support.metrics import (
     Array,
     assert_metric_equals,
@@ -135,3 +136,49 @@ def test_hausdorff_distance_without_scipy_names_the_extra_to_install(
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ValueError, match=r"scipy is not installed.*\[segmentation\]"):
         HausdorffDistance95(3)
+
+
+IGNORED = 255
+METRICS_OF_PIXELS = [
+    *("mean_iou", "iou_per_class", "dice", "dice_per_class"),
+    *("confusion_matrix", "accuracy", "accuracy_per_class", "f1"),
+    *("precision", "recall", "specificity"),
+]
+
+
+@pytest.mark.parametrize("name", METRICS_OF_PIXELS)
+def test_ignored_pixels_do_not_count(name: str) -> None:
+    outputs, targets = make_segmentation(2)
+    targets[:, :3] = IGNORED
+    kept = targets.flatten() != IGNORED
+    pixels = outputs.movedim(1, 0).flatten(1)[:, kept][None]
+    expected = make_metric(name, 5)
+    expected.update(pixels, targets.flatten()[kept][None])
+    metric = make_metric(name, 5, ignore_index=IGNORED)
+    assert_metric_equals(metric, outputs, targets, expected.compute().numpy())
+
+
+def test_ignored_pixels_belong_to_no_class_of_an_image() -> None:
+    outputs, targets = make_segmentation(2)
+    cropped, targets = (outputs[:, :, 3:], targets[:, 3:]), targets.clone()
+    ignored = targets.clone()
+    ignored[:, :3] = IGNORED
+    expected = make_metric("instance_iou", 5)
+    expected.update(cropped[0], cropped[1])
+    metric = make_metric("instance_iou", 5, ignore_index=IGNORED)
+    assert_metric_equals(metric, outputs, ignored, expected.compute().numpy())
+    background = outputs.clone()
+    background[:, :, :3] = one_hot(targets[:, :3] * 0, 5).movedim(-1, 1).float()
+    targets[:, :3] = 0
+    expected = make_metric("hd95", 5)
+    expected.update(background, targets)
+    metric = make_metric("hd95", 5, ignore_index=IGNORED)
+    assert_metric_equals(metric, outputs, ignored, expected.compute().numpy())
+
+
+def test_iou_per_class_is_that_of_scikit_learn(maps: tuple[Tensor, Tensor]) -> None:
+    x, y = maps[0].argmax(1).flatten().numpy(), maps[1].flatten().numpy()
+    expected = sklearn.jaccard_score(y, x, labels=range(4), average=None)
+    assert_metric_equals(make_metric("iou_per_class", 5), *maps, [*expected, np.nan])
+    with pytest.raises(UserError, match="average='micro' is not valid; allowed: macro, none"):
+        make_metric("iou_per_class", 5, average="micro")
