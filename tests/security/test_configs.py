@@ -93,6 +93,17 @@ def test_target_that_executes_code_is_refused_with_its_key(
         assert name in message
 
 
+MISPLACED = "{_target_: app.data.cached.cached, file: written.npz, dataset: {_target_: NAME}}"
+
+
+@pytest.mark.parametrize("place", ["loss", "metric.valid", "data.augment", "data.transforms.eval"])
+def test_dataset_that_validation_would_build_is_refused(untrusted_dir: Path, place: str) -> None:
+    opening, closing = f"{place.replace('.', ': {')}: {{", "}" * place.count(".")
+    node = MISPLACED.replace("NAME", "torchvision.datasets.FakeData")
+    message = refusal(untrusted_dir, f"{opening}x: {node}}}{closing}")
+    assert f"{place}.x._target_='app.data.cached.cached' is a part of data or callbacks" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
