@@ -171,6 +171,27 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     OmegaConf.clear_resolver("upper")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.sweeper.params.notes=${oc.env:SHORT_KEY}",
+        "+hydra.sweeper.params.+callbacks.x.api_key=${oc.env:PUBLIC}",
+        "+hydra.sweeper.study_name=a${oc.env:SHORT_KEY}",
+        "data.class_names=[${oc.env:SHORT_KEY},b]",
+        "data.class_names=['\\${oc.env:SHORT_KEY}',b]",
+        "+metric.valid.mean={_target_: torchmetrics.MeanMetric, prefix: '${oc.env:SHORT_KEY}'}",
+    ],
+)
+def test_secret_in_what_becomes_a_name_or_an_override_is_refused(
+    override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHORT_KEY", "q7Zx")
+    monkeypatch.setenv("PUBLIC", "public")
+    with pytest.raises(ConfigError, match="must not contain a secret") as caught:
+        job_for(override, "data.num_classes=2")
+    assert "q7Zx" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("seed", range(10))
 def test_resolve_saves_no_secret_however_it_is_read(seed: int) -> None:
