@@ -15,7 +15,8 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeGuard, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
 from app.config.nested import dotted, iter_leaves
 from app.runtime.errors import UserError, did_you_mean
@@ -81,9 +82,11 @@ OWN_PACKAGES = {
     ),
 }
 OWN_CLASSES = (  # that derive from nothing
+    "app.data.mix.MixUpCutMix",
     "app.data.sampling.BalancedClasses",
     "app.data.sampling.ClassWeights",
     "app.data.sampling.SampleWeights",
+    "app.data.transform.ResizeCenterCrop",
     "app.data.windows.PatchInference",
     "app.losses.weighted_sum.Term",
     "app.losses.weights.LinearSchedule",
@@ -202,7 +205,8 @@ def _is_component(module: str, name: str, target: Target) -> bool:
     if module == DATASETS:
         return name in DATASET_CLASSES
     bases = OWN_PACKAGES[module.rpartition(".")[0]]
-    return target.__module__ == module and (full_name in OWN_CLASSES or _derives(target, bases))
+    is_defined_here = f"{target.__module__}.".startswith(f"{module}.")  # or below, in a package
+    return is_defined_here and (full_name in OWN_CLASSES or _derives(target, bases))
 
 
 def _derives(target: Target, bases: Iterable[str]) -> bool:
@@ -211,7 +215,8 @@ def _derives(target: Target, bases: Iterable[str]) -> bool:
     if inspect.isfunction(target) and target.__module__.startswith("app."):
         with suppress(NameError):  # a type that is imported for type checkers only
             returned = get_type_hints(target).get("return")
-            kind = get_origin(returned) or returned
+            alternatives = get_args(returned) if isinstance(returned, UnionType) else (returned,)
+            kind = get_origin(alternatives[0]) or alternatives[0]
     return inspect.isclass(kind) and issubclass(kind, tuple(map(pkgutil.resolve_name, bases)))
 
 

@@ -68,15 +68,11 @@ def _safe_name(text: str) -> str:
 
 
 def _run_folder(resume: object, new_folder: str) -> str:
-    """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one.
-
-    Hydra puts the folder into the configuration once more, where it is interpolated again.
-    """
+    """Return the folder of the run to resume, given as a folder or a checkpoint, or a new one."""
     if not isinstance(resume, str) or resume in ("", "auto"):  # invalid values are refused later
         return new_folder
     path = Path(absolute_path(resume))
-    folder = str(path.parent.parent if path.suffix == ".safetensors" else path)
-    return escape_interpolations(folder)
+    return str(path.parent.parent if path.suffix == ".safetensors" else path)
 
 
 def escape_interpolations(text: str) -> str:

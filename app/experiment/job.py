@@ -19,9 +19,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from app.config.allowlist import check_targets_allowed, trusted_from_environment
 from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
-from app.config.overrides import parse_overrides, quote, quote_for_shell
+from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, resolve
-from app.config.resolvers import escape_interpolations
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
 from app.config.saved import (
@@ -200,12 +199,10 @@ def resolve_folder(composed: DictConfig, key: str) -> Path:
         ConfigError: The key has no value or does not resolve.
     """
     folder = str(hydra_value(composed, key))
-    try:  # Hydra interpolates the folder again, as `hydra.runtime.output_dir`
-        return Path(str(OmegaConf.create({"dir": folder})["dir"])).absolute()
-    except OmegaConfBaseException as error:
-        typed = quote_for_shell(f"{key}={quote(escape_interpolations(folder))}")
-        problem = f"={folder!r} contains an interpolation; if it is a name, type {typed}"
-        raise ConfigError([ConfigIssue(key, problem)]) from error
+    if "${" in folder:  # Hydra would interpolate it again
+        problem = f"={folder!r}: the folder of a run cannot have '${{' in its path; rename it"
+        raise ConfigError([ConfigIssue(key, problem)])
+    return Path(folder).absolute()
 
 
 def hydra_value(composed: DictConfig, key: str) -> Any:

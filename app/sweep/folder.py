@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -189,8 +190,11 @@ class SweepFolder:
 
     def storage_name(self, storage: str) -> str:
         """Return the storage of a study: a file of this folder for `sqlite` and `journal`."""
+        database = str(self.state_folder / "optuna.db")
+        if "?" in database:  # where options begin; SQLAlchemy and SQLite each unquote once
+            database = f"file:{urllib.parse.quote(urllib.parse.quote(database))}?uri=true"
         names = {
-            "sqlite": f"sqlite:///{self.state_folder / 'optuna.db'}",
+            "sqlite": f"sqlite:///{database}",
             "journal": f"journal:{self.state_folder / 'optuna.log'}",
         }
         return names.get(storage, storage)

@@ -56,7 +56,7 @@ def use_saved_command(args: argparse.Namespace) -> None:
     if not (is_forced or args.config_path or args.config_dir or args.config_name):
         args.config_path, args.config_dir = map(folder.frozen_conf, FROZEN_PROVIDERS)
         args.config_name = folder.config_name
-    if all(key.startswith(UNCHANGING_KEYS) for key in typed):
+    if all(key.lstrip("+~").startswith(UNCHANGING_KEYS) for key in typed):
         if issues := list(iter_trust_issues(folder, args.overrides)):
             raise ConfigError(issues)
         # With a new launcher, the options of the saved one no longer apply.

@@ -15,20 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import pandas as pd
 from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.pruners import BasePruner, NopPruner
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import Trial, TrialState, create_trial
-from pandas.errors import EmptyDataError
 
 from app.config.schema import MonitorConfig
 from app.runtime.errors import UserError
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
-from app.sweep.outcome import COMPLETED, DIVERGED, FAILED, PRUNED, RunStatus, read_run_status
+from app.sweep.outcome import (
+    COMPLETED,
+    DIVERGED,
+    FAILED,
+    PRUNED,
+    RunStatus,
+    read_history,
+    read_run_status,
+)
 from app.training.history import Row, goal_value, goal_values
 
 log = logging.getLogger(__name__)
@@ -92,7 +98,7 @@ def replay_jobs(
         trial, run_folder = study.ask(distributions), folder.run_folder(job)
         _ = trial.relative_params  # asks the sampler, although the values are known
         if pruner is not None:
-            _replay_reports(trial, read_history(run_folder), next(iter(objectives.values())))
+            _replay_reports(trial, history_rows(run_folder), next(iter(objectives.values())))
         tell_result(study, trial.number, run_folder, read_run_status(run_folder), objectives)
     return study
 
@@ -169,7 +175,7 @@ def objective_values(folder: Path, outcome: RunStatus, objectives: Objectives) -
     _, *others = objectives.values()
     values = [outcome.value if outcome.value is not None else math.nan]
     epoch = (outcome.content.get("best") or {}).get("epoch")
-    history = read_history(folder) if others else []
+    history = history_rows(folder) if others else []
     rows = [row for row in history if row["stage"] == "test" or row["epoch"] == epoch]
     for monitor in others:
         row: Row = next((r for r in reversed(rows) if r["stage"] == monitor.stage), {})
@@ -177,11 +183,7 @@ def objective_values(folder: Path, outcome: RunStatus, objectives: Objectives) -
     return values
 
 
-def read_history(folder: Path) -> list[Row]:
+def history_rows(folder: Path) -> list[Row]:
     """Return the rows of the summary table of a run; none if it has no table yet."""
-    try:
-        table = pd.read_csv(folder / "summary_table.csv")
-    except (FileNotFoundError, EmptyDataError):
-        return []
-    rows: Any = table.to_dict("records")
+    rows: Any = read_history(folder).to_dict("records")
     return list(rows)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.utils import get_args_parser
 
+from app.cli.preflight import preflight
+from app.config import resolvers
+from app.config.compose import open_composer
 from app.config.overrides import quote
 from app.runtime.errors import ConfigError
 from tests.support.processes import SHORT_RUN
@@ -18,7 +22,7 @@ from tests.support.runs import RunResult, job_for
 
 NAMES = {
     "quotes": '-it\'s "50%" (é汉字😀) #1\n2',
-    "sweep": "a=b,c${x} [y] {z} \\",
+    "sweep": "a=b,c$x [y] {z} \\",
     "long": "n" * 240,
 }
 
@@ -49,13 +53,23 @@ def test_run_folder_of_any_name_is_tested_exported_resumed_and_reported(
 def test_errors_about_special_characters_say_what_to_type(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
-    for name, value in (("it's (é)", "it's (é)"), ("${x}", quote("${x}"))):
-        refused = app(*SHORT_RUN, f"hydra.run.dir={value}")
-        assert refused.code == 2
-        (override,) = shlex.split(refused.err.rpartition(" type ")[2])
-        trained = app(*SHORT_RUN, override)
-        assert trained.code == 0, trained.err
-        assert (tmp_path / name / "model.pt").exists()
+    name = "it's (é)"
+    refused = app(*SHORT_RUN, f"hydra.run.dir={name}")
+    assert refused.code == 2
+    typed = refused.err.rpartition(" type ")[2].strip()
+    shell = subprocess.run(["sh", "-c", f"printf %s {typed}"], capture_output=True, text=True)
+    trained = app(*SHORT_RUN, shell.stdout)
+    assert trained.code == 0, trained.err
+    assert (tmp_path / name / "model.pt").exists()
+
+
+@pytest.mark.usefixtures("tmp_cwd")
+def test_run_folder_that_hydra_would_interpolate_is_refused() -> None:
+    resolvers.register()
+    value = quote("a${x}")
+    args = get_args_parser().parse_args([f"hydra.run.dir={value}"])
+    with open_composer(args) as composer, pytest.raises(ConfigError, match="rename it"):
+        preflight(composer)
 
 
 def test_ckpt_that_hydra_reads_as_a_list_says_to_quote_it() -> None:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -40,9 +42,12 @@ JOBS = ("seed=0,1,2,3", "+task.step_seconds=0.2")
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the processes of Ray more time to start than they have on an idle machine."""
+    """Give the processes of Ray more time to start than it allows them, and a token."""
     monkeypatch.setenv("RAY_raylet_start_wait_time_s", "200")
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    # All nodes of a cluster need the same token; without one, Ray would write one to ~/.ray.
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}:{SUPPORT_DIR}")
 
 
@@ -54,36 +59,40 @@ def temp_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def nodes(temp_folder: Path, tmp_path: Path) -> Iterator[list[int]]:
+def nodes(
+    temp_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[int]]:
     """PIDs of the commands that run the two nodes of a cluster, the head first."""
-    port = free_port()
-    common = ["--node-ip-address=127.0.0.1", "--num-cpus=1", "--block", "--disable-usage-stats"]
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={temp_folder}"]
-    commands = [[*head, *common], [f"--address=127.0.0.1:{port}", *common]]
-    ray, started = shutil.which("ray", path=Path(sys.executable).parent), []
-    variables = {"MARK": str(tmp_path / "mark"), "BROKEN": str(tmp_path / "broken")}
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    head = ("--head", f"--port={free_port()}", f"--temp-dir={temp_folder}")
+    started: list[subprocess.Popen[bytes]] = []
     try:
-        for command in commands:
-            log = (temp_folder / f"node{len(started)}.log").open("w")
-            started.append(
-                subprocess.Popen(
-                    [str(ray), "start", *command],
-                    cwd=tmp_path,
-                    env=os.environ | variables,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                )
-            )
-            log.close()
-            wait_for(lambda log=log: "Ray runtime started" in Path(log.name).read_text())
-        os.environ["RAY_ADDRESS"] = f"127.0.0.1:{port}"
+        started.append(start_node(tmp_path, "head.log", *head, "--include-dashboard=false"))
+        # Ray replaces the loopback address by another one of this machine.
+        found = re.search(r"--address='([^']+)'", (tmp_path / "head.log").read_text())
+        assert found is not None
+        started.append(start_node(tmp_path, "node.log", f"--address={found[1]}"))
+        monkeypatch.setenv("RAY_ADDRESS", found[1])
         yield [node.pid for node in started]
     finally:
-        os.environ.pop("RAY_ADDRESS", None)
         for node in started:
             end_all([node.pid, *descendants(node.pid)])
             node.wait()
+
+
+def start_node(cwd: Path, log: str, *options: str) -> subprocess.Popen[bytes]:
+    """Start a node of Ray that runs one job at a time, and return once it is ready."""
+    ray = shutil.which("ray", path=Path(sys.executable).parent)
+    command = [str(ray), "start", *options, "--num-cpus=1", "--block", "--disable-usage-stats"]
+    with (cwd / log).open("w") as file:
+        node = subprocess.Popen(command, cwd=cwd, stdout=file, stderr=file, start_new_session=True)
+    try:
+        wait_for(lambda: "Ray runtime started" in (cwd / log).read_text())
+    except BaseException:
+        end_all([node.pid, *descendants(node.pid)])
+        raise
+    return node
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = START_SECONDS) -> None:
@@ -124,21 +133,22 @@ def is_raylet(pid: int) -> bool:
     return Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0].endswith("/raylet")
 
 
-def resume(tmp_path: Path) -> RunResult:
+def resume(tmp_path: Path, *repeated: str) -> RunResult:
     folder = sweeps.sweep_folder(tmp_path)
     trust = "trusted_targets=[sweep_task]"
     variables = {"MARK": str(tmp_path / "mark"), "BROKEN": str(tmp_path / "broken")}
-    return run_cold(tmp_path, "-m", f"sweep.resume={folder}", trust, **variables)
+    return run_cold(tmp_path, "-m", f"sweep.resume={folder}", trust, *repeated, **variables)
 
 
 @pytest.mark.timeout(600)
 def test_ray_failed_job_and_killed_worker_then_resume(tmp_path: Path, temp_folder: Path) -> None:
     (tmp_path / "broken").touch()
+    files = f"+hydra.launcher.ray.init._temp_dir={temp_folder}"
     overrides = (
         *RAY,
         *JOBS,
         "+hydra.launcher.ray.init.num_cpus=2",
-        f"+hydra.launcher.ray.init._temp_dir={temp_folder}",
+        files,
         "+task.fault=raise,nothing,nothing,nothing",
         "+task.fault_step=1",
         "sweep.together=[[seed,task.fault]]",
@@ -157,7 +167,7 @@ def test_ray_failed_job_and_killed_worker_then_resume(tmp_path: Path, temp_folde
         # The killed job went on from its checkpoint; nothing else was done twice.
         assert 3 * 2 * STEPS < before <= 1 + 3 * 2 * STEPS + STEPS
         (tmp_path / "broken").unlink()
-        ran = resume(tmp_path)
+        ran = resume(tmp_path, files)  # a folder, which a file may not choose
         assert (ran.code, sweeps.job_statuses(folder)) == (0, ["completed"] * 4), ran.out + ran.err
         assert sum(steps_by_process(tmp_path).values()) == before + 2 * STEPS
         assert wait_until_exited(processes_of(tmp_path), 30.0)
@@ -168,10 +178,12 @@ def test_ray_failed_job_and_killed_worker_then_resume(tmp_path: Path, temp_folde
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_ray_lost_node_no_job_is_lost_or_run_twice(tmp_path: Path, nodes: list[int]) -> None:
-    address = "+hydra.launcher.ray.init.address=auto"
+    # The launcher sets this memory itself, which Ray refuses for a cluster that runs already.
+    memory = "+hydra.launcher.ray.init.object_store_memory=null"
+    address = ("hydra.launcher.ray.init.address=auto", memory)
     try:
         process = sweeps.start_sweep(
-            tmp_path, RAY[0], address, *JOBS, cold=True, seconds=START_SECONDS
+            tmp_path, RAY[0], *address, *JOBS, cold=True, seconds=START_SECONDS
         )
         wait_for(lambda: max_steps(tmp_path, descendants(nodes[1])) > STEPS)
         lost = descendants(nodes[1])

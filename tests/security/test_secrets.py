@@ -42,7 +42,7 @@ class Tracker(Callback):
 """
 OVERRIDES = (
     *("+callbacks.tracker._target_=tracker.Tracker", "trusted_targets=[tracker]"),
-    *("+callbacks.tracker.api=${ oc.env:MY_${.suffix}}", "+callbacks.tracker.suffix=API_TOKEN"),
+    *("+callbacks.tracker.api='${ oc.env:MY_${.suffix}}'", "+callbacks.tracker.suffix=API_TOKEN"),
     "+callbacks.tracker.url=${oc.env:MY_URL}",
     *("+tags=['a ${callbacks.tracker.api}']", "model=mlp", "debug=fast"),
 )

@@ -61,6 +61,9 @@ def start_command(
     """Start `python -m app`, with stderr redirected to stdout."""
     if not cold:
         return WarmCommand(cwd, arguments, environment)
+    # Keep the path by which these tests found the program, which may not be the installed one.
+    paths = (environment.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     return subprocess.Popen(
         [sys.executable, "-m", "app", *arguments],
         cwd=cwd,

@@ -150,9 +150,14 @@ def open_search(folder: SweepFolder, arguments: Sequence[str], **options: Any) -
         "sampler": {"_target_": "optuna.samplers.CmaEsSampler", "seed": 0},
         "pruner": {"_target_": NO_PRUNER},
     }
+    all_options = defaults | options
     config = OmegaConf.create(
-        {"sweep": {"max_retries": 3}, "goal": {"metric": "loss", "mode": "min"}}
+        {
+            "sweep": {"max_retries": 3},
+            "goal": {"metric": "loss", "mode": "min"},
+            "hydra": {"sweeper": {"storage": all_options["storage"]}},
+        }
     )
     sweep = Sweep(config, Any, Any, list(arguments), {})  # type: ignore[arg-type]
     space = parse_space(arguments, {})
-    return OptunaJobs(sweep, folder, space, SearchOptions(**(defaults | options)))
+    return OptunaJobs(sweep, folder, space, SearchOptions(**all_options))

@@ -116,7 +116,7 @@ def test_damaged_images_are_listed_together(tmp_path: Path) -> None:
         map(str, (truncated, empty, text, cut))
     )
     assert "the file is empty" in lines[1]
-    assert "not an image; allowed: JPEG" in lines[2]
+    assert "not an image; allowed: BMP, GIF, JPEG" in lines[2]
 
 
 def test_complete_image_with_bytes_after_its_end_is_accepted(tmp_path: Path) -> None:

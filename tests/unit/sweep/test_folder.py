@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import optuna
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -13,6 +14,7 @@ from hydra.types import RunMode
 
 from app.runtime.errors import UserError
 from app.sweep.folder import SweepFolder
+from app.training.pruning import make_storage
 
 
 def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
     folder.freeze(loader)
     (conf / "config.yaml").write_text("a: 2\n")
     frozen = folder.frozen_loader(loader)
-    (folder.state_folder / "conf" / "1" / "link.yaml").symlink_to(conf / "config.yaml")
+    (folder.state_folder / "conf" / "main" / "link.yaml").symlink_to(conf / "config.yaml")
     with pytest.raises(UserError, match=r"link\.yaml is a symbolic link; allowed: a regular file"):
         folder.frozen_loader(loader)
     assert frozen.load_configuration("config", [], RunMode.RUN).a == 1
@@ -61,3 +63,12 @@ def test_sweep_folder_stop_keeps_request_to_running_jobs(tmp_path: Path) -> None
     assert folder.stops_running_jobs
     folder.clear_stop()
     assert not folder.is_stopped
+
+
+@pytest.mark.parametrize("name", ["plain", "what?", "100%", "a#b c", "é?é"])
+def test_storage_name_leads_to_a_database_in_the_folder(tmp_path: Path, name: str) -> None:
+    folder = SweepFolder(tmp_path / name)
+    folder.state_folder.mkdir(parents=True)
+    optuna.create_study(storage=make_storage(folder.storage_name("sqlite")))
+    assert [path.name for path in folder.state_folder.iterdir()] == ["optuna.db"]
+    assert [path.name for path in tmp_path.iterdir()] == [name]

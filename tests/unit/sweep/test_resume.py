@@ -40,6 +40,8 @@ def test_use_saved_command_adds_overrides_and_copied_files(folder: SweepFolder) 
         [resume, "hydra/launcher=joblib", "seed=0,1", "data=csv"],
         frozen,
     )
+    added = "+hydra.launcher.ray.init._temp_dir=/a"  # as an error may have asked to repeat it
+    assert complete(resume, added)[0] == [resume, added, *folder.overrides]
     assert complete(resume, "seed=0,1,2") == ([resume, "seed=0,1,2"], frozen)
     forced = [resume, "sweep.force=true"]
     assert complete(*forced) == ([*forced, *folder.overrides], [None, None, None])

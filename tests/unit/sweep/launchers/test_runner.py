@@ -30,6 +30,7 @@ class FakeLauncher:
                 raise OSError("no connection")
             error = RuntimeError("broken") if "raise" in overrides else None
             status = JobStatus.FAILED if error else JobStatus.COMPLETED
+            (self.folder / str(number)).mkdir()
             if not error and "die" not in overrides:
                 write_json(self.folder / str(number) / "status.json", {"status": "completed"})
             results.append(JobReturn(_return_value=error, status=status))
