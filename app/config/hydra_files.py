@@ -114,10 +114,11 @@ def _problem(
         "://" in value
         or "\\" in value
         or not (_is_inside(run_dir, file) or _is_inside(sweep_dir, file))
+        or file.suffix != ".log"  # the folders may be any, also one with files of yours
     ):
         shown = value.replace(OUTPUT_DIR, JOB_REFERENCES[OUTPUT_DIR])
         allowed = f"{JOB_REFERENCES[OUTPUT_DIR]}/NAME.log"
-        return f"={shown!r} is not in the run folder; allowed: {allowed}"
+        return f"={shown!r} is not a .log file in the run folder; allowed: {allowed}"
     return None
 
 

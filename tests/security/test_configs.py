@@ -115,10 +115,14 @@ def test_dataset_that_validation_would_build_is_refused(untrusted_dir: Path, pla
             "interpolations are not allowed in Hydra's logging",
         ),
         ("hydra: {job_logging: {handlers: {console: {stream: cfg://a}}}}", "console.stream"),
-        ("hydra: {job_logging: {handlers: {file: {filename: /tmp/a}}}}", "not in the run folder"),
+        ("hydra: {job_logging: {handlers: {file: {filename: /tmp/a.log}}}}", "in the run folder"),
         (
-            "hydra: {job_logging: {handlers: {file: {filename: '${hydra.run.dir}/../../a'}}}}",
-            "not in the run folder",
+            "hydra: {run: {dir: a}, job_logging: {handlers: {file: {filename: a/.bashrc}}}}",
+            "is not a .log file in the run folder",
+        ),
+        (
+            "hydra: {job_logging: {handlers: {file: {filename: '${hydra.run.dir}/../../a.log'}}}}",
+            "is not a .log file in the run folder",
         ),
         ("hydra: {output_subdir: ../../.ssh}", "is not a folder inside the run folder"),
         ("hydra: {job: {name: ../a}}", "contains invalid characters"),
