@@ -175,11 +175,12 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     "override",
     [
         "+hydra.sweeper.params.notes=${oc.env:SHORT_KEY}",
-        "+hydra.sweeper.params.+callbacks.x.api_key=${oc.env:PUBLIC}",
+        "+hydra.sweeper.params.api_key=${oc.env:PUBLIC}",
         "+hydra.sweeper.study_name=a${oc.env:SHORT_KEY}",
-        "data.class_names=[${oc.env:SHORT_KEY},b]",
-        "data.class_names=['\\${oc.env:SHORT_KEY}',b]",
-        "+metric.valid.mean={_target_: torchmetrics.MeanMetric, prefix: '${oc.env:SHORT_KEY}'}",
+        "data.class_names=[${oc.env:SHORT_KEY},b,c,d,e,f,g,h,i,j]",
+        "data.class_names=['\\${oc.env:SHORT_KEY}',b,c,d,e,f,g,h,i,j]",
+        "+metric.valid.x={_target_: torchmetrics.wrappers.ClasswiseWrapper,"
+        " prefix: '${oc.env:SHORT_KEY}', metric: ${metric.valid.accuracy}}",
     ],
 )
 def test_secret_in_what_becomes_a_name_or_an_override_is_refused(
@@ -188,7 +189,7 @@ def test_secret_in_what_becomes_a_name_or_an_override_is_refused(
     monkeypatch.setenv("SHORT_KEY", "q7Zx")
     monkeypatch.setenv("PUBLIC", "public")
     with pytest.raises(ConfigError, match="must not contain a secret") as caught:
-        job_for(override, "data.num_classes=2")
+        job_for(override)
     assert "q7Zx" not in str(caught.value)
 
 
