@@ -297,6 +297,14 @@ def test_composition_inserts_no_secret_into_what_hydra_saves(tmp_cwd: Path) -> N
     assert resolve(composed)[0]["mine"] == {"node": {"x": "${oc.env:TOKEN}", "y": 1}}
 
 
+@pytest.mark.usefixtures("environment")
+def test_error_in_the_data_does_not_reveal_secret(tmp_cwd: Path) -> None:
+    (tmp_cwd / "x.csv").write_text("a,label\n1,0\n2,1\n")
+    source = ("data=csv", "data.path=x.csv", "data.source.train.target=${oc.env:TOKEN}")
+    with pytest.raises(ConfigError, match=r"no column '\$\{oc\.env:TOKEN\}'"):
+        job_for(*source, "model=mlp")
+
+
 def test_errors_do_not_reveal_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_TOKEN", TOKEN)
     (issue,) = config_issues("optimizer.lr=${oc.env:MY_API_TOKEN}")
