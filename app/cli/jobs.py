@@ -115,7 +115,7 @@ def run_locked(
         try:
             stack.enter_context(run_lock(folder))
         except UserError as error:  # not logged: run.log may belong to the process with the lock
-            print_error(error)
+            print_error(redact_text(str(error)))
             sys.exit(error.exit_code)
         try:
             return run_job_in_folder(composed, folder, rank_zero, quiet)

@@ -23,7 +23,7 @@ from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import open_composer
 from app.config.resolve import resolve
-from app.config.secrets import hidden_secrets
+from app.config.secrets import hidden_secrets, redact_text
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
@@ -79,10 +79,10 @@ def run_rank_zero(
             print_config(args, parser)
         return 0
     except UserError as error:
-        print_error(error)
+        print_error(redact_text(str(error)))
         return error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR
     except HydraException as error:
-        print_error("\n".join(str(part) for part in (error, error.__cause__) if part))
+        print_error(redact_text("\n".join(str(p) for p in (error, error.__cause__) if p)))
         return EXIT_FAILURE
     except OmegaConfBaseException as error:  # Hydra resolves its own keys when it needs them
         print_error(f"{error.full_key} does not resolve: {str(error).splitlines()[0]}")
@@ -93,7 +93,7 @@ def run_rank_zero(
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:  # noqa: BLE001 - of a plugin or callback of Hydra; other ranks wait for the code
-        print_error(traceback.format_exc())
+        print_error(redact_text(traceback.format_exc()))
         return EXIT_FAILURE
 
 
@@ -150,7 +150,7 @@ def run_follower(world: ClusterEnvironment) -> int:
     except TrainingInterrupted as interrupt:
         return interrupt.exit_code
     except Exception as error:  # noqa: BLE001 - rank 0 has logged it if it was still able to
-        print_error(f"rank {world.rank} failed: {type(error).__name__}: {error}")
+        print_error(redact_text(f"rank {world.rank} failed: {type(error).__name__}: {error}"))
         return EXIT_FAILURE
 
 

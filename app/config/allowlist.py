@@ -164,11 +164,32 @@ def allowed_targets(module: str) -> Mapping[str, Target]:
     imported = _import_module(module, module)
     names = getattr(imported, "__all__", None) or list(vars(imported))
     public = {name: getattr(imported, name) for name in names if not name.startswith("_")}
-    return {
+    components = {
         name: target
         for name, target in public.items()
         if callable(target) and _is_component(module, name, target)
     }
+    if module in MODELS:
+        return {name: _without_weights(builder) for name, builder in components.items()}
+    return components
+
+
+def _without_weights(builder: Target) -> Target:
+    """Return a builder of torchvision that reads no pretrained weights, also not by default.
+
+    torch.hub unpickles them, and does not check the hash of a file that is already on disk.
+    """
+    names = [name for name in signature_parameters(builder) if name.startswith("weights")]
+
+    @functools.wraps(builder)
+    def build(**arguments: Any) -> Any:
+        for name in names:
+            if arguments.get(name) is not None:
+                problem = f"{name}={arguments[name]!r} is not available here; use model=pretrained"
+                raise UserError(problem)
+        return builder(**arguments, **{name: None for name in names if name not in arguments})
+
+    return build
 
 
 def _is_component(module: str, name: str, target: Target) -> bool:

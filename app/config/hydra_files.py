@@ -27,6 +27,7 @@ LOGGING_NODES = ("job_logging", "hydra_logging")
 RUN_DIR, SWEEP_DIR = ("hydra", "run", "dir"), ("hydra", "sweep", "dir")
 SUBDIR, OUTPUT_SUBDIR = ("hydra", "sweep", "subdir"), ("hydra", "output_subdir")
 JOB_NAME = ("hydra", "job", "name")
+SWEEPER, STORAGE = ("hydra", "sweeper"), ("hydra", "sweeper", "storage")
 NAME_KEYS = ("name", "resume", "sweep.resume")  # typed values of these become part of folders
 # Stand for what Hydra sets when a job starts. Nobody can guess them, so no text depends on them.
 JOB_NUM = secrets.randbits(62)
@@ -47,7 +48,7 @@ def pin_hydra_paths(config: DictConfig, overrides: Sequence[Override]) -> list[C
         probe.hydra.runtime.output_dir = OUTPUT_DIR
     with hydra_config(probe):
         real, hidden, _ = resolve_twice(probe, ["hydra"])
-    issues: list[ConfigIssue] = []
+    issues = list(_sweeper_issues(real, hidden))
     for path in (RUN_DIR, SWEEP_DIR, SUBDIR, OUTPUT_SUBDIR, JOB_NAME, *_log_files(real)):
         value = get_at(real, path)
         if value in (None, MISSING) or (value == UNKNOWN and path in (RUN_DIR, SWEEP_DIR)):
@@ -61,6 +62,14 @@ def pin_hydra_paths(config: DictConfig, overrides: Sequence[Override]) -> list[C
         elif path not in (RUN_DIR, SWEEP_DIR) and not is_typed:
             _pin(config, path, value)
     return issues
+
+
+def _sweeper_issues(real: dict[str, Any], hidden: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Yield settings of the sweeper, saved with the sweep and its jobs, that contain a secret."""
+    for path, value in iter_leaves(get_at(real, SWEEPER), SWEEPER):
+        shown = get_at(hidden, path)
+        if value != shown and path != STORAGE:
+            yield ConfigIssue(dotted(path), f"={shown!r}: what is saved must not contain a secret")
 
 
 def _log_files(plain: dict[str, Any]) -> Iterator[KeyPath]:
@@ -105,10 +114,11 @@ def _problem(
         "://" in value
         or "\\" in value
         or not (_is_inside(run_dir, file) or _is_inside(sweep_dir, file))
+        or file.suffix != ".log"  # the folders may be any, also one with files of yours
     ):
         shown = value.replace(OUTPUT_DIR, JOB_REFERENCES[OUTPUT_DIR])
         allowed = f"{JOB_REFERENCES[OUTPUT_DIR]}/NAME.log"
-        return f"={shown!r} is not in the run folder; allowed: {allowed}"
+        return f"={shown!r} is not a .log file in the run folder; allowed: {allowed}"
     return None
 
 

@@ -29,6 +29,8 @@ SECRET_WORDS = ("auth", "oauth", "authorization", "pwd", "pat", "dsn")
 SECRET_LAST_WORDS = ("key", "keys")  # matches OPENAI_KEY, but not KEYBOARD or KEY_SIZE
 SHELL_VARIABLES = ("PWD", "OLDPWD")  # folders, not passwords
 PUBLIC_KEYS = ("name", "tags", "notes")  # written for people; secrets are never inserted here
+# Groups whose texts become names of columns and classes, which are saved.
+NAMING_KEYS = ("metric", "loss", "data.class_names")
 MIN_REPLACED_LENGTH = 8  # shorter values are only redacted where they are the complete text
 UNSET = object()
 _read_values: dict[str, str] = {}  # secret variables that this process has read, for errors
@@ -175,21 +177,26 @@ def reveal(plain: dict[str, Any]) -> dict[str, Any]:
     """Replace every `${oc.env:NAME}` by the value of the variable.
 
     Raises:
-        ConfigError: An environment variable is not set.
+        ConfigError: An environment variable is not set, or is read where names come from.
     """
     issues = [
-        ConfigIssue(
-            dotted(path),
-            f"={text!r}: the environment variable {name} is not set; secrets are not saved",
-        )
+        ConfigIssue(dotted(path), f"={text!r}: {problem}")
         for path, text in iter_leaves(plain)
         for name in (SECRET_REFERENCE.findall(text) if isinstance(text, str) else ())
-        if name not in os.environ
+        if (problem := _reference_problem(dotted(path), name))
     ]
     if issues:
         raise ConfigError(issues)
     revealed: dict[str, Any] = map_strings(reveal_text, plain)
     return revealed
+
+
+def _reference_problem(key: str, name: str) -> str | None:
+    if name not in os.environ:
+        return f"the environment variable {name} is not set; secrets are not saved"
+    if f"{key}.".startswith(tuple(f"{group}." for group in NAMING_KEYS)):
+        return "names of columns and classes must not contain a secret"
+    return None
 
 
 def reveal_text(text: str, values: Mapping[str, str] = os.environ) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from app.config.instantiate import Instantiator, iter_node_issues
-from app.config.nested import get_at, iter_leaves
+from app.config.nested import dotted, get_at, iter_leaves
 from app.config.rules import rule_issues
 from app.config.schema import AUTO, STAGES, Config
 from app.config.types import UNKNOWN, iter_issues, to_dataclass
@@ -22,6 +22,11 @@ COMPONENT_GROUPS = (
 )
 # Sources that had an argument `transforms` once.
 SOURCES_WITHOUT_TRANSFORMS = ("app.data.images.image_folder", "app.data.hugging_face.hugging_face")
+# Groups that are built to check them. They have no datasets or callbacks, which may write files.
+BUILT_GROUPS = ("metric.", "loss.", "data.augment.", "data.transforms.")
+BUILT = (*BUILT_GROUPS, "average", "optimizer", "scheduler.")
+FILE_PACKAGES = ("app.callbacks.", "app.data.", "torchvision.datasets.")
+TRANSFORMS = ("app.data.augment.", "app.data.transform.")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
     "callbacks": ("folder", "model", "config", "paths"),
     "task": ("model", "loss", "metrics", "precision"),
@@ -70,8 +75,17 @@ def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[Co
             )
             yield ConfigIssue(f"{key}.transforms", problem)
             node = {name: value for name, value in node.items() if name != "transforms"}
+        yield from _misplaced_issues(key, node)
         injected = INJECTED_ARGUMENTS.get(key.partition(".")[0], ())
         yield from iter_node_issues(key, node, trusted, num_positional, injected)
+
+
+def _misplaced_issues(key: str, node: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Yield the datasets and callbacks in a node that is built to check it."""
+    for path, name in iter_leaves(node, (key,)) if key.startswith(BUILT) else ():
+        is_file_component = str(name).startswith(FILE_PACKAGES) and not name.startswith(TRANSFORMS)
+        if path[-1] == "_target_" and is_file_component:
+            yield ConfigIssue(dotted(path), f"={name!r} is a part of data or callbacks")
 
 
 def _build_issues(
@@ -88,7 +102,7 @@ def _build_issues(
     instantiate = Instantiator(trusted)
     for key, node in nodes.items():
         with _collect_errors(issues):
-            if key.startswith(("metric.", "loss.", "data.augment.", "data.transforms.")):
+            if key.startswith(BUILT_GROUPS):
                 strict = {"validate_args": True} if "validate_args" in node else {}
                 instantiate(key, node | strict)
             elif key == "average":

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from app.config.instantiate import Instantiator
-from app.config.nested import iter_leaves
+from app.config.nested import iter_leaves, map_strings
 from app.config.resolve import PlainConfig
-from app.config.saved import SavedConfig, resolve_saved
+from app.config.saved import QUOTE, SavedConfig, resolve_saved
 from app.config.schema import AUTO, DATA_FACTS, Config
-from app.config.secrets import reveal
+from app.config.secrets import redact_text, reveal
 from app.config.types import UNKNOWN, to_dataclass
 from app.config.validate import config_issues
 from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
@@ -67,9 +67,9 @@ def read_data(
 
 
 def with_data_facts(saved: SavedConfig, facts: dict[str, Any]) -> SavedConfig:
-    """Return a copy of a configuration with these values of the data."""
+    """Return a copy of a configuration with these values of the data, names as they are."""
     saved = copy.deepcopy(saved)
-    saved["data"] |= facts
+    saved["data"] |= map_strings(lambda text: text.replace("${", QUOTE), facts)
     return saved
 
 
@@ -105,4 +105,4 @@ def _inspect(plain: PlainConfig, trusted: Sequence[str]) -> DataReport:
     except (ConfigError, StorageError):
         raise
     except UserError as error:
-        raise ConfigError([ConfigIssue("", str(error))]) from error
+        raise ConfigError([ConfigIssue("", redact_text(str(error)))]) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import stat
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core.config_loader import ConfigLoader
 
 from app.config.compose import SafeConfigLoader
+from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import JobValues
 from app.config.resolve import PER_COMMAND_KEYS
 from app.config.schema import NonNegative
@@ -218,7 +220,8 @@ class SweepFolder:
         shutil.rmtree(self.state_folder / "conf", ignore_errors=True)
         for provider, path in config_sources(loader):
             source = Path(path.removeprefix(FILE_SCHEME))
-            for file in sorted(source.rglob("*.y*ml")) if provider in FROZEN_PROVIDERS else ():
+            files = sorted(source.rglob("*.y*ml")) if provider in FROZEN_PROVIDERS else []
+            for file in filter(_is_small_file, files):  # no other file can be composed
                 target = self.state_folder / "conf" / provider / file.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, target)
@@ -240,6 +243,15 @@ class SweepFolder:
             copied = self.frozen_conf(provider)
             search_path.append(provider, path if copied is None else f"{FILE_SCHEME}{copied}")
         return SafeConfigLoader(config_search_path=search_path)
+
+
+def _is_small_file(path: Path) -> bool:
+    """Return whether a path is, or links to, a regular file that can be a configuration."""
+    try:
+        found = path.stat()
+    except OSError:  # such as a link to nothing
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size <= MAX_FILE_BYTES
 
 
 def _check_regular_files(folder: Path) -> None:

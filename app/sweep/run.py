@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from app.config.overrides import SweepSpace, parse_space
 from app.config.resolve import hydra_config, resolve
+from app.config.secrets import redact_text
 from app.runtime.errors import StorageError, UserError
 from app.runtime.escaping import print_error
 from app.runtime.folders import held_folder
@@ -70,7 +71,7 @@ def run_sweep(sweep: Sweep, make_source: JobSourceFactory) -> None:
             with sweep_logging(folder):
                 code = _run(sweep, folder, make_source)
     except UserError as error:
-        print_error(error)
+        print_error(redact_text(str(error)))
         sys.exit(error.exit_code if isinstance(error, StorageError) else EXIT_USER_ERROR)
     if code:
         sys.exit(code)

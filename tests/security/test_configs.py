@@ -93,6 +93,17 @@ def test_target_that_executes_code_is_refused_with_its_key(
         assert name in message
 
 
+MISPLACED = "{_target_: app.data.cached.cached, file: written.npz, dataset: {_target_: NAME}}"
+
+
+@pytest.mark.parametrize("place", ["loss", "metric.valid", "data.augment", "data.transforms.eval"])
+def test_dataset_that_validation_would_build_is_refused(untrusted_dir: Path, place: str) -> None:
+    opening, closing = f"{place.replace('.', ': {')}: {{", "}" * place.count(".")
+    node = MISPLACED.replace("NAME", "torchvision.datasets.FakeData")
+    message = refusal(untrusted_dir, f"{opening}x: {node}}}{closing}")
+    assert f"{place}.x._target_='app.data.cached.cached' is a part of data or callbacks" in message
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -104,10 +115,14 @@ def test_target_that_executes_code_is_refused_with_its_key(
             "interpolations are not allowed in Hydra's logging",
         ),
         ("hydra: {job_logging: {handlers: {console: {stream: cfg://a}}}}", "console.stream"),
-        ("hydra: {job_logging: {handlers: {file: {filename: /tmp/a}}}}", "not in the run folder"),
+        ("hydra: {job_logging: {handlers: {file: {filename: /tmp/a.log}}}}", "in the run folder"),
         (
-            "hydra: {job_logging: {handlers: {file: {filename: '${hydra.run.dir}/../../a'}}}}",
-            "not in the run folder",
+            "hydra: {run: {dir: a}, job_logging: {handlers: {file: {filename: a/.bashrc}}}}",
+            "is not a .log file in the run folder",
+        ),
+        (
+            "hydra: {job_logging: {handlers: {file: {filename: '${hydra.run.dir}/../../a.log'}}}}",
+            "is not a .log file in the run folder",
         ),
         ("hydra: {output_subdir: ../../.ssh}", "is not a folder inside the run folder"),
         ("hydra: {job: {name: ../a}}", "contains invalid characters"),

@@ -171,6 +171,28 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     OmegaConf.clear_resolver("upper")
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+hydra.sweeper.params.notes=${oc.env:SHORT_KEY}",
+        "+hydra.sweeper.params.api_key=${oc.env:PUBLIC}",
+        "+hydra.sweeper.study_name=a${oc.env:SHORT_KEY}",
+        "data.class_names=[${oc.env:SHORT_KEY},b,c,d,e,f,g,h,i,j]",
+        "data.class_names=['\\${oc.env:SHORT_KEY}',b,c,d,e,f,g,h,i,j]",
+        "+metric.valid.x={_target_: torchmetrics.wrappers.ClasswiseWrapper,"
+        " prefix: '${oc.env:SHORT_KEY}', metric: ${metric.valid.accuracy}}",
+    ],
+)
+def test_secret_in_what_becomes_a_name_or_an_override_is_refused(
+    override: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHORT_KEY", "q7Zx")
+    monkeypatch.setenv("PUBLIC", "public")
+    with pytest.raises(ConfigError, match="must not contain a secret") as caught:
+        job_for(override)
+    assert "q7Zx" not in str(caught.value)
+
+
 @pytest.mark.usefixtures("environment")
 @pytest.mark.parametrize("seed", range(10))
 def test_resolve_saves_no_secret_however_it_is_read(seed: int) -> None:
@@ -273,6 +295,14 @@ def test_composition_inserts_no_secret_into_what_hydra_saves(tmp_cwd: Path) -> N
     ((composed, _),) = compositions(get_args_parser().parse_args(arguments))
     assert TOKEN not in OmegaConf.to_yaml(composed)
     assert resolve(composed)[0]["mine"] == {"node": {"x": "${oc.env:TOKEN}", "y": 1}}
+
+
+@pytest.mark.usefixtures("environment")
+def test_error_in_the_data_does_not_reveal_secret(tmp_cwd: Path) -> None:
+    (tmp_cwd / "x.csv").write_text("a,label\n1,0\n2,1\n")
+    source = ("data=csv", "data.path=x.csv", "data.source.train.target=${oc.env:TOKEN}")
+    with pytest.raises(ConfigError, match=r"no column '\$\{oc\.env:TOKEN\}'"):
+        job_for(*source, "model=mlp")
 
 
 def test_errors_do_not_reveal_secret(monkeypatch: pytest.MonkeyPatch) -> None:

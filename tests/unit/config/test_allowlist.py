@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from app.config.allowlist import TargetError, locate
+from app.config.instantiate import Instantiator
+from app.runtime.errors import UserError
 from tests.support.runs import config_issues
 
 
@@ -130,3 +135,20 @@ def test_locate_refused_module_is_not_imported(tmp_cwd: Path) -> None:
 )
 def test_locate_allowed_name_returns_the_object(name: str) -> None:
     assert locate(name).__name__ == name.rpartition(".")[2]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"weights": "DEFAULT"}, {"weights_backbone": "legacy"}, {"_args_": ["DEFAULT"]}, {}],
+)
+@pytest.mark.parametrize("name", ["resnet18", "segmentation.lraspp_mobilenet_v3_large"])
+def test_model_of_torchvision_reads_no_weights(
+    name: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object, **__: object) -> None:
+        raise AssertionError("pretrained weights would be unpickled")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", read)
+    node = {"_target_": f"torchvision.models.{name}", **arguments}
+    with torch.device("meta"), pytest.raises(UserError) if arguments else nullcontext():
+        Instantiator()("model", node)

@@ -18,7 +18,7 @@ from app.config.limits import limited_interpolations
 from app.config.overrides import parse_overrides
 
 FILENAME = "hydra.job_logging.handlers.file.filename"
-OUTSIDE = "is not in the run folder"
+OUTSIDE = "is not a .log file in the run folder"
 
 
 @pytest.fixture(scope="module")

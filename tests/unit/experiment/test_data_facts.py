@@ -9,6 +9,7 @@ import pytest
 
 from app.config.overrides import parse_overrides
 from app.config.resume import apply_overrides_to_saved
+from app.config.saved import resolve_saved
 from app.config.schema import DATA_FACTS, Job
 from app.experiment.data_facts import with_data_facts
 from tests.support.image_files import write_image_folder
@@ -135,3 +136,9 @@ def test_facts_do_not_change_the_configuration_they_are_added_to() -> None:
     saved = {"data": {"num_classes": "auto"}}
     assert with_data_facts(saved, {"num_classes": 3}) == {"data": {"num_classes": 3}}
     assert saved == {"data": {"num_classes": "auto"}}
+
+
+def test_with_data_facts_keeps_names_that_look_like_interpolations() -> None:
+    names = ["${ oc.env:HOME}", "${data.path}", "a"]
+    saved = with_data_facts({"data": {"path": "x"}}, {"class_names": names})
+    assert resolve_saved(saved)["data"]["class_names"] == names

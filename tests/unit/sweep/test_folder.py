@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import optuna
@@ -22,6 +23,9 @@ def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
     conf = tmp_path / "conf"
     conf.mkdir()
     (conf / "config.yaml").write_text("a: 1\n")
+    os.mkfifo(conf / "fifo.yaml")
+    (conf / "large.yaml").write_text(" " * 1_000_001)
+    (conf / "zero.yml").symlink_to("/dev/zero")
     search_path = ConfigSearchPathImpl()
     search_path.append("hydra", "pkg://hydra.conf")
     search_path.append("main", f"file://{conf}")
@@ -29,9 +33,11 @@ def test_frozen_loader_after_edit_reads_original_files(tmp_path: Path) -> None:
     loader = ConfigLoaderImpl(search_path)
     folder = SweepFolder(tmp_path / "sweep")
     folder.freeze(loader)
+    copied = folder.state_folder / "conf" / "main"
+    assert [path.name for path in copied.iterdir()] == ["config.yaml"]
     (conf / "config.yaml").write_text("a: 2\n")
     frozen = folder.frozen_loader(loader)
-    (folder.state_folder / "conf" / "main" / "link.yaml").symlink_to(conf / "config.yaml")
+    (copied / "link.yaml").symlink_to(conf / "config.yaml")
     with pytest.raises(UserError, match=r"link\.yaml is a symbolic link; allowed: a regular file"):
         folder.frozen_loader(loader)
     assert frozen.load_configuration("config", [], RunMode.RUN).a == 1
