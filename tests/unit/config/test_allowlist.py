@@ -23,7 +23,7 @@ from tests.support.runs import config_issues
         # through what an allowed module has imported
         "app.data.torchvision_sets.torch.load",
         "app.models.cnn.Conv2dNormActivation",
-        "app.callbacks.image_grids.interpolate",
+        "app.callbacks.overlays.interpolate",
         "torch.nn.functional.handle_torch_function",
         "torchvision.datasets.folder.os.system",
         # generate code, walk attributes, open files, or are helpers
