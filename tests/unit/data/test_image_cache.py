@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from itertools import pairwise, product
 from pathlib import Path
@@ -206,11 +207,16 @@ def test_interrupted_build_leaves_no_file(
     assert len(load(disk_cache(images), images)) == 7
 
 
-def test_full_disk_is_one_error_with_path_and_bytes(images: ImageFolder) -> None:
-    needed = disk_cache(images, 100_000)
-    with pytest.raises(StorageError, match=r"images-100000x100000-.*safetensors \(210,000,000,"):
-        load(needed, images)
-    assert not list(needed.folder.glob("*.safetensors"))
+def test_full_disk_is_one_error_with_path_and_bytes(
+    images: ImageFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: int, start: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, f"no space for {start} to {size}")
+
+    monkeypatch.setattr(os, "posix_fallocate", fail, raising=False)
+    with pytest.raises(StorageError, match=r"images-16x16-.*safetensors \(5,\d\d\d bytes\) cannot"):
+        load(disk_cache(images), images)
+    assert not list((images.root.parent / "cache").glob("*.safetensors"))
 
 
 def test_read_only_folder_of_images_is_cached_elsewhere(images: ImageFolder) -> None:
