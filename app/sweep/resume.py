@@ -33,7 +33,7 @@ RESTRICTED_KEYS = (  # take effect from the command line only, as do the keys ab
 )
 # Overrides with which a sweep still has the jobs it was started with.
 UNCHANGING_KEYS = ("sweep.", "hydra", TRUST_KEY)
-PATH_NAMES = ("path", "root")  # of `data` and its sources
+PATH_NAMES = ("path", "root", "cache_folder")  # of `data` and its sources
 
 
 @as_user_error("sweep.resume")
