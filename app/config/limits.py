@@ -128,6 +128,9 @@ def resolution_budget() -> Iterator[None]:
     try:
         with limited_interpolations():
             yield
+    except RecursionError as error:  # of the parser of interpolations
+        problem = " nests values too deep"
+        raise ConfigError([ConfigIssue("the configuration", problem)]) from error
     except Exception as error:
         limit = _limit_error_in(error)
         if limit is None:

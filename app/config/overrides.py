@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from app.config.limits import override_problem
 from app.config.resolvers import escape_interpolations
 from app.runtime.errors import ConfigError, ConfigIssue, did_you_mean, join_choices
 
+MAX_SWEEP_VALUES = 100_000  # of a range, and jobs of a grid
 JobValues = dict[str, str]  # swept key -> value, as written in an override
 
 
@@ -101,6 +103,9 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
             continue
         try:
             parsed.append(replace(_parse(text), config_loader=loader))
+            if not _is_short_range(parsed[-1]):
+                problem = f" is a range without an end, or of more than {MAX_SWEEP_VALUES:,} values"
+                issues.append(ConfigIssue(text, problem))
         except HydraException as error:
             reason = str(error).splitlines()[0]
             hint = _quoting_hint(text)
@@ -114,6 +119,18 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
 def _parse(text: str) -> Override:
     (override,) = OverridesParser.create().parse_overrides([text])
     return override
+
+
+def _is_short_range(override: Override) -> bool:
+    sweep = override.value()
+    if not isinstance(sweep, RangeSweep):
+        return True
+    assert sweep.start is not None
+    assert sweep.stop is not None
+    try:
+        return abs((sweep.stop - sweep.start) / sweep.step) <= MAX_SWEEP_VALUES
+    except (ZeroDivisionError, OverflowError):
+        return False
 
 
 def _quoting_hint(text: str) -> str:
@@ -211,6 +228,12 @@ def grid_issues(space: SweepSpace, zip_groups: Sequence[Sequence[str]]) -> list[
             seen.append(key)
     if not issues:
         issues += [issue for group in zip_groups for issue in _length_issues(space, group)]
+    if not issues:
+        dependent = [key for group in zip_groups for key in group[1:]]
+        counts = [len(choices(o)) for key, o in space.swept.items() if key not in dependent]
+        if (count := math.prod(counts)) > MAX_SWEEP_VALUES:
+            problem = f"has {count:,} jobs; allowed: {MAX_SWEEP_VALUES:,}"
+            issues.append(ConfigIssue("the sweep", f" {problem}"))
     return issues
 
 

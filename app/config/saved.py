@@ -107,10 +107,11 @@ def resolve_saved(saved: SavedConfig) -> PlainConfig:
     with resolution_budget():
         for path, leaf in iter_leaves(saved):
             charge_text(leaf, path)
-    try:
-        config = OmegaConf.create(map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved))
-    except (OmegaConfBaseException, ValueError, TypeError) as error:
-        raise ConfigError([ConfigIssue("", str(error).splitlines()[0])]) from error
+        quoted = map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved)
+        try:
+            config = OmegaConf.create(quoted)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            raise ConfigError([ConfigIssue("", str(error).splitlines()[0])]) from error
     plain, issues = resolve(config)
     if issues:
         raise ConfigError(issues)

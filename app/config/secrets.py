@@ -65,8 +65,12 @@ def recorded_secrets() -> Iterator[dict[str, str]]:
 
 
 @contextmanager
-def hidden_secrets(names: Container[str] = ()) -> Iterator[None]:
-    """Let `oc.env` return `${oc.env:NAME}` for these variables, and for all that look secret."""
+def hidden_secrets(names: Container[str] = _read_values) -> Iterator[None]:
+    """Let `oc.env` return `${oc.env:NAME}` for variables that look secret, and for these.
+
+    Args:
+        names: By default all that this process has read as secrets.
+    """
 
     def read_env(name: str, default: Any = UNSET) -> str | None:
         value = _read_env(name, default)

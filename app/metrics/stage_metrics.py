@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, Sums, has_small_sum
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
+NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
 MetricLike = Metric | OutputMetric | Callable[..., Tensor]
 
 
@@ -243,12 +245,16 @@ def _gather_batches(batches: list[tuple[Tensor, Tensor]], device: torch.device) 
 
 
 def _to_arrays(name: str, value: Any) -> dict[str, np.ndarray]:
-    """Return the value of a metric by name; parts of a tuple or dict are named `<name>_<key>`."""
+    """Return the value of a metric by name; parts of a tuple or dict are named `<name>_<key>`.
+
+    The names become those of files: characters of a key that separate folders become `_`.
+    """
     if isinstance(value, Tensor):
         return {name: value.cpu().numpy()}
     if isinstance(value, (tuple, list)):
         value = dict(enumerate(value))
     if isinstance(value, dict):
-        nested = (_to_arrays(f"{name}_{key}", part) for key, part in value.items())
+        names = {key: f"{name}_{NOT_IN_FILE_NAMES.sub('_', str(key))}" for key in value}
+        nested = (_to_arrays(names[key], part) for key, part in value.items())
         return {key: array for arrays in nested for key, array in arrays.items()}
     return {name: np.asarray(value)}

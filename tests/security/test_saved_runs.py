@@ -286,6 +286,7 @@ def test_check_saved_that_expands_without_bound_is_refused(name: str) -> None:
         ({"a": "${or:${b}"}, "cannot be used"),
         ({"a": "${or:${oc.env:SECRET},1}"}, "cannot be used"),
         ({"a": "${b}"}, "cannot be used: a does not resolve"),
+        ({"a": "${or:" + "[" * 2_000 + "]" * 2_000 + "}"}, "nests values too deep"),
         ({"a": [torch.zeros(1)]}, "has a Tensor at a.0"),
         ({"a": {"b": (1, 2)}}, "has a tuple at a.b"),
     ],

@@ -13,6 +13,7 @@ from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
+from app.cli.main import print_config
 from app.config import resolvers
 from app.config.compose import compositions
 from app.config.limits import limited_interpolations
@@ -295,6 +296,17 @@ def test_composition_inserts_no_secret_into_what_hydra_saves(tmp_cwd: Path) -> N
     ((composed, _),) = compositions(get_args_parser().parse_args(arguments))
     assert TOKEN not in OmegaConf.to_yaml(composed)
     assert resolve(composed)[0]["mine"] == {"node": {"x": "${oc.env:TOKEN}", "y": 1}}
+
+
+def test_printed_config_hides_what_was_read_for_a_secret_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PUBLIC_NAME", "s3cret-value")
+    override = "+callbacks.x.api_key=${oc.env:PUBLIC_NAME}"
+    resolvers.register()
+    parser = get_args_parser()
+    print_config(parser.parse_args(["--cfg", "job", "--resolve", override]), parser)
+    assert "api_key: ${oc.env:PUBLIC_NAME}" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("environment")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hydra._internal.utils import get_args_parser
 
 from app.config import resolvers
 from app.config.compose import open_composer
-from app.config.overrides import grid, parse_space
+from app.config.overrides import grid, grid_issues, parse_space
+from app.runtime.errors import ConfigError
 
 
 def test_grid_last_key_varies_fastest() -> None:
@@ -48,6 +50,22 @@ def test_coverage_jobs_have_each_value_once_and_ends_of_ranges() -> None:
         ["a=1", "seed=999", "lr=0.1"],
         ["a=1", "seed=0", "lr=1.0"],
     ]
+
+
+@pytest.mark.parametrize(
+    "values", ["0,100002", "0,inf", "0,nan", "0,10,0", "0,1,1e-300", "0,1" + "0" * 400]
+)
+def test_parse_space_of_a_range_that_is_too_long_or_endless_fails(values: str) -> None:
+    with pytest.raises(ConfigError, match="is a range without an end, or of more than 100,000"):
+        parse_space([f"seed=range({values})"], {})
+
+
+def test_grid_of_too_many_jobs_is_refused() -> None:
+    space = parse_space([f"{key}=range(0,400)" for key in "abc"], {})
+    assert [*map(str, grid_issues(space, []))] == [
+        "the sweep has 64,000,000 jobs; allowed: 100,000"
+    ]
+    assert grid_issues(space, [["a", "b", "c"]]) == []
 
 
 def test_grid_glob_expands_to_group_options() -> None:

@@ -113,3 +113,12 @@ def test_segmentation_metrics_of_the_same_states_are_updated_once(
     step_sums = stage.update(outputs, targets)
     assert len(updates) == 1
     assert step_sums["dice"] == step_sums["dice_per_class"] == step_sums["mean_iou"]
+
+
+def test_names_of_parts_cannot_lead_out_of_a_folder() -> None:
+    """Metrics choose them, and they become names of files."""
+    matrix = torchmetrics.classification.MulticlassConfusionMatrix(2)
+    named = torchmetrics.wrappers.ClasswiseWrapper(matrix, labels=["a b", "\\x"], prefix="/../")
+    stage = StageMetrics({"x": named})
+    stage.update(torch.eye(2), torch.tensor([0, 1]))
+    assert list(stage.compute_accumulating()) == ["x__.._a b", "x__..__x"]
