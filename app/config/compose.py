@@ -22,6 +22,7 @@ from hydra.errors import ConfigCompositionException, HydraException
 from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from app.config import resolvers
 from app.config.allowlist import trusted_from_environment
 from app.config.diagnose import diagnose
 from app.config.hydra_files import pin_hydra_paths
@@ -55,6 +56,7 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
     Args:
         args: Command line as parsed by Hydra's argument parser.
     """
+    resolvers.register()
     with strict_sources(), limited_interpolations():
         try:
             hydra = Hydra("app", SafeConfigLoader(_search_path(args)))

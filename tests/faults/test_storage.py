@@ -176,7 +176,8 @@ def test_resume_of_running_run_is_refused_without_changes(tmp_path: Path) -> Non
     process = start_training(tmp_path, fault="slow:0:1")
     folder = tmp_path / "run"
     before = (folder / "config.yaml").stat().st_mtime_ns
-    second = run_app(tmp_path, "model=mlp", "resume=auto", "hydra.run.dir=run")
+    overrides = ("model=mlp", "resume=auto", "hydra.run.dir=run", "trusted_targets=[faulty]")
+    second = run_app(tmp_path, *overrides, **ENVIRONMENT)
     assert second.code == 2
     assert "is in use by another run" in second.err
     assert f"process {process.pid}" in second.err

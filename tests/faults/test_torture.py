@@ -42,12 +42,12 @@ def undisturbed(
 
 
 @pytest.fixture(scope="module")
-def duration(undisturbed: tuple[int, Path]) -> float:
+def duration(undisturbed: tuple[int, Path], tmp_path_factory: pytest.TempPathFactory) -> float:
     """Seconds that the run takes, including the start of its process."""
-    ranks, expected = undisturbed
-    run, _ = RUNS[ranks]
+    ranks, _ = undisturbed
+    run, overrides = RUNS[ranks]
     start = time.monotonic()
-    run(expected.parent, (f"hydra.run.dir={expected.parent / 'timed'}",), None)
+    run(tmp_path_factory.mktemp("timed"), overrides, None)
     return time.monotonic() - start
 
 

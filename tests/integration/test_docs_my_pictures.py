@@ -25,7 +25,7 @@ def test_tutorial_runs_from_a_folder_to_an_exported_model(
     (script,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     exec(script)
     commands = re.findall(r"^python -m app (.*)$", TUTORIAL, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 7
     check, train, test, predict, export, check_transforms = map(shlex.split, commands)
     for command in (check, check_transforms):
         checked = app(*command)
