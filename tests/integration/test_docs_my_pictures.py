@@ -26,12 +26,14 @@ def test_tutorial_runs_from_a_folder_to_an_exported_model(
     exec(script)
     commands = re.findall(r"^python -m app (.*)$", TUTORIAL, re.MULTILINE)
     assert len(commands) == 7
-    check, train, test, predict, export, check_transforms = map(shlex.split, commands)
+    check, train, test, predict, export, check_transforms, cached = map(shlex.split, commands)
     for command in (check, check_transforms):
         checked = app(*command)
         assert (checked.code, checked.out) == (0, "the configuration is valid\n"), checked.err
     assert not (tmp_cwd / "outputs").exists()
 
+    assert app(*cached, "trainer.fast_dev_run=true").code == 0
+    assert len(list((tmp_cwd / "datasets" / "cache").glob("*.safetensors"))) >= 1
     trained = app(*train, "trainer.max_epochs=2", "data.loader.num_workers=0")
     assert trained.code == 0, trained.err
     folder = tmp_cwd / "outputs" / "shapes3"

@@ -67,6 +67,7 @@ def test_run_folder_after_training_has_all_files(trained_run: RunResult) -> None
     assert len([name for name in details if name.endswith("_test.csv")]) == 1
     assert {path.name for path in (trained_run.folder / "checkpoints").iterdir()} == {
         "best.safetensors",
+        "start.json",
         "last.safetensors",
         "last-1.safetensors",
     }
