@@ -238,10 +238,11 @@ def write_eps(path: Path) -> None:
 def test_eps_named_png_is_refused_without_starting_ghostscript(
     tmp_path: Path, ghostscript_mark: Path
 ) -> None:
-    write_eps(tmp_path / "pets" / "cat" / "a.png")
+    for name in ("cat", "dog"):
+        write_eps(tmp_path / "pets" / name / "a.png")
     message = "its format is EPS; allowed: BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP"
     for dataset in (
-        image_folder(str(tmp_path / "pets"), {}),
+        image_folder(str(tmp_path / "pets")),
         ImageFiles(str(tmp_path / "pets"), None, 3),
     ):
         with pytest.raises(UserError, match=rf"a\.png cannot be read as an image: {message}"):
