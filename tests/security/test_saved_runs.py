@@ -384,9 +384,9 @@ def check_config(folder: Path, changes: dict[str, Any]) -> None:
         ({"notes": "${oc.env:MY_TOKEN}"}, "the saved run reads this variable"),
         ({"notes": "${tags}", "tags": "${notes}"}, "cannot be used"),
         ("[1]", "does not contain a JSON object"),
-        ("[" * 5000, "nested more than 64 deep"),
+        ("[" * 5000, "nests values more than 64 deep"),
         ("{", "is not JSON"),
-        (" " * 1_000_001, "has more than 1,000,000 bytes"),
+        (" " * 1_000_001, "has 1,000,001 bytes; allowed: 1,000,000"),
     ],
 )
 def test_untrusted_configuration_of_a_restart_is_refused(
