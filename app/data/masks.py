@@ -365,6 +365,9 @@ def has_masks(dataset: Dataset[Any], inputs: Inputs, targets: Key) -> bool:
         return False
     if not isinstance(dataset, TensorDataset):
         return bool(getattr(innermost(dataset), "has_masks", False))
+    count = len(dataset.tensors)
+    if not all(isinstance(key, int) and key < count for key in (inputs, targets)):
+        return False
     images, masks = pick(dataset.tensors, inputs), pick(dataset.tensors, targets)
     is_integer = not masks.is_floating_point() and masks.dtype != torch.bool
     is_map = images.ndim == 4 and masks.shape == (len(images), *images.shape[2:])
