@@ -171,13 +171,16 @@ class DataWatchdog:
 
     def _watch(self) -> None:
         notice = first_notice = min(FIRST_NOTICE_SECONDS, self.timeout / 2)
+        last_read = 0.0  # when a sample was last seen to be read
         while not self.done.wait(min(POLL_SECONDS, self.timeout / 10)):
-            since = self.since
-            seconds = 0.0 if since is None else time.monotonic() - since
+            since, now = self.since, time.monotonic()
+            seconds = 0.0 if since is None else now - since
             reading = self.tracker.slowest() if self.tracker and seconds else None
+            last_read = last_read if reading is None else now
+            stuck = min(seconds, now - last_read) if reading is None else reading.seconds
             if seconds < first_notice:
                 notice = first_notice
-            elif seconds >= self.timeout and (not reading or reading.seconds >= self.timeout):
+            elif seconds >= self.timeout and stuck >= self.timeout:
                 self._end_waiting(reading)
             elif seconds >= notice:
                 log.warning("waiting for data for %.0f s%s", seconds, self._describe(reading))
