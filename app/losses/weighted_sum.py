@@ -142,9 +142,12 @@ class WeightedSum(nn.Module):
         except LOSS_ERRORS as error:
             takes_all = term.output is None and isinstance(outputs, (dict, tuple, list))
             hint = f"; set loss.{name}.output to select one of the outputs" if takes_all else ""
+            # A `UserError` says that there are no such outputs or targets.
+            is_missing = isinstance(error, UserError)
+            labels = "" if is_missing else _label_range(pick(targets, term.target))
             raise UserError(
                 f"loss.{name}: cannot take outputs ({describe(outputs)}) with targets "
-                f"({describe(targets)}{_label_range(pick(targets, term.target))}): {error}{hint}"
+                f"({describe(targets)}{labels}): {error}{hint}"
             ) from error
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise UserError(
