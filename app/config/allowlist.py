@@ -85,7 +85,6 @@ OWN_CLASSES = (  # that derive from nothing
     "app.data.sampling.BalancedClasses",
     "app.data.sampling.ClassWeights",
     "app.data.sampling.SampleWeights",
-    "app.data.transform.ResizeCenterCrop",
     "app.data.windows.PatchInference",
     "app.losses.weighted_sum.Term",
     "app.losses.weights.LinearSchedule",

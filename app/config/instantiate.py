@@ -104,7 +104,7 @@ class Instantiator:
 
 
 def _as_tensor(value: Any, target: Callable[..., Any], parameter: inspect.Parameter | None) -> Any:
-    """Return a list of numbers for a parameter that is annotated as a tensor as float32 tensor."""
+    """Return a list of numbers as a float32 tensor if the parameter is annotated as a tensor."""
     if parameter is None or not _is_numbers(value) or not _takes_tensor(target, parameter):
         return value
     import torch

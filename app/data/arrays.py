@@ -116,7 +116,7 @@ def csv(
 
 
 def _check_features(path: str, table: pd.DataFrame) -> None:
-    """Check that no column is text; a single cell that is no number is reported with its line."""
+    """Refuse columns of text; `_to_numbers` reports a single cell that is not a number."""
     text = [str(name) for name in table.columns if _is_text(table[name])]
     if not text:
         return

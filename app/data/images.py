@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -57,7 +57,7 @@ def image_folder(
     if not folder.is_dir():
         raise UserError(f"{root!r} is not a folder")
     check_links(folder, follow_links)
-    stages = _stage_folders(folder)
+    stages = find_stage_folders(folder, _subfolders)
     known = list(classes) if isinstance(classes, list) else None
     if not stages:
         return _read_class_folders(folder, folder, known, _describe_single(folder))
@@ -75,11 +75,19 @@ def _describe_single(folder: Path) -> str:
     return f"{folder} is read as one folder of classes, which data.split divides"
 
 
-def _stage_folders(root: Path) -> dict[str, Path]:
-    """Return the folders of stages that contain class folders; empty if there are none."""
+def find_stage_folders(root: Path, has_samples: Callable[[Path], object]) -> dict[str, Path]:
+    """Return the folder of each stage.
+
+    Args:
+        root: The folder that may contain folders for stages.
+        has_samples: Whether a folder has the layout of a stage; any other is left out.
+
+    Raises:
+        UserError: Two folders are for the same stage.
+    """
     stages: dict[str, Path] = {}
     for stage, names in STAGE_FOLDERS.items():
-        found = [root / name for name in names if _subfolders(root / name)]
+        found = [root / name for name in names if has_samples(root / name)]
         if len(found) > 1:
             raise UserError(f"{found[0]} and {found[1]} both exist; allowed: one of them")
         if found:

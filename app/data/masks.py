@@ -19,9 +19,9 @@ from app.data.image_checks import NUM_THREADS, join_lines
 from app.data.images import (
     DECODE_ERRORS,
     IMAGE_FORMATS,
-    STAGE_FOLDERS,
     check_links,
     decode_image,
+    find_stage_folders,
     image_files,
 )
 from app.data.split import innermost, printable
@@ -85,13 +85,7 @@ def mask_folder(
 
 
 def _stage_folders(root: Path) -> dict[str, Path]:
-    stages: dict[str, Path] = {}
-    for stage, names in STAGE_FOLDERS.items():
-        found = [root / name for name in names if _has_parts(root / name)]
-        if len(found) > 1:
-            raise UserError(f"{found[0]} and {found[1]} both exist; allowed: one of them")
-        if found:
-            stages[stage] = found[0]
+    stages = find_stage_folders(root, _has_parts)
     if stages and "train" not in stages and _has_parts(root):
         raise UserError(f"{root} has images of its own and {join_choices(stages)}; use one of both")
     return stages

@@ -86,7 +86,7 @@ def read_run_status(folder: Path) -> RunStatus:
 
 
 def read_history(folder: Path) -> pd.DataFrame:
-    """Return the summary table of a run: a row per finished stage, with numbers but for `stage`.
+    """Return the summary table of a run: one row per finished stage; only `stage` is text.
 
     Raises:
         UserError: `summary_table.csv` cannot be read or is damaged.

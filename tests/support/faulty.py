@@ -102,7 +102,7 @@ def set_clock_back(difference: timedelta) -> None:
 
 
 class MemoryRecorder(Callback):
-    """Appends the resident memory of this process to `memory.csv`, every so many steps."""
+    """Appends the resident memory of this process to `memory.csv` after every `every` steps."""
 
     def __init__(self, folder: Path, every: int) -> None:
         self.path, self.every, self.steps = folder / "memory.csv", every, 0

@@ -298,7 +298,7 @@ def _read_curve(folder: Path) -> pd.DataFrame:
 def aggregate_by_config(results: Results) -> pd.DataFrame:
     """Return the mean and sample standard deviation over seeds and folds.
 
-    There is one row per configuration that is the same but for these.
+    Runs that differ only in their seed or fold share a row.
 
     Only completed runs count. The column `jobs` has the number of runs, `completed` the number of
     completed ones.
