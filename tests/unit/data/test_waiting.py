@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset
 from app.data.batch import BatchPreparer
 from app.data.loaders import DataLoaderOptions, ExternalLoader, IterableLoader, SampleLoader
 from app.data.sampling import EpochSampler
-from app.data.waiting import watch_batches
+from app.data.waiting import ReadTracker, watch_batches
 from app.runtime.errors import UserError
 from app.runtime.signals import signal_handlers
 
@@ -113,6 +113,20 @@ def test_blocked_iterable_dataset_is_named(workers: int, reader: str) -> None:
 def test_slow_batch_whose_samples_arrive_is_no_error(workers: int) -> None:
     loader = sample_loader(BlockingSamples(seconds=0.6), workers, 2.0)  # 2.4 s per batch
     assert next(loader.epoch(1)) is not None
+
+
+def test_time_limit_begins_again_after_a_sample_was_read() -> None:
+    """Nothing is read while a batch is put together, or at an instant between two samples."""
+    tracker = ReadTracker(BlockingSamples(), 0)
+
+    def batches() -> Iterator[int]:
+        tracker.begin(0)
+        time.sleep(1.5)
+        tracker.end()
+        time.sleep(1.0)
+        yield 0
+
+    assert list(watch_batches(batches(), 2.0, tracker)) == [0]
 
 
 def test_time_between_batches_does_not_count() -> None:
