@@ -254,12 +254,12 @@ def check_cacheable(datasets: dict[str, Dataset[Any]]) -> None:
     """Check that all datasets have images and labels that can be cached.
 
     Raises:
-        UserError: One has not.
+        UserError: A dataset has none.
     """
     for stage, dataset in datasets.items():
         images = innermost(dataset)
         if not isinstance(images, CacheableImages) or images.targets is None:
             raise UserError(
-                f"data.cache: the {stage} data ({type(images).__name__}) are not files of images "
+                f"data.cache: the {stage} data ({type(images).__name__}) are not image files "
                 "with labels; allowed: null"
             )

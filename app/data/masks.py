@@ -87,7 +87,9 @@ def mask_folder(
 def _stage_folders(root: Path) -> dict[str, Path]:
     stages = find_stage_folders(root, _has_parts)
     if stages and "train" not in stages and _has_parts(root):
-        raise UserError(f"{root} has images of its own and {join_choices(stages)}; use one of both")
+        raise UserError(
+            f"{root} has images of its own and {join_choices(stages)}; use one or the other"
+        )
     return stages
 
 
@@ -384,7 +386,7 @@ def count_mask_classes(dataset: Dataset[Any]) -> int | None:
     """Return the number of colors, or of labels in masks; None if the dataset has no mask files.
 
     Raises:
-        UserError: There are less than two labels, or some are missing in between.
+        UserError: There are fewer than two labels, or one in between is missing.
     """
     if not isinstance(dataset, MaskFolder):
         return None

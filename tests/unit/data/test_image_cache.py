@@ -228,7 +228,7 @@ def test_read_only_folder_of_images_is_cached_elsewhere(images: ImageFolder) -> 
 def test_data_that_cannot_be_cached_are_refused(tmp_cwd: Path) -> None:
     overrides = ["data=npz", *write_data("npz", tmp_cwd), "data.cache=memory"]
     (issue,) = config_issues(*overrides)
-    assert "data.cache: the train data (TensorDataset) are not files of images" in issue
+    assert "data.cache: the train data (TensorDataset) are not image files" in issue
     with pytest.raises(UserError, match=r"data\.cache_size=\[16\]; allowed: a number of pixels"):
         overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd)]
         loaders_for(*overrides, "data.cache=memory", "data.cache_size=[16]")
