@@ -29,10 +29,8 @@ def normalizer(function: object, target: Tensor) -> Tensor | None:
             `normalizer`; all others divide by the number of samples.
         target: Targets of a batch.
     """
-    if isinstance(function, HasNormalizer):
-        return function.normalizer(target)
     if not isinstance(function, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        return None
+        return function.normalizer(target) if isinstance(function, HasNormalizer) else None
     if function.reduction != "mean" or target.is_floating_point():  # probabilities: of N samples
         return None
     if function.weight is None and function.ignore_index < 0 and target.ndim < 2:
