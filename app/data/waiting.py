@@ -134,8 +134,8 @@ class DataWatchdog:
     def __init__(self, timeout: float, tracker: ReadTracker | None = None) -> None:
         self.timeout, self.tracker = timeout, tracker
         self.since: float | None = None  # when the current waiting began
-        self.error: UserError | None = None
-        self.done = threading.Event()
+        self.error: UserError | None = None  # why the current waiting ends
+        self.lock, self.done = threading.Lock(), threading.Event()
         self.pid, self.waiting_thread = os.getpid(), threading.get_ident()
 
     @contextmanager
@@ -158,7 +158,8 @@ class DataWatchdog:
         """
         with signal_handlers(self._on_wake_up, [WAKE_SIGNAL]):
             self.waiting_thread = threading.get_ident()
-            self.since = time.monotonic()
+            with self.lock:  # an error that came too late for the last waiting is not one of this
+                self.since, self.error = time.monotonic(), None
             try:
                 try:
                     yield
@@ -181,7 +182,9 @@ class DataWatchdog:
             if seconds < first_notice:
                 notice = first_notice
             elif seconds >= self.timeout and stuck >= self.timeout:
-                self._end_waiting(reading)
+                with self.lock:
+                    if self.since == since:
+                        self._end_waiting(reading)
             elif seconds >= notice:
                 log.warning("waiting for data for %.0f s%s", seconds, self._describe(reading))
                 notice *= 2

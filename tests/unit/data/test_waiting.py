@@ -81,18 +81,19 @@ def sample_loader(dataset: Dataset[Any], workers: int, timeout: float) -> Sample
 def test_blocked_sample_is_named_in_log_and_error(
     caplog: pytest.LogCaptureFixture, workers: int, kind: str, reader: str
 ) -> None:
-    loader = sample_loader(BlockingSamples(kind), workers, 2.0)
+    seconds = 5.0 if workers else 2.0  # workers may start slowly
+    loader = sample_loader(BlockingSamples(kind), workers, seconds)
     place = f"{reader} is reading sample 5 (5.png)"
     with pytest.raises(UserError) as error, caplog.at_level(logging.WARNING):
         list(loader.epoch(1))
-    assert str(error.value) == f"no data for 2 s (data.loader.timeout): {place}"
+    assert str(error.value) == f"no data for {seconds:g} s (data.loader.timeout): {place}"
     assert "waiting for data for " in caplog.text
     assert place in caplog.text
 
 
 def test_sample_of_subset_is_named_by_its_index_in_the_dataset() -> None:
     subset = Subset(BlockingSamples("sleep"), [7, BLOCKED])
-    options = DataLoaderOptions(timeout=0.3)
+    options = DataLoaderOptions(timeout=2.0)
     loader = SampleLoader(subset, EpochSampler(2, 2, None), 2, PREPARE, 0, options)
     for read in (lambda: loader.first(2), lambda: list(loader.epoch(1))):
         with pytest.raises(UserError, match=r"the main process is reading sample 5 \(5\.png\)"):
@@ -101,7 +102,7 @@ def test_sample_of_subset_is_named_by_its_index_in_the_dataset() -> None:
 
 @pytest.mark.parametrize(("workers", "reader"), [(0, "the main process"), (1, "worker 0")])
 def test_blocked_iterable_dataset_is_named(workers: int, reader: str) -> None:
-    options = DataLoaderOptions(num_workers=workers, timeout=2.0)
+    options = DataLoaderOptions(num_workers=workers, timeout=5.0)
     loader = IterableLoader(BlockingStream(), 4, PREPARE, None, 0, options)
     batches = loader.epoch(1)
     assert len(next(batches)[0]) == 4  # type: ignore[index,call-overload]
@@ -111,7 +112,7 @@ def test_blocked_iterable_dataset_is_named(workers: int, reader: str) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_slow_batch_whose_samples_arrive_is_no_error(workers: int) -> None:
-    loader = sample_loader(BlockingSamples(seconds=0.6), workers, 2.0)  # 2.4 s per batch
+    loader = sample_loader(BlockingSamples(seconds=0.9), workers, 3.0)  # 3.6 s per batch
     assert next(loader.epoch(1)) is not None
 
 
@@ -129,9 +130,26 @@ def test_time_limit_begins_again_after_a_sample_was_read() -> None:
     assert list(watch_batches(batches(), 2.0, tracker)) == [0]
 
 
-def test_time_between_batches_does_not_count() -> None:
-    for _ in watch_batches(range(2), 0.2):
+def test_error_that_comes_too_late_is_not_that_of_the_next_waiting() -> None:
+    tracker = ReadTracker(BlockingSamples(), 0)
+
+    def batches() -> Iterator[int]:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGURG])  # ends as the limit is reached
         time.sleep(0.5)
+        yield 0
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGURG])
+        tracker.begin(BLOCKED)
+        time.sleep(1000)
+
+    waiting = watch_batches(batches(), 0.3, tracker)
+    assert next(waiting) == 0
+    with pytest.raises(UserError, match=r"the main process is reading sample 5 \(5\.png\)"):
+        next(waiting)
+
+
+def test_time_between_batches_does_not_count() -> None:
+    for _ in watch_batches(range(2), 1.0):
+        time.sleep(1.5)
 
 
 def test_unknown_source_is_an_error_without_a_sample() -> None:
