@@ -95,6 +95,17 @@ class StopSignal:
             yield
 
     @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside the context, only record requests; raise them at its end."""
+        before, self.is_deferred = self.is_deferred, True
+        try:
+            yield
+        finally:
+            self.is_deferred = before
+        if self.requested and not before:
+            raise TrainingInterrupted(self.requested)
+
+    @contextmanager
     def deferred_until_step(self, seconds: float | None = None) -> Iterator[None]:
         """Inside the context, only record requests, for `reason` to return after each step.
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
+from app.distributed.launch.local import LocalWorkers
+from app.experiment.entry import run_experiment
+from app.runtime.signals import StopReason
 from app.training.checkpoint.store import read_store
 from tests.support.processes import (
     FAULTY_TASK,
     SHORT_RUN,
+    SILENT_LOGGING,
     SUPPORT_DIR,
     alive_pids,
     assert_equal_runs,
@@ -23,7 +28,7 @@ from tests.support.processes import (
     status_of,
     wait_until_exited,
 )
-from tests.support.runs import run_app
+from tests.support.runs import job_for, run_app
 
 
 @pytest.mark.parametrize("devices", [1, 2])
@@ -67,6 +72,29 @@ def test_sigterm_before_ranks_are_ready_prevents_training(tmp_path: Path) -> Non
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 143, out
     assert not (tmp_path / "run" / "epoch_details").exists()
+
+
+def test_stop_while_ranks_connect_stops_all_of_them(tmp_path: Path) -> None:
+    job = job_for(*SHORT_RUN, "trainer.devices=2")
+    workers = LocalWorkers(run_experiment, job, tmp_path, 2, SILENT_LOGGING)
+    try:
+        workers.start()
+        late_pid = workers.processes[1].pid
+        assert late_pid is not None
+        os.kill(late_pid, signal.SIGSTOP)
+        time.sleep(3)  # rank 0 waits for rank 1
+        workers.poll(wait(workers.wait_handles, timeout=0))
+        workers.request_stop(StopReason.PREEMPTED)
+        os.kill(late_pid, signal.SIGCONT)
+        while not workers.is_finished:
+            workers.poll(wait(workers.wait_handles, timeout=0.2))
+    finally:
+        workers.kill()
+    assert {rank: failure.kind for rank, failure in workers.failures.items()} == {
+        0: "stopped",
+        1: "stopped",
+    }
+    assert not (tmp_path / "epoch_details").exists()
 
 
 @pytest.mark.parametrize(("name", "target"), [("SIGTERM", "group"), ("SIGUSR1", "parent")])

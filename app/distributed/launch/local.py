@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)
 FAILURE_GRACE_SECONDS = 5.0  # between the first failure of a rank and the end of the others
 LOOPBACK = "127.0.0.1"
-READY = "ready"  # sent by a rank that handles signals
+READY = "ready"  # sent by a rank that handles signals and is connected to the others
 PRELOAD_MODULES = [
     "app.distributed.launch.preload",
     "app.cli.main",
@@ -296,12 +296,16 @@ def worker_main(
     for name in REASON_BY_SIGNAL:
         signal.signal(getattr(signal, name), signal.SIG_DFL)  # the fork server ignores them
     stop, exit_code = StopSignal(handles_second_interrupt=False), 1
+
+    def run_when_ready(*args: Any) -> float | None:
+        pipe.send(READY)
+        return function(*args)
+
     with stop.installed():
         try:
-            pipe.send(READY)
             is_redirected = quiet and cluster.rank == 0
             with rank_zero_output(folder) if is_redirected else nullcontext():
-                pipe.send(_run(function, cluster, job, folder, stop, logging_config))
+                pipe.send(_run(run_when_ready, cluster, job, folder, stop, logging_config))
             exit_code = 0
         except BaseException as error:  # noqa: BLE001 - the parent raises it
             pipe.send(RankFailure.from_exception(cluster.rank, root_exception(error)))

@@ -56,7 +56,8 @@ def run_rank(
             stack.enter_context(rank_logging(cluster.rank, folder))
         if cluster.world_size > 1:
             timeout = job.config.trainer.timeout
-            stack.enter_context(process_group(cluster, store, job_number, timeout))
+            with stop.deferred():  # a rank that stops alone leaves the others waiting for it
+                stack.enter_context(process_group(cluster, store, job_number, timeout))
         try:
             return function(job, folder, stop, cluster.local_rank)
         except BaseException as error:

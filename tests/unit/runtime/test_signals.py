@@ -15,7 +15,17 @@ def test_stop_signal_not_deferred_raises_at_once() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
-def test_stop_signal_deferred_keeps_strongest_reason() -> None:
+def test_stop_signal_deferred_raises_at_end() -> None:
+    stop, steps = StopSignal(), []
+    with stop.installed(), pytest.raises(TrainingInterrupted, match="preempted"):
+        with stop.deferred():
+            signal.raise_signal(signal.SIGTERM)
+            steps.append("inside")
+        steps.append("after")
+    assert steps == ["inside"]
+
+
+def test_stop_signal_deferred_until_step_keeps_strongest_reason() -> None:
     stop = StopSignal(handles_second_interrupt=False)
     with stop.installed(), stop.deferred_until_step():
         signal.raise_signal(signal.SIGINT)
