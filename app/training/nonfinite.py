@@ -228,8 +228,8 @@ class PendingStep:
     @property
     def is_known(self) -> bool:
         """Whether the host knows without waiting if an optimizer has skipped the step."""
-        known = [result for result in self.results if result.is_known]
-        return known == self.results or any(result.was_skipped() for result in known)
+        known = [result.was_skipped() for result in self.results if result.is_known]
+        return any(known) or len(known) == len(self.results)
 
     def was_skipped(self) -> bool:
         """Return whether an optimizer has skipped the step, after waiting for the device."""

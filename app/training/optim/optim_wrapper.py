@@ -113,12 +113,18 @@ class OptimWrapper:
         if self.batches == self.accumulate:
             # Overlaps with the backward pass.
             self.total_samples = all_reduce_async(self.samples)
-        self._backward(loss, count, weight)
+        self.backward(loss, count, weight)
         if self.batches == self.accumulate:
             self.apply()
 
-    def _backward(self, loss: Tensor, count: int, weight: Tensor | None) -> None:
-        """Accumulate the gradients of a loss; frozen parameters get none."""
+    def backward(self, loss: Tensor, count: int, weight: Tensor | None) -> None:
+        """Accumulate the gradients of a loss; frozen parameters get none.
+
+        Args:
+            loss: See `step`.
+            count: Number of samples in the batch; 0 if it is padding.
+            weight: See `step`.
+        """
         trainable = list(self._trainable())
         if not trainable:
             return

@@ -376,6 +376,16 @@ def test_only_the_optimizer_with_nan_gradients_makes_no_step(
     assert np.isnan(losses(trainer))[2]
 
 
+def test_nan_of_an_optimizer_that_is_not_fused_is_handled_at_once(tmp_path: Path) -> None:
+    trainer = make_two_model_trainer(tmp_path, TwoModelTask, "stop", fused=True)
+    trainer.optimizers.finite_check.defers = True
+    (group,) = trainer.optimizers["1"].optimizer.param_groups
+    group["fused"] = False
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
+    assert tuple(wrapper.steps for wrapper in trainer.optimizers.wrappers.values()) == (3, 2)
+    assert np.isnan(losses(trainer)).tolist() == [False, False, True]
+
+
 class SharedLossTask(TwoModelTask):
     """The loss of the first optimizer depends on the second part, too."""
 
