@@ -44,7 +44,7 @@ from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
-from app.training.nonfinite import NonFiniteStats
+from app.training.nonfinite_event import NonFiniteStats
 from app.training.precision import make_deterministic
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask

@@ -26,7 +26,7 @@ from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
 from app.training.history import History, StatusName, best_epoch, has_metric
-from app.training.nonfinite import NonFiniteStats
+from app.training.nonfinite_event import NonFiniteStats
 
 log = logging.getLogger(__name__)
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,31 +16,12 @@ from app.distributed.collectives import broadcast_object, gather_object, rank
 from app.distributed.strategies import SingleDevice
 from app.runtime.nested import Nested, iter_tensors
 from app.runtime.seed import rng_state, set_rng_state
+from app.training.nonfinite_event import NonFiniteEvent
 from app.training.rank_sync import StepBatch
 from app.training.task import Task
 
-LOSS, GRADIENT = "loss", "gradient"
 
-
-@dataclass(frozen=True)
-class NonFiniteSource:
-    """Where a NaN or infinity comes from.
-
-    Attributes:
-        batch_index: Index of the batch among those of the step, from 0.
-        rank: Rank whose part of the batch it is.
-        kind: `loss` or `gradient`, whichever is not finite first.
-        where: First module whose output is not finite; or the batch, a parameter, a gradient or
-            the loss.
-    """
-
-    batch_index: int
-    rank: int
-    kind: str
-    where: str
-
-
-def trace(task: Task, batches: Sequence[StepBatch]) -> NonFiniteSource | None:
+def trace(task: Task, epoch: int, batches: Sequence[StepBatch]) -> NonFiniteEvent | None:
     """Run the batches of a step again to find out where a NaN or infinity comes from.
 
     All ranks must call this, and all get the same result. Afterwards the weights, batch norm
@@ -49,21 +30,23 @@ def trace(task: Task, batches: Sequence[StepBatch]) -> NonFiniteSource | None:
 
     Args:
         task: Task whose weights are those from before the step.
+        epoch: Epoch of the step, counted from 1.
         batches: Batches of the step.
 
     Returns:
-        None if everything is finite this time.
+        The first event by batch and rank; None if everything is finite this time.
     """
+    local = []
     with _state_preserved(task):
-        found = [_inspect_batch(task, batch) for batch in batches]
-    local = [
-        (index, rank(), *kind_and_place)
-        for index, (batch, kind_and_place) in enumerate(zip(batches, found, strict=True))
-        if kind_and_place is not None and not batch.is_padding
-    ]
+        for batch in batches:
+            found = _inspect_batch(task, batch)
+            if found is not None and not batch.is_padding:
+                kind, where = found
+                event = NonFiniteEvent("train", epoch, batch.number, None, rank(), kind, where)
+                local.append((batch.number, rank(), event))
     candidates = (item for items in gather_object(local) for item in items)
     first = broadcast_object(min(candidates, default=None))
-    return None if first is None else NonFiniteSource(*first)
+    return None if first is None else first[2]
 
 
 @contextmanager
@@ -84,24 +67,18 @@ def _state_preserved(task: Task) -> Iterator[None]:
 def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
     """Return the kind and the place of what is not finite; None if everything is."""
     assert task.optimizers is not None
-    check = task.optimizers.finite_check
     strategy = next(iter(task.optimizers.wrappers.values())).strategy
-    assert check is not None
-    events: list[tuple[str, str]] = []
+    places: list[tuple[str, str]] = []
     modules: list[str] = []
 
     def inspect(trainable: list[Tensor], loss: Tensor) -> None:
         if not all_finite(loss):
-            events.append((LOSS, "the loss"))
-        elif loss.requires_grad and not any(isinstance(p, DTensor) for p in trainable):
-            gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
-            pairs = zip(trainable, gradients, strict=True)
-            names = _parameter_names(task.parameters())
-            wrong = [names[p] for p, g in pairs if g is not None and not all_finite(g)]
-            events.extend([(GRADIENT, f"the gradient of {wrong[-1]!r}")] if wrong else [])
+            places.append(("loss", "the loss"))
+        elif trainable and loss.requires_grad:
+            places.extend(_find_in_gradients(task, trainable, loss))
 
     with (
-        check.tracing(inspect),
+        task.optimizers.finite_check.tracing(inspect),
         # Not the strategy's own context: gradients are not synchronized here.
         SingleDevice.sync_context(strategy, batch.is_padding, False),
         task.metrics["train"].paused(),
@@ -109,12 +86,26 @@ def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
         _recording_modules(task.model, modules),
     ):
         task.train_step(batch.data)
-    if not events:
+    if not places:
         return None
-    kind, place = events[0]
-    return kind, _find_in_inputs(task, batch.data) or (
-        f"module {modules[0]!r}" if modules else place
-    )
+    kind, place = places[0]
+    if modules:
+        place = f"module {modules[0]!r}"
+    return kind, _find_in_inputs(task, batch.data) or place
+
+
+def _find_in_gradients(task: Task, trainable: list[Tensor], loss: Tensor) -> list[tuple[str, str]]:
+    """Return the last parameter whose gradient is not finite: the backward pass starts there."""
+    if any(isinstance(parameter, DTensor) for parameter in trainable):
+        return []  # FSDP would synchronize the gradients
+    gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
+    names: dict[Tensor, str] = {p: name for name, p in task.parameters().items()}
+    wrong = [
+        names[parameter]
+        for parameter, gradient in zip(trainable, gradients, strict=True)
+        if gradient is not None and not all_finite(gradient)
+    ]
+    return [("gradient", f"the gradient of {wrong[-1]!r}")] if wrong else []
 
 
 def _find_in_inputs(task: Task, batch: Batch) -> str | None:
@@ -130,23 +121,16 @@ def _find_in_inputs(task: Task, batch: Batch) -> str | None:
 def _recording_modules(model: nn.Module, names: list[str]) -> Iterator[None]:
     """Append the names of modules whose outputs are not finite, in the order of their calls."""
 
-    def make_hook(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, outputs: Nested) -> None:  # noqa: ARG001
-            if not all_finite(outputs):
-                names.append(name or type(model).__name__)
+    def record(name: str, module: nn.Module, inputs: Any, outputs: Nested) -> None:  # noqa: ARG001
+        if not all_finite(outputs):
+            names.append(name or type(module).__name__)
 
-        return hook
-
-    handles = [m.register_forward_hook(make_hook(name)) for name, m in model.named_modules()]
+    handles = [m.register_forward_hook(partial(record, name)) for name, m in model.named_modules()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _parameter_names(parameters: Mapping[str, Tensor]) -> dict[Tensor, str]:
-    return {parameter: name for name, parameter in parameters.items()}
 
 
 def all_finite(nested: Nested) -> bool:

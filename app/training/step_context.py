@@ -45,12 +45,12 @@ class StepContext:
         self.task, self.strategy, self.freezing = task, strategy, freezing
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
 
-    def start_epoch(self, loader: BatchLoader, epoch: int, is_resumed: bool) -> None:
-        """Prepare for an epoch of training; `is_resumed` if it was interrupted and continues."""
+    def start_epoch(self, loader: BatchLoader, epoch: int) -> None:
+        """Prepare for an epoch of training."""
         self.task.model.train()
         self.freezing.apply(epoch)
         self.strategy.on_epoch_start()
-        self.nonfinite.on_epoch_start(loader, epoch, is_resumed)
+        self.nonfinite.on_epoch_start(loader, epoch)
 
     @contextmanager
     def train_step(self, epoch: int, batch: StepBatch, global_step: int) -> Iterator[None]:
@@ -95,14 +95,15 @@ class StepContext:
         ):
             yield
 
-    def finish_epoch(self, epoch: int, is_complete: bool) -> None:
+    def finish_epoch(self, epoch: int) -> None:
         """Step with the gradients that are left, and handle the results of the last steps.
 
         Raises:
             NonFiniteError: A step was not finite and the policy is to raise.
         """
         assert self.task.optimizers is not None
-        self.nonfinite.on_epoch_end(is_complete)
+        self.task.optimizers.flush()
+        self.nonfinite.sync()
         self.averaging.update(epoch, self.task.optimizers.steps)
         self.strategy.on_epoch_end()
 

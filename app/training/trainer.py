@@ -36,7 +36,8 @@ from app.training.history import (
     summary_table,
 )
 from app.training.limits import TrainingLimits
-from app.training.nonfinite import NonFinitePolicy, NonFiniteStats
+from app.training.nonfinite import NonFinitePolicy
+from app.training.nonfinite_event import NonFiniteStats
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
@@ -276,8 +277,7 @@ class Trainer:
             self.callbacks.on_stage_end(result, [*self.state.history, result.row])
         self.stop.raise_if_signal()  # an incomplete stage is not part of the history
         result = accumulator.result(stage, epoch)
-        if not is_training:
-            self.steps.nonfinite.check_eval(result)
+        self.steps.nonfinite.on_stage_end(result, is_training)
         history = [*self.state.history, result.row]
         self.callbacks.on_stage_end(result, history)
         self.state.history = history
@@ -297,7 +297,7 @@ class Trainer:
         state, optimizers = self.state, self.optimizers
         position, state.mid_epoch = state.mid_epoch, None
         state.batches_in_epoch = position["batches"] if position else 0
-        self.steps.start_epoch(loader, epoch, is_resumed=position is not None)
+        self.steps.start_epoch(loader, epoch)
         batches = () if self.must_end_epoch() else remaining_batches(loader, epoch, position)
         for batch in batches:
             state.batches_in_epoch += 1
@@ -311,9 +311,8 @@ class Trainer:
             should_stop = self.stop.after_step() is not StopReason.NONE
             if self.must_end_epoch(should_stop):
                 break
-        optimizers.flush()
+        self.steps.finish_epoch(epoch)
         self.stop.finish()
-        self.steps.finish_epoch(epoch, is_complete=not self.stop.is_signal)
 
     def must_end_epoch(self, should_stop: bool = False) -> bool:
         """Return whether to end the epoch before its next step."""

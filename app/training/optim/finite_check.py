@@ -27,45 +27,63 @@ class FiniteCheck:
     the host finds out some steps later.
 
     Args:
-        policy: What to do about a non-finite step: end training, skip the step or raise.
+        policy: What to do about a non-finite step: end training, skip the step or raise. None
+            checks nothing.
         device: Device of the weights.
 
     Attributes:
-        syncs: Whether the indicator is read before each step.
-        skipped: Whether a step of the current batch was skipped.
-        is_latched: Whether all further steps are refused.
-        found_inf: Accumulated indicator of the steps that were not read; NaN once one of them was
+        defers: Whether to leave the decision to the device if the optimizer is fused.
+        is_latched: Whether all further steps are refused, until the next `reset`.
+        found_inf: Accumulated indicator of the steps left to the device; NaN once one of them was
             non-finite.
+        results: What happened to the optimizer steps of the current batch.
         trace_hook: Called with the parameters and the loss instead of making a step; see `tracing`.
     """
 
     def __init__(
-        self, policy: NonFiniteAction = "stop", device: torch.device | None = None
+        self, policy: NonFiniteAction | None = "stop", device: torch.device | None = None
     ) -> None:
         self.policy = policy
-        self.syncs = policy == "skip" or device is None or device.type != "cuda"
-        self.skipped = self.is_latched = False
+        self.defers = policy != "skip" and device is not None and device.type == "cuda"
+        self.is_latched = False
         self.found_inf: Tensor | None = None
+        self.results: list[StepResult] = []
         self.trace_hook: TraceHook | None = None
 
-    def reset(self, syncs_every_step: bool) -> None:
+    def reset(self, reads_every_step: bool) -> None:
         """Prepare for an epoch; steps may be made again.
 
         Args:
-            syncs_every_step: Whether the indicator must be read before each step.
+            reads_every_step: Whether the indicator must be read before each step.
         """
-        self.skipped = self.is_latched = False
-        self.found_inf = None
-        self.syncs = self.syncs or syncs_every_step
+        self.is_latched, self.found_inf, self.results = False, None, []
+        self.defers = self.defers and not reads_every_step
 
-    def latch(self) -> None:
-        """Refuse all steps until the next `reset`."""
-        self.is_latched = True
+    def pop_results(self) -> list[StepResult]:
+        """Return what happened to the optimizer steps of the batch, and begin the next one."""
+        results, self.results = self.results, []
+        return results
 
-    def pop_skipped(self) -> bool:
-        """Return whether a step of the current batch was skipped, and begin the next batch."""
-        skipped, self.skipped = self.skipped, False
-        return skipped
+    def is_finite(self, indicator: Tensor) -> bool:
+        """Read the indicator of a step, and return whether it may be made."""
+        was_skipped = not math.isfinite(indicator.item())
+        self.results.append(StepResult(was_skipped))
+        self.is_latched = was_skipped and self.policy != "skip"
+        return not was_skipped
+
+    def defer(self, indicator: Tensor, optimizer: Optimizer, undo: Callable[[], None]) -> None:
+        """Let the kernel of a fused optimizer skip the step if the indicator is not finite.
+
+        Args:
+            indicator: Indicator of the step.
+            optimizer: Optimizer that is about to step.
+            undo: Reverts what the host does after the step, if the device skips it.
+        """
+        nan_or_zero = indicator.detach() * 0  # once NaN, the sum below stays NaN
+        self.found_inf = nan_or_zero if self.found_inf is None else self.found_inf + nan_or_zero
+        found_inf = self.found_inf.isnan().float()
+        optimizer.found_inf, optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
+        self.results.append(StepResult(found_inf, undo))
 
     @contextmanager
     def tracing(self, hook: TraceHook) -> Iterator[None]:
@@ -76,33 +94,32 @@ class FiniteCheck:
         finally:
             self.trace_hook = None
 
-    def is_finite(
-        self, indicator: Tensor, optimizer: Optimizer, steps: int, has_scaler: bool = False
-    ) -> bool:
-        """Return whether the optimizer may step now; all ranks must call this.
 
-        Args:
-            indicator: Finite if and only if the loss and the gradients of this step are.
-            optimizer: Optimizer that is about to step.
-            steps: Number of steps it has made. The first one is always checked on the host, as
-                fused SGD has no momentum buffers before it.
-            has_scaler: Whether a gradient scaler is used, which sets `found_inf` itself.
-        """
-        if self.is_latched:
-            return False
-        if not (self.syncs or has_scaler) and steps and is_fused(optimizer):
-            self._defer_to_device(indicator, optimizer)
-            return True
-        if math.isfinite(indicator.item()):
-            return True
-        self.skipped, self.is_latched = True, self.policy != "skip"
-        return False
+class StepResult:
+    """Whether an optimizer step was skipped, which the host may not know yet.
 
-    def _defer_to_device(self, indicator: Tensor, optimizer: Optimizer) -> None:
-        nan_or_zero = indicator.detach() * 0  # once NaN, the sum below stays NaN
-        self.found_inf = nan_or_zero if self.found_inf is None else self.found_inf + nan_or_zero
-        optimizer.found_inf = self.found_inf.isnan().float()  # type: ignore[attr-defined]
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
+    Args:
+        found_inf: Whether it was skipped; or a tensor on the device, 1 if it was skipped, whose
+            copy to the host begins now and blocks nothing.
+        undo: Reverts what the host did after a step that the device skipped.
+    """
+
+    def __init__(self, found_inf: Tensor | bool, undo: Callable[[], None] = lambda: None) -> None:
+        self.undo = undo
+        self.is_known = isinstance(found_inf, bool)
+        self.copied: torch.cuda.Event | None = None
+        if isinstance(found_inf, Tensor) and found_inf.is_cuda:
+            host = torch.empty_like(found_inf, device="cpu", pin_memory=True)
+            found_inf = host.copy_(found_inf, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        self.found_inf = found_inf
+
+    def was_skipped(self) -> bool:
+        """Return whether the step was skipped, after waiting for the copy if necessary."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return bool(self.found_inf)
 
 
 def is_fused(optimizer: Optimizer) -> bool:
@@ -113,25 +130,3 @@ def is_fused(optimizer: Optimizer) -> bool:
         isinstance(parameter, DTensor) for group in groups for parameter in group["params"]
     )
     return fused and not sharded and type(optimizer).__name__ in FUSED_OPTIMIZERS
-
-
-class AsyncScalar:
-    """Scalar that is copied from the device to the host without blocking.
-
-    Args:
-        value: Scalar tensor on any device.
-    """
-
-    def __init__(self, value: Tensor) -> None:
-        on_cuda = value.is_cuda
-        self.host = torch.empty_like(value, device="cpu", pin_memory=on_cuda)
-        self.host.copy_(value, non_blocking=on_cuda)
-        self.copied = torch.cuda.Event() if on_cuda else None
-        if self.copied is not None:
-            self.copied.record()
-
-    def read(self) -> float:
-        """Return the value, after waiting for the copy if it is not complete."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return self.host.item()

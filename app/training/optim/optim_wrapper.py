@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from app.distributed.strategies import (
 )
 from app.runtime.errors import UserError
 from app.training.accumulator import Average
-from app.training.optim.finite_check import FiniteCheck, NonFiniteAction
+from app.training.optim.finite_check import FiniteCheck, NonFiniteAction, is_fused
 from app.training.optim.lr_schedule import LRSchedule
 
 SINGLE = ""  # name of the wrapper in a dict that has only one
@@ -50,7 +50,7 @@ class OptimWrapper:
         strategy: How gradients are reduced over ranks; None for a single device.
 
     Attributes:
-        finite_check: Checks the loss and the gradients before each step; None disables the check.
+        finite_check: Checks the loss and the gradients before each step.
         grad_norm: Total norm of the gradients in the last step; None before the first one.
         steps: Number of optimizer steps taken.
         batches: Number of batches accumulated since the last step.
@@ -79,11 +79,10 @@ class OptimWrapper:
         self.strategy = strategy or SingleDevice(torch.nn.Module())
         # Batches of unequal size must count by their samples once gradients are summed.
         self.weights_by_samples = accumulate > 1 or self.strategy.is_distributed
-        self.finite_check: FiniteCheck | None = None
+        self.finite_check = FiniteCheck(None)
         self.loss_indicator: Tensor | None = None  # NaN if a loss since the last step was
         self.grad_norm: Tensor | None = None
         self.steps = self.batches = self.samples = 0
-        self.last_batch_samples = 0
         self.total_samples: Callable[[], float] | None = None  # over all ranks, once reduced
         self.total_weight: Tensor | None = None  # on this rank, if it is not that of the samples
 
@@ -105,63 +104,68 @@ class OptimWrapper:
         Raises:
             UserError: If the loss does not depend on a trainable parameter.
         """
-        if self.finite_check is not None and self.finite_check.trace_hook is not None:
+        if self.finite_check.trace_hook is not None:
             self.finite_check.trace_hook(list(self._trainable()), loss)
             return
+        count = 0 if self.strategy.is_padding else num_samples
         self.batches += 1
-        self.samples += 0 if self.strategy.is_padding else num_samples
+        self.samples += count
         if self.batches == self.accumulate:
             # Overlaps with the backward pass.
             self.total_samples = all_reduce_async(self.samples)
-        self.backward(loss, num_samples, weight)
+        self.backward(loss, count, weight)
         if self.batches == self.accumulate:
             self.apply()
 
-    def backward(self, loss: Tensor, num_samples: int, weight: Tensor | None = None) -> None:
-        """Accumulate the gradients of a loss; frozen parameters get none. See `step`.
+    def backward(self, loss: Tensor, count: int, weight: Tensor | None) -> None:
+        """Accumulate the gradients of a loss; frozen parameters get none.
 
-        Raises:
-            UserError: If the loss does not depend on a trainable parameter.
+        Args:
+            loss: See `step`.
+            count: Number of samples in the batch; 0 if it is padding.
+            weight: See `step`.
         """
         trainable = list(self._trainable())
         if not trainable:
             return
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any trainable parameter")
-        self.last_batch_samples = 0 if self.strategy.is_padding else num_samples
-        gradient = (
-            None
-            if self.finite_check is None or self.strategy.is_padding
-            else self._initial_gradient(loss)
-        )
+        gradient = self._initial_gradient(loss)
         if self.weights_by_samples:
-            loss = loss * (self._batch_weight(weight) / self.full_batch_size)
+            loss = loss * (self._batch_weight(count, weight) / self.full_batch_size)
         with torch.autocast(loss.device.type, enabled=False):
             scaled = self.scaler.scale(loss)
             scaled.backward(gradient, inputs=None if self.owns_all_parameters else trainable)
 
-    def _batch_weight(self, weight: Tensor | None) -> Tensor | int:
-        """Return the weight of the last batch, and add it to the total weight on this rank."""
+    def _batch_weight(self, count: int, weight: Tensor | None) -> Tensor | int:
+        """Return the weight of a batch, and add it to the total weight on this rank."""
         if weight is None:
-            return self.last_batch_samples
+            return count
         weight = torch.zeros_like(weight) if self.strategy.is_padding else weight
         earlier = 0 if self.total_weight is None else self.total_weight
         self.total_weight = earlier + weight.float()  # a new tensor, as it is reduced in place
         return weight
 
     @property
-    def checks_loss_only(self) -> bool:
-        """Whether non-finite gradients are allowed, as they are zeroed or left to the scaler."""
-        return self.zero_non_finite or self.scaler.is_enabled()
+    def checks(self) -> Literal["gradients", "loss"] | None:
+        """What the finite check looks at; None if it is disabled.
+
+        Non-finite gradients are allowed if they are zeroed, or left to the scaler.
+        """
+        if self.finite_check.policy is None:
+            return None
+        return "loss" if self.zero_non_finite or self.scaler.is_enabled() else "gradients"
 
     def _initial_gradient(self, loss: Tensor) -> Tensor | None:
-        """Return the gradient to start the backward pass with.
+        """Return the gradient to start the backward pass with; None is 1.
 
         It is NaN if the loss is not finite, so that the gradients are too, on all ranks once they
         are reduced. A non-finite loss may have finite gradients otherwise.
         """
+        if self.checks is None or self.strategy.is_padding:
+            return None
         nan_or_zero = loss.detach() * 0
-        if not self.checks_loss_only:
+        if self.checks == "gradients":
             return nan_or_zero + 1
         earlier = self.loss_indicator
         self.loss_indicator = nan_or_zero if earlier is None else earlier + nan_or_zero
@@ -174,7 +178,7 @@ class OptimWrapper:
 
     def apply(self) -> None:
         """Reduce the accumulated gradients over ranks, step the optimizer and zero them."""
-        total = (self.total_samples or all_reduce_async(self.samples or self.last_batch_samples))()
+        total = (self.total_samples or all_reduce_async(self.samples))()
         self.strategy.all_reduce_gradients(self._parameters())
         has_stepped = True
         if next(iter(self._gradients()), None) is not None:
@@ -190,12 +194,24 @@ class OptimWrapper:
 
     def _apply_gradients(self, total: float) -> bool:
         """Clip and step, unless the finite check refuses; return whether a step was made."""
-        if (
-            self.finite_check is not None
-            and self.checks_loss_only
-            and not self._is_finite(self._reduced_loss_indicator())
-        ):
+        if self.checks == "loss" and not self._may_step(self._reduced_loss_indicator()):
             return False
+        self._finish_gradients(total)
+        needs_norm = self.tracks_grad_norm or self.clip_norm is not None
+        norm = total_norm(list(self._gradients())) if needs_norm else None
+        if self.tracks_grad_norm:
+            self.grad_norm = norm
+        if self.checks == "gradients":
+            indicator = finite_indicator(list(self._gradients())) if norm is None else norm
+            if not self._may_step(indicator):
+                return False
+        self._clip_gradients(norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return True
+
+    def _finish_gradients(self, total: float) -> None:
+        """Turn accumulated and scaled gradients into those of the mean over all samples."""
         uses_values = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
         if self.scaler.is_enabled() and any(uses_values):
             self.scaler.unscale_(self.optimizer)
@@ -204,25 +220,16 @@ class OptimWrapper:
         if self.zero_non_finite:
             for gradient in self._gradients():
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
-        checks_gradients = self.finite_check is not None and not self.checks_loss_only
-        if self.tracks_grad_norm or self.clip_norm is not None:
-            norm = indicator = total_norm(list(self._gradients()))
-        elif checks_gradients:
-            indicator = finite_indicator(list(self._gradients()))
-        if self.tracks_grad_norm:
-            self.grad_norm = norm
-        if checks_gradients and not self._is_finite(indicator):
-            return False
+
+    def _clip_gradients(self, norm: Tensor | None) -> None:
+        """Clip by value and by norm; `norm` is the total norm of the gradients, if known."""
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
+            norm = None
         if self.clip_norm is not None:
-            if self.clip_value is not None:
-                norm = total_norm(list(self._gradients()))
+            norm = total_norm(list(self._gradients())) if norm is None else norm
             for parameters in split_dtensors(list(self._parameters())):
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return True
 
     def _normalize_gradients(self, total: float) -> None:
         """Make the gradients those of the mean over the samples that were there."""
@@ -234,9 +241,38 @@ class OptimWrapper:
         elif total and total != expected:
             torch._foreach_mul_(gradients, expected / total)
 
-    def _is_finite(self, indicator: Tensor) -> bool:
-        check, has_scaler = self.finite_check, self.scaler.is_enabled()
-        return check is None or check.is_finite(indicator, self.optimizer, self.steps, has_scaler)
+    def _may_step(self, indicator: Tensor) -> bool:
+        """Return whether to step; the device may still skip the step of a fused optimizer.
+
+        Args:
+            indicator: Finite if and only if the loss and the gradients are, on all ranks.
+        """
+        check = self.finite_check
+        if check.is_latched:
+            return False
+        # The first step is not left to the device: fused SGD has no momentum buffers before it.
+        # A scaler sets `found_inf` itself.
+        can_defer = self.steps > 0 and not self.scaler.is_enabled() and is_fused(self.optimizer)
+        if not (check.defers and can_defer):
+            return check.is_finite(indicator)
+        check.defer(indicator, self.optimizer, self._undo())
+        return True
+
+    def _undo(self) -> Callable[[], None]:
+        """Return a function that sets the step count and the learning rates back to those of now.
+
+        It does not touch the weights.
+        """
+        steps, schedule = self.steps, self.schedule.state_dict()
+        groups = [dict(group) for group in self.optimizer.param_groups]
+
+        def undo() -> None:
+            self.steps = steps
+            self.schedule.load_state_dict(schedule)
+            for group, earlier in zip(self.optimizer.param_groups, groups, strict=True):
+                group.update(earlier)
+
+        return undo
 
     def _reduced_loss_indicator(self) -> Tensor:
         """Return the loss indicator over all ranks; no gradient that is checked carries it."""
@@ -276,18 +312,6 @@ class OptimWrapper:
         self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return the step count and the learning rates, to go back to with `restore`."""
-        rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {"steps": self.steps, "schedule": self.schedule.state_dict(), "rates": rates}
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Set the step count and the learning rates back to a snapshot; weights are not touched."""
-        self.steps = snapshot["steps"]
-        self.schedule.load_state_dict(snapshot["schedule"])
-        for group, rate in zip(self.optimizer.param_groups, snapshot["rates"], strict=True):
-            group["lr"] = rate
-
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
@@ -325,7 +349,7 @@ class OptimWrapperDict:
             {SINGLE: wrappers} if is_single else dict(wrappers)  # type: ignore[dict-item, arg-type]
         )
         first = next(iter(self.wrappers.values()))
-        self.finite_check = FiniteCheck(on_nonfinite, first.device) if on_nonfinite else None
+        self.finite_check = FiniteCheck(on_nonfinite, first.device)
         for wrapper in self.wrappers.values():
             wrapper.finite_check = self.finite_check
 
@@ -355,8 +379,9 @@ class OptimWrapperDict:
 
     @property
     def skipped_step(self) -> bool:
-        """Whether a step of the current batch was skipped because it was not finite."""
-        return self.finite_check is not None and self.finite_check.skipped
+        """Whether a step of the current batch is known to be skipped, as it was not finite."""
+        results = self.finite_check.results
+        return any(result.is_known and result.was_skipped() for result in results)
 
     @property
     def steps_next(self) -> bool:
@@ -389,15 +414,6 @@ class OptimWrapperDict:
         """Update all learning rates after an epoch; see `LRSchedule.on_epoch_end`."""
         for wrapper in self.wrappers.values():
             wrapper.schedule.on_epoch_end(goal_value)
-
-    def snapshot(self) -> dict[str, Any]:
-        """Return the step counts and learning rates of all wrappers."""
-        return {name: wrapper.snapshot() for name, wrapper in self.wrappers.items()}
-
-    def restore(self, snapshot: dict[str, Any]) -> None:
-        """Set step counts and learning rates back to a snapshot; weights are not touched."""
-        for name, wrapper in self.wrappers.items():
-            wrapper.restore(snapshot[name])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all wrappers: tensors and plain values."""

@@ -242,11 +242,10 @@ def test_trace_changes_nothing(tmp_path: Path) -> None:
     model = nn.Sequential(make_model(), nn.Dropout(0.5))
     trainer = make_trainer(tmp_path, model=model)
     before, random = state_of(trainer), torch.get_rng_state()
-    source = trace(
-        trainer.task, [StepBatch((X, Y), 1), StepBatch(make_data(NAN_SAMPLE).tensors, 2)]
-    )
-    assert source is not None
-    assert (source.batch_index, source.where) == (1, "the batch itself")
+    batches = [StepBatch((X, Y), 1), StepBatch(make_data(NAN_SAMPLE).tensors, 2)]
+    event = trace(trainer.task, 1, batches)
+    assert event is not None
+    assert (event.step, event.where) == (2, "the batch itself")
     assert_bitwise_equal(before, state_of(trainer))
     assert torch.equal(random, torch.get_rng_state())
 
@@ -266,8 +265,7 @@ def test_deferred_check_makes_no_step_until_the_host_reads_the_result(
 ) -> None:
     """Fused optimizers on the CPU honour `found_inf` too."""
     trainer = make_trainer(tmp_path / "a", policy, fused=True, epochs=2)
-    assert trainer.optimizers.finite_check is not None
-    trainer.optimizers.finite_check.syncs = False
+    trainer.optimizers.finite_check.defers = True
     batches = make_loader(
         TensorDataset(*(t.repeat(4, *[1] * (t.ndim - 1)) for t in make_data(NAN_SAMPLE).tensors)), 8
     )
@@ -285,8 +283,7 @@ def test_deferred_check_makes_no_step_until_the_host_reads_the_result(
 
 def test_deferred_check_is_read_at_the_end_of_the_epoch(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, fused=True)
-    assert trainer.optimizers.finite_check is not None
-    trainer.optimizers.finite_check.syncs = False
+    trainer.optimizers.finite_check.defers = True
     trainer.fit(make_loader(make_data(47), 8))
     assert trainer.outcome == "diverged"
     assert trainer.optimizers.steps == 5
@@ -348,24 +345,93 @@ class TwoModelTask(Task):
         return self.step_output("train", finite, targets, first + second)
 
 
-@pytest.mark.parametrize(("policy", "steps"), [("skip", (6, 5)), ("stop", (3, 2))])
-def test_only_the_optimizer_with_nan_gradients_makes_no_step(
-    tmp_path: Path, policy: NonFiniteAction, steps: tuple[int, int]
-) -> None:
+def make_two_model_trainer(
+    folder: Path, task_class: type[TwoModelTask], policy: NonFiniteAction, fused: bool = False
+) -> Trainer:
     torch.manual_seed(0)
-    task = TwoModelTask(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
+    task = task_class(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]))
     wrappers = {
         str(number): OptimWrapper(
-            torch.optim.SGD(part.parameters(), lr=0.1), owns_all_parameters=False
+            torch.optim.SGD(part.parameters(), lr=0.1, fused=fused), owns_all_parameters=False
         )
         for number, part in enumerate(task.model.children())
     }
     task.prepare_training(OptimWrapperDict(wrappers, policy))
-    trainer = Trainer(task, TrainingLimits(1), tmp_path, callbacks=ResultRecorder())
+    return Trainer(task, TrainingLimits(1), folder, callbacks=ResultRecorder())
+
+
+@pytest.mark.parametrize(
+    ("policy", "defers", "steps"),
+    [("skip", False, (6, 5)), ("stop", False, (3, 2)), ("stop", True, (3, 2))],
+)
+def test_only_the_optimizer_with_nan_gradients_makes_no_step(
+    tmp_path: Path, policy: NonFiniteAction, defers: bool, steps: tuple[int, int]
+) -> None:
+    trainer = make_two_model_trainer(tmp_path, TwoModelTask, policy, fused=defers)
+    task, wrappers = trainer.task, trainer.optimizers.wrappers
+    trainer.optimizers.finite_check.defers = defers
     trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
     assert tuple(wrapper.steps for wrapper in wrappers.values()) == steps
     assert all(parameter.isfinite().all() for parameter in task.model.parameters())
     assert np.isnan(losses(trainer))[2]
+
+
+def test_nan_of_an_optimizer_that_is_not_fused_is_handled_at_once(tmp_path: Path) -> None:
+    trainer = make_two_model_trainer(tmp_path, TwoModelTask, "stop", fused=True)
+    trainer.optimizers.finite_check.defers = True
+    (group,) = trainer.optimizers["1"].optimizer.param_groups
+    group["fused"] = False
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
+    assert tuple(wrapper.steps for wrapper in trainer.optimizers.wrappers.values()) == (3, 2)
+    assert np.isnan(losses(trainer)).tolist() == [False, False, True]
+
+
+class SharedLossTask(TwoModelTask):
+    """The loss of the first optimizer depends on the second part, too."""
+
+    def train_step(self, batch: Nested) -> StepOutput:
+        inputs, targets = batch
+        assert self.optimizers is not None
+        outputs = sum(part(inputs.nan_to_num()) for part in self.model.children())
+        self.optimizers["0"].step(F.cross_entropy(outputs, targets), len(inputs))  # type: ignore[arg-type]
+        second = F.cross_entropy(self.model[1](inputs), targets)  # type: ignore[index, operator]
+        self.optimizers["1"].step(second, len(inputs))
+        return self.step_output("train", inputs, targets, second)
+
+
+class NanFirstTask(TwoModelTask):
+    """Steps the optimizer whose loss may be NaN before the other one."""
+
+    def train_step(self, batch: Nested) -> StepOutput:
+        inputs, targets = batch
+        assert self.optimizers is not None
+        second = F.cross_entropy(self.model[1](inputs), targets)  # type: ignore[index, operator]
+        self.optimizers["1"].step(second, len(inputs))
+        first = F.cross_entropy(self.model[0](inputs.nan_to_num()), targets)  # type: ignore[index, operator]
+        self.optimizers["0"].step(first, len(inputs))
+        return self.step_output("train", inputs, targets, second)
+
+
+@pytest.mark.parametrize(
+    ("policy", "defers", "steps"),
+    [("skip", False, (6, 5)), ("stop", False, (2, 2)), ("stop", True, (2, 2))],
+)
+def test_no_optimizer_steps_after_the_one_with_nan_if_training_ends(
+    tmp_path: Path, policy: NonFiniteAction, defers: bool, steps: tuple[int, int]
+) -> None:
+    trainer = make_two_model_trainer(tmp_path, NanFirstTask, policy, fused=defers)
+    trainer.optimizers.finite_check.defers = defers
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
+    assert tuple(wrapper.steps for wrapper in trainer.optimizers.wrappers.values()) == steps
+
+
+def test_nan_beside_a_frozen_optimizer_is_traced(tmp_path: Path) -> None:
+    trainer = make_two_model_trainer(tmp_path, SharedLossTask, "stop")
+    trainer.task.model.get_submodule("0").requires_grad_(False)
+    trainer.fit(make_loader(make_data(NAN_SAMPLE), 8))
+    first = trainer.steps.nonfinite.stats.first
+    assert first is not None
+    assert (first["step"], first["where"]) == (3, "the batch itself")
 
 
 def test_diverged_run_resumes_only_if_has_diverged_is_reset(tmp_path: Path) -> None:

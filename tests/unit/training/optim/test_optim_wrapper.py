@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from app.data.loaders import make_loader
 from app.runtime.nested import map_tensors
+from app.training.optim.finite_check import FiniteCheck
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper
 from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
@@ -85,6 +86,23 @@ def test_scaler_reduces_its_scale_on_overflow_even_if_gradients_are_zeroed() -> 
     wrapper.step((parameter * 1e36).sum(), 1)
     assert scaler.get_scale() == 2.0**15
     assert parameter.item() == 1
+
+
+def test_undo_of_a_step_that_the_device_skipped_restores_what_the_schedule_changed() -> None:
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)  # also changes the betas
+    wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler))
+    wrapper.finite_check = FiniteCheck("stop", torch.device("cuda"))
+    wrapper.step(parameter.sum(), 1)
+    state, value = copy.deepcopy(wrapper.state_dict()), parameter.item()
+    wrapper.step((parameter * np.nan).sum(), 1)
+    assert wrapper.state_dict() != state
+    for result in reversed(wrapper.finite_check.pop_results()):
+        assert result.was_skipped() == (not result.is_known)
+        result.undo()
+    assert wrapper.state_dict() == state
+    assert parameter.item() == value
 
 
 def test_loaded_state_has_the_memory_format_of_the_parameters() -> None:
