@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
@@ -178,10 +178,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read_image(index), self.targets[index]
-
-    def read_image(self, index: int) -> Tensor:
-        return decode_image(str(self.root / self.paths[index]))
+        return decode_image(str(self.root / self.paths[index])), self.targets[index]
 
     @property
     def location(self) -> str:
@@ -189,14 +186,19 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return str(self.root.resolve() / os.path.commonpath(self.paths))
 
     def fingerprint(self) -> str:
-        """Return a hash of the paths, sizes and modification times of all files."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            with as_user_error():
-                status = (self.root / path).stat()
-            stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
-            digest.update(os.fsencode(path) + stamp.encode())
-        return digest.hexdigest()
+        """Return `fingerprint` of all files."""
+        return fingerprint(self.root, self.paths)
+
+
+def fingerprint(root: Path, paths: Sequence[str]) -> str:
+    """Return a hash of the paths, sizes and modification times of files below a folder."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with as_user_error():
+            status = (root / path).stat()
+        stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
+        digest.update(os.fsencode(path) + stamp.encode())
+    return digest.hexdigest()
 
 
 def check_links(root: Path, follow_links: bool) -> None:
