@@ -22,6 +22,7 @@ from app.experiment.run import execute
 from app.metrics.segmentation import MeanIoU
 from app.runtime.errors import UserError
 from tests.support.data_files import write_data
+from tests.support.image_files import write_mask_folder
 from tests.support.runs import RunResult, config_issues, job_for
 
 
@@ -143,3 +144,8 @@ def test_predict_from_a_checkpoint_alone_repeats_the_test_metrics(name: str, tmp
         metric.update(F.one_hot(labels, 3).movedim(-1, 0)[None].float(), target[None])
     assert len(files) == metrics["total_samples"]
     assert float(metric.compute()) == np.float32(metrics["mean_iou"])
+
+    write_mask_folder(tmp_cwd / "other", 20)
+    Image.fromarray(np.full((32, 32), 7, np.uint8)).save("other/masks/004.png")
+    (issue,) = config_issues("mode=test", *alone, "data.path=other")  # before a batch is read
+    assert "other/masks/004.png has the label 7; allowed: 0 to 2" in issue
