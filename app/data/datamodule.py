@@ -131,11 +131,12 @@ def _required_sources(config: Config) -> tuple[str, ...]:
     if not stages and config.mode != "predict":
         return ()
     needs_split = any(getattr(config.data.source, stage) is None for stage in stages)
-    needs_training_data = needs_split or _needs_statistics(config.data)
+    needs_training_data = needs_split or needs_statistics(config.data)
     return STAGES if needs_training_data or "train" in stages else stages
 
 
-def _needs_statistics(data: DataConfig) -> bool:
+def needs_statistics(data: DataConfig) -> bool:
+    """Return whether the inputs are normalized by statistics of the training data."""
     return data.normalize is not None and "auto" in (data.normalize.mean, data.normalize.std)
 
 
@@ -170,7 +171,7 @@ def make_loaders(
     if not active_stages(config):
         return {}
     active = {stage: datasets[stage] for stage in active_stages(config) if stage in datasets}
-    measured = {"train": datasets["train"]} if _needs_statistics(config.data) else {}
+    measured = {"train": datasets["train"]} if needs_statistics(config.data) else {}
     cached = _load_cached(config.data, measured | active)
     transform = _batch_transform(config.data, datasets, cached, device, memory_format)
     return {
@@ -220,7 +221,7 @@ def _batch_transform(
     if data.normalize is not None:
         means: list[float] = []
         stds: list[float] = []
-        if _needs_statistics(data):
+        if needs_statistics(data):
             arrays, rows = _arrays(datasets["train"], cached.get("train"))
             means, stds = channel_statistics(arrays, data.inputs, rows)
         normalize = data.normalize

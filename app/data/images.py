@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -228,6 +228,8 @@ def decode_image(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
     with open_image(path, path) as image:
         is_plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
         if is_plain_jpeg and mode == "RGB" and decode_jpeg is not None:
+            assert isinstance(image, ImageFile.ImageFile)
+            assert image.fp is not None
             # The same pixels as Pillow's, in three quarters of the time
             with suppress(RuntimeError):  # a damaged file: Pillow says what is wrong
                 image.fp.seek(0)

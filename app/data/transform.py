@@ -230,11 +230,8 @@ def channel_statistics(
     Raises:
         UserError: The dataset is not in memory, or there are several inputs.
     """
-    if not isinstance(dataset, TensorDataset):
-        raise UserError(
-            "data.normalize=auto needs a dataset in memory, or data.cache for image files; set "
-            "data.normalize.mean and std, or data.normalize=null"
-        )
+    check_in_memory(dataset)
+    assert isinstance(dataset, TensorDataset)
     x = pick(dataset.tensors, inputs)
     if not isinstance(x, Tensor):
         raise UserError(
@@ -249,6 +246,19 @@ def channel_statistics(
         mean, variance = values.mean(dims), values.var(dims, correction=0)
     std = variance.sqrt()
     return mean.tolist(), torch.where(std > 0, std, torch.ones_like(std)).tolist()
+
+
+def check_in_memory(dataset: Dataset[Any]) -> None:
+    """Check that a dataset can be measured without reading it sample by sample.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not isinstance(dataset, TensorDataset):
+        raise UserError(
+            "data.normalize=auto needs a dataset in memory, or data.cache for image files; set "
+            "data.normalize.mean and std, or data.normalize=null"
+        )
 
 
 def _moments_of_bytes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

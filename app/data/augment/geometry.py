@@ -67,7 +67,8 @@ class RandomResizedCrop(Augmentation):
             return self.draw_boxes(images)
         # Single images are common, and tensors of one number are twenty times as slow as numbers
         numbers = torch.rand(2 * ATTEMPTS + 2, len(images)).T.tolist()  # as `draw_boxes` does
-        boxes = [self._choose_box(*images.shape[-2:], row) for row in numbers]
+        height, width = images.shape[-2:]
+        boxes = [self._choose_box(height, width, row) for row in numbers]
         columns = torch.tensor(boxes, dtype=torch.int64).reshape(-1, len(BOX)).unbind(1)
         return dict(zip(BOX, columns, strict=True))
 
@@ -114,29 +115,29 @@ class RandomResizedCrop(Augmentation):
         return height, width
 
     def transform(self, images: Tensor, params: Params) -> Tensor:
-        if not images.is_cpu:
-            crops = resized_crop(
-                to_unit(images), **params, size=self.size, antialias=self.antialias
-            )
-            return from_unit(crops, images.dtype)
-        boxes = torch.stack([params[name] for name in BOX], 1)
+        if images.is_cpu:
+            return self._crop_one_by_one(images, params)
+        crops = resized_crop(to_unit(images), **params, size=self.size, antialias=self.antialias)
+        return from_unit(crops, images.dtype)
 
-        def crop(image: Tensor, box: list[int]) -> Tensor:
-            top, left, height, width = box
-            part = image[None, :, top : top + height, left : left + width]
-            part = part.contiguous(memory_format=torch.channels_last)  # the kernel's fast case
-            resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
-            return resized
-
+    def _crop_one_by_one(self, images: Tensor, params: Params) -> Tensor:
         if len(images) == 0:
             return images.new_empty((0, images.shape[1], *self.size))
+        boxes = torch.stack([params[name] for name in BOX], 1).int().tolist()
         threads = min(len(images), torch.get_num_threads())
         if threads == 1:
-            crops = [*map(crop, images, boxes.int().tolist())]
+            crops = [self._crop(image, box) for image, box in zip(images, boxes, strict=True)]
         else:
             with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
-                crops = [*pool.map(crop, images, boxes.int().tolist())]
+                crops = [*pool.map(self._crop, images, boxes)]
         return torch.cat(crops) if len(crops) > 1 else crops[0]
+
+    def _crop(self, image: Tensor, box: list[int]) -> Tensor:
+        top, left, height, width = box
+        part = image[None, :, top : top + height, left : left + width]
+        part = part.contiguous(memory_format=torch.channels_last)  # the fast case of the kernel
+        resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
+        return resized
 
     def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
         rows = _nearest_pixel(params["top"], params["height"], self.size[0])

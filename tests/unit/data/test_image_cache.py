@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from app.config.instantiate import Instantiator
@@ -289,6 +290,27 @@ def test_data_that_cannot_be_cached_are_refused(tmp_cwd: Path) -> None:
     overrides = ["data=npz", *write_data("npz", tmp_cwd), "data.cache=memory"]
     (issue,) = config_issues(*overrides)
     assert "data.cache: the train data (TensorDataset) are not image files" in issue
+    overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd)]
+    (issue,) = config_issues(*overrides, "data.normalize={mean: auto, std: auto}")
+    assert "data.normalize=auto needs a dataset in memory, or data.cache for image files" in issue
     with pytest.raises(UserError, match=r"data\.cache_size=\[16\]; allowed: a number of pixels"):
-        overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd)]
         loaders_for(*overrides, "data.cache=memory", "data.cache_size=[16]")
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_images_of_different_channels_are_one_error(kind: str, tmp_path: Path) -> None:
+    class Mixed(Dataset[tuple[torch.Tensor, int]]):
+        location, targets = "mixed", [0, 1]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.zeros(3 - 2 * index, 20, 20, dtype=torch.uint8), index
+
+        def fingerprint(self) -> str:
+            return ""
+
+    cache = ImageCache(kind, FitImage(16, 16), tmp_path, 1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"sample 1 has 1 channels, that of sample 0 has 3"):
+        cache.load(Mixed(), torch.arange(2))
