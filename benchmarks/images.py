@@ -6,21 +6,27 @@
 Theirs is `ImageFolder` with `RandomResizedCrop(224)`, a flip, `ToTensor` and `Normalize` in a
 `DataLoader`; ours is `data=image_folder` with the same augmentation and the same workers, without a
 cache, and with each kind of it. They take turns in this process for several rounds of one epoch
-each, whose batches are ready for the model. The script prints images per second and the median
-ratio of a round. The pictures are JPEGs of 500 x 375 pixels that it draws itself.
+each, whose batches are ready for the model. The script prints images per second, the CPU time per
+image of the main process and its workers (on Linux), and the median ratios of a round. The latter
+is steadier on a machine that does other work, too. The pictures are JPEGs of 500 x 375 pixels that
+it draws itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import math
+import multiprocessing as mp
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,23 +86,55 @@ def our_experiment(root: Path, batch_size: int, workers: int, cache: str) -> Exp
     return compose([*options], str(root.parent / f"run_{cache}"))
 
 
-def rate(epoch: Epoch, number: int, images: int) -> float:
-    """Return the images per second of an epoch."""
-    start = time.perf_counter()
+class Cost(NamedTuple):
+    """Seconds of an epoch, and those of all CPUs together."""
+
+    wall: float
+    cpu: float
+
+
+def cost(epoch: Epoch, number: int) -> Cost:
+    """Measure an epoch."""
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     for _ in epoch(number):
         pass
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return images / (time.perf_counter() - start)
+    return Cost(time.perf_counter() - start, cpu_seconds() - cpu_start)
 
 
-def compare(sides: dict[str, Epoch], images: int, rounds: int) -> dict[str, list[float]]:
-    """Return the rates of each side by round; the first round, a warm-up, is left out."""
-    rates: dict[str, list[float]] = {name: [] for name in sides}
+def cpu_seconds() -> float:
+    """Return the CPU time of this process and its workers; NaN except on Linux."""
+    if sys.platform != "linux":
+        return math.nan
+    ticks = 0
+    for pid in (os.getpid(), *(process.pid for process in mp.active_children())):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def compare(sides: dict[str, Epoch], rounds: int) -> dict[str, list[Cost]]:
+    """Return the costs of each side by round; the first round, a warm-up, is left out."""
+    costs: dict[str, list[Cost]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name in [*sides] if number % 2 else [*reversed(sides)]:
-            rates[name].append(rate(sides[name], number + 1, images))
-    return {name: values[1:] for name, values in rates.items()}
+            costs[name].append(cost(sides[name], number + 1))
+    return {name: values[1:] for name, values in costs.items()}
+
+
+def describe(costs: dict[str, list[Cost]], name: str, images: int) -> str:
+    """Return the rates of a side and of torchvision, and their ratios."""
+    ours, theirs = costs[name], costs[THEIRS]
+    pairs = list(zip(theirs, ours, strict=True))
+    rates = [images / statistics.median(c.wall for c in side) for side in (ours, theirs)]
+    cpu = [1e3 * statistics.median(c.cpu for c in side) / images for side in (ours, theirs)]
+    wall_ratio = statistics.median(a.wall / b.wall for a, b in pairs)
+    cpu_ratio = statistics.median(a.cpu / max(b.cpu, 1e-3) for a, b in pairs)
+    return (
+        f"{name}: {rates[0]:.0f} images/s, torchvision {rates[1]:.0f}, ratio {wall_ratio:.2f}; "
+        f"CPU {cpu[0]:.2f} ms an image, torchvision {cpu[1]:.2f}, ratio {cpu_ratio:.2f}"
+    )
 
 
 def main() -> None:
@@ -122,16 +160,11 @@ def main() -> None:
             stack.enter_context(experiment)
             sides[name] = experiment.loaders["train"].epoch
             build_seconds[name] = time.perf_counter() - start
-        rates = compare(sides, options.images, options.rounds)
+        costs = compare(sides, options.rounds)
         for name in CACHES:
             extra = build_seconds[name] - build_seconds["no cache"]
-            ratio = statistics.median(
-                a / b for a, b in zip(rates[name], rates[THEIRS], strict=True)
-            )
-            both = (statistics.median(rates[side]) for side in (name, THEIRS))
-            line = "{:.0f} images/s, torchvision {:.0f}".format(*both)
-            built = f", built in {extra:.1f} s" if name != "no cache" else ""
-            print(f"{name}: {line}, ratio {ratio:.2f}{built}")
+            built = f"; built in {extra:.1f} s" if name != "no cache" else ""
+            print(f"{describe(costs, name, options.images)}{built}")
         files = (root.parent / "cache").glob("*.safetensors")
         print(f"on disk: {sum(file.stat().st_size for file in files) / 1e6:.0f} MB of arrays")
         pictures = sum(file.stat().st_size for file in root.rglob("*.jpg"))

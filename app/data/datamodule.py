@@ -130,10 +130,14 @@ def _required_sources(config: Config) -> tuple[str, ...]:
         stages = () if config.predict.images else (config.predict.stage,)
     if not stages and config.mode != "predict":
         return ()
-    normalize = config.data.normalize
-    needs_statistics = normalize is not None and "auto" in (normalize.mean, normalize.std)
     needs_split = any(getattr(config.data.source, stage) is None for stage in stages)
-    return STAGES if needs_statistics or needs_split or "train" in stages else stages
+    needs_training_data = needs_split or needs_statistics(config.data)
+    return STAGES if needs_training_data or "train" in stages else stages
+
+
+def needs_statistics(data: DataConfig) -> bool:
+    """Return whether the inputs are normalized by statistics of the training data."""
+    return data.normalize is not None and "auto" in (data.normalize.mean, data.normalize.std)
 
 
 def active_stages(config: Config) -> tuple[str, ...]:
@@ -166,32 +170,36 @@ def make_loaders(
     """Build a loader for each stage of the mode."""
     if not active_stages(config):
         return {}
-    transform = _batch_transform(config.data, datasets, device, memory_format)
     active = {stage: datasets[stage] for stage in active_stages(config) if stage in datasets}
-    cached: dict[str, CachedSamples] = {}
-    if config.data.cache is not None and not isinstance(active.get("predict"), ImageFiles):
-        cached = load_cached(make_cache(config.data), active)
+    measured = {"train": datasets["train"]} if needs_statistics(config.data) else {}
+    cached = _load_cached(config.data, measured | active)
+    transform = _batch_transform(config.data, datasets, cached, device, memory_format)
     return {
         stage: _make_loader(config, build, stage, dataset, transform, device, cached.get(stage))
         for stage, dataset in active.items()
     }
 
 
-def make_cache(data: DataConfig) -> ImageCache:
-    """Build the cache of decoded images.
+def _load_cached(data: DataConfig, datasets: dict[str, Dataset[Any]]) -> dict[str, CachedSamples]:
+    """Load the samples of each stage into the cache, if there is one.
 
     Raises:
-        UserError: Its size is unknown or invalid.
+        UserError: The size of the cache is invalid, or samples cannot be read or cached.
     """
-    assert data.cache is not None
+    stages = {k: dataset for k, dataset in datasets.items() if not isinstance(dataset, ImageFiles)}
+    if data.cache is None or not stages:
+        return {}
     size = data.cache_size
     if size is None and data.image_size is not None:
         size = resized_side(data.image_size, data.eval_crop)
     sizes = [size, size] if isinstance(size, int) else size
     if sizes is None or len(sizes) != 2:
         raise UserError(f"data.cache_size={size}; allowed: a number of pixels, or [height, width]")
-    fit = FitImage(sizes[0], sizes[1], inner=(data.image_size or 0) % 4)
-    return ImageCache(data.cache, fit, Path(data.cache_folder), torch.get_num_threads())
+    # Evaluation stretches images that have masks, and crops all others.
+    stretch = any(has_masks(dataset, data.inputs, data.targets) for dataset in stages.values())
+    fit = FitImage(sizes[0], sizes[1], (data.image_size or 0) % 4, stretch)
+    folder, threads = Path(data.cache_folder), torch.get_num_threads()
+    return load_cached(ImageCache(data.cache, fit, folder, threads), stages)
 
 
 def first_inputs(config: Config, build: Instantiator, dataset: Dataset[Any]) -> Nested:
@@ -205,15 +213,17 @@ def first_inputs(config: Config, build: Instantiator, dataset: Dataset[Any]) -> 
 def _batch_transform(
     data: DataConfig,
     datasets: dict[str, Dataset[Any]],
+    cached: dict[str, CachedSamples],
     device: torch.device,
     memory_format: torch.memory_format,
 ) -> BatchTransform:
     mean = std = None
     if data.normalize is not None:
-        needs_statistics = "auto" in (data.normalize.mean, data.normalize.std)
-        means, stds = (
-            channel_statistics(datasets["train"], data.inputs) if needs_statistics else ([], [])
-        )
+        means: list[float] = []
+        stds: list[float] = []
+        if needs_statistics(data):
+            arrays, rows = _arrays(datasets["train"], cached.get("train"))
+            means, stds = channel_statistics(arrays, data.inputs, rows)
         normalize = data.normalize
         is_image = len(data.input_shape) == 3
         mean = _per_channel(means if normalize.mean == "auto" else normalize.mean, is_image, device)
@@ -267,12 +277,19 @@ def _make_loader(
     sampler = EpochSampler.from_limit(dataset_size(dataset), batch_size, limit, seed, weights)
     if is_training and data.drop_last:
         sampler = sampler.drop_last(batch_size)
-    arrays, rows = (dataset, None) if cached is None else (cached.arrays, cached.rows)
+    arrays, rows = _arrays(dataset, cached)
     if isinstance(arrays, TensorDataset):
         on_device = _fits_on_device(arrays, dataset_size(dataset), device, data.memory)
         return TensorLoader(arrays, sampler, batch_size, prepare, on_device, rows)
     samples = transform_samples(dataset, transforms, data.inputs, masks)
     return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
+
+
+def _arrays(
+    dataset: Dataset[Any], cached: CachedSamples | None
+) -> tuple[Dataset[Any], torch.Tensor | None]:
+    """Return a dataset or the arrays that it is cached in, and the row of each sample in them."""
+    return (dataset, None) if cached is None else (cached.arrays, cached.rows)
 
 
 def _masks(data: DataConfig, dataset: Dataset[Any]) -> Masks | None:

@@ -114,9 +114,6 @@ class HuggingFace(Dataset[tuple[Tensor, Any]]):
         """Return the fingerprint that `datasets` gives to the rows, with the columns and mode."""
         return f"{self.rows._fingerprint} {self.columns} {self.image_mode}"
 
-    def read_image(self, index: int) -> Tensor:
-        return self[index][0]
-
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         row, places = (
             self.rows[index],

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Literal
 
-from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+import torch
+from PIL import EpsImagePlugin, Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
@@ -22,7 +23,7 @@ from app.config.schema import AUTO
 from app.runtime.errors import UserError, as_user_error, join_choices
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg, read_file
+    from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # deprecated since torchvision 0.29
     decode_jpeg = None
 
@@ -178,10 +179,7 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.read_image(index), self.targets[index]
-
-    def read_image(self, index: int) -> Tensor:
-        return decode_image(str(self.root / self.paths[index]))
+        return decode_image(str(self.root / self.paths[index])), self.targets[index]
 
     @property
     def location(self) -> str:
@@ -189,14 +187,19 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         return str(self.root.resolve() / os.path.commonpath(self.paths))
 
     def fingerprint(self) -> str:
-        """Return a hash of the paths, sizes and modification times of all files."""
-        digest = hashlib.sha256()
-        for path in self.paths:
-            with as_user_error():
-                status = (self.root / path).stat()
-            stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
-            digest.update(os.fsencode(path) + stamp.encode())
-        return digest.hexdigest()
+        """Return `fingerprint` of all files."""
+        return fingerprint(self.root, self.paths)
+
+
+def fingerprint(root: Path, paths: Sequence[str]) -> str:
+    """Return a hash of the paths, sizes and modification times of files below a folder."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with as_user_error():
+            status = (root / path).stat()
+        stamp = f"\0{status.st_size} {status.st_mtime_ns}\0"
+        digest.update(os.fsencode(path) + stamp.encode())
+    return digest.hexdigest()
 
 
 def check_links(root: Path, follow_links: bool) -> None:
@@ -225,9 +228,13 @@ def decode_image(path: str, mode: Literal["RGB", "L"] = "RGB") -> Tensor:
     with open_image(path, path) as image:
         is_plain_jpeg = image.format == "JPEG" and image.mode in ("L", "RGB")
         if is_plain_jpeg and mode == "RGB" and decode_jpeg is not None:
+            assert isinstance(image, ImageFile.ImageFile)
+            assert image.fp is not None
             # The same pixels as Pillow's, in three quarters of the time
             with suppress(RuntimeError):  # a damaged file: Pillow says what is wrong
-                decoded: Tensor = decode_jpeg(read_file(path), ImageReadMode.RGB)
+                image.fp.seek(0)
+                content = torch.frombuffer(bytearray(image.fp.read()), dtype=torch.uint8)
+                decoded: Tensor = decode_jpeg(content, ImageReadMode.RGB)
                 return decoded
         pixels: Tensor = pil_to_tensor(image.convert(mode))
     return pixels

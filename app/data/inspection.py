@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config
-from app.data.datamodule import build_sources, first_inputs, split_sources
+from app.data.datamodule import build_sources, first_inputs, needs_statistics, split_sources
 from app.data.image_cache import check_cacheable
 from app.data.image_checks import check_images, find_duplicates
 from app.data.masks import check_mask_labels, count_mask_classes, pixel_counts
@@ -21,6 +21,7 @@ from app.data.split import (
     sample_files,
     weights_from_counts,
 )
+from app.data.transform import check_in_memory
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
 
@@ -70,6 +71,8 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
     stages = split_sources(config, sources)
     if data.cache is not None:
         check_cacheable(stages)
+    elif needs_statistics(data) and "train" in stages:
+        check_in_memory(stages["train"])
     if data.class_weights == AUTO:
         facts["class_weights"] = _class_weights(stages, config)
     files = {stage: found for stage, dataset in stages.items() if (found := sample_files(dataset))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -22,6 +23,7 @@ from app.data.images import (
     check_links,
     decode_image,
     find_stage_folders,
+    fingerprint,
     image_files,
 )
 from app.data.split import innermost, printable
@@ -169,6 +171,16 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         if mask.shape != image.shape[1:]:
             raise UserError(f"{printable(path)} {_sizes(mask.shape, image.shape[1:])}")
         return image, torch.from_numpy(mask)
+
+    @property
+    def location(self) -> str:
+        """The folder that contains all files, and how colors become labels."""
+        folder = os.path.commonpath(self.paths + self.mask_paths)
+        return f"{self.root.resolve() / folder} {self.labels.table}"
+
+    def fingerprint(self) -> str:
+        """Return `fingerprint` of all images and masks."""
+        return fingerprint(self.root, self.paths + self.mask_paths)
 
     @cached_property
     def pixel_counts(self) -> Tensor:

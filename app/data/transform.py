@@ -21,6 +21,7 @@ from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, map_tensors, pick
 
 Augment = Callable[[Tensor], Tensor]
+ROWS_AT_ONCE = 256  # of an array that is measured
 
 
 @dataclass(frozen=True)
@@ -214,7 +215,9 @@ class BatchTransform:
         )
 
 
-def channel_statistics(dataset: Dataset[Any], inputs: Key = 0) -> tuple[list[float], list[float]]:
+def channel_statistics(
+    dataset: Dataset[Any], inputs: Key = 0, rows: Tensor | None = None
+) -> tuple[list[float], list[float]]:
     """Return mean and standard deviation of each channel (images) or column (tables).
 
     Bytes are scaled to [0, 1] first. A standard deviation of 0 is returned as 1.
@@ -222,23 +225,51 @@ def channel_statistics(dataset: Dataset[Any], inputs: Key = 0) -> tuple[list[flo
     Args:
         dataset: A dataset in memory.
         inputs: Key of the inputs among its tensors.
+        rows: The samples to measure, int64 of shape (N,); None measures all.
 
     Raises:
         UserError: The dataset is not in memory, or there are several inputs.
     """
-    if not isinstance(dataset, TensorDataset):
-        raise UserError(
-            "data.normalize=auto needs a dataset in memory; set data.normalize.mean and std, "
-            "or data.normalize=null"
-        )
+    check_in_memory(dataset)
+    assert isinstance(dataset, TensorDataset)
     x = pick(dataset.tensors, inputs)
     if not isinstance(x, Tensor):
         raise UserError(
             f"data.normalize=auto needs a single input, not data.inputs={inputs!r}; set "
             "data.normalize.mean and std"
         )
-    dims = [d for d in range(x.ndim) if d != 1]
-    scale = 255.0 if x.dtype == torch.uint8 else 1.0
-    values = x.double() / scale
-    std = values.std(dims, correction=0)
-    return values.mean(dims).tolist(), torch.where(std > 0, std, torch.ones_like(std)).tolist()
+    if x.dtype == torch.uint8 and x.ndim > 1:
+        mean, variance = _moments_of_bytes(x, torch.arange(len(x)) if rows is None else rows)
+    else:
+        values = (x if rows is None else x[rows]).double()
+        dims = [d for d in range(x.ndim) if d != 1]
+        mean, variance = values.mean(dims), values.var(dims, correction=0)
+    std = variance.sqrt()
+    return mean.tolist(), torch.where(std > 0, std, torch.ones_like(std)).tolist()
+
+
+def check_in_memory(dataset: Dataset[Any]) -> None:
+    """Check that a dataset can be measured without reading it sample by sample.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not isinstance(dataset, TensorDataset):
+        raise UserError(
+            "data.normalize=auto needs a dataset in memory, or data.cache for image files; set "
+            "data.normalize.mean and std, or data.normalize=null"
+        )
+
+
+def _moments_of_bytes(x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and variance of each channel of some rows, exactly, from how often bytes occur.
+
+    Arrays that are larger than the memory are read once, in pieces.
+    """
+    counts = torch.zeros(x.shape[1], 256, dtype=torch.int64)
+    for piece in rows.split(ROWS_AT_ONCE):
+        for channel, values in enumerate(x[piece].unbind(1)):
+            counts[channel] += torch.bincount(values.flatten(), minlength=256)
+    levels, weights = torch.arange(256).double() / 255, counts.double() / counts.sum(1, True)
+    mean = weights @ levels
+    return mean, (weights * (levels - mean[:, None]).square()).sum(1)

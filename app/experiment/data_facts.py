@@ -37,14 +37,14 @@ def read_data(
     known_issues: Sequence[ConfigIssue],
     is_new: bool,
 ) -> DataReport | None:
-    """Read the user's own data, if some value is `auto` or a new run begins.
+    """Read the user's own data, if some value is `auto` or the data are new.
 
     Args:
         saved: The configuration as it will be saved.
         plain: The same, resolved.
         trusted: Modules that the user trusts by name.
         known_issues: Errors in the configuration that were found before.
-        is_new: Whether the configuration is not that of a saved run, whose data were read before.
+        is_new: Whether the data are not those of a saved run, which were read before.
 
     Raises:
         ConfigError: The configuration has other errors, or the data have.

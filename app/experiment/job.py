@@ -120,7 +120,8 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
         plain = resolve_saved(saved)
         check_targets_allowed(ckpt, plain, trusted)
     issues += unexpected_env_reads(plain, composed_plain)
-    report = read_data(saved, plain, trusted, issues, is_new=ckpt is None)
+    is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
+    report = read_data(saved, plain, trusted, issues, is_new)
     if report is not None and report.facts:
         saved = with_data_facts(saved, report.facts)
         plain = resolve_saved(saved)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -61,38 +62,64 @@ class OverlapMetric(Metric):
         """Return the Dice score of each included class."""
         return (2 * self.overlap / self.areas)[self.labels]
 
-    def iou_scores(self) -> Tensor:
-        """Return the intersection over union of each included class."""
-        return (self.overlap / (self.areas - self.overlap))[self.labels]
 
-
-class DiceScore(OverlapMetric):
-    """Dice score of each class over all pixels of the stage: twice the overlap by both areas.
-
-    Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
+class MeanOverlap(OverlapMetric):
+    """Base of scores of each class over all pixels of the stage, and of their mean.
 
     Args:
         num_classes: Number of classes C.
-        include_background: Whether to include class 0.
+        include_background: Whether to include class 0; None does as `with_background` says.
         average: `macro` returns the mean over the classes, `none` one value per class.
         ignore_index: Label of pixels that are not counted; None counts all.
     """
 
+    with_background: ClassVar[bool]
+
     def __init__(
         self,
         num_classes: int,
-        include_background: bool = False,
+        include_background: bool | None = None,
         average: Average = "macro",
         ignore_index: int | None = None,
     ) -> None:
+        if include_background is None:
+            include_background = self.with_background
         labels = included_labels(num_classes, include_background)
         super().__init__(num_classes, labels, ignore_index)
         self.average = check_average(average)
 
     def compute(self) -> Tensor:
         """Return a scalar, or with `average="none"` a vector over the included classes."""
-        scores = self.dice_scores()
+        scores = self.class_scores()
         return scores.nanmean() if self.average == "macro" else scores
+
+    @abstractmethod
+    def class_scores(self) -> Tensor:
+        """Return the score of each included class."""
+
+
+class DiceScore(MeanOverlap):
+    """Dice score of each class, by default without class 0: twice the overlap by both areas.
+
+    Dice, "Measures of the Amount of Ecologic Association Between Species", 1945.
+    """
+
+    with_background = False
+
+    def class_scores(self) -> Tensor:
+        return self.dice_scores()
+
+
+class MeanIoU(MeanOverlap):
+    """Intersection over union of each class, by default with class 0.
+
+    Jaccard, "The Distribution of the Flora in the Alpine Zone", 1912.
+    """
+
+    with_background = True
+
+    def class_scores(self) -> Tensor:
+        return (self.overlap / (self.areas - self.overlap))[self.labels]
 
 
 class PartialDice(OverlapMetric):
@@ -116,35 +143,6 @@ class PartialDice(OverlapMetric):
 
     def compute(self) -> Tensor:
         return self.dice_scores().nanmean()
-
-
-class MeanIoU(OverlapMetric):
-    """Intersection over union of each class over all pixels of the stage, and its mean.
-
-    Jaccard, "The Distribution of the Flora in the Alpine Zone", 1912.
-
-    Args:
-        num_classes: Number of classes C.
-        include_background: Whether to include class 0.
-        average: `macro` returns the mean over the classes, `none` one value per class.
-        ignore_index: Label of pixels that are not counted; None counts all.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        include_background: bool = True,
-        average: Average = "macro",
-        ignore_index: int | None = None,
-    ) -> None:
-        labels = included_labels(num_classes, include_background)
-        super().__init__(num_classes, labels, ignore_index)
-        self.average = check_average(average)
-
-    def compute(self) -> Tensor:
-        """Return a scalar, or with `average="none"` a vector over the included classes."""
-        scores = self.iou_scores()
-        return scores.nanmean() if self.average == "macro" else scores
 
 
 class InstanceIoU(SampleMean):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing as mp
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from app.runtime.lock import FolderInUseError, check_unlocked, run_lock
 from app.training.checkpoint.rotation import latest_valid
 from app.training.checkpoint.store import read_store
+from tests.support.image_files import write_image_folder
 from tests.support.killed_runs import STATEFUL_RUN, assert_readable, wait_for_file
 from tests.support.processes import (
     FAULTY_TASK,
@@ -89,6 +91,21 @@ def test_full_disk_at_start_is_reported_before_writing(
     assert "small: the 1,048,576 bytes that every run needs cannot be written: No space" in line
     assert "bytes are free" in line
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
+
+
+def test_full_disk_while_a_cache_is_built_is_one_error_and_leaves_nothing(
+    small_disk: Path, tmp_path: Path
+) -> None:
+    write_image_folder(tmp_path / "pets", {"cat": 20, "dog": 20})
+    cache = ("data.cache=disk", "data.cache_folder=small/cache", "data.cache_size=512")
+    model = ("data=image_folder", "data.path=pets", "data.image_size=16", "model=mlp")
+    result = run_app(tmp_path, *model, *cache)
+    assert result.code == STORAGE_EXIT_CODE
+    (line,) = [line for line in result.err.splitlines() if "No space left on device" in line]
+    assert re.search(r"small/cache/images-512x512-\w+\.safetensors \(31,45\d,\d\d\d bytes\)", line)
+    assert "bytes are free; set data.cache_folder or a smaller data.cache_size" in line
+    assert "Traceback" not in result.err
+    assert [path.suffix for path in (small_disk / "cache").iterdir()] == [".lock"]
 
 
 def start_and_wait_for_file(cwd: Path, file: Path, *overrides: str) -> WarmCommand:

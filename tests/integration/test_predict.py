@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from app.config.instantiate import Instantiator
 from app.data.mnist import mnist
 from app.experiment.factory import make_model
 from app.experiment.run import execute
+from app.metrics.segmentation import MeanIoU
 from app.runtime.errors import UserError
+from tests.support.data_files import write_data
+from tests.support.image_files import write_mask_folder
 from tests.support.runs import RunResult, config_issues, job_for
 
 
@@ -106,3 +113,39 @@ def test_predict_ignores_the_batch_limits_of_the_training_run(tmp_path: Path) ->
     execute(job_for("model=mlp", "debug=fast"), tmp_path / "run")
     execute(job_for("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
     assert len(pd.read_csv(tmp_path / "all" / "predictions.csv")) == 10_000
+
+
+@pytest.mark.parametrize("name", ["image_folder", "masks"])
+def test_predict_from_a_checkpoint_alone_repeats_the_test_metrics(name: str, tmp_cwd: Path) -> None:
+    """Also without the cache that the training had."""
+    model = ["model=mlp"] if name == "image_folder" else []
+    options = (f"data={name}", *write_data(name, tmp_cwd), *model, "callbacks={}")
+    execute(job_for(*options, "trainer.max_epochs=2", "data.cache=disk"), tmp_cwd / "run")
+    metrics = pd.read_csv(tmp_cwd / "run" / "test_summary_table.csv").iloc[-1]
+    shutil.move(tmp_cwd / "run" / "checkpoints" / "best.safetensors", "alone.safetensors")
+    shutil.rmtree(tmp_cwd / "run")
+    shutil.rmtree(tmp_cwd / "datasets")
+    alone = ("ckpt=alone.safetensors", "data.cache=null")
+    execute(job_for("mode=test", *alone), tmp_cwd / "tested")
+    execute(job_for("mode=predict", *alone, "predict.stage=test"), tmp_cwd / "predicted")
+
+    tested = pd.read_csv(tmp_cwd / "tested" / "test_summary_table.csv").iloc[-1]
+    same = [key for key in metrics.index if "time" not in key and key not in ("epoch", "samples/s")]
+    assert tested[same].equals(metrics[same])
+    if name == "image_folder":
+        table = pd.read_csv(tmp_cwd / "predicted" / "predictions.csv")
+        assert (table["label"] == table["target"]).mean() == metrics["accuracy"]
+        return
+    metric, files = MeanIoU(3), sorted((tmp_cwd / "predicted").glob("predictions/images/*.png"))
+    for file in files:
+        labels = torch.from_numpy(np.array(Image.open(file))).long()
+        mask = torch.from_numpy(np.array(Image.open(tmp_cwd / "street" / "masks" / file.name)))
+        target = v2.functional.resize(tv_tensors.Mask(mask), [16, 16]).long()
+        metric.update(F.one_hot(labels, 3).movedim(-1, 0)[None].float(), target[None])
+    assert len(files) == metrics["total_samples"]
+    assert float(metric.compute()) == np.float32(metrics["mean_iou"])
+
+    write_mask_folder(tmp_cwd / "other", 20)
+    Image.fromarray(np.full((32, 32), 7, np.uint8)).save("other/masks/004.png")
+    (issue,) = config_issues("mode=test", *alone, "data.path=other")  # before a batch is read
+    assert "other/masks/004.png has the label 7; allowed: 0 to 2" in issue

@@ -93,8 +93,9 @@ class Augmentation(nn.Module, ABC):
             )
 
     def _augment_chunks(self, batch: Tensor, params: Params) -> Tensor:
-        in_chunks = self.in_chunks and batch.is_cpu
-        chunk = CHUNK // max(1, batch[:1].numel()) if in_chunks else len(batch)
+        chunk = CHUNK // max(1, batch[:1].numel())
+        if not (self.in_chunks and batch.is_cpu) or len(batch) <= chunk:
+            return _transform_selected(self._in_float, batch, params)
         pieces = (tensor.split(max(1, chunk)) for tensor in (batch, *params.values()))
         parts = [
             _transform_selected(self._in_float, part, dict(zip(params, values, strict=True)))

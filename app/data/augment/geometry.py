@@ -27,6 +27,7 @@ from app.data.augment.base import (
 )
 
 ATTEMPTS = 10  # to draw a box that fits into the image, as in torchvision
+BOX = ("top", "left", "height", "width")
 INTERPOLATIONS = ("nearest", "bilinear")
 
 
@@ -62,6 +63,34 @@ class RandomResizedCrop(Augmentation):
         self.antialias = antialias
 
     def make_params(self, images: Tensor) -> Params:
+        if not images.is_cpu:
+            return self.draw_boxes(images)
+        # Single images are common, and tensors of one number are twenty times as slow as numbers
+        numbers = torch.rand(2 * ATTEMPTS + 2, len(images)).T.tolist()  # as `draw_boxes` does
+        height, width = images.shape[-2:]
+        boxes = [self._choose_box(height, width, row) for row in numbers]
+        columns = torch.tensor(boxes, dtype=torch.int64).reshape(-1, len(BOX)).unbind(1)
+        return dict(zip(BOX, columns, strict=True))
+
+    def _choose_box(
+        self, full_height: int, full_width: int, numbers: list[float]
+    ) -> tuple[int, int, int, int]:
+        """Return (top, left, height, width) for numbers that are uniform in [0, 1)."""
+        low, high = map(math.log, self.ratio)
+        *shapes, row, column = numbers
+        for first, second in zip(shapes[:ATTEMPTS], shapes[ATTEMPTS:], strict=True):
+            share = self.scale[0] + (self.scale[1] - self.scale[0]) * first
+            ratio = math.exp(low + (high - low) * second)
+            height = round(math.sqrt(full_height * full_width * share / ratio))
+            width = round(math.sqrt(full_height * full_width * share * ratio))
+            if 0 < height <= full_height and 0 < width <= full_width:
+                top = math.floor(row * (full_height - height + 1))
+                return top, math.floor(column * (full_width - width + 1)), height, width
+        height, width = self._center_size(full_height, full_width)
+        return (full_height - height) // 2, (full_width - width) // 2, height, width
+
+    def draw_boxes(self, images: Tensor) -> Params:
+        """Draw all boxes at once, without reading anything from the device."""
         full_height, full_width = images.shape[-2:]
         heights, widths = _draw_sizes(images, self.scale, self.ratio)
         fits = (heights > 0) & (heights <= full_height) & (widths > 0) & (widths <= full_width)
@@ -86,26 +115,29 @@ class RandomResizedCrop(Augmentation):
         return height, width
 
     def transform(self, images: Tensor, params: Params) -> Tensor:
-        if not images.is_cpu:
-            crops = resized_crop(
-                to_unit(images), **params, size=self.size, antialias=self.antialias
-            )
-            return from_unit(crops, images.dtype)
-        boxes = torch.stack([params[name] for name in ("top", "left", "height", "width")], 1)
+        if images.is_cpu:
+            return self._crop_one_by_one(images, params)
+        crops = resized_crop(to_unit(images), **params, size=self.size, antialias=self.antialias)
+        return from_unit(crops, images.dtype)
 
-        def crop(image: Tensor, box: list[int]) -> Tensor:
-            top, left, height, width = box
-            part = image[:, top : top + height, left : left + width]
-            resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
-            return resized
-
+    def _crop_one_by_one(self, images: Tensor, params: Params) -> Tensor:
         if len(images) == 0:
             return images.new_empty((0, images.shape[1], *self.size))
+        boxes = torch.stack([params[name] for name in BOX], 1).int().tolist()
         threads = min(len(images), torch.get_num_threads())
         if threads == 1:
-            return torch.stack([*map(crop, images, boxes.int().tolist())])
-        with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
-            return torch.stack([*pool.map(crop, images, boxes.int().tolist())])
+            crops = [self._crop(image, box) for image, box in zip(images, boxes, strict=True)]
+        else:
+            with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
+                crops = [*pool.map(self._crop, images, boxes)]
+        return torch.cat(crops) if len(crops) > 1 else crops[0]
+
+    def _crop(self, image: Tensor, box: list[int]) -> Tensor:
+        top, left, height, width = box
+        part = image[None, :, top : top + height, left : left + width]
+        part = part.contiguous(memory_format=torch.channels_last)  # the fast case of the kernel
+        resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
+        return resized
 
     def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
         rows = _nearest_pixel(params["top"], params["height"], self.size[0])

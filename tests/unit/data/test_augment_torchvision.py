@@ -76,10 +76,11 @@ def test_resized_crop_draws_boxes_as_torchvision_does(shape: tuple[int, int]) ->
     image = torch.zeros(3, *shape)
     theirs = v2.RandomResizedCrop(8)
     drawn = [theirs.make_params([image]) for _ in range(2000)]
-    ours = RandomResizedCrop(8).make_params(image.expand(2000, -1, -1, -1))
-    assert_same_distribution(ours, stack(drawn))
-    assert (ours["top"] >= 0).all() and (ours["top"] + ours["height"] <= shape[0]).all()
-    assert (ours["left"] >= 0).all() and (ours["left"] + ours["width"] <= shape[1]).all()
+    crop, images = RandomResizedCrop(8), image.expand(2000, -1, -1, -1)
+    for ours in (crop.make_params(images), crop.draw_boxes(images)):  # on the CPU, and elsewhere
+        assert_same_distribution(ours, stack(drawn))
+        assert (ours["top"] >= 0).all() and (ours["top"] + ours["height"] <= shape[0]).all()
+        assert (ours["left"] >= 0).all() and (ours["left"] + ours["width"] <= shape[1]).all()
 
 
 def assert_same_distribution(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from app.config.instantiate import Instantiator
@@ -19,10 +21,11 @@ from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.image_cache import FitImage, ImageCache
 from app.data.images import ImageFolder, decode_image, image_folder
+from app.data.masks import MaskFolder, mask_folder
 from app.data.transform import ResizeCenterCrop, resized_side
 from app.runtime.errors import StorageError, UserError
 from tests.support.data_files import write_data
-from tests.support.image_files import write_image_folder
+from tests.support.image_files import write_image_folder, write_mask_folder
 from tests.support.runs import config_issues, job_for
 
 TRAIN_LIKE_EVAL = "data.transforms.train=${data.transforms.eval}"
@@ -50,12 +53,11 @@ def cache_file(images: ImageFolder) -> Path:
     return path
 
 
-def loaders_for(*overrides: str) -> dict[str, BatchLoader]:
+def loaders_for(*overrides: str, mode: str | None = None) -> dict[str, BatchLoader]:
     job = job_for("data.batch_size=6", *overrides)
-    build = Instantiator(job.trusted)
-    datasets = make_datasets(job.config, build)
-    cpu = torch.device("cpu")
-    return make_loaders(job.config, build, datasets, cpu, torch.contiguous_format)
+    build, config = Instantiator(job.trusted), replace(job.config, mode=mode or job.config.mode)
+    datasets = make_datasets(config, build)
+    return make_loaders(config, build, datasets, torch.device("cpu"), torch.contiguous_format)
 
 
 def stage_batches(loader: BatchLoader, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +83,7 @@ def test_fitted_image_of_two_sides_covers_both() -> None:
 
 
 @pytest.mark.parametrize("kind", ["memory", "disk"])
-@pytest.mark.parametrize("name", ["image_folder", "hugging_face"])
+@pytest.mark.parametrize("name", ["image_folder", "masks", "hugging_face"])
 def test_cached_samples_are_those_without_a_cache(name: str, kind: str, tmp_cwd: Path) -> None:
     overrides = [
         f"data={name}",
@@ -97,6 +99,65 @@ def test_cached_samples_are_those_without_a_cache(name: str, kind: str, tmp_cwd:
         assert torch.equal(found[1], expected[1]), stage
     first = cached["valid"].first(2)
     assert torch.equal(first[0], plain["valid"].first(2)[0])  # type: ignore[index]
+
+
+def test_masks_of_a_cache_keep_their_labels_and_move_with_their_images(tmp_cwd: Path) -> None:
+    overrides = ["data=masks", *write_data("masks", tmp_cwd), "data.cache_size=24"]
+    loaders = [loaders_for(*overrides, f"data.cache={kind}") for kind in ("memory", "disk")]
+    for stage, epoch in product(("train", "test"), (1, 2)):
+        batches = []
+        for stages in loaders:
+            torch.manual_seed(epoch)
+            batches.append(stage_batches(stages[stage], epoch))
+        (images, masks), (same_images, same_masks) = batches
+        assert torch.equal(images, same_images)
+        assert torch.equal(masks, same_masks)
+        assert masks.dtype == torch.int64
+        assert set(masks.unique().tolist()) == {0, 1, 2}
+        gray = images.mean(1)  # objects are brighter than the background but for noise and edges
+        bright = gray > (gray[masks > 0].mean() + gray[masks == 0].mean()) / 2
+        agreement = [(bright == (m > 0)).double().mean() for m in (masks, masks.flip(-1))]
+        assert agreement[0] > 0.85 > 0.7 > agreement[1], agreement
+
+
+def test_masks_in_a_cache_file_are_renewed_with_the_colors_and_the_files(tmp_path: Path) -> None:
+    write_mask_folder(tmp_path / "street", 3)
+    cache = ImageCache("disk", FitImage(16, 16, stretch=True), tmp_path / "cache", 2)
+    mask = tmp_path / "street" / "masks" / "001.png"
+
+    def cached_masks(**options: object) -> torch.Tensor:
+        images = mask_folder(str(tmp_path / "street"), **options)  # type: ignore[arg-type]
+        assert isinstance(images, MaskFolder)
+        return cache.load(images, torch.arange(3)).arrays.tensors[1]
+
+    before = cached_masks().clone()
+    Image.fromarray(np.full((32, 40), 2, np.uint8)).save(mask)
+    changed = cached_masks()
+    assert (changed[1] == 2).all()
+    assert torch.equal(changed[[0, 2]], before[[0, 2]])
+    for path in (tmp_path / "street" / "masks").iterdir():
+        Image.fromarray(np.full((32, 40 - 8 * (path != mask)), 1, np.uint8)).save(path)
+    colors = ["#000000", "#010101"]
+    assert (cached_masks(colors=colors) == 1).all()
+    assert (cached_masks(colors=colors[::-1]) == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_automatic_normalization_measures_the_cached_training_part(
+    kind: str, tmp_cwd: Path
+) -> None:
+    write_image_folder(tmp_cwd / "pets", {"cat": 20, "dog": 20})
+    folder = ("data=image_folder", "data.path=pets", "data.image_size=16", f"data.cache={kind}")
+    folder += ("data.eval_crop=1.0", TRAIN_LIKE_EVAL)
+    plain = loaders_for(*folder, "data.normalize=null", "data.augment.flip=null")
+    pixels = stage_batches(plain["train"], 1)[0].double()
+    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
+    auto = "data.normalize={mean: auto, std: auto}"
+    for mode, stage in (("train", "valid"), ("train", "train"), ("test", "test")):
+        loaders = loaders_for(*folder, auto, mode=mode)
+        transform = loaders[stage].prepare.transform  # type: ignore[attr-defined]
+        torch.testing.assert_close(transform.mean.flatten(), mean.float())
+        torch.testing.assert_close(transform.std.flatten(), std.float())
 
 
 def test_ranks_divide_the_cached_batches(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,13 +254,13 @@ def test_damaged_cache_file_is_found_and_renewed(
 def test_interrupted_build_leaves_no_file(
     images: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(self: ImageFolder, index: int) -> torch.Tensor:
-        if index == 4:
+    def interrupt(path: str) -> torch.Tensor:
+        if path.endswith(images.paths[4]):
             raise KeyboardInterrupt
-        return decode_image(str(self.root / self.paths[index]))
+        return decode_image(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageFolder, "read_image", interrupt)
+        patch.setattr("app.data.images.decode_image", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load(disk_cache(images), images)
     names = [path.name for path in (images.root.parent / "cache").iterdir()]
@@ -229,6 +290,27 @@ def test_data_that_cannot_be_cached_are_refused(tmp_cwd: Path) -> None:
     overrides = ["data=npz", *write_data("npz", tmp_cwd), "data.cache=memory"]
     (issue,) = config_issues(*overrides)
     assert "data.cache: the train data (TensorDataset) are not image files" in issue
+    overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd)]
+    (issue,) = config_issues(*overrides, "data.normalize={mean: auto, std: auto}")
+    assert "data.normalize=auto needs a dataset in memory, or data.cache for image files" in issue
     with pytest.raises(UserError, match=r"data\.cache_size=\[16\]; allowed: a number of pixels"):
-        overrides = ["data=image_folder", *write_data("image_folder", tmp_cwd)]
         loaders_for(*overrides, "data.cache=memory", "data.cache_size=[16]")
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_images_of_different_channels_are_one_error(kind: str, tmp_path: Path) -> None:
+    class Mixed(Dataset[tuple[torch.Tensor, int]]):
+        location, targets = "mixed", [0, 1]
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            return torch.zeros(3 - 2 * index, 20, 20, dtype=torch.uint8), index
+
+        def fingerprint(self) -> str:
+            return ""
+
+    cache = ImageCache(kind, FitImage(16, 16), tmp_path, 1)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"sample 1 has 1 channels, that of sample 0 has 3"):
+        cache.load(Mixed(), torch.arange(2))

@@ -74,6 +74,9 @@ def test_channel_statistics_normalize_to_mean_0_and_std_1() -> None:
     y = (x.double() / 255 - torch.tensor(mean).view(2, 1, 1)) / torch.tensor(std).view(2, 1, 1)
     torch.testing.assert_close(y.mean((0, 2, 3)), torch.zeros(2).double(), atol=1e-6, rtol=0)
     torch.testing.assert_close(y.std((0, 2, 3), correction=0), torch.ones(2).double())
+    some = torch.arange(0, 50, 3)
+    of_some = channel_statistics(TensorDataset(x), rows=some)
+    torch.testing.assert_close(of_some, channel_statistics(TensorDataset(x[some].double() / 255)))
 
 
 def test_resize_center_crop_is_the_recipe_of_torchvision() -> None:
