@@ -22,7 +22,6 @@ from omegaconf.errors import OmegaConfBaseException
 from app.cli import report
 from app.cli.jobs import run_job
 from app.cli.preflight import preflight
-from app.cli.shorthand import expand
 from app.config import resolvers
 from app.config.compose import open_composer
 from app.config.habits import usage
@@ -32,6 +31,7 @@ from app.distributed.launch.environment import ClusterEnvironment, detect_enviro
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
+from app.experiment.shorthand import expand
 from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
 from app.runtime.escaping import escape_control, escape_log_records, print_error
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted

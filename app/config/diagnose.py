@@ -83,16 +83,19 @@ def _value_issues(
     elif not override.is_add() and not override.is_force_add() and not exists:
         value = raw_override(override).partition("=")[2]
         typed = "" if override.is_delete() else f"={value}"
-        hint = usage(key, value) or _hint(raw, key, keys)
+        hint = _hint(raw, key, value, keys)
         yield ConfigIssue(key, f"{typed} is not a known key; {hint}")
     elif override.is_delete() and get_at(raw, key.split(".")) is None:
         yield ConfigIssue(f"~{key}", ": it is null, so there is nothing to remove")
 
 
-def _hint(raw: dict[str, Any], key: str, keys: Sequence[str]) -> str:
-    """Return the valid keys next to an unknown key, and the nearest match."""
+def _hint(raw: dict[str, Any], key: str, value: str, keys: Sequence[str]) -> str:
+    """Return the key that is meant, or the valid keys next to an unknown key and the nearest."""
     *groups, last = key.split(".")
     group = get_at(raw, groups)
+    is_near = groups and isinstance(group, dict) and did_you_mean(last, map(str, group))
+    if not is_near and (habit := usage(key, value)):
+        return habit
     if not isinstance(group, dict):
         return f"there is no {'.'.join(groups)!r}{did_you_mean(key, keys)}"
     siblings = [str(name) for name in group]

@@ -12,11 +12,11 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from app.cli.main import main
-from app.cli.shorthand import expand
 from app.config import resolvers
 from app.config.compose import compositions
 from app.config.habits import DEVICE_KEYS, KEYS, NOT_HERE, WORDS, usage
 from app.experiment.job import resolve_folder
+from app.experiment.shorthand import expand
 from app.runtime.errors import ConfigError
 from tests.support.runs import config_issues, job_for
 
