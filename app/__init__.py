@@ -9,6 +9,8 @@ from typing import Any
 # Torch then asks for huge pages for large tensors on Linux, which halves the time to fill them.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+__all__ = ["compose"]
+
 
 def compose(overrides: list[str], folder: str | None = None) -> Any:
     """Build the configuration and the objects of a command line, for notebooks and scripts.

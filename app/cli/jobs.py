@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 import traceback
 from contextlib import ExitStack
@@ -24,7 +25,7 @@ from app.distributed.launch.select import choose_num_ranks, launch_inline
 from app.distributed.launch.torchrun import RankZero
 from app.distributed.launch.worker import route_errors_to_stderr
 from app.experiment.entry import run_experiment
-from app.experiment.job import prepare
+from app.experiment.job import START_CONFIG, prepare
 from app.runtime.errors import NonFiniteError, UserError
 from app.runtime.escaping import escape_log_records, print_error
 from app.runtime.files import remove_temp_files
@@ -33,6 +34,7 @@ from app.runtime.signals import EXIT_INTERRUPTED, StopReason, TrainingInterrupte
 from app.sweep.folder import SweepFolder
 from app.sweep.launchers.external import ProcessId, current_process_id, run_external
 from app.sweep.outcome import DIVERGED, read_run_status, record_failure
+from app.training.checkpoint.rotation import CHECKPOINT_DIR
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.DEBUG)  # tracebacks of user errors go to run.log only
@@ -149,17 +151,25 @@ def run_job_in_folder(
         log.error("the run failed: %s\n%s", error, error.failure.trace)
         raise JobFailedError(error) from error
     except TrainingInterrupted as interrupt:
-        log.warning("%s", interrupt)
+        log.warning("%s%s", interrupt, resume_hint(composed, folder))
         if interrupt.reason is StopReason.PREEMPTED and job.config.trainer.requeue:
             requeue()
         sys.exit(interrupt.exit_code)
     except KeyboardInterrupt:
-        log.warning("interrupted")
+        log.warning("interrupted%s", resume_hint(composed, folder))
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         trace = "".join(traceback.format_exception(error)).rstrip()
         log.error(redact_text(f"the run failed: {type(error).__name__}: {error}\n{trace}"))
         raise JobFailedError(error) from error
+
+
+def resume_hint(composed: DictConfig, folder: Path) -> str:
+    """Return the command that resumes a single run; empty if that is not possible."""
+    multirun = composed.hydra.mode == RunMode.MULTIRUN
+    if multirun or not (folder / CHECKPOINT_DIR / START_CONFIG).is_file():
+        return ""
+    return f"; to resume: python -m app resume={shlex.quote(str(folder))}"
 
 
 def launch(

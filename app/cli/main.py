@@ -8,8 +8,10 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
+from importlib.metadata import version
 from typing import NoReturn
 
 import hydra.version
@@ -22,12 +24,14 @@ from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
 from app.config.compose import open_composer
+from app.config.habits import usage
 from app.config.resolve import resolve
 from app.config.secrets import hidden_secrets, redact_text
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
 from app.experiment.entry import run_experiment
+from app.experiment.shorthand import expand
 from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
 from app.runtime.escaping import escape_control, escape_log_records, print_error
 from app.runtime.signals import EXIT_FAILURE, EXIT_INTERRUPTED, EXIT_USER_ERROR, TrainingInterrupted
@@ -35,6 +39,7 @@ from app.sweep.launchers import POOL_LAUNCHER
 from app.sweep.launchers.external import current_process_id
 from app.sweep.resume import use_saved_command
 
+DISTRIBUTION = "torch-experiment-app"
 HYDRA_VERSION = "1.3"  # whose defaults apply
 
 
@@ -43,12 +48,16 @@ def main() -> None:
     escape_log_records()
     if sys.argv[1:2] == [report.COMMAND]:
         sys.exit(report.main(sys.argv[2:]))
+    if sys.argv[1:] == ["--version"]:
+        sys.stdout.write(f"app {version(DISTRIBUTION)}\n")
+        sys.exit(0)
     resolvers.register()
     parser = get_args_parser()
     parser.prog = "app"
-    args = parser.parse_args()
-    runs_jobs, world = is_run_command(args), None
     try:
+        args = parse_arguments(parser, sys.argv[1:])
+        runs_jobs, world = is_run_command(args), None
+        args.overrides = expand(args.overrides, os.environ)
         use_saved_command(args)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
@@ -65,6 +74,30 @@ def main() -> None:
         if runs_jobs:
             rank_zero.finish(code)
     exit_now(code)
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Parse a command line of Hydra's options and of overrides.
+
+    Raises:
+        ConfigError: There are options that Hydra does not have.
+    """
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise ConfigError([_option_issue(option, arguments) for option in unknown])
+    return args
+
+
+def _option_issue(option: str, arguments: Sequence[str]) -> ConfigIssue:
+    name, _, value = option.partition("=")
+    following = arguments[list(arguments).index(option) + 1 :]
+    if not value and following and "=" not in following[0] and following[0][:1] != "-":
+        value = following[0]
+    key = name.lstrip("-")
+    hint = usage(key, value or True) or f"for example {key}={value or '...'}"
+    return ConfigIssue(name, f" is not an option; keys are typed as key=value: {hint}")
 
 
 def run_rank_zero(

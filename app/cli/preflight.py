@@ -27,6 +27,7 @@ from app.sweep.outcome import COMPLETED, DIVERGED, FINISHED_STATUSES
 MAX_NAME_BYTES = 255  # the limit for one file name on all common file systems
 # Files that other libraries open, whose errors would not tell the user what to do.
 LOG_FILES = ("run.log", "sweep.log", "multirun.yaml")
+SWEEP_KEYS = ("hydra/sweeper", "hydra.sweeper", "hydra/launcher", "hydra.launcher", "sweep.")
 HYDRA_FILES = ("config.yaml", "hydra.yaml", "overrides.yaml")
 
 
@@ -51,19 +52,50 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
     if composer.is_sweep:
         check_sweep(composer, jobs[0][0], rank_zero is None)
     if jobs[0][1].config.mode == "check":
-        for warning in dict.fromkeys(line for _, job in jobs for line in job.data_warnings):
-            sys.stderr.write(f"{warning}\n")
-        sys.stdout.write("the configuration is valid\n")
+        _check_samples([job for _, job in jobs])
         sys.exit(0)
     for folder, subfolder, (composed, job) in zip(folders, subfolders, jobs, strict=True):
         with as_user_error(key):
             _check_folder(key, folder, composed, job)
             _check_hydra_folder(key, folder / str(subfolder))
         if rank_zero is None:
-            choose_num_ranks(job.config, composer.is_sweep)
+            _warn_of_ranks(job, choose_num_ranks(job.config, composer.is_sweep))
         else:
             check_environment(job.config, rank_zero.cluster)
+    if not composer.is_sweep:
+        _warn_of_unused_sweep(composer.overrides)
     return str(jobs[0][0].hydra.launcher._target_)
+
+
+def _check_samples(jobs: list[Job]) -> None:
+    """Say that the configurations are valid, after two samples went through each of the models."""
+    for warning in dict.fromkeys(line for job in jobs for line in job.data_warnings):
+        sys.stderr.write(f"{warning}\n")
+    config_only = [job.config.check == "config" for job in jobs]
+    if not all(config_only):
+        from app.experiment.run import check_samples
+
+        for job in jobs:
+            check_samples(job)
+    rest = "; no sample was sent through the model" if all(config_only) else ""
+    sys.stdout.write(f"the configuration is valid{rest}\n")
+
+
+def _warn_of_ranks(job: Job, num_ranks: int) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores and num_ranks > cores:
+        sys.stderr.write(
+            f"warning: trainer.devices={job.config.trainer.devices!r} starts {num_ranks} processes "
+            f"on {cores} CPU cores, which slows all of them down\n"
+        )
+
+
+def _warn_of_unused_sweep(overrides: list[str]) -> None:
+    unused = [text for text in overrides if text.lstrip("+").startswith(SWEEP_KEYS)]
+    if unused:
+        sys.stderr.write(
+            f"warning: {' '.join(unused)} has no effect without -m, which starts a sweep\n"
+        )
 
 
 @contextmanager
@@ -111,7 +143,7 @@ def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> Non
         problem = f": {status} is a folder, but the run writes a file of that name"
         raise ConfigError([ConfigIssue(key, problem)])
     check_writable(folder, LOG_FILES)
-    check_disk_space(nearest)
+    check_disk_space(folder)
 
 
 def _check_hydra_folder(key: str, folder: Path) -> None:

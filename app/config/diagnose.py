@@ -15,6 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
+from app.config.habits import usage
 from app.config.nested import get_at
 from app.config.overrides import raw_override
 from app.runtime.errors import ConfigError, ConfigIssue, did_you_mean, join_choices
@@ -26,6 +27,7 @@ EXTRA_BY_OPTION = {  # extras of this package that install the Hydra plugin of a
     "hydra/launcher/ray": "ray",
 }
 NO_OPTION = r"Could not find '([^']+)/([^/']+)' Available options in '[^']+': (.*) Config search"
+SEVERAL_VALUES = r"^Ambiguous value for argument '([^'=]+)=(.*)' 1\. To use it as a list"
 
 
 def diagnose(
@@ -79,14 +81,21 @@ def _value_issues(
     if override.is_add() and exists and not isinstance(get_at(raw, key.split(".")), dict):
         yield ConfigIssue(f"+{key}", f" already exists; use {key}=... to change it")
     elif not override.is_add() and not override.is_force_add() and not exists:
-        value = "" if override.is_delete() else f"={override.value()!r}"
-        yield ConfigIssue(key, f"{value} is not a known key; {_hint(raw, key, keys)}")
+        value = raw_override(override).partition("=")[2]
+        typed = "" if override.is_delete() else f"={value}"
+        hint = _hint(raw, key, value, keys)
+        yield ConfigIssue(key, f"{typed} is not a known key; {hint}")
+    elif override.is_delete() and get_at(raw, key.split(".")) is None:
+        yield ConfigIssue(f"~{key}", ": it is null, so there is nothing to remove")
 
 
-def _hint(raw: dict[str, Any], key: str, keys: Sequence[str]) -> str:
-    """Return the valid keys next to an unknown key, and the nearest match."""
+def _hint(raw: dict[str, Any], key: str, value: str, keys: Sequence[str]) -> str:
+    """Return the key that is meant, or the valid keys next to an unknown key and the nearest."""
     *groups, last = key.split(".")
     group = get_at(raw, groups)
+    is_near = groups and isinstance(group, dict) and did_you_mean(last, map(str, group))
+    if not is_near and (habit := usage(key, value)):
+        return habit
     if not isinstance(group, dict):
         return f"there is no {'.'.join(groups)!r}{did_you_mean(key, keys)}"
     siblings = [str(name) for name in group]
@@ -117,6 +126,15 @@ def _as_issue(error: HydraException) -> ConfigIssue:
         install = f'pip install "torch-experiment-app[{EXTRA_BY_OPTION[missing[0]]}]"'
         return ConfigIssue(group, f"={option} is not installed: {install}")
     message = " ".join(" ".join(reasons).split())
+    if match := re.search(SEVERAL_VALUES, message):
+        key, values = match[1], match[2]
+        problem = (
+            f"={values} has several values; add -m to run one job for each, or type "
+            f"{key}=[{values}] for a list, \"{key}='{values}'\" for a text"
+        )
+        return ConfigIssue(key, problem)
+    if match := re.search(r"Cannot find primary config '([^']+)'", message):
+        return ConfigIssue("--config-name", f"={match[1]!r} does not exist; it is usually left out")
     if match := re.search(NO_OPTION, message):
         group, option, options = match[1], match[2], match[3].split()
         allowed = f"{join_choices(options)}{did_you_mean(option, options)}"

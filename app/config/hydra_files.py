@@ -28,7 +28,7 @@ RUN_DIR, SWEEP_DIR = ("hydra", "run", "dir"), ("hydra", "sweep", "dir")
 SUBDIR, OUTPUT_SUBDIR = ("hydra", "sweep", "subdir"), ("hydra", "output_subdir")
 JOB_NAME = ("hydra", "job", "name")
 SWEEPER, STORAGE = ("hydra", "sweeper"), ("hydra", "sweeper", "storage")
-NAME_KEYS = ("name", "resume", "sweep.resume")  # typed values of these become part of folders
+NAME_KEYS = ("name", "output", "resume", "sweep.resume")  # typed ones may leave a folder
 # Stand for what Hydra sets when a job starts. Nobody can guess them, so no text depends on them.
 JOB_NUM = secrets.randbits(62)
 OUTPUT_DIR = f"/{secrets.token_hex(16)}"

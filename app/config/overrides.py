@@ -15,6 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
+from app.config.habits import WORDS
 from app.config.limits import override_problem
 from app.config.resolvers import escape_interpolations
 from app.runtime.errors import ConfigError, ConfigIssue, did_you_mean, join_choices
@@ -96,7 +97,9 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
     Raises:
         ConfigError: Lists every override that cannot be parsed.
     """
-    issues, parsed = [], []
+    spaced, texts = _split_at_spaces(texts)
+    issues = [ConfigIssue(f"{text}", " must be typed without spaces around =") for text in spaced]
+    parsed = []
     for text in texts:
         if (problem := override_problem(text)) is not None:
             issues.append(ConfigIssue(f"{text[:40]}...", problem))
@@ -107,12 +110,33 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
                 problem = f" is a range without an end, or of more than {MAX_SWEEP_VALUES:,} values"
                 issues.append(ConfigIssue(text, problem))
         except HydraException as error:
-            reason = str(error).splitlines()[0]
-            hint = _quoting_hint(text)
-            issues.append(ConfigIssue(text, f" cannot be read as key=value: {reason}{hint}"))
+            issues.append(ConfigIssue(text, _problem(text, error)))
     if issues:
         raise ConfigError(issues)
     return parsed
+
+
+def _split_at_spaces(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the `key = value` that a shell has split into several texts, and the other texts."""
+    spaced, others = [], list(texts)
+    while "=" in others[1:]:
+        index = others.index("=", 1)
+        spaced.append(" ".join(others[index - 1 : index + 2]))
+        del others[index - 1 : index + 2]
+    return spaced, others
+
+
+def _problem(text: str, error: HydraException) -> str:
+    """Return why Hydra cannot parse an override, and what to type instead."""
+    if (word := text.lower()) in WORDS:
+        return f" is not key=value; did you mean {WORDS[word]}?"
+    if "=" not in text and "~" not in text:
+        return " is not key=value; for example: model=lenet trainer.max_epochs=3"
+    if any(text.count(mark) % 2 for mark in "'\""):
+        return f" has a quote that is not closed{_quoting_hint(text)}"
+    reason = str(error).splitlines()[0]
+    reason = "" if reason.endswith((text, f"'{text}'")) else f": {reason}"  # it says no more
+    return f" cannot be read as key=value{reason}{_quoting_hint(text)}"
 
 
 @lru_cache(maxsize=1_000)

@@ -29,8 +29,10 @@ CIRCULAR_MESSAGES = ("Recursive interpolation detected", "Interpolation to paren
 # Keys of the current command, which a saved run does not decide.
 PER_COMMAND_KEYS = (
     "mode",
+    "check",
     "ckpt",
     "resume",
+    "output",
     "launch",
     "name",
     "tags",

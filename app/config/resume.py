@@ -80,6 +80,7 @@ def _with_overrides(
     changed, issues = copy.deepcopy(saved), []
     for override in overrides:
         key = (override.package or override.key_or_group).replace("/", ".")
+        key = "callbacks" if key == "logger" else key
         if key in MULTI_KEY_GROUPS and resumes:
             changed = copy.deepcopy(now)  # all keys come from the current command line
             break

@@ -229,7 +229,7 @@ class TrainerConfig:
     overfit_batches: NonNegative
     fast_dev_run: bool | Positive
     max_time: str | Annotated[float, Gt(0.0)] | None
-    accelerator: Literal["auto", "cpu", "cuda", "mps"]
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"]
     devices: Literal["auto"] | Positive | list[NonNegative] | None
     strategy: Literal["ddp", "fsdp"]
     sync_batchnorm: bool
@@ -280,8 +280,10 @@ class Config:
     __pydantic_config__ = STRICT
 
     mode: Mode
+    check: Literal["samples", "config"]
     ckpt: str | None
     resume: str | None
+    output: str
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Annotated[int, Ge(0), Le(MAX_INT64)]
     name: str

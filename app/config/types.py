@@ -151,7 +151,18 @@ def _describe_error(kind: str, found: Any, schema: Schema, path: KeyPath, name: 
     if kind == "missing":
         return f" is missing; {allowed}"
     literals = [str(x) for option in _options(schema, expected) for x in _literals(option)]
-    return f"={found!r} is not valid; {allowed}{did_you_mean(str(found), literals)}"
+    hint = did_you_mean(str(found), literals) or _list_hint(schema, expected, found, name)
+    return f"={found!r} is not valid; {allowed}{hint}"
+
+
+def _list_hint(schema: Schema, expected: Schema, found: Any, name: str) -> str:
+    """Return how a list is typed, or how several values of a sweep are."""
+    takes_list = any("items" in option for option in _options(schema, expected))
+    if takes_list and isinstance(found, str | int | float):
+        return f"; did you mean '{name}=[{found}]'?"
+    if not takes_list and isinstance(found, list) and found:
+        return f"; for one job per value: -m {name}={','.join(map(str, found))}"
+    return ""
 
 
 @cache

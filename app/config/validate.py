@@ -59,9 +59,19 @@ def config_issues(
     """Return everything that is wrong with a configuration; see `validate`."""
     issues = [*known_issues, *iter_issues("", plain, Config)]
     issues += rule_issues(plain, tuple(issue.key for issue in issues))
+    issues += _learning_rate_issues(plain)
     issues += _target_issues(plain, trusted)
     invalid_keys = {issue.key for issue in issues}
     return issues + _build_issues(plain, trusted, invalid_keys)
+
+
+def _learning_rate_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    for key, node in optimizer_nodes(plain["optimizer"]).items():
+        rate = node.get("lr") if isinstance(node, dict) else None
+        if isinstance(rate, list):
+            values = ",".join(map(str, rate))
+            problem = f"={rate} is not a number; for one job per value: -m {key}.lr={values}"
+            yield ConfigIssue(f"{key}.lr", problem)
 
 
 def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:

@@ -282,7 +282,8 @@ def _start_config(folder: Path, resume: str) -> Path | None:
         return file
     if resume == AUTO:
         return None
-    problem = f"={resume!r} contains no run to resume: {folder} does not exist"
+    latest = "; did you mean resume=latest?" if resume in ("last", "newest") else ""
+    problem = f"={resume!r} contains no run to resume: {folder} does not exist{latest}"
     if folder.exists():
         problem = (
             f"={resume!r} contains no run to resume: nothing was started there (no checkpoint, no "

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 import pandas as pd
+import torch
 from hydra._internal.utils import get_args_parser
 
 from app.callbacks.prediction_files import prediction_table
+from app.callbacks.selection import pick_targets
 from app.callbacks.tables import truncate_to_history
 from app.config import resolvers
 from app.config.compose import open_composer
@@ -28,11 +33,12 @@ from app.experiment.run import (
     make_status,
     make_trainer,
 )
+from app.experiment.shorthand import expand
 from app.runtime.device import choose_device, count_devices
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
-from app.runtime.nested import Nested, describe
+from app.runtime.nested import concat, describe, map_tensors
 from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.precision import make_deterministic
 
@@ -45,7 +51,8 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             devices).
     """
     resolvers.register()
-    with open_composer(get_args_parser().parse_args(list(overrides))) as composer:
+    _show_log()
+    with open_composer(get_args_parser().parse_args(expand(overrides, os.environ))) as composer:
         if composer.is_sweep:
             raise UserError("compose() builds a single job; run sweeps from the command line")
         jobs = make_jobs(composer)
@@ -75,6 +82,14 @@ def compose(overrides: list[str], folder: str | None = None) -> Experiment:
             f"resume={composed.resume}"
         )
     return Experiment(job, run_folder)
+
+
+def _show_log() -> None:
+    """Print the log, as the command line does, unless the caller has set up logging."""
+    log = logging.getLogger("app")
+    if not log.hasHandlers():
+        log.addHandler(logging.StreamHandler(sys.stdout))
+        log.setLevel(logging.INFO)
 
 
 class Experiment:
@@ -139,20 +154,27 @@ class Experiment:
         return self.trainer.evaluate(self._loader(stage), stage, self._best_epoch)
 
     def predict(self, stage: str = "test") -> pd.DataFrame:
-        """Return a row for each sample: the label and probabilities, or the outputs.
+        """Return a row for each sample: its target, if it is a class, the label and probabilities.
+
+        A model without logits has columns with its outputs instead.
 
         Raises:
             UserError: The outputs do not fit a table; `trainer.predict(loaders[stage])` returns
                 them as tensors.
         """
-        outputs: Nested = self.trainer.predict(self._loader(stage))
+        batches = self.trainer.predictions(self._loader(stage))
+        pairs = [(pick_targets(data, self.job.plain), outputs) for data, outputs in batches]
+        targets, outputs = concat([map_tensors(torch.Tensor.cpu, pair) for pair in pairs])
         values = outputs.float().numpy() if hasattr(outputs, "numpy") else np.empty((0, 0, 0))
         if values.ndim > 2:
             raise UserError(
                 f"the outputs do not fit a table: {describe(outputs)}; "
                 "use trainer.predict(loaders[stage])"
             )
-        return prediction_table(values, None in logit_keys(self.task))
+        table = prediction_table(values, None in logit_keys(self.task))
+        if isinstance(targets, torch.Tensor) and targets.shape == (len(table),):
+            table.insert(1, "target", targets.numpy())
+        return table
 
     def _loader(self, stage: str) -> BatchLoader:
         if stage not in self.loaders:

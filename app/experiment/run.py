@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -105,6 +106,22 @@ def execute(
                 return value
             MODES[config.mode](trainer, components, config)
             return None
+
+
+def check_samples(job: Job) -> None:
+    """Build the components of a job and send two samples of each stage through them.
+
+    Nothing is written: a cache of images is not built.
+
+    Raises:
+        UserError: A component cannot be built, or the components do not fit together.
+    """
+    config = job.config
+    device = choose_device(config.trainer.accelerator, config.trainer.devices)
+    data, trainer = replace(config.data, cache=None), replace(config.trainer, compile=False)
+    config = replace(config, mode="train", data=data, trainer=trainer)
+    with without_ghostscript():
+        make_components(config, Instantiator(job.trusted), device)
 
 
 def make_status(job: Job, folder: Path, device: torch.device) -> StatusWriter:

@@ -15,7 +15,7 @@ def choose_device(accelerator: str, devices: Devices = None, local_rank: int = 0
     """Return the device of a rank.
 
     Args:
-        accelerator: `auto`, `cpu`, `cuda` or `mps`.
+        accelerator: `auto`, `cpu`, `gpu`, `cuda` or `mps`.
         devices: The devices of this machine to use.
         local_rank: Rank on this machine.
 
@@ -67,7 +67,7 @@ def _resolve_accelerator(accelerator: str) -> str:
         available.insert(0, "mps")
     if torch.cuda.is_available():
         available.insert(0, "cuda")
-    if accelerator == "auto":
+    if accelerator == "auto" or (accelerator == "gpu" and len(available) > 1):
         return available[0]
     if accelerator not in available:
         raise UserError(

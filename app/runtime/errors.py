@@ -89,7 +89,7 @@ def as_storage_error(error: OSError) -> StorageError:
 def did_you_mean(word: str, allowed: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` with the closest of `allowed`, or an empty string."""
     names = {name.lower(): name for name in allowed}
-    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
     return f"; did you mean {names[close[0]]!r}?" if close else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -91,16 +92,23 @@ def _write_problem(folder: Path, error: OSError) -> str:
     return f"cannot be written: {error.strerror or error}; {free:,} bytes are free"
 
 
-def check_disk_space(folder: Path) -> None:
+def check_disk_space(planned: Path) -> None:
     """Check, with an unnamed temporary file, that there is room for the files of any run.
 
+    Args:
+        planned: The run folder, which may not exist yet.
+
     Raises:
-        StorageError: The disk is full or a quota is exhausted.
+        StorageError: Nothing can be written there, the disk is full or a quota is exhausted.
     """
+    folder = next(parent for parent in (planned, *planned.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(MIN_FREE_BYTES))
     except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            problem = f"{folder} does not take files: {error.strerror}"
+            raise StorageError(f"{planned} cannot be created: {problem}") from error
         head = f"{folder}: the {MIN_FREE_BYTES:,} bytes that every run needs"
         raise StorageError(f"{head} {_write_problem(folder, error)}") from error
 

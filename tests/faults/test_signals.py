@@ -40,6 +40,7 @@ def test_ctrl_c_saves_checkpoint_and_exits(tmp_path: Path, devices: int) -> None
     assert process.returncode == 130, out
     assert out.count("stopping after the current step; press Ctrl-C again to stop at once") == 1
     assert "Traceback" not in out
+    assert f"interrupted; to resume: python -m app resume={tmp_path / 'run'}\n" in out
     assert status_of(tmp_path / "run")["status"] == "interrupted"
     assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
     assert len(pd.read_csv(tmp_path / "run" / "epoch_details" / "epoch001_train.csv")) < 12

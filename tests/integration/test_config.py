@@ -32,7 +32,7 @@ def test_validate_many_invalid_overrides_reports_all_at_once(
         "trainer.max_epoch=3 is not a known key",
         "did you mean 'max_epochs'?",
         "trainer.max_epochs=-1 is not valid; allowed: an integer of at least 1, or null",
-        "did you mean 'optimizer.lr'?",
+        "use optimizer.lr=",
         "data.batch_size='many' is not valid; allowed: an integer of at least 1",
         "trainer.foo=1 is not a known key",
         "goal.metric='acuracy' is not measured in valid; it has: accuracy, loss, total_correct",

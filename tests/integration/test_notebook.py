@@ -32,6 +32,8 @@ def test_compose_trains_and_evaluates_like_the_command_line(
     accuracy = full_table[full_table["stage"] == "test"]["accuracy"].iloc[0]
     assert test_row["accuracy"][0] == accuracy
     assert len(predictions) == 10_000
+    assert list(predictions.columns[:3]) == ["sample", "target", "label"]
+    assert (predictions["target"] == predictions["label"]).mean() == pytest.approx(accuracy)
     assert experiment.config.trainer.max_epochs == 2
     for name in ("config.yaml", "status.json", "test_summary_table.csv", "plots/loss.png"):
         assert (tmp_path / name).is_file(), name
@@ -44,6 +46,21 @@ def test_compose_with_invalid_overrides_reports_all_errors(tmp_cwd: Path) -> Non
     with pytest.raises(UserError, match="run sweeps from the command line"):
         app.compose(["-m", "seed=0,1"])
     assert list(tmp_cwd.iterdir()) == []
+
+
+def test_compose_prints_the_log_unless_logging_is_set_up(tmp_path: Path) -> None:
+    script = (
+        "import sys, app\n"
+        "if sys.argv[2:]: import logging; logging.basicConfig(level=logging.ERROR)\n"
+        "with app.compose(['model=mlp', 'debug=fast'], sys.argv[1]) as experiment:\n"
+        "    experiment.fit()\n"
+    )
+    for arguments, is_shown in [("1",), True], [("2", "logging"), False]:
+        folder, *rest = arguments
+        command = [sys.executable, "-c", script, str(tmp_path / folder), *rest]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert ("best accuracy" in done.stdout) is is_shown
 
 
 def test_example_from_python_runs(tmp_path: Path) -> None:

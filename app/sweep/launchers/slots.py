@@ -99,7 +99,7 @@ def num_ranks(devices: Devices, num_gpus: int) -> int:
 
 
 def _visible_gpus(accelerator: str) -> list[str]:
-    if accelerator not in ("auto", "cuda"):
+    if accelerator not in ("auto", "gpu", "cuda"):
         return []
     import torch
 

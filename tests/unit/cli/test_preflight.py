@@ -65,3 +65,26 @@ def test_preflight_resume_with_folder_as_status_is_config_error(tmp_cwd: Path) -
     error = preflight_error("hydra.run.dir=run", "resume=auto")
     assert isinstance(error, ConfigError)
     assert "status.json is a folder" in str(error)
+
+
+def test_preflight_folder_that_takes_no_files_is_named_as_typed() -> None:
+    message = str(preflight_error("hydra.run.dir=/proc/nope/run"))
+    assert message.startswith("/proc/nope/run cannot be created: /proc does not take files: ")
+
+
+@pytest.mark.usefixtures("tmp_cwd")
+def test_preflight_warns_of_many_ranks_and_of_a_search_without_multirun(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    resolvers.register()
+    overrides = ["model=mlp", "trainer.devices=1000", "data.batch_size=1000"]
+    for more in ([], ["hydra/sweeper=optuna", "sweep.max_retries=1"]):
+        args = get_args_parser().parse_args([*overrides, *more])
+        with open_composer(args) as composer:
+            preflight(composer)
+    ranks, _, unused = capsys.readouterr().err.splitlines()
+    assert ranks.startswith("warning: trainer.devices=1000 starts 1000 processes on ")
+    assert unused == (
+        "warning: hydra/sweeper=optuna sweep.max_retries=1 has no effect without -m, which starts "
+        "a sweep"
+    )

@@ -18,7 +18,7 @@ CONF = Path(__file__).parents[3] / "conf"
 
 
 def test_compose_argument_without_equals_sign_is_named() -> None:
-    with pytest.raises(ConfigError, match="foo cannot be read as key=value"):
+    with pytest.raises(ConfigError, match="foo is not key=value"):
         config_issues("foo")
 
 
