@@ -23,8 +23,9 @@ from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
+from app.data.identity import DataIdentity, identify_data
 from app.data.split import sample_paths
-from app.distributed.collectives import is_distributed, rank_zero_first
+from app.distributed.collectives import is_distributed, rank, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import dry_run
@@ -57,6 +58,7 @@ class Components:
         paths: The file of each sample of a stage, in order, where samples are files.
         freezing: When which parameters of the model are frozen.
         device: The device of the model and of the batches.
+        data: Which data each stage of `loaders` has; on rank 0 only.
     """
 
     task: Task
@@ -64,6 +66,7 @@ class Components:
     paths: dict[str, list[str]]
     freezing: FreezeSchedule
     device: torch.device
+    data: dict[str, DataIdentity]
 
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
@@ -85,7 +88,8 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     if config.trainer.compile:
         model.compile()
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
-    return Components(task, loaders, paths, freezing, device)
+    data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
+    return Components(task, loaders, paths, freezing, device, data)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:

@@ -128,7 +128,16 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
     warnings = report.warnings if report else []
-    return Job(config, plain, saved, trusted, differences, damaged, warnings)
+    return Job(
+        config,
+        plain,
+        saved,
+        trusted,
+        differences,
+        damaged,
+        warnings,
+        list(map(str, override_strings)),
+    )
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
