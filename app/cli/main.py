@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from typing import NoReturn
@@ -17,7 +18,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from app.cli import report
+from app.cli import repeat, report
 from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
@@ -43,10 +44,9 @@ def main() -> None:
     escape_log_records()
     if sys.argv[1:2] == [report.COMMAND]:
         sys.exit(report.main(sys.argv[2:]))
-    resolvers.register()
-    parser = get_args_parser()
-    parser.prog = "app"
-    args = parser.parse_args()
+    if sys.argv[1:2] == [repeat.COMMAND]:
+        sys.exit(repeat.main(sys.argv[2:], run_command))
+    args, parser = parse_arguments(sys.argv[1:])
     runs_jobs, world = is_run_command(args), None
     try:
         use_saved_command(args)
@@ -65,6 +65,22 @@ def main() -> None:
         if runs_jobs:
             rank_zero.finish(code)
     exit_now(code)
+
+
+def parse_arguments(
+    arguments: Sequence[str],
+) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """Parse a command line with Hydra's own parser."""
+    resolvers.register()
+    parser = get_args_parser()
+    parser.prog = "app"
+    return parser.parse_args(arguments), parser
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command line in this process, and return its exit code."""
+    args, parser = parse_arguments(arguments)
+    return run_rank_zero(args, parser, None)
 
 
 def run_rank_zero(

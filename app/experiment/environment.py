@@ -40,6 +40,7 @@ ENVIRONMENT_FILE = "environment.json"
 PATCH_NAME = "uncommitted"
 MAX_ATTEMPTS = 100  # that are kept: the first one, and the newest
 LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
+STATUS_FIELDS = ("folder", "commit", "branch", "is_dirty", "note")  # of the code, in `status.json`
 PROGRAM_FOLDER = Path(__file__).parents[2]
 NVIDIA_VERSION_FILE = Path("/proc/driver/nvidia/version")
 
@@ -71,21 +72,18 @@ class Environment:
             "device": describe_device(device),
             **describe_gpus(device),
             "ranks": world_size(),
-            "python": platform.python_version(),
-            "packages": installed_packages(),
+            **describe_packages(),
         }
 
     @property
     def status_fields(self) -> dict[str, Any]:
         """The part that is repeated in `status.json`."""
-        code = {role: _describe_repository(found) for role, found in self.repositories.items()}
-        for entry in code.values():
-            entry.pop("untracked", None)
-        return {
-            **{name: self.content[name] for name in ("command", "host")},
-            "code": code,
-            "versions": self.versions,
+        code = {
+            role: {name: value for name, value in entry.items() if name in STATUS_FIELDS}
+            for role, entry in describe_repositories(self.repositories).items()
         }
+        names = ("command", "host")
+        return {n: self.content[n] for n in names} | {"code": code, "versions": self.versions}
 
     @property
     def versions(self) -> dict[str, str]:
@@ -112,16 +110,26 @@ class Environment:
         Raises:
             StorageError: A file cannot be written.
         """
-        code = {role: _describe_repository(found) for role, found in self.repositories.items()}
+        code = describe_repositories(self.repositories)
         for role, found in self.repositories.items():
             if isinstance(found, Repository) and found.diff:
-                code[role] |= _write_patch(folder, found)
+                code[role]["patch"] = _write_patch(folder, _patch_of(found))
         stages = {stage: asdict(identity) for stage, identity in data.items()}
         record = {**self.content, "code": code, "data": {"source": source, "stages": stages}}
         attempts = [*read_attempts(folder), record]
         kept = [*attempts[:1], *attempts[1:][-(MAX_ATTEMPTS - 1) :]]
         write_json(folder / ENVIRONMENT_FILE, {"attempts": kept})
         return record
+
+
+def code_record() -> dict[str, Any]:
+    """Return the part of a record that is known before a run starts."""
+    return {**describe_packages(), "code": describe_repositories(find_repositories())}
+
+
+def describe_packages() -> dict[str, Any]:
+    """Return the version of Python and of all installed packages."""
+    return {"python": platform.python_version(), "packages": installed_packages()}
 
 
 def read_attempts(folder: Path) -> list[dict[str, Any]]:
@@ -165,22 +173,38 @@ def find_repositories() -> dict[str, Repository | str]:
     return found
 
 
+def describe_repositories(
+    repositories: Mapping[str, Repository | str],
+) -> dict[str, dict[str, Any]]:
+    """Return the code of a record."""
+    return {role: _describe_repository(found) for role, found in repositories.items()}
+
+
 def _describe_repository(found: Repository | str) -> dict[str, Any]:
     if isinstance(found, str):
         return {"commit": None, "note": found}
+    content = _patch_of(found)
+    patch_hash = hashlib.sha256(content).hexdigest() if content else None
     return {
         "folder": str(found.folder),
         "commit": found.commit,
         "branch": found.branch,
         "is_dirty": found.is_dirty,
         "untracked": found.untracked,
+        "patch": None,
+        "patch_sha256": patch_hash,
+        "is_patch_cut": found.is_diff_cut,
     }
 
 
-def _write_patch(folder: Path, repository: Repository) -> dict[str, Any]:
-    """Save uncommitted changes in a file that no other attempt uses, unless it has the same."""
+def _patch_of(repository: Repository) -> bytes:
+    """Return the uncommitted changes without the values of secret variables."""
     text = repository.diff.decode(errors="surrogateescape")
-    content = redact_text(text).encode(errors="surrogateescape")
+    return redact_text(text).encode(errors="surrogateescape")
+
+
+def _write_patch(folder: Path, content: bytes) -> str:
+    """Save a patch in a file that no attempt with another one uses, and return its name."""
     for number in count(1):
         path = folder / (f"{PATCH_NAME}.patch" if number == 1 else f"{PATCH_NAME}-{number}.patch")
         if not os.path.lexists(path):
@@ -188,11 +212,7 @@ def _write_patch(folder: Path, repository: Repository) -> dict[str, Any]:
             break
         if _has_content(path, content):
             break
-    return {
-        "patch": path.name,
-        "patch_sha256": hashlib.sha256(content).hexdigest(),
-        "is_patch_cut": repository.is_diff_cut,
-    }
+    return path.name
 
 
 def _has_content(path: Path, content: bytes) -> bool:
@@ -248,7 +268,7 @@ def _describe_entry(entry: Mapping[str, Any]) -> str:
     branch = entry["branch"]
     parts = [
         f"commit {entry['commit'][:10]} ({f'branch {branch}' if branch else 'no branch'})",
-        f"uncommitted changes in {entry['patch']}" if "patch" in entry else "",
+        f"uncommitted changes in {entry['patch']}" if entry["patch"] else "",
         f"{len(entry['untracked'])} untracked" if entry["untracked"] else "",
     ]
     return ", ".join(filter(None, parts))
@@ -268,8 +288,9 @@ def iter_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> Ite
 
 def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parts of a record that may change its results, by what they are called."""
+    device = record.get("device")
     flat = {
-        "device": re.sub(r" \(\d+ threads\)$", "", str(record.get("device"))),
+        "device": device and re.sub(r" \(\d+ threads\)$", "", str(device)),
         "number of threads": get_at(record, ("cpu", "threads")),
         "number of ranks": record.get("ranks"),
         "python": record.get("python"),

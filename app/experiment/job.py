@@ -331,7 +331,7 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         is_start = Path(ckpt).name == START_CONFIG
-        saved = _read_start(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
+        saved = read_start_config(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
@@ -339,7 +339,12 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
     return saved
 
 
-def _read_start(file: Path) -> SavedConfig:
+def read_start_config(file: Path) -> SavedConfig:
+    """Return the configuration that a run was started with, as it was saved.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
     text = read_small_file(file.parent, file.name, MAX_FILE_BYTES)
     saved = parse_json(text or "", f"{file} is damaged")
     if not isinstance(saved, dict):
