@@ -33,7 +33,13 @@ def test_compose_trains_and_evaluates_like_the_command_line(
     assert test_row["accuracy"][0] == accuracy
     assert len(predictions) == 10_000
     assert experiment.config.trainer.max_epochs == 2
-    for name in ("config.yaml", "status.json", "test_summary_table.csv", "plots/loss.png"):
+    for name in (
+        "config.yaml",
+        "status.json",
+        "environment.json",
+        "test_summary_table.csv",
+        "plots/loss.png",
+    ):
         assert (tmp_path / name).is_file(), name
     assert '"status": "completed"' in (tmp_path / "status.json").read_text()
 

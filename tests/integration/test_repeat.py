@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tests.support.own_task import OWN_TASK_MODULE
 from tests.support.runs import FEW_BATCHES, run_app
 
 
 def test_repeat_own_task_needs_trust_and_is_equal(tmp_path: Path) -> None:
-    own = ("task._target_=own_task.WithNoise", "++task.noise=0.1")
+    (tmp_path / "own_task.py").write_text(OWN_TASK_MODULE)
+    own = ("task._target_=own_task.NoisyTask", "+task.noise=0.1")
     trust = "trusted_targets=[own_task]"
     arguments = ["model=mlp", "trainer.max_epochs=1", "hydra.run.dir=run", *FEW_BATCHES, *own]
     assert run_app(tmp_path, *arguments, trust).code == 0
