@@ -19,7 +19,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from app.cli import report
+from app.cli import repeat, report
 from app.cli.jobs import run_job
 from app.cli.preflight import preflight
 from app.config import resolvers
@@ -51,13 +51,11 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:
         sys.stdout.write(f"app {version(DISTRIBUTION)}\n")
         sys.exit(0)
-    resolvers.register()
-    parser = get_args_parser()
-    parser.prog = "app"
+    if sys.argv[1:2] == [repeat.COMMAND]:
+        sys.exit(repeat.main(sys.argv[2:], run_command))
     try:
-        args = parse_arguments(parser, sys.argv[1:])
+        args, parser = parse_arguments(sys.argv[1:])
         runs_jobs, world = is_run_command(args), None
-        args.overrides = expand(args.overrides, os.environ)
         use_saved_command(args)
         world = detect_environment(args.overrides, os.environ)
     except UserError as error:
@@ -77,17 +75,21 @@ def main() -> None:
 
 
 def parse_arguments(
-    parser: argparse.ArgumentParser, arguments: Sequence[str]
-) -> argparse.Namespace:
+    arguments: Sequence[str],
+) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """Parse a command line of Hydra's options and of overrides.
 
     Raises:
-        ConfigError: There are options that Hydra does not have.
+        ConfigError: There are options that Hydra does not have, or no latest run.
     """
+    resolvers.register()
+    parser = get_args_parser()
+    parser.prog = "app"
     args, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ConfigError([_option_issue(option, arguments) for option in unknown])
-    return args
+    args.overrides = expand(args.overrides, os.environ)
+    return args, parser
 
 
 def _option_issue(option: str, arguments: Sequence[str]) -> ConfigIssue:
@@ -98,6 +100,12 @@ def _option_issue(option: str, arguments: Sequence[str]) -> ConfigIssue:
     key = name.lstrip("-")
     hint = usage(key, value or True) or f"for example {key}={value or '...'}"
     return ConfigIssue(name, f" is not an option; keys are typed as key=value: {hint}")
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Run a command line in this process, and return its exit code."""
+    args, parser = parse_arguments(arguments)
+    return run_rank_zero(args, parser, None)
 
 
 def run_rank_zero(

@@ -337,6 +337,7 @@ class Job:
         differences: Differences from the saved run that is tested or resumed.
         damaged_checkpoints: Newer checkpoints that could not be read when resuming, one line each.
         data_warnings: What is suspicious about the user's data, one line each.
+        overrides: Overrides of the command line, those of a sweep with the values of this job.
     """
 
     config: Config
@@ -346,3 +347,4 @@ class Job:
     differences: list[Change]
     damaged_checkpoints: list[str] = field(default_factory=list)
     data_warnings: list[str] = field(default_factory=list)
+    overrides: list[str] = field(default_factory=list)

@@ -28,7 +28,7 @@ BUILT = (*BUILT_GROUPS, "average", "optimizer", "scheduler.")
 FILE_PACKAGES = ("app.callbacks.", "app.data.", "torchvision.datasets.")
 TRANSFORMS = ("app.data.augment.", "app.data.transform.")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
-    "callbacks": ("folder", "model", "config", "paths"),
+    "callbacks": ("folder", "model", "config", "paths", "summarize"),
     "task": ("model", "loss", "metrics", "precision"),
     "average": ("model",),
 }

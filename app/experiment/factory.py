@@ -9,6 +9,7 @@ import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
+from app.data.identity import DataIdentity, identify_data
 from app.data.split import sample_paths
-from app.distributed.collectives import is_distributed, rank_zero_first
+from app.distributed.collectives import is_distributed, rank, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import dry_run
@@ -35,6 +37,12 @@ from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
 from app.training.events import Callback
 from app.training.limits import SaveSchedule, TrainingLimits
+from app.training.model_summary import (
+    IMPLEMENTATION_OPTIONS,
+    Summary,
+    optimizer_state_bytes,
+    summarize_model,
+)
 from app.training.optim.finite_check import FUSED_OPTIMIZERS
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.lr_schedule import LRSchedule
@@ -57,6 +65,7 @@ class Components:
         paths: The file of each sample of a stage, in order, where samples are files.
         freezing: When which parameters of the model are frozen.
         device: The device of the model and of the batches.
+        data: Which data each stage of `loaders` has; on rank 0 only.
     """
 
     task: Task
@@ -64,6 +73,7 @@ class Components:
     paths: dict[str, list[str]]
     freezing: FreezeSchedule
     device: torch.device
+    data: dict[str, DataIdentity]
 
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
@@ -85,7 +95,8 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     if config.trainer.compile:
         model.compile()
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
-    return Components(task, loaders, paths, freezing, device)
+    data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
+    return Components(task, loaders, paths, freezing, device, data)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
@@ -180,12 +191,48 @@ def make_callbacks(
         "model": components.task.model,
         "config": job.plain,
         "paths": components.paths,
+        "summarize": partial(make_summary, job.config, instantiator, components),
     }
     callbacks = instantiator.build_all("callbacks", job.config.callbacks, **offers)
     for name, callback in callbacks.items():
         if not isinstance(callback, Callback):
             raise UserError(f"callbacks.{name} is not an app.training.events.Callback")
     return list(callbacks.values())
+
+
+def make_summary(config: Config, instantiator: Instantiator, components: Components) -> Summary:
+    """Measure the model, and the memory of the optimizers that would train it."""
+    trained = trained_parameters(components)
+    states = []
+    for key, node in optimizer_nodes(config.optimizer).items():
+        options = {
+            name: value for name, value in node.items() if name not in IMPLEMENTATION_OPTIONS
+        }
+        parameters = _parameters_of(key, trained)
+        states.append(optimizer_state_bytes(partial(instantiator, key, options), parameters))
+    known = [size for size in states if size is not None]
+    total = sum(known) if len(known) == len(states) else None
+    return summarize_model(components.task, components.loaders["train"], trained, total)
+
+
+def trained_parameters(components: Components) -> dict[str, nn.Parameter]:
+    """Return the parameters that are trained in some epoch, by name."""
+    return {
+        name: parameter
+        for name, parameter in components.task.parameters().items()
+        if parameter.requires_grad and not components.freezing.is_always_frozen(name)
+    }
+
+
+def _parameters_of(key: str, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
+    """Return what the optimizer at a key of the configuration trains."""
+    part = _part_of(key)
+    return [p for name, p in trained.items() if part == SINGLE or name.startswith(f"{part}.")]
+
+
+def _part_of(key: str) -> str:
+    """Return the part of the model that the optimizer at a key trains."""
+    return key.partition(".")[2] or SINGLE
 
 
 def make_strategy(config: Config, components: Components) -> SingleDevice:
@@ -237,17 +284,10 @@ def make_optimizers(
     Raises:
         UserError: An optimizer has no parameters, or a parameter no optimizer.
     """
-    trainable = {
-        name: parameter
-        for name, parameter in components.task.parameters().items()
-        if parameter.requires_grad and not components.freezing.is_always_frozen(name)
-    }
+    trainable = trained_parameters(components)
     nodes = optimizer_nodes(config.optimizer)
-    names = {key: key.partition(".")[2] or SINGLE for key in nodes}
-    groups = {
-        key: [p for n, p in trainable.items() if name == SINGLE or n.startswith(f"{name}.")]
-        for key, name in names.items()
-    }
+    names = {key: _part_of(key) for key in nodes}
+    groups = {key: _parameters_of(key, trainable) for key in nodes}
     _check_groups(groups, trainable, names)
     if use_scheduler:
         _warn_about_few_steps(config, components.loaders["train"].num_batches)

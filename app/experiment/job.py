@@ -129,7 +129,16 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
     warnings = report.warnings if report else []
-    return Job(config, plain, saved, trusted, differences, damaged, warnings)
+    return Job(
+        config,
+        plain,
+        saved,
+        trusted,
+        differences,
+        damaged,
+        warnings,
+        list(map(str, override_strings)),
+    )
 
 
 def prepare(composed: DictConfig, folder: Path) -> Job:
@@ -324,7 +333,7 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         is_start = Path(ckpt).name == START_CONFIG
-        saved = _read_start(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
+        saved = read_start_config(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
@@ -332,7 +341,12 @@ def _saved_config(key: str, ckpt: str) -> SavedConfig:
     return saved
 
 
-def _read_start(file: Path) -> SavedConfig:
+def read_start_config(file: Path) -> SavedConfig:
+    """Return the configuration that a run was started with, as it was saved.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
     text = read_small_file(file.parent, file.name, MAX_FILE_BYTES)
     saved = parse_json(text or "", f"{file} is damaged")
     if not isinstance(saved, dict):

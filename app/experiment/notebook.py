@@ -23,6 +23,7 @@ from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Job
 from app.data.batch import BatchLoader
 from app.data.images import without_ghostscript
+from app.experiment.environment import Environment
 from app.experiment.factory import make_components
 from app.experiment.job import make_jobs, resolve_folder, save_config
 from app.experiment.run import (
@@ -32,6 +33,7 @@ from app.experiment.run import (
     make_run_callbacks,
     make_status,
     make_trainer,
+    record_environment,
 )
 from app.experiment.shorthand import expand
 from app.runtime.device import choose_device, count_devices
@@ -112,7 +114,9 @@ class Experiment:
         make_deterministic(self.config.trainer.deterministic)
         components = make_components(self.config, instantiator, device)
         self._resume_pending = self.config.resume not in (None, AUTO)
-        self._status, self._stack = make_status(job, folder, device), ExitStack()
+        self._environment, self._stack = Environment(job, device), ExitStack()
+        self._components = components
+        self._status = make_status(job, folder, device, self._environment)
         callbacks = make_run_callbacks(job, instantiator, components, self._status)
         self._best_epoch: int | None = None  # set once the best weights are loaded
         self.job, self.task, self.loaders = job, components.task, components.loaders
@@ -127,6 +131,7 @@ class Experiment:
         remove_temp_files(self.folder)
         self._resume_once()
         save_config(self.job, self.folder)
+        record_environment(self.job, self.folder, self._environment, self._components)
         self._stack.enter_context(without_ghostscript())
         self._stack.enter_context(self._status.recording())
         self._stack.enter_context(closing_callbacks(self.trainer.callbacks, self._status))

@@ -16,10 +16,11 @@ from app.callbacks.tables import truncate_to_history
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config, FreezeConfig, Job
 from app.data.batch import BatchLoader
-from app.data.datamodule import active_stages
+from app.data.datamodule import active_stages, needs_statistics
 from app.data.images import without_ghostscript
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import SingleDevice
+from app.experiment.environment import Environment, describe_code
 from app.experiment.export import export
 from app.experiment.factory import (
     Components,
@@ -30,7 +31,7 @@ from app.experiment.factory import (
     make_optimizers,
     make_strategy,
 )
-from app.experiment.status import RUN_INFO_KEYS, StatusWriter, versions
+from app.experiment.status import RUN_INFO_KEYS, StatusWriter
 from app.experiment.tuner import (
     apply_batch_size_finder,
     find_batch_size,
@@ -80,13 +81,15 @@ def execute(
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
     is_resumed = config.resume not in (None, AUTO)
-    status = make_status(job, folder, device)
+    environment = Environment(job, device) if rank() == 0 else None
+    status = make_status(job, folder, device, environment)
     with without_ghostscript(), status.recording() if rank() == 0 else nullcontext():
         if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
             job = apply_batch_size_finder(job, device, folder)
             config = job.config
         components = make_components(config, instantiator, device)
-        log_run_header(config, components, folder)
+        record = record_environment(job, folder, environment, components)
+        log_run_header(config, components, folder, record)
         if config.mode in TUNERS:
             prepare_tuning(config, instantiator, components)
             TUNERS[config.mode](config, components, folder)
@@ -111,24 +114,43 @@ def execute(
 def check_samples(job: Job) -> None:
     """Build the components of a job and send two samples of each stage through them.
 
-    Nothing is written: a cache of images is not built.
+    Nothing is written: a cache of images is not built, nor are its pixels measured.
 
     Raises:
         UserError: A component cannot be built, or the components do not fit together.
     """
     config = job.config
     device = choose_device(config.trainer.accelerator, config.trainer.devices)
-    data, trainer = replace(config.data, cache=None), replace(config.trainer, compile=False)
+    data, trainer = config.data, replace(config.trainer, compile=False)
+    if data.cache is not None:
+        normalize = None if needs_statistics(data) else data.normalize
+        data = replace(data, cache=None, normalize=normalize)
     config = replace(config, mode="train", data=data, trainer=trainer)
     with without_ghostscript():
         make_components(config, Instantiator(job.trusted), device)
 
 
-def make_status(job: Job, folder: Path, device: torch.device) -> StatusWriter:
-    """Build the writer of `status.json`."""
+def make_status(
+    job: Job, folder: Path, device: torch.device, environment: Environment | None
+) -> StatusWriter:
+    """Build the writer of `status.json`, which only rank 0 uses."""
     config = job.config
     run_info = {key: job.plain[key] for key in RUN_INFO_KEYS}
-    return StatusWriter(folder, run_info, config.goal, device, config.resume not in (None, AUTO))
+    fields = {} if environment is None else environment.status_fields
+    is_resumed = config.resume not in (None, AUTO)
+    return StatusWriter(folder, run_info, config.goal, device, fields, is_resumed)
+
+
+def record_environment(
+    job: Job, folder: Path, environment: Environment | None, components: Components
+) -> dict[str, str]:
+    """Write `environment.json` on rank 0, and return the lines about it for the log."""
+    if environment is None:
+        return {}
+    source = {stage: node for stage, node in job.plain["data"]["source"].items() if node}
+    record = environment.write(folder, source, components.data)
+    versions = ", ".join(f"{name} {number}" for name, number in environment.versions.items())
+    return {"code": describe_code(record), "versions": versions}
 
 
 def make_run_callbacks(
@@ -295,7 +317,9 @@ def _format_metrics(row: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:.6g}" for key, value in row.items() if key not in hidden)
 
 
-def log_run_header(config: Config, components: Components, folder: Path) -> None:
+def log_run_header(
+    config: Config, components: Components, folder: Path, environment: dict[str, str]
+) -> None:
     """Log a summary of what is about to run, so that wrong settings are noticed at once."""
     model = components.task.model
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -323,7 +347,7 @@ def log_run_header(config: Config, components: Components, folder: Path) -> None
         "average": config.average["_target_"] if config.average else "",
         "frozen": "; ".join(_describe_freeze(freeze) for _, freeze in _not_none(config.freeze)),
         "length": _describe_length(config) if config.mode == "train" else "",
-        "versions": ", ".join(f"{name} {number}" for name, number in versions().items()),
+        **environment,
     }
     lines = [f"{name:9} {text}" for name, text in fields.items() if str(text).strip()]
     log.info("%s", "\n".join(lines))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from app.training.history import History, StatusName, best_epoch, has_metric
 from app.training.nonfinite_event import NonFiniteStats
 
 log = logging.getLogger(__name__)
-LIBRARIES = ("torch", "torchvision", "torchmetrics", "hydra-core", "omegaconf", "numpy", "pandas")
 RUN_INFO_KEYS = ("mode", "ckpt", "name", "tags", "notes", "seed")  # copied from the configuration
 
 
@@ -41,6 +37,7 @@ class StatusWriter(Callback):
         run_info: Fields that are known from the start, such as the name and tags of the run.
         goal: The metric and mode that define the best epoch.
         device: The device of the run.
+        environment: Fields that say what made the run.
         is_resumed: Whether an earlier run is resumed, whose `seconds` are counted, too.
 
     Attributes:
@@ -53,10 +50,11 @@ class StatusWriter(Callback):
         run_info: dict[str, Any],
         goal: GoalConfig,
         device: torch.device,
+        environment: Mapping[str, Any],
         is_resumed: bool = False,
     ) -> None:
         self.folder, self.path, self.run_info = folder, folder / "status.json", run_info
-        self.goal, self.device = goal, device
+        self.goal, self.device, self.environment = goal, device, environment
         self.history: History = ()
         self.start_time, self.started_at = time.monotonic(), _utc_now()
         self.outcome: StatusName = "completed"
@@ -112,19 +110,9 @@ class StatusWriter(Callback):
             "nonfinite": self.nonfinite.to_dict(),
             "error": error,
             "rank": None,  # the rank that failed; filled in by the process that monitors all ranks
-            "versions": versions(),
+            **self.environment,
         }
         write_json(self.path, content)
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the main libraries."""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version(name) for name in LIBRARIES},
-    }
 
 
 def _utc_now() -> str:

@@ -97,8 +97,9 @@ class Callback:
 
     Besides the options in its configuration, the constructor of a callback receives any of these
     if it has a parameter of that name: `folder` (path of the run folder), `model` (the module, for
-    inspection), `config` (the resolved configuration as a plain dict) and `paths` (the file of
-    each sample, by stage, where samples are files).
+    inspection), `config` (the resolved configuration as a plain dict), `paths` (the file of each
+    sample, by stage, where samples are files) and `summarize` (a function without arguments that
+    measures the model, see `app.training.model_summary.Summary`).
 
     Example::
 

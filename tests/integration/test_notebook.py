@@ -35,7 +35,13 @@ def test_compose_trains_and_evaluates_like_the_command_line(
     assert list(predictions.columns[:3]) == ["sample", "target", "label"]
     assert (predictions["target"] == predictions["label"]).mean() == pytest.approx(accuracy)
     assert experiment.config.trainer.max_epochs == 2
-    for name in ("config.yaml", "status.json", "test_summary_table.csv", "plots/loss.png"):
+    for name in (
+        "config.yaml",
+        "status.json",
+        "environment.json",
+        "test_summary_table.csv",
+        "plots/loss.png",
+    ):
         assert (tmp_path / name).is_file(), name
     assert '"status": "completed"' in (tmp_path / "status.json").read_text()
 

@@ -31,8 +31,10 @@ RUN_FOLDER_FILES = {
     ".owner.json",
     "checkpoints",
     "config.yaml",
+    "environment.json",
     "epoch_details",
     "model.pt",
+    "model_summary.csv",
     "plots",
     "run.log",
     "status.json",
@@ -61,7 +63,8 @@ def load_model(folder: Path) -> nn.Sequential:
 
 
 def test_run_folder_after_training_has_all_files(trained_run: RunResult) -> None:
-    assert {path.name for path in trained_run.folder.iterdir()} == RUN_FOLDER_FILES
+    names = {path.name for path in trained_run.folder.iterdir()}
+    assert names - {"uncommitted.patch"} == RUN_FOLDER_FILES  # of the checkout of this program
     details = {path.name for path in (trained_run.folder / "epoch_details").iterdir()}
     assert {f"epoch00{n}_{stage}.csv" for n in (1, 2) for stage in ("train", "valid")} < details
     assert len([name for name in details if name.endswith("_test.csv")]) == 1

@@ -105,6 +105,7 @@ def test_report_combines_sweeps_and_runs(swept: Path, sweep: RunSweep, tmp_path:
     assert table["seed"].tolist() == [0, 1, 0, 1, 0]
     assert table["trainer.max_epochs"].tolist() == [2, 2, 2, 2, 1]
     assert (tmp_path / "joined" / table["folder"].iloc[-1] / "status.json").exists()
+    assert (tmp_path / "joined" / table["folder"].iloc[-1] / "environment.json").exists()
     done = run_app(tmp_path, "report", "nowhere")
     assert (done.code, done.out) == (2, "")
     assert "no such folder" in done.err

@@ -7,7 +7,8 @@ from tests.support.runs import job_for
 
 def test_callbacks_option_adds_one_callback_to_the_default() -> None:
     callbacks = job_for("callbacks=wandb").plain["callbacks"]
-    assert list(callbacks) == ["tables", "progress", "console", "plots", "batch_images", "wandb"]
+    default = ["tables", "progress", "model_summary", "console", "plots", "batch_images"]
+    assert list(callbacks) == [*default, "wandb"]
 
 
 def test_callbacks_list_adds_several_callbacks() -> None:
@@ -16,6 +17,7 @@ def test_callbacks_list_adds_several_callbacks() -> None:
     assert list(callbacks) == [
         "tables",
         "progress",
+        "model_summary",
         "console",
         "batch_images",
         "tensorboard",
