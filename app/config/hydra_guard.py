@@ -1,8 +1,8 @@
 """Checks of Hydra's own settings, which instantiate objects, configure logging and name folders.
 
 Components of a run are validated by `app.config.validate`, and built from the resolved
-configuration. Hydra instead resolves its own nodes when it acts: what it builds then is what is
-resolved here, and what it writes may only be named in a few ways, which cannot lead elsewhere.
+configuration. Hydra instead resolves its own nodes when it acts. What it builds then is what is
+resolved here; what it writes has a fixed name, or one that the command line sets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from app.config.allowlist import (
     locate,
     trust_hint,
 )
-from app.config.nested import KeyPath, dotted, get_at, get_child, iter_leaves
+from app.config.nested import KeyPath, dotted, get_at, iter_leaves
 from app.config.overrides import is_overridden, parse_overrides, raw_override
 from app.config.resolve import hydra_config, resolve_keys
 from app.config.secrets import looks_secret, referenced_secrets
@@ -46,13 +46,18 @@ LOGGING_CLASSES = (
     "colorlog.ColoredFormatter",
 )
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-# A log file: no other text or interpolation, so that it cannot be outside of these folders.
+# With no other text or interpolation, a log file cannot be outside of these folders.
 LOG_FILE = re.compile(
     r"\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/([\w.-]|\$\{hydra\.job\.name\})+\.log"
 )
 LOG_FILES = "${hydra.runtime.output_dir}/NAME.log, ${hydra.sweep.dir}/NAME.log"
-NAME = re.compile(r"(?!.*\.\.)([\w.-]|\$\{hydra\.job\.(num|id)\})+", re.ASCII)
-NAMES = ("hydra.job.name", "hydra.output_subdir", "hydra.sweep.subdir")
+FIXED = {  # what these are unless the command line sets them; they name files and folders
+    "hydra.job.name": ("app",),
+    "hydra.output_subdir": (".hydra", None),
+    "hydra.sweep.subdir": ("${hydra.job.num}",),
+}
+ENV_SET = ("hydra", "job", "env_set")
+TYPED_ONLY = "can only be set on the command line"
 COMMAND_LINE_ONLY = ("hydra", "trusted_targets")
 # These may read secrets: what is typed, and a database that the sweeper opens.
 READ_SECRETS = ("hydra.overrides", "hydra.job.override_dirname", "hydra.sweeper.storage")
@@ -73,19 +78,19 @@ def hydra_issues(
     with hydra_config(config):
         resolved, _ = resolve_keys(config, ["hydra"])  # what cannot be resolved is UNKNOWN
     yield from _component_issues(resolved["hydra"], trusted)
-    yield from _secret_issues(resolved)
-    yield from _file_issues(raw, overrides)
+    for path, value in iter_leaves(resolved):
+        if referenced_secrets(value) and not dotted(path).startswith(READ_SECRETS):
+            # They are saved, or name what is saved.
+            text = f"={value!r}: Hydra's settings must not contain a secret"
+            yield ConfigIssue(dotted(path), text)
     for name in LOGGING_NODES:
         for path, leaf in iter_leaves(raw["hydra"].get(name), ("hydra", name)):
-            if isinstance(leaf, str):
-                yield from _logging_issues(path, leaf, overrides, trusted)
+            problem = _logging_problem(path, leaf, trusted) if isinstance(leaf, str) else None
+            is_typed = path[-1] == "filename" and is_overridden(dotted(path), overrides)
+            if problem is not None and not is_typed:
+                yield ConfigIssue(dotted(path), f"={leaf!r}{problem}")
     yield from _param_issues(raw["hydra"].get("sweeper"))
-    yield from _environment_issues(raw["hydra"]["job"].get("env_set"), overrides)
-    typed = [raw_override(override) for override in overrides]
-    for text in [*raw["hydra"]["overrides"]["task"], *raw["hydra"]["overrides"]["hydra"]]:
-        if text not in typed:
-            problem = f" contains {text!r}, which is not on the command line"
-            yield ConfigIssue("hydra.overrides", problem)
+    yield from _typed_issues(raw, overrides)
 
 
 def _component_issues(hydra: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
@@ -131,49 +136,26 @@ def installed_plugins() -> list[str]:
     return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
 
 
-def _secret_issues(resolved: dict[str, Any]) -> Iterator[ConfigIssue]:
-    """Check that no setting needs a secret: Hydra would write it to files, or name them so."""
-    for path, value in iter_leaves(resolved):
-        key = dotted(path)
-        if referenced_secrets(value) and not key.startswith(READ_SECRETS):
-            yield ConfigIssue(key, f"={value!r}: Hydra's settings must not contain a secret")
-
-
-def _file_issues(raw: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
-    """Check the names of files and folders that Hydra writes."""
-    for key in NAMES:
-        value = get_at(raw, key.split("."))
-        is_typed = key != "hydra.job.name" and is_overridden(key, overrides)
-        if value is not None and not is_typed and not NAME.fullmatch(str(value)):
-            problem = "is not the name of a folder; allowed: letters, digits, _ and -"
-            yield ConfigIssue(key, f"={value!r} {problem}")
-
-
-def _logging_issues(
-    path: KeyPath, text: str, overrides: Sequence[Override], trusted: Sequence[str]
-) -> Iterator[ConfigIssue]:
-    """Check a class, stream or file that logging would create or open."""
-    key = dotted(path)
+def _logging_problem(path: KeyPath, text: str, trusted: Sequence[str]) -> str | None:
+    """Return why logging must not create or open a class, stream or file, or None."""
     if path[-1] in ("class", "()"):
-        if text not in LOGGING_CLASSES and not is_trusted(text, trusted):
-            allowed = join_choices(LOGGING_CLASSES)
-            yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
-    elif "." in path:
-        yield ConfigIssue(key, f"={text!r}: attributes of handlers cannot be set")
-    elif path[-1] == "filename":
-        if not LOG_FILE.fullmatch(text) and not is_overridden(key, overrides):
-            problem = f"={text!r} is not a .log file in the run folder; allowed: {LOG_FILES}"
-            yield ConfigIssue(key, problem)
-    elif "${" in text:
-        problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
-        yield ConfigIssue(key, problem)
-    elif "://" in text and text not in LOG_STREAMS:
-        yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {join_choices(LOG_STREAMS)}")
+        is_allowed = text in LOGGING_CLASSES or is_trusted(text, trusted)
+        return None if is_allowed else f" is not allowed; allowed: {join_choices(LOGGING_CLASSES)}"
+    if "." in path:
+        return ": attributes of handlers cannot be set"
+    if path[-1] == "filename":
+        problem = f" is not a .log file in the run folder; allowed: {LOG_FILES}"
+        return None if LOG_FILE.fullmatch(text) else problem
+    if "${" in text:
+        return ": interpolations are not allowed in Hydra's logging configuration"
+    if "://" in text and text not in LOG_STREAMS:
+        return f" is not allowed; allowed: {join_choices(LOG_STREAMS)}"
+    return None
 
 
 def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
     """Check `hydra.sweeper.params`, which become overrides of its jobs."""
-    params = get_child(sweeper, "params")
+    params = get_at(sweeper, ["params"])
     for name, value in params.items() if isinstance(params, dict) else ():
         key = f"hydra.sweeper.params.{name}"
         try:
@@ -183,19 +165,25 @@ def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
             continue
         roots = [re.split(r"[./]", text)[0] for text in (override.key_or_group, str(name))]
         if any(root in COMMAND_LINE_ONLY for root in roots):
-            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
+            yield ConfigIssue(key, f"={value!r} {TYPED_ONLY}")
 
 
-def _environment_issues(env_set: Any, overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
-    """Check the environment variables of jobs."""
-    if isinstance(env_set, str):
-        problem = f"={env_set!r}: interpolations are not allowed here"
-        yield ConfigIssue("hydra.job.env_set", problem)
-        return
-    for variable, value in (env_set or {}).items():
-        key = f"hydra.job.env_set.{variable}"
-        if os.environ.get(variable) != value and not is_overridden(key, overrides):
-            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
-        elif looks_secret(variable) and os.environ.get(variable) == value:
+def _typed_issues(raw: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
+    """Check what only the command line may set."""
+    for key, defaults in FIXED.items():
+        value = get_at(raw, key.split("."))
+        if value not in defaults and not is_overridden(key, overrides):
+            yield ConfigIssue(key, f"={value!r} {TYPED_ONLY}")
+    for path, value in iter_leaves(get_at(raw, ENV_SET) or None, ENV_SET):
+        variable = str(path[-1])
+        is_copy = os.environ.get(variable) == value
+        if not is_copy and not is_overridden(dotted(path), overrides):
+            yield ConfigIssue(dotted(path), f"={value!r} {TYPED_ONLY}")
+        elif is_copy and looks_secret(variable):
             problem = " would be saved with the run; jobs inherit the variable anyway"
-            yield ConfigIssue(key, problem)
+            yield ConfigIssue(dotted(path), problem)
+    typed = [raw_override(override) for override in overrides]
+    for text in [*raw["hydra"]["overrides"]["task"], *raw["hydra"]["overrides"]["hydra"]]:
+        if text not in typed:
+            problem = f" contains {text!r}, which is not on the command line"
+            yield ConfigIssue("hydra.overrides", problem)

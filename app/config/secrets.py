@@ -23,9 +23,11 @@ from app.config.types import to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue
 
 SECRET_REFERENCE = re.compile(r"\$\{oc\.env:([\w.-]+)\}")
-SECRET_PARTS = ("token", "secret", "passw", "passphrase", "credential", "apikey", "api_key")
-SECRET_WORDS = ("auth", "oauth", "authorization", "pwd", "pat", "dsn")
-SECRET_LAST_WORDS = ("key", "keys")  # matches OPENAI_KEY, but not KEYBOARD or KEY_SIZE
+SECRET_NAME = re.compile(
+    r"token|secret|passw|passphrase|credential|api.?key"
+    r"|\b(auth|oauth|authorization|pwd|pat|dsn)\b"
+    r"|\bkeys?$"  # matches OPENAI_KEY, but not KEYBOARD or KEY_SIZE
+)
 SHELL_VARIABLES = ("PWD", "OLDPWD")  # folders, not passwords
 PUBLIC_KEYS = ("name", "tags", "notes")  # written for people; secrets are never inserted here
 # Here texts become names of columns and classes, which are saved.
@@ -37,15 +39,8 @@ secret_names: set[str] = set()  # variables that this process has read as secret
 
 def looks_secret(name: str) -> bool:
     """Return whether a variable or key is named like a token, a key or a password."""
-    if name in SHELL_VARIABLES:
-        return False
-    name = name.lower()
-    words = re.split(r"[^a-z0-9]+", name)
-    return (
-        any(part in name for part in SECRET_PARTS)
-        or any(word in SECRET_WORDS for word in words)
-        or words[-1] in SECRET_LAST_WORDS
-    )
+    words = name.lower().replace("_", " ")
+    return name not in SHELL_VARIABLES and bool(SECRET_NAME.search(words))
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from app.config.validate import validate
 from app.experiment.data_facts import read_data, with_data_facts
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import read_status, write_text
+from app.runtime.lock import check_unlocked
 from app.runtime.small_files import parse_json, read_small_file
 from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
@@ -74,12 +75,25 @@ def make_jobs(composer: Composer) -> list[tuple[DictConfig, Job]]:
             issues.append(ConfigIssue("resume", problem))
             continue
         try:
+            _check_not_in_use(composed)  # before anything is asked about the run
             jobs.append((composed, make_job(composed)))
         except ConfigError as error:
             issues += error.issues
     if issues:
         raise ConfigError(issues)
     return jobs
+
+
+def _check_not_in_use(composed: DictConfig) -> None:
+    """Check that no process uses the run to resume."""
+    try:
+        is_resumed = composed.get("resume") is not None
+        folder = resolve_folder(composed, "hydra.run.dir")
+    except (ConfigError, OmegaConfBaseException):
+        return  # reported with the other errors
+    if is_resumed:
+        with as_user_error("resume"):
+            check_unlocked(folder)
 
 
 def make_job(composed: DictConfig, folder: Path | None = None) -> Job:

@@ -118,7 +118,6 @@ SETTINGS = {  # of Hydra's, by what is said of them
     "interpolations are not allowed": [
         "hydra: {job_logging: {handlers: {console: {level: '${name}'}}}}",
         "hydra: {job_logging: {handlers: {file: {filename: {a: '${hydra.sweep.dir}'}}}}}",
-        "what: {LD_PRELOAD: a}\nhydra: {job: {env_set: '${what}'}}",
     ],
     "console.stream='cfg://a' is not": [
         "hydra: {job_logging: {handlers: {console: {stream: cfg://a}}}}"
@@ -135,12 +134,10 @@ SETTINGS = {  # of Hydra's, by what is said of them
             *("'${hydra.runtime.output_dir}/../a.log'", "'${hydra.runtime.output_dir}x.log'"),
         )
     ],
-    "is not the name of a folder": [
-        *("hydra: {output_subdir: ../../.ssh}", "hydra: {output_subdir: /x}"),
-        *("hydra: {output_subdir: '${notes}'}", "hydra: {job: {name: ../a}}"),
-        *("hydra: {sweep: {subdir: '${hydra.job.num}/${notes}'}}", "hydra: {sweep: {subdir: ..}}"),
-    ],
     "can only be set on the command line": [
+        *("hydra: {output_subdir: ../../.ssh}", "hydra: {output_subdir: '${notes}'}"),
+        *("hydra: {job: {name: ../a}}", "hydra: {sweep: {subdir: '${hydra.job.num}/${notes}'}}"),
+        "what: {LD_PRELOAD: a}\nhydra: {job: {env_set: '${what}'}}",
         "hydra: {job: {env_set: {LD_PRELOAD: ./evil.so}}}",
         "hydra: {job: {env_set: {APP_TRUSTED_TARGETS: os}}}",
         "hydra: {sweeper: {params: {trusted_targets: '[os]'}}}",
