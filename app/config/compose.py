@@ -92,7 +92,8 @@ class SafeConfigLoader(ConfigLoaderImpl):
         request = (config_name, tuple(overrides), run_mode)
         if request != self._last_request:
             parsed = parse_overrides(overrides)
-            with resolution_budget(), _compose_errors():
+            # A launcher may compose in another process, where no composer is open.
+            with resolution_budget(), hidden_secrets(), _compose_errors():
                 composed = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
                 )

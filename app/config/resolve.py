@@ -53,13 +53,14 @@ def resolve(config: DictConfig) -> tuple[PlainConfig, list[ConfigIssue]]:
 
 def resolve_keys(config: DictConfig, names: Sequence[Any]) -> tuple[PlainConfig, list[ConfigIssue]]:
     """Resolve some keys of a configuration; see `resolve`."""
-    num_secrets = len(secret_names)
-    issues: list[ConfigIssue] = []
     with hidden_secrets(), resolution_budget():
-        plain = {str(name): _resolve_child(config, name, (str(name),), issues) for name in names}
-    if len(secret_names) > num_secrets:  # read for a secret key, perhaps after another one
-        return resolve_keys(config, names)
-    return plain, issues
+        while True:
+            num_secrets = len(secret_names)
+            issues: list[ConfigIssue] = []
+            plain = {str(n): _resolve_child(config, n, (str(n),), issues) for n in names}
+            if len(secret_names) == num_secrets:
+                return plain, issues
+            # A variable was read for a secret key, perhaps after it was read for another one.
 
 
 def _resolve_child(parent: Any, name: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:

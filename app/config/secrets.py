@@ -32,7 +32,7 @@ SHELL_VARIABLES = ("PWD", "OLDPWD")  # folders, not passwords
 PUBLIC_KEYS = ("name", "tags", "notes")  # written for people; secrets are never inserted here
 # Here texts become names of columns and classes, which are saved.
 NAMING_KEYS = (("metric",), ("loss",), ("data", "class_names"))
-FILE_ARGUMENT = "file"  # of a component that writes a file of that name
+FILE_KEYS = ("file", "cache_folder")  # what is written has these names
 MIN_REPLACED_LENGTH = 8  # characters of a value that is redacted in errors
 secret_names: set[str] = set()  # variables that this process has read as secrets; it only grows
 
@@ -124,7 +124,7 @@ def _reference_problem(path: KeyPath, name: str) -> str | None:
         return f"the environment variable {name} is not set; secrets are not saved"
     if any(path[: len(key)] == key for key in NAMING_KEYS):
         return "names of columns and classes must not contain a secret"
-    return "names of files must not contain a secret" if path[-1] == FILE_ARGUMENT else None
+    return "names of files must not contain a secret" if path[-1] in FILE_KEYS else None
 
 
 def reveal_text(text: str) -> str:
