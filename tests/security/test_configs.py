@@ -422,6 +422,18 @@ def test_resume_sweep_with_untrusted_changes_is_refused(
     assert before == sorted(sweep_to_resume.rglob("*"))
 
 
+def test_resume_sweep_never_writes_through_a_link_in_a_job_folder(
+    sweep_to_resume: Path, sweep: RunSweep, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (outside := tmp_path / "outside.log").write_text("mine")
+    (job,) = json.loads((sweep_to_resume / ".sweep" / "sweep.json").read_text())["jobs"]
+    (sweep_to_resume / job["folder"]).mkdir()
+    (sweep_to_resume / job["folder"] / "run.log").symlink_to(outside)
+    assert sweep(f"sweep.resume={sweep_to_resume}", short=False) == 2
+    assert "run.log is a symbolic link, which runs do not write through" in capfd.readouterr().err
+    assert outside.read_text() == "mine"
+
+
 def test_resume_sweep_with_trusted_targets_given_again_is_accepted(
     sweep_to_resume: Path, sweep: RunSweep
 ) -> None:
