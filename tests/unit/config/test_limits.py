@@ -37,6 +37,8 @@ GROWING = {
     "or": grow("${or:null,'${LAST}${LAST}${LAST}${LAST}'}"),
     "unused arguments": grow("${or:1,${LAST},${LAST},${LAST},${LAST}}"),
     "names of keys": grow("${t.${LAST}}${t.${LAST}}${t.${LAST}}", "a") | {"t": {"a": "a"}},
+    "nodes": {"x0": {"b": 1}}
+    | {f"x{n}": {name: f"${{x{n - 1}}}" for name in "bc"} for n in range(1, 20)},
     "groups of groups": {"a": {"b": "${c}"}, "c": {"d": "${a}"}},
     "select of itself": {"x": "${oc.select:x}"},
     "decode of itself": {"x": "${oc.decode:'${x}'}"},
