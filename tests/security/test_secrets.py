@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
 from app.cli.main import print_config
 from app.config import resolvers
-from app.config.compose import compositions
+from app.config.compose import open_composer
 from app.config.resolve import resolve
 from app.config.saved import half_resolve, resolve_saved
 from app.config.secrets import looks_secret, redact_text, reveal_text
@@ -255,8 +256,10 @@ def test_composition_inserts_no_secret_into_what_hydra_saves(tmp_cwd: Path) -> N
     }.items():
         (tmp_cwd / name).parent.mkdir()
         (tmp_cwd / f"{name}.yaml").write_text(f"# @package _global_\n{text}\n")
-    arguments = ["--config-dir", ".", "experiment=first", "debug=second"]
-    ((composed, _),) = compositions(get_args_parser().parse_args(arguments))
+    with open_composer(get_args_parser().parse_args(["--config-dir", "."])) as composer:
+        loader = composer.hydra.config_loader
+    overrides = ["experiment=first", "debug=second"]  # as a launcher does in another process
+    composed = loader.load_configuration("config", overrides, RunMode.RUN)
     assert TOKEN not in OmegaConf.to_yaml(composed)
     assert resolve(composed)[0]["mine"] == {"node": {"x": "${oc.env:TOKEN}", "y": 1}}
 
