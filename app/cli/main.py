@@ -26,7 +26,7 @@ from app.config import resolvers
 from app.config.compose import open_composer
 from app.config.habits import usage
 from app.config.resolve import resolve
-from app.config.secrets import hidden_secrets, redact_text
+from app.config.secrets import redact_text
 from app.distributed.launch.environment import ClusterEnvironment, detect_environment
 from app.distributed.launch.local import start_forkserver
 from app.distributed.launch.torchrun import RankZero, follow_rank_zero
@@ -170,17 +170,16 @@ def print_config(args: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         if args.help or args.cfg or args.info:
             for composed, _ in composer.compositions():
                 resolve(composed)  # as Hydra may do, but within limits
-        with hidden_secrets():
-            if args.help:
-                hydra.app_help(name, parser, args)
-            elif args.hydra_help:
-                hydra.hydra_help(name, parser, args)
-            elif args.cfg:
-                hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
-            elif args.info:
-                hydra.show_info(args.info, name, overrides)
-            else:
-                hydra.shell_completion(name, overrides)
+        if args.help:
+            hydra.app_help(name, parser, args)
+        elif args.hydra_help:
+            hydra.hydra_help(name, parser, args)
+        elif args.cfg:
+            hydra.show_cfg(name, overrides, args.cfg, args.package, args.resolve)
+        elif args.info:
+            hydra.show_info(args.info, name, overrides)
+        else:
+            hydra.shell_completion(name, overrides)
     sys.stdout.write(escape_control(printed.getvalue()))
 
 

@@ -19,7 +19,7 @@ from app.distributed.launch.torchrun import RankZero
 from app.experiment.job import has_longer_schedule, hydra_value, make_jobs, resolve_folder
 from app.runtime.errors import ConfigError, ConfigIssue, NonFiniteError, as_user_error
 from app.runtime.files import check_disk_space, check_writable, read_status
-from app.runtime.lock import check_unlocked
+from app.runtime.lock import check_unlocked, refuse_special_files
 from app.sweep.check import check_resume_is_multirun, check_sweep, check_trial_is_unset
 from app.sweep.folder import SweepFolder
 from app.sweep.outcome import COMPLETED, DIVERGED, FINISHED_STATUSES
@@ -58,6 +58,8 @@ def preflight(composer: Composer, rank_zero: RankZero | None = None) -> str:
         with as_user_error(key):
             _check_folder(key, folder, composed, job)
             _check_hydra_folder(key, folder / str(subfolder))
+            if composer.is_sweep:
+                _check_job_folders(folder)
         if rank_zero is None:
             _warn_of_ranks(job, choose_num_ranks(job.config, composer.is_sweep))
         else:
@@ -144,6 +146,13 @@ def _check_folder(key: str, folder: Path, composed: DictConfig, job: Job) -> Non
         raise ConfigError([ConfigIssue(key, problem)])
     check_writable(folder, LOG_FILES)
     check_disk_space(folder)
+
+
+def _check_job_folders(folder: Path) -> None:
+    """Check for links in the job folders of a sweep: Hydra opens logs there before our lock."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            refuse_special_files(path)
 
 
 def _check_hydra_folder(key: str, folder: Path) -> None:

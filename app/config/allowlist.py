@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeGuard, get_args, get_origin, get_type_hints
 
-from app.config.nested import dotted, iter_leaves
 from app.runtime.errors import UserError, did_you_mean
 
 TARGET, PARTIAL, POSITIONAL = "_target_", "_partial_", "_args_"
@@ -43,16 +42,10 @@ LIBRARY_CLASSES = {
 }
 EXCLUDED_CLASSES = (
     *("torch.nn.ParameterDict", "torch.nn.ParameterList"),  # would set attributes of any name
-    # These download, unpickle or run a network; app.metrics.images has FID, KID and LPIPS.
+    # These download, as all with a `feature_network`; app.metrics.images has FID, KID and LPIPS.
     "torchmetrics.SacreBLEUScore",
     "torchmetrics.image.ARNIQA",
     "torchmetrics.image.DeepImageStructureAndTextureSimilarity",
-    "torchmetrics.image.FrechetInceptionDistance",
-    "torchmetrics.image.InceptionScore",
-    "torchmetrics.image.KernelInceptionDistance",
-    "torchmetrics.image.LearnedPerceptualImagePatchSimilarity",
-    "torchmetrics.image.MemorizationInformedFrechetInceptionDistance",
-    "torchmetrics.image.PerceptualPathLength",
 )
 LOSS_FUNCTIONS = "torch.nn.functional"  # the functions that have a reduction
 MODELS = (  # the functions that torchvision has registered as builders of models
@@ -113,8 +106,10 @@ def is_trusted(name: str, trusted: Sequence[str]) -> bool:
 
 
 def is_dotted_name(name: object) -> TypeGuard[str]:
-    """Return whether a value is a name such as torch.optim.AdamW."""
-    return isinstance(name, str) and all(part.isidentifier() for part in name.split("."))
+    """Return whether a value is a name such as torch.optim.AdamW, with nothing internal."""
+    if not isinstance(name, str) or ".__" in name:
+        return False
+    return all(part.isidentifier() for part in name.split("."))
 
 
 def is_allowed(name: object, trusted: Sequence[str] = ()) -> bool:
@@ -178,15 +173,13 @@ def _without_weights(builder: Target) -> Target:
 
     torch.hub unpickles them, and does not check the hash of a file that is already on disk.
     """
-    names = [name for name in signature_parameters(builder) if name.startswith("weights")]
+    none = {name: None for name in signature_parameters(builder) if name.startswith("weights")}
 
     @functools.wraps(builder)
     def build(**arguments: Any) -> Any:
-        for name in names:
-            if arguments.get(name) is not None:
-                problem = f"{name}={arguments[name]!r} is not available here; use model=pretrained"
-                raise UserError(problem)
-        return builder(**arguments, **{name: None for name in names if name not in arguments})
+        if given := {name: arguments[name] for name in none if arguments.get(name) is not None}:
+            raise UserError(f"{given} is not available here; use model=pretrained")
+        return builder(**arguments | none)
 
     return build
 
@@ -194,7 +187,8 @@ def _without_weights(builder: Target) -> Target:
 def _is_component(module: str, name: str, target: Target) -> bool:
     full_name = f"{module}.{name}"
     if module in LIBRARY_CLASSES:
-        return _derives(target, LIBRARY_CLASSES[module]) and full_name not in EXCLUDED_CLASSES
+        is_excluded = full_name in EXCLUDED_CLASSES or hasattr(target, "feature_network")
+        return _derives(target, LIBRARY_CLASSES[module]) and not is_excluded
     if module in MODELS:
         models: Any = importlib.import_module("torchvision.models")
         return name in models.list_models(importlib.import_module(module))
@@ -237,19 +231,16 @@ def _same_elsewhere(name: str) -> str:
 
 
 def _import_trusted(name: str) -> Target:
-    first, *rest = name.split(".")
-    found: Any = _import_module(first, name)
-    for part in rest:
-        parent = found
-        if not hasattr(parent, part) and isinstance(parent, types.ModuleType):
-            found = _import_module(f"{parent.__name__}.{part}", name)
-        else:
-            found = getattr(parent, part, None)
-        are_modules = isinstance(found, types.ModuleType) and isinstance(parent, types.ModuleType)
-        if are_modules and not found.__name__.startswith(f"{parent.__name__}."):
-            raise TargetError(f"{name!r} is not allowed: it reaches into {found.__name__!r}")
-        if part.startswith("__"):
-            raise TargetError(f"{name!r} is not allowed: {part!r} is internal to Python")
+    """Import a class or function, or a method of a class; never what a module has imported."""
+    owner, _, attribute = name.rpartition(".")
+    module, _, class_name = owner.rpartition(".")
+    try:
+        found = getattr(_import_module(owner, name), attribute, None)
+    except TargetError:
+        cls = getattr(_import_module(module, name), class_name, None) if module else None
+        if not inspect.isclass(cls):
+            raise
+        found = getattr(cls, attribute, None)
     if not callable(found):
         raise TargetError(f"{name!r} is not a class or function")
     target: Target = found
@@ -259,23 +250,17 @@ def _import_trusted(name: str) -> Target:
 def _import_module(module: str, name: str) -> types.ModuleType:
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise TargetError(f"{name!r} cannot be imported: {error}") from error
-        parent, _, missing = module.rpartition(".")
-        close = did_you_mean(missing, _public_names(parent)) if parent else ""
-        raise TargetError(
-            f"{name!r} cannot be imported: no {missing!r} in {parent!r}{close}"
-        ) from error
     except Exception as error:  # a module's own code may raise anything
+        parent, _, missing = module.rpartition(".")
+        is_missing = parent and isinstance(error, ModuleNotFoundError) and error.name == module
+        close = did_you_mean(missing, _submodules(parent)) if is_missing else ""
         reason = f"{type(error).__name__}: {error}"
-        raise TargetError(f"{name!r} cannot be imported: {reason}") from error
+        raise TargetError(f"{name!r} cannot be imported: {reason}{close}") from error
 
 
-def _public_names(module: str) -> list[str]:
-    imported = importlib.import_module(module)
-    submodules = [found.name for found in pkgutil.iter_modules(getattr(imported, "__path__", ()))]
-    return [name for name in [*dir(imported), *submodules] if not name.startswith("_")]
+def _submodules(package: str) -> list[str]:
+    path = getattr(sys.modules[package], "__path__", ())
+    return [found.name for found in pkgutil.iter_modules(path)]
 
 
 def trust_hint(names: Iterable[str]) -> str:
@@ -284,26 +269,3 @@ def trust_hint(names: Iterable[str]) -> str:
     roots = {name: name.partition(".")[0] for name in names}
     trusted = sorted({name if root in foreign else root for name, root in roots.items()})
     return f"if you trust that code, add trusted_targets=[{','.join(trusted)}] to the command line"
-
-
-def check_targets_allowed(source: str, config: dict[str, Any], trusted: Sequence[str]) -> None:
-    """Check that a saved configuration imports only code that is allowed or trusted.
-
-    Args:
-        source: Checkpoint or folder that contains the configuration, for errors.
-        config: Resolved configuration. Every `_target_` in it is checked, used or not.
-        trusted: Modules that the user trusts by name.
-
-    Raises:
-        UserError: Lists every target that is neither allowed nor trusted.
-    """
-    found = sorted(
-        (dotted(path), str(name))
-        for path, name in iter_leaves(config)
-        if path[-1] == TARGET and name is not None and not is_allowed(name, trusted)
-    )
-    if not found:
-        return
-    head = f"{source} references code that is not allowed; none of it was imported:"
-    lines = [f"  {key}={name!r}" for key, name in found]
-    raise UserError("\n".join([head, *lines, trust_hint(name for _, name in found)]))

@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 from app.config import resolvers
 from app.config.allowlist import trusted_from_environment
 from app.config.diagnose import diagnose
-from app.config.hydra_files import pin_hydra_paths
 from app.config.hydra_guard import hydra_issues
 from app.config.limits import limited_interpolations, resolution_budget
 from app.config.overrides import SweepSpace, make_space, parse_overrides
@@ -57,7 +56,7 @@ def open_composer(args: argparse.Namespace) -> Iterator[Composer]:
         args: Command line as parsed by Hydra's argument parser.
     """
     resolvers.register()
-    with strict_sources(), limited_interpolations():
+    with strict_sources(), limited_interpolations(), hidden_secrets():
         try:
             hydra = Hydra("app", SafeConfigLoader(_search_path(args)))
             GlobalHydra.instance().initialize(hydra)
@@ -93,7 +92,7 @@ class SafeConfigLoader(ConfigLoaderImpl):
         request = (config_name, tuple(overrides), run_mode)
         if request != self._last_request:
             parsed = parse_overrides(overrides)
-            # What Hydra resolves while it composes becomes part of what it saves.
+            # A launcher may compose in another process, where no composer is open.
             with resolution_budget(), hidden_secrets(), _compose_errors():
                 composed = super().load_configuration(
                     config_name, overrides, run_mode, from_shell, validate_sweep_overrides
@@ -130,8 +129,7 @@ def _compose_errors() -> Iterator[None]:
 
 def _check_composed(composed: DictConfig, overrides: Sequence[Override]) -> None:
     trusted = [*cli_trusted(overrides), *trusted_from_environment()]
-    issues = [*hydra_issues(composed, overrides, trusted), *pin_hydra_paths(composed, overrides)]
-    if issues:
+    if issues := list(hydra_issues(composed, overrides, trusted)):
         raise ConfigError(issues)
 
 

@@ -1,8 +1,8 @@
-"""Checks of Hydra's own settings, which instantiate objects and configure logging.
+"""Checks of Hydra's own settings, which instantiate objects, configure logging and name folders.
 
 Components of a run are validated by `app.config.validate`, and built from the resolved
-configuration. Hydra instead resolves its own nodes when it acts, so that anything whose value could
-differ by then is refused here.
+configuration. Hydra instead resolves its own nodes when it acts. What it builds then is what is
+resolved here; what it writes has a fixed name, or one that the command line sets.
 """
 
 from __future__ import annotations
@@ -19,11 +19,19 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
-from app.config.allowlist import TargetError, is_dotted_name, is_trusted, locate, trust_hint
-from app.config.limits import interpolations
-from app.config.nested import KeyPath, dotted, get_at, get_child, iter_leaves
+from app.config.allowlist import (
+    TARGET,
+    TargetError,
+    is_dotted_name,
+    is_trusted,
+    locate,
+    trust_hint,
+)
+from app.config.nested import KeyPath, dotted, get_at, iter_leaves
 from app.config.overrides import is_overridden, parse_overrides, raw_override
-from app.config.secrets import looks_secret
+from app.config.resolve import hydra_config, resolve_keys
+from app.config.secrets import looks_secret, referenced_secrets
+from app.config.types import UNKNOWN
 from app.runtime.errors import ConfigError, ConfigIssue, join_choices
 
 INSTANTIATED_NODES = ("launcher", "sweeper", "callbacks")
@@ -38,9 +46,21 @@ LOGGING_CLASSES = (
     "colorlog.ColoredFormatter",
 )
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
-# Resolvers that return text, never a node.
-TEXT_RESOLVERS = ("oc.env", "now", "path", "run_name", "run_folder", "python_version")
+# With no other text or interpolation, a log file cannot be outside of these folders.
+LOG_FILE = re.compile(
+    r"\$\{hydra\.(runtime\.output_dir|sweep\.dir)\}/([\w.-]|\$\{hydra\.job\.name\})+\.log"
+)
+LOG_FILES = "${hydra.runtime.output_dir}/NAME.log, ${hydra.sweep.dir}/NAME.log"
+FIXED = {  # what these are unless the command line sets them; they name files and folders
+    "hydra.job.name": ("app",),
+    "hydra.output_subdir": (".hydra", None),
+    "hydra.sweep.subdir": ("${hydra.job.num}",),
+}
+ENV_SET = ("hydra", "job", "env_set")
+TYPED_ONLY = "can only be set on the command line"
 COMMAND_LINE_ONLY = ("hydra", "trusted_targets")
+# These may read secrets: what is typed, and a database that the sweeper opens.
+READ_SECRETS = ("hydra.overrides", "hydra.job.override_dirname", "hydra.sweeper.storage")
 
 
 def hydra_issues(
@@ -55,50 +75,47 @@ def hydra_issues(
         trusted: Modules that the user trusts by name.
     """
     raw: Any = OmegaConf.to_container(config, resolve=False, enum_to_str=True)
-    hydra = raw["hydra"]
+    with hydra_config(config):
+        resolved, _ = resolve_keys(config, ["hydra"])  # what cannot be resolved is UNKNOWN
+    yield from _component_issues(resolved["hydra"], trusted)
+    for path, value in iter_leaves(resolved):
+        if referenced_secrets(value) and not dotted(path).startswith(READ_SECRETS):
+            # They are saved, or name what is saved.
+            text = f"={value!r}: Hydra's settings must not contain a secret"
+            yield ConfigIssue(dotted(path), text)
+    for name in LOGGING_NODES:
+        for path, leaf in iter_leaves(raw["hydra"].get(name), ("hydra", name)):
+            problem = _logging_problem(path, leaf, trusted) if isinstance(leaf, str) else None
+            is_typed = path[-1] == "filename" and is_overridden(dotted(path), overrides)
+            if problem is not None and not is_typed:
+                yield ConfigIssue(dotted(path), f"={leaf!r}{problem}")
+    yield from _param_issues(raw["hydra"].get("sweeper"))
+    yield from _typed_issues(raw, overrides)
+
+
+def _component_issues(hydra: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
+    """Check what Hydra builds, also where an interpolation leads to it."""
     for name in ("launcher", "sweeper"):
-        if get_at(hydra, (name, "_target_")) is None:
+        if get_at(hydra, (name, TARGET)) is None:
             yield ConfigIssue(
                 f"hydra/{name}", f"={hydra.get(name)!r} is not a component; Hydra needs one"
             )
     for name in INSTANTIATED_NODES:
-        for path, leaf in iter_leaves(hydra.get(name), ("hydra", name)):
-            yield from _component_issues(path, leaf, raw, trusted)
-    for name in LOGGING_NODES:
-        for path, leaf in iter_leaves(hydra.get(name), ("hydra", name)):
-            if isinstance(leaf, str):
-                yield from _logging_issues(path, leaf, trusted)
-    yield from _param_issues(hydra.get("sweeper"))
-    yield from _job_issues(hydra, overrides)
-    typed = [raw_override(override) for override in overrides]
-    for text in [*hydra["overrides"]["task"], *hydra["overrides"]["hydra"]]:
-        if text not in typed:
-            problem = f" contains {text!r}, which is not on the command line"
-            yield ConfigIssue("hydra.overrides", problem)
+        for path, value in iter_leaves(hydra.get(name), ("hydra", name)):
+            if value == UNKNOWN:
+                yield ConfigIssue(dotted(path), " does not resolve before a job starts")
+            elif TARGET in path:
+                yield from _target_issues(path, value, trusted)
 
 
-def _component_issues(
-    path: KeyPath, value: Any, raw: dict[str, Any], trusted: Sequence[str]
-) -> Iterator[ConfigIssue]:
-    """Check a value of a component that Hydra builds; it is not resolved yet."""
-    key = dotted(path)
-    if "_target_" not in path:
-        if isinstance(value, str) and not _is_text(value, raw):
-            yield ConfigIssue(
-                key,
-                f"={value!r} could resolve to a component; "
-                "interpolations are not allowed for components of Hydra",
-            )
-        return
-    if path[-1] != "_target_" or not is_dotted_name(value):
-        problem = f"={value!r} is not a dotted name; interpolations are not allowed here"
-        yield ConfigIssue(key, problem)
-        return
+def _target_issues(path: KeyPath, name: Any, trusted: Sequence[str]) -> Iterator[ConfigIssue]:
     is_plugin = len(path) == 3 and path[1] != "callbacks"
-    if not is_trusted(value, trusted) and not _is_component(value, is_plugin):
+    if path[-1] != TARGET or not is_dotted_name(name):
+        yield ConfigIssue(dotted(path), f"={name!r} is not a dotted name")
+    elif not is_trusted(name, trusted) and not _is_component(name, is_plugin):
         allowed = join_choices(installed_plugins() if is_plugin else COMPONENT_MODULES)
-        yield ConfigIssue(key, f"={value!r} is not allowed; allowed: {allowed}")
-        yield ConfigIssue("", trust_hint([value]))
+        yield ConfigIssue(dotted(path), f"={name!r} is not allowed; allowed: {allowed}")
+        yield ConfigIssue("", trust_hint([name]))
 
 
 def _is_component(name: str, is_plugin: bool) -> bool:
@@ -112,47 +129,6 @@ def _is_component(name: str, is_plugin: bool) -> bool:
     return False
 
 
-def _logging_issues(path: KeyPath, text: str, trusted: Sequence[str]) -> Iterator[ConfigIssue]:
-    """Check a class or stream that logging would create or open."""
-    key = dotted(path)
-    if path[-1] in ("class", "()"):
-        if text not in LOGGING_CLASSES and not is_trusted(text, trusted):
-            allowed = join_choices(LOGGING_CLASSES)
-            yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {allowed}")
-    elif "." in path:
-        yield ConfigIssue(key, f"={text!r}: attributes of handlers cannot be set")
-    elif path[-1] == "filename":
-        return  # see `app.config.hydra_files`
-    elif "${" in text:
-        problem = f"={text!r}: interpolations are not allowed in Hydra's logging configuration"
-        yield ConfigIssue(key, problem)
-    elif "://" in text and text not in LOG_STREAMS:
-        yield ConfigIssue(key, f"={text!r} is not allowed; allowed: {join_choices(LOG_STREAMS)}")
-
-
-def _is_text(text: str, raw: dict[str, Any], depth: int = 0) -> bool:
-    """Return whether a string resolves to text at any time, never to a node."""
-    if not (text.startswith("${") and text.endswith("}")):
-        return True  # there is text around the interpolation
-    if text[2:-1] not in interpolations(text):
-        # Several interpolations; but quotes could hide where one of them ends.
-        return not re.search(r"[\\'\"]", text)
-    match = re.fullmatch(r"(?:(hydra|[\w.]+):)?(.*)", text[2:-1], flags=re.DOTALL)
-    assert match is not None
-    resolver, key = match[1], match[2]
-    if resolver in TEXT_RESOLVERS:
-        return True
-    if resolver not in (None, "hydra") or not re.fullmatch(r"\w+(\.\w+)*", key):
-        return False
-    root = raw["hydra"] if resolver == "hydra" else raw
-    *groups, last = key.split(".")
-    group = get_at(root, groups)
-    value = group.get(last) if isinstance(group, dict) else {}
-    if isinstance(value, str):
-        return depth < 10 and _is_text(value, raw, depth + 1)
-    return not isinstance(value, (dict, list))
-
-
 def installed_plugins() -> list[str]:
     """Class names of the installed launchers and sweepers."""
     plugins = Plugins.instance()
@@ -160,9 +136,26 @@ def installed_plugins() -> list[str]:
     return [f"{cls.__module__}.{cls.__name__}" for cls in classes]
 
 
+def _logging_problem(path: KeyPath, text: str, trusted: Sequence[str]) -> str | None:
+    """Return why logging must not create or open a class, stream or file, or None."""
+    if path[-1] in ("class", "()"):
+        is_allowed = text in LOGGING_CLASSES or is_trusted(text, trusted)
+        return None if is_allowed else f" is not allowed; allowed: {join_choices(LOGGING_CLASSES)}"
+    if "." in path:
+        return ": attributes of handlers cannot be set"
+    if path[-1] == "filename":
+        problem = f" is not a .log file in the run folder; allowed: {LOG_FILES}"
+        return None if LOG_FILE.fullmatch(text) else problem
+    if "${" in text:
+        return ": interpolations are not allowed in Hydra's logging configuration"
+    if "://" in text and text not in LOG_STREAMS:
+        return f" is not allowed; allowed: {join_choices(LOG_STREAMS)}"
+    return None
+
+
 def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
     """Check `hydra.sweeper.params`, which become overrides of its jobs."""
-    params = get_child(sweeper, "params")
+    params = get_at(sweeper, ["params"])
     for name, value in params.items() if isinstance(params, dict) else ():
         key = f"hydra.sweeper.params.{name}"
         try:
@@ -172,23 +165,25 @@ def _param_issues(sweeper: Any) -> Iterator[ConfigIssue]:
             continue
         roots = [re.split(r"[./]", text)[0] for text in (override.key_or_group, str(name))]
         if any(root in COMMAND_LINE_ONLY for root in roots):
-            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
+            yield ConfigIssue(key, f"={value!r} {TYPED_ONLY}")
 
 
-def _job_issues(hydra: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
-    """Check the environment variables of jobs, and what Hydra resolves while it composes."""
-    for path, leaf in iter_leaves(hydra["job"].get("config"), ("hydra", "job", "config")):
-        if isinstance(leaf, str) and "${" in leaf:
-            yield ConfigIssue(dotted(path), f"={leaf!r}: interpolations are not allowed here")
-    env_set = hydra["job"].get("env_set")
-    if isinstance(env_set, str):
-        problem = f"={env_set!r}: interpolations are not allowed here"
-        yield ConfigIssue("hydra.job.env_set", problem)
-        return
-    for variable, value in (env_set or {}).items():
-        key = f"hydra.job.env_set.{variable}"
-        if os.environ.get(variable) != value and not is_overridden(key, overrides):
-            yield ConfigIssue(key, f"={value!r} can only be set on the command line")
-        elif looks_secret(variable) and os.environ.get(variable) == value:
+def _typed_issues(raw: dict[str, Any], overrides: Sequence[Override]) -> Iterator[ConfigIssue]:
+    """Check what only the command line may set."""
+    for key, defaults in FIXED.items():
+        value = get_at(raw, key.split("."))
+        if value not in defaults and not is_overridden(key, overrides):
+            yield ConfigIssue(key, f"={value!r} {TYPED_ONLY}")
+    for path, value in iter_leaves(get_at(raw, ENV_SET) or None, ENV_SET):
+        variable = str(path[-1])
+        is_copy = os.environ.get(variable) == value
+        if not is_copy and not is_overridden(dotted(path), overrides):
+            yield ConfigIssue(dotted(path), f"={value!r} {TYPED_ONLY}")
+        elif is_copy and looks_secret(variable):
             problem = " would be saved with the run; jobs inherit the variable anyway"
-            yield ConfigIssue(key, problem)
+            yield ConfigIssue(dotted(path), problem)
+    typed = [raw_override(override) for override in overrides]
+    for text in [*raw["hydra"]["overrides"]["task"], *raw["hydra"]["overrides"]["hydra"]]:
+        if text not in typed:
+            problem = f" contains {text!r}, which is not on the command line"
+            yield ConfigIssue("hydra.overrides", problem)

@@ -51,21 +51,34 @@ class Instantiator:
             node: Plain value; dicts with `_target_` become objects, at any depth.
             *positional: First positional arguments (parameters, an optimizer).
             **injected: Further arguments, passed on if the target has a parameter of that name or
-                takes any (`**kwargs`).
+                takes any (`**kwargs`); a part of the node receives those that it requires.
 
         Raises:
             UserError: The target cannot be found, or refuses its arguments.
         """
+        return self._build(key, node, positional, injected, {})
+
+    def _build(
+        self,
+        key: str,
+        node: Any,
+        positional: Any,
+        injected: dict[str, Any],
+        offered: dict[str, Any],
+    ) -> Any:
+        below = offered | injected
         if isinstance(node, list):
-            return [self(f"{key}.{index}", item) for index, item in enumerate(node)]
+            return [self._build(f"{key}.{i}", item, (), {}, below) for i, item in enumerate(node)]
         if not isinstance(node, dict):
             return node
         children = {
-            name: self(f"{key}.{name}", child) for name, child in node.items() if name != TARGET
+            name: self._build(f"{key}.{name}", child, (), {}, below)
+            for name, child in node.items()
+            if name != TARGET
         }
         if TARGET not in node:
             return children
-        return self._call(key, node[TARGET], children, positional, injected)
+        return self._call(key, node[TARGET], children, positional, injected, offered)
 
     def _call(
         self,
@@ -74,6 +87,7 @@ class Instantiator:
         children: dict[str, Any],
         positional: Any,
         injected: dict[str, Any],
+        offered: dict[str, Any],
     ) -> Any:
         try:
             target = locate(name, self.trusted)
@@ -82,7 +96,9 @@ class Instantiator:
         positional = [*positional, *children.pop(POSITIONAL, [])]
         accepted = signature_parameters(target)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-        arguments = children | {k: v for k, v in injected.items() if k in accepted or takes_any}
+        required = {k: v for k, v in offered.items() if k in accepted and is_required(accepted[k])}
+        passed = {k: v for k, v in injected.items() if k in accepted or takes_any}
+        arguments = required | children | passed
         arguments = {k: _as_tensor(v, target, accepted.get(k)) for k, v in arguments.items()}
         if arguments.pop(PARTIAL, False):
             return functools.partial(target, *positional, **arguments)
@@ -101,6 +117,11 @@ class Instantiator:
         return {
             name: self(f"{key}.{name}", node, **injected) for name, node in nodes.items() if node
         }
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Return whether a parameter has no default."""
+    return parameter.default is parameter.empty and parameter.kind not in _VARIADIC
 
 
 def _as_tensor(value: Any, target: Callable[..., Any], parameter: inspect.Parameter | None) -> Any:
@@ -146,6 +167,7 @@ def iter_node_issues(
     trusted: Sequence[str],
     num_positional: int = 0,
     injected: Sequence[str] = (),
+    offered: Sequence[str] = (),
 ) -> Iterator[ConfigIssue]:
     """Yield everything wrong with the targets at or below `key`, and with their arguments.
 
@@ -155,9 +177,11 @@ def iter_node_issues(
         trusted: Modules that the user trusts by name.
         num_positional: Number of first positional arguments that the program adds.
         injected: Names of further arguments that the program passes.
+        offered: Names of arguments that it passes to a part that requires them.
     """
     for name, child in iter_children(node):
-        yield from iter_node_issues(f"{key}.{name}", child, trusted)
+        below = (*injected, *offered)
+        yield from iter_node_issues(f"{key}.{name}", child, trusted, offered=below)
         if not is_part_name(name) and any(TARGET in path for path, _ in iter_leaves(child)):
             yield ConfigIssue(key, PART_NAME_PROBLEM.format(name))
     if not isinstance(node, dict) or TARGET not in node:
@@ -173,7 +197,7 @@ def iter_node_issues(
         if not is_allowed(node[TARGET], trusted):
             yield ConfigIssue("", trust_hint([str(node[TARGET])]))
         return
-    yield from _argument_issues(key, node, target, num_positional, injected)
+    yield from _argument_issues(key, node, target, num_positional, injected, offered)
 
 
 def _argument_issues(
@@ -182,6 +206,7 @@ def _argument_issues(
     target: Callable[..., Any],
     num_positional: int,
     injected: Sequence[str],
+    offered: Sequence[str],
 ) -> Iterator[ConfigIssue]:
     arguments = {k: v for k, v in node.items() if k not in (TARGET, PARTIAL, POSITIONAL)}
     accepted = signature_parameters(target)
@@ -202,7 +227,7 @@ def _argument_issues(
             yield ConfigIssue(f"{key}.{name}", problem)
         elif name in arguments:
             yield from _value_issues(f"{key}.{name}", arguments[name], target, parameter)
-        elif parameter.default is parameter.empty and name not in injected and PARTIAL not in node:
+        elif is_required(parameter) and name not in (*injected, *offered) and PARTIAL not in node:
             yield ConfigIssue(f"{key}.{name}", f" is missing: {node[TARGET]} requires it")
 
 

@@ -1,4 +1,8 @@
-"""Limits on the size and depth of configurations, so that none can exhaust memory or time."""
+"""Limits on the size and depth of configurations, so that none can exhaust memory or time.
+
+A configuration may take `MAX_SIZE` characters: as a file, and again as what it resolves to. What
+is slow counts as more characters than it has.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +27,10 @@ from app.runtime.small_files import MAX_NESTING
 MAX_INTERPOLATION_DEPTH = 16  # levels of interpolations of interpolations
 MAX_OVERRIDE_LENGTH = 10_000  # characters of one override
 MAX_FILE_BYTES = 1_000_000  # of a configuration file
-MAX_FILE_VALUES = 20_000  # in a configuration file; aliases count each time they are used
-CHARACTERS_PER_VALUE = 2  # of texts with interpolations, which OmegaConf parses slowly
-MAX_RESOLVED_SIZE = 1_000_000  # characters of a resolved configuration; other costs are in these:
-VALUE_COST = 40  # of a value: OmegaConf makes an object of each
-INTERPOLATION_COST = 250  # of resolving `${...}`, in addition to its result
-PARSE_COST = 25  # of each character inside `${...}`
-TEXT_COST = 5  # of each character of a text with interpolations
+MAX_SIZE = 1_000_000  # characters, where:
+VALUE_COST = 40  # a value takes as many more, since OmegaConf makes an object of each
+PARSE_COST = 25  # each character of a text with interpolations, or inside one, takes as many
+INTERPOLATION_COST = 250  # resolving `${...}` takes as many, in addition to its result
 SEXAGESIMAL = re.compile(r"\d(?::[0-5]?\d){100}")  # YAML reads 1:30 as 90, slowly if it is long
 YAML_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -54,45 +55,45 @@ def yaml_problem(text: str) -> str | None:
     """
     if SEXAGESIMAL.search(text):
         return "it contains a number of more than 100 parts"
-    anchors: dict[str, tuple[int, int]] = {}  # name -> number of values, depth
-    stack: list[list[Any]] = [[None, 0, 0]]  # anchor, number of values, depth
+    anchors: dict[str, tuple[int, int]] = {}  # name -> size, depth
+    stack: list[list[Any]] = [[None, 0, 0]]  # anchor, size, depth
     for event in yaml.parse(text, Loader=YAML_LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
-            stack.append([event.anchor, 1, 0])
+            stack.append([event.anchor, VALUE_COST, 0])
         elif isinstance(event, yaml.CollectionEndEvent):
-            anchor, values, depth = stack.pop()
-            anchors[anchor] = values, depth + 1
+            anchor, size, depth = stack.pop()
+            anchors[anchor] = size, depth + 1
             _add(stack[-1], *anchors[anchor])
         elif isinstance(event, yaml.ScalarEvent):
-            parsed = len(event.value) if "${" in event.value else 0
-            anchors[str(event.anchor)] = 1 + parsed // CHARACTERS_PER_VALUE, 0
+            anchors[str(event.anchor)] = text_cost(event.value), 0
             _add(stack[-1], *anchors[str(event.anchor)])
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in anchors:
                 return f"the alias *{event.anchor} refers to itself or to an unknown anchor"
             _add(stack[-1], *anchors[event.anchor])
-        if stack[-1][1] > MAX_FILE_VALUES:
-            return f"it contains more than {MAX_FILE_VALUES:,} values"
+        if stack[-1][1] > MAX_SIZE:
+            return f"its values take more than {MAX_SIZE:,} characters"
         if len(stack) + stack[-1][2] > MAX_NESTING:
             return f"it nests lists and groups more than {MAX_NESTING} deep"
     return None
 
 
-def _add(collection: list[Any], values: int, depth: int) -> None:
-    collection[1] += values
+def _add(collection: list[Any], size: int, depth: int) -> None:
+    collection[1] += size
     collection[2] = max(collection[2], depth)
 
 
 class LimitError(InterpolationResolutionError):
-    """An interpolation costs more than a configuration may."""
+    """A value costs more than a configuration may."""
 
 
 @dataclass
 class _Budget:
-    """What a resolution may still cost, in characters, and how deep it is nested now."""
+    """What a resolution may still cost, in characters, and where it is."""
 
-    left: int = MAX_RESOLVED_SIZE
-    depth: int = 0
+    left: int = MAX_SIZE
+    depth: int = 0  # of interpolations
+    path: KeyPath = ()
 
 
 _budget: ContextVar[_Budget | None] = ContextVar("_budget", default=None)
@@ -106,15 +107,13 @@ def limited_interpolations() -> Iterator[None]:
     Inside `resolution_budget`, all interpolations together have one budget. Any other, such as one
     that Hydra resolves when a job starts, has its own.
     """
-    if GrammarVisitor.visitInterpolation is _visit_limited:
-        yield
-        return
+    visit = GrammarVisitor.visitInterpolation
     setattr(GrammarVisitor, "visitInterpolation", _visit_limited)  # noqa: B010 - for mypy
     try:
         with replaced_resolver("oc.decode", _decode_limited):
             yield
     finally:
-        setattr(GrammarVisitor, "visitInterpolation", _visit_unlimited)  # noqa: B010
+        setattr(GrammarVisitor, "visitInterpolation", visit)  # noqa: B010
 
 
 @contextmanager
@@ -122,38 +121,53 @@ def resolution_budget() -> Iterator[None]:
     """Give one budget to everything that is resolved while the context is open.
 
     Raises:
-        ConfigError: It is spent, or interpolations are nested too deep.
+        ConfigError: It is spent, or values or interpolations are nested too deep.
     """
-    token = _budget.set(_Budget())
+    budget = _Budget()
+    token = _budget.set(budget)
     try:
         with limited_interpolations():
             yield
-    except RecursionError as error:  # of the parser of interpolations
-        problem = " nests values too deep"
-        raise ConfigError([ConfigIssue("the configuration", problem)]) from error
     except Exception as error:
-        limit = _limit_error_in(error)
-        if limit is None:
+        problem = _limit_problem(error)
+        if problem is None:
             raise
-        problem = f" {str(limit).splitlines()[0]}"
-        raise ConfigError([ConfigIssue(limit.full_key or "the configuration", problem)]) from error
+        key = dotted(budget.path) or "the configuration"
+        raise ConfigError([ConfigIssue(key, f" {problem}")]) from error
     finally:
         _budget.reset(token)
 
 
-def _limit_error_in(error: BaseException | None) -> LimitError | None:
-    """Return the `LimitError` that Hydra or OmegaConf has turned into another error, if any."""
-    while error is not None and not isinstance(error, LimitError):
-        error = error.__cause__ or error.__context__
-    return error
+def _limit_problem(error: BaseException | None) -> str | None:
+    """Return the limit that an error is about, which Hydra or OmegaConf may have wrapped."""
+    if isinstance(error, LimitError):
+        return str(error).splitlines()[0]
+    if isinstance(error, RecursionError):  # of the parser of interpolations
+        return "nests values too deep"
+    return None if error is None else _limit_problem(error.__cause__ or error.__context__)
 
 
-def charge(cost: int, path: KeyPath = ()) -> None:
-    """Take a cost from the current budget.
+def current_path() -> KeyPath:
+    """Return the key that is being resolved, as far as `enter_value` was told."""
+    budget = _budget.get()
+    return budget.path if budget else ()
 
-    Args:
-        cost: In characters.
-        path: Key that is being resolved, for errors; OmegaConf adds it to errors of interpolations.
+
+def enter_value(path: KeyPath) -> None:
+    """Begin to resolve a value.
+
+    Raises:
+        LimitError: It is nested too deep.
+    """
+    budget = _budget.get()
+    assert budget is not None
+    budget.path = path
+    if len(path) > MAX_NESTING:
+        raise LimitError(f"is nested more than {MAX_NESTING} deep through its interpolations")
+
+
+def charge(cost: int) -> None:
+    """Take a cost, in characters, from the current budget.
 
     Raises:
         LimitError: The budget is spent.
@@ -162,35 +176,15 @@ def charge(cost: int, path: KeyPath = ()) -> None:
     assert budget is not None
     budget.left -= cost
     if budget.left < 0:
-        raise _limit_error(f"would expand to more than {MAX_RESOLVED_SIZE:,} characters", path)
+        problem = f"would expand to more than {MAX_SIZE:,} characters through its interpolations"
+        raise LimitError(problem)
 
 
-def charge_value(value: Any, path: KeyPath) -> None:
-    """Take the cost of a resolved value, without what it contains, from the current budget.
-
-    Raises:
-        LimitError: The budget is spent, or the value is nested too deep.
-    """
-    if len(path) > MAX_NESTING:
-        raise _limit_error(f"is nested more than {MAX_NESTING} deep", path)
-    charge(VALUE_COST + (len(value) if isinstance(value, str) else 0), path)
-
-
-def charge_text(value: Any, path: KeyPath) -> None:
-    """Take the cost of a value that OmegaConf has yet to parse from the current budget.
-
-    Raises:
-        LimitError: The budget is spent, or the value is nested too deep.
-    """
-    charge_value(value, path)
-    if isinstance(value, str) and "${" in value:
-        charge(TEXT_COST * len(value), path)
-
-
-def _limit_error(problem: str, path: KeyPath) -> LimitError:
-    error = LimitError(f"{problem} through its interpolations")
-    error.full_key = dotted(path)
-    return error
+def text_cost(value: Any) -> int:
+    """Return the cost of a value, without what it contains; a text may have yet to be parsed."""
+    length = len(value) if isinstance(value, str) else 0
+    is_parsed = isinstance(value, str) and "${" in value
+    return VALUE_COST + length * (PARSE_COST if is_parsed else 1)
 
 
 def _visit_limited(visitor: GrammarVisitor, context: Any) -> Any:
@@ -200,7 +194,8 @@ def _visit_limited(visitor: GrammarVisitor, context: Any) -> Any:
     budget.depth += 1
     try:
         if budget.depth > MAX_INTERPOLATION_DEPTH:
-            raise _limit_error(f"is nested more than {MAX_INTERPOLATION_DEPTH} deep", ())
+            problem = f"is nested more than {MAX_INTERPOLATION_DEPTH} deep"
+            raise LimitError(f"{problem} through its interpolations")
         charge(INTERPOLATION_COST + PARSE_COST * (context.stop.stop - context.start.start))
         value = _visit_unlimited(visitor, context)
         charge(_size(value))
@@ -220,18 +215,6 @@ def _size(value: Any) -> int:
     """Return the cost of a value and all that it contains."""
     if isinstance(value, Node):
         value = value._value()
-    if isinstance(value, dict):
-        return VALUE_COST + sum(_size(child) for child in value.values())
-    if isinstance(value, list):
-        return VALUE_COST + sum(map(_size, value))
-    return VALUE_COST + (len(value) if isinstance(value, str) else 0)
-
-
-def interpolations(text: str) -> Iterator[str]:
-    """Yield the text between each `${` and its `}`, innermost first."""
-    starts: list[int] = []
-    for match in re.finditer(r"\$\{|\{|\}", text):
-        if match[0] != "}":
-            starts.append(match.end() if match[0] == "${" else -1)
-        elif starts and (start := starts.pop()) >= 0:
-            yield text[start : match.start()]
+    children = value.values() if isinstance(value, dict) else value
+    inner = sum(map(_size, children)) if isinstance(value, (dict, list)) else 0
+    return VALUE_COST + inner + (len(value) if isinstance(value, str) else 0)

@@ -12,15 +12,10 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
-from app.config.limits import LimitError, charge_value, resolution_budget
+from app.config.limits import LimitError, charge, enter_value, resolution_budget, text_cost
 from app.config.nested import KeyPath, dotted, get_at, iter_children
 from app.config.resolvers import absolute_path
-from app.config.secrets import (
-    hidden_secrets,
-    recorded_secrets,
-    redact,
-    transformed_secrets,
-)
+from app.config.secrets import hidden_secrets, secret_names
 from app.config.types import MISSING, UNKNOWN
 from app.runtime.errors import ConfigError, ConfigIssue
 
@@ -45,59 +40,38 @@ PER_COMMAND_KEYS = (
 def resolve(config: DictConfig) -> tuple[PlainConfig, list[ConfigIssue]]:
     """Resolve all interpolations except those of Hydra's node, and make all paths absolute.
 
-    Secrets stay unresolved, see `app.config.secrets`.
+    In place of a secret is its reference, see `app.config.secrets`.
 
     Returns:
-        The plain configuration, and an issue for each interpolation that cannot be resolved, or
-        computes something from a secret.
+        The plain configuration, and an issue for each interpolation that cannot be resolved.
 
     Raises:
         ConfigError: The resolved configuration would be too large or nested too deep.
     """
-    names = [name for name in config if name != "hydra"]
-    _, hidden, issues = resolve_twice(config, names)
-    _make_paths_absolute(hidden)
-    return hidden, issues
+    plain, issues = resolve_keys(config, [name for name in config if name != "hydra"])
+    _make_paths_absolute(plain)
+    return plain, issues
 
 
-def resolve_twice(
-    config: DictConfig, names: Sequence[Any]
-) -> tuple[PlainConfig, PlainConfig, list[ConfigIssue]]:
-    """Resolve keys with the values of secrets, and with references in their place.
-
-    Returns:
-        Both, and the issues.
-
-    Raises:
-        ConfigError: The resolved configuration would be too large or nested too deep.
-    """
-    with recorded_secrets() as secrets:
-        real, issues = _resolve_children(config, names)
-    if not secrets:
-        return real, real, issues
-    with hidden_secrets(secrets):
-        hidden, issues = _resolve_children(config, names)
-    transformed = list(transformed_secrets(real, hidden, secrets))
-    keys = [issue.key for issue in transformed]
-    others = [issue for issue in issues if issue.key not in keys]
-    return real, redact(hidden, secrets), [*others, *transformed]
-
-
-def _resolve_children(
-    config: DictConfig, names: Sequence[Any]
-) -> tuple[PlainConfig, list[ConfigIssue]]:
-    issues: list[ConfigIssue] = []
-    with resolution_budget():
-        return {str(n): _resolve_child(config, n, (str(n),), issues) for n in names}, issues
+def resolve_keys(config: DictConfig, names: Sequence[Any]) -> tuple[PlainConfig, list[ConfigIssue]]:
+    """Resolve some keys of a configuration; see `resolve`."""
+    with hidden_secrets(), resolution_budget():
+        while True:
+            num_secrets = len(secret_names)
+            issues: list[ConfigIssue] = []
+            plain = {str(n): _resolve_child(config, n, (str(n),), issues) for n in names}
+            if len(secret_names) == num_secrets:
+                return plain, issues
+            # A variable was read for a secret key, perhaps after it was read for another one.
 
 
 def _resolve_child(parent: Any, name: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:
+    enter_value(path)
     if OmegaConf.is_missing(parent, name):
         return MISSING
     try:
         value = parent[name]
-    except LimitError as error:
-        error.full_key = dotted(path)
+    except LimitError:
         raise
     except InterpolationToMissingValueError:
         return UNKNOWN
@@ -112,7 +86,8 @@ def _resolve_child(parent: Any, name: Any, path: KeyPath, issues: list[ConfigIss
 
 
 def _resolve_value(value: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:
-    charge_value(value, path)
+    enter_value(path)
+    charge(text_cost(value))
     if isinstance(value, DictConfig):
         return {str(k): _resolve_child(value, k, (*path, str(k)), issues) for k in value}
     if isinstance(value, ListConfig):
@@ -127,12 +102,12 @@ def _resolve_value(value: Any, path: KeyPath, issues: list[ConfigIssue]) -> Any:
 @contextmanager
 def hydra_config(config: DictConfig) -> Iterator[None]:
     """Let `${hydra:...}` read this configuration while the context is open."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
+    instance: Any = HydraConfig.instance()
+    before, instance.cfg = instance.cfg, config  # `set_config` would make it read-only
     try:
         yield
     finally:
-        HydraConfig.instance().cfg = before
+        instance.cfg = before
 
 
 def _make_paths_absolute(plain: PlainConfig) -> None:

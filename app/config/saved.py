@@ -8,7 +8,6 @@ resolvers returned, absolute paths, and `${oc.env:NAME}` in place of a secret.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -17,10 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config import resolvers
-from app.config.limits import charge_text, resolution_budget
+from app.config.limits import charge, enter_value, resolution_budget, text_cost
 from app.config.nested import dotted, iter_leaves, map_strings, shorten
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, resolve
-from app.config.secrets import redact_values, referenced_secrets
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
 SavedConfig = dict[str, Any]  # JSON values
@@ -29,8 +27,8 @@ LEAF_TYPES = (str, int, float, bool, NoneType, dict, list)  # empty groups and l
 HARMLESS_CALL = re.compile(r"\$\{\s*(?:or|path|image_part)\s*:")
 REFERENCE = re.compile(r"\$\{\s*([\w.@/\[\]-]+)\s*\}")
 FROZEN_ROOTS = (*PER_COMMAND_KEYS, "hydra")  # references to these keys are saved as values
-SECRET_START = re.compile(r"\$\{(?=oc\.env:\w+\})")
-LITERAL_START = re.compile(r"\$\{(?!oc\.env:\w+\})")
+SECRET_START = re.compile(r"\$\{(?=oc\.env:[\w.-]+\})")
+LITERAL_START = re.compile(r"\$\{(?!oc\.env:[\w.-]+\})")
 ABSOLUTE_START = re.compile(r"/|(?:\$\{\s*path\s*:\s*)?(?:/|\$\{\s*(?!path\s*:))")
 QUOTE = "\ue000{"  # stands for a `${` that must not be interpolated; of the private use area
 
@@ -43,17 +41,17 @@ def half_resolve(config: DictConfig, plain: PlainConfig) -> SavedConfig:
         plain: The same, resolved.
     """
     raw = OmegaConf.to_container(config, resolve=False)
-    saved: SavedConfig = _keep_references(raw, plain, referenced_secrets(plain))
+    saved: SavedConfig = _keep_references(raw, plain)
     return saved
 
 
-def _keep_references(raw: Any, plain: Any, secrets: Mapping[str, str]) -> Any:
+def _keep_references(raw: Any, plain: Any) -> Any:
     if isinstance(raw, dict) and isinstance(plain, dict):
         by_name = {str(name): child for name, child in raw.items()}
-        return {n: _keep_references(by_name[n], child, secrets) for n, child in plain.items()}
+        return {n: _keep_references(by_name[n], child) for n, child in plain.items()}
     if isinstance(raw, list) and isinstance(plain, list):
-        return [_keep_references(*pair, secrets) for pair in zip(raw, plain, strict=True)]
-    if isinstance(raw, str) and redact_values(raw, secrets) == raw and _stays_alive(raw, plain):
+        return [_keep_references(*pair) for pair in zip(raw, plain, strict=True)]
+    if isinstance(raw, str) and _stays_alive(raw, plain):
         return raw
     return map_strings(lambda text: LITERAL_START.sub(QUOTE, text), plain)
 
@@ -106,7 +104,8 @@ def resolve_saved(saved: SavedConfig) -> PlainConfig:
     resolvers.register()  # a rank that resumes has composed no configuration
     with resolution_budget():
         for path, leaf in iter_leaves(saved):
-            charge_text(leaf, path)
+            enter_value(path)
+            charge(text_cost(leaf))
         quoted = map_strings(lambda text: SECRET_START.sub(QUOTE, text), saved)
         try:
             config = OmegaConf.create(quoted)

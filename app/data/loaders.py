@@ -309,7 +309,11 @@ class IterableLoader:
         self.tracker, self.timeout = ReadTracker(dataset, options.num_workers), options.timeout
         self.stream = TrackedStream(dataset, self.tracker)
         self.loader = DataLoader(
-            self.stream, batch_size=batch_size, drop_last=drop_last, **arguments
+            self.stream,
+            batch_size=batch_size,
+            drop_last=drop_last,
+            collate_fn=_collate,
+            **arguments,
         )
         self.num_samples, self.num_batches = self._lengths(drop_last)
 
@@ -327,6 +331,8 @@ class IterableLoader:
         batches = iterate_with_shared_rng(self.loader, self.seed, "stream", epoch)
         watched = watch_batches(batches, self.timeout, self.tracker)
         for batch in islice(watched, self.limit):
+            if isinstance(batch, UserError):
+                raise batch
             local = local_batch(batch)
             yield None if local is None else self.prepare(local)
 

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
+from itertools import count, repeat
 from multiprocessing.sharedctypes import RawArray
 from types import FrameType
 from typing import Any, NamedTuple, TypeVar
@@ -108,6 +108,19 @@ class TrackedStream(IterableDataset[Any]):
         self.dataset, self.tracker = dataset, tracker
 
     def __iter__(self) -> Iterator[Any]:
+        """Yield the samples; after an error of the user in a worker only the error.
+
+        A `DataLoader` would raise it with a traceback.
+        """
+        try:
+            yield from self._read()
+        except UserError as error:
+            self.tracker.end()
+            if get_worker_info() is None:
+                raise
+            yield from repeat(error)  # until the batch is complete
+
+    def _read(self) -> Iterator[Any]:
         self.tracker.begin(0)
         samples, end = iter(self.dataset), object()
         for index in count():

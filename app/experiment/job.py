@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from app.config.allowlist import check_targets_allowed, trusted_from_environment
+from app.config.allowlist import trusted_from_environment
 from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
@@ -38,6 +38,7 @@ from app.config.validate import validate
 from app.experiment.data_facts import read_data, with_data_facts
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import read_status, write_text
+from app.runtime.lock import check_unlocked
 from app.runtime.small_files import parse_json, read_small_file
 from app.training.checkpoint.header import verify_checksum
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
@@ -74,12 +75,25 @@ def make_jobs(composer: Composer) -> list[tuple[DictConfig, Job]]:
             issues.append(ConfigIssue("resume", problem))
             continue
         try:
+            _check_not_in_use(composed)  # before anything is asked about the run
             jobs.append((composed, make_job(composed)))
         except ConfigError as error:
             issues += error.issues
     if issues:
         raise ConfigError(issues)
     return jobs
+
+
+def _check_not_in_use(composed: DictConfig) -> None:
+    """Check that no process uses the run to resume."""
+    try:
+        is_resumed = composed.get("resume") is not None
+        folder = resolve_folder(composed, "hydra.run.dir")
+    except (ConfigError, OmegaConfBaseException):
+        return  # reported with the other errors
+    if is_resumed:
+        with as_user_error("resume"):
+            check_unlocked(folder)
 
 
 def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
@@ -118,7 +132,6 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
             resumes=key == "resume",
         )
         plain = resolve_saved(saved)
-        check_targets_allowed(ckpt, plain, trusted)
     issues += unexpected_env_reads(plain, composed_plain)
     is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
     report = read_data(saved, plain, trusted, issues, is_new)

@@ -121,7 +121,7 @@ def refuse_special_files(folder: Path) -> None:
     places = [path for path in (folder, *subfolders) if path.is_dir()]
     for path in (path for place in places for path in place.iterdir()):
         special = describe_special_file(path)
-        if special not in (None, "a folder") and path.name != "wandb":
+        if special not in (None, "a folder"):
             raise UserError(
                 f"{path} is {special}, which runs do not write through; replace it with a regular "
                 "file or folder"

@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from app.config.instantiate import Instantiator
 from app.config.overrides import JobValues, SweepSpace, choices, quote, raw_override
 from app.config.schema import MonitorConfig, OptunaTrial
-from app.config.secrets import hidden_secrets, reveal_read_secrets
+from app.config.secrets import reveal_text
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, did_you_mean
 from app.sweep.driver import JobSource
 from app.sweep.folder import SweepFolder
@@ -73,9 +73,7 @@ class OptunaJobs(JobSource):
         self.search_space = parse_search_space(space.swept)
         goal = MonitorConfig(sweep.config.goal.metric, sweep.config.goal.mode)
         self.objectives = {goal.metric: goal, **options.objectives}
-        with hidden_secrets():  # this text is saved
-            storage = str(sweep.config.hydra.sweeper.storage)
-        self.storage = folder.storage_name(storage)
+        self.storage = folder.storage_name(str(sweep.config.hydra.sweeper.storage))
         self.study_name = options.study_name or folder.path.name
         self.study = self._make_study() if options.storage in OWN_STORAGES else self._load_study()
         num_trials = len(self.study.trials)
@@ -121,7 +119,7 @@ class OptunaJobs(JobSource):
             ConfigError: The database cannot be opened, or its study is another one.
         """
         try:
-            storage = make_storage(reveal_read_secrets(self.storage))
+            storage = make_storage(reveal_text(self.storage))
             if self.study_name not in optuna.get_all_study_names(storage):
                 return create_study(self.study_name, self.objectives, storage)
         except Exception as error:  # each database driver has its own errors

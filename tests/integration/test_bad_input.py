@@ -233,12 +233,12 @@ def test_ckpt_with_target_not_allowed_is_refused(
     (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2
-    assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
+    assert "model._target_='os.system' is not allowed" in ran.err
     content["config"]["trusted_targets"] = ["os"]
     (tmp_path / "untrusted.safetensors").write_bytes(checkpoint_bytes(content))
     ran = app("mode=test", "ckpt=untrusted.safetensors")
     assert ran.code == 2
-    assert "none of it was imported:\n  model._target_='os.system'\n" in ran.err
+    assert "model._target_='os.system' is not allowed" in ran.err
 
 
 def test_goal_metric_without_scalar_value_fails_and_updates_status(tmp_cwd: Path) -> None:

@@ -76,68 +76,43 @@ def test_untrusted_targets_are_listed_and_not_imported(
     config["model"] = {"_target_": "evil.Net", "_args_": [[{"deep": node}]]}
     config["callbacks"]["never"] = {"a": [1, node, {"_target_": "torchmetricsevil.Net"}]}
     config["optimizer"] = {"_target_": "app.evil.Net"}
-    config["notes"] = {"nowhere": {"_target_": "torch.evil.Net"}}
     file = write_checkpoint(tmp_cwd, config)
     with pytest.raises(UserError) as caught:
         job_for(f"mode={mode}", f"ckpt={file.parent.parent}")
-    assert str(caught.value).splitlines() == [
-        f"{file.parent.parent} references code that is not allowed; none of it was imported:",
-        "  callbacks.never.a.1._target_='evil.torch.nn.Net'",
-        "  callbacks.never.a.2._target_='torchmetricsevil.Net'",
-        "  model._args_.0.0.deep._target_='evil.torch.nn.Net'",
-        "  model._target_='evil.Net'",
-        "  optimizer._target_='app.evil.Net'",
-        "if you trust that code, add "
-        "trusted_targets=[app.evil.Net,evil,torchmetricsevil] to the command line",
-    ]
-    assert not import_marker.exists()
-
-
-def test_resume_of_untrusted_run_imports_nothing(import_marker: Path, tmp_cwd: Path) -> None:
-    config = copy_saved()
-    config["model"]["_target_"] = "evil.Net"
-    folder = write_checkpoint(tmp_cwd, config).parent.parent
-    with pytest.raises(UserError, match=r"none of it was imported:\n  model\._target_='evil"):
-        job_for(f"resume={folder}")
-    assert not import_marker.exists()
-
-
-def test_interpolated_target_is_not_imported(import_marker: Path, tmp_cwd: Path) -> None:
-    config = copy_saved()
-    config["data"]["path"] = "evil"
-    for target in ("${or:${data.path},1}.Net", "${data.path}.Net"):
-        config["model"]["_target_"] = target
-        file = write_checkpoint(tmp_cwd, config)
-        with pytest.raises(UserError, match=r"none of it was imported:\n  model\._target_='.*evil"):
-            job_for("mode=test", f"ckpt={file}")
+    for line in (
+        "callbacks.never.a.1._target_='evil.torch.nn.Net' is not allowed",
+        "callbacks.never.a.2._target_='torchmetricsevil.Net' is not allowed",
+        "model._args_.0.0.deep._target_='evil.torch.nn.Net' is not allowed",
+        "model._target_='evil.Net' is not allowed",
+        "optimizer._target_='app.evil.Net' is not allowed",
+        "if you trust that code, add trusted_targets=[app.evil.Net] to the command line",
+        "if you trust that code, add trusted_targets=[evil] to the command line",
+    ):
+        assert line in str(caught.value)
     assert not import_marker.exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("target", "message"),
     [
-        ("app.models.evil.Net", "cannot be imported: no 'evil' in"),
-        ("torch.nn.evil.Net", "is not allowed; none of it was imported"),
+        ("evil.Net", "model._target_='evil.Net' is not allowed"),
+        ("${or:${data.path},1}.Net", "model._target_='.*evil.Net' is not allowed"),
+        ("${data.path}.Net", "model._target_='.*evil.Net' is not"),
+        ("app.models.evil.Net", "cannot be imported: .*No module named 'app.models.evil'"),
+        ("torch.nn.evil.Net", "model._target_='torch.nn.evil.Net' is not allowed"),
     ],
 )
-def test_foreign_module_inside_allowed_package_is_not_imported(
-    name: str, message: str, import_marker: Path, tmp_cwd: Path
+def test_untrusted_target_is_not_imported(
+    target: str, message: str, import_marker: Path, tmp_cwd: Path
 ) -> None:
     config = copy_saved()
-    config["model"] = {"_target_": name}
+    config["data"]["path"] = "evil"
+    config["model"]["_target_"] = target
+    config["trusted_targets"] = ["evil"]  # a file cannot allow more
     file = write_checkpoint(tmp_cwd, config)
-    with pytest.raises(UserError, match=message):
-        job_for("mode=test", f"ckpt={file}")
-    assert not import_marker.exists()
-
-
-def test_trusted_targets_of_saved_run_are_ignored(import_marker: Path, tmp_cwd: Path) -> None:
-    config = copy_saved()
-    config["model"]["_target_"] = "evil.Net"
-    config["trusted_targets"] = ["evil"]
-    file = write_checkpoint(tmp_cwd, config)
-    with pytest.raises(UserError, match="none of it was imported"):
-        job_for("mode=test", f"ckpt={file}")
+    for arguments in (("mode=test", f"ckpt={file}"), (f"resume={file.parent.parent}",)):
+        with pytest.raises(UserError, match=message):
+            job_for(*arguments)
     assert not import_marker.exists()
 
 
@@ -256,20 +231,11 @@ def repeat_node(first: Any, line: Any) -> dict[str, Any]:
     return saved
 
 
-EXPANDING = {
-    "twice the text": repeat_node("ha", {"THIS": "${LAST}${LAST}"}),
-    "twice the node": repeat_node({"b": "ha"}, {"THIS": {"b": "${LAST}", "c": "${LAST}"}}),
+EXPANDING = {  # more in tests/unit/config/test_limits.py
     "twice beside": repeat_node({"b": "ha"}, {"THIS": {"b": "${..LAST}", "c": "${..LAST}"}}),
-    "twice through another": repeat_node(
-        {"b": {}}, {"x_THIS": "${LAST}", "THIS": {"b": ["${x_THIS.b}", "${x_THIS.b}"]}}
-    ),
-    "twice a last item": repeat_node([[1]], {"THIS": [["${LAST.0}", "${LAST.0}"]]}),
-    "broad": {"a0": "ha"} | {f"a{n}": f"${{a{n - 1}}}" * 20 for n in range(1, 9)},
     "a chain": {f"a{n}": f"${{a{n + 1}}}" for n in range(900)},
-    "a chain the other way": repeat_node("ha", {"THIS": "${LAST}"}),
     "deeper and deeper": repeat_node("ha", {"THIS": [[[[["${LAST}"]]]]]}),
     "a circle": {"a": "${b}", "b": "${a}"},
-    "a node in itself": {"a": {"b": "${a}"}},
 }
 
 
@@ -378,7 +344,7 @@ def check_config(folder: Path, changes: dict[str, Any]) -> None:
     [
         (
             {"model": {"_target_": "os.system", "command": "touch x"}},
-            "references code that is not allowed",
+            "model._target_='os.system' is not allowed",
         ),
         ({"notes": "${oc.env:HOME,x}"}, "reads more than its own keys"),
         ({"notes": "${oc.env:MY_TOKEN}"}, "the saved run reads this variable"),
@@ -449,7 +415,7 @@ def test_code_in_the_name_of_a_part_is_refused(mode: str, tmp_cwd: Path) -> None
         "return_nodes": [CODE_AS_NAME],
     }
     file = write_checkpoint(tmp_cwd, config)
-    with pytest.raises(UserError, match="is not allowed; none of it was imported"):
+    with pytest.raises(UserError, match="create_feature_extractor' is not allowed"):
         job_for(f"mode={mode}", f"ckpt={file}")
     config["model"] = config["model"]["model"]
     with pytest.raises(UserError, match="cannot name a part"):
@@ -480,16 +446,6 @@ def test_saved_run_reads_environment_variable_only_if_overridden(
     job = job_for("mode=test", f"ckpt={file}", f"+{key}='{address}'")
     assert "t0p-s3cret" in job.config.callbacks["mlflow"]["tracking_uri"]  # type: ignore[index]
     assert "t0p-s3cret" not in str(job.plain)
-
-
-def test_half_resolve_redacts_a_secret_beside_a_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MY_TOKEN", "hunter2hunter2")
-    text = "https://hunter2hunter2@host/${size}"
-    config = OmegaConf.create({"size": 3, "token": "${oc.env:MY_TOKEN}", "url": text})
-    plain, issues = resolve(config)
-    assert issues == []
-    saved = half_resolve(config, plain)
-    assert "hunter2" not in str((plain, saved))
 
 
 def test_half_resolve_saves_paths_that_depend_on_the_folder_as_absolute(

@@ -34,6 +34,18 @@ def test_instantiate_injects_arguments_only_into_matching_parameters(tmp_path: P
     assert console is not None
 
 
+def test_callback_inside_another_one_receives_what_it_requires(tmp_path: Path) -> None:
+    part = {"_target_": "app.callbacks.tables.Tables"}
+    for folder, node in (
+        (tmp_path, part),
+        (tmp_path / "own", {**part, "folder": tmp_path / "own"}),
+    ):
+        nodes = [{"first": node}]
+        assert list(iter_node_issues("callbacks.b", nodes, (), injected=("folder",))) == []
+        (built,) = Instantiator()("callbacks.b", nodes, folder=tmp_path)
+        assert built["first"].folder == folder
+
+
 def test_instantiate_partial_node_returns_functools_partial() -> None:
     node = {"_target_": "torch.nn.functional.cross_entropy", "_partial_": True, "reduction": "sum"}
     function = Instantiator()("loss", node)

@@ -168,3 +168,37 @@ def test_watching_keeps_signal_handlers() -> None:
         batches.close()  # type: ignore[attr-defined]
         signal.raise_signal(signal.SIGURG)
     assert received == [signal.SIGURG] * 2
+
+
+class FailingSamples(Dataset[Any]):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        if index == BLOCKED:
+            raise UserError("sample 5 is damaged")
+        return torch.zeros(2), 0
+
+
+class FailingStream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        samples = FailingSamples()
+        return (samples[index] for index in range(12))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_error_of_the_user_in_a_dataset_is_one_line_wherever_it_is_read(
+    workers: int, drop_last: bool
+) -> None:
+    options, dataset = DataLoaderOptions(workers), FailingSamples()
+    sampler = EpochSampler.from_limit(12, 4, None, None)
+    for loader in (
+        SampleLoader(dataset, sampler, 4, PREPARE, 0, options),
+        IterableLoader(FailingStream(), 4, PREPARE, None, 0, options, drop_last),
+    ):
+        batches = loader.epoch(1)
+        next(batches)
+        with pytest.raises(UserError) as caught:
+            next(batches)
+        assert str(caught.value) == "sample 5 is damaged"

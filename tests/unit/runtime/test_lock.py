@@ -10,7 +10,7 @@ from app.runtime.errors import StorageError, UserError
 from app.runtime.lock import FolderInUseError, check_unlocked, file_lock, run_lock
 
 
-@pytest.mark.parametrize("name", [".lock", "run.log", "checkpoints", "epoch_details/a.csv"])
+@pytest.mark.parametrize("name", [".lock", "run.log", "wandb", "epoch_details/a.csv"])
 def test_run_lock_folder_with_symlink_is_refused(tmp_path: Path, name: str) -> None:
     target = tmp_path / "target"
     target.write_text("original")
