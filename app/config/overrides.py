@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 
 from app.config.habits import WORDS
@@ -109,6 +109,8 @@ def parse_overrides(texts: Sequence[str], loader: ConfigLoader | None = None) ->
             if not _is_short_range(parsed[-1]):
                 problem = f" is a range without an end, or of more than {MAX_SWEEP_VALUES:,} values"
                 issues.append(ConfigIssue(text, problem))
+            elif _is_empty_sweep(parsed[-1]):
+                issues.append(ConfigIssue(text, " has no values to sweep over"))
         except HydraException as error:
             issues.append(ConfigIssue(text, _problem(text, error)))
     if issues:
@@ -155,6 +157,16 @@ def _is_short_range(override: Override) -> bool:
         return abs((sweep.stop - sweep.start) / sweep.step) <= MAX_SWEEP_VALUES
     except (ZeroDivisionError, OverflowError):
         return False
+
+
+def _is_empty_sweep(override: Override) -> bool:
+    """Return whether a range has no values, or a pattern matches no option."""
+    if not override.is_discrete_sweep():
+        return False
+    is_pattern = isinstance(override._value, Glob)
+    if is_pattern and override.config_loader is None:
+        return False
+    return next(override.sweep_string_iterator(), None) is None
 
 
 def _quoting_hint(text: str) -> str:

@@ -9,6 +9,7 @@ from app.config import resolvers
 from app.config.compose import open_composer
 from app.config.overrides import grid, grid_issues, parse_space
 from app.runtime.errors import ConfigError
+from tests.support.runs import config_issues
 
 
 def test_grid_last_key_varies_fastest() -> None:
@@ -66,6 +67,14 @@ def test_grid_of_too_many_jobs_is_refused() -> None:
         "the sweep has 64,000,000 jobs; allowed: 100,000"
     ]
     assert grid_issues(space, [["a", "b", "c"]]) == []
+
+
+@pytest.mark.parametrize("text", ["mode=glob(*)", "model=glob(zzz*)", "seed=range(5,1)"])
+@pytest.mark.parametrize("options", [["-m"], ["model=zzz"]])
+def test_sweep_without_values_is_one_error(options: list[str], text: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        config_issues(*options, text)
+    assert [str(issue) for issue in error.value.issues] == [f"{text} has no values to sweep over"]
 
 
 def test_grid_glob_expands_to_group_options() -> None:
