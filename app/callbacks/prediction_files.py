@@ -73,17 +73,25 @@ class PredictionFileWriter:
             else:
                 self.batches.setdefault(name, []).append(tensor)
 
-    def close(self) -> None:
-        """Write the tables and arrays, after the last batch."""
+    def close(self) -> list[Path]:
+        """Write the tables and arrays, after the last batch.
+
+        Returns:
+            The tables, the arrays and the folders of images that were written.
+        """
+        written = [self.folder / labeled("predictions", name) for name in self.num_images]
         for name, batches in self.batches.items():
             values = np.concatenate([batch.numpy() for batch in batches])
             stem = labeled("predictions", name)
             if self._choose_format(name, batches[0]) == "csv":
-                write_csv(self.folder / f"{stem}.csv", self._table(name, values))
+                written.append(self.folder / f"{stem}.csv")
+                write_csv(written[-1], self._table(name, values))
             else:
                 labels = {"labels": values.argmax(1)} if name in self.logit_names else {}
                 write = partial(np.savez_compressed, allow_pickle=False, outputs=values, **labels)
-                atomic_write(self.folder / f"{stem}.npz", write)
+                written.append(self.folder / f"{stem}.npz")
+                atomic_write(written[-1], write)
+        return written
 
     def _choose_format(self, name: str, tensor: Tensor) -> str:
         if self.format != "auto":

@@ -46,7 +46,7 @@ from app.runtime.signals import StopSignal
 from app.training.checkpoint.checkpoint import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
-from app.training.nonfinite_event import NonFiniteStats
+from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
 from app.training.precision import make_deterministic
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask
@@ -224,7 +224,18 @@ def train(trainer: Trainer, components: Components) -> float | None:
     if "test" in components.loaders and trainer.outcome != "pruned":
         trainer.evaluate(components.loaders["test"], "test", epoch)
     log.info("results are in %s", state.folder)
+    if trainer.outcome == "diverged":
+        log.warning("%s", describe_divergence(trainer))
     return best.value if best else None
+
+
+def describe_divergence(trainer: Trainer) -> str:
+    """Return what made training diverge, and two things to try."""
+    first = trainer.steps.nonfinite.stats.first
+    reason = f": {NonFiniteEvent(**first)}" if first else ""
+    rates = ", ".join(f"{name}={rate:g}" for name, rate in trainer.optimizers.lrs().items())
+    hint = f"a lower learning rate ({rates} at the end), or trainer.gradient_clip_norm=1.0"
+    return f"training has diverged{reason}; try {hint}"
 
 
 def evaluate(trainer: Trainer, components: Components, config: Config) -> None:
@@ -255,8 +266,8 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
     has_targets = isinstance(task, SupervisedTask) and names is None
     for batch, outputs in trainer.predictions(loader):
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
-    files.close()
-    log.info("predictions of %s are in %s", file, trainer.state.folder)
+    written = files.close()
+    log.info("predictions of %s are in %s", file, ", ".join(map(str, written)))
 
 
 def export_model(trainer: Trainer, components: Components, config: Config) -> None:

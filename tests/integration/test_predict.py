@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -59,15 +60,19 @@ def test_predict_dataset_writes_labels_and_probabilities(
     assert (table["label"] == table["target"]).mean() == accuracy
 
 
-def test_predict_stage_covers_all_its_samples(trained_run: RunResult, tmp_path: Path) -> None:
+def test_predict_stage_covers_all_its_samples(
+    trained_run: RunResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     overrides = (
         "mode=predict",
         f"ckpt={trained_run.folder}",
         "predict.stage=valid",
         "data.batch_size=7",
     )
-    execute(job_for(*overrides), tmp_path)
+    with caplog.at_level(logging.INFO):
+        execute(job_for(*overrides), tmp_path)
     assert len(pd.read_csv(tmp_path / "predictions.csv")) == 5000
+    assert caplog.messages[-1].endswith(f" are in {tmp_path / 'predictions.csv'}")
 
 
 def test_predict_image_folder_converts_format_and_size(

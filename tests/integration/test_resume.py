@@ -204,7 +204,11 @@ def test_resume_of_diverged_run_requires_changed_configuration(tmp_path: Path) -
         *FEW_BATCHES,
     )
     overrides = (*overrides, "hydra.run.dir=run", "trainer.limit_test_batches=2")
-    assert run_app(tmp_path, *overrides).code == 65
+    diverged = run_app(tmp_path, *overrides)
+    assert diverged.code == 65
+    last_line = diverged.out.splitlines()[-1]
+    assert last_line.startswith("training has diverged: the loss is not finite in train, epoch 1, ")
+    assert "; try a lower learning rate (lr=" in last_line
     before = _digests(tmp_path)
     again = run_app(tmp_path, *overrides)
     assert (again.code, _digests(tmp_path)) == (65, before)
