@@ -15,7 +15,7 @@ from app.config.schema import AUTO, STAGES, Config, DataConfig, LoaderConfig, Tr
 from app.data.augment import per_image
 from app.data.batch import BatchLoader, BatchPreparer, Inputs, MaskBatchPreparer, Masks
 from app.data.image_cache import CachedSamples, FitImage, ImageCache, load_cached
-from app.data.images import ImageFiles
+from app.data.images import ImageFiles, with_needed_side
 from app.data.joint import fill_masks
 from app.data.loaders import DataLoaderOptions, IterableLoader, SampleLoader, TensorLoader
 from app.data.masks import has_masks
@@ -281,6 +281,8 @@ def _make_loader(
     if isinstance(arrays, TensorDataset):
         on_device = _fits_on_device(arrays, dataset_size(dataset), device, data.memory)
         return TensorLoader(arrays, sampler, batch_size, prepare, on_device, rows)
+    if transforms and masks is None:
+        dataset = with_needed_side(dataset, getattr(transforms[0], "needed_side", None))
     samples = transform_samples(dataset, transforms, data.inputs, masks)
     return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
 

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset, TensorDataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from app.data.images import with_needed_side
 from app.data.progress import show_progress
 from app.data.split import base_dataset, innermost
 from app.distributed.collectives import rank
@@ -79,6 +80,11 @@ class FitImage:
     width: int
     inner: int = 0
     stretch: bool = False
+
+    @property
+    def needed_side(self) -> int:
+        """Length of the shorter side of an image that suffices: with it, the result is the same."""
+        return 2 * max(self.height, self.width)
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return uint8 of shape (..., height, width); a `tv_tensors.Mask` keeps its labels."""
@@ -138,6 +144,7 @@ class ImageCache:
             StorageError: The file cannot be written.
         """
         count = len(images) if self.kind == "disk" else len(indices)
+        images = with_needed_side(images, self.fit.needed_side)
         parts = zip(("images", "masks"), self._read(images, 0), strict=False)
         shapes = {name: (count, *part.shape) for name, part in parts}
         if self.kind == "disk":

@@ -110,8 +110,9 @@ class ResizeCenterCrop(v2.Compose):  # type: ignore[misc]  # torchvision has no 
     def __init__(self, size: int, ratio: float | None = None) -> None:
         if ratio is not None and not 0 < ratio <= 1:
             raise ValueError(f"ratio={ratio} must be above 0 and at most 1")
-        resize = v2.Resize(resized_side(size, ratio), antialias=True)
-        super().__init__([resize, v2.CenterCrop(size)])
+        side = resized_side(size, ratio)
+        super().__init__([v2.Resize(side, antialias=True), v2.CenterCrop(size)])
+        self.needed_side = 2 * side  # of images: with twice the length, the result is the same
 
 
 def resized_side(size: int, ratio: float | None) -> int:

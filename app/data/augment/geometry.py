@@ -62,6 +62,12 @@ class RandomResizedCrop(Augmentation):
         self.ratio = check_interval("ratio", ratio, 1e-3, 1e3)
         self.antialias = antialias
 
+    @property
+    def needed_side(self) -> int | None:
+        """Length of the shorter side of images with which no crop is enlarged; None if unknown."""
+        smallest = self.scale[0] * min(self.ratio[0], 1 / self.ratio[1])
+        return math.ceil(max(self.size) / math.sqrt(smallest)) if smallest else None
+
     def make_params(self, images: Tensor) -> Params:
         if not images.is_cpu:
             return self.draw_boxes(images)

@@ -6,17 +6,23 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from app.config.instantiate import Instantiator
 from app.data import image_checks
+from app.data.augment import RandomResizedCrop
+from app.data.datamodule import make_datasets, make_loaders
 from app.data.image_checks import check_images, find_duplicates, image_problem
 from app.data.images import ImageFolder, decode_image, image_folder
 from app.data.split import check_datasets, dataset_labels, sample_files, sample_paths, subset
+from app.data.transform import ResizeCenterCrop, TransformedDataset
 from app.runtime.errors import UserError
 from tests.support.image_files import damage_image, write_image_folder
+from tests.support.runs import job_for
 
 
 def read_stages(root: Path) -> dict[str, ImageFolder | None]:
@@ -177,6 +183,65 @@ def test_decoded_pixels_are_those_of_pillow(tmp_path: Path, mode: str, suffix: s
     assert torch.equal(decode_image(str(path)), expected)
     renamed = path.rename(tmp_path / "x.png")  # the first bytes decide
     assert torch.equal(decode_image(str(renamed)), expected)
+
+
+def write_large_jpeg(path: Path) -> None:
+    colors = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    colors.resize((1600, 1200), Image.Resampling.BICUBIC).save(path, quality=90)
+
+
+@pytest.mark.parametrize(
+    ("needed", "size"),
+    [(None, (1200, 1600)), (700, (1200, 1600)), (600, (600, 800)), (299, (300, 400))],
+)
+def test_jpeg_is_decoded_at_the_smallest_size_that_suffices(
+    tmp_path: Path, needed: int | None, size: tuple[int, int]
+) -> None:
+    write_large_jpeg(tmp_path / "image.jpg")
+    pixels = decode_image(str(tmp_path / "image.jpg"), needed_side=needed)
+    assert pixels.shape == (3, *size)
+    full = decode_image(str(tmp_path / "image.jpg"))
+    for transform in (ResizeCenterCrop(64), ResizeCenterCrop(64, 0.875)):
+        if needed is None or needed >= transform.needed_side:
+            difference = (transform(pixels).int() - transform(full).int()).abs()
+            assert difference.max() <= 2
+
+
+def test_stages_decode_what_their_transforms_need(tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/2.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_large_jpeg(tmp_path / name)
+    job = job_for(
+        "data=image_folder",
+        f"data.path={tmp_path}",
+        "data.image_size=64",
+        "model=cnn",
+        "data.loader.num_workers=0",
+        "data.split.valid=0.25",
+        "data.split.test=0.25",
+        "data.split.stratify=false",
+    )
+    instantiate = Instantiator(job.trusted)
+    datasets = make_datasets(job.config, instantiate)
+    cpu = torch.device("cpu")
+    loaders = make_loaders(job.config, instantiate, datasets, cpu, torch.contiguous_format)
+    sizes = {}
+    for stage, loader in loaders.items():
+        samples = loader.loader.dataset  # type: ignore[attr-defined]
+        while not isinstance(samples, TransformedDataset):
+            samples = samples.dataset
+        sizes[stage] = samples.dataset[0][0].shape[-2:]
+    assert sizes == {"train": (300, 400), "valid": (150, 200), "test": (150, 200)}
+
+
+def test_no_random_crop_is_enlarged_from_the_needed_side() -> None:
+    crop = RandomResizedCrop(20, scale=(0.1, 1.0), ratio=(0.5, 2.0))
+    side = crop.needed_side
+    assert side is not None
+    boxes = [crop.draw_boxes(torch.zeros(1, 3, side, side + extra)) for extra in range(200)]
+    shortest = min(int(box[name]) for box in boxes for name in ("height", "width"))
+    assert shortest >= 20 - 1  # rounded
+    assert RandomResizedCrop(20, scale=(0.0, 1.0)).needed_side is None
 
 
 def test_truncated_jpeg_and_other_formats_are_refused(tmp_path: Path) -> None:
