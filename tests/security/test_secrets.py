@@ -178,6 +178,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "data.class_names=['\\${oc.env:SHORT_KEY}',b,c,d,e,f,g,h,i,j]",
         "+metric.valid.x={_target_: torchmetrics.wrappers.ClasswiseWrapper,"
         " prefix: '${oc.env:SHORT_KEY}', metric: ${metric.valid.accuracy}}",
+        "data.split.valid=null\n"
         "data.source.valid={_target_: app.data.cached.cached, file: '/x/${oc.env:TOKEN}.npz',"
         " dataset: ${data.source.train}}",
     ],
@@ -187,7 +188,7 @@ def test_secret_in_what_becomes_a_name_or_a_setting_of_hydra_is_refused(
 ) -> None:
     monkeypatch.setenv("PUBLIC", "public")
     with pytest.raises(ConfigError, match="must not contain a secret") as caught:
-        job_for(override)
+        job_for(*override.splitlines())
     assert not [value for value in ENVIRONMENT.values() if value in str(caught.value)]
 
 
