@@ -175,7 +175,9 @@ class BatchTransform:
         if x.dtype == torch.uint8:
             for augment in on_bytes:
                 x, masks = transform_both(augment, x, masks, outside)
-            x = x.float().div_(255)
+            # Bytes are laid out for the model at once: the floats have four times their size
+            layout = self.memory_format if x.ndim == 4 else torch.preserve_format
+            x = x.to(torch.float32, memory_format=layout).div_(255)
         else:
             x, on_floats = x.clone(), self.augment
         if self._resize is not None:

@@ -177,7 +177,7 @@ def test_augmentation_other_input_is_refused(images: Tensor, problem: str) -> No
 
 def test_color_of_two_channels_is_refused() -> None:
     with pytest.raises(UserError, match="images with 2 channels have no color; allowed: 1 or 3"):
-        RandomGrayscale()(torch.rand(2, 4, 4))
+        RandomGrayscale(p=1.0)(torch.rand(2, 4, 4))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from itertools import pairwise, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -254,10 +255,10 @@ def test_damaged_cache_file_is_found_and_renewed(
 def test_interrupted_build_leaves_no_file(
     images: ImageFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(path: str) -> torch.Tensor:
+    def interrupt(path: str, **options: Any) -> torch.Tensor:
         if path.endswith(images.paths[4]):
             raise KeyboardInterrupt
-        return decode_image(path)
+        return decode_image(path, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("app.data.images.decode_image", interrupt)
