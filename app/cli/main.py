@@ -48,7 +48,7 @@ def main() -> None:
     escape_log_records()
     if sys.argv[1:2] == [report.COMMAND]:
         sys.exit(report.main(sys.argv[2:]))
-    if sys.argv[1:] == ["--version"]:
+    if "--version" in sys.argv[1:]:
         sys.stdout.write(f"app {version(DISTRIBUTION)}\n")
         sys.exit(0)
     if sys.argv[1:2] == [repeat.COMMAND]:

@@ -28,9 +28,9 @@ try:
 except ImportError:  # deprecated since torchvision 0.29
     decode_jpeg = None
 
+T = TypeVar("T")
 STAGE_FOLDERS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}
 # Formats that Pillow decodes by itself; for EPS, it would start Ghostscript.
-T = TypeVar("T")
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import os
 import signal
 import time
@@ -10,10 +11,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from torch._C._distributed_c10d import TCPStore
 
+from app.config.schema import Job
+from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.local import LocalWorkers
+from app.distributed.launch.worker import run_rank
 from app.experiment.entry import run_experiment
-from app.runtime.signals import StopReason
+from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 from app.training.checkpoint.store import read_store
 from tests.support.processes import (
     FAULTY_TASK,
@@ -23,6 +28,7 @@ from tests.support.processes import (
     alive_pids,
     assert_equal_runs,
     descendants,
+    free_port,
     start_command,
     start_training,
     status_of,
@@ -96,6 +102,42 @@ def test_stop_while_ranks_connect_stops_all_of_them(tmp_path: Path) -> None:
         1: "stopped",
     }
     assert not (tmp_path / "epoch_details").exists()
+
+
+def connect_rank(rank: int, port: int, job: Job, folder: Path) -> None:
+    """Connect to the other rank as under torchrun, and exit with the code of the signal."""
+    cluster = ClusterEnvironment("torchrun", rank, 2, rank, 2, "127.0.0.1", port)
+    stop = StopSignal(handles_second_interrupt=False)
+    with stop.installed():
+        store = TCPStore("127.0.0.1", port, 2, is_master=rank == 0, wait_for_workers=False)
+        try:
+            run_rank(lambda *_: None, cluster, job, folder, store, stop)
+        except TrainingInterrupted as interrupt:
+            os._exit(interrupt.exit_code)
+    os._exit(0)
+
+
+def test_ranks_of_torchrun_connect_before_they_stop(tmp_path: Path) -> None:
+    job, port, context = job_for(*SHORT_RUN), free_port(), mp.get_context("fork")
+    log_file = tmp_path / "logs" / "rank1.log"
+    log_file.parent.mkdir()
+    os.mkfifo(log_file)  # rank 1 waits here until somebody reads
+    ranks = [context.Process(target=connect_rank, args=(n, port, job, tmp_path)) for n in (0, 1)]
+    try:
+        for process in ranks:
+            process.start()
+        time.sleep(3)  # rank 0 waits for rank 1
+        for process in ranks:
+            process.terminate()
+        time.sleep(0.5)
+        reader = os.open(log_file, os.O_RDONLY | os.O_NONBLOCK)
+        for process in ranks:
+            process.join(30)
+        os.close(reader)
+        assert [process.exitcode for process in ranks] == [143, 143]
+    finally:
+        for process in ranks:
+            process.kill()
 
 
 @pytest.mark.parametrize(("name", "target"), [("SIGTERM", "group"), ("SIGUSR1", "parent")])

@@ -51,12 +51,12 @@ def run_rank(
     """
     remember_secrets(job.plain)
     with ExitStack() as stack:
-        stack.enter_context(held_folder(folder))
-        if cluster.rank > 0:
-            stack.enter_context(rank_logging(cluster.rank, folder))
-        if cluster.world_size > 1:
-            timeout = job.config.trainer.timeout
-            with stop.deferred():  # a rank that stops alone leaves the others waiting for it
+        with stop.deferred():  # a rank that stops alone leaves the others waiting to connect
+            stack.enter_context(held_folder(folder))
+            if cluster.rank > 0:
+                stack.enter_context(rank_logging(cluster.rank, folder))
+            if cluster.world_size > 1:
+                timeout = job.config.trainer.timeout
                 stack.enter_context(process_group(cluster, store, job_number, timeout))
         try:
             return function(job, folder, stop, cluster.local_rank)

@@ -18,6 +18,7 @@ from app.config.habits import DEVICE_KEYS, KEYS, NOT_HERE, WORDS, usage
 from app.experiment.job import resolve_folder
 from app.experiment.shorthand import expand
 from app.runtime.errors import ConfigError
+from tests.support.image_files import write_image_folder
 from tests.support.runs import config_issues, job_for
 
 COMING_FROM = Path(__file__).parents[3] / "docs" / "coming-from.md"
@@ -70,6 +71,22 @@ ANSWERS = {  # command line -> all that is printed below `1 error in the configu
     "resume=last": "resume='last' contains no run to resume: {cwd}/last does not exist; did you "
     "mean resume=latest?",
 }
+VALUES = {  # of the keys that hints name; 3 where none is listed
+    "optimizer": "sgd",
+    "scheduler": "step",
+    "loss": "focal",
+    "model": "lenet",
+    "data": "mnist",
+    "data.num_classes": "10",
+    "data/augment": "trivial",
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "fp32",
+    "goal.metric": "accuracy",
+    "output": "runs",
+    "name": "mine",
+    "data.path": ".",
+}
+NOT_COMPOSED = ("--cfg", "mode=test", "mode=valid", "mode=predict", "resume")  # need more than this
 WORKS = (
     "trainer=gpu",
     "trainer=cpu",
@@ -119,6 +136,14 @@ def test_unknown_key_is_answered_with_the_key_here(
 @pytest.mark.parametrize("line", WORKS)
 def test_habit_works(line: str) -> None:
     assert config_issues(*expand([line], os.environ)) == []
+
+
+@pytest.mark.usefixtures("tmp_cwd")
+@pytest.mark.parametrize("here", sorted({*KEYS.values()}))
+def test_hint_names_what_exists(here: str) -> None:
+    if not here.startswith(NOT_COMPOSED):
+        typed = here if "=" in here else f"{here}={VALUES.get(here, '3')}"
+        assert config_issues(*shlex.split(typed)) == []
 
 
 @pytest.mark.usefixtures("tmp_cwd")
@@ -232,3 +257,13 @@ def test_check_sends_samples_through_the_model(
     assert run_main("mode=check model=mlp", monkeypatch) == 0
     assert capsys.readouterr().out == "the configuration is valid\n"
     assert not list(tmp_cwd.iterdir())
+
+
+def test_check_of_pictures_builds_no_cache(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image_folder(tmp_cwd / "pets", {"cat": 10, "dog": 10})
+    line = (
+        "mode=check model=cnn data=image_folder data.path=pets data.image_size=16 data.cache=disk "
+    )
+    normalize = "'data.normalize={mean: auto, std: auto}'"
+    assert run_main(f"{line} {normalize} data.cache_folder=cache", monkeypatch) == 0
+    assert [path.name for path in tmp_cwd.iterdir()] == ["pets"]

@@ -115,7 +115,9 @@ def test_masks_of_a_cache_keep_their_labels_and_move_with_their_images(tmp_cwd: 
         assert torch.equal(masks, same_masks)
         assert masks.dtype == torch.int64
         assert set(masks.unique().tolist()) == {0, 1, 2}
-        gray = images.mean(1)  # objects are brighter than the background but for noise and edges
+        gray = images.mean(
+            1
+        )  # apart from noise and edges, objects are brighter than the background
         bright = gray > (gray[masks > 0].mean() + gray[masks == 0].mean()) / 2
         agreement = [(bright == (m > 0)).double().mean() for m in (masks, masks.flip(-1))]
         assert agreement[0] > 0.85 > 0.7 > agreement[1], agreement

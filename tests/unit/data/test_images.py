@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from app.config.instantiate import Instantiator
 from app.data import image_checks
 from app.data.augment import RandomResizedCrop
 from app.data.datamodule import make_datasets, make_loaders
+from app.data.image_cache import FitImage, ImageCache
 from app.data.image_checks import check_images, find_duplicates, image_problem
 from app.data.images import ImageFolder, decode_image, image_folder
 from app.data.split import check_datasets, dataset_labels, sample_files, sample_paths, subset
@@ -232,6 +234,24 @@ def test_stages_decode_what_their_transforms_need(tmp_path: Path) -> None:
             samples = samples.dataset
         sizes[stage] = samples.dataset[0][0].shape[-2:]
     assert sizes == {"train": (300, 400), "valid": (150, 200), "test": (150, 200)}
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
+def test_cache_decodes_what_its_size_needs(tmp_path: Path, kind: Literal["memory", "disk"]) -> None:
+    write_image_folder(tmp_path / "pets", {"cat": 1, "dog": 1})
+    write_large_jpeg(tmp_path / "pets" / "cat" / "large.jpg")
+    images = image_folder(str(tmp_path / "pets"))
+    assert isinstance(images, ImageFolder)
+    fit = FitImage(64, 64)
+    samples = ImageCache(kind, fit, tmp_path / "cache", 1).load(images, torch.arange(len(images)))
+    row = images.paths.index("cat/large.jpg")
+    cached = samples.arrays.tensors[0][row]
+    full, reduced = (
+        fit(decode_image(str(images.root / images.paths[row]), needed_side=side))
+        for side in (None, fit.needed_side)
+    )
+    assert torch.equal(cached, reduced)
+    assert not torch.equal(reduced, full)
 
 
 def test_no_random_crop_is_enlarged_from_the_needed_side() -> None:
