@@ -67,15 +67,15 @@ class ReadTracker:
     def slowest(self) -> Reading | None:
         """Return the sample that has been read for the longest time; None if none is."""
         now = time.monotonic()
-        slots = [slot for slot, index in enumerate(self.indices) if index != NO_SAMPLE]
         readings = [
             Reading(
                 None if slot == self.num_workers else slot,
                 self.pids[slot],
-                self.indices[slot],
+                index,
                 now - self.times[slot],
             )
-            for slot in slots
+            for slot, index in enumerate(self.indices)
+            if index != NO_SAMPLE
         ]
         return max(readings, key=lambda reading: reading.seconds, default=None)
 
