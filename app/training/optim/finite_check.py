@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from app.runtime.host_copy import HostCopy
+
 NonFiniteAction = Literal["stop", "skip", "raise"]
 TraceHook = Callable[[list[Tensor], Tensor], None]
 FUSED_OPTIMIZERS = ("Adam", "AdamW", "SGD")  # their fused kernels do nothing if `found_inf` is 1
@@ -107,19 +109,12 @@ class StepResult:
     def __init__(self, found_inf: Tensor | bool, undo: Callable[[], None] = lambda: None) -> None:
         self.undo = undo
         self.is_known = isinstance(found_inf, bool)
-        self.copied: torch.cuda.Event | None = None
-        if isinstance(found_inf, Tensor) and found_inf.is_cuda:
-            host = torch.empty_like(found_inf, device="cpu", pin_memory=True)
-            found_inf = host.copy_(found_inf, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
-        self.found_inf = found_inf
+        self.found_inf = HostCopy(found_inf) if isinstance(found_inf, Tensor) else found_inf
 
     def was_skipped(self) -> bool:
         """Return whether the step was skipped, after waiting for the copy if necessary."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        return bool(self.found_inf)
+        found_inf = self.found_inf
+        return bool(found_inf.get()) if isinstance(found_inf, HostCopy) else found_inf
 
 
 def is_fused(optimizer: Optimizer) -> bool:
