@@ -45,7 +45,7 @@ from torch._C._distributed_c10d import FileStore
 from app.distributed.collectives import LazyAllReduceMax, is_distributed
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import process_group
-from app.training.accumulator import StepValues, average, reduce_to_host
+from app.training.step_values import StepValues, average, reduce_to_host
 
 Pair = tuple[float, float]  # with several ranks, without
 STEPS = 79  # batches of 128 in the 10,000 test images

@@ -8,8 +8,7 @@ are computed from that same block, so they cannot disagree.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,55 +17,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.distributed.collectives import all_reduce, broadcast_object, rank
+from app.distributed.collectives import broadcast_object, rank
 from app.metrics.stage_metrics import StageMetrics
-from app.metrics.sum_metric import Sums
 from app.training.history import Row
+from app.training.step_timer import StepTimer
+from app.training.step_values import StepValues, means, reduce_to_host, zeros_like_row
 
 FLUSH_EVERY = 10_000  # maximum number of steps whose values are kept on the device
-
-
-@dataclass(frozen=True)
-class Average:
-    """Mean over the samples of a step; make it with `average(value, count)`.
-
-    Attributes:
-        value: Scalar tensor on the device, detached.
-        count: Number of samples; 0 if the step does not count.
-        weight: How much the value counts in a mean over steps, a scalar on the device; None is the
-            number of samples.
-    """
-
-    value: Tensor
-    count: int
-    weight: Tensor | None = None
-
-
-StepValues = Mapping[str, Average | Sums]
-Timestamp = float | torch.cuda.Event
-
-
-def average(value: Tensor, count: int, weight: Tensor | None = None) -> Average:
-    """Return a scalar tensor as the mean over `count` samples; detached, but not read.
-
-    Args:
-        value: The mean.
-        count: Number of samples.
-        weight: See `Average`.
-    """
-    return Average(value.detach(), count, weight)
-
-
-def zeros_like_row(values: StepValues) -> StepValues:
-    """Return the same columns with values that count for nothing."""
-    return {
-        name: Average(
-            torch.zeros_like(value.value), 0, None if value.weight is None else 0 * value.weight
-        )
-        if isinstance(value, Average)
-        else tuple(torch.zeros_like(part) for part in value)
-        for name, value in values.items()
-    }
 
 
 class StageAccumulator:
@@ -171,8 +128,8 @@ class StageAccumulator:
             metric = self.metrics.sum_metrics.get(name)
             total = sums.sum(0)
             if metric is None:
-                steps[name] = _means(sums).numpy()
-                totals[name] = _means(total).item()
+                steps[name] = means(sums).numpy()
+                totals[name] = means(total).item()
             elif (value := self.metrics.value(name, total)).size == 1:
                 steps[name] = metric.values(sums)
                 totals[name] = value.item()
@@ -233,51 +190,8 @@ class StageAccumulator:
         }
 
 
-def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
-    """Stack the values of several steps, reduce them over ranks and copy them to the host.
-
-    Args:
-        rows: Values of each step, all with the same columns.
-
-    Returns:
-        By column name, a float64 matrix with one row per step. Its columns are the weighted value,
-        the weight (if it is not the count) and the count of an `Average`, or all states of a
-        metric.
-    """
-    columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
-    widths = [column.shape[1] for column in columns.values()]
-    block = all_reduce(torch.cat(list(columns.values()), dim=1)).cpu().double()
-    return dict(zip(columns, block.split(widths, dim=1), strict=True))
-
-
-def _means(sums: Tensor) -> Tensor:
-    """Return the means of columns of `Average`s; NaN without samples, 0 if all weights are 0."""
-    value, weight, count = sums[..., 0], sums[..., 1], sums[..., -1]
-    return value / weight.masked_fill((weight == 0) & (count > 0), 1.0)
-
-
-def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
-    averages = [value for value in values if isinstance(value, Average)]
-    if averages:
-        means = _to_float64(torch.stack([item.value for item in averages]))
-        counts = means.new_tensor([item.count for item in averages])
-        weights = [item.weight for item in averages if item.weight is not None]
-        if not weights:
-            return torch.stack([means * counts, counts], dim=1)
-        weight = _to_float64(torch.stack(weights))
-        return torch.stack([means * weight, weight, counts], dim=1)
-    states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
-    stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
-    return torch.cat(stacked, dim=1)
-
-
 def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _to_float64(values: Tensor) -> Tensor:
-    """Convert to float64, which sums counts and float32 values exactly; MPS only has float32."""
-    return values.float() if values.device.type == "mps" else values.double()
 
 
 @dataclass(frozen=True)
@@ -300,49 +214,3 @@ class StageResult:
     steps: pd.DataFrame
     arrays: dict[str, np.ndarray]
     is_complete: bool = True
-
-
-class StepTimer:
-    """Measures the duration of each step without synchronizing the device.
-
-    On a CUDA device these are the times between events in the stream, which are only read when the
-    stage ends.
-
-    Args:
-        device: Device that the steps run on.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.on_cuda = device.type == "cuda"
-        self.started = time.perf_counter()
-        self.ticks = [self._timestamp()]
-        self.earlier_times: list[float] = []  # of the steps before the run was resumed
-        self.earlier_elapsed = 0.0
-
-    def tick(self) -> None:
-        """Mark the end of a step."""
-        self.ticks.append(self._timestamp())
-
-    def step_times(self) -> list[float]:
-        """Return the seconds of each step; only call this once the device has finished."""
-        pairs = zip(self.ticks[:-1], self.ticks[1:], strict=True)
-        return [*self.earlier_times, *(_seconds_between(a, b) for a, b in pairs)]
-
-    def elapsed(self) -> float:
-        """Return the seconds since the stage started, without the time between two runs."""
-        return self.earlier_elapsed + time.perf_counter() - self.started
-
-    def _timestamp(self) -> Timestamp:
-        if not self.on_cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _seconds_between(start: Timestamp, end: Timestamp) -> float:
-    if isinstance(start, float) and isinstance(end, float):
-        return end - start
-    assert isinstance(start, torch.cuda.Event)
-    assert isinstance(end, torch.cuda.Event)
-    return float(start.elapsed_time(end)) / 1000

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from app.metrics.stage_metrics import MetricLike, StageMetrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, count_samples, describe, map_tensors
-from app.training.accumulator import Average, StepValues, average, zeros_like_row
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.precision import Precision
+from app.training.step_values import Average, StepValues, average, zeros_like_row
 
 Forward = Callable[[Nested], Nested]
 MetricsLike = StageMetrics | Mapping[str, MetricLike]

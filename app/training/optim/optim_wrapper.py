@@ -19,9 +19,9 @@ from app.distributed.strategies import (
     total_norm,
 )
 from app.runtime.errors import UserError
-from app.training.accumulator import Average
 from app.training.optim.finite_check import FiniteCheck, NonFiniteAction, is_fused
 from app.training.optim.lr_schedule import LRSchedule
+from app.training.step_values import Average
 
 SINGLE = ""  # name of the wrapper in a dict that has only one
 

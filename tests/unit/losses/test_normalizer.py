@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from app.losses.focal import FocalLoss
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.stage_metrics import StageMetrics
-from app.training.accumulator import StageAccumulator, average
+from app.training.accumulator import StageAccumulator
 from app.training.optim.optim_wrapper import OptimWrapper
+from app.training.step_values import average
 
 WEIGHTS = torch.tensor([0.2, 1.0, 5.0])
 SIZES = [4, 4, 1, 3]

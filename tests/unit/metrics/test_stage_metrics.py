@@ -17,7 +17,8 @@ from app.metrics.images import (
 )
 from app.metrics.segmentation import OverlapMetric, PartialDice
 from app.metrics.stage_metrics import StageMetrics
-from app.training.accumulator import StageAccumulator, average
+from app.training.accumulator import StageAccumulator
+from app.training.step_values import average
 from tests.support.metrics import (
     Projection,
     evaluate,

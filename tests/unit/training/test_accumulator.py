@@ -18,7 +18,8 @@ from app.metrics.stage_metrics import StageMetrics
 from app.metrics.sum_metric import has_small_sum_states
 from app.runtime.errors import UserError
 from app.training import accumulator as accumulator_module
-from app.training.accumulator import StageAccumulator, StageResult, average
+from app.training.accumulator import StageAccumulator, StageResult
+from app.training.step_values import average
 
 CPU = torch.device("cpu")
 SIZES = [7, 7, 1, 4]

@@ -15,9 +15,9 @@ from app.data.loaders import make_loader
 from app.experiment.factory import make_components
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
-from app.training.accumulator import average
 from app.training.limits import TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
+from app.training.step_values import average
 from app.training.supervised import SupervisedTask
 from app.training.task import StepOutput, Task
 from app.training.trainer import Trainer

@@ -1,0 +1,97 @@
+"""Values of a step that stay on the device, and their way to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.distributed.collectives import all_reduce
+from app.metrics.sum_metric import Sums
+
+
+@dataclass(frozen=True)
+class Average:
+    """Mean over the samples of a step; make it with `average(value, count)`.
+
+    Attributes:
+        value: Scalar tensor on the device, detached.
+        count: Number of samples; 0 if the step does not count.
+        weight: How much the value counts in a mean over steps, a scalar on the device; None is the
+            number of samples.
+    """
+
+    value: Tensor
+    count: int
+    weight: Tensor | None = None
+
+
+StepValues = Mapping[str, Average | Sums]
+
+
+def average(value: Tensor, count: int, weight: Tensor | None = None) -> Average:
+    """Return a scalar tensor as the mean over `count` samples; detached, but not read.
+
+    Args:
+        value: The mean.
+        count: Number of samples.
+        weight: See `Average`.
+    """
+    return Average(value.detach(), count, weight)
+
+
+def zeros_like_row(values: StepValues) -> StepValues:
+    """Return the same columns with values that count for nothing."""
+    return {
+        name: Average(
+            torch.zeros_like(value.value), 0, None if value.weight is None else 0 * value.weight
+        )
+        if isinstance(value, Average)
+        else tuple(torch.zeros_like(part) for part in value)
+        for name, value in values.items()
+    }
+
+
+def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
+    """Stack the values of several steps, reduce them over ranks and copy them to the host.
+
+    Args:
+        rows: Values of each step, all with the same columns.
+
+    Returns:
+        By column name, a float64 matrix with one row per step. Its columns are the weighted value,
+        the weight (if it is not the count) and the count of an `Average`, or all states of a
+        metric.
+    """
+    columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
+    widths = [column.shape[1] for column in columns.values()]
+    block = all_reduce(torch.cat(list(columns.values()), dim=1)).cpu().double()
+    return dict(zip(columns, block.split(widths, dim=1), strict=True))
+
+
+def means(sums: Tensor) -> Tensor:
+    """Return the means of columns of `Average`s; NaN without samples, 0 if all weights are 0."""
+    value, weight, count = sums[..., 0], sums[..., 1], sums[..., -1]
+    return value / weight.masked_fill((weight == 0) & (count > 0), 1.0)
+
+
+def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
+    averages = [value for value in values if isinstance(value, Average)]
+    if averages:
+        means = _to_float64(torch.stack([item.value for item in averages]))
+        counts = means.new_tensor([item.count for item in averages])
+        weights = [item.weight for item in averages if item.weight is not None]
+        if not weights:
+            return torch.stack([means * counts, counts], dim=1)
+        weight = _to_float64(torch.stack(weights))
+        return torch.stack([means * weight, weight, counts], dim=1)
+    states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
+    stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
+    return torch.cat(stacked, dim=1)
+
+
+def _to_float64(values: Tensor) -> Tensor:
+    """Convert to float64, which sums counts and float32 values exactly; MPS only has float32."""
+    return values.float() if values.device.type == "mps" else values.double()
