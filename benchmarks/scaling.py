@@ -45,7 +45,7 @@ from torch._C._distributed_c10d import FileStore
 from app.distributed.collectives import LazyAllReduceMax, is_distributed
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import process_group
-from app.training.step_values import StepValues, average, reduce_to_host
+from app.training.step_values import StepBlock, StepValues, average
 
 Pair = tuple[float, float]  # with several ranks, without
 STEPS = 79  # batches of 128 in the 10,000 test images
@@ -206,6 +206,11 @@ def make_stage_steps() -> list[StepValues]:
         }
         for _ in range(STEPS)
     ]
+
+
+def reduce_to_host(rows: list[StepValues]) -> None:
+    """Sum the values of several steps over ranks."""
+    StepBlock(rows).get()
 
 
 def agree_on_every_step() -> None:

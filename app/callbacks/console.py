@@ -9,7 +9,7 @@ import pandas as pd
 
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd
-from app.training.history import History, best_epoch, epochs_since_best, seconds_left, summary_table
+from app.training.history import History, best_epoch, epochs_since_best, summary_table
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class Console(Callback):
     def on_epoch_end(self, end: EpochEnd) -> None:
         rows = [row for row in end.history if row["epoch"] == end.epoch]
         log.info("%s", _format_rows(rows))
-        log.info("elapsed %s%s", _format_duration(end.elapsed), _format_remaining(end))
+        log.info("elapsed %s%s", format_duration(end.elapsed), _format_remaining(end))
         best = best_epoch(end.history, end.goal)
         if best is None:
             log.info("best %s: none yet", end.goal.metric)
@@ -38,16 +38,17 @@ def _format_rows(rows: History) -> str:
     return table.to_string(index=False, float_format=lambda x: f"{x:.5g}", na_rep="")
 
 
-def _format_duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
+    """Return seconds as `H:MM:SS`."""
     return str(timedelta(seconds=round(seconds)))
 
 
 def _format_remaining(end: EpochEnd) -> str:
-    if end.epochs_left is None:
+    if end.seconds_left is None:
         return ""
-    remaining = seconds_left(end.history, end.epochs_left, end.valid_every)
-    end_time = (datetime.now() + timedelta(seconds=remaining)).strftime("%Y-%m-%d %H:%M:%S")
-    return f", remaining {_format_duration(remaining)}, expected end {end_time}"
+    end_time = datetime.now() + timedelta(seconds=end.seconds_left)
+    remaining = format_duration(end.seconds_left)
+    return f", remaining {remaining}, expected end {end_time:%Y-%m-%d %H:%M:%S}"
 
 
 def _format_patience(end: EpochEnd) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from app.config.schema import GoalConfig
+from app.training.accumulator import LoggedSteps, StageResult
 from app.training.events import Callback
 from app.training.history import History, Row, best_epoch
 
@@ -21,12 +22,31 @@ class ExperimentTracker(Callback):
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         self.folder, self.config, self.goal = folder, config, GoalConfig(**config["goal"])
         self.run_id = ""  # that the tracker gives; empty before the first stage
+        self.num_steps = 0  # training steps so far
 
     def state_dict(self) -> dict[str, Any]:
-        return {"run": self.run_id}
+        return {"run": self.run_id, "steps": self.num_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.run_id = state["run"]
+        self.run_id, self.num_steps = state["run"], state.get("steps", 0)
+
+    def log(self, values: dict[str, float], epoch: int) -> None:
+        """Log the values of a stage."""
+        raise NotImplementedError
+
+    def log_steps(self, values: dict[str, float], step: int) -> None:
+        """Log values over the last training steps, by the number of steps."""
+        raise NotImplementedError
+
+    def on_steps_logged(self, logged: LoggedSteps) -> None:
+        if logged.stage == "train":
+            names = {f"train_step/{name}": value for name, value in logged.recent.items()}
+            self.log_steps(names, self.num_steps + int(logged.steps["iter"].iloc[-1]))
+
+    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        if result.is_complete:
+            self.num_steps += len(result.steps) if result.stage == "train" else 0
+            self.log(row_metrics(result.row), result.epoch)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from app.callbacks.log_values import ExperimentTracker, final_metrics, flatten, row_metrics
+from app.callbacks.log_values import ExperimentTracker, final_metrics, flatten
 from app.runtime.extras import import_extra
-from app.training.accumulator import StageResult
 from app.training.events import StageStart
 from app.training.history import History
 
@@ -24,7 +23,9 @@ ARTIFACTS = ("config.yaml", "summary_table.csv")
 
 
 class MLflow(ExperimentTracker):
-    """Log the configuration, the metrics of each stage by epoch, and the main files of the run.
+    """Log the configuration, metrics, and the main files of the run.
+
+    Metrics are those of each stage by epoch, and of the training by step while an epoch runs.
 
     Args:
         folder: Run folder.
@@ -64,10 +65,6 @@ class MLflow(ExperimentTracker):
             else:
                 self.run_id = self._create_run()
 
-    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
-        if result.is_complete:
-            self._log_metrics(row_metrics(result.row), result.epoch)
-
     def on_run_end(self, history: History) -> None:
         if self.client is None:
             return
@@ -75,7 +72,7 @@ class MLflow(ExperimentTracker):
             last_epoch = int(history[-1]["epoch"])
             metrics = final_metrics(history, self.goal)
             best = {name: value for name, value in metrics.items() if name.startswith("best/")}
-            self._log_metrics(best, last_epoch)
+            self.log(best, last_epoch)
         for path in [self.folder / name for name in ARTIFACTS]:
             if path.exists():
                 self.client.log_artifact(self.run_id, str(path))
@@ -102,13 +99,16 @@ class MLflow(ExperimentTracker):
             self.client.log_batch(run.info.run_id, params=batch)
         return str(run.info.run_id)
 
-    def _log_metrics(self, values: dict[str, float], epoch: int) -> None:
+    def log(self, values: dict[str, float], epoch: int) -> None:
         from mlflow.entities import Metric
 
         assert self.client is not None
         now = round(time.time() * 1000)
         metrics = [Metric(sanitize_name(name), value, now, epoch) for name, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
+
+    def log_steps(self, values: dict[str, float], step: int) -> None:
+        self.log(values, step)
 
 
 def sanitize_name(name: str) -> str:

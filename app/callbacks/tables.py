@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,22 @@ import torch
 from app.callbacks.selection import classes_of_metric
 from app.config.schema import STAGES
 from app.runtime.errors import UserError, as_storage_error
-from app.runtime.files import write_csv
+from app.runtime.files import append_csv, write_csv
 from app.runtime.nested import Nested, iter_tensors
 from app.runtime.small_files import describe_special_file
-from app.training.accumulator import StageResult
+from app.training.accumulator import LoggedSteps, StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History, summary_table
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 2**20
+SECONDS_BETWEEN_WRITES = 5.0  # of iterations of a stage that runs
 
 
 class Tables(Callback):
-    """Write `epoch_details/` and the summary tables after each stage.
+    """Write `epoch_details/` and the summary tables.
+
+    The table of iterations grows while the stage runs, and is written once more when it ends.
 
     Args:
         folder: Run folder.
@@ -51,6 +55,8 @@ class Tables(Callback):
         self.memory_column: list[float] = []
         self.restored_column: list[float] = []  # of a stage that was interrupted
         self.stage = ""  # current stage
+        self.num_written = 0  # iterations of it
+        self.last_written = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         is_resumable = self.memory and self.stage == "train"  # other stages start over
@@ -61,10 +67,25 @@ class Tables(Callback):
 
     def on_stage_start(self, start: StageStart) -> None:
         self.stage, self.memory_column, self.restored_column = start.stage, self.restored_column, []
+        self.num_written, self.last_written = 0, time.monotonic()
+        self.waiting: list[pd.DataFrame] = []
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
             self.memory_column.append(memory_mb(step.batch))
+
+    def on_steps_logged(self, logged: LoggedSteps) -> None:
+        self.waiting.append(logged.steps)
+        if time.monotonic() - self.last_written < SECONDS_BETWEEN_WRITES:
+            return
+        steps = self._with_usage(pd.concat(self.waiting), self.num_written)
+        path = self.folder / "epoch_details" / f"epoch{logged.epoch:03d}_{logged.stage}.csv"
+        if self.num_written and path.exists():
+            append_csv(path, steps)
+        else:
+            write_csv(path, steps)
+        self.num_written += len(steps)
+        self.last_written, self.waiting = time.monotonic(), []
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         details = self.folder / "epoch_details"
@@ -77,14 +98,20 @@ class Tables(Callback):
         if result.is_complete:
             self.memory_column = []
 
-    def _with_usage(self, steps: pd.DataFrame) -> pd.DataFrame:
-        """Return a copy with the optional columns; other callbacks share the original."""
+    def _with_usage(self, steps: pd.DataFrame, first: int = 0) -> pd.DataFrame:
+        """Return a copy with the optional columns; other callbacks share the original.
+
+        Args:
+            steps: Rows of consecutive iterations.
+            first: Number of iterations of the stage before them.
+        """
         if self.throughput:
             steps = steps.assign(**{"samples/s": steps["num_samples"] / steps["iter_time"]})
         if self.memory:
+            memory = self.memory_column[first : first + len(steps)]
             # Steps of an interrupted run that did not record memory
-            unknown = [math.nan] * (len(steps) - len(self.memory_column))
-            steps = steps.assign(memory_mb=[*unknown, *self.memory_column])
+            unknown = [math.nan] * (len(steps) - len(memory))
+            steps = steps.assign(memory_mb=[*unknown, *memory])
         return steps
 
 

@@ -22,21 +22,24 @@ from app.config.schema import GoalConfig
 from app.runtime.extras import import_extra
 from app.runtime.folders import make_folder
 from app.runtime.nested import Nested, iter_tensors
-from app.training.accumulator import StageResult
+from app.training.accumulator import LoggedSteps, StageResult
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import History
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch.utils.tensorboard import SummaryWriter
 
 log = logging.getLogger(__name__)
-NON_METRIC_COLUMNS = ["epoch", "iter", "stage", "num_samples", "iter_time"]
+NON_METRIC_COLUMNS = ["epoch", "iter", "stage", "num_samples", "data_time", "iter_time"]
 # Configuration keys that are logged as hyperparameters, with all keys below them
 HPARAMS = ("optimizer", "scheduler", "model", "trainer", "data.batch_size", "seed")
 
 
 class TensorBoard(Callback):
     """Write `tensorboard/`: `<stage>/<name>` by epoch and `<stage>_step/<name>` by iteration.
+
+    Iterations are written while the stage runs.
 
     Args:
         folder: Run folder.
@@ -73,15 +76,18 @@ class TensorBoard(Callback):
         self.model, self.config, self.goal = model, config, GoalConfig(**config["goal"])
         self.steps, self.images, self.hparams = steps, images, hparams
         self.histograms_every_n_epochs = histograms_every_n_epochs
-        self.num_iterations: Counter[str] = Counter()  # by stage
+        self.num_iterations: Counter[str] = Counter()  # of complete stages, by stage
+        self.last_iteration = 0  # of the current stage that was logged
         self.samples = SampleBuffer(config, 0)
         self.graph_samples = SampleBuffer(config, 2 if graph else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"iterations": dict(self.num_iterations)}
+        last = {"last": self.last_iteration} if self.last_iteration else {}
+        return {"iterations": dict(self.num_iterations), **last}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_iterations = Counter(state["iterations"])
+        self.last_iteration = state.get("last", 0)
 
     @cached_property
     def writer(self) -> SummaryWriter:
@@ -97,13 +103,18 @@ class TensorBoard(Callback):
         self.samples.add(step)
         self.graph_samples.add(step)
 
+    def on_steps_logged(self, logged: LoggedSteps) -> None:
+        self._log_steps(logged.stage, logged.steps)
+        self.writer.flush()
+
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+        self._log_steps(result.stage, result.steps)
         if not result.is_complete:
             return
+        self.num_iterations[result.stage] += len(result.steps)
+        self.last_iteration = 0
         for name, value in row_metrics(result.row).items():
             self.writer.add_scalar(name, value, result.epoch)
-        if self.steps:
-            self._log_steps(result)
         for name, array in result.arrays.items():
             if array.ndim == 2:
                 figure = draw_matrix(array, f"{name}, {result.stage}, epoch {result.epoch}")
@@ -135,12 +146,16 @@ class TensorBoard(Callback):
             self.writer.add_hparams(_hparams(self.config), metrics, run_name=".")
         self.writer.close()
 
-    def _log_steps(self, result: StageResult) -> None:
-        first = self.num_iterations[result.stage] + 1
-        self.num_iterations[result.stage] += len(result.steps)
-        for name in result.steps.columns.difference(NON_METRIC_COLUMNS):
-            for step, value in enumerate(result.steps[name], first):
-                self.writer.add_scalar(f"{result.stage}_step/{name}", value, step)
+    def _log_steps(self, stage: str, steps: pd.DataFrame) -> None:
+        """Log the iterations of the current stage that are not logged yet."""
+        steps = steps[steps["iter"] > self.last_iteration]
+        if not self.steps or steps.empty:
+            return
+        numbers = self.num_iterations[stage] + steps["iter"]
+        for name in steps.columns.difference(NON_METRIC_COLUMNS):
+            for number, value in zip(numbers, steps[name], strict=True):
+                self.writer.add_scalar(f"{stage}_step/{name}", value, number)
+        self.last_iteration = int(steps["iter"].iloc[-1])
 
     def _log_graph(self, inputs: Nested) -> None:
         devices = {tensor.device for tensor in iter_tensors(inputs) if tensor.is_cuda}

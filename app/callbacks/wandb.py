@@ -7,11 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from app.callbacks.log_values import ExperimentTracker, final_metrics, row_metrics
+from app.callbacks.log_values import ExperimentTracker, final_metrics
 from app.runtime.errors import UserError
 from app.runtime.extras import import_extra
 from app.runtime.folders import make_folder
-from app.training.accumulator import StageResult
 from app.training.events import StageStart
 from app.training.history import History
 
@@ -20,7 +19,9 @@ if TYPE_CHECKING:
 
 
 class WeightsAndBiases(ExperimentTracker):
-    """Log the configuration and the metrics of each stage by epoch, to `wandb/` in the run folder.
+    """Log the configuration and metrics to `wandb/` in the run folder.
+
+    Metrics are those of each stage by epoch, and of the training by step while an epoch runs.
 
     Args:
         folder: Run folder.
@@ -75,11 +76,15 @@ class WeightsAndBiases(ExperimentTracker):
             )
             self.run_id = self.run.id
             self.run.define_metric("*", step_metric="epoch")
+            self.run.define_metric("train_step/*", step_metric="step")
 
-    def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
+    def log(self, values: dict[str, float], epoch: int) -> None:
         assert self.run is not None
-        if result.is_complete:
-            self.run.log({"epoch": result.epoch, **row_metrics(result.row)})
+        self.run.log({"epoch": epoch, **values})
+
+    def log_steps(self, values: dict[str, float], step: int) -> None:
+        assert self.run is not None
+        self.run.log({"step": step, **values})
 
     def on_run_end(self, history: History) -> None:
         if self.run is not None:

@@ -27,6 +27,7 @@ RESERVED_COLUMNS = (
     "num_samples",
     "lr",
     "gradient_norm",
+    "data_time",
     "iter_time",
     "epoch_time",
     "loss_mean",

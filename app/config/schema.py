@@ -216,6 +216,8 @@ class TrainerConfig:
     max_steps: Positive | None
     valid_every_n_epochs: Positive
     sanity_valid_batches: NonNegative
+    log_every_n_steps: Positive
+    log_every: Annotated[float, Gt(0.0)]
     accumulate_grad_batches: Positive
     gradient_clip_norm: Annotated[float, Gt(0.0)] | None
     gradient_clip_value: Annotated[float, Gt(0.0)] | None

@@ -465,6 +465,7 @@ def make_limits(config: Config) -> TrainingLimits:
         save_schedule=_make_save_schedule(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=parse_duration(trainer.max_time),
+        log_every_n_steps=trainer.log_every_n_steps,
     )
 
 

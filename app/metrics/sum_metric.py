@@ -41,7 +41,8 @@ class SumMetric:
         }
         self.cpu_metric = copy.deepcopy(metric).cpu().set_dtype(torch.float64)
         zeros = tuple(zero.cpu() for zero in self.defaults.values())
-        self.has_integer_value = not self._compute(zeros).is_floating_point()
+        value = self._compute(zeros)
+        self.has_integer_value, self.is_scalar = not value.is_floating_point(), value.numel() == 1
 
     def sums(self, outputs: Tensor, targets: Tensor) -> Sums:
         """Return the states after this batch alone, without synchronizing with the device."""

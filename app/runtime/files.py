@@ -180,6 +180,26 @@ def _nonfinite_to_none(content: Any) -> Any:
 
 def write_csv(path: Path, table: pd.DataFrame) -> None:
     """Write a CSV file with a header and no index, in which no text is a spreadsheet formula."""
+    escaped = _escape_formulas(table)
+    atomic_write(path, lambda file: escaped.to_csv(file, index=False))
+
+
+def append_csv(path: Path, table: pd.DataFrame) -> None:
+    """Append rows to a file that `write_csv` has written; it need not survive a crash.
+
+    Raises:
+        StorageError: The file is missing or cannot be written.
+    """
+    text = _escape_formulas(table).to_csv(index=False, header=False)
+    try:
+        with path.open("r+", encoding="utf-8", newline="") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(text)
+    except OSError as error:
+        raise as_storage_error(error) from error
+
+
+def _escape_formulas(table: pd.DataFrame) -> pd.DataFrame:
     from pandas.api.types import is_numeric_dtype
 
     escaped = table.set_axis([_escape_formula(name) for name in table.columns], axis=1)
@@ -191,7 +211,7 @@ def write_csv(path: Path, table: pd.DataFrame) -> None:
         escaped_cells = [_escape_formula(cell) for cell in cells]
         if any(new is not old for new, old in zip(escaped_cells, cells, strict=True)):
             escaped.isetitem(index, escaped_cells)
-    atomic_write(path, lambda file: escaped.to_csv(file, index=False))
+    return escaped
 
 
 def _escape_formula(cell: Any) -> Any:

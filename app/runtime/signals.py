@@ -25,9 +25,10 @@ class StopReason(IntEnum):
     """Why a run stops early; if ranks have different reasons, the largest one counts."""
 
     NONE = 0
-    TIME = 1
-    PREEMPTED = 2
-    INTERRUPTED = 3
+    CALLBACK = 1
+    TIME = 2
+    PREEMPTED = 3
+    INTERRUPTED = 4
 
 
 REASON_BY_SIGNAL = {

@@ -1,14 +1,17 @@
 """Accumulation of step values into the tables of a stage.
 
-Each step returns sums that stay on the device. When the stage ends they are stacked, reduced over
-ranks and copied to the host once. The values of every iteration and the exact value of the stage
-are computed from that same block, so they cannot disagree.
+Each step returns sums that stay on the device. A block of steps is stacked, reduced over ranks and
+copied to the host at once, without waiting for the device while the stage runs. The values of every
+iteration, those of the stage so far and the exact value of the stage are computed from these same
+blocks, so they cannot disagree.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +24,13 @@ from app.distributed.collectives import broadcast_object, rank
 from app.metrics.stage_metrics import StageMetrics
 from app.training.history import Row
 from app.training.step_timer import StepTimer
-from app.training.step_values import StepValues, means, reduce_to_host, zeros_like_row
+from app.training.step_values import StepBlock, StepValues, means, zeros_like_row
 
-FLUSH_EVERY = 10_000  # maximum number of steps whose values are kept on the device
+Block = dict[str, Tensor]  # by column, a matrix with a row per step; see `StepBlock.get`
+FLUSH_EVERY = 50  # steps whose values are copied to the host at once, by default
+FIRST_FLUSHES = (4, 16)  # steps after which the first values of a stage are copied
+SECONDS_BETWEEN_LOGS = 1.0
+SECONDS_TO_FIRST_LOG = 0.25
 
 
 class StageAccumulator:
@@ -34,6 +41,10 @@ class StageAccumulator:
         device: Device that the steps run on.
         pop_invalid_rows: Returns how many of the last steps turned out not to count, since it was
             last called.
+        flush_every: Number of steps whose values are copied to the host at once.
+
+    Attributes:
+        so_far: Mean loss and metrics of the stage, as far as they were last logged.
     """
 
     def __init__(
@@ -41,13 +52,22 @@ class StageAccumulator:
         metrics: StageMetrics,
         device: torch.device,
         pop_invalid_rows: Callable[[], int] = int,
+        flush_every: int = FLUSH_EVERY,
     ) -> None:
         metrics.reset()
         self.metrics, self.timer = metrics, StepTimer(device)
-        self.pop_invalid_rows = pop_invalid_rows
+        self.pop_invalid_rows, self.flush_every = pop_invalid_rows, flush_every
+        self.num_steps = 0
         self.pending: list[StepValues] = []
-        self.blocks: list[dict[str, Tensor]] = []
+        self.in_flight: deque[StepBlock] = deque()
+        self.received: list[Block] = []
+        self.blocks: list[Block] = []  # what was received until the last log or flush
+        self.step_values: dict[int, dict[str, np.ndarray]] = {}  # by index of the block
         self.host_values: dict[str, list[float]] = {}
+        self.totals: dict[str, Tensor] = {}  # over all blocks, for `so_far`
+        self.so_far: Mapping[str, float] = {}
+        self.num_logged = 0  # blocks
+        self.next_log = time.monotonic() + SECONDS_TO_FIRST_LOG
 
     def add(self, values: StepValues, host_values: Mapping[str, float] | None = None) -> None:
         """Add the values of a step.
@@ -57,43 +77,69 @@ class StageAccumulator:
             host_values: Further columns that are plain numbers, such as the learning rate.
         """
         self.pending.append(values)
+        self.num_steps += 1
         self.timer.tick()
         for name, number in (host_values or {}).items():
             self.host_values.setdefault(name, []).append(float(number))
         self.mask_last(self.pop_invalid_rows())
-        if len(self.pending) == FLUSH_EVERY:
-            self.flush()
+        if self.num_steps % self.flush_every == 0 or self.num_steps in FIRST_FLUSHES:
+            self._start_flush()
 
     @property
     def is_empty(self) -> bool:
         """Whether no step has been added."""
-        return not (self.pending or self.blocks)
+        return self.num_steps == 0
 
     def flush(self) -> None:
-        """Reduce all pending values over ranks and copy them to the host at once."""
+        """Wait until the values of all steps are on the host; all ranks must call this."""
         self.mask_last(self.pop_invalid_rows())
+        self._start_flush()
+        self._receive(waits=True)
+        self._keep_received()
+
+    def _start_flush(self) -> None:
         if self.pending:
-            self.blocks.append(reduce_to_host(self.pending))
+            self.in_flight.append(StepBlock(self.pending))
             self.pending = []
+
+    def _receive(self, waits: bool = False) -> None:
+        while self.in_flight and (waits or self.in_flight[0].is_ready):
+            self.received.append(self.in_flight.popleft().get())
+
+    def _keep_received(self) -> None:
+        if self.received:
+            block = _concat(self.received)
+            self.received = []
+            self.blocks.append(block)
+            for name, total in _sums(block).items():
+                self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def mask_last(self, count: int) -> None:
         """Exclude the last `count` steps from the totals; their cells in the table become empty."""
+        if not count:
+            return
         num_pending = min(count, len(self.pending))
         if num_pending:
             self.pending[-num_pending:] = map(zeros_like_row, self.pending[-num_pending:])
         remaining = count - num_pending
-        for block in reversed(self.blocks):  # flushed already
-            length = len(next(iter(block.values())))
-            masked = min(remaining, length)
-            for column in block.values():
-                column[length - masked :] = 0
+        if not remaining:
+            return
+        self._receive(waits=True)
+        self._keep_received()
+        for index in reversed(range(len(self.blocks))):
+            masked = min(remaining, _num_rows(self.blocks[index]))
+            if masked:
+                self.step_values.pop(index, None)
+                for column in self.blocks[index].values():
+                    column[-masked:] = 0
             remaining -= masked
+        self.totals = _sums(_concat(self.blocks))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: tensors and plain values; all ranks must call this."""
         self.flush()
         return {
-            "blocks": self.blocks,
+            "blocks": [_concat(self.blocks)] if self.blocks else [],
             "host_values": {n: _float64(values) for n, values in self.host_values.items()},
             "step_times": _float64(self.timer.step_times()),
             "elapsed": self.timer.elapsed(),
@@ -101,10 +147,37 @@ class StageAccumulator:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.blocks = list(state["blocks"])
+        self.received = list(state["blocks"])
+        self._keep_received()
+        self.num_steps = sum(map(_num_rows, self.blocks))
         self.host_values = {name: t.tolist() for name, t in state["host_values"].items()}
-        self.timer.earlier_times = state["step_times"].tolist()
-        self.timer.earlier_elapsed = state["elapsed"]
+        self.timer.resume(state["step_times"].tolist(), state["elapsed"])
+
+    def has_news(self) -> bool:
+        """Return whether values of further steps have arrived and may be logged again."""
+        if self.in_flight:
+            self._receive()
+        return bool(self.received) and time.monotonic() >= self.next_log
+
+    def log(self, stage: str, epoch: int) -> LoggedSteps:
+        """Return what has arrived since the last time; only call this on rank 0."""
+        self._keep_received()
+        first, self.num_logged = self.num_logged, len(self.blocks)
+        self.next_log = time.monotonic() + SECONDS_BETWEEN_LOGS
+        self.so_far = self._values(self.totals)
+        recent = self._values(_sums(_concat(self.blocks[first:])))
+        return LoggedSteps(stage, epoch, self._step_table(stage, epoch, first), recent, self.so_far)
+
+    def _values(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the mean loss and the metrics of sums, without those that have no value."""
+        values = {}
+        for name, total in totals.items():
+            metric = self.metrics.sum_metrics.get(name)
+            if metric is None:
+                values[name] = means(total).item()
+            elif metric.is_scalar:
+                values[name] = metric.values(total[None]).item()
+        return {n: value for n, value in values.items() if n == "loss" or not math.isnan(value)}
 
     def result(self, stage: str, epoch: int) -> StageResult:
         """Compute the result of the stage; all ranks must call this.
@@ -122,16 +195,13 @@ class StageAccumulator:
     def _summarize(
         self, stage: str, epoch: int, accumulated: Mapping[str, np.ndarray]
     ) -> StageResult:
-        columns = {n: torch.cat([block[n] for block in self.blocks]) for n in self.blocks[0]}
-        steps, totals, arrays = {}, {}, {}
+        columns = _concat(self.blocks)
+        totals, arrays = {}, {}
         for name, sums in columns.items():
-            metric = self.metrics.sum_metrics.get(name)
             total = sums.sum(0)
-            if metric is None:
-                steps[name] = means(sums).numpy()
+            if name not in self.metrics.sum_metrics:
                 totals[name] = means(total).item()
             elif (value := self.metrics.value(name, total)).size == 1:
-                steps[name] = metric.values(sums)
                 totals[name] = value.item()
             else:
                 arrays[name] = value
@@ -140,43 +210,57 @@ class StageAccumulator:
                 totals[name] = value.item()
             else:
                 arrays[name] = value
-        counts = columns["loss"][:, -1].numpy().astype(np.int64)
-        table = self._step_table(stage, epoch, counts, steps)
+        table = self._step_table(stage, epoch)
         weights = columns["loss"][:, 1].numpy()
-        row = self._summary_row(stage, epoch, counts, weights, steps["loss"], totals)
+        row = self._summary_row(stage, epoch, table, weights, totals)
         return StageResult(stage, epoch, row, table, arrays)
 
-    def _step_table(
-        self, stage: str, epoch: int, counts: np.ndarray, steps: dict[str, np.ndarray]
-    ) -> pd.DataFrame:
+    def _step_table(self, stage: str, epoch: int, first_block: int = 0) -> pd.DataFrame:
+        """Return the table of the steps of all blocks, or of those from one block on."""
+        start = sum(map(_num_rows, self.blocks[:first_block]))
+        parts = [self._block_values(index) for index in range(first_block, len(self.blocks))]
+        steps = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        end = start + len(steps["loss"])
         table = pd.DataFrame(
             {
                 "epoch": epoch,
-                "iter": np.arange(1, len(counts) + 1),
+                "iter": np.arange(start + 1, end + 1),
                 "stage": stage,
-                "loss": steps["loss"],
-                "num_samples": counts,
-                **{name: values for name, values in steps.items() if name != "loss"},
+                "loss": steps.pop("loss"),
+                "num_samples": steps.pop("num_samples"),
+                **steps,
             }
         )
         for name, numbers in self.host_values.items():
-            table[name] = numbers
-        table["iter_time"] = self.timer.step_times()
+            table[name] = numbers[start:end]
+        table["iter_time"] = self.timer.step_times(start, end)
         return table
+
+    def _block_values(self, index: int) -> dict[str, np.ndarray]:
+        """Return the values of each step of a block by column."""
+        if index not in self.step_values:
+            block = self.blocks[index]
+            values = {"num_samples": block["loss"][:, -1].numpy().astype(np.int64)}
+            for name, sums in block.items():
+                metric = self.metrics.sum_metrics.get(name)
+                if metric is None:
+                    values[name] = means(sums).numpy()
+                elif metric.is_scalar:
+                    values[name] = metric.values(sums)
+            self.step_values[index] = values
+        return self.step_values[index]
 
     def _summary_row(
         self,
         stage: str,
         epoch: int,
-        counts: np.ndarray,
+        table: pd.DataFrame,
         weights: np.ndarray,
-        losses: np.ndarray,
         totals: dict[str, float],
     ) -> Row:
-        num_samples, seconds = int(counts.sum()), self.timer.elapsed()
-        mean = totals.pop("loss")
-        counted = weights > 0
-        squares = (losses[counted] - mean) ** 2
+        num_samples, seconds = int(table["num_samples"].sum()), self.timer.elapsed()
+        mean, counted = totals.pop("loss"), weights > 0
+        squares = (table["loss"].to_numpy()[counted] - mean) ** 2
         variance = np.average(squares, weights=weights[counted]) if counted.any() else math.nan
         return {
             "epoch": epoch,
@@ -190,8 +274,41 @@ class StageAccumulator:
         }
 
 
+def _num_rows(block: Block) -> int:
+    return len(next(iter(block.values())))
+
+
+def _concat(blocks: Sequence[Block]) -> Block:
+    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+
+def _sums(block: Block) -> Block:
+    return {name: column.sum(0) for name, column in block.items()}
+
+
 def _float64(values: list[float]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class LoggedSteps:
+    """Values of a stage that is running, as far as they are on the host.
+
+    Attributes:
+        stage: `train`, `valid` or `test`.
+        epoch: Epoch of the stage, counted from 1.
+        steps: Table of the iterations since the last time, with the columns of
+            `StageResult.steps`; iterations that turn out not to count are empty in the latter.
+            A stage that is resumed begins with those before the interruption.
+        recent: Mean loss and metrics over these iterations, by name.
+        so_far: Mean loss and metrics over the stage so far, by name.
+    """
+
+    stage: str
+    epoch: int
+    steps: pd.DataFrame
+    recent: Mapping[str, float]
+    so_far: Mapping[str, float]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ The training loop calls each event on rank 0 with a small dataclass of values. C
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from app.config.schema import GoalConfig
 from app.runtime.nested import Nested
-from app.training.accumulator import StageResult
+from app.training.accumulator import LoggedSteps, StageResult
 from app.training.history import History
 
 
@@ -25,12 +26,15 @@ class StageStart:
         epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
         num_batches: Number of batches to come; None if unknown.
         num_samples: Number of samples to come, over all ranks; None if unknown.
+        num_epochs: Maximum number of epochs of the training; None if unknown, or outside a
+            training.
     """
 
     stage: str
     epoch: int
     num_batches: int | None
     num_samples: int | None
+    num_epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class StepEnd:
     one (`.item()`, `.cpu()`, `print`) waits for it and slows training down. With several ranks,
     `batch` and `outputs` are those of rank 0, unless `Callback.needs_all_ranks` asks for all.
 
+    `loss` and `metrics` are plain numbers that have reached the host without a wait; they are
+    behind by some steps, see `Callback.on_steps_logged`.
+
     Attributes:
         stage: `train`, `valid`, `test` or `predict`.
         epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
@@ -48,6 +55,10 @@ class StepEnd:
             total: the samples of rank 0 times the number of ranks.
         batch: The batch as the task received it.
         outputs: Outputs of the model, detached; None if the task does not return any.
+        step: Number of the batch in the stage, counted from 1.
+        so_far: Mean loss and metrics of the stage, as far as they are known, by name.
+        lrs: Learning rates of a training step by column name: `lr`, or `lr_<optimizer>`.
+        seconds_left: Expected seconds until the training ends; None if unknown.
     """
 
     stage: str
@@ -55,6 +66,20 @@ class StepEnd:
     num_samples: int
     batch: Nested
     outputs: Nested
+    step: int = 0
+    so_far: Mapping[str, float] = field(default_factory=dict)
+    lrs: Mapping[str, float] = field(default_factory=dict)
+    seconds_left: float | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the stage, as far as it is known; NaN before it is."""
+        return self.so_far.get("loss", math.nan)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the stage, as far as they are known, by name."""
+        return {name: value for name, value in self.so_far.items() if name != "loss"}
 
 
 @dataclass(frozen=True)
@@ -65,28 +90,28 @@ class EpochEnd:
         epoch: The epoch, counted from 1.
         history: Rows of all completed stages, oldest first.
         goal: Metric that decides which epoch is best.
-        epochs_left: Maximum number of epochs to come; None if unknown.
-        valid_every: Number of epochs between two validations.
         elapsed: Seconds since training started or resumed.
+        seconds_left: Expected seconds until the training ends; None if unknown.
     """
 
     epoch: int
     history: History
     goal: GoalConfig
-    epochs_left: int | None
-    valid_every: int
     elapsed: float
+    seconds_left: float | None
 
 
 class Callback:
     """Base class of callbacks; override the events that you need.
 
-    A callback observes the run. It receives values, never the trainer, and runs on rank 0 only.
-    Events come in this order::
+    A callback observes the run. It receives values, never the trainer, and runs on rank 0 only. It
+    may ask to end the training with `self.request_stop("reason")`, in any of its events. Events
+    come in this order::
 
         for each epoch:
             on_stage_start         # "train"
             on_step_end            # for every batch
+            on_steps_logged        # about every second
             on_stage_end
             on_stage_start, ...    # "valid", if validation is due
             on_epoch_end
@@ -118,6 +143,16 @@ class Callback:
             digits: 4
     """
 
+    stop_reason: str | None = None
+
+    def request_stop(self, reason: str) -> None:
+        """End the training after the current step; it is validated, saved and tested as usual.
+
+        Args:
+            reason: Why, as text for the log.
+        """
+        self.stop_reason = reason
+
     def state_dict(self) -> dict[str, Any]:
         """Return what must survive a restart: tensors and plain values (str, int, list, dict, ...).
 
@@ -143,6 +178,13 @@ class Callback:
         """Called after each batch of any stage, without waiting for the device.
 
         Do not read tensors here unless you need to; see `StepEnd`.
+        """
+
+    def on_steps_logged(self, logged: LoggedSteps) -> None:
+        """Called while a stage runs, with values that have reached the host without a wait.
+
+        They are copied every `trainer.log_every_n_steps` steps, and the event comes at most once
+        per second. What remains when the stage ends is only in `on_stage_end`.
         """
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
@@ -178,6 +220,12 @@ class Callbacks(Callback):
         self.callbacks = list(callbacks)
 
     @property
+    def stop_reason(self) -> str | None:  # type: ignore[override]
+        """Why a callback asks to end the training; None if none does."""
+        reasons = (callback.stop_reason for callback in self.callbacks)
+        return next((reason for reason in reasons if reason is not None), None)
+
+    @property
     def by_name(self) -> dict[str, Callback]:
         """Callbacks by class name and index among those of the same class: `Tables-0`."""
         classes = [type(callback).__qualname__ for callback in self.callbacks]
@@ -204,6 +252,10 @@ class Callbacks(Callback):
     def on_step_end(self, step: StepEnd) -> None:
         for callback in self.callbacks:
             callback.on_step_end(step)
+
+    def on_steps_logged(self, logged: LoggedSteps) -> None:
+        for callback in self.callbacks:
+            callback.on_steps_logged(logged)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         for callback in self.callbacks:

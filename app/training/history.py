@@ -21,7 +21,6 @@ History = Sequence[Row]
 StatusName = Literal[
     "running", "completed", "pruned", "diverged", "failed", "interrupted", "preempted"
 ]
-EPOCH_TIME_SMOOTHING = 0.3  # weight of the newest epoch in the expected duration of the next one
 TIME_COLUMNS = ("epoch_time", "samples/s")
 
 
@@ -111,21 +110,6 @@ def reason_to_stop(history: History, goal: GoalConfig) -> str | None:
     if goal.patience is not None and (since := epochs_since_best(history, goal)) >= goal.patience:
         return f"{goal.metric} has not improved for {since} validations"
     return None
-
-
-def seconds_left(history: History, epochs_left: int, valid_every: int) -> float:
-    """Return the expected seconds of the remaining epochs, including their validation."""
-    train, valid = (_expected_epoch_time(history, stage) for stage in ("train", "valid"))
-    return epochs_left * train + math.ceil(epochs_left / valid_every) * valid
-
-
-def _expected_epoch_time(history: History, stage: str) -> float:
-    """Exponential moving average of the durations of a stage."""
-    times = [float(row["epoch_time"]) for row in history if row["stage"] == stage]
-    average = times[0] if times else 0.0
-    for seconds in times[1:]:
-        average += EPOCH_TIME_SMOOTHING * (seconds - average)
-    return average
 
 
 def summary_table(history: History) -> pd.DataFrame:

@@ -41,6 +41,7 @@ class TrainingLimits:
         save_schedule: When checkpoints are saved, and how many are kept.
         sanity_valid_batches: Number of validation batches to run before training, as a check.
         max_seconds: Maximum duration of training; None for no limit.
+        log_every_n_steps: Steps whose values are copied to the host at once while a stage runs.
     """
 
     max_epochs: int | None
@@ -49,6 +50,7 @@ class TrainingLimits:
     save_schedule: SaveSchedule = SaveSchedule()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
+    log_every_n_steps: int = 50
 
     def num_epochs(self, steps_per_epoch: int | None) -> int | None:
         """Return the maximum number of epochs, including an incomplete last one.
@@ -63,6 +65,17 @@ class TrainingLimits:
             return self.max_epochs
         by_steps = math.ceil(self.max_steps / steps_per_epoch)
         return by_steps if self.max_epochs is None else min(by_steps, self.max_epochs)
+
+    def fraction_done(self, epochs: float, steps: int) -> float | None:
+        """Return which part of the training is done, from 0 to 1; None if its length is unknown.
+
+        Args:
+            epochs: Number of epochs so far, including a part of one.
+            steps: Number of optimizer steps so far.
+        """
+        pairs = ((epochs, self.max_epochs), (steps, self.max_steps))
+        parts = [done / limit for done, limit in pairs if limit is not None]
+        return min(1.0, max(parts)) if parts else None
 
     def is_last_epoch(self, epoch: int, steps: int) -> bool:
         """Return whether training ends after this epoch.

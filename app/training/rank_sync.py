@@ -26,16 +26,20 @@ class StopConsensus:
 
     def __init__(self, signal: StopSignal) -> None:
         self.signal, self.all_ranks = signal, LazyAllReduceMax()
-        self.reason = StopReason.NONE
+        self.reason = self.requested = StopReason.NONE
+
+    def request(self, reason: StopReason) -> None:
+        """Ask all ranks to stop after a step; any rank may call this."""
+        self.requested = reason
 
     def after_step(self) -> StopReason:
         """Return the reason to stop after this step; all ranks must call this."""
-        self.reason = StopReason(max(self.reason, self.all_ranks(self.signal.reason())))
+        self.reason = StopReason(max(self.reason, self.all_ranks(self._local_reason())))
         return self.reason
 
     def finish(self) -> StopReason:
         """Return the reason to stop after the last step of a stage, waiting for all ranks."""
-        reason = self.all_ranks.wait(self.signal.reason())
+        reason = self.all_ranks.wait(self._local_reason())
         self.reason = StopReason(max(self.reason, reason))
         return self.reason
 
@@ -57,9 +61,12 @@ class StopConsensus:
         if self.is_signal:
             raise TrainingInterrupted(self.reason)
 
+    def _local_reason(self) -> StopReason:
+        return max(self.requested, self.signal.reason())
+
     @property
     def is_signal(self) -> bool:
-        """Whether to stop at once; if only the time is up, the best weights are still tested."""
+        """Whether to stop at once; for any other reason, the best weights are still tested."""
         return self.reason > StopReason.TIME
 
 
@@ -99,11 +106,13 @@ class StepBatch:
         data: Inputs and targets, on the device.
         number: Number of the batch in the epoch, counted from 1.
         is_padding: Whether this rank has no samples in the step, so that the batch does not count.
+        seconds: How long this rank waited for it.
     """
 
     data: Batch
     number: int
     is_padding: bool = False
+    seconds: float = 0.0
 
 
 def step_batches(loader: BatchLoader, epoch: int) -> Iterator[StepBatch]:
@@ -112,11 +121,16 @@ def step_batches(loader: BatchLoader, epoch: int) -> Iterator[StepBatch]:
     All ranks must make every step, as they exchange gradients in it. A rank without samples in a
     step gets two samples of the dataset as padding, which do not count.
     """
-    for number, data in enumerate(loader.epoch(epoch), start=1):
-        if data is None:
-            yield StepBatch(loader.first(2), number, is_padding=True)
-        else:
-            yield StepBatch(data, number)
+    batches, number = iter(loader.epoch(epoch)), 0
+    while True:
+        started = time.perf_counter()
+        try:
+            data = next(batches)
+        except StopIteration:
+            return
+        number, seconds = number + 1, time.perf_counter() - started
+        is_padding = data is None
+        yield StepBatch(loader.first(2) if data is None else data, number, is_padding, seconds)
 
 
 def gather_batches(local: Nested, is_padding: bool) -> list[Nested]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import torch
 
@@ -12,8 +13,8 @@ Timestamp = float | torch.cuda.Event
 class StepTimer:
     """Measures the duration of each step without synchronizing the device.
 
-    On a CUDA device these are the times between events in the stream, which are only read when the
-    stage ends.
+    On a CUDA device these are the times between events in the stream, which are only read once the
+    device has finished the steps.
 
     Args:
         device: Device that the steps run on.
@@ -22,22 +23,34 @@ class StepTimer:
     def __init__(self, device: torch.device) -> None:
         self.on_cuda = device.type == "cuda"
         self.started = time.perf_counter()
-        self.ticks = [self._timestamp()]
-        self.earlier_times: list[float] = []  # of the steps before the run was resumed
-        self.earlier_elapsed = 0.0
+        self.ticks = deque([self._timestamp()])
+        self.known_times: list[float] = []
+        self.earlier_elapsed = 0.0  # before the run was resumed
 
     def tick(self) -> None:
         """Mark the end of a step."""
         self.ticks.append(self._timestamp())
 
-    def step_times(self) -> list[float]:
-        """Return the seconds of each step; only call this once the device has finished."""
-        pairs = zip(self.ticks[:-1], self.ticks[1:], strict=True)
-        return [*self.earlier_times, *(_seconds_between(a, b) for a, b in pairs)]
+    def step_times(self, start: int = 0, end: int | None = None) -> list[float]:
+        """Return the seconds of each step; only call this once the device has finished them.
+
+        Args:
+            start: Index of the first step.
+            end: Index after the last one; None is all steps so far.
+        """
+        unknown = len(self.ticks) - 1 if end is None else end - len(self.known_times)
+        for _ in range(unknown):
+            begin = self.ticks.popleft()
+            self.known_times.append(_seconds_between(begin, self.ticks[0]))
+        return self.known_times[start:end]
 
     def elapsed(self) -> float:
         """Return the seconds since the stage started, without the time between two runs."""
         return self.earlier_elapsed + time.perf_counter() - self.started
+
+    def resume(self, step_times: list[float], elapsed: float) -> None:
+        """Continue a stage that was interrupted after these step times and seconds."""
+        self.known_times, self.earlier_elapsed = step_times, elapsed
 
     def _timestamp(self) -> Timestamp:
         if not self.on_cuda:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from app.distributed.collectives import all_reduce
 from app.metrics.sum_metric import Sums
+from app.runtime.host_copy import HostCopy
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,35 @@ def zeros_like_row(values: StepValues) -> StepValues:
     }
 
 
-def reduce_to_host(rows: list[StepValues]) -> dict[str, Tensor]:
-    """Stack the values of several steps, reduce them over ranks and copy them to the host.
+class StepBlock:
+    """Values of several steps: stacked, reduced over ranks, and on their way to the host.
+
+    Making one blocks nothing on a CUDA device; all ranks must make it.
 
     Args:
         rows: Values of each step, all with the same columns.
-
-    Returns:
-        By column name, a float64 matrix with one row per step. Its columns are the weighted value,
-        the weight (if it is not the count) and the count of an `Average`, or all states of a
-        metric.
     """
-    columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
-    widths = [column.shape[1] for column in columns.values()]
-    block = all_reduce(torch.cat(list(columns.values()), dim=1)).cpu().double()
-    return dict(zip(columns, block.split(widths, dim=1), strict=True))
+
+    def __init__(self, rows: Sequence[StepValues]) -> None:
+        columns = {name: _stack_column([row[name] for row in rows]) for name in rows[0]}
+        self.widths = {name: column.shape[1] for name, column in columns.items()}
+        self.copy = HostCopy(all_reduce(torch.cat(list(columns.values()), dim=1)))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the values can be had without waiting for the device."""
+        return self.copy.is_ready
+
+    def get(self) -> dict[str, Tensor]:
+        """Return the values, after waiting for them if necessary.
+
+        Returns:
+            By column name, a float64 matrix with one row per step. Its columns are the weighted
+            value, the weight (if it is not the count) and the count of an `Average`, or all states
+            of a metric.
+        """
+        parts = self.copy.get().double().split(list(self.widths.values()), dim=1)
+        return dict(zip(self.widths, parts, strict=True))
 
 
 def means(sums: Tensor) -> Tensor:
@@ -80,16 +95,23 @@ def means(sums: Tensor) -> Tensor:
 def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
     averages = [value for value in values if isinstance(value, Average)]
     if averages:
-        means = _to_float64(torch.stack([item.value for item in averages]))
-        counts = means.new_tensor([item.count for item in averages])
+        mean = _to_float64(torch.stack([item.value for item in averages]))
+        counts = _to_device([item.count for item in averages], mean)
         weights = [item.weight for item in averages if item.weight is not None]
         if not weights:
-            return torch.stack([means * counts, counts], dim=1)
+            return torch.stack([mean * counts, counts], dim=1)
         weight = _to_float64(torch.stack(weights))
-        return torch.stack([means * weight, weight, counts], dim=1)
+        return torch.stack([mean * weight, weight, counts], dim=1)
     states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
     stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
     return torch.cat(stacked, dim=1)
+
+
+def _to_device(numbers: list[int], like: Tensor) -> Tensor:
+    """Return numbers as a tensor with the type and device of another one."""
+    # Only a copy from pinned memory does not wait for a CUDA device.
+    host = torch.tensor(numbers, dtype=like.dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
 
 
 def _to_float64(values: Tensor) -> Tensor:

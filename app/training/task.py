@@ -232,10 +232,9 @@ class StepOutput:
     outputs: Nested = None
     host_values: Mapping[str, float] = field(default_factory=dict)
 
-    def with_columns(self, values: StepValues, host_values: Mapping[str, float]) -> StepOutput:
+    def with_columns(self, values: StepValues) -> StepOutput:
         """Return this output with further columns."""
-        columns = {**self.values, **values}
-        return StepOutput(columns, self.outputs, {**self.host_values, **host_values})
+        return StepOutput({**self.values, **values}, self.outputs, self.host_values)
 
     def as_padding(self) -> StepOutput:
         """Return this output with values that count for nothing."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -46,9 +44,11 @@ from app.training.pruning import Pruning
 from app.training.rank_sync import StepBatch, StopConsensus, gather_batches, step_batches
 from app.training.step_context import StepContext, seed_stage
 from app.training.task import StepOutput, Task, check_step_output
+from app.training.time_left import TrainingClock
 
 log = logging.getLogger(__name__)
 TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
+END_BY_REASON = {StopReason.TIME: TrainingEnd.TIME, StopReason.CALLBACK: TrainingEnd.CALLBACK}
 PREDICT = "predict"  # stage name that callbacks receive in predictions
 
 
@@ -123,6 +123,7 @@ class Trainer:
         )
         self.stop = StopConsensus(stop_signal or StopSignal())
         self.pruning = pruning or Pruning(None, goal)
+        self.clock: TrainingClock | None = None  # while training
 
     def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
         """Train until a limit is reached or the goal ends training early.
@@ -175,11 +176,13 @@ class Trainer:
 
     def fit_epochs(self, train: BatchLoader, valid: BatchLoader | None) -> None:
         """Run the epochs that remain."""
-        state, started = self.state, time.monotonic()
+        state = self.state
         if self.has_finished_training():
             log.warning("nothing to train: training ended after epoch %d", state.epoch)
             return
         self.sanity_check(valid)
+        self.clock = TrainingClock(self.limits, train.num_batches, self.optimizers.accumulate)
+        self.clock.start(state.epoch, state.batches, self.optimizers.steps)
         for epoch in count(state.next_epoch):
             if state.phase is Phase.TRAIN:
                 self.run_stage("train", epoch, train, is_training=True)
@@ -196,11 +199,15 @@ class Trainer:
             state.end = state.end or early_end
             if state.end or epoch % self.limits.save_schedule.every_n_epochs == 0:
                 self.checkpoints.save_last()
-            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, train, started))
+            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, self.clock))
+            if state.end is None and self.callback_asks_to_stop():
+                state.end = early_end = TrainingEnd.CALLBACK
+                self.checkpoints.save_last()
             if early_end is not None:
                 log.info("stopped after epoch %d: %s", epoch, self.describe_early_end(early_end))
             if state.end:
                 break
+        self.clock = None
 
     def should_validate(self, epoch: int) -> bool:
         """Return whether validation is due after this epoch; it always is after the last one."""
@@ -210,8 +217,8 @@ class Trainer:
         """Return why this epoch is the last one, whatever its validation shows; None if not."""
         if self.steps.nonfinite.has_diverged:
             return TrainingEnd.DIVERGED
-        if self.stop.reason is StopReason.TIME:
-            return TrainingEnd.TIME
+        if self.stop.reason in END_BY_REASON:
+            return END_BY_REASON[self.stop.reason]
         is_last = self.limits.is_last_epoch(epoch, self.optimizers.steps)
         return TrainingEnd.LIMIT if is_last else None
 
@@ -220,20 +227,28 @@ class Trainer:
         is_pruned = self.pruning.should_prune(self.state.history)  # also reports to the search
         if is_pruned and self.state.end is None:
             return TrainingEnd.PRUNED
+        if self.callback_asks_to_stop():
+            return TrainingEnd.CALLBACK
         return TrainingEnd.GOAL if reason_to_stop(self.state.history, self.goal) else None
 
     def describe_early_end(self, end: TrainingEnd) -> str | None:
         """Return an early end as text for the log."""
         if end is TrainingEnd.PRUNED:
             return "pruned by the search"
+        if end is TrainingEnd.CALLBACK:
+            return self.callbacks.stop_reason
         return reason_to_stop(self.state.history, self.goal)
+
+    def callback_asks_to_stop(self) -> bool:
+        """Return whether a callback asks to end the training; all ranks must call this."""
+        return broadcast_object(self.callbacks.stop_reason is not None)
 
     def has_finished_training(self) -> bool:
         """Return whether a resumed run has nothing left to train."""
         state = self.state
         if not state.is_between_epochs:
             return False
-        if state.end in (TrainingEnd.TIME, TrainingEnd.PRUNED):
+        if state.end in (TrainingEnd.TIME, TrainingEnd.PRUNED, TrainingEnd.CALLBACK):
             return True
         if self.limit_reached(state.epoch) is not None:
             return True
@@ -258,15 +273,20 @@ class Trainer:
         """
         start = self.begin_stage(stage, epoch, loader)
         invalid_rows = self.steps.nonfinite.pop_invalid_rows
-        accumulator = StageAccumulator(self.task.metrics[stage], self.device, invalid_rows)
+        accumulator = StageAccumulator(
+            self.task.metrics[stage], self.device, invalid_rows, self.limits.log_every_n_steps
+        )
         if is_training and self.state.mid_epoch:
             restore_position(accumulator, self.state.mid_epoch)
         gather = broadcast_object(self.callbacks.needs_all_ranks(start))
         steps = self.train_steps(loader, epoch) if is_training else self.eval_steps(loader, start)
         with self.stop.signal.deferred_until_step():
-            for batch, output in steps:
-                accumulator.add(output.values, output.host_values)
-                self.notify_step(start, batch, output, gather)
+            for batch, output, lrs in steps:
+                columns = {**output.host_values, **lrs, "data_time": batch.seconds}
+                accumulator.add(output.values, columns)
+                if accumulator.has_news() and rank() == 0:
+                    self.callbacks.on_steps_logged(accumulator.log(stage, epoch))
+                self.notify_step(start, batch, output, lrs, accumulator.so_far, gather)
                 if is_training and self.checkpoints.is_due():
                     self.save_mid_epoch(accumulator)
         if accumulator.is_empty:
@@ -286,14 +306,19 @@ class Trainer:
     def begin_stage(self, stage: str, epoch: int, loader: BatchLoader) -> StageStart:
         """Seed the random number generators, and call the callbacks."""
         seed_stage(self.seed, stage, epoch)
-        start = StageStart(stage, epoch, loader.num_batches, loader.num_samples)
+        num_epochs = None if self.clock is None else self.clock.num_epochs
+        start = StageStart(stage, epoch, loader.num_batches, loader.num_samples, num_epochs)
         self.callbacks.on_stage_start(start)
         return start
 
     def train_steps(
         self, loader: BatchLoader, epoch: int
-    ) -> Iterator[tuple[StepBatch, StepOutput]]:
-        """Train on each batch until the epoch ends or training must stop, and yield the outputs."""
+    ) -> Iterator[tuple[StepBatch, StepOutput, dict[str, float]]]:
+        """Train on each batch until the epoch ends or training must stop.
+
+        Yields:
+            Each batch, the output of its step, and the learning rates by column name.
+        """
         state, optimizers = self.state, self.optimizers
         position, state.mid_epoch = state.mid_epoch, None
         state.batches_in_epoch = position["batches"] if position else 0
@@ -306,8 +331,8 @@ class Trainer:
             lrs = optimizers.lrs()
             with self.steps.train_step(epoch, batch, state.batches):
                 output = check_step_output(self.task, "train", self.task.train_step(batch.data))
-            output = output.with_columns(optimizers.grad_norms(output.num_samples), lrs)
-            yield batch, output.as_padding() if batch.is_padding else output
+            output = output.with_columns(optimizers.grad_norms(output.num_samples))
+            yield batch, output.as_padding() if batch.is_padding else output, lrs
             should_stop = self.stop.after_step() is not StopReason.NONE
             if self.must_end_epoch(should_stop):
                 break
@@ -324,8 +349,8 @@ class Trainer:
 
     def eval_steps(
         self, loader: BatchLoader, start: StageStart
-    ) -> Iterator[tuple[StepBatch, StepOutput]]:
-        """Evaluate each batch, and yield the outputs."""
+    ) -> Iterator[tuple[StepBatch, StepOutput, dict[str, float]]]:
+        """Evaluate each batch, and yield it with the output, and without learning rates."""
         stage, epoch = start.stage, start.epoch
         self.task.model.eval()
         for batch in self.stop.until_signal(step_batches(loader, epoch)):
@@ -333,17 +358,25 @@ class Trainer:
                 output = self.task.eval_step(stage, batch.data)
             output = check_step_output(self.task, stage, output)
             output = output.as_padding() if batch.is_padding else output
-            yield batch, StepOutput(output.values, output.outputs)
+            yield batch, StepOutput(output.values, output.outputs), {}
 
     def notify_step(
-        self, start: StageStart, batch: StepBatch, output: StepOutput, gather: bool
+        self,
+        start: StageStart,
+        batch: StepBatch,
+        output: StepOutput,
+        lrs: Mapping[str, float],
+        so_far: Mapping[str, float],
+        gather: bool,
     ) -> None:
-        """Call the callbacks after a step.
+        """Call the callbacks after a step, and pass on their request to stop.
 
         Args:
             start: Stage of the step.
             batch: Batch of this rank.
             output: Result of the step on this rank.
+            lrs: Learning rates of the step.
+            so_far: Mean loss and metrics of the stage, as far as they are known.
             gather: Whether callbacks need the batches and outputs of all ranks.
         """
         data, outputs = batch.data, output.outputs
@@ -353,7 +386,21 @@ class Trainer:
                 return
             data, outputs = concat(parts)
         num_samples = output.num_samples * world_size()
-        self.callbacks.on_step_end(StepEnd(start.stage, start.epoch, num_samples, data, outputs))
+        self.callbacks.on_step_end(
+            StepEnd(
+                *(start.stage, start.epoch, num_samples, data, outputs),
+                *(batch.number, so_far, lrs, self.seconds_left()),
+            )
+        )
+        if start.stage == "train" and self.callbacks.stop_reason is not None:
+            self.stop.request(StopReason.CALLBACK)
+
+    def seconds_left(self) -> float | None:
+        """Return the expected seconds until the training ends; None if they are unknown."""
+        if self.clock is None:
+            return None
+        state = self.state
+        return self.clock.seconds_left(state.epoch, state.batches, self.optimizers.steps)
 
     def evaluate(
         self, loader: BatchLoader, stage: str = "test", epoch: int | None = None
@@ -413,7 +460,8 @@ class Trainer:
             return
         accumulator = StageAccumulator(self.task.metrics["valid"], self.device)
         start = StageStart("valid", 0, valid.num_batches, valid.num_samples)
-        for _, output in islice(self.eval_steps(valid, start), self.limits.sanity_valid_batches):
+        steps = islice(self.eval_steps(valid, start), self.limits.sanity_valid_batches)
+        for _, output, _ in steps:
             accumulator.add(output.values)
         if not accumulator.is_empty:
             row = accumulator.result("valid", 0).row
@@ -497,16 +545,7 @@ class Trainer:
         """Optimizer wrappers of the task."""
         return self.state.optimizers
 
-    def make_epoch_end(self, epoch: int, train: BatchLoader, started: float) -> EpochEnd:
+    def make_epoch_end(self, epoch: int, clock: TrainingClock) -> EpochEnd:
         """Return what callbacks receive after an epoch."""
-        batches, accumulate = train.num_batches, self.optimizers.accumulate
-        steps_per_epoch = None if batches is None else math.ceil(batches / accumulate)
-        last_epoch = self.limits.num_epochs(steps_per_epoch)
-        return EpochEnd(
-            epoch=epoch,
-            history=self.state.history,
-            goal=self.goal,
-            epochs_left=None if last_epoch is None else last_epoch - epoch,
-            valid_every=self.limits.valid_every_n_epochs,
-            elapsed=time.monotonic() - started,
-        )
+        history, left = self.state.history, self.seconds_left()
+        return EpochEnd(epoch, history, self.goal, clock.elapsed(), left)

@@ -78,7 +78,7 @@ def test_run_folder_after_training_has_all_files(trained_run: RunResult) -> None
 
 def test_epoch_details_have_one_row_per_iteration(trained_run: RunResult) -> None:
     table = trained_run.csv("epoch_details/epoch002_train.csv")
-    expected = "epoch iter stage loss num_samples accuracy total_correct lr iter_time"
+    expected = "epoch iter stage loss num_samples accuracy total_correct lr data_time iter_time"
     assert list(table.columns) == expected.split()
     assert table["iter"].tolist() == [1, 2, 3, 4, 5, 6]
     assert set(table["stage"]) == {"train"}

@@ -15,7 +15,7 @@ def stage_result(stage: str = "valid", epoch: int = 1, **metrics: float) -> Stag
     row = {"epoch": epoch, "stage": stage, "loss_mean": 0.5, **metrics}
     steps = pd.DataFrame(
         {"epoch": epoch, "iter": [1], "stage": stage, "loss": 0.5, "num_samples": 4}
-        | {"iter_time": 0.5}
+        | {"data_time": 0.1, "iter_time": 0.5}
     )
     return StageResult(stage, epoch, row, steps, {})
 

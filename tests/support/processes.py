@@ -215,7 +215,7 @@ def assert_equal_runs(expected: Path, actual: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     files = {path.relative_to(expected) for path in expected.rglob("*.csv")}
     assert files == {path.relative_to(actual) for path in actual.rglob("*.csv")}
-    times = ["iter_time", "epoch_time", "samples/s"]
+    times = ["iter_time", "data_time", "epoch_time", "samples/s"]
     for file in files:
         tables = [pd.read_csv(f / file).drop(columns=times, errors="ignore") for f in folders]
         pd.testing.assert_frame_equal(*tables, check_exact=True)

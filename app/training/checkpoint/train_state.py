@@ -78,6 +78,7 @@ class TrainingEnd(StrEnum):
     DIVERGED = "diverged"  # a loss or gradient was not finite
     GOAL = "goal"  # the goal was reached, or has not improved for too long
     PRUNED = "pruned"  # by a hyper-parameter search
+    CALLBACK = "callback"  # a callback asked for it
 
 
 class Stateful(Protocol):
@@ -260,6 +261,9 @@ class TrainState:
         same_time = get_by_path(before, "trainer.max_time") == get_by_path(now, "trainer.max_time")
         was_time_up = training["end"] == TrainingEnd.TIME
         self.end = TrainingEnd.TIME if was_time_up and same_time else None
+        is_same_job = self.job is None or not self.job.differences
+        if training["end"] == TrainingEnd.CALLBACK and is_same_job:
+            self.end = TrainingEnd.CALLBACK
         self.history, self.save_count = checkpoint.history, checkpoint.number
         self.rotation.resume_from(file)
         return schedule_changed

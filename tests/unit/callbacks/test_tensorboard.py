@@ -46,7 +46,7 @@ def test_steps_continue_over_epochs_and_nan_weights_have_no_histogram(
     callback = TensorBoard(tmp_path, model, config, histograms_every_n_epochs=2, hparams=False)
     for epoch in (1, 2):
         callback.on_stage_end(stage_result("train", epoch), [])
-        callback.on_epoch_end(EpochEnd(epoch, [], GoalConfig("loss", "min"), None, 1, 0.0))
+        callback.on_epoch_end(EpochEnd(epoch, [], GoalConfig("loss", "min"), 0.0, None))
     callback.on_run_end([stage_result("train").row])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [scalar.step for scalar in events.Scalars("train_step/loss")] == [1, 2]

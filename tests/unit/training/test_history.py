@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from app.config.schema import GoalConfig
-from app.training.history import Row, best_epoch, epochs_since_best, reason_to_stop, seconds_left
+from app.training.history import Row, best_epoch, epochs_since_best, reason_to_stop
 
 GOAL = GoalConfig("accuracy", "max", patience=2, min_delta=0.0, threshold=None)
 
@@ -67,19 +67,3 @@ def test_reason_to_stop_when_threshold_is_reached(mode: str, threshold: float) -
     goal = GoalConfig("accuracy", mode, patience=None, min_delta=0.0, threshold=threshold)  # type: ignore[arg-type]
     assert reason_to_stop(make_history(0.5), goal) is None
     assert "threshold" in str(reason_to_stop(make_history(0.5, threshold), goal))
-
-
-def test_seconds_left_includes_validation() -> None:
-    history: list[Row] = [
-        {"epoch": 1, "stage": "train", "epoch_time": 10.0},
-        {"epoch": 1, "stage": "valid", "epoch_time": 4.0},
-    ]
-    assert seconds_left(history, epochs_left=5, valid_every=2) == 5 * 10.0 + 3 * 4.0
-
-
-def test_seconds_left_weights_the_newest_epochs() -> None:
-    times = [10.0, 20.0]
-    history: list[Row] = [
-        {"epoch": n, "stage": "train", "epoch_time": t} for n, t in enumerate(times)
-    ]
-    assert seconds_left(history, epochs_left=1, valid_every=1) == pytest.approx(13.0)
