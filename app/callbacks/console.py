@@ -9,7 +9,7 @@ import pandas as pd
 
 from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd
-from app.training.history import History, best_epoch, epochs_since_best, summary_table
+from app.training.history import History, best_epoch, epochs_since_best, point_of, summary_table
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Console(Callback):
             log.info("%s", _format_rows(history[-1:]))
 
     def on_epoch_end(self, end: EpochEnd) -> None:
-        rows = [row for row in end.history if row["epoch"] == end.epoch]
+        rows = [row for row in end.history if point_of(row) == end.point]
         log.info("%s", _format_rows(rows))
         log.info("elapsed %s%s", format_duration(end.elapsed), _format_remaining(end))
         best = best_epoch(end.history, end.goal)
@@ -30,7 +30,7 @@ class Console(Callback):
             log.info("best %s: none yet", end.goal.metric)
             return
         patience = _format_patience(end)
-        log.info("best %s %.6g in epoch %d%s", end.goal.metric, best.value, best.epoch, patience)
+        log.info("best %s %.6g in %s%s", end.goal.metric, best.value, best.point, patience)
 
 
 def _format_rows(rows: History) -> str:

@@ -30,8 +30,8 @@ class ExperimentTracker(Callback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.run_id, self.num_steps = state["run"], state.get("steps", 0)
 
-    def log(self, values: dict[str, float], epoch: int) -> None:
-        """Log the values of a stage."""
+    def log(self, values: dict[str, float], position: int) -> None:
+        """Log the values of a stage by epoch, or by step if the run validates within epochs."""
         raise NotImplementedError
 
     def log_steps(self, values: dict[str, float], step: int) -> None:
@@ -46,7 +46,7 @@ class ExperimentTracker(Callback):
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if result.is_complete:
             self.num_steps += len(result.steps) if result.stage == "train" else 0
-            self.log(row_metrics(result.row), result.epoch)
+            self.log(row_metrics(result.row), result.position)
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -63,7 +63,7 @@ def row_metrics(row: Row) -> dict[str, float]:
     return {
         f"{row['stage']}/{name}": float(value)
         for name, value in row.items()
-        if name not in ("epoch", "stage")
+        if name not in ("epoch", "step", "stage")
     }
 
 

@@ -99,12 +99,12 @@ class MLflow(ExperimentTracker):
             self.client.log_batch(run.info.run_id, params=batch)
         return str(run.info.run_id)
 
-    def log(self, values: dict[str, float], epoch: int) -> None:
+    def log(self, values: dict[str, float], position: int) -> None:
         from mlflow.entities import Metric
 
         assert self.client is not None
         now = round(time.time() * 1000)
-        metrics = [Metric(sanitize_name(name), value, now, epoch) for name, value in values.items()]
+        metrics = [Metric(sanitize_name(n), value, now, position) for n, value in values.items()]
         self.client.log_batch(self.run_id, metrics=metrics)
 
     def log_steps(self, values: dict[str, float], step: int) -> None:

@@ -19,7 +19,7 @@ from app.training.accumulator import StageResult
 from app.training.events import Callback, EpochEnd
 from app.training.history import History
 
-NOT_PLOTTED = {"epoch", "stage", "loss_std", "total_samples", "total_correct"}
+NOT_PLOTTED = {"epoch", "step", "stage", "loss_std", "total_samples", "total_correct"}
 MAX_TICKS = 50  # classes whose names fit beside each other
 MAX_NAME = 20  # characters of a name
 MIN_INTERVAL = 15.0  # seconds between redraws, so that short epochs do not wait for plotting
@@ -45,7 +45,7 @@ class Plots(Callback):
             if draw is None or not value.size:
                 continue
             classes = classes_of_metric(self.config, result.stage, name, value.shape[-1])
-            title = f"{name}, {result.stage}, epoch {result.epoch}"
+            title = f"{name}, {result.stage}, {result.point}"
             stem = f"{result.stage}_{name}"
             save_figure(self.folder / f"{stem}.png", draw(value, title, classes))
             if classes and value.ndim == 2 and value.shape[0] == value.shape[1]:
@@ -69,14 +69,15 @@ class Plots(Callback):
 
 
 def draw_curve(table: pd.DataFrame, name: str) -> Figure:
-    """Draw one column over the epochs, with a line per stage."""
+    """Draw one column over epochs, or over steps if they are known, with a line per stage."""
+    x = "step" if "step" in table and table["step"].notna().all() else "epoch"
     figure = Figure(figsize=(6, 4))
     axes = figure.subplots()
     for stage, rows in table.dropna(subset=[name]).groupby("stage", sort=False):
         marker, line = ("*", "none") if stage == "test" else (".", "-")
         size = 12 if stage == "test" else 6
-        axes.plot(rows["epoch"], rows[name], marker=marker, ls=line, ms=size, label=str(stage))
-    axes.set_xlabel("epoch")
+        axes.plot(rows[x], rows[name], marker=marker, ls=line, ms=size, label=str(stage))
+    axes.set_xlabel(x)
     axes.set_ylabel(name.removesuffix("_mean"))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)

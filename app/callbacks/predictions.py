@@ -58,7 +58,7 @@ class PredictionWriter(Callback):
     def on_stage_start(self, start: StageStart) -> None:
         self.files = None
         if start.stage in self.stages and is_due(start, self.every_n_epochs, self.config):
-            folder = self.folder / f"epoch{start.epoch:03d}_{start.stage}"
+            folder = self.folder / f"{start.point.label}_{start.stage}"
             self.files = PredictionFileWriter(
                 folder,
                 configured_logit_outputs(self.config),

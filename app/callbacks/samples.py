@@ -67,7 +67,7 @@ class SampleImages(Callback):
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if self.samples.is_empty:
             return
-        path = self.folder / f"epoch{result.epoch:03d}_{result.stage}.png"
+        path = self.folder / f"{result.point.label}_{result.stage}.png"
         rows, titles = self.samples.image_rows(), self.samples.titles()
         if not rows:
             log.warning(

@@ -23,7 +23,7 @@ from app.runtime.nested import Nested, iter_tensors
 from app.runtime.small_files import describe_special_file
 from app.training.accumulator import LoggedSteps, StageResult
 from app.training.events import Callback, StageStart, StepEnd
-from app.training.history import History, summary_table
+from app.training.history import History, point_of, summary_table
 
 log = logging.getLogger(__name__)
 MAX_LINE_BYTES = 2**20
@@ -69,6 +69,7 @@ class Tables(Callback):
         self.stage, self.memory_column, self.restored_column = start.stage, self.restored_column, []
         self.num_written, self.last_written = 0, time.monotonic()
         self.waiting: list[pd.DataFrame] = []
+        self.live_path: Path | None = None
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:
@@ -80,6 +81,7 @@ class Tables(Callback):
             return
         steps = self._with_usage(pd.concat(self.waiting), self.num_written)
         path = self.folder / "epoch_details" / f"epoch{logged.epoch:03d}_{logged.stage}.csv"
+        self.live_path = path  # the name of a part of an epoch is only known at its end
         if self.num_written and path.exists():
             append_csv(path, steps)
         else:
@@ -89,8 +91,10 @@ class Tables(Callback):
 
     def on_stage_end(self, result: StageResult, history: History) -> None:
         details = self.folder / "epoch_details"
-        name = f"epoch{result.epoch:03d}_{result.stage}"
+        name = f"{result.point.label}_{result.stage}"
         write_csv(details / f"{name}.csv", self._with_usage(result.steps))
+        if self.live_path is not None and self.live_path.stem != name:
+            self.live_path.unlink(missing_ok=True)
         for metric, value in result.arrays.items():
             classes = classes_of_metric(self.config, result.stage, metric, value.shape[-1])
             write_csv(details / f"{name}_{metric}.csv", array_table(value, classes))
@@ -162,11 +166,11 @@ def truncate_to_history(folder: Path, history: History) -> None:
 
 
 def _truncate(folder: Path, history: History) -> None:
-    kept = {(int(row["epoch"]), str(row["stage"])) for row in history}
-    kept_stages = {stage for _, stage in kept}
+    kept = {f"{point_of(row).label}_{row['stage']}" for row in history}
+    kept_stages = {str(row["stage"]) for row in history}
     for path in (folder / "epoch_details").glob("epoch*.csv"):
-        match = re.fullmatch(r"epoch(\d+)_(train|valid|test)(_.*)?", path.stem)
-        if match is not None and (int(match[1]), match[2]) not in kept:
+        match = re.fullmatch(r"(epoch\d+(?:_step\d+)?_(?:train|valid|test))(_.*)?", path.stem)
+        if match is not None and match[1] not in kept:
             path.unlink()
         elif match is not None:
             drop_torn_line(path)

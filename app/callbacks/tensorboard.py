@@ -39,6 +39,8 @@ HPARAMS = ("optimizer", "scheduler", "model", "trainer", "data.batch_size", "see
 class TensorBoard(Callback):
     """Write `tensorboard/`: `<stage>/<name>` by epoch and `<stage>_step/<name>` by iteration.
 
+    With `trainer.valid_every_n_steps`, `<stage>/<name>` is by optimizer step.
+
     Iterations are written while the stage runs.
 
     Args:
@@ -114,21 +116,21 @@ class TensorBoard(Callback):
         self.num_iterations[result.stage] += len(result.steps)
         self.last_iteration = 0
         for name, value in row_metrics(result.row).items():
-            self.writer.add_scalar(name, value, result.epoch)
+            self.writer.add_scalar(name, value, result.position)
         for name, array in result.arrays.items():
             if array.ndim == 2:
-                figure = draw_matrix(array, f"{name}, {result.stage}, epoch {result.epoch}")
-                self.writer.add_figure(f"{result.stage}/{name}", figure, result.epoch)
+                figure = draw_matrix(array, f"{name}, {result.stage}, {result.point}")
+                self.writer.add_figure(f"{result.stage}/{name}", figure, result.position)
         if not self.samples.is_empty:
             for name, images in self.samples.image_rows().items():
-                self.writer.add_images(f"{result.stage}_images/{name}", images, result.epoch)
+                self.writer.add_images(f"{result.stage}_images/{name}", images, result.position)
         if not self.graph_samples.is_empty:
             self._log_graph(self.graph_samples.batches[0][0])
             self.graph_samples = SampleBuffer(self.config, 0)
 
     def on_epoch_end(self, end: EpochEnd) -> None:
         interval = self.histograms_every_n_epochs
-        if interval and end.epoch % interval == 0:
+        if end.is_complete and interval and end.epoch % interval == 0:
             for name, weights in self.model.named_parameters():
                 finite = weights.detach().float().flatten()
                 finite = finite[finite.isfinite()]

@@ -78,9 +78,9 @@ class WeightsAndBiases(ExperimentTracker):
             self.run.define_metric("*", step_metric="epoch")
             self.run.define_metric("train_step/*", step_metric="step")
 
-    def log(self, values: dict[str, float], epoch: int) -> None:
+    def log(self, values: dict[str, float], position: int) -> None:
         assert self.run is not None
-        self.run.log({"epoch": epoch, **values})
+        self.run.log({"epoch": position, **values})
 
     def log_steps(self, values: dict[str, float], step: int) -> None:
         assert self.run is not None

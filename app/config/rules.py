@@ -49,6 +49,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
     rules = {
         _mode_issues: ("mode", "ckpt"),
         _stage_issues: ("mode", "predict", *data),
+        _validation_issues: ("mode", "trainer.valid_every_n_steps", *data),
         _fold_issues: ("data.folds", "data.fold", "data.source", "data.split"),
         _input_issues: ("data.inputs", "data.normalize"),
         _class_issues: ("data.num_classes", "data.class_names", "data.class_weights"),
@@ -96,6 +97,13 @@ def _stage_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         key = "predict.stage" if plain["mode"] == "predict" else "mode"
         value = required if plain["mode"] == "predict" else plain["mode"]
         yield ConfigIssue(key, f"={value!r} has no data: set data.source.{required}{alternative}")
+
+
+def _validation_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    steps = plain["trainer"]["valid_every_n_steps"]
+    if plain["mode"] == "train" and steps is not None and "valid" not in stages_with_data(plain):
+        problem = f"={steps} needs validation data: set data.split.valid or data.source.valid"
+        yield ConfigIssue("trainer.valid_every_n_steps", problem)
 
 
 def _required_stage(plain: dict[str, Any]) -> str | None:

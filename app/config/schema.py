@@ -214,7 +214,8 @@ class TrainerConfig:
 
     max_epochs: Positive | None
     max_steps: Positive | None
-    valid_every_n_epochs: Positive
+    valid_every_n_epochs: Positive | None
+    valid_every_n_steps: Positive | None
     sanity_valid_batches: NonNegative
     log_every_n_steps: Positive
     log_every: Annotated[float, Gt(0.0)]

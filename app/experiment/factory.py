@@ -462,6 +462,7 @@ def make_limits(config: Config) -> TrainingLimits:
         max_epochs=1 if trainer.fast_dev_run else trainer.max_epochs,
         max_steps=trainer.max_steps,
         valid_every_n_epochs=trainer.valid_every_n_epochs,
+        valid_every_n_steps=trainer.valid_every_n_steps,
         save_schedule=_make_save_schedule(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=parse_duration(trainer.max_time),

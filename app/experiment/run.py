@@ -219,8 +219,8 @@ def train(trainer: Trainer, components: Components) -> float | None:
         log.warning("%s was never finite: saving the last weights as the best", goal.metric)
         state.save_best()
     epoch = state.load_best_weights()
-    kind = "best" if best and epoch == best.epoch else "last"
-    log.info("loaded the %s weights, from epoch %d", kind, epoch)
+    kind = "best" if best and state.point == best.point else "last"
+    log.info("loaded the %s weights, from %s", kind, state.point)
     if "test" in components.loaders and trainer.outcome != "pruned":
         trainer.evaluate(components.loaders["test"], "test", epoch)
     log.info("results are in %s", state.folder)
@@ -324,7 +324,7 @@ TUNERS = {"find_lr": tune_lr, "find_batch_size": tune_batch_size}
 
 
 def _format_metrics(row: dict[str, Any]) -> str:
-    hidden = ("epoch", "stage", "epoch_time", "samples/s", "loss_std")
+    hidden = ("epoch", "step", "stage", "epoch_time", "samples/s", "loss_std")
     return ", ".join(f"{key} {value:.6g}" for key, value in row.items() if key not in hidden)
 
 

@@ -22,7 +22,7 @@ from app.runtime.folders import is_in_place
 from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
-from app.training.history import History, StatusName, best_epoch, has_metric
+from app.training.history import BestEpoch, History, StatusName, best_epoch, has_metric
 from app.training.nonfinite_event import NonFiniteStats
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class StatusWriter(Callback):
             "updated": _utc_now(),
             "seconds": time.monotonic() - self.start_time,
             "goal": {"metric": self.goal.metric, "mode": self.goal.mode},
-            "best": {"value": best.value, "epoch": best.epoch} if best else None,
+            "best": _describe_best(best) if best else None,
             "metrics": {str(row["stage"]): row for row in self.history},
             "device": describe_device(self.device),
             **peak_memory(self.device),
@@ -113,6 +113,11 @@ class StatusWriter(Callback):
             **self.environment,
         }
         write_json(self.path, content)
+
+
+def _describe_best(best: BestEpoch) -> dict[str, float]:
+    step = {} if best.point.step is None else {"step": best.point.step}
+    return {"value": best.value, "epoch": best.epoch, **step}
 
 
 def _utc_now() -> str:

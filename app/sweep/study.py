@@ -35,7 +35,7 @@ from app.sweep.outcome import (
     read_history,
     read_run_status,
 )
-from app.training.history import Row, goal_value, goal_values
+from app.training.history import Point, Row, goal_value, goal_values, point_of
 
 log = logging.getLogger(__name__)
 DIRECTIONS = {"max": StudyDirection.MAXIMIZE, "min": StudyDirection.MINIMIZE}
@@ -151,7 +151,7 @@ def _is_in_space(params: dict[str, Any], distributions: dict[str, BaseDistributi
 
 def _replay_reports(trial: Trial, history: list[Row], goal: MonitorConfig) -> None:
     for item in goal_values(history, goal):
-        trial.report(item.value, item.epoch)
+        trial.report(item.value, item.number)
         trial.should_prune()  # successive halving records here how far a trial has come
 
 
@@ -174,9 +174,10 @@ def objective_values(folder: Path, outcome: RunStatus, objectives: Objectives) -
     """Return the best value of the goal, and the values of the other objectives in that epoch."""
     _, *others = objectives.values()
     values = [outcome.value if outcome.value is not None else math.nan]
-    epoch = (outcome.content.get("best") or {}).get("epoch")
+    best = outcome.content.get("best") or {}
+    point = Point(best.get("epoch", 0), best.get("step"))
     history = history_rows(folder) if others else []
-    rows = [row for row in history if row["stage"] == "test" or row["epoch"] == epoch]
+    rows = [row for row in history if row["stage"] == "test" or point_of(row) == point]
     for monitor in others:
         row: Row = next((r for r in reversed(rows) if r["stage"] == monitor.stage), {})
         values.append(goal_value(row, monitor) if row else math.nan)

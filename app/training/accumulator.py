@@ -22,7 +22,7 @@ from torch import Tensor
 
 from app.distributed.collectives import broadcast_object, rank
 from app.metrics.stage_metrics import StageMetrics
-from app.training.history import Row
+from app.training.history import Point, Row
 from app.training.step_timer import StepTimer
 from app.training.step_values import StepBlock, StepValues, means, zeros_like_row
 
@@ -179,21 +179,25 @@ class StageAccumulator:
                 values[name] = metric.values(total[None]).item()
         return {n: value for n, value in values.items() if n == "loss" or not math.isnan(value)}
 
-    def result(self, stage: str, epoch: int) -> StageResult:
+    def result(self, stage: str, point: Point) -> StageResult:
         """Compute the result of the stage; all ranks must call this.
 
         On ranks other than 0 only `row` is set.
+
+        Args:
+            stage: `train`, `valid` or `test`.
+            point: Epoch, and number of optimizer steps if the run validates within epochs.
         """
         self.flush()
         accumulated = self.metrics.compute_accumulating()
         if rank() > 0:
-            return StageResult(stage, epoch, broadcast_object({}), pd.DataFrame(), {})
-        result = self._summarize(stage, epoch, accumulated)
+            return StageResult(stage, point, broadcast_object({}), pd.DataFrame(), {})
+        result = self._summarize(stage, point, accumulated)
         broadcast_object(result.row)
         return result
 
     def _summarize(
-        self, stage: str, epoch: int, accumulated: Mapping[str, np.ndarray]
+        self, stage: str, point: Point, accumulated: Mapping[str, np.ndarray]
     ) -> StageResult:
         columns = _concat(self.blocks)
         totals, arrays = {}, {}
@@ -210,10 +214,10 @@ class StageAccumulator:
                 totals[name] = value.item()
             else:
                 arrays[name] = value
-        table = self._step_table(stage, epoch)
+        table = self._step_table(stage, point.epoch)
         weights = columns["loss"][:, 1].numpy()
-        row = self._summary_row(stage, epoch, table, weights, totals)
-        return StageResult(stage, epoch, row, table, arrays)
+        row = self._summary_row(stage, point, table, weights, totals)
+        return StageResult(stage, point, row, table, arrays)
 
     def _step_table(self, stage: str, epoch: int, first_block: int = 0) -> pd.DataFrame:
         """Return the table of the steps of all blocks, or of those from one block on."""
@@ -253,7 +257,7 @@ class StageAccumulator:
     def _summary_row(
         self,
         stage: str,
-        epoch: int,
+        point: Point,
         table: pd.DataFrame,
         weights: np.ndarray,
         totals: dict[str, float],
@@ -263,7 +267,8 @@ class StageAccumulator:
         squares = (table["loss"].to_numpy()[counted] - mean) ** 2
         variance = np.average(squares, weights=weights[counted]) if counted.any() else math.nan
         return {
-            "epoch": epoch,
+            "epoch": point.epoch,
+            **({} if point.step is None else {"step": point.step}),
             "stage": stage,
             "loss_mean": mean,
             "loss_std": math.sqrt(variance),
@@ -317,7 +322,7 @@ class StageResult:
 
     Attributes:
         stage: `train`, `valid` or `test`.
-        epoch: Epoch that was trained, or whose weights were evaluated; counted from 1.
+        point: When its weights were trained or evaluated.
         row: Summary of the stage, a row of the history.
         steps: Table with one row per iteration; empty on ranks other than 0.
         arrays: Values of metrics that are not a single number, such as a confusion matrix.
@@ -326,8 +331,18 @@ class StageResult:
     """
 
     stage: str
-    epoch: int
+    point: Point
     row: Row
     steps: pd.DataFrame
     arrays: dict[str, np.ndarray]
     is_complete: bool = True
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that was trained, or whose weights were evaluated; counted from 1."""
+        return self.point.epoch
+
+    @property
+    def position(self) -> int:
+        """Position on a time axis: the step if the run validates within epochs, else the epoch."""
+        return self.point.epoch if self.point.step is None else self.point.step

@@ -14,7 +14,7 @@ from typing import Any
 from app.config.schema import GoalConfig
 from app.runtime.nested import Nested
 from app.training.accumulator import LoggedSteps, StageResult
-from app.training.history import History
+from app.training.history import History, Point
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,24 @@ class StageStart:
 
     Attributes:
         stage: `train`, `valid`, `test` or `predict`.
-        epoch: Epoch that is trained, or whose weights are evaluated; counted from 1.
-        num_batches: Number of batches to come; None if unknown.
-        num_samples: Number of samples to come, over all ranks; None if unknown.
+        point: Epoch that is trained, or whose weights are evaluated, and the number of optimizer
+            steps so far if the run validates within epochs.
+        num_batches: Number of batches of the data; None if unknown.
+        num_samples: Number of its samples, over all ranks; None if unknown.
         num_epochs: Maximum number of epochs of the training; None if unknown, or outside a
             training.
     """
 
     stage: str
-    epoch: int
+    point: Point
     num_batches: int | None
     num_samples: int | None
     num_epochs: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Epoch that is trained, or whose weights are evaluated; counted from 1."""
+        return self.point.epoch
 
 
 @dataclass(frozen=True)
@@ -84,21 +90,29 @@ class StepEnd:
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch of training is complete, including validation if it was due.
+    """An epoch of training, or a part of one, is complete, including validation if it was due.
 
     Attributes:
-        epoch: The epoch, counted from 1.
+        point: The epoch, and the number of optimizer steps so far if the run validates within
+            epochs.
         history: Rows of all completed stages, oldest first.
         goal: Metric that decides which epoch is best.
         elapsed: Seconds since training started or resumed.
         seconds_left: Expected seconds until the training ends; None if unknown.
+        is_complete: Whether the epoch is complete; it continues after a validation within it.
     """
 
-    epoch: int
+    point: Point
     history: History
     goal: GoalConfig
     elapsed: float
     seconds_left: float | None
+    is_complete: bool = True
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 1."""
+        return self.point.epoch
 
 
 class Callback:
@@ -117,6 +131,8 @@ class Callback:
             on_epoch_end
         on_stage_start, ...        # "test"
         on_run_end
+
+    With `trainer.valid_every_n_steps` an epoch has several parts, each with these events.
 
     The stage `predict` of `mode=predict` has no `on_stage_end`, as nothing is measured.
 
@@ -199,7 +215,7 @@ class Callback:
         """
 
     def on_epoch_end(self, end: EpochEnd) -> None:
-        """Called after each epoch of training, once it is validated (if due) and saved."""
+        """Called after each epoch of training or part of one, once it is validated and saved."""
 
     def on_run_end(self, history: History) -> None:
         """Called once at the end of the run, also if it failed or was interrupted.

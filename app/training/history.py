@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import pandas as pd
 
@@ -24,12 +24,51 @@ StatusName = Literal[
 TIME_COLUMNS = ("epoch_time", "samples/s")
 
 
+class Point(NamedTuple):
+    """When weights were measured or saved.
+
+    Attributes:
+        epoch: The epoch, counted from 1.
+        step: Number of optimizer steps so far, if the run validates within epochs; else None.
+    """
+
+    epoch: int
+    step: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The point as part of file names: `epoch003`, or `epoch003_step000150`."""
+        return f"epoch{self.epoch:03d}" + ("" if self.step is None else f"_step{self.step:06d}")
+
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}" + ("" if self.step is None else f", step {self.step}")
+
+
+def point_of(row: Row) -> Point:
+    """Return when a row of the history, or of a summary table, was measured."""
+    step = float(row.get("step", math.nan))
+    return Point(int(row["epoch"]), None if math.isnan(step) else int(step))
+
+
 @dataclass(frozen=True)
 class BestEpoch:
-    """Value of the goal's metric in an epoch."""
+    """Value of the goal's metric at a point of the training.
+
+    Attributes:
+        value: The value.
+        point: When it was measured.
+        number: Number of the measurement in a search: the epoch, or how many there were so far if
+            the run validates within epochs.
+    """
 
     value: float
-    epoch: int
+    point: Point
+    number: int
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the measurement, counted from 1."""
+        return self.point.epoch
 
 
 def best_epoch(history: History, goal: MonitorConfig) -> BestEpoch | None:
@@ -39,11 +78,11 @@ def best_epoch(history: History, goal: MonitorConfig) -> BestEpoch | None:
     return choose(values, key=lambda item: item.value) if values else None
 
 
-def top_k_epochs(history: History, goal: MonitorConfig, k: int) -> list[int]:
-    """Return the k best epochs, the best first; all epochs with a value if k is -1."""
+def top_k_points(history: History, goal: MonitorConfig, k: int) -> list[Point]:
+    """Return when the k best values were measured, the best first; all of them if k is -1."""
     sign = -1 if goal.mode == "max" else 1
-    ranked = sorted(goal_values(history, goal), key=lambda item: (sign * item.value, item.epoch))
-    return [item.epoch for item in ranked][: None if k < 0 else k]
+    ranked = sorted(goal_values(history, goal), key=lambda item: (sign * item.value, item.number))
+    return [item.point for item in ranked][: None if k < 0 else k]
 
 
 def goal_value(row: Row, goal: MonitorConfig) -> float:
@@ -69,16 +108,19 @@ def has_metric(history: History, monitor: MonitorConfig) -> bool:
 
 
 def goal_values(history: History, goal: MonitorConfig) -> list[BestEpoch]:
-    """Return the value of the goal's metric in every epoch that has one, without NaN."""
+    """Return the value of the goal's metric at every point that has one, without NaN."""
     rows = [row for row in history if row["stage"] == goal.stage]
-    values = [BestEpoch(goal_value(row, goal), int(row["epoch"])) for row in rows]
+    values = [
+        BestEpoch(goal_value(row, goal), point, point.epoch if point.step is None else number)
+        for number, (row, point) in enumerate(zip(rows, map(point_of, rows), strict=True), 1)
+    ]
     return [item for item in values if not math.isnan(item.value)]
 
 
-def goal_value_at(history: History, goal: MonitorConfig, epoch: int) -> float | None:
-    """Return the value of the goal's metric in an epoch; None if it was not measured."""
+def goal_value_at(history: History, goal: MonitorConfig, point: Point) -> float | None:
+    """Return the value of the goal's metric at a point; None if it was not measured."""
     values = goal_values(history, goal)
-    return next((item.value for item in values if item.epoch == epoch), None)
+    return next((item.value for item in values if item.point == point), None)
 
 
 def epochs_since_best(history: History, goal: GoalConfig) -> int:
@@ -112,8 +154,13 @@ def reason_to_stop(history: History, goal: GoalConfig) -> str | None:
     return None
 
 
+def _table_position(row: Row) -> tuple[int, int, int]:
+    point = point_of(row)
+    return point.epoch, point.step or 0, STAGES.index(str(row["stage"]))
+
+
 def summary_table(history: History) -> pd.DataFrame:
-    """Return all rows as a table, ordered by epoch and stage, with the times last."""
-    rows = sorted(history, key=lambda row: (row["epoch"], STAGES.index(str(row["stage"]))))
+    """Return all rows as a table, ordered by epoch, step and stage, with the times last."""
+    rows = sorted(history, key=_table_position)
     names = dict.fromkeys(name for row in rows for name in row if name not in TIME_COLUMNS)
     return pd.DataFrame(rows, columns=[*names, *TIME_COLUMNS])

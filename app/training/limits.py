@@ -38,6 +38,9 @@ class TrainingLimits:
         max_epochs: Maximum number of epochs; None if only `max_steps` limits training.
         max_steps: Maximum number of optimizer steps; None if only `max_epochs` limits training.
         valid_every_n_epochs: Epochs between two validations; the last epoch is always validated.
+            None validates no other epoch at its end.
+        valid_every_n_steps: Optimizer steps between two validations within an epoch; None
+            validates at the end of epochs only.
         save_schedule: When checkpoints are saved, and how many are kept.
         sanity_valid_batches: Number of validation batches to run before training, as a check.
         max_seconds: Maximum duration of training; None for no limit.
@@ -46,11 +49,23 @@ class TrainingLimits:
 
     max_epochs: int | None
     max_steps: int | None = None
-    valid_every_n_epochs: int = 1
+    valid_every_n_epochs: int | None = 1
     save_schedule: SaveSchedule = SaveSchedule()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
     log_every_n_steps: int = 50
+    valid_every_n_steps: int | None = None
+
+    def is_validated(self, epoch: int, steps: int) -> bool:
+        """Return whether validation is due at the end of an epoch.
+
+        Args:
+            epoch: Epoch, counted from 1.
+            steps: Number of optimizer steps taken by the end of it.
+        """
+        by_epochs, by_steps = self.valid_every_n_epochs, self.valid_every_n_steps
+        is_due_by_epochs = by_epochs is not None and epoch % by_epochs == 0
+        return is_due_by_epochs or (by_steps is not None and steps % by_steps == 0)
 
     def num_epochs(self, steps_per_epoch: int | None) -> int | None:
         """Return the maximum number of epochs, including an incomplete last one.

@@ -132,24 +132,26 @@ class NonFinitePolicy:
         count, self.invalid_rows = self.invalid_rows, 0
         return count
 
-    def on_stage_end(self, result: StageResult, is_training: bool) -> None:
+    def on_stage_end(
+        self, result: StageResult, is_training: bool, is_whole_epoch: bool = True
+    ) -> None:
         """Report what was skipped in an epoch, or which losses of an evaluation are not finite.
 
-        Training ends if every step of the epoch was skipped.
+        Training ends if every step of a whole epoch was skipped.
         """
         if is_training:
-            self._report_skipped(result)
+            self._report_skipped(result, is_whole_epoch)
         else:
             self._report_eval(result)
 
-    def _report_skipped(self, result: StageResult) -> None:
+    def _report_skipped(self, result: StageResult, is_whole_epoch: bool) -> None:
         if self.check.policy != "skip":
             return
         if not result.steps.empty:  # only rank 0 has the table
             skipped = int((result.steps["num_samples"] == 0).sum())
             if skipped:
                 log.warning("epoch %d: skipped %d batches", result.epoch, skipped)
-        if self.stats.skipped and not result.row["total_samples"]:
+        if is_whole_epoch and self.stats.skipped and not result.row["total_samples"]:
             self.has_diverged = True
             _warn_on_rank_zero(f"training ends: all steps of epoch {result.epoch} were skipped")
 

@@ -26,7 +26,7 @@ class Pruning:
 
     def __init__(self, trial: OptunaTrial | None, goal: GoalConfig) -> None:
         self.trial, self.goal = trial, goal
-        self.last_reported_epoch = 0
+        self.last_reported = 0
 
     def should_prune(self, history: History) -> bool:
         """Return whether to end the run now; all ranks must call this and get the same answer."""
@@ -36,19 +36,17 @@ class Pruning:
 
     def _report_and_ask(self, history: History, trial: OptunaTrial) -> bool:
         values = goal_values(history, self.goal)
-        if not values or values[-1].epoch <= self.last_reported_epoch:
+        if not values or values[-1].number <= self.last_reported:
             return False
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.last_reported_epoch = values[-1].epoch
+        self.last_reported = values[-1].number
         storage = make_storage(trial.storage)
         pruner: Any = Instantiator()("hydra.sweeper.pruner", trial.pruner)
         study = optuna.load_study(study_name=trial.study, storage=storage, pruner=pruner)
         frozen = study.get_trials(deepcopy=False)[trial.number]
-        storage.set_trial_intermediate_value(
-            frozen._trial_id, self.last_reported_epoch, values[-1].value
-        )
+        storage.set_trial_intermediate_value(frozen._trial_id, self.last_reported, values[-1].value)
         return bool(pruner.prune(study, storage.get_trial(frozen._trial_id)))
 
 

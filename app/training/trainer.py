@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from itertools import count, islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pandas as pd
@@ -22,14 +22,23 @@ from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 from app.training.accumulator import StageAccumulator, StageResult
 from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
-from app.training.checkpoint.mid_epoch import remaining_batches, restore_position, save_position
+from app.training.checkpoint.mid_epoch import (
+    EpochPosition,
+    PausedEpoch,
+    pause,
+    remaining_batches,
+    restore_position,
+    save_position,
+)
 from app.training.checkpoint.policy import CheckpointPolicy
 from app.training.checkpoint.train_state import Phase, TrainingEnd, TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import (
+    Point,
     StatusName,
     goal_value,
     goal_value_at,
+    point_of,
     reason_to_stop,
     summary_table,
 )
@@ -124,6 +133,7 @@ class Trainer:
         self.stop = StopConsensus(stop_signal or StopSignal())
         self.pruning = pruning or Pruning(None, goal)
         self.clock: TrainingClock | None = None  # while training
+        self.paused: PausedEpoch | None = None  # during a validation within an epoch
 
     def fit(self, train: BatchLoader, valid: BatchLoader | None = None) -> pd.DataFrame:
         """Train until a limit is reached or the goal ends training early.
@@ -140,8 +150,11 @@ class Trainer:
 
         Raises:
             TrainingInterrupted: A signal requested to stop; `last.safetensors` has been saved.
-            UserError: The folder already contains another run.
+            UserError: The folder already contains another run, or validation within epochs has no
+                data.
         """
+        if valid is None and self.limits.valid_every_n_steps is not None:
+            raise UserError("trainer.valid_every_n_steps needs validation data")
         self.refuse_folder_of_other_run()
         make_folder(self.state.folder)
         with (
@@ -183,35 +196,56 @@ class Trainer:
         self.sanity_check(valid)
         self.clock = TrainingClock(self.limits, train.num_batches, self.optimizers.accumulate)
         self.clock.start(state.epoch, state.batches, self.optimizers.steps)
-        for epoch in count(state.next_epoch):
+        while True:
+            epoch = state.next_epoch
             if state.phase is Phase.TRAIN:
-                self.run_stage("train", epoch, train, is_training=True)
-                state.epoch, state.phase = epoch, Phase.VALID
-                self.steps.averaging.on_epoch_end(epoch)
-            state.end = self.limit_reached(epoch)
-            with self.averaged_weights(train, epoch):
-                if valid is not None and self.should_validate(epoch):
-                    self.run_stage("valid", epoch, valid)
-                self.checkpoints.save_best(epoch)
-            self.optimizers.on_epoch_end(goal_value_at(state.history, self.goal, epoch))
-            state.phase = Phase.TRAIN
-            early_end = self.early_end()
-            state.end = state.end or early_end
-            if state.end or epoch % self.limits.save_schedule.every_n_epochs == 0:
-                self.checkpoints.save_last()
-            self.callbacks.on_epoch_end(self.make_epoch_end(epoch, self.clock))
-            if state.end is None and self.callback_asks_to_stop():
-                state.end = early_end = TrainingEnd.CALLBACK
-                self.checkpoints.save_last()
-            if early_end is not None:
-                log.info("stopped after epoch %d: %s", epoch, self.describe_early_end(early_end))
-            if state.end:
+                self.train_part(epoch, train)
+            self.finish_part(epoch, train, valid)
+            if state.end is not None:
                 break
-        self.clock = None
+        self.clock = self.paused = None
 
-    def should_validate(self, epoch: int) -> bool:
-        """Return whether validation is due after this epoch; it always is after the last one."""
-        return self.state.end is not None or epoch % self.limits.valid_every_n_epochs == 0
+    def train_part(self, epoch: int, train: BatchLoader) -> None:
+        """Train until the epoch ends or a validation is due within it."""
+        state = self.state
+        self.run_stage("train", epoch, train, is_training=True)
+        if self.paused is None:
+            state.epoch = epoch
+            self.steps.averaging.on_epoch_end(epoch)
+        state.phase, state.point = Phase.VALID, self.point(epoch)
+
+    def finish_part(self, epoch: int, train: BatchLoader, valid: BatchLoader | None) -> None:
+        """Validate if it is due, save, and decide whether training goes on."""
+        state, is_complete = self.state, self.state.mid_epoch is None
+        state.end = self.limit_reached(state.epoch)
+        with self.averaged_weights(train, epoch):
+            if valid is not None and self.should_validate(epoch, is_complete):
+                self.run_stage("valid", epoch, valid)
+            self.checkpoints.save_best()
+        value = goal_value_at(state.history, self.goal, state.point)
+        self.optimizers.on_epoch_end(value, is_complete)
+        state.phase = Phase.TRAIN
+        early_end = self.early_end()
+        state.end = state.end or early_end
+        is_due = epoch % self.limits.save_schedule.every_n_epochs == 0 or not is_complete
+        if state.end or is_due:
+            self.checkpoints.save_last()
+        self.callbacks.on_epoch_end(self.make_epoch_end(is_complete))
+        if state.end is None and self.callback_asks_to_stop():
+            state.end = early_end = TrainingEnd.CALLBACK
+            self.checkpoints.save_last()
+        if early_end is not None:
+            log.info("stopped after %s: %s", state.point, self.describe_early_end(early_end))
+
+    def should_validate(self, epoch: int, is_complete: bool) -> bool:
+        """Return whether validation is due; it always is within an epoch and after the last one."""
+        is_last = self.state.end is not None
+        return is_last or not is_complete or self.limits.is_validated(epoch, self.optimizers.steps)
+
+    def point(self, epoch: int) -> Point:
+        """Return when the current weights are measured."""
+        by_steps = self.limits.valid_every_n_steps is not None
+        return Point(epoch, self.optimizers.steps if by_steps else None)
 
     def limit_reached(self, epoch: int) -> TrainingEnd | None:
         """Return why this epoch is the last one, whatever its validation shows; None if not."""
@@ -246,18 +280,18 @@ class Trainer:
     def has_finished_training(self) -> bool:
         """Return whether a resumed run has nothing left to train."""
         state = self.state
-        if not state.is_between_epochs:
+        if not state.is_between_parts:
             return False
         if state.end in (TrainingEnd.TIME, TrainingEnd.PRUNED, TrainingEnd.CALLBACK):
             return True
         if self.limit_reached(state.epoch) is not None:
             return True
-        return state.epoch > 0 and reason_to_stop(state.history, self.goal) is not None
+        return state.batches > 0 and reason_to_stop(state.history, self.goal) is not None
 
     def run_stage(
         self, stage: str, epoch: int, loader: BatchLoader, is_training: bool = False
     ) -> StageResult:
-        """Run one pass over the data, and append its row to the history.
+        """Run one pass over the data or train a part of an epoch; append a row to the history.
 
         Random numbers in it depend on the seed, the stage, the epoch and the rank only.
 
@@ -272,12 +306,15 @@ class Trainer:
             UserError: The loader has no batches.
         """
         start = self.begin_stage(stage, epoch, loader)
-        invalid_rows = self.steps.nonfinite.pop_invalid_rows
         accumulator = StageAccumulator(
-            self.task.metrics[stage], self.device, invalid_rows, self.limits.log_every_n_steps
+            self.task.metrics[stage],
+            self.device,
+            self.steps.nonfinite.pop_invalid_rows,
+            self.limits.log_every_n_steps,
         )
-        if is_training and self.state.mid_epoch:
-            restore_position(accumulator, self.state.mid_epoch)
+        is_first_part = not is_training or self.state.mid_epoch is None
+        if not is_first_part and self.paused is None:
+            restore_position(accumulator, self.state.mid_epoch or {})
         gather = broadcast_object(self.callbacks.needs_all_ranks(start))
         steps = self.train_steps(loader, epoch) if is_training else self.eval_steps(loader, start)
         with self.stop.signal.deferred_until_step():
@@ -291,40 +328,55 @@ class Trainer:
                     self.save_mid_epoch(accumulator)
         if accumulator.is_empty:
             raise UserError(f"the {stage} data has no batches")
+        point = self.point(epoch) if is_training else Point(epoch, self.state.point.step)
         if self.stop.is_signal and is_training:
-            self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch)
-            result = replace(accumulator.result(stage, epoch), is_complete=False)
+            rng = self.paused.rng_state if self.paused else None
+            self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch, rng)
+            result = replace(accumulator.result(stage, point), is_complete=False)
             self.callbacks.on_stage_end(result, [*self.state.history, result.row])
         self.stop.raise_if_signal()  # an incomplete stage is not part of the history
-        result = accumulator.result(stage, epoch)
-        self.steps.nonfinite.on_stage_end(result, is_training)
+        result = accumulator.result(stage, point)
+        is_whole_epoch = is_first_part and self.paused is None
+        self.steps.nonfinite.on_stage_end(result, is_training, is_whole_epoch)
         history = [*self.state.history, result.row]
         self.callbacks.on_stage_end(result, history)
         self.state.history = history
+        if is_training and self.paused is not None:
+            self.state.mid_epoch = self.save_pause(self.paused)
         return result
+
+    def save_pause(self, paused: PausedEpoch) -> EpochPosition:
+        """Return the position of an epoch that continues after a validation."""
+        empty = StageAccumulator(self.task.metrics["train"], self.device)
+        return save_position(empty, self.state.batches_in_epoch, paused.rng_state)
 
     def begin_stage(self, stage: str, epoch: int, loader: BatchLoader) -> StageStart:
         """Seed the random number generators, and call the callbacks."""
         seed_stage(self.seed, stage, epoch)
         num_epochs = None if self.clock is None else self.clock.num_epochs
-        start = StageStart(stage, epoch, loader.num_batches, loader.num_samples, num_epochs)
+        point = self.point(epoch) if stage == "train" else Point(epoch, self.state.point.step)
+        start = StageStart(stage, point, loader.num_batches, loader.num_samples, num_epochs)
         self.callbacks.on_stage_start(start)
         return start
 
     def train_steps(
         self, loader: BatchLoader, epoch: int
     ) -> Iterator[tuple[StepBatch, StepOutput, dict[str, float]]]:
-        """Train on each batch until the epoch ends or training must stop.
+        """Train on each batch until the epoch ends, a validation is due or training must stop.
 
         Yields:
             Each batch, the output of its step, and the learning rates by column name.
         """
         state, optimizers = self.state, self.optimizers
-        position, state.mid_epoch = state.mid_epoch, None
+        position, paused = state.mid_epoch, self.paused
+        state.mid_epoch = self.paused = None
         state.batches_in_epoch = position["batches"] if position else 0
         self.steps.start_epoch(loader, epoch)
-        batches = () if self.must_end_epoch() else remaining_batches(loader, epoch, position)
-        for batch in batches:
+        must_end = self.must_end_epoch()
+        batches = iter(()) if must_end else remaining_batches(loader, epoch, position, paused)
+        if not must_end:  # a run that was stopped may be resumed just before a validation
+            self.paused = self.pause_if_due(loader, batches)
+        for batch in () if self.paused else batches:
             state.batches_in_epoch += 1
             state.batches += 1
             self.task.on_step_start(epoch, state.batches)
@@ -336,8 +388,24 @@ class Trainer:
             should_stop = self.stop.after_step() is not StopReason.NONE
             if self.must_end_epoch(should_stop):
                 break
+            self.paused = self.pause_if_due(loader, batches)
+            if self.paused:
+                break
         self.steps.finish_epoch(epoch)
         self.stop.finish()
+
+    def pause_if_due(self, loader: BatchLoader, batches: Iterator[StepBatch]) -> PausedEpoch | None:
+        """Pause the epoch if a validation is due before its next step; None if not."""
+        every, steps = self.limits.valid_every_n_steps, self.optimizers.steps
+        is_due = every is not None and steps > 0 and steps % every == 0
+        if not is_due or not self.optimizers.at_step_boundary:
+            return None
+        history = self.state.history
+        if any(row["stage"] == "valid" and point_of(row).step == steps for row in history):
+            return None  # the epoch continues after it
+        if self.state.batches_in_epoch == loader.num_batches:
+            return None  # the epoch is over, and validated as a whole
+        return pause(batches)
 
     def must_end_epoch(self, should_stop: bool = False) -> bool:
         """Return whether to end the epoch before its next step."""
@@ -459,12 +527,12 @@ class Trainer:
         if valid is None or self.limits.sanity_valid_batches == 0:
             return
         accumulator = StageAccumulator(self.task.metrics["valid"], self.device)
-        start = StageStart("valid", 0, valid.num_batches, valid.num_samples)
+        start = StageStart("valid", Point(0), valid.num_batches, valid.num_samples)
         steps = islice(self.eval_steps(valid, start), self.limits.sanity_valid_batches)
         for _, output, _ in steps:
             accumulator.add(output.values)
         if not accumulator.is_empty:
-            row = accumulator.result("valid", 0).row
+            row = accumulator.result("valid", Point(0)).row
             for monitor in (self.goal, *self.checkpoints.monitors.values()):
                 if monitor.stage == "valid":
                     goal_value(row, monitor)
@@ -472,6 +540,8 @@ class Trainer:
     def averaged_weights(self, train: BatchLoader, epoch: int) -> AbstractContextManager[None]:
         """Use the averaged weights inside the `with` block, if there are any."""
         num_batches = self.state.batches_in_epoch
+        if self.paused and self.steps.averaging.needs_bn_update:
+            self.paused.batches = None  # no loader is read twice at a time
         return self.steps.averaged_weights(train, epoch, num_batches, self.seed)
 
     def save_mid_epoch(self, accumulator: StageAccumulator) -> None:
@@ -490,41 +560,49 @@ class Trainer:
             UserError: The file is damaged, or of another model, loss or optimizer.
         """
         state = self.state
-        if state.load(file):  # replay the epochs for the new schedule
-            for epoch in range(1, state.next_epoch):
-                self.optimizers.on_epoch_end(goal_value_at(state.history, self.goal, epoch))
+        if state.load(file):
+            self.replay_epochs()
+        state.point = self.point(state.epoch + (state.mid_epoch is not None))
         if state.job is not None and state.job.differences:
             self.steps.nonfinite.has_diverged = False  # other settings may not diverge
 
+    def replay_epochs(self) -> None:
+        """Update the learning rates of a new schedule as if it had been used from the start."""
+        history = self.state.history
+        points = list(dict.fromkeys(point_of(row) for row in history if row["stage"] != "test"))
+        for point, following in pairwise([*points, Point(self.state.next_epoch)]):
+            value = goal_value_at(history, self.goal, point)
+            self.optimizers.on_epoch_end(value, is_complete=following.epoch > point.epoch)
+
     def resave_missing_best(self, train: BatchLoader) -> None:
         """Save missing or damaged best checkpoints again that the current weights belong in."""
-        if not self.state.is_between_epochs:
+        if not self.state.is_between_parts:
             return
-        missing = self.checkpoints.missing(self.state.epoch)
+        missing = self.checkpoints.missing(self.state.point)
         if missing:
-            with self.averaged_weights(train, self.state.epoch):
+            with self.averaged_weights(train, self.state.point.epoch):
                 for name in missing:
                     self.checkpoints.save(name)
 
     def replace_missing_best(self, train: BatchLoader) -> None:
         """Warn of missing best checkpoints; `best.safetensors` gets the last weights instead."""
-        for name, epoch in self.checkpoints.missing().items():
+        for name, point in self.checkpoints.missing().items():
             if name == BEST_CHECKPOINT:
                 log.warning(
-                    "%s: the weights of the best epoch %d are lost (the file is missing, damaged "
+                    "%s: the weights of the best epoch %s are lost (the file is missing, damaged "
                     "or of another epoch); saving the weights of the last epoch %d instead",
                     name,
-                    epoch,
+                    str(point).removeprefix("epoch "),
                     self.state.epoch,
                 )
                 with self.averaged_weights(train, self.state.epoch):
                     self.state.save_best()
             else:
                 log.warning(
-                    "%s: the weights of epoch %d are lost (the file is missing, damaged or of "
-                    "another epoch)",
+                    "%s: the weights of %s are lost (the file is missing, damaged or of another "
+                    "epoch)",
                     name,
-                    epoch,
+                    point,
                 )
                 self.state.remove_checkpoint(name)
 
@@ -545,7 +623,8 @@ class Trainer:
         """Optimizer wrappers of the task."""
         return self.state.optimizers
 
-    def make_epoch_end(self, epoch: int, clock: TrainingClock) -> EpochEnd:
-        """Return what callbacks receive after an epoch."""
-        history, left = self.state.history, self.seconds_left()
-        return EpochEnd(epoch, history, self.goal, clock.elapsed(), left)
+    def make_epoch_end(self, is_complete: bool) -> EpochEnd:
+        """Return what callbacks receive after an epoch or a part of one."""
+        assert self.clock is not None
+        state, elapsed, left = self.state, self.clock.elapsed(), self.seconds_left()
+        return EpochEnd(state.point, state.history, self.goal, elapsed, left, is_complete)

@@ -8,6 +8,7 @@ import pandas as pd
 
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
+from app.training.history import Point
 
 
 def stage_result(stage: str = "valid", epoch: int = 1, **metrics: float) -> StageResult:
@@ -17,7 +18,7 @@ def stage_result(stage: str = "valid", epoch: int = 1, **metrics: float) -> Stag
         {"epoch": epoch, "iter": [1], "stage": stage, "loss": 0.5, "num_samples": 4}
         | {"data_time": 0.1, "iter_time": 0.5}
     )
-    return StageResult(stage, epoch, row, steps, {})
+    return StageResult(stage, Point(epoch), row, steps, {})
 
 
 def send_stage(
@@ -34,7 +35,7 @@ def send_stage(
     Returns:
         The result of the stage, as the callback received it.
     """
-    callback.on_stage_start(StageStart(stage, epoch, len(steps), None))
+    callback.on_stage_start(StageStart(stage, Point(epoch), len(steps), None))
     for batch, outputs in steps:
         callback.on_step_end(StepEnd(stage, epoch, len(batch[0]), batch, outputs))
     result = stage_result(stage, epoch)

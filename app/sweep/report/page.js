@@ -10,6 +10,7 @@ const COLORS = [
   "#4269d0", "#e8a317", "#f2635b", "#3ca951", "#a463f2",
   "#2fb5a5", "#f07cac", "#9c6b4e", "#5fa8f0", "#8b929c",
 ];
+const POSITIONS = ["epoch", "step"]; // columns that are no quantities
 const MAX_LABELED = 10; // curves to draw at first, legend entries, and ticks of swept values
 
 const goal = goals[0];
@@ -241,7 +242,7 @@ function quantities() {
   const names = new Set();
   for (const run of runs) {
     for (const [stage, values] of Object.entries(run.curves)) {
-      for (const name of Object.keys(values)) if (name !== "epoch") names.add(`${stage}/${name}`);
+      for (const name of Object.keys(values)) if (!POSITIONS.includes(name)) names.add(`${stage}/${name}`);
     }
   }
   return [...names];
@@ -267,14 +268,16 @@ function drawCurves() {
   const best = goal && bestRun(goal);
   // The best run is drawn last, so that it is on top.
   const drawn = ranked.filter((run) => run.curves[stage]?.[name]).reverse();
+  // Runs that validate within epochs are drawn over optimizer steps.
+  const position = drawn.some((run) => run.curves[stage].step) ? "step" : "epoch";
   const traces = drawn.map((run) => ({
     type: "scatter",
     mode: run.curves[stage].epoch.length > 40 ? "lines" : "lines+markers",
-    x: run.curves[stage].epoch,
+    x: run.curves[stage][position] ?? [],
     y: run.curves[stage][name],
     name: shorten(run.label),
     meta: escapeTags(run.label),
-    hovertemplate: "%{meta}<br>epoch %{x}: %{y:.5~g}<extra></extra>",
+    hovertemplate: `%{meta}<br>${position} %{x}: %{y:.5~g}<extra></extra>`,
     line: { color: run.color, width: run === best ? 3.5 : 1.5 },
     marker: { color: run.color, size: run === best ? 7 : 5 },
     visible: run.selected,
@@ -285,7 +288,7 @@ function drawCurves() {
   const last = Math.max(0, ...traces.map((trace) => trace.x.at(-1) ?? 0));
   const ticks = last <= 20 ? { dtick: 1 } : {}; // no ticks between epochs
   drawPlot("curves", traces.length > 0, traces, {
-    xaxis: { title: { text: "epoch" }, tickformat: "d", ...ticks },
+    xaxis: { title: { text: position }, tickformat: "d", ...ticks },
     yaxis: { title: { text: escapeTags(quantity) }, type },
     showlegend: hasLegend,
     legend: { traceorder: "reversed", itemclick: false, itemdoubleclick: false },

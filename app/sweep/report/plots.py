@@ -43,16 +43,18 @@ def make_plots(results: Results) -> dict[str, Figure]:
 
 def plot_curves(results: Results, goal: MonitorConfig) -> Figure:
     """Plot the metric of the goal over epochs, one line per run, with the best run on top."""
-    figure, axes = _make_axes("epoch", goal.metric)
+    histories = results.curves.values()
+    x = "step" if any("step" in history for history in histories) else "epoch"
+    figure, axes = _make_axes(x, goal.metric)
     best = best_values(results, goal)
     best_row = best.idxmax() if goal.mode == "max" else best.idxmin()
     runs = zip(results.table["folder"], run_labels(results), strict=True)
     for row, (folder, run_label) in enumerate(runs):
-        history = _goal_history(results.curves.get(folder), goal)
+        history = _goal_history(results.curves.get(folder), goal, x)
         if history.empty:
             continue
         label = _label(run_label)
-        (line,) = axes.plot(history["epoch"], history["value"], ".-", lw=1, alpha=0.6, label=label)
+        (line,) = axes.plot(history[x], history["value"], ".-", lw=1, alpha=0.6, label=label)
         if row == best_row:
             line.set(linewidth=2.5, alpha=1, zorder=3, label=f"{label} (best)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -134,12 +136,12 @@ def _safe_name(key: str) -> str:
     return re.sub(r"[^\w.+-]", "_", key)[:MAX_LABEL_LENGTH]
 
 
-def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig) -> pd.DataFrame:
-    """The values of the goal of one run, with the columns epoch and value."""
-    if history is None or goal.name not in history:
-        return pd.DataFrame({"epoch": [], "value": []})
+def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig, x: str) -> pd.DataFrame:
+    """The values of the goal of one run, with the columns `x` (epoch or step) and value."""
+    if history is None or not {goal.name, x} <= set(history):
+        return pd.DataFrame({x: [], "value": []})
     rows = history[history["stage"] == goal.stage]
-    return rows[["epoch", goal.name]].set_axis(["epoch", "value"], axis=1).dropna()
+    return rows[[x, goal.name]].set_axis([x, "value"], axis=1).dropna()
 
 
 def _plot_means(axes: Axes, runs: pd.DataFrame) -> None:

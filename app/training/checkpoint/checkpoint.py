@@ -23,7 +23,7 @@ from app.training.checkpoint.rotation import (
     list_checkpoints,
 )
 from app.training.checkpoint.store import read_store, write_store
-from app.training.history import Row
+from app.training.history import Point, Row
 
 BEST_CHECKPOINT = f"best{SUFFIX}"
 Types = tuple[type, ...]
@@ -65,6 +65,7 @@ class Checkpoint:
         training: State of the optimizer, schedule, scaler and callbacks; None in a weights-only
             checkpoint.
         number: Sequence number of a training checkpoint within its run.
+        step: Number of optimizer steps of weights, if the run validates within epochs.
     """
 
     config: dict[str, Any] | None
@@ -74,12 +75,13 @@ class Checkpoint:
     history: list[Row]
     training: dict[str, Any] | None
     number: int = 0
+    step: int | None = None
 
     @property
     def info(self) -> CheckpointInfo:
         """Summary stored in the header of the file, readable without loading it."""
         kind: Literal["state", "weights"] = "weights" if self.training is None else "state"
-        return CheckpointInfo(kind, self.epoch, self.number)
+        return CheckpointInfo(kind, self.epoch, self.number, self.step)
 
 
 def save_checkpoint(
@@ -96,7 +98,7 @@ def save_checkpoint(
         UserError: The checkpoint contains an object that is not a tensor or a plain value.
         StorageError: The file cannot be written.
     """
-    content = dict(vars(checkpoint))
+    content = {name: getattr(checkpoint, name) for name in CONTENT_TYPES}
 
     def write(file: BinaryIO) -> None:
         write_store(file, path.name, checkpoint.info, content)
@@ -122,11 +124,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
             "code; it is not read"
         )
     file = find_checkpoint(path)
-    _, content = read_store(file)
+    info, content = read_store(file)
     problem = find_problem(content)
     if problem is not None:
         raise UserError(f"{file} is not a checkpoint of this program: {problem}")
-    return Checkpoint(**{name: content[name] for name in CONTENT_TYPES})
+    return Checkpoint(**{name: content[name] for name in CONTENT_TYPES}, step=info.step)
 
 
 def find_problem(content: dict[str, Any]) -> str | None:
@@ -245,6 +247,6 @@ def monitor_filename(name: str) -> str:
     return f"best-{name}{SUFFIX}"
 
 
-def epoch_filename(epoch: int) -> str:
-    """Return the file name for the weights of one of the top k epochs."""
-    return f"epoch{epoch:03d}{SUFFIX}"
+def top_k_filename(point: Point) -> str:
+    """Return the file name for the weights of one of the k best epochs or parts of epochs."""
+    return f"{point.label}{SUFFIX}"

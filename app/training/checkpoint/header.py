@@ -31,11 +31,13 @@ class CheckpointInfo:
         kind: `state` is a training checkpoint to resume from, `weights` has weights only.
         epoch: Last epoch trained on, counted from 1.
         number: Sequence number of a training checkpoint within its run.
+        step: Number of optimizer steps of weights, if the run validates within epochs.
     """
 
     kind: Literal["state", "weights"]
     epoch: int
     number: int = 0
+    step: int | None = None
 
 
 def read_info(file: Path) -> CheckpointInfo:
@@ -80,11 +82,13 @@ def _parse_info(file: Path, metadata: dict[str, str]) -> CheckpointInfo:
             f"{file} has format {_printable(metadata['format'])}; this program reads format "
             f"{FORMAT_VERSION}"
         )
-    kind, epoch, number = (metadata.get(name, "") for name in ("kind", "epoch", "number"))
-    is_number = all(text.isdecimal() and len(text) < 20 for text in (epoch, number))
+    kind, *numbers = (metadata.get(name, "") for name in ("kind", "epoch", "number"))
+    if "step" in metadata:
+        numbers.append(metadata["step"])
+    is_number = all(text.isdecimal() and len(text) < 20 for text in numbers)
     if kind not in ("state", "weights") or not is_number:
         raise UserError(f"{file} is damaged: its summary cannot be read")
-    return CheckpointInfo(kind, int(epoch), int(number))  # type: ignore[arg-type]
+    return CheckpointInfo(kind, *map(int, numbers))  # type: ignore[arg-type]
 
 
 def as_read_error(file: Path, error: Exception) -> UserError:

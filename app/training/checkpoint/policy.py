@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from app.config.schema import GoalConfig, MonitorConfig
 from app.training.accumulator import StageAccumulator
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, epoch_filename, monitor_filename
+from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, monitor_filename, top_k_filename
 from app.training.checkpoint.mid_epoch import save_position
 from app.training.checkpoint.train_state import TrainState
-from app.training.history import best_epoch, top_k_epochs
+from app.training.history import Point, best_epoch, top_k_points
 from app.training.limits import SaveSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.rank_sync import SaveTimer
@@ -51,16 +51,16 @@ class CheckpointPolicy:
         self.save_last()
         self.state.mid_epoch = None
 
-    def save_best(self, epoch: int) -> None:
-        """Save the weights if this epoch is the best by the goal or by a monitor."""
+    def save_best(self) -> None:
+        """Save the current weights if they are the best by the goal or by a monitor."""
         for name, best in self.expected().items():
-            if best == epoch:
+            if best == self.state.point:
                 self.save(name)
         if self.schedule.save_top_k != 1:
-            self.state.remove_stale_epochs(self._top_k_epochs())
+            self.state.remove_stale_top_k(self._top_k_points())
 
-    def expected(self) -> dict[str, int]:
-        """Return the best-weights files that should exist, each with its epoch."""
+    def expected(self) -> dict[str, Point]:
+        """Return the best-weights files that should exist, each with when it was measured."""
         monitors = {
             BEST_CHECKPOINT: self.goal,
             **{monitor_filename(n): m for n, m in self.monitors.items()},
@@ -68,26 +68,26 @@ class CheckpointPolicy:
         found = {
             name: best_epoch(self.state.history, monitor) for name, monitor in monitors.items()
         }
-        top = self._top_k_epochs() if self.schedule.save_top_k != 1 else []
-        return {epoch_filename(epoch): epoch for epoch in top} | {
-            name: best.epoch for name, best in found.items() if best is not None
+        top = self._top_k_points() if self.schedule.save_top_k != 1 else []
+        return {top_k_filename(point): point for point in top} | {
+            name: best.point for name, best in found.items() if best is not None
         }
 
-    def missing(self, epoch: int | None = None) -> dict[str, int]:
-        """Return the expected files that are missing, damaged, or have weights of another epoch.
+    def missing(self, point: Point | None = None) -> dict[str, Point]:
+        """Return the expected files that are missing, damaged, or have other weights.
 
-        A file has weights of another epoch if the run resumed from a checkpoint older than it.
+        A file has other weights if the run resumed from a checkpoint older than it.
 
         Args:
-            epoch: Check only the files of this epoch, and read them completely. None checks all
-                files but reads only `best.safetensors` completely.
+            point: Check only the files with the weights of this point, and read them completely.
+                None checks all files but reads only `best.safetensors` completely.
         """
-        complete = epoch is not None
+        complete = point is not None
         return {
             name: best
             for name, best in self.expected().items()
-            if epoch in (None, best)
-            and self.state.saved_epoch(name, complete or name == BEST_CHECKPOINT) != best
+            if point in (None, best)
+            and self.state.saved_point(name, complete or name == BEST_CHECKPOINT) != best
         }
 
     def save(self, name: str) -> None:
@@ -97,8 +97,8 @@ class CheckpointPolicy:
         else:
             self.state.save_weights(name)
 
-    def _top_k_epochs(self) -> list[int]:
-        return top_k_epochs(self.state.history, self.goal, self.schedule.save_top_k)
+    def _top_k_points(self) -> list[Point]:
+        return top_k_points(self.state.history, self.goal, self.schedule.save_top_k)
 
     @property
     def optimizers(self) -> OptimWrapperDict:

@@ -88,6 +88,7 @@ def write_store(file: BinaryIO, name: str, info: CheckpointInfo, content: dict[s
 
 def _make_header(info: CheckpointInfo, text: str, tensors: dict[str, Tensor]) -> bytes:
     summary = {"kind": info.kind, "epoch": str(info.epoch), "number": str(info.number)}
+    summary |= {} if info.step is None else {"step": str(info.step)}
     metadata = {"sha256": NO_DIGEST, "format": FORMAT_VERSION, **summary, "content": text}
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0

@@ -24,10 +24,10 @@ from app.runtime.nested import Nested, map_tensors
 from app.training.checkpoint.checkpoint import (
     BEST_CHECKPOINT,
     Checkpoint,
-    epoch_filename,
     load_checkpoint,
     load_weights,
     save_checkpoint,
+    top_k_filename,
     write_model,
 )
 from app.training.checkpoint.header import read_info, verify_checksum
@@ -39,7 +39,7 @@ from app.training.checkpoint.rotation import (
     list_checkpoints,
     remove_file,
 )
-from app.training.history import Row
+from app.training.history import Point, Row
 from app.training.limits import SaveSchedule
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
@@ -122,6 +122,7 @@ class TrainState:
         )
         self.save_count = 0  # training checkpoints saved so far
         self.epoch = 0  # last epoch with all its batches trained on
+        self.point = Point(0)  # of the current weights
         self.phase = Phase.TRAIN
         self.end: TrainingEnd | None = None
         self.batches = 0  # training batches so far, over all epochs
@@ -132,7 +133,8 @@ class TrainState:
     @property
     def next_epoch(self) -> int:
         """Epoch of the stage that runs next."""
-        return self.epoch + 1 if self.phase is Phase.TRAIN else self.epoch
+        is_within = self.phase is Phase.TRAIN or self.mid_epoch is not None
+        return self.epoch + 1 if is_within else self.epoch
 
     @property
     def is_between_epochs(self) -> bool:
@@ -156,9 +158,15 @@ class TrainState:
         """Save the weights as a checkpoint that can be tested."""
         self._submit_save(name, self._make_checkpoint(None))
 
-    def remove_stale_epochs(self, epochs: list[int]) -> None:
-        """Remove each checkpoint of a top epoch whose epoch is not in the list."""
-        kept = [epoch_filename(epoch) for epoch in epochs]
+    @property
+    def is_between_parts(self) -> bool:
+        """Whether everything is measured that was trained: after an epoch or a part of one."""
+        in_part = self.mid_epoch is not None and bool(self.mid_epoch["rows"]["blocks"])
+        return self.phase is Phase.TRAIN and not in_part
+
+    def remove_stale_top_k(self, points: list[Point]) -> None:
+        """Remove each checkpoint of the k best whose point is not in the list."""
+        kept = [top_k_filename(point) for point in points]
         files = (self.folder / CHECKPOINT_DIR).glob(f"epoch*{SUFFIX}") if rank() == 0 else ()
         for path in files:
             if path.name not in kept:
@@ -215,6 +223,7 @@ class TrainState:
             self.task.load_state_dict(checkpoint.task)
         except MISMATCH_ERRORS as error:
             raise UserError(f"{file} belongs to another task or loss: {error}") from error
+        self.point = Point(checkpoint.epoch, checkpoint.step)
         return checkpoint.epoch
 
     def load_best_weights(self) -> int:
@@ -287,8 +296,8 @@ class TrainState:
         assert self.task.optimizers is not None, "the task has no optimizer"
         return self.task.optimizers
 
-    def saved_epoch(self, name: str, verify: bool = True) -> int | None:
-        """Return the epoch of the weights in a file; None if it is missing or damaged.
+    def saved_point(self, name: str, verify: bool = True) -> Point | None:
+        """Return when the weights in a file were measured; None if it is missing or damaged.
 
         All ranks must call this and get the same result.
 
@@ -298,12 +307,13 @@ class TrainState:
                 at its end.
         """
         self.writer.wait()
-        epoch = None
+        point = None
         if rank() == 0:
             read = verify_checksum if verify else read_info
             with suppress(UserError):  # the caller decides what to do about a missing file
-                epoch = read(self.folder / CHECKPOINT_DIR / name).epoch
-        return broadcast_object(epoch)
+                info = read(self.folder / CHECKPOINT_DIR / name)
+                point = Point(info.epoch, info.step)
+        return broadcast_object(point)
 
     def _submit_save(self, name: str, checkpoint: Checkpoint) -> None:
         if rank() == 0:
@@ -316,10 +326,11 @@ class TrainState:
             config=job.saved if job else None,
             model=self._snapshot(self.task.model.state_dict()),
             task=self._snapshot(self.task.state_dict()),
-            epoch=self.epoch,
+            epoch=self.epoch if training else self.point.epoch,
             history=self.history,
             training=training,
             number=self.save_count,
+            step=None if training else self.point.step,
         )
 
     def _snapshot(self, nested: Nested) -> Nested:

@@ -63,9 +63,15 @@ class LRSchedule:
         """
         if self.lr_scheduler is None or not self.per_epoch:
             return
-        if not isinstance(self.lr_scheduler, ReduceLROnPlateau):
+        if isinstance(self.lr_scheduler, ReduceLROnPlateau):
+            self.on_validation(goal_value)
+        else:
             self._step_scheduler()
-        elif goal_value is not None:
+
+    def on_validation(self, goal_value: float | None) -> None:
+        """Update the learning rates after a validation within an epoch; see `on_epoch_end`."""
+        is_plateau = isinstance(self.lr_scheduler, ReduceLROnPlateau) and self.per_epoch
+        if is_plateau and goal_value is not None:
             self._step_scheduler(goal_value)
 
     def fast_forward(self, steps: int) -> None:

@@ -410,10 +410,18 @@ class OptimWrapperDict:
         for wrapper in self.wrappers.values():
             wrapper.flush()
 
-    def on_epoch_end(self, goal_value: float | None) -> None:
-        """Update all learning rates after an epoch; see `LRSchedule.on_epoch_end`."""
+    def on_epoch_end(self, goal_value: float | None, is_complete: bool = True) -> None:
+        """Update all learning rates after an epoch; see `LRSchedule.on_epoch_end`.
+
+        Args:
+            goal_value: Value of the goal's metric; None if it was not measured.
+            is_complete: Whether the epoch is complete, and not only validated within.
+        """
         for wrapper in self.wrappers.values():
-            wrapper.schedule.on_epoch_end(goal_value)
+            if is_complete:
+                wrapper.schedule.on_epoch_end(goal_value)
+            else:
+                wrapper.schedule.on_validation(goal_value)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all wrappers: tensors and plain values."""

@@ -20,6 +20,7 @@ from app.callbacks.selection import classes_of_metric
 from app.callbacks.tables import Tables
 from app.training.accumulator import StageResult
 from app.training.events import StepEnd
+from app.training.history import Point
 from tests.support.callback_events import send_stage, stage_result
 
 NAMES = ["cat", "dog", "$x_{$", "=1+1"]
@@ -37,7 +38,7 @@ def named(config: dict[str, Any]) -> dict[str, Any]:
 
 def result_with(**arrays: np.ndarray) -> StageResult:
     plain = stage_result("test", 3)
-    return StageResult("test", 3, plain.row, plain.steps, arrays)
+    return StageResult("test", Point(3), plain.row, plain.steps, arrays)
 
 
 def test_only_values_per_class_get_names(named: dict[str, Any]) -> None:

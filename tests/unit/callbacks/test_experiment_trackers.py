@@ -14,6 +14,7 @@ from app.callbacks.tensorboard import TensorBoard
 from app.callbacks.wandb import WeightsAndBiases
 from app.runtime.errors import UserError
 from app.training.events import StageStart
+from app.training.history import Point
 
 
 @pytest.mark.parametrize("callback_class", [MLflow, WeightsAndBiases])
@@ -23,11 +24,11 @@ def test_tracker_of_resumed_run_continues_the_same_run(
     callback_class: type[MLflow] | type[WeightsAndBiases],
 ) -> None:
     interrupted = callback_class(tmp_cwd, config)
-    interrupted.on_stage_start(StageStart("train", 1, 1, 1))
+    interrupted.on_stage_start(StageStart("train", Point(1), 1, 1))
     resumed = callback_class(tmp_cwd, config)
     resumed.load_state_dict(interrupted.state_dict())
     interrupted.on_run_end([])
-    resumed.on_stage_start(StageStart("train", 2, 1, 1))
+    resumed.on_stage_start(StageStart("train", Point(2), 1, 1))
     assert resumed.state_dict() == interrupted.state_dict()
     assert resumed.state_dict()["run"]
     resumed.on_run_end([])

@@ -15,10 +15,11 @@ from app.distributed.strategies import SingleDevice
 from app.experiment.factory import make_callbacks, make_components, make_optimizers
 from app.runtime.device import choose_device
 from app.training.events import StageStart
+from app.training.history import Point
 from app.training.model_summary import count_bytes
 from tests.support.runs import job_for
 
-TRAIN = StageStart("train", 1, 1, 1)
+TRAIN = StageStart("train", Point(1), 1, 1)
 
 
 def summary_callback(folder: Path, *overrides: str) -> tuple[ModelSummary, Any]:
@@ -39,7 +40,7 @@ def test_model_summary_is_logged_and_written_once(
 ) -> None:
     callback, _ = summary_callback(tmp_path)
     caplog.set_level(logging.INFO)
-    callback.on_stage_start(StageStart("valid", 0, 1, 1))
+    callback.on_stage_start(StageStart("valid", Point(0), 1, 1))
     assert not (tmp_path / "model_summary.csv").exists()
     callback.on_stage_start(TRAIN)
     callback.on_stage_start(TRAIN)
@@ -69,7 +70,7 @@ def test_model_summary_other_modes_measure_nothing(tmp_path: Path) -> None:
         raise AssertionError
 
     callback = ModelSummary(tmp_path, {"mode": "test"}, fail)
-    callback.on_stage_start(StageStart("test", 1, 1, 1))
+    callback.on_stage_start(StageStart("test", Point(1), 1, 1))
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="allowed: -1"):
         ModelSummary(tmp_path, {"mode": "test"}, fail, max_depth=-2)

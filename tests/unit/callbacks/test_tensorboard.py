@@ -12,6 +12,7 @@ from torch import nn
 from app.callbacks.tensorboard import TensorBoard
 from app.config.schema import GoalConfig
 from app.training.events import EpochEnd
+from app.training.history import Point
 from tests.support.callback_events import send_stage, stage_result
 
 
@@ -46,7 +47,7 @@ def test_steps_continue_over_epochs_and_nan_weights_have_no_histogram(
     callback = TensorBoard(tmp_path, model, config, histograms_every_n_epochs=2, hparams=False)
     for epoch in (1, 2):
         callback.on_stage_end(stage_result("train", epoch), [])
-        callback.on_epoch_end(EpochEnd(epoch, [], GoalConfig("loss", "min"), 0.0, None))
+        callback.on_epoch_end(EpochEnd(Point(epoch), [], GoalConfig("loss", "min"), 0.0, None))
     callback.on_run_end([stage_result("train").row])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [scalar.step for scalar in events.Scalars("train_step/loss")] == [1, 2]

@@ -12,6 +12,7 @@ from app.losses.focal import FocalLoss
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.stage_metrics import StageMetrics
 from app.training.accumulator import StageAccumulator
+from app.training.history import Point
 from app.training.optim.optim_wrapper import OptimWrapper
 from app.training.step_values import average
 
@@ -72,7 +73,7 @@ def test_mean_of_an_epoch_does_not_depend_on_the_batches(name: str) -> None:
     for x, y in zip(inputs.split(SIZES), targets.split(SIZES), strict=True):
         value, _ = loss(x.log(), y)
         accumulator.add({"loss": average(value, len(x), loss.samples_weight(y))})
-    result = accumulator.result("valid", 1)
+    result = accumulator.result("valid", Point(1))
     expected = copy.deepcopy(function)(inputs.log(), targets).item()
     assert result.row["loss_mean"] == pytest.approx(expected, rel=1e-6)
     assert result.steps["num_samples"].tolist() == SIZES

@@ -18,6 +18,7 @@ from app.metrics.images import (
 from app.metrics.segmentation import OverlapMetric, PartialDice
 from app.metrics.stage_metrics import StageMetrics
 from app.training.accumulator import StageAccumulator
+from app.training.history import Point
 from app.training.step_values import average
 from tests.support.metrics import (
     Projection,
@@ -71,7 +72,7 @@ def test_stage_metrics_of_unequal_batches_match_one_batch(case: str) -> None:
     for output, target in zip(outputs.split(sizes), targets.split(sizes), strict=True):
         step = {"loss": average(output.mean(), len(target)), **stage.update(output, target)}
         accumulator.add(step)
-    result = accumulator.result("test", 1)
+    result = accumulator.result("test", Point(1))
     for name in metrics:
         actual = result.arrays[name] if name in result.arrays else result.row[name]
         np.testing.assert_allclose(actual, expected[name], rtol=1e-4, err_msg=name)

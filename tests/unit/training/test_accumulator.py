@@ -19,6 +19,7 @@ from app.metrics.sum_metric import has_small_sum_states
 from app.runtime.errors import UserError
 from app.training import accumulator as accumulator_module
 from app.training.accumulator import StageAccumulator, StageResult
+from app.training.history import Point
 from app.training.step_values import average
 
 CPU = torch.device("cpu")
@@ -51,7 +52,7 @@ def accumulate() -> StageResult:
         accumulator.add(
             {"loss": average(loss, len(targets)), **stage.update(outputs, targets)}, {"lr": 0.1}
         )
-    return accumulator.result("train", 2)
+    return accumulator.result("train", Point(2))
 
 
 def test_stage_values_are_equal_to_one_update_with_all_samples() -> None:
@@ -160,7 +161,7 @@ def test_metric_with_several_values_becomes_several_columns() -> None:
         accumulator.add(
             {"loss": average(torch.zeros(()), len(targets)), **stage.update(outputs, targets)}
         )
-    row = accumulator.result("valid", 1).row
+    row = accumulator.result("valid", Point(1)).row
     assert row["two_twice"] == 2 * row["two_right"]
 
 
@@ -171,7 +172,7 @@ def test_metric_without_a_value_is_empty_in_a_step_and_an_error_in_a_stage() -> 
     for count in (4, 1):
         sums = stage.update(outputs[:count], torch.zeros(count, dtype=torch.long))
         accumulator.add({"loss": average(torch.zeros(()), count), **sums})
-    result = accumulator.result("valid", 1)
+    result = accumulator.result("valid", Point(1))
     assert result.row["picky"] == 5
     assert result.steps["picky"].tolist()[0] == 4
     assert np.isnan(result.steps["picky"][1])
@@ -179,7 +180,7 @@ def test_metric_without_a_value_is_empty_in_a_step_and_an_error_in_a_stage() -> 
     sums = stage.update(outputs[:1], torch.zeros(1, dtype=torch.long))
     accumulator.add({"loss": average(torch.zeros(()), 1), **sums})
     with pytest.raises(UserError, match=r"metric\.valid\.picky: too few"):
-        accumulator.result("valid", 1)
+        accumulator.result("valid", Point(1))
 
 
 def test_mask_last_excludes_flushed_and_pending_steps() -> None:
@@ -189,5 +190,6 @@ def test_mask_last_excludes_flushed_and_pending_steps() -> None:
         if number in (2, 4):
             accumulator.flush()
     accumulator.mask_last(5)
-    assert accumulator.result("train", 1).steps["num_samples"].tolist() == [2, 2, 0, 0, 0, 0, 0]
-    assert accumulator.result("train", 1).row["loss_mean"] == 0.5
+    steps = accumulator.result("train", Point(1)).steps
+    assert steps["num_samples"].tolist() == [2, 2, 0, 0, 0, 0, 0]
+    assert accumulator.result("train", Point(1)).row["loss_mean"] == 0.5

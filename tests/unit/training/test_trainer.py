@@ -26,7 +26,7 @@ from app.runtime.nested import Nested
 from app.runtime.seed import derive_seed, seed_everything
 from app.training.accumulator import StageAccumulator, StageResult
 from app.training.events import Callback, StageStart, StepEnd
-from app.training.history import History
+from app.training.history import History, Point
 from app.training.limits import TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
@@ -117,7 +117,7 @@ def test_train_step_never_reads_the_device(tmp_path: Path, overrides: tuple[str,
     batches = components.loaders["train"].epoch(1)
     trainer.task.train_step(next(batches))  # the first step is always read
     accumulator, progress = StageAccumulator(trainer.task.metrics["train"], CPU), Progress()
-    progress.on_stage_start(StageStart("train", 1, 3, 300))
+    progress.on_stage_start(StageStart("train", Point(1), 3, 300))
     for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
         output = trainer.task.train_step(batch)
@@ -151,7 +151,7 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
             )
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert accumulator.result("train", 1).row["total_samples"] == 500
+    assert accumulator.result("train", Point(1)).row["total_samples"] == 500
 
 
 def test_fit_validates_every_n_epochs_and_after_the_last(tmp_path: Path) -> None:

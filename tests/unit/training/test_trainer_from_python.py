@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch import nn
+from torch.utils.data import TensorDataset
 
 from app.callbacks.console import Console
 from app.callbacks.progress import Progress
@@ -24,45 +23,7 @@ from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.supervised import SupervisedTask
 from app.training.trainer import Trainer
 from tests.support.runs import config_issues
-
-X = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
-Y = (X[:, 0] > 0).long()
-
-
-class MapDataset(Dataset[tuple[Tensor, Tensor]]):
-    def __len__(self) -> int:
-        return len(X)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return X[index], Y[index]
-
-
-class StreamDataset(IterableDataset[tuple[Tensor, Tensor]]):
-    """An iterable dataset of unknown length that records the epochs it is set to."""
-
-    def __init__(self) -> None:
-        self.epochs: list[int] = []
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epochs.append(epoch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(zip(X, Y, strict=True))
-
-
-class SizedStreamDataset(StreamDataset):
-    def __len__(self) -> int:
-        return len(X)
-
-
-DATASETS = {
-    "tensors": lambda: TensorDataset(X, Y),
-    "map": MapDataset,
-    "stream": StreamDataset,
-    "sized stream": SizedStreamDataset,
-    "loader": lambda: DataLoader(MapDataset(), batch_size=20),
-    "stream loader": lambda: DataLoader(StreamDataset(), batch_size=20),
-}
+from tests.support.training_datasets import DATASETS, StreamDataset, X, Y
 
 
 def make_trainer(folder: Path, limits: TrainingLimits, **options: Any) -> Trainer:
