@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from app.callbacks.tables import Tables, truncate_to_history
 from app.config.schema import GoalConfig
+from app.data.batch import Batch, BatchLoader
 from app.data.loaders import make_loader
 from app.runtime.errors import UserError
 from app.runtime.signals import StopReason, TrainingInterrupted
@@ -53,8 +55,27 @@ def make_trainer(
     return Trainer(task, limits, folder, **options)
 
 
+class NoisyLoader:
+    """Loader that draws random numbers for each batch, and allows one iteration at a time."""
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self.loader, self.iterations = loader, 0
+        self.num_batches, self.num_samples = loader.num_batches, loader.num_samples
+
+    def epoch(self, epoch: int) -> Iterator[Batch | None]:
+        self.iterations += 1
+        number = self.iterations
+        for inputs, targets in self.loader.epoch(epoch):  # type: ignore[misc]
+            assert self.iterations == number, "another iteration has begun"
+            yield inputs + torch.randn_like(inputs), targets
+
+    def first(self, count: int) -> Batch:
+        return self.loader.first(count)
+
+
 def fit(trainer: Trainer, kind: str = "tensors") -> pd.DataFrame:
-    return trainer.fit(make_loader(DATASETS[kind](), 20), make_loader(DATASETS["tensors"](), 50))
+    train, valid = make_loader(DATASETS[kind](), 20), make_loader(DATASETS["tensors"](), 50)
+    return trainer.fit(NoisyLoader(train), valid)
 
 
 def points(trainer: Trainer, stage: str = "valid") -> list[tuple[int, int | None]]:
