@@ -117,7 +117,10 @@ def assert_same(one: Fit, several: Fit, **tolerance: float) -> None:
     "overrides",
     [
         ["model=mlp"],
-        ["model=mlp", "optimizer=adamw", "optimizer.lr=0.001", "average=ema"],
+        [
+            *("model=mlp", "optimizer=adamw", "optimizer.lr=0.001", "average=ema"),
+            "trainer.valid_every_n_steps=3",
+        ],
         [
             "model=mlp",
             "trainer.accumulate_grad_batches=3",

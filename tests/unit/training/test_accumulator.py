@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torchmetrics
@@ -44,9 +45,9 @@ def make_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
     return list(zip(outputs.split(SIZES), targets.split(SIZES), strict=True))
 
 
-def accumulate() -> StageResult:
+def accumulate(flush_every: int = 50) -> StageResult:
     stage = StageMetrics(make_metrics())
-    accumulator = StageAccumulator(stage, CPU)
+    accumulator = StageAccumulator(stage, CPU, flush_every=flush_every)
     for outputs, targets in make_batches():
         loss = torch.nn.functional.cross_entropy(outputs, targets)
         accumulator.add(
@@ -111,10 +112,9 @@ def test_loss_std_is_weighted_by_samples() -> None:
     assert result.row["loss_std"] == pytest.approx(expected, rel=1e-12)
 
 
-def test_flush_in_parts_does_not_change_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flush_in_parts_does_not_change_the_table() -> None:
     at_once = accumulate()
-    monkeypatch.setattr(accumulator_module, "FLUSH_EVERY", 3)
-    in_parts = accumulate()
+    in_parts = accumulate(flush_every=3)
     times = ["iter_time"]
     assert at_once.steps.drop(columns=times).equals(in_parts.steps.drop(columns=times))
 
@@ -181,6 +181,83 @@ def test_metric_without_a_value_is_empty_in_a_step_and_an_error_in_a_stage() -> 
     accumulator.add({"loss": average(torch.zeros(()), 1), **sums})
     with pytest.raises(UserError, match=r"metric\.valid\.picky: too few"):
         accumulator.result("valid", Point(1))
+
+
+def log_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SECONDS_TO_FIRST_LOG", "SECONDS_BETWEEN_LOGS"):
+        monkeypatch.setattr(accumulator_module, name, 0.0)
+
+
+def test_logged_steps_are_those_of_the_final_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_every_step(monkeypatch)
+    stage, logged = StageMetrics(make_metrics()), []
+    accumulator = StageAccumulator(stage, CPU, flush_every=3)
+    for number, (outputs, targets) in enumerate(make_batches() * 3, start=1):
+        loss = torch.nn.functional.cross_entropy(outputs, targets)
+        accumulator.add(
+            {"loss": average(loss, len(targets)), **stage.update(outputs, targets)},
+            {"lr": number},
+        )
+        if accumulator.has_news():
+            logged.append(accumulator.log("train", 2))
+    iterations = [item.steps["iter"].tolist() for item in logged]
+    assert iterations == [[1, 2, 3], [4], [5, 6], [7, 8, 9], [10, 11, 12]]
+    result = accumulator.result("train", Point(2))
+    pd.testing.assert_frame_equal(
+        pd.concat([item.steps for item in logged], ignore_index=True), result.steps
+    )
+    so_far = logged[-1].so_far
+    assert so_far["loss"] == result.row["loss_mean"]
+    for name in ("accuracy", "macro", "f1", "total_correct"):
+        assert so_far[name] == result.row[name]
+    assert "confusion" not in so_far
+    last = result.steps[-3:]
+    assert logged[-1].recent["total_correct"] == last["total_correct"].sum()
+    assert logged[-1].recent["loss"] == pytest.approx(
+        np.average(last["loss"], weights=last["num_samples"])
+    )
+
+
+def test_values_are_logged_at_most_once_per_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_every_step(monkeypatch)
+    accumulator = StageAccumulator(StageMetrics({}), CPU, flush_every=1)
+    accumulator.add({"loss": average(torch.tensor(1.0), 2)})
+    assert accumulator.has_news()
+    monkeypatch.setattr(accumulator_module, "SECONDS_BETWEEN_LOGS", 1000.0)
+    accumulator.log("train", 1)
+    accumulator.add({"loss": average(torch.tensor(3.0), 2)})
+    assert not accumulator.has_news()
+    assert accumulator.so_far == {"loss": 1.0}
+
+
+def test_resumed_stage_logs_the_steps_before_the_interruption(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log_every_step(monkeypatch)
+    interrupted = StageAccumulator(StageMetrics({}), CPU)
+    interrupted.add({"loss": average(torch.tensor(1.0), 2)}, {"lr": 0.1})
+    resumed = StageAccumulator(StageMetrics({}), CPU, flush_every=2)
+    resumed.load_state_dict(interrupted.state_dict())
+    resumed.add({"loss": average(torch.tensor(3.0), 2)}, {"lr": 0.2})
+    assert resumed.has_news()
+    logged = resumed.log("train", 1)
+    assert logged.steps[["iter", "loss", "lr"]].to_numpy().tolist() == [[1, 1, 0.1], [2, 3, 0.2]]
+    assert logged.so_far == {"loss": 2.0}
+
+
+def test_steps_that_turn_out_not_to_count_leave_the_values_so_far(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log_every_step(monkeypatch)
+    accumulator = StageAccumulator(StageMetrics({}), CPU, flush_every=2)
+    for value in (1.0, 2.0, 3.0):
+        accumulator.add({"loss": average(torch.tensor(value), 2)})
+        if accumulator.has_news():
+            accumulator.log("train", 1)
+    accumulator.mask_last(2)
+    accumulator.add({"loss": average(torch.tensor(5.0), 2)})
+    assert accumulator.has_news()
+    assert accumulator.log("train", 1).so_far == {"loss": 3.0}  # the mean of 1 and 5
 
 
 def test_mask_last_excludes_flushed_and_pending_steps() -> None:

@@ -20,12 +20,15 @@ from app.data.loaders import make_loader
 from app.data.mnist import mnist
 from app.data.split import split_dataset
 from app.distributed.strategies import SingleDevice
-from app.experiment.factory import make_components, make_optimizers
+from app.experiment import run
+from app.experiment.factory import make_callbacks, make_components, make_optimizers
 from app.runtime.errors import UserError
+from app.runtime.host_copy import HostCopy
 from app.runtime.nested import Nested
 from app.runtime.seed import derive_seed, seed_everything
+from app.training import accumulator as accumulator_module
 from app.training.accumulator import StageAccumulator, StageResult
-from app.training.events import Callback, StageStart, StepEnd
+from app.training.events import Callback, Callbacks, StageStart, StepEnd
 from app.training.history import History, Point
 from app.training.limits import TrainingLimits
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
@@ -109,14 +112,18 @@ class Unreadable(Tensor):
         ),
     ],
 )
-def test_train_step_never_reads_the_device(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+def test_train_step_never_reads_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
     job = job_for(*SMALL, "trainer.limit_train_batches=3", "+optimizer.fused=true", *overrides)
     trainer, components = build_trainer(job, tmp_path)
     trainer.optimizers.finite_check.defers = True  # as on a CUDA device
     trainer.task.model.train()
     batches = components.loaders["train"].epoch(1)
     trainer.task.train_step(next(batches))  # the first step is always read
-    accumulator, progress = StageAccumulator(trainer.task.metrics["train"], CPU), Progress()
+    monkeypatch.setattr(HostCopy, "is_ready", False)  # as before a CUDA device is done
+    accumulator = StageAccumulator(trainer.task.metrics["train"], CPU, flush_every=2)
+    progress = Progress()
     progress.on_stage_start(StageStart("train", Point(1), 3, 300))
     for x, y in batches:
         batch = (x.as_subclass(Unreadable), y.as_subclass(Unreadable))
@@ -126,6 +133,8 @@ def test_train_step_never_reads_the_device(tmp_path: Path, overrides: tuple[str,
         accumulator.add(output.values, {**output.host_values, **trainer.optimizers.lrs()})
         progress.on_step_end(StepEnd("train", 1, len(y), batch, output.outputs))
         accumulator.add(trainer.task.eval_step("train", batch).values)
+        assert not accumulator.has_news()
+    assert len(accumulator.in_flight) == 2  # copied every two steps, but not waited for
     with pytest.raises(AssertionError, match="reads the device"):
         accumulator.flush()
 
@@ -139,7 +148,7 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
     components.task.prepare_training(
         make_optimizers(job.config, Instantiator(), components, SingleDevice(components.task.model))
     )
-    accumulator = StageAccumulator(components.task.metrics["train"], cuda)
+    accumulator = StageAccumulator(components.task.metrics["train"], cuda, flush_every=2)
     batches = components.loaders["train"].epoch(1)
     lrs = components.task.optimizers.lrs()
     accumulator.add(components.task.train_step(next(batches)).values, lrs)
@@ -149,9 +158,40 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
             accumulator.add(
                 components.task.train_step(batch).values, components.task.optimizers.lrs()
             )
+            if accumulator.has_news():
+                accumulator.log("train", 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert accumulator.result("train", Point(1)).row["total_samples"] == 500
+
+
+class SyncGuard(Callback):
+    """Makes waiting for CUDA an error between the second step and the end of the epoch."""
+
+    def __init__(self, last_step: int) -> None:
+        self.last_step, self.values = last_step, []
+
+    def on_step_end(self, step: StepEnd) -> None:
+        is_guarded = step.stage == "train" and 2 <= step.step < self.last_step
+        torch.cuda.set_sync_debug_mode("error" if is_guarded else "default")
+        self.values += [dict(step.so_far)] if is_guarded else []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_epoch_on_cuda_shows_values_and_never_synchronizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SECONDS_TO_FIRST_LOG", "SECONDS_BETWEEN_LOGS"):
+        monkeypatch.setattr(accumulator_module, name, 0.0)
+    job = job_for("model=alexnet", "trainer.limit_train_batches=60", "trainer.log_every_n_steps=5")
+    instantiator, guard = Instantiator(job.trusted), SyncGuard(60)
+    components = make_components(job.config, instantiator, torch.device("cuda"))
+    others = make_callbacks(job, instantiator, tmp_path, components)
+    callbacks = Callbacks([guard, *others])
+    trainer = run.make_trainer(job, instantiator, components, callbacks, tmp_path)
+    trainer.run_stage("train", 1, components.loaders["train"], is_training=True)
+    assert {"loss", "accuracy"} <= guard.values[-1].keys()
 
 
 def test_fit_validates_every_n_epochs_and_after_the_last(tmp_path: Path) -> None:
