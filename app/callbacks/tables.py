@@ -57,6 +57,8 @@ class Tables(Callback):
         self.stage = ""  # current stage
         self.num_written = 0  # iterations of it
         self.last_written = 0.0
+        self.waiting: list[pd.DataFrame] = []  # not yet written
+        self.live_path: Path | None = None  # of the table while the stage runs
 
     def state_dict(self) -> dict[str, Any]:
         is_resumable = self.memory and self.stage == "train"  # other stages start over
@@ -68,8 +70,7 @@ class Tables(Callback):
     def on_stage_start(self, start: StageStart) -> None:
         self.stage, self.memory_column, self.restored_column = start.stage, self.restored_column, []
         self.num_written, self.last_written = 0, time.monotonic()
-        self.waiting: list[pd.DataFrame] = []
-        self.live_path: Path | None = None
+        self.waiting, self.live_path = [], None
 
     def on_step_end(self, step: StepEnd) -> None:
         if self.memory:

@@ -35,6 +35,8 @@ KEYS = {
     "grad_clip, clip_grad, gradient_clip_val, max_grad_norm": "trainer.gradient_clip_norm",
     "grad_accum, accum_steps, gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "check_val_every_n_epoch, eval_interval, val_every": "trainer.valid_every_n_epochs",
+    "val_check_interval, eval_steps, validate_every": "trainer.valid_every_n_steps",
+    "log_interval, logging_steps, print_freq": "trainer.log_every_n_steps",
     "num_sanity_val_steps": "trainer.sanity_valid_batches",
     "early_stopping, early_stop": "goal.patience=10",
     "patience": "goal.patience",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +14,7 @@ from app.callbacks.log_values import flatten
 from app.data.mnist import mnist
 from app.models.mlp import MLP
 from tests.support.runs import RunResult, run_app
+from tests.support.wandb_records import read_wandb_records, wandb_rows
 
 EVENT_LOG_MODULE = """
 import json
@@ -135,34 +133,9 @@ def test_mlflow_run_has_params_metrics_tags_and_artifacts(
     assert "plots/loss.png" in plots
 
 
-def read_wandb_records(folder: Path) -> Iterator[Any]:
-    """Yield the records of an offline run, which are in the log format of LevelDB."""
-    from wandb.proto import wandb_internal_pb2
-
-    (path,) = folder.glob("wandb/offline-run-*/*.wandb")
-    content, offset, record = path.read_bytes(), 7, b""
-    while offset < len(content):
-        if 2**15 - offset % 2**15 < 7:  # the rest of the block is too short for a header
-            offset += 2**15 - offset % 2**15
-            continue
-        _, length, kind = struct.unpack("<IHB", content[offset : offset + 7])
-        record += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # complete record, or last part of one
-            yield wandb_internal_pb2.Record.FromString(record)
-            record = b""
-
-
 def test_wandb_run_has_config_metrics_and_summary(observed_run: RunResult) -> None:
     records = list(read_wandb_records(observed_run.folder))
-    rows = [
-        {
-            item.key or item.nested_key[0]: json.loads(item.value_json)
-            for item in record.history.item
-        }
-        for record in records
-        if record.history.item
-    ]
+    rows = wandb_rows(records)
     for (_, row), found in zip(observed_run.csv("summary_table.csv").iterrows(), rows, strict=True):
         assert found["epoch"] == row["epoch"]
         for name, value in row.drop(["epoch", "stage"]).dropna().items():

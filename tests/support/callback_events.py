@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from app.training.accumulator import StageResult
+from app.training.accumulator import LoggedSteps, StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import Point
 
@@ -19,6 +19,16 @@ def stage_result(stage: str = "valid", epoch: int = 1, **metrics: float) -> Stag
         | {"data_time": 0.1, "iter_time": 0.5}
     )
     return StageResult(stage, Point(epoch), row, steps, {})
+
+
+def logged_steps(*losses: float, first: int = 1, stage: str = "train") -> LoggedSteps:
+    """Return iterations of four samples that are logged while a stage runs."""
+    steps = pd.DataFrame(
+        {"epoch": 1, "iter": range(first, first + len(losses)), "stage": stage, "loss": losses}
+        | {"num_samples": 4, "lr": 0.1, "data_time": 0.1, "iter_time": 0.5}
+    )
+    values = {"loss": sum(losses) / len(losses), "accuracy": 0.5}
+    return LoggedSteps(stage, 1, steps, values, values)
 
 
 def send_stage(

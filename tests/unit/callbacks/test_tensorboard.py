@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,30 @@ from app.callbacks.tensorboard import TensorBoard
 from app.config.schema import GoalConfig
 from app.training.events import EpochEnd
 from app.training.history import Point
-from tests.support.callback_events import send_stage, stage_result
+from tests.support.callback_events import logged_steps, send_stage, stage_result
+
+
+def test_iterations_are_written_once_while_a_stage_runs_and_after_a_resume(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def written() -> list[tuple[int, float]]:
+        events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+        return [(scalar.step, scalar.value) for scalar in events.Scalars("train_step/loss")]
+
+    first = TensorBoard(tmp_path, nn.Linear(2, 2), config, hparams=False)
+    first.on_stage_end(stage_result("train"), [])
+    first.on_steps_logged(logged_steps(1.0, 2.0))
+    assert written() == [(1, 0.5), (2, 1.0), (3, 2.0)]
+    resumed = TensorBoard(tmp_path, nn.Linear(2, 2), config, hparams=False)
+    resumed.load_state_dict(first.state_dict())
+    resumed.on_steps_logged(logged_steps(1.0, 2.0, 3.0))
+    result = stage_result("train", 2)
+    resumed.on_stage_end(replace(result, steps=logged_steps(1.0, 2.0, 3.0, 4.0).steps), [])
+    resumed.on_run_end([result.row])
+    first.writer.close()
+    assert written() == [(1, 0.5), (2, 1.0), (3, 2.0), (4, 3.0), (5, 4.0)]
 
 
 def test_graph_leaves_model_and_rng_unchanged(tmp_path: Path, config: dict[str, Any]) -> None:
