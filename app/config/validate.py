@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -110,7 +111,8 @@ def _model_name_issues(node: dict[str, Any]) -> Iterator[ConfigIssue]:
     try:
         check(node)
     except UserError as error:
-        yield ConfigIssue("model.", str(error))
+        is_about_argument = re.match(r"\w+=", str(error))
+        yield ConfigIssue("model." if is_about_argument else "model: ", str(error))
 
 
 def _build_issues(
