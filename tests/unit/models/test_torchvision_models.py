@@ -149,6 +149,9 @@ def test_weights_in_the_format_of_torchvision_are_read(
         content = {n.replace(*renamed): tensor for n, tensor in published.state_dict().items()}
         monkeypatch.setattr(torchvision_models.PublishedWeights, "load", lambda _: dict(content))
         model = torchvision_model(name, 7, image_size=32, weights="DEFAULT")
+        if name == "googlenet":
+            assert pretrained(name, 7).transform_input is True
+            assert model.transform_input is False
     if name == "vit_b_16":  # interpolated from 14 x 14 patches to 2 x 2
         assert model.state_dict()["encoder.pos_embedding"].shape == (1, 5, 768)
 
