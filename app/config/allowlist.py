@@ -178,7 +178,7 @@ def _without_weights(builder: Target) -> Target:
     @functools.wraps(builder)
     def build(**arguments: Any) -> Any:
         if given := {name: arguments[name] for name in none if arguments.get(name) is not None}:
-            raise UserError(f"{given} is not available here; use model=pretrained")
+            raise UserError(f"{given} is not available here; use model=torchvision")
         return builder(**arguments | none)
 
     return build

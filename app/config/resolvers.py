@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,9 +11,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.basecontainer import BaseContainer
+from omegaconf.errors import InterpolationToMissingValueError
+
+from app.runtime.errors import UserError
 
 SECRET_PREFIX = "${oc.env:"  # of what stands for a secret; see `app.config.secrets`
 
+ZOOS_WITH_INPUT = ("app.models.timm_models", "app.models.torchvision_models")
 MAX_NAME_BYTES = 200  # of a run; the folder also has the time, and file systems allow 255
 
 
@@ -23,6 +28,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("image_part", _image_part, replace=True)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     OmegaConf.register_new_resolver("run_folder", _run_folder, replace=True)
+    OmegaConf.register_new_resolver("zoo_input", _zoo_input, replace=True)
 
 
 @contextmanager
@@ -73,6 +79,21 @@ def _run_folder(resume: object, new_folder: str) -> str:
         return new_folder
     path = Path(absolute_path(resume))
     return str(path.parent.parent if path.suffix == ".safetensors" else path)
+
+
+def _zoo_input(field: str, _root_: Any) -> object:
+    """Return what the published weights of the model expect: image_size, eval_crop, mean or std."""
+    names = ("_target_", "name", "weights")
+    arguments = {name: OmegaConf.select(_root_, f"model.{name}") for name in names}
+    name = str(arguments["_target_"]).rpartition(".")[0]
+    if name not in ZOOS_WITH_INPUT:
+        raise ValueError("zoo_input needs model=timm or model=torchvision")
+    module = importlib.import_module(name)
+    try:
+        module.check_arguments(arguments)
+    except UserError as error:  # which is reported once, at the model
+        raise InterpolationToMissingValueError(str(error)) from error
+    return module.published_input(arguments)[field]
 
 
 def escape_interpolations(text: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -62,6 +64,8 @@ def config_issues(
     issues += _learning_rate_issues(plain)
     issues += _target_issues(plain, trusted)
     invalid_keys = {issue.key for issue in issues}
+    if not any(key.startswith("model") for key in invalid_keys):
+        issues += _model_name_issues(plain["model"])
     return issues + _build_issues(plain, trusted, invalid_keys)
 
 
@@ -96,6 +100,19 @@ def _misplaced_issues(key: str, node: dict[str, Any]) -> Iterator[ConfigIssue]:
         is_file_component = str(name).startswith(FILE_PACKAGES) and not name.startswith(TRANSFORMS)
         if path[-1] == "_target_" and is_file_component:
             yield ConfigIssue(dotted(path), f"={name!r} is a part of data or callbacks")
+
+
+def _model_name_issues(node: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Look up the names of a model from a zoo, which is not built here, since that takes long."""
+    module = node["_target_"].rpartition(".")[0]
+    check = getattr(sys.modules.get(module), "check_arguments", None)
+    if check is None or not module.startswith("app.models."):
+        return
+    try:
+        check(node)
+    except UserError as error:
+        is_about_argument = re.match(r"\w+=", str(error))
+        yield ConfigIssue("model." if is_about_argument else "model: ", str(error))
 
 
 def _build_issues(

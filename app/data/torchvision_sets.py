@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -15,9 +14,9 @@ from torchvision.datasets.utils import check_integrity, check_md5, download_url
 
 from app.data.archives import unpack
 from app.data.idx import read_idx
-from app.runtime.errors import StorageError, UserError
+from app.runtime.errors import UserError
 from app.runtime.extras import import_extra
-from app.runtime.lock import file_lock
+from app.runtime.lock import download_lock
 
 IDX_DATASETS = ("FashionMNIST", "KMNIST")
 CIFAR_DATASETS = ("CIFAR10", "CIFAR100")
@@ -66,7 +65,7 @@ def _load_cifar(name: str, root: str, train: bool) -> Any:
     source, folder = getattr(datasets, name), Path(root)
     parts = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
     files = {f"{source.base_folder}/{file}": md5 for file, md5 in parts}
-    with _download_lock(folder):
+    with download_lock(folder):
         if not all(check_integrity(str(folder / file), md5) for file, md5 in files.items()):
             mirror = source.url.removesuffix(source.filename)
             _download_missing(folder, [mirror], [(source.filename, source.tgz_md5)])
@@ -95,7 +94,7 @@ def download_dataset(
     if all((folder / name).exists() for name, _ in files):
         _download_missing(folder, mirrors, files)
         return
-    with _download_lock(folder):
+    with download_lock(folder):
         _download_missing(folder, mirrors, files)
 
 
@@ -108,14 +107,6 @@ def _download_missing(
             _download(path, mirrors, md5)
         elif not check_md5(str(path), md5):
             raise UserError(f"{path} is damaged: its MD5 is not {md5}; delete it")
-
-
-@contextmanager
-def _download_lock(folder: Path) -> Iterator[None]:
-    with ExitStack() as stack:
-        with suppress(StorageError):  # a read-only folder is either complete or of no use
-            stack.enter_context(file_lock(folder / ".download.lock"))
-        yield
 
 
 def _download(path: Path, mirrors: Sequence[str], md5: str) -> None:

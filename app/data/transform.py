@@ -188,6 +188,9 @@ class BatchTransform:
 
     def _finish(self, x: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
+            count = max(len(self.mean), len(self.std))
+            if x.ndim == 4 and count not in (1, x.shape[1]):
+                x = self._match_statistics(x, count)
             x = x.sub_(self.mean).div_(self.std)
         if x.ndim != 4:
             return x
@@ -205,6 +208,14 @@ class BatchTransform:
     @cached_property
     def _resize(self) -> Augment | None:
         return v2.Resize([self.size, self.size], antialias=True) if self.size else None
+
+    def _match_statistics(self, x: Tensor, count: int) -> Tensor:
+        """Convert images before they are normalized, if the statistics are of the result."""
+        if count != self.channels:
+            raise UserError(
+                f"data.normalize has {count} values, but the images have {x.shape[1]} channels"
+            )
+        return self._convert_channels(x).contiguous(memory_format=self.memory_format)
 
     def _convert_channels(self, x: Tensor) -> Tensor:
         if (x.shape[1], self.channels) == (1, 3):

@@ -1,1 +1,1 @@
-"""Models for use in configurations. They import nothing else of this project."""
+"""Models for use in configurations. Of this project they import `app.runtime` only."""

@@ -86,11 +86,11 @@ def as_storage_error(error: OSError) -> StorageError:
     return StorageError(f"{error.filename} cannot be written: {error.strerror or error}")
 
 
-def did_you_mean(word: str, allowed: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?` with the closest of `allowed`, or an empty string."""
+def did_you_mean(word: str, allowed: Iterable[str], count: int = 1) -> str:
+    """Return `; did you mean 'x'?` with the `count` closest of `allowed`, or an empty string."""
     names = {name.lower(): name for name in allowed}
-    close = difflib.get_close_matches(word.lower(), names, n=1, cutoff=0.6)
-    return f"; did you mean {names[close[0]]!r}?" if close else ""
+    close = difflib.get_close_matches(word.lower(), names, n=count, cutoff=0.6)
+    return f"; did you mean {', '.join(repr(names[name]) for name in close)}?" if close else ""
 
 
 def join_choices(allowed: Iterable[str]) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -96,6 +96,15 @@ def file_lock(path: Path, in_use: Callable[[], Exception] | None = None) -> Iter
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def download_lock(folder: Path) -> Iterator[None]:
+    """Let one process download files into a folder while others wait for it."""
+    with ExitStack() as stack:
+        with suppress(StorageError):  # a read-only folder is either complete or of no use
+            stack.enter_context(file_lock(folder / ".download.lock"))
+        yield
 
 
 def _in_use_error(folder: Path) -> FolderInUseError:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
+import pickle
 import re
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -16,6 +21,8 @@ import torchvision
 from torch import Tensor, nn
 
 from app.config.instantiate import Instantiator
+from app.config.resolve import get_by_path
+from app.config.validate import fill_auto
 from app.data.mnist import digit_and_parity
 from app.experiment import run
 from app.experiment.factory import make_components
@@ -24,14 +31,24 @@ from app.models.dcgan import DCGAN
 from app.runtime.errors import UserError
 from app.training.dcgan_task import AdversarialTask
 from app.training.events import Callback, EpochEnd
+from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.trainer import Trainer
-from tests.support.image_files import write_mask_folder
+from tests.support.image_files import write_image_folder, write_mask_folder
+from tests.support.published_weights import hub_folder, save_with_hash
 from tests.support.runs import job_for
 
+__all__ = ["hub_folder"]
+
 EXPERIMENTS = {  # overrides that make each of them small
+    "cifar10_resnet18": ("data.batch_size=4", "data.split.valid=8", "model.width=8"),
     "csv_regression": ("data.path=houses.csv", "data.source.train.target=price"),
     "fashion_mnist_alexnet": ("data.batch_size=4", "data.split.valid=8", "model.width=0.125"),
+    "finetune": ("data.image_size=32", "data.loader.num_workers=0", "model.weights=null"),
+    "imagenet_resnet50": (
+        *("data.image_size=32", "data.loader.num_workers=0", "data.batch_size=4"),
+        *("model.name=resnet18", "optimizer.lr=0.001"),
+    ),
     "masks_unet": ("data.batch_size=4", "data.image_size=32", "data.loader.num_workers=0"),
     "mnist_alexnet": ("data.batch_size=16",),
     "mnist_alexnet_sgd": ("data.batch_size=16",),
@@ -42,7 +59,12 @@ EXPERIMENTS = {  # overrides that make each of them small
     "shapes_unet": ("data.batch_size=4", "data.image_size=32"),
     "transfer": ("data.batch_size=8", "data.resize=32", "model.weights=null"),
 }
-CLASSIFICATION = ("fashion_mnist_alexnet", "mnist_alexnet", "mnist_alexnet_sgd", "transfer")
+CLASSIFICATION = (
+    *("cifar10_resnet18", "fashion_mnist_alexnet", "finetune", "imagenet_resnet50"),
+    *("mnist_alexnet", "mnist_alexnet_sgd", "transfer"),
+)
+NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="needs the extra timm")
+MARKS = {"finetune": NEEDS_TIMM}
 EXPERIMENTS_PAGE = (Path(__file__).parents[2] / "docs" / "experiments.md").read_text()
 RunFolder = Callable[[str], Path]
 
@@ -60,7 +82,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
                 write_houses(100)
                 if name == "fashion_mnist_alexnet":
                     write_fashion_mnist(tmp_path_factory.mktemp("datasets"), patch)
-                files = write_masks(folders[name]) if name == "masks_unet" else []
+                if name == "cifar10_resnet18":
+                    write_cifar10(tmp_path_factory.mktemp("datasets"), patch)
+                files = write_pictures(folders[name], name)
                 execute(folders[name], name, "debug=fast", *EXPERIMENTS[name], *files)
         return folders[name]
 
@@ -72,9 +96,35 @@ def execute(folder: Path, name: str, *overrides: str) -> None:
     run.execute(job_for(f"experiment={name}", *fixed, *overrides), folder)
 
 
-def write_masks(folder: Path) -> list[str]:
-    write_mask_folder(folder / "street", 20)
-    return [f"data.path={folder / 'street'}"]
+def write_pictures(folder: Path, name: str) -> list[str]:
+    """Write the pictures that an experiment reads, and return the override that names them."""
+    if name == "masks_unet":
+        write_mask_folder(folder / "files", 20)
+    elif name == "finetune":
+        write_image_folder(folder / "files", {"cat": 20, "dog": 20})
+    elif name == "imagenet_resnet50":
+        for stage in ("train", "val"):
+            counts = {"n01440764": 6, "n01443537": 6}
+            write_image_folder(folder / "files" / stage, counts, suffix="JPEG")
+    return [f"data.path={folder / 'files'}"] if (folder / "files").exists() else []
+
+
+def write_cifar10(root: Path, patch: pytest.MonkeyPatch) -> None:
+    """Write forty random images in the format of CIFAR-10, and expect their MD5 sums."""
+    source = torchvision.datasets.CIFAR10
+    folder = root / source.base_folder
+    folder.mkdir(parents=True)
+    patch.setenv("APP_DATA", str(root))
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), np.uint8)
+    batch = {"data": pixels, "labels": [index % 10 for index in range(20)]}
+    contents = {"data_batch_1": batch, "test_batch": batch, "batches.meta": {"label_names": ["a"]}}
+    md5 = {}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+    patch.setattr(source, "train_list", [["data_batch_1", md5["data_batch_1"]]])
+    patch.setattr(source, "test_list", [["test_batch", md5["test_batch"]]])
+    patch.setattr(source, "meta", source.meta | {"md5": md5["batches.meta"]})
 
 
 def write_fashion_mnist(root: Path, patch: pytest.MonkeyPatch) -> None:
@@ -145,15 +195,64 @@ def test_all_experiments_of_conf_are_tested() -> None:
     assert sorted(EXPERIMENTS) == sorted(path.stem for path in files)
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in EXPERIMENTS]
+)
 def test_experiment_runs_train_valid_and_test(name: str, run_folder: RunFolder) -> None:
     folder = run_folder(name)
     summary = pd.read_csv(folder / "summary_table.csv")
-    assert list(summary["stage"]) == ["train", "valid", "test"]
+    stages = ["train", "valid", "test"]
+    stages = stages[:2] if name == "imagenet_resnet50" else stages  # its test set has no labels
+    assert list(summary["stage"]) == stages
     assert summary["loss_mean"].notna().all()
     assert (folder / "checkpoints" / "best.safetensors").is_file()
-    for stage in ("train", "valid", "test"):
+    for stage in stages:
         assert ("total_correct" in columns(folder, stage)) == (name in CLASSIFICATION)
+
+
+# ---- published recipes
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+RECIPES: dict[str, tuple[dict[str, object], dict[int, float]]] = {  # values; lr of some epochs
+    "cifar10_resnet18": (
+        {"data.batch_size": 128, "optimizer.momentum": 0.9, "optimizer.weight_decay": 5e-4}
+        | {"trainer.max_epochs": 200, "data.augment.shift.pixels": 4},
+        {1: 0.1, 101: 0.05, 200: 0.1 * (1 + math.cos(math.pi * 199 / 200)) / 2},
+    ),
+    "finetune": (
+        {"data.batch_size": 4, "optimizer.momentum": 0.9, "optimizer.weight_decay": 0.0}
+        | {"trainer.max_epochs": 25, "data.image_size": 224, "data.eval_crop": 0.95}
+        | {"data.normalize": IMAGENET, "model.weights": "DEFAULT"},
+        {1: 1e-3, 7: 1e-3, 8: 1e-4, 15: 1e-5, 25: 1e-6},
+    ),
+    "imagenet_resnet50": (
+        {"data.batch_size": 256, "optimizer.momentum": 0.9, "optimizer.weight_decay": 1e-4}
+        | {"trainer.max_epochs": 90, "data.image_size": 224, "data.eval_crop": 224 / 256}
+        | {"data.normalize": IMAGENET, "model.weights": None, "model.name": "resnet50"}
+        | {"trainer.sync_batchnorm": False, "trainer.precision": "fp32"},
+        {1: 0.1, 30: 0.1, 31: 0.01, 60: 0.01, 61: 0.001, 90: 0.001},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=MARKS.get(name, ())) for name in RECIPES]
+)
+def test_recipe_has_the_values_of_its_source(name: str, tmp_path: Path) -> None:
+    values, rates = RECIPES[name]
+    job = job_for(f"experiment={name}", *write_pictures(tmp_path, name))
+    assert {key: get_by_path(job.plain, key) for key in values} == values
+    instantiate, scheduler = Instantiator(), job.plain["scheduler"]
+    assert (scheduler["interval"], scheduler["warmup_steps"]) == ("epoch", 0)
+    optimizer = instantiate("optimizer", job.plain["optimizer"], [nn.Parameter(torch.zeros(1))])
+    node = fill_auto(scheduler["lr_scheduler"], values["trainer.max_epochs"])
+    schedule = LRSchedule(optimizer, instantiate("lr_scheduler", node, optimizer), per_epoch=True)
+    actual = {}
+    for epoch in range(1, max(rates) + 1):
+        actual[epoch] = schedule.lr
+        optimizer.step()
+        schedule.on_epoch_end(None)
+    assert {epoch: actual[epoch] for epoch in rates} == pytest.approx(rates)
 
 
 # ---- regression
@@ -380,32 +479,25 @@ def test_transfer_freezes_all_but_last_layer_for_two_epochs(tmp_path: Path) -> N
         assert not torch.equal(second[name], third[name]), name
 
 
-def test_transfer_loads_weights_from_torch_hub_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_transfer_loads_published_weights(
+    hub_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    cache = tmp_path / "torch" / "hub" / "checkpoints"
-    cache.mkdir(parents=True)
     torch.manual_seed(0)
-    pretrained = torchvision.models.resnet18().state_dict()
-    torch.save(pretrained, cache / "resnet18-f37072fd.pth")
-    # These are random weights, so their hash is wrong; the unit tests of models check hashes.
-    monkeypatch.setattr("app.models.pretrained._check_hash", lambda file: None)  # noqa: ARG005
+    published = torchvision.models.resnet18().state_dict()
+    file = save_with_hash(published, hub_folder, "resnet18")
+    entry = SimpleNamespace(
+        url=f"http://127.0.0.1:1/{file.name}", meta={"categories": ["class"] * 1000}
+    )
+    monkeypatch.setattr("app.models.torchvision_models._weights_of", lambda _: {"DEFAULT": entry})
     overrides = ("trainer.max_epochs=1", "debug=fast", "data.batch_size=8", "data.resize=32")
     _, recorder = fit(tmp_path, "transfer", *overrides)
     ours = recorder.state_dicts[-1]  # still frozen
     assert ours["fc.weight"].shape == (10, 512)
-    assert all(torch.equal(ours[n], t) for n, t in pretrained.items() if not n.startswith("fc."))
+    assert all(torch.equal(ours[n], t) for n, t in published.items() if not n.startswith("fc."))
 
 
-def test_transfer_without_network_names_file_and_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request._opener", None)  # it caches proxies
-    for variable in ("http_proxy", "https_proxy"):
-        monkeypatch.setenv(variable, "http://127.0.0.1:1")  # nothing listens there
+def test_transfer_without_network_names_file_and_folder(hub_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"resnet18-f37072fd\.pth cannot be downloaded") as caught:
         execute(tmp_path, "transfer", "debug=fast")
-    assert str(tmp_path / "hub" / "checkpoints") in str(caught.value)
+    assert str(hub_folder) in str(caught.value)
     assert "\n" not in str(caught.value)

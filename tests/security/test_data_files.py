@@ -17,6 +17,7 @@ import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,9 @@ from app.data.torchvision_sets import download_dataset, torchvision_dataset
 from app.models.pretrained import pretrained
 from app.runtime.errors import UserError
 from app.runtime.files import write_csv
+from app.runtime.published_weights import PublishedWeights
 from tests.support.hostile_files import MaliciousPickle
+from tests.support.published_weights import save_with_hash
 
 
 def md5_of(content: bytes) -> str:
@@ -447,6 +450,21 @@ def test_pretrained_weights_with_wrong_hash_are_not_unpickled(
     with pytest.raises(ValueError, match=r"resnet18-f37072fd\.pth is damaged or a different file"):
         pretrained("resnet18", 10)
     assert not (tmp_cwd / "was_here").exists()
+
+
+def test_pretrained_weights_are_downloaded_once_by_two_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    file = save_with_hash({"weight": torch.zeros(2)}, tmp_path, "net")
+    slowly = threading.Event()
+    slowly.set()
+    with file_server(file.read_bytes(), wait_for=slowly) as (url, requests):
+        published = PublishedWeights(f"{url}{file.name}", file.name)
+        with ThreadPoolExecutor(2) as pool:
+            loaded = list(pool.map(lambda _: published.load(), range(2)))
+    assert [list(weights) for weights in loaded] == [["weight"]] * 2
+    assert len(requests) == 1
 
 
 def test_hugging_face_does_not_run_script_in_folder(tmp_cwd: Path) -> None:

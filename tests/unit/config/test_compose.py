@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from app.config import resolvers
 from app.config.compose import open_composer
 from app.runtime.errors import ConfigError
 from tests.support.data_files import write_data
+from tests.support.image_files import write_image_folder
 from tests.support.runs import config_issues, job_for
 
 CONF = Path(__file__).parents[3] / "conf"
+EXTRAS = {"timm": "timm", "finetune": "timm", "smp": "segmentation_models_pytorch"}
 
 
 def test_compose_argument_without_equals_sign_is_named() -> None:
@@ -77,12 +80,16 @@ def test_compose_every_option_of_every_group_has_no_issues(group: str, tmp_cwd: 
         path.stem for path in (Path(__file__).parents[3] / "conf" / group).glob("*.yaml")
     )
     assert options
-    for option in options:
+    missing = {option for option, library in EXTRAS.items() if find_spec(library) is None}
+    for option in sorted({*options} - missing):
         overrides = required.get(f"{group}={option}", required.get(option, []))
         if group == "data":
             overrides = write_data(option, tmp_cwd)
         elif option == "csv_regression":
             overrides = [*write_data("csv", tmp_cwd), "data.source.train.target=b"]
+        elif option in ("finetune", "imagenet_resnet50"):
+            write_image_folder(tmp_cwd / option, {"cat": 20, "dog": 20})
+            overrides = [f"data.path={option}"]
         elif option == "masks_unet":
             overrides = [*write_data("masks", tmp_cwd)[:1], "data.image_size=16"]
         assert not config_issues(f"{group}={option}", *overrides), option

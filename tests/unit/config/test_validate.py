@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +103,45 @@ def test_validate_metric_named_like_table_column_is_refused() -> None:
 )
 def test_folds_and_class_weights_are_checked(overrides: list[str], message: str) -> None:
     assert message in config_issues(*overrides)[0]
+
+
+def test_validate_looks_up_names_of_zoo_with_all_other_errors() -> None:
+    overrides = ("model=torchvision", "model.name=resnet81", "trainer.max_epoch=3")
+    names, key = sorted(config_issues(*overrides))
+    assert names.startswith("model.name='resnet81' is not one of ")
+    assert names.endswith("; did you mean 'resnet18', 'resnet152', 'resnet101'?")
+    assert key.startswith("trainer.max_epoch=3 is not a known key")
+    (issue,) = config_issues("model=pretrained", "model.weights=V3")
+    assert issue.startswith(
+        "model.weights='V3' does not exist for resnet18; allowed: IMAGENET1K_V1"
+    )
+
+
+def test_validate_looks_up_names_of_zoo_before_the_data_are_read(tmp_path: Path) -> None:
+    data = ("data=image_folder", f"data.path={tmp_path}")  # num_classes=auto, but there are none
+    (issue,) = config_issues(*data, "model=torchvision", "model.name=resnet81")
+    assert issue.startswith("model.name='resnet81' is not one of ")
+
+
+def test_validate_zoo_of_missing_extra_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)
+    (issue,) = config_issues("model=timm")
+    assert issue == (
+        'model: timm is not installed; to install it: pip install "torch-experiment-app[timm]"'
+    )
+
+
+def test_zoo_input_gives_what_the_weights_expect() -> None:
+    size = "data.resize=${zoo_input:image_size}"
+    overrides = ("model=torchvision", "model.name=efficientnet_v2_l", size)
+    data = job_for(
+        *overrides, "data.normalize.mean=${zoo_input:mean}", "data.channels=3"
+    ).config.data
+    assert (data.resize, data.input_shape) == (480, [3, 480, 480])
+    assert data.normalize is not None
+    assert data.normalize.mean == [0.5, 0.5, 0.5]
+    (issue,) = config_issues("model=torchvision", "model.name=resnet81", size)
+    assert issue.startswith("model.name='resnet81' is not one of ")
+    assert "zoo_input needs model=timm or model=torchvision" in config_issues(size)[0]

@@ -53,6 +53,15 @@ def test_augmentations_of_bytes_give_the_result_of_those_of_floats(size: int | N
     assert torch.equal(*results)
 
 
+def test_transform_normalizes_gray_images_with_statistics_of_color_images() -> None:
+    x = torch.randint(0, 256, (2, 1, 4, 4), dtype=torch.uint8)
+    mean, std = torch.rand(3)[:, None, None], torch.rand(3)[:, None, None] + 1
+    result = make_transform(mean=mean, std=std, channels=3)(x)
+    assert torch.equal(result, make_transform(mean=mean, std=std)(x.expand(-1, 3, -1, -1)))
+    with pytest.raises(UserError, match=r"data\.normalize has 3 values, but the images have 1"):
+        make_transform(mean=mean, std=std, channels=1)(x)
+
+
 def test_transform_resizes_and_converts_channels() -> None:
     x = torch.randint(0, 256, (2, 1, 28, 28), dtype=torch.uint8)
     assert make_transform(size=64, channels=3)(x).shape == (2, 3, 64, 64)
