@@ -76,7 +76,11 @@ def _mode_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         )
     if mode not in (*CKPT_MODES, "check") and ckpt is not None:
         allowed = ", ".join(f"mode={other}" for other in CKPT_MODES)
-        yield ConfigIssue("ckpt", f"={ckpt!r} is not used in mode={mode}; allowed: {allowed}")
+        problem = (
+            f"={ckpt!r} is not used in mode={mode}; allowed: {allowed}; "
+            f"to start a new training from its weights: init.weights={ckpt}"
+        )
+        yield ConfigIssue("ckpt", problem)
     if ckpt is not None and not Path(ckpt).exists():
         yield ConfigIssue("ckpt", f"={ckpt!r} does not exist")
 

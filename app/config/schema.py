@@ -59,6 +59,14 @@ class GoalConfig(MonitorConfig):
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Weights that a new training starts from."""
+
+    weights: str | None
+    skip: list[str]
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
@@ -283,6 +291,7 @@ class Config:
     check: Literal["samples", "config"]
     ckpt: str | None
     resume: str | None
+    init: InitConfig
     output: str
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Annotated[int, Ge(0), Le(MAX_INT64)]

@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from app.config.instantiate import Instantiator
-from app.config.rules import parse_duration
-from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
+from app.config.rules import CKPT_MODES, parse_duration
+from app.config.schema import AUTO, STAGES, CheckpointConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
@@ -35,6 +35,7 @@ from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
+from app.training.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from app.training.events import Callback
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.model_summary import (
@@ -66,6 +67,7 @@ class Components:
         freezing: When which parameters of the model are frozen.
         device: The device of the model and of the batches.
         data: Which data each stage of `loaders` has; on rank 0 only.
+        initial: Where the initial weights come from; None if they are random or of a checkpoint.
     """
 
     task: Task
@@ -74,6 +76,7 @@ class Components:
     freezing: FreezeSchedule
     device: torch.device
     data: dict[str, DataIdentity]
+    initial: InitialWeights | None
 
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
@@ -83,6 +86,7 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
         UserError: A component cannot be built, or the components do not fit together.
     """
     model = make_model(config, instantiator, device)
+    initial = load_init(config, model)
     layout = _memory_format(config, model)
     with rank_zero_first():
         datasets = make_datasets(config, instantiator)
@@ -96,7 +100,7 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
         model.compile()
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
     data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
-    return Components(task, loaders, paths, freezing, device, data)
+    return Components(task, loaders, paths, freezing, device, data, initial)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
@@ -113,6 +117,18 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         model = convert_sync_batchnorm(model, device)
     layout = _memory_format(config, model)
     return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def load_init(config: Config, model: nn.Module) -> InitialWeights | None:
+    """Load the initial weights that the configuration names, unless a checkpoint has all of them.
+
+    Raises:
+        UserError: The file cannot be read, or no tensor of it fits the model.
+    """
+    weights, has_checkpoint = config.init.weights, config.resume not in (None, AUTO)
+    if weights is None or config.mode in CKPT_MODES or has_checkpoint:
+        return None
+    return load_initial_weights(model, Path(weights), config.init.skip)
 
 
 def _memory_format(config: Config, model: nn.Module) -> torch.memory_format:

@@ -20,7 +20,7 @@ from app.config.allowlist import trusted_from_environment
 from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
-from app.config.resolve import cli_trusted, resolve
+from app.config.resolve import cli_trusted, get_by_path, resolve
 from app.config.resume import apply_overrides_to_saved
 from app.config.rules import CKPT_MODES
 from app.config.saved import (
@@ -41,7 +41,13 @@ from app.runtime.files import read_status, write_text
 from app.runtime.lock import check_unlocked
 from app.runtime.small_files import parse_json, read_small_file
 from app.training.checkpoint.header import verify_checksum
-from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, SUFFIX, latest_valid
+from app.training.checkpoint.weights_file import (
+    ALLOWED,
+    WeightsFormat,
+    find_weights_file,
+    read_format,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ START_CONFIG = "start.json"
 PATH_KEYS = {  # keys that name a folder or a file, and what they allow
     "resume": "null, auto, a run folder, a training checkpoint in one",
     "ckpt": "null, a run folder, a checkpoint file",
+    "init.weights": f"null, {ALLOWED}",
     "sweep.resume": "null, the folder of a sweep",
 }
 
@@ -132,6 +139,8 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
             resumes=key == "resume",
         )
         plain = resolve_saved(saved)
+    elif plain.get("mode") not in CKPT_MODES:
+        issues += _init_issues(plain)
     issues += unexpected_env_reads(plain, composed_plain)
     is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
     report = read_data(saved, plain, trusted, issues, is_new)
@@ -215,6 +224,21 @@ def _iter_path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
             parent[name] = UNKNOWN
 
 
+def _init_issues(plain: dict[str, Any]) -> list[ConfigIssue]:
+    """Check that the file of initial weights exists, and that it is one."""
+    weights = get_by_path(plain, "init.weights")
+    if not isinstance(weights, str) or weights == UNKNOWN:
+        return []
+    try:
+        with as_user_error("init.weights"):
+            find_weights_file(Path(weights))
+    except ConfigError as error:
+        return error.issues
+    except UserError as error:
+        return [ConfigIssue("", str(error))]
+    return []
+
+
 def resolve_folder(composed: DictConfig, key: str) -> Path:
     """Return the absolute path that `hydra.run.dir` or `hydra.sweep.dir` sets.
 
@@ -284,7 +308,7 @@ def resolve_resume(
             problem = "='auto' needs a fixed run folder, for example hydra.run.dir=outputs/my_run"
             raise ConfigError([ConfigIssue("resume", problem)])
     folder = resolve_folder(composed, "hydra.run.dir")
-    if resume.endswith(".safetensors"):
+    if Path(resume).suffix == SUFFIX or Path(resume).expanduser().is_file():
         return _checkpoint_in(folder, resume), []
     last, damaged = _latest_checkpoint(folder)
     return last or _start_config(folder, resume), damaged
@@ -326,7 +350,8 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
     """Check a checkpoint file that the user named, and return its absolute path."""
     file = Path(resume).expanduser().absolute()
     if file.parent != folder / CHECKPOINT_DIR:
-        problem = f"={resume!r} is not a checkpoint of the run in {folder}"
+        run = f"the run in {folder}" if file.suffix == SUFFIX else "a run"
+        problem = f"={resume!r} is not a checkpoint of {run}{_weights_hint(file)}"
         raise ConfigError([ConfigIssue("resume", problem)])
     try:
         kind = verify_checksum(file).kind
@@ -338,20 +363,38 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
     return file
 
 
+def _weights_hint(file: Path) -> str:
+    """Return what a file of weights that is no checkpoint can be used for; empty if it is none."""
+    try:
+        is_checkpoint = read_format(file) is WeightsFormat.CHECKPOINT
+    except UserError:
+        return ""
+    use = f"a new training can start from its weights: init.weights={file}"
+    return "" if is_checkpoint else f"; {use}"
+
+
 def _saved_config(key: str, ckpt: str) -> SavedConfig:
     """Return the configuration that is saved in a checkpoint or in the file of a restart."""
-    from app.training.checkpoint.checkpoint import load_checkpoint
-
     with as_user_error(key):
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         is_start = Path(ckpt).name == START_CONFIG
-        saved = read_start_config(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
+        saved = read_start_config(Path(ckpt)) if is_start else _checkpoint_config(Path(ckpt))
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
     check_saved(saved, ckpt)
     return saved
+
+
+def _checkpoint_config(path: Path) -> SavedConfig | None:
+    """Return the configuration in a checkpoint; None if it has none."""
+    from app.training.checkpoint.checkpoint import load_checkpoint
+
+    try:
+        return load_checkpoint(path).config
+    except UserError as error:
+        raise UserError(f"{error}{_weights_hint(path)}") from error
 
 
 def read_start_config(file: Path) -> SavedConfig:

@@ -41,7 +41,7 @@ from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.nested import concat, describe, map_tensors
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
+from app.training.checkpoint.rotation import BEST_CHECKPOINT
 from app.training.precision import make_deterministic
 
 

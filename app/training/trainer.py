@@ -23,9 +23,9 @@ from app.runtime.folders import held_folder, make_folder
 from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 from app.training.accumulator import StageAccumulator, StageResult
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.checkpoint.mid_epoch import remaining_batches, restore_position, save_position
 from app.training.checkpoint.policy import CheckpointPolicy
+from app.training.checkpoint.rotation import BEST_CHECKPOINT
 from app.training.checkpoint.train_state import Phase, TrainingEnd, TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import (
