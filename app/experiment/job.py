@@ -21,7 +21,7 @@ from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
 from app.config.resolve import cli_trusted, get_by_path, resolve
-from app.config.resume import apply_overrides_to_saved
+from app.config.resume import apply_overrides_to_saved, find_overridden
 from app.config.rules import CKPT_MODES
 from app.config.saved import (
     LITERAL_START,
@@ -83,7 +83,7 @@ def make_jobs(composer: Composer) -> list[tuple[DictConfig, Job]]:
             continue
         try:
             _check_not_in_use(composed)  # before anything is asked about the run
-            jobs.append((composed, make_job(composed)))
+            jobs.append((composed, make_job(composed, has_errors=bool(override_issues))))
         except ConfigError as error:
             issues += error.issues
     if issues:
@@ -103,7 +103,7 @@ def _check_not_in_use(composed: DictConfig) -> None:
             check_unlocked(folder)
 
 
-def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
+def make_job(composed: DictConfig, folder: Path | None = None, has_errors: bool = False) -> Job:
     """Resolve and validate a configuration.
 
     When a run is resumed or a checkpoint is used, the saved configuration is the base, and
@@ -112,6 +112,7 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     Args:
         composed: The configuration composed by Hydra, with the `hydra` node.
         folder: The folder of a job in a sweep; an interrupted run in it is resumed.
+        has_errors: Whether overrides with errors were left out, so that the job cannot run.
 
     Raises:
         UserError: All errors in the configuration.
@@ -143,11 +144,12 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
         issues += _init_issues(plain)
     issues += unexpected_env_reads(plain, composed_plain)
     is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
-    report = read_data(saved, plain, trusted, issues, is_new)
+    overridden = find_overridden(overrides, has_errors)
+    report = read_data(saved, plain, trusted, issues, is_new, overridden)
     if report is not None and report.facts:
         saved = with_data_facts(saved, report.facts)
         plain = resolve_saved(saved)
-    config = validate(plain, trusted, issues)
+    config = validate(plain, trusted, issues, overridden)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
     warnings = report.warnings if report else []

@@ -57,7 +57,7 @@ class Trainer:
 
     Example::
 
-        trainer = Trainer(task, TrainingLimits(max_epochs=10), Path("run"))
+        trainer = Trainer(task, TrainingLimits(max_epochs=10), "run")
         summary = trainer.fit(train_loader, valid_loader)
         trainer.state.load_best_weights()
         trainer.evaluate(test_loader)
@@ -91,7 +91,7 @@ class Trainer:
         self,
         task: Task,
         limits: TrainingLimits,
-        folder: Path,
+        folder: str | Path,
         goal: GoalConfig = TRAIN_LOSS,
         callbacks: Callback | None = None,
         seed: int = 0,
@@ -110,7 +110,7 @@ class Trainer:
         averaging = averaging or WeightAveraging(task.model)
         nonfinite = NonFinitePolicy(task, averaging.updates_per_step, nonfinite_stats)
         self.state = TrainState(
-            task, averaging, folder, job, nonfinite, self.callbacks, limits.save_schedule
+            task, averaging, Path(folder), job, nonfinite, self.callbacks, limits.save_schedule
         )
         self.checkpoints = CheckpointPolicy(self.state, limits.save_schedule, goal, monitors or {})
         self.steps = StepContext(

@@ -102,3 +102,12 @@ def test_validate_metric_named_like_table_column_is_refused() -> None:
 )
 def test_folds_and_class_weights_are_checked(overrides: list[str], message: str) -> None:
     assert message in config_issues(*overrides)[0]
+
+
+@pytest.mark.parametrize("wrong", ["data=nope", "modle=lenet", "trainer.max_epochs=-1"])
+def test_validate_reports_components_with_the_other_errors(wrong: str) -> None:
+    found = config_issues(wrong, "+optimizer.nope=1", "metric.valid.accuracy.average=no")
+    assert len(found) == 3
+    assert any("optimizer.nope" in issue for issue in found)
+    assert any("metric.valid.accuracy" in issue for issue in found)
+    assert config_issues(wrong, "experiment=shapes_unet", "+optimizer.nope=1")[1:]
