@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from app.config.instantiate import Instantiator
 from app.config.rules import CKPT_MODES, parse_duration
-from app.config.schema import AUTO, STAGES, CheckpointConfig, Config, Job, Node
+from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
@@ -37,6 +37,7 @@ from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
 from app.training.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from app.training.events import Callback
+from app.training.gradient_checkpointing import checkpoint_blocks
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.model_summary import (
     IMPLEMENTATION_OPTIONS,
@@ -97,7 +98,7 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     freezes = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
     freezing = FreezeSchedule(model, freezes)
     if config.trainer.compile:
-        model.compile()
+        model.compile(**_compile_arguments(config.trainer.compile))
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
     data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
     return Components(task, loaders, paths, freezing, device, data, initial)
@@ -115,8 +116,19 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         raise UserError(f"model: {config.model['_target_']} is not a torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
         model = convert_sync_batchnorm(model, device)
+    Precision.choose(config.trainer.precision, device).convert(model)
+    if config.mode not in CKPT_MODES:
+        blocks = checkpoint_blocks(model, config.trainer.gradient_checkpointing)
+        if blocks:
+            log.info("gradient checkpointing of %s", ", ".join(blocks))
     layout = _memory_format(config, model)
     return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _compile_arguments(compile: bool | str | CompileConfig) -> dict[str, Any]:
+    if isinstance(compile, CompileConfig):
+        return asdict(compile)
+    return {"mode": compile} if isinstance(compile, str) else {}
 
 
 def load_init(config: Config, model: nn.Module) -> InitialWeights | None:
@@ -481,6 +493,7 @@ def make_limits(config: Config) -> TrainingLimits:
         save_schedule=_make_save_schedule(config.checkpoint),
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=parse_duration(trainer.max_time),
+        min_epochs=trainer.min_epochs,
     )
 
 

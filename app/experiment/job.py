@@ -203,7 +203,8 @@ def save_config(job: Job, folder: Path) -> None:
 
 def has_longer_schedule(job: Job) -> bool:
     """Whether a resumed run has another length, or another goal, than before."""
-    keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal")
+    lengths = ("max_epochs", "max_steps", "max_time", "min_epochs")
+    keys = (*(f"trainer.{name}" for name in lengths), "goal")
     return any(change.is_below(*keys) for change in job.differences)
 
 

@@ -50,7 +50,7 @@ from app.training.checkpoint.rotation import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
 from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
-from app.training.precision import make_deterministic
+from app.training.precision import make_deterministic, set_matmul_precision
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask
 from app.training.task import Task
@@ -84,6 +84,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
+    set_matmul_precision(config.trainer.matmul_precision)
     is_resumed = config.resume not in (None, AUTO)
     environment = Environment(job, device) if rank() == 0 else None
     status = make_status(job, folder, device, environment)

@@ -41,6 +41,7 @@ class TrainingLimits:
         save_schedule: When checkpoints are saved, and how many are kept.
         sanity_valid_batches: Number of validation batches to run before training, as a check.
         max_seconds: Maximum duration of training; None for no limit.
+        min_epochs: Number of epochs before which the goal does not end training.
     """
 
     max_epochs: int | None
@@ -49,6 +50,7 @@ class TrainingLimits:
     save_schedule: SaveSchedule = SaveSchedule()
     sanity_valid_batches: int = 1
     max_seconds: float | None = None
+    min_epochs: int = 0
 
     def num_epochs(self, steps_per_epoch: int | None) -> int | None:
         """Return the maximum number of epochs, including an incomplete last one.

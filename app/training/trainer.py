@@ -220,13 +220,19 @@ class Trainer:
         is_pruned = self.pruning.should_prune(self.state.history)  # also reports to the search
         if is_pruned and self.state.end is None:
             return TrainingEnd.PRUNED
-        return TrainingEnd.GOAL if reason_to_stop(self.state.history, self.goal) else None
+        return TrainingEnd.GOAL if self.goal_end() else None
+
+    def goal_end(self) -> str | None:
+        """Return why the goal ends training, which it does not before `min_epochs`; None if not."""
+        if self.state.epoch < self.limits.min_epochs:
+            return None
+        return reason_to_stop(self.state.history, self.goal)
 
     def describe_early_end(self, end: TrainingEnd) -> str | None:
         """Return an early end as text for the log."""
         if end is TrainingEnd.PRUNED:
             return "pruned by the search"
-        return reason_to_stop(self.state.history, self.goal)
+        return self.goal_end()
 
     def has_finished_training(self) -> bool:
         """Return whether a resumed run has nothing left to train."""
@@ -237,7 +243,7 @@ class Trainer:
             return True
         if self.limit_reached(state.epoch) is not None:
             return True
-        return state.epoch > 0 and reason_to_stop(state.history, self.goal) is not None
+        return state.epoch > 0 and self.goal_end() is not None
 
     def run_stage(
         self, stage: str, epoch: int, loader: BatchLoader, is_training: bool = False
