@@ -111,9 +111,10 @@ def hydra_config(config: DictConfig) -> Iterator[None]:
 
 
 def _make_paths_absolute(plain: PlainConfig) -> None:
-    """Make the paths of the checkpoint and of the data absolute, in place."""
-    if isinstance(plain.get("ckpt"), str) and plain["ckpt"]:
-        plain["ckpt"] = absolute_path(plain["ckpt"])
+    """Make the paths of checkpoints and of the data absolute, in place."""
+    for node, name in ((plain, "ckpt"), (plain.get("init"), "weights")):
+        if isinstance(node, dict) and isinstance(node.get(name), str) and node[name]:
+            node[name] = absolute_path(node[name])
     data = plain.get("data")
     if isinstance(data, dict):
         if isinstance(data.get("path"), str) and _exists(data["path"]):

@@ -15,11 +15,11 @@ from app.config.saved import SavedConfig, resolve_saved
 from app.config.schema import AUTO, DATA_FACTS, Change, Config, Job
 from app.config.secrets import PUBLIC_KEYS, reveal_config
 from app.config.types import iter_fields
-from app.config.validate import has_auto
+from app.config.validate import Overridden, has_auto
 from app.runtime.errors import ConfigError, ConfigIssue
 
 MULTI_KEY_GROUPS = ("experiment", "debug", "local", "_global_")  # their files set keys anywhere
-FIXED_KEYS = ("model", "data.split", "data.folds", "data.fold")
+FIXED_KEYS = ("model", "init", "data.split", "data.folds", "data.fold")
 FIXED_ON_RESUME = ("average", "task", "loss")
 OPTIONS_OF_OTHER_MODES = ("predict", "export", "find")
 SCHEDULE_LENGTH_KEYS = (  # determine the number of optimizer steps
@@ -79,8 +79,7 @@ def _with_overrides(
 ) -> SavedConfig:
     changed, issues = copy.deepcopy(saved), []
     for override in overrides:
-        key = (override.package or override.key_or_group).replace("/", ".")
-        key = "callbacks" if key == "logger" else key
+        key = overridden_key(override)
         if key in MULTI_KEY_GROUPS and resumes:
             changed = copy.deepcopy(now)  # all keys come from the current command line
             break
@@ -98,6 +97,19 @@ def _with_overrides(
         # A batch size on the command line is where the search began; the saved one is its result.
         _apply_override(changed, saved, "data.batch_size")
     return changed
+
+
+def overridden_key(override: Override) -> str:
+    """Return the key that an override sets, or that of the group that it chooses."""
+    key = (override.package or override.key_or_group).replace("/", ".")
+    return "callbacks" if key == "logger" else key
+
+
+def find_overridden(overrides: Sequence[Override], has_errors: bool) -> Overridden:
+    """Return what overrides set; some of them set keys anywhere."""
+    keys = [overridden_key(override) for override in overrides]
+    is_anywhere = any(key in MULTI_KEY_GROUPS for key in keys)
+    return Overridden([""] if is_anywhere else keys, has_errors)
 
 
 def _keep_data_facts(changed: SavedConfig, saved: SavedConfig) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from app.config.schema import STAGES
+from app.config.schema import PRECISION_ALIASES, STAGES
 from app.config.types import UNKNOWN
 from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
@@ -56,8 +56,9 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _resume_issues: ("mode", "resume", "trainer.requeue"),
-        _length_issues: ("trainer.max_epochs", "trainer.max_steps"),
+        _length_issues: ("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs"),
         _time_issues: ("trainer.max_time",),
+        _compile_issues: ("trainer.compile", "trainer.gradient_checkpointing"),
         _device_issues: ("mode", "trainer", "task", "callbacks", "data"),
         _name_issues: ("name", "metric", "loss", "task"),
         _tuner_issues: ("mode", "find"),
@@ -78,7 +79,11 @@ def _mode_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
         )
     if mode not in (*CKPT_MODES, "check") and ckpt is not None:
         allowed = ", ".join(f"mode={other}" for other in CKPT_MODES)
-        yield ConfigIssue("ckpt", f"={ckpt!r} is not used in mode={mode}; allowed: {allowed}")
+        problem = (
+            f"={ckpt!r} is not used in mode={mode}; allowed: {allowed}; "
+            f"to start a new training from its weights: init.weights={ckpt}"
+        )
+        yield ConfigIssue("ckpt", problem)
     if ckpt is not None and not Path(ckpt).exists():
         yield ConfigIssue("ckpt", f"={ckpt!r} does not exist")
 
@@ -265,6 +270,9 @@ def _resume_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
 def _length_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     if plain["trainer"]["max_epochs"] is None and plain["trainer"]["max_steps"] is None:
         yield ConfigIssue("trainer.max_epochs", "=None and trainer.max_steps=None: one must be set")
+    low, high = plain["trainer"]["min_epochs"], plain["trainer"]["max_epochs"]
+    if high is not None and low > high:
+        yield ConfigIssue("trainer.min_epochs", f"={low} is above trainer.max_epochs={high}")
 
 
 def _time_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
@@ -283,6 +291,13 @@ def parse_duration(duration: str | float | None) -> float | None:
         return None
     days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
     return (((days * 24 + hours) * 60 + minutes) * 60 + seconds) or None
+
+
+def _compile_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    compile, blocks = plain["trainer"]["compile"], plain["trainer"]["gradient_checkpointing"]
+    if compile and blocks:
+        problem = f"={compile!r} and trainer.gradient_checkpointing are both set"
+        yield ConfigIssue("trainer.compile", f"{problem}; allowed: one of them")
 
 
 def _device_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
@@ -320,8 +335,9 @@ def _fsdp_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
             if isinstance(node, dict) and node.get(option):
                 problem = f"={node[option]!r} {unsupported} trainer.strategy=ddp"
                 yield ConfigIssue(f"callbacks.{name}.{option}", problem)
-    if plain["trainer"]["precision"] == "fp16":
-        yield ConfigIssue("trainer.precision", f"='fp16' {unsupported} auto, fp32, bf16")
+    precision = plain["trainer"]["precision"]
+    if PRECISION_ALIASES.get(str(precision), precision) == "fp16":
+        yield ConfigIssue("trainer.precision", f"={precision!r} {unsupported} auto, fp32, bf16")
 
 
 def _name_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:

@@ -59,6 +59,14 @@ class GoalConfig(MonitorConfig):
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    """Weights that a new training starts from."""
+
+    weights: str | None
+    skip: list[str]
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When checkpoints are written, and which are kept."""
 
@@ -208,12 +216,38 @@ class SchedulerConfig:
     lr_scheduler: Node | None
 
 
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+PrecisionName = (
+    Literal["auto", "fp32", "bf16", "fp16", "bf16-true"]
+    | Literal["32-true", "16-mixed", "bf16-mixed", "32", "16", 32, 16]
+)
+# Other names of `trainer.precision`, as Lightning has them.
+PRECISION_ALIASES = {
+    "32": "fp32",
+    "32-true": "fp32",
+    "16": "fp16",
+    "16-mixed": "fp16",
+    "bf16-mixed": "bf16",
+}
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """Arguments of `torch.compile`; its `options` can name programs, and are not among them."""
+
+    mode: CompileMode | None = None
+    fullgraph: bool = False
+    dynamic: bool | None = None
+    backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] = "inductor"
+
+
 @dataclass(frozen=True)
 class TrainerConfig:
     """Training length, device, precision and optimization settings."""
 
     max_epochs: Positive | None
     max_steps: Positive | None
+    min_epochs: NonNegative
     valid_every_n_epochs: Positive | None
     valid_every_n_steps: Positive | None
     sanity_valid_batches: NonNegative
@@ -239,9 +273,11 @@ class TrainerConfig:
     find_unused_parameters: bool
     timeout: Annotated[float, Gt(0.0)]
     requeue: bool
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    precision: PrecisionName
+    matmul_precision: Literal["highest", "high", "medium"]
     channels_last: Literal["auto"] | bool
-    compile: bool
+    compile: bool | CompileMode | CompileConfig
+    gradient_checkpointing: bool | list[str]
     deterministic: bool
 
 
@@ -286,6 +322,7 @@ class Config:
     check: Literal["samples", "config"]
     ckpt: str | None
     resume: str | None
+    init: InitConfig
     output: str
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Annotated[int, Ge(0), Le(MAX_INT64)]

@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from app.config.instantiate import Instantiator, iter_node_issues
 from app.config.nested import dotted, get_at, iter_leaves
@@ -15,6 +15,7 @@ from app.config.schema import AUTO, STAGES, Config
 from app.config.types import UNKNOWN, iter_issues, to_dataclass
 from app.runtime.errors import ConfigError, ConfigIssue, UserError
 
+PlacedNode = tuple[str, dict[str, Any], int]  # key, node, number of positional arguments
 SCHEDULER = "scheduler.lr_scheduler"
 COMPONENTS = ("model", "task", "average", "data.sampling")
 COMPONENT_GROUPS = (
@@ -36,8 +37,33 @@ INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that nam
 }
 
 
+class Overridden(NamedTuple):
+    """What the overrides of a command set.
+
+    Attributes:
+        keys: Keys and groups; "" is everything.
+        has_errors: Whether some overrides are wrong, so that they are left out.
+    """
+
+    keys: Sequence[str]
+    has_errors: bool = False
+
+    def contains(self, key: str) -> bool:
+        """Return whether a key is one of them, is inside one, or contains one."""
+        return any(
+            name in ("", key) or key.startswith(f"{name}.") or name.startswith(f"{key}.")
+            for name in self.keys
+        )
+
+
+EVERYTHING = Overridden([""])
+
+
 def validate(
-    plain: dict[str, Any], trusted: Sequence[str], known_issues: Sequence[ConfigIssue] = ()
+    plain: dict[str, Any],
+    trusted: Sequence[str],
+    known_issues: Sequence[ConfigIssue] = (),
+    overridden: Overridden = EVERYTHING,
 ) -> Config:
     """Validate a configuration and return it typed.
 
@@ -45,28 +71,38 @@ def validate(
         plain: Resolved configuration, see `app.config.resolve.resolve`.
         trusted: Modules outside this program that the user trusts by name.
         known_issues: Issues found before, to be reported together with the others.
+        overridden: What today's command sets, see `config_issues`.
 
     Raises:
         ConfigError: Lists everything that is wrong.
     """
-    issues = config_issues(plain, trusted, known_issues)
+    issues = config_issues(plain, trusted, known_issues, overridden)
     if issues:
         raise ConfigError(issues)
     return to_dataclass(plain, Config)
 
 
 def config_issues(
-    plain: dict[str, Any], trusted: Sequence[str], known_issues: Sequence[ConfigIssue] = ()
+    plain: dict[str, Any],
+    trusted: Sequence[str],
+    known_issues: Sequence[ConfigIssue] = (),
+    overridden: Overridden = EVERYTHING,
 ) -> list[ConfigIssue]:
-    """Return everything that is wrong with a configuration; see `validate`."""
+    """Return everything that is wrong with a configuration; see `validate`.
+
+    To check components their libraries are imported, which takes seconds. If there are errors
+    already, only those that overrides set are checked: nothing is wrong with the others.
+    """
     issues = [*known_issues, *iter_issues("", plain, Config)]
     issues += rule_issues(plain, tuple(issue.key for issue in issues))
     issues += _learning_rate_issues(plain)
-    issues += _target_issues(plain, trusted)
+    sets = overridden.contains if issues or overridden.has_errors else EVERYTHING.contains
+    nodes = [node for node in _iter_nodes(plain) if sets(node[0])]
+    issues += _target_issues(nodes, trusted)
     invalid_keys = {issue.key for issue in issues}
     if not any(key.startswith("model") for key in invalid_keys):
         issues += _model_name_issues(plain["model"])
-    return issues + _build_issues(plain, trusted, invalid_keys)
+    return issues + _build_issues(nodes, trusted, invalid_keys)
 
 
 def _learning_rate_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
@@ -78,8 +114,8 @@ def _learning_rate_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
             yield ConfigIssue(f"{key}.lr", problem)
 
 
-def _target_issues(plain: dict[str, Any], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
-    for key, node, num_positional in _iter_nodes(plain):
+def _target_issues(nodes: Sequence[PlacedNode], trusted: Sequence[str]) -> Iterator[ConfigIssue]:
+    for key, node, num_positional in nodes:
         if "_target_" not in node:
             yield ConfigIssue(f"{key}._target_", " is missing: the class or function to use")
         if node.get("_target_") in SOURCES_WITHOUT_TRANSFORMS and "transforms" in node:
@@ -116,12 +152,12 @@ def _model_name_issues(node: dict[str, Any]) -> Iterator[ConfigIssue]:
 
 
 def _build_issues(
-    plain: dict[str, Any], trusted: Sequence[str], invalid_keys: set[str]
+    placed: Sequence[PlacedNode], trusted: Sequence[str], invalid_keys: set[str]
 ) -> list[ConfigIssue]:
     """Build the small components once, so that errors of their constructors are reported too."""
     nodes = {
         key: node
-        for key, node, _ in _iter_nodes(plain)
+        for key, node, _ in placed
         if not any(bad.startswith(key) for bad in invalid_keys)
         and UNKNOWN not in (leaf for _, leaf in iter_leaves(node))
     }
@@ -152,7 +188,7 @@ def _collect_errors(issues: list[ConfigIssue]) -> Iterator[None]:
         issues.append(ConfigIssue("", str(error)))
 
 
-def _iter_nodes(plain: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], int]]:
+def _iter_nodes(plain: dict[str, Any]) -> Iterator[PlacedNode]:
     """Yield (key, node, number of positional arguments that the program adds) of components."""
     nodes = {key: (get_at(plain, key.split(".")), 0) for key in COMPONENTS}
     for group in COMPONENT_GROUPS:

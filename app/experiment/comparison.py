@@ -18,8 +18,8 @@ from torch import Tensor
 from app.config.schema import STAGES
 from app.runtime.errors import UserError, as_user_error
 from app.runtime.small_files import OPEN_FLAGS, describe_special_file
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, load_checkpoint
-from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT
+from app.training.checkpoint.checkpoint import load_checkpoint
+from app.training.checkpoint.rotation import BEST_CHECKPOINT, CHECKPOINT_DIR, LAST_CHECKPOINT
 
 MAX_LINE_BYTES = 2**20
 # Columns that depend on the machine and its load.

@@ -16,7 +16,7 @@ from app.config.saved import QUOTE, SavedConfig, resolve_saved
 from app.config.schema import AUTO, DATA_FACTS, Config
 from app.config.secrets import redact_text, reveal
 from app.config.types import UNKNOWN, to_dataclass
-from app.config.validate import config_issues
+from app.config.validate import Overridden, config_issues
 from app.runtime.errors import ConfigError, ConfigIssue, StorageError, UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def read_data(
     trusted: Sequence[str],
     known_issues: Sequence[ConfigIssue],
     is_new: bool,
+    overridden: Overridden,
 ) -> DataReport | None:
     """Read the user's own data, if some value is `auto` or the data are new.
 
@@ -45,6 +46,7 @@ def read_data(
         trusted: Modules that the user trusts by name.
         known_issues: Errors in the configuration that were found before.
         is_new: Whether the data are not those of a saved run, which were read before.
+        overridden: What today's command sets.
 
     Raises:
         ConfigError: The configuration has other errors, or the data have.
@@ -57,8 +59,8 @@ def read_data(
         return None
     # Everything else must be valid first: nothing is built from a configuration with errors.
     blank = resolve_saved(with_data_facts(saved, dict.fromkeys(names, UNKNOWN)))
-    issues = config_issues(blank, trusted, known_issues)
-    if issues:
+    issues = config_issues(blank, trusted, known_issues, overridden)
+    if issues or overridden.has_errors:
         raise ConfigError(issues)
     key = json.dumps(_relevant_values(plain), sort_keys=True) + _fingerprint(data)
     if key not in _reports:

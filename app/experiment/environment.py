@@ -95,7 +95,11 @@ class Environment:
         }
 
     def write(
-        self, folder: Path, source: Mapping[str, Any], data: Mapping[str, DataIdentity]
+        self,
+        folder: Path,
+        source: Mapping[str, Any],
+        data: Mapping[str, DataIdentity],
+        initial_weights: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Append the record to `environment.json`, and save uncommitted changes as a patch.
 
@@ -103,6 +107,7 @@ class Environment:
             folder: The run folder.
             source: The data source of each stage, from the resolved configuration.
             data: Which data each stage has.
+            initial_weights: Which file the initial weights are from; None if they are from none.
 
         Returns:
             The record.
@@ -115,7 +120,12 @@ class Environment:
             if isinstance(found, Repository) and found.diff:
                 code[role]["patch"] = _write_patch(folder, _patch_of(found))
         stages = {stage: asdict(identity) for stage, identity in data.items()}
-        record = {**self.content, "code": code, "data": {"source": source, "stages": stages}}
+        record = {
+            **self.content,
+            "code": code,
+            "data": {"source": source, "stages": stages},
+            "initial_weights": initial_weights,
+        }
         attempts = [*read_attempts(folder), record]
         kept = [*attempts[:1], *attempts[1:][-(MAX_ATTEMPTS - 1) :]]
         write_json(folder / ENVIRONMENT_FILE, {"attempts": kept})
@@ -305,4 +315,5 @@ def _flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     for stage, identity in iter_children(get_at(record, ("data", "stages"))):
         flat[f"number of {stage} samples"] = get_child(identity, "samples")
         flat[f"hash of the {stage} data"] = get_child(identity, "hash")
+    flat["hash of the initial weights"] = get_at(record, ("initial_weights", "sha256"))
     return flat

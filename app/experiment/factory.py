@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +19,8 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from app.config.instantiate import Instantiator
-from app.config.rules import parse_duration
-from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
+from app.config.rules import CKPT_MODES, parse_duration
+from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config, Job, Node
 from app.config.validate import fill_auto, has_auto, optimizer_nodes
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
@@ -35,7 +35,9 @@ from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.seed import seed_everything
+from app.training.checkpoint.initial_weights import InitialWeights, load_initial_weights
 from app.training.events import Callback
+from app.training.gradient_checkpointing import checkpoint_blocks
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.model_summary import (
     IMPLEMENTATION_OPTIONS,
@@ -66,6 +68,7 @@ class Components:
         freezing: When which parameters of the model are frozen.
         device: The device of the model and of the batches.
         data: Which data each stage of `loaders` has; on rank 0 only.
+        initial: Where the initial weights come from; None if they are random or of a checkpoint.
     """
 
     task: Task
@@ -74,6 +77,7 @@ class Components:
     freezing: FreezeSchedule
     device: torch.device
     data: dict[str, DataIdentity]
+    initial: InitialWeights | None
 
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
@@ -83,6 +87,7 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
         UserError: A component cannot be built, or the components do not fit together.
     """
     model = make_model(config, instantiator, device)
+    initial = load_init(config, model)
     layout = _memory_format(config, model)
     with rank_zero_first():
         datasets = make_datasets(config, instantiator)
@@ -93,10 +98,10 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     freezes = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
     freezing = FreezeSchedule(model, freezes)
     if config.trainer.compile:
-        model.compile()
+        model.compile(**_compile_arguments(config.trainer.compile))
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
     data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
-    return Components(task, loaders, paths, freezing, device, data)
+    return Components(task, loaders, paths, freezing, device, data, initial)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
@@ -111,8 +116,31 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         raise UserError(f"model: {config.model['_target_']} is not a torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
         model = convert_sync_batchnorm(model, device)
+    Precision.choose(config.trainer.precision, device).convert(model)
+    if config.mode not in CKPT_MODES:
+        blocks = checkpoint_blocks(model, config.trainer.gradient_checkpointing)
+        if blocks:
+            log.info("gradient checkpointing of %s", ", ".join(blocks))
     layout = _memory_format(config, model)
     return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
+
+
+def _compile_arguments(compile: bool | str | CompileConfig) -> dict[str, Any]:
+    if isinstance(compile, CompileConfig):
+        return asdict(compile)
+    return {"mode": compile} if isinstance(compile, str) else {}
+
+
+def load_init(config: Config, model: nn.Module) -> InitialWeights | None:
+    """Load the initial weights that the configuration names, unless a checkpoint has all of them.
+
+    Raises:
+        UserError: The file cannot be read, or no tensor of it fits the model.
+    """
+    weights, has_checkpoint = config.init.weights, config.resume not in (None, AUTO)
+    if weights is None or config.mode in CKPT_MODES or has_checkpoint:
+        return None
+    return load_initial_weights(model, Path(weights), config.init.skip)
 
 
 def _memory_format(config: Config, model: nn.Module) -> torch.memory_format:
@@ -467,6 +495,7 @@ def make_limits(config: Config) -> TrainingLimits:
         sanity_valid_batches=trainer.sanity_valid_batches,
         max_seconds=parse_duration(trainer.max_time),
         log_every_n_steps=trainer.log_every_n_steps,
+        min_epochs=trainer.min_epochs,
     )
 
 

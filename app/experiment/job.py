@@ -20,8 +20,8 @@ from app.config.allowlist import trusted_from_environment
 from app.config.compose import Composer
 from app.config.limits import MAX_FILE_BYTES
 from app.config.overrides import parse_overrides
-from app.config.resolve import cli_trusted, resolve
-from app.config.resume import apply_overrides_to_saved
+from app.config.resolve import cli_trusted, get_by_path, resolve
+from app.config.resume import apply_overrides_to_saved, find_overridden
 from app.config.rules import CKPT_MODES
 from app.config.saved import (
     LITERAL_START,
@@ -41,7 +41,13 @@ from app.runtime.files import read_status, write_text
 from app.runtime.lock import check_unlocked
 from app.runtime.small_files import parse_json, read_small_file
 from app.training.checkpoint.header import verify_checksum
-from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, latest_valid
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT, SUFFIX, latest_valid
+from app.training.checkpoint.weights_file import (
+    ALLOWED,
+    WeightsFormat,
+    find_weights_file,
+    read_format,
+)
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +56,7 @@ START_CONFIG = "start.json"
 PATH_KEYS = {  # keys that name a folder or a file, and what they allow
     "resume": "null, auto, a run folder, a training checkpoint in one",
     "ckpt": "null, a run folder, a checkpoint file",
+    "init.weights": f"null, {ALLOWED}",
     "sweep.resume": "null, the folder of a sweep",
 }
 
@@ -76,7 +83,7 @@ def make_jobs(composer: Composer) -> list[tuple[DictConfig, Job]]:
             continue
         try:
             _check_not_in_use(composed)  # before anything is asked about the run
-            jobs.append((composed, make_job(composed)))
+            jobs.append((composed, make_job(composed, has_errors=bool(override_issues))))
         except ConfigError as error:
             issues += error.issues
     if issues:
@@ -96,7 +103,7 @@ def _check_not_in_use(composed: DictConfig) -> None:
             check_unlocked(folder)
 
 
-def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
+def make_job(composed: DictConfig, folder: Path | None = None, has_errors: bool = False) -> Job:
     """Resolve and validate a configuration.
 
     When a run is resumed or a checkpoint is used, the saved configuration is the base, and
@@ -105,6 +112,7 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
     Args:
         composed: The configuration composed by Hydra, with the `hydra` node.
         folder: The folder of a job in a sweep; an interrupted run in it is resumed.
+        has_errors: Whether overrides with errors were left out, so that the job cannot run.
 
     Raises:
         UserError: All errors in the configuration.
@@ -132,13 +140,16 @@ def make_job(composed: DictConfig, folder: Path | None = None) -> Job:
             resumes=key == "resume",
         )
         plain = resolve_saved(saved)
+    elif plain.get("mode") not in CKPT_MODES:
+        issues += _init_issues(plain)
     issues += unexpected_env_reads(plain, composed_plain)
     is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
-    report = read_data(saved, plain, trusted, issues, is_new)
+    overridden = find_overridden(overrides, has_errors)
+    report = read_data(saved, plain, trusted, issues, is_new, overridden)
     if report is not None and report.facts:
         saved = with_data_facts(saved, report.facts)
         plain = resolve_saved(saved)
-    config = validate(plain, trusted, issues)
+    config = validate(plain, trusted, issues, overridden)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
     warnings = report.warnings if report else []
@@ -192,7 +203,8 @@ def save_config(job: Job, folder: Path) -> None:
 
 def has_longer_schedule(job: Job) -> bool:
     """Whether a resumed run has another length, or another goal, than before."""
-    keys = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "goal")
+    lengths = ("max_epochs", "max_steps", "max_time", "min_epochs")
+    keys = (*(f"trainer.{name}" for name in lengths), "goal")
     return any(change.is_below(*keys) for change in job.differences)
 
 
@@ -213,6 +225,21 @@ def _iter_path_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
             hint = "" if value == "" else f"; quote a name that is no plain word: \"{key}='...'\""
             yield ConfigIssue(key, f"={value!r}: allowed: {allowed}{hint}")
             parent[name] = UNKNOWN
+
+
+def _init_issues(plain: dict[str, Any]) -> list[ConfigIssue]:
+    """Check that the file of initial weights exists, and that it is one."""
+    weights = get_by_path(plain, "init.weights")
+    if not isinstance(weights, str) or weights == UNKNOWN:
+        return []
+    try:
+        with as_user_error("init.weights"):
+            find_weights_file(Path(weights))
+    except ConfigError as error:
+        return error.issues
+    except UserError as error:
+        return [ConfigIssue("", str(error))]
+    return []
 
 
 def resolve_folder(composed: DictConfig, key: str) -> Path:
@@ -284,7 +311,7 @@ def resolve_resume(
             problem = "='auto' needs a fixed run folder, for example hydra.run.dir=outputs/my_run"
             raise ConfigError([ConfigIssue("resume", problem)])
     folder = resolve_folder(composed, "hydra.run.dir")
-    if resume.endswith(".safetensors"):
+    if Path(resume).suffix == SUFFIX or Path(resume).expanduser().is_file():
         return _checkpoint_in(folder, resume), []
     last, damaged = _latest_checkpoint(folder)
     return last or _start_config(folder, resume), damaged
@@ -326,7 +353,8 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
     """Check a checkpoint file that the user named, and return its absolute path."""
     file = Path(resume).expanduser().absolute()
     if file.parent != folder / CHECKPOINT_DIR:
-        problem = f"={resume!r} is not a checkpoint of the run in {folder}"
+        run = f"the run in {folder}" if file.suffix == SUFFIX else "a run"
+        problem = f"={resume!r} is not a checkpoint of {run}{_weights_hint(file)}"
         raise ConfigError([ConfigIssue("resume", problem)])
     try:
         kind = verify_checksum(file).kind
@@ -338,20 +366,38 @@ def _checkpoint_in(folder: Path, resume: str) -> Path:
     return file
 
 
+def _weights_hint(file: Path) -> str:
+    """Return what a file of weights that is no checkpoint can be used for; empty if it is none."""
+    try:
+        is_checkpoint = read_format(file) is WeightsFormat.CHECKPOINT
+    except UserError:
+        return ""
+    use = f"a new training can start from its weights: init.weights={file}"
+    return "" if is_checkpoint else f"; {use}"
+
+
 def _saved_config(key: str, ckpt: str) -> SavedConfig:
     """Return the configuration that is saved in a checkpoint or in the file of a restart."""
-    from app.training.checkpoint.checkpoint import load_checkpoint
-
     with as_user_error(key):
         if not Path(ckpt).exists():
             raise ConfigError([ConfigIssue(key, f"={ckpt!r} does not exist")])
         is_start = Path(ckpt).name == START_CONFIG
-        saved = read_start_config(Path(ckpt)) if is_start else load_checkpoint(Path(ckpt)).config
+        saved = read_start_config(Path(ckpt)) if is_start else _checkpoint_config(Path(ckpt))
     if saved is None:
         problem = f"={ckpt!r} was saved by a Trainer from Python and has no configuration"
         raise ConfigError([ConfigIssue(key, problem)])
     check_saved(saved, ckpt)
     return saved
+
+
+def _checkpoint_config(path: Path) -> SavedConfig | None:
+    """Return the configuration in a checkpoint; None if it has none."""
+    from app.training.checkpoint.checkpoint import load_checkpoint
+
+    try:
+        return load_checkpoint(path).config
+    except UserError as error:
+        raise UserError(f"{error}{_weights_hint(path)}") from error
 
 
 def read_start_config(file: Path) -> SavedConfig:

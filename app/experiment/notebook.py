@@ -41,8 +41,8 @@ from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.nested import concat, describe, map_tensors
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
-from app.training.precision import make_deterministic
+from app.training.checkpoint.rotation import BEST_CHECKPOINT
+from app.training.precision import make_deterministic, set_matmul_precision
 
 
 def compose(overrides: list[str], folder: str | None = None) -> Experiment:
@@ -112,6 +112,7 @@ class Experiment:
         instantiator, self.config, self.folder = Instantiator(job.trusted), job.config, folder
         device = choose_device(self.config.trainer.accelerator, self.config.trainer.devices)
         make_deterministic(self.config.trainer.deterministic)
+        set_matmul_precision(self.config.trainer.matmul_precision)
         components = make_components(self.config, instantiator, device)
         self._resume_pending = self.config.resume not in (None, AUTO)
         self._environment, self._stack = Environment(job, device), ExitStack()

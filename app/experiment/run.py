@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pandas as pd
 import torch
 
 from app.callbacks.prediction_files import PredictionFileWriter
@@ -41,19 +42,22 @@ from app.experiment.tuner import (
 from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.errors import StorageError
+from app.runtime.files import write_csv
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
-from app.training.checkpoint.checkpoint import find_checkpoint
+from app.training.checkpoint.initial_weights import InitialWeights
+from app.training.checkpoint.rotation import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
 from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
-from app.training.precision import make_deterministic
+from app.training.precision import make_deterministic, set_matmul_precision
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask
 from app.training.task import Task
 from app.training.trainer import PREDICT, Trainer
 
 log = logging.getLogger(__name__)
+INITIAL_WEIGHTS_FILE = "initial_weights.csv"
 T = TypeVar("T")
 
 
@@ -80,6 +84,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
+    set_matmul_precision(config.trainer.matmul_precision)
     is_resumed = config.resume not in (None, AUTO)
     environment = Environment(job, device) if rank() == 0 else None
     status = make_status(job, folder, device, environment)
@@ -90,6 +95,7 @@ def execute(
         components = make_components(config, instantiator, device)
         record = record_environment(job, folder, environment, components)
         log_run_header(config, components, folder, record)
+        record_initial_weights(components.initial, folder)
         if config.mode in TUNERS:
             prepare_tuning(config, instantiator, components)
             TUNERS[config.mode](config, components, folder)
@@ -148,9 +154,18 @@ def record_environment(
     if environment is None:
         return {}
     source = {stage: node for stage, node in job.plain["data"]["source"].items() if node}
-    record = environment.write(folder, source, components.data)
+    initial = components.initial.record if components.initial else None
+    record = environment.write(folder, source, components.data, initial)
     versions = ", ".join(f"{name} {number}" for name, number in environment.versions.items())
     return {"code": describe_code(record), "versions": versions}
+
+
+def record_initial_weights(initial: InitialWeights | None, folder: Path) -> None:
+    """Log which initial weights were taken on rank 0, and write them to a table."""
+    if initial is None or rank() > 0:
+        return
+    log.info("%s", initial.describe())
+    write_csv(folder / INITIAL_WEIGHTS_FILE, pd.DataFrame(map(asdict, initial.tensors)))
 
 
 def make_run_callbacks(

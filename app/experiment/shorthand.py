@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config.overrides import quote
 from app.experiment.job import START_CONFIG
 from app.runtime.errors import ConfigError, ConfigIssue
-from app.training.checkpoint.rotation import CHECKPOINT_DIR
+from app.training.checkpoint.rotation import CHECKPOINT_DIR, SUFFIX
 
 LATEST = "latest"
 OUTPUT_VARIABLE, DEFAULT_OUTPUT = "APP_OUTPUT", "outputs"
@@ -16,7 +16,7 @@ RUN_PATTERNS = ("*", "*/*", "sweeps/*/*/*")  # of run folders in the output fold
 
 
 def expand(overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Replace `~/` at the start of a value, and `latest` of `ckpt` and `resume`, by paths.
+    """Replace `~/` at the start of a value, and `latest` of `ckpt`, `resume` and `init.weights`.
 
     Args:
         overrides: Overrides as typed.
@@ -28,7 +28,8 @@ def expand(overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     expanded = [_expand_home(text) for text in overrides]
     values = dict(text.partition("=")[::2] for text in expanded)
     output = Path(values.get("output", environ.get(OUTPUT_VARIABLE, DEFAULT_OUTPUT)).strip("'"))
-    files = {"ckpt": "*.safetensors", "resume": START_CONFIG}
+    weights = f"*{SUFFIX}"
+    files = {"ckpt": weights, "init.weights": weights, "resume": START_CONFIG}
     for position, text in enumerate(expanded):
         key, _, value = text.partition("=")
         if key in files and value == LATEST:

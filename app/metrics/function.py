@@ -1,10 +1,11 @@
-"""Metrics from plain functions, and the count of correct predictions."""
+"""Metrics from plain functions, cosine similarity, and the count of correct predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -54,8 +55,25 @@ class FunctionMetric(SampleMean):
         self.count += n
 
 
+class CosineSimilarity(SampleMean):
+    """Mean cosine of the angle between output and target, each sample taken as one vector."""
+
+    higher_is_better = True
+
+    def update(self, output: Tensor, target: Tensor) -> None:
+        """Add outputs and targets of the same shape (N, ...): vectors, images or anything else."""
+        if output.shape != target.shape or output.ndim < 2:
+            raise ValueError(
+                f"cosine similarity needs outputs and targets of the same shape (N, ...); got "
+                f"{list(output.shape)} and {list(target.shape)}"
+            )
+        values = F.cosine_similarity(output.flatten(1), target.flatten(1), dim=1)
+        self.total += values.sum().to(self.total.dtype)
+        self.count += len(values)
+
+
 class CorrectPredictions(Metric):
-    """Number of samples whose highest output is that of their label."""
+    """Number of samples, or pixels, whose predicted label is the true one."""
 
     higher_is_better = True
     full_state_update = False
@@ -66,8 +84,22 @@ class CorrectPredictions(Metric):
         self.add_state("correct", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Add outputs of shape (N, classes, ...) and labels of shape (N, ...)."""
-        self.correct += (preds.argmax(dim=1) == target).sum()
+        """Add outputs of shape (N, classes, ...) and labels of shape (N, ...).
+
+        The labels of a single output may also have its shape, (N, 1, ...).
+        """
+        labels = predicted_labels(preds)
+        target = target.reshape(labels.shape) if preds.shape[1] == 1 else target
+        self.correct += (labels == target).sum()
 
     def compute(self) -> Tensor:
         return self.correct
+
+
+def predicted_labels(logits: Tensor) -> Tensor:
+    """Return the predicted labels (N, ...) of logits (N, C, ...).
+
+    This is the class of the highest logit; for C = 1, whose logits are those of a sigmoid, it is 1
+    where they are above 0, and 0 elsewhere.
+    """
+    return logits.argmax(dim=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).long()

@@ -1,4 +1,8 @@
-"""Segmentation metrics, from logits of shape (N, C, ...) and labels of shape (N, ...)."""
+"""Segmentation metrics, from logits of shape (N, C, ...) and labels of shape (N, ...).
+
+For C = 1 the logits are those of a sigmoid, as for `app.losses.dice.DiceLoss`: the labels are 1
+where they are above 0, and 0 elsewhere. Only the class of label 1 is measured.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from app.metrics.function import SampleMean
+from app.metrics.function import SampleMean, predicted_labels
 from app.runtime.extras import import_extra
 
 Mask = NDArray[np.bool_]
@@ -44,8 +48,9 @@ class OverlapMetric(Metric):
         super().__init__()
         self.num_classes, self.labels = num_classes, list(labels)
         self.ignore_index = ignore_index
-        self.add_state("overlap", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
-        self.add_state("areas", torch.zeros(num_classes).long(), dist_reduce_fx="sum")
+        zeros = torch.zeros(count_labels(num_classes)).long()
+        self.add_state("overlap", zeros, dist_reduce_fx="sum")
+        self.add_state("areas", zeros.clone(), dist_reduce_fx="sum")
 
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits of shape (N, C, ...) and labels of shape (N, ...)."""
@@ -68,7 +73,8 @@ class MeanOverlap(OverlapMetric):
 
     Args:
         num_classes: Number of classes C.
-        include_background: Whether to include class 0; None does as `with_background` says.
+        include_background: Whether to include class 0; None does as `with_background` says. Ignored
+            if there is a single class.
         average: `macro` returns the mean over the classes, `none` one value per class.
         ignore_index: Label of pixels that are not counted; None counts all.
     """
@@ -127,7 +133,7 @@ class PartialDice(OverlapMetric):
 
     Args:
         num_classes: Number of classes C.
-        classes: Labels to average over, each from 0 to C - 1.
+        classes: Labels to average over, each from 0 to C - 1; 1 if C is 1.
         ignore_index: Label of pixels that are not counted; None counts all.
     """
 
@@ -137,7 +143,8 @@ class PartialDice(OverlapMetric):
         allowed = included_labels(num_classes, include_background=True)
         if not classes or not set(classes) <= set(allowed):
             raise ValueError(
-                f"classes={list(classes)} must be at least one label from 0 to {num_classes - 1}"
+                f"classes={list(classes)} must be at least one label from {allowed[0]} to "
+                f"{allowed[-1]}"
             )
         super().__init__(num_classes, classes, ignore_index)
 
@@ -218,10 +225,11 @@ class HausdorffDistance95(Metric):
     def update(self, output: Tensor, target: Tensor) -> None:
         """Add logits (N, C, H, W) or (N, C, D, H, W) and labels (N, H, W) or (N, D, H, W)."""
         check_num_classes(output, self.num_classes)
-        labels = output.argmax(dim=1)
+        labels = predicted_labels(output)
+        target = target.reshape(labels.shape)
         if self.ignore_index is not None:
             is_ignored = target == self.ignore_index
-            no_class = self.num_classes
+            no_class = count_labels(self.num_classes)
             labels, target = (x.masked_fill(is_ignored, no_class) for x in (labels, target))
         self.outputs.append(labels.to(self.label_dtype))
         self.targets.append(target.to(self.label_dtype))
@@ -245,12 +253,12 @@ def count_overlaps(
 
     Returns:
         The number of pixels in both maps, and the sum of the numbers in each map, both of shape
-        (N, C).
+        (N, C), or (N, 2) for the labels 0 and 1 if C is 1.
     """
     check_num_classes(output, num_classes)
-    classes = torch.arange(num_classes, device=output.device)[:, None]
+    classes = torch.arange(count_labels(num_classes), device=output.device)[:, None]
     target = target.reshape(len(target), 1, -1)
-    predicted = output.argmax(dim=1).reshape(len(output), 1, -1) == classes
+    predicted = predicted_labels(output).reshape(len(output), 1, -1) == classes
     actual = target == classes
     if ignore_index is not None:
         is_counted = target != ignore_index
@@ -283,11 +291,16 @@ def check_average(average: Average) -> Average:
 
 
 def included_labels(num_classes: int, include_background: bool) -> range:
-    """Return the labels that a metric includes."""
-    first = 0 if include_background else 1
-    if num_classes <= first:
-        raise ValueError(f"num_classes={num_classes!r} must be at least {first + 1}")
-    return range(first, num_classes)
+    """Return the labels that a metric includes: of a single class, label 1."""
+    if num_classes < 1:
+        raise ValueError(f"num_classes={num_classes!r} must be at least 1")
+    first = 0 if include_background and num_classes > 1 else 1
+    return range(first, count_labels(num_classes))
+
+
+def count_labels(num_classes: int) -> int:
+    """Return the number of labels in a target: two if the only class is there or not."""
+    return max(num_classes, 2)
 
 
 def check_num_classes(output: Tensor, num_classes: int) -> None:

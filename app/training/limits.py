@@ -45,6 +45,7 @@ class TrainingLimits:
         sanity_valid_batches: Number of validation batches to run before training, as a check.
         max_seconds: Maximum duration of training; None for no limit.
         log_every_n_steps: Steps whose values are copied to the host at once while a stage runs.
+        min_epochs: Number of epochs before which the goal does not end training.
     """
 
     max_epochs: int | None
@@ -55,6 +56,7 @@ class TrainingLimits:
     max_seconds: float | None = None
     log_every_n_steps: int = 50
     valid_every_n_steps: int | None = None
+    min_epochs: int = 0
 
     def is_validated(self, epoch: int, steps: int) -> bool:
         """Return whether validation is due at the end of an epoch.

@@ -21,7 +21,6 @@ from app.runtime.folders import held_folder, make_folder
 from app.runtime.nested import Nested, concat, count_samples, map_tensors
 from app.runtime.signals import StopReason, StopSignal, TrainingInterrupted
 from app.training.accumulator import StageAccumulator, StageResult
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT
 from app.training.checkpoint.mid_epoch import (
     EpochPosition,
     PausedEpoch,
@@ -31,6 +30,7 @@ from app.training.checkpoint.mid_epoch import (
     save_position,
 )
 from app.training.checkpoint.policy import CheckpointPolicy
+from app.training.checkpoint.rotation import BEST_CHECKPOINT
 from app.training.checkpoint.train_state import Phase, TrainingEnd, TrainState
 from app.training.events import Callback, EpochEnd, StageStart, StepEnd
 from app.training.history import (
@@ -66,7 +66,7 @@ class Trainer:
 
     Example::
 
-        trainer = Trainer(task, TrainingLimits(max_epochs=10), Path("run"))
+        trainer = Trainer(task, TrainingLimits(max_epochs=10), "run")
         summary = trainer.fit(train_loader, valid_loader)
         trainer.state.load_best_weights()
         trainer.evaluate(test_loader)
@@ -100,7 +100,7 @@ class Trainer:
         self,
         task: Task,
         limits: TrainingLimits,
-        folder: Path,
+        folder: str | Path,
         goal: GoalConfig = TRAIN_LOSS,
         callbacks: Callback | None = None,
         seed: int = 0,
@@ -119,7 +119,7 @@ class Trainer:
         averaging = averaging or WeightAveraging(task.model)
         nonfinite = NonFinitePolicy(task, averaging.updates_per_step, nonfinite_stats)
         self.state = TrainState(
-            task, averaging, folder, job, nonfinite, self.callbacks, limits.save_schedule
+            task, averaging, Path(folder), job, nonfinite, self.callbacks, limits.save_schedule
         )
         self.checkpoints = CheckpointPolicy(self.state, limits.save_schedule, goal, monitors or {})
         self.steps = StepContext(
@@ -263,7 +263,13 @@ class Trainer:
             return TrainingEnd.PRUNED
         if self.callback_asks_to_stop():
             return TrainingEnd.CALLBACK
-        return TrainingEnd.GOAL if reason_to_stop(self.state.history, self.goal) else None
+        return TrainingEnd.GOAL if self.goal_end() else None
+
+    def goal_end(self) -> str | None:
+        """Return why the goal ends training, which it does not before `min_epochs`; None if not."""
+        if self.state.epoch < self.limits.min_epochs:
+            return None
+        return reason_to_stop(self.state.history, self.goal)
 
     def describe_early_end(self, end: TrainingEnd) -> str | None:
         """Return an early end as text for the log."""
@@ -271,7 +277,7 @@ class Trainer:
             return "pruned by the search"
         if end is TrainingEnd.CALLBACK:
             return self.callbacks.stop_reason
-        return reason_to_stop(self.state.history, self.goal)
+        return self.goal_end()
 
     def callback_asks_to_stop(self) -> bool:
         """Return whether a callback asks to end the training; all ranks must call this."""
@@ -286,7 +292,7 @@ class Trainer:
             return True
         if self.limit_reached(state.epoch) is not None:
             return True
-        return state.batches > 0 and reason_to_stop(state.history, self.goal) is not None
+        return state.batches > 0 and self.goal_end() is not None
 
     def run_stage(
         self, stage: str, epoch: int, loader: BatchLoader, is_training: bool = False

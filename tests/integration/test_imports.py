@@ -38,3 +38,18 @@ except SystemExit as end:
 {PRINT_HEAVY}
 """
     assert run_python(code).splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("override", ["data=nope", "modle=lenet", "trainer.max_epochs=-1"])
+def test_command_with_a_wrong_override_imports_no_component(override: str) -> None:
+    code = f"""
+import sys
+sys.argv = ["app", {override!r}]
+from app.cli.main import main
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 2, end.code
+print([name for name in ("torch", "torchvision", "torchmetrics") if name in sys.modules])
+"""
+    assert run_python(code).splitlines()[-1] == "[]"

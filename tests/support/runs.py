@@ -105,7 +105,7 @@ def config_issues(*arguments: str) -> list[str]:
     for composed, issues in compositions(get_args_parser().parse_args(list(arguments))):
         found += map(str, issues)
         try:
-            make_job(composed)
+            make_job(composed, has_errors=bool(issues))
         except ConfigError as error:
             found += map(str, error.issues)
     return found

@@ -15,17 +15,10 @@ from app.distributed.strategies import load_full_state_dict
 from app.runtime.errors import UserError, did_you_mean, join_choices
 from app.runtime.files import atomic_write
 from app.training.checkpoint.header import CheckpointInfo
-from app.training.checkpoint.rotation import (
-    CHECKPOINT_DIR,
-    LAST_CHECKPOINT,
-    SUFFIX,
-    CheckpointRotation,
-    list_checkpoints,
-)
+from app.training.checkpoint.rotation import SUFFIX, CheckpointRotation, find_checkpoint
 from app.training.checkpoint.store import read_store, write_store
 from app.training.history import Point, Row
 
-BEST_CHECKPOINT = f"best{SUFFIX}"
 Types = tuple[type, ...]
 CONTENT_TYPES: dict[str, Types] = {
     "config": (dict, NoneType),
@@ -169,24 +162,6 @@ def _is_row(row: Any) -> bool:
         and isinstance(row.get("stage"), str)
         and all(isinstance(cell, CELL_TYPES) for cell in row.values())
     )
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return the file itself, or the best checkpoint of a run folder, or else its last.
-
-    Raises:
-        UserError: The folder contains no checkpoint.
-    """
-    if path.is_file():
-        return path
-    candidates = [path / CHECKPOINT_DIR / BEST_CHECKPOINT, *list_checkpoints(path)]
-    found = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"ckpt={str(path)!r} contains no checkpoint: no {CHECKPOINT_DIR}/{BEST_CHECKPOINT} "
-            f"or {LAST_CHECKPOINT}"
-        )
-    return found
 
 
 def load_weights(model: nn.Module, state_dict: dict[str, Tensor], source: str) -> None:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 
 from app.config.schema import GoalConfig, MonitorConfig
 from app.training.accumulator import StageAccumulator
-from app.training.checkpoint.checkpoint import BEST_CHECKPOINT, monitor_filename, top_k_filename
+from app.training.checkpoint.checkpoint import monitor_filename, top_k_filename
 from app.training.checkpoint.mid_epoch import save_position
+from app.training.checkpoint.rotation import BEST_CHECKPOINT
 from app.training.checkpoint.train_state import TrainState
 from app.training.history import Point, best_epoch, top_k_points
 from app.training.limits import SaveSchedule

@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT_DIR = "checkpoints"
 SUFFIX = ".safetensors"
 LAST_CHECKPOINT = f"last{SUFFIX}"
+BEST_CHECKPOINT = f"best{SUFFIX}"
 
 
 class CheckpointRotation:
@@ -86,6 +87,28 @@ def latest_valid(folder: Path) -> tuple[Path | None, list[str]]:
         except UserError as error:
             problems.append(str(error))
     return None, problems
+
+
+def find_checkpoint(path: Path, key: str = "ckpt") -> Path:
+    """Return the file itself, or the best checkpoint of a run folder, or else its last.
+
+    Args:
+        path: A file or a run folder.
+        key: Key of the configuration that names it, for errors.
+
+    Raises:
+        UserError: The folder contains no checkpoint.
+    """
+    if path.is_file():
+        return path
+    candidates = [path / CHECKPOINT_DIR / BEST_CHECKPOINT, *list_checkpoints(path)]
+    found = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{key}={str(path)!r} contains no checkpoint: no {CHECKPOINT_DIR}/{BEST_CHECKPOINT} "
+            f"or {LAST_CHECKPOINT}"
+        )
+    return found
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -171,7 +171,7 @@ def read_store(file: Path) -> tuple[CheckpointInfo, dict[str, Any]]:
     try:
         with safe_open(file, "pt") as opened:
             text = opened.metadata()["content"]
-            tensors = {name: _copy_tensor(opened, name) for name in opened.keys()}  # noqa: SIM118
+            tensors = _copy_tensors(opened)
         content = _decode(parse_json(text, f"{file}: content", MAX_VALUES), tensors)
     except UserError:
         raise
@@ -197,6 +197,23 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
         case (str(mark), inner) if mark == ITEMS:
             return {name: _decode(part, tensors) for name, part in inner}
     return {name: _decode(part, tensors) for name, part in value.items()}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return all tensors of any safetensors file, on the CPU.
+
+    Raises:
+        UserError: The file is missing or damaged.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return _copy_tensors(opened)
+    except READ_ERRORS as error:
+        raise as_read_error(file, error) from error
+
+
+def _copy_tensors(opened: Any) -> dict[str, Tensor]:
+    return {name: _copy_tensor(opened, name) for name in opened.keys()}  # noqa: SIM118
 
 
 def _copy_tensor(opened: Any, name: str) -> Tensor:

@@ -22,7 +22,6 @@ from app.runtime.background_writer import BackgroundWriter
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, map_tensors
 from app.training.checkpoint.checkpoint import (
-    BEST_CHECKPOINT,
     Checkpoint,
     load_checkpoint,
     load_weights,
@@ -32,6 +31,7 @@ from app.training.checkpoint.checkpoint import (
 )
 from app.training.checkpoint.header import read_info, verify_checksum
 from app.training.checkpoint.rotation import (
+    BEST_CHECKPOINT,
     CHECKPOINT_DIR,
     LAST_CHECKPOINT,
     SUFFIX,

@@ -96,6 +96,8 @@ class ExponentialMovingAverage(WeightAveraging):
         decay: Factor of the previous average in each update, at least 0 and below 1.
         every_n_steps: Number of optimizer steps between two updates.
         start_epoch: First epoch whose weights are averaged, counted from 1.
+        warmup: Whether the decay is at most (1 + n) / (10 + n) after n updates, so that the average
+            soon forgets the weights of the beginning.
     """
 
     updates_per_step = True
@@ -106,6 +108,7 @@ class ExponentialMovingAverage(WeightAveraging):
         decay: float = 0.999,
         every_n_steps: int = 1,
         start_epoch: int = 1,
+        warmup: bool = False,
     ) -> None:
         super().__init__(model, start_epoch)
         if not 0 <= decay < 1:
@@ -113,7 +116,7 @@ class ExponentialMovingAverage(WeightAveraging):
         if every_n_steps < 1:
             raise ValueError(f"every_n_steps={every_n_steps} must be at least 1")
         self.every_n_steps, self.last_averaged_step = every_n_steps, 0
-        self.avg_fn = get_ema_multi_avg_fn(decay)
+        self.decay, self.warmup = decay, warmup
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "last_averaged_step": self.last_averaged_step}
@@ -126,7 +129,13 @@ class ExponentialMovingAverage(WeightAveraging):
         is_due = steps != self.last_averaged_step and steps % self.every_n_steps == 0
         if is_due and epoch >= self.start_epoch:
             self.last_averaged_step = steps
-            self._update_average(self.avg_fn)
+            self._update_average(get_ema_multi_avg_fn(self.next_decay))
+
+    @property
+    def next_decay(self) -> float:
+        """Factor of the previous average in the next update."""
+        warm = (1 + self.num_averaged) / (10 + self.num_averaged)
+        return min(self.decay, warm) if self.warmup else self.decay
 
 
 class StochasticWeightAveraging(WeightAveraging):

@@ -78,6 +78,7 @@ VALUES = {  # of the keys that hints name; 3 where none is listed
     "model": "lenet",
     "data": "mnist",
     "data.num_classes": "10",
+    "init.weights": "null",
     "data/augment": "trivial",
     "trainer.accelerator": "cpu",
     "trainer.precision": "fp32",

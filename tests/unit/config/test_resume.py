@@ -58,6 +58,7 @@ def test_apply_overrides_to_number_of_classes_names_the_model_that_would_change(
         ("data.split.seed=4", "data.split.seed"),
         ("optimizer=sgd", "optimizer._target_"),
         ("average=ema", "average"),
+        ("init.skip=[fc]", "init.skip"),
         ("~loss.cross_entropy.weight", "loss.cross_entropy.weight"),
     ],
 )

@@ -14,3 +14,23 @@ def test_config_with_invalid_monitor_is_rejected() -> None:
     (issue,) = config_issues("+checkpoint.monitors.a={metric: los, mode: min}")
     assert issue.startswith("checkpoint.monitors.a.metric='los' is not measured in valid")
     assert MonitorConfig("train/loss", "min").stage == "train"
+
+
+def test_config_with_min_epochs_above_max_epochs_is_rejected() -> None:
+    (issue,) = config_issues("model=mlp", "trainer.min_epochs=6", "trainer.max_epochs=5")
+    assert issue == "trainer.min_epochs=6 is above trainer.max_epochs=5"
+
+
+def test_config_of_compile_takes_a_bool_a_mode_or_arguments() -> None:
+    for value in ("true", "max-autotune", "{dynamic: true}", "{backend: eager, fullgraph: true}"):
+        assert config_issues("model=mlp", f"trainer.compile={value}") == []
+    (issue,) = config_issues(
+        "model=cnn", "trainer.compile=true", "trainer.gradient_checkpointing=true"
+    )
+    assert issue.endswith(
+        "=True and trainer.gradient_checkpointing are both set; allowed: one of them"
+    )
+    (issue,) = config_issues("model=mlp", "trainer.compile=max-autotun")
+    assert issue.endswith("did you mean 'max-autotune'?")
+    (issue,) = config_issues("model=mlp", "trainer.compile={options: {cpp.cxx: [evil]}}")
+    assert issue.startswith("trainer.compile.options=")

@@ -145,3 +145,12 @@ def test_zoo_input_gives_what_the_weights_expect() -> None:
     (issue,) = config_issues("model=torchvision", "model.name=resnet81", size)
     assert issue.startswith("model.name='resnet81' is not one of ")
     assert "zoo_input needs model=timm or model=torchvision" in config_issues(size)[0]
+
+
+@pytest.mark.parametrize("wrong", ["data=nope", "modle=lenet", "trainer.max_epochs=-1"])
+def test_validate_reports_components_with_the_other_errors(wrong: str) -> None:
+    found = config_issues(wrong, "+optimizer.nope=1", "metric.valid.accuracy.average=no")
+    assert len(found) == 3
+    assert any("optimizer.nope" in issue for issue in found)
+    assert any("metric.valid.accuracy" in issue for issue in found)
+    assert config_issues(wrong, "experiment=shapes_unet", "+optimizer.nope=1")[1:]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from sklearn import metrics as sklearn
 from torch import Tensor
@@ -97,6 +98,43 @@ def test_hausdorff_distance_matches_monai(
     assert_metric_equals(metric, *maps, distances[in_both].mean().item())
 
 
+def single_channel() -> tuple[Tensor, Tensor]:
+    """Logits of a sigmoid (8, 1, 9, 9), and labels 0 and 1, of which a third is 1."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(8, 1, 9, 9, generator=generator)
+    return logits, (torch.rand(8, 9, 9, generator=generator) < 0.3).long()
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_segmentation_metrics_of_one_channel_match_scikit_learn(background: bool) -> None:
+    logits, targets = single_channel()
+    predicted, true = (logits[:, 0] > 0).flatten().numpy(), targets.flatten().numpy()
+    iou, dice = sklearn.jaccard_score(true, predicted), sklearn.f1_score(true, predicted)
+    images = zip((logits[:, 0] > 0).flatten(1), targets.flatten(1), strict=True)
+    instance_iou = np.mean([sklearn.jaccard_score(t.numpy(), o.numpy()) for o, t in images])
+    metrics = {
+        MeanIoU(1, include_background=background): iou,
+        DiceScore(1, include_background=background): dice,
+        PartialDice(1, [1]): dice,
+        InstanceIoU(1, include_background=background): instance_iou,
+    }
+    for metric, expected in metrics.items():
+        assert_metric_equals(metric, logits, targets, expected)
+        assert_metric_equals(metric, logits, targets[:, None].float(), expected)
+    two_channels = torch.cat([torch.zeros_like(logits), logits], dim=1)
+    one, two = HausdorffDistance95(1, include_background=background), HausdorffDistance95(2)
+    assert evaluate(one, logits, targets, [4, 4]) == evaluate(two, two_channels, targets, [4, 4])
+    assert evaluate(one, logits, targets[:, None], [8]) == evaluate(two, two_channels, targets, [8])
+
+
+def test_mean_iou_of_one_channel_excludes_ignored_pixels() -> None:
+    logits, targets = single_channel()
+    targets[:4] = 255
+    predicted, true = (logits[4:, 0] > 0).flatten().numpy(), targets[4:].flatten().numpy()
+    expected = sklearn.jaccard_score(true, predicted)
+    assert_metric_equals(MeanIoU(1, ignore_index=255), logits, targets, expected)
+
+
 def test_segmentation_metric_without_any_class_is_nan() -> None:
     outputs, targets = (tensor[8:] for tensor in make_segmentation(2))
     for name in ("dice", "hd95"):
@@ -110,7 +148,8 @@ def test_segmentation_metric_without_any_class_is_nan() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DiceScore(1), "num_classes=1 must be at least 2"),
+        (lambda: DiceScore(0), "num_classes=0 must be at least 1"),
+        (lambda: PartialDice(1, [0]), r"classes=\[0\] must be .* from 1 to 1"),
         (lambda: MeanIoU(0), "num_classes=0 must be at least 1"),
         (lambda: DiceScore(3, average="mean"), "average='mean' is not valid; allowed: macro, none"),
         (lambda: PartialDice(3, [1, 3]), r"classes=\[1, 3\] must be .* from 0 to 2"),

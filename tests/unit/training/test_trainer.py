@@ -384,3 +384,16 @@ def test_evaluate_draws_random_numbers_by_seed_stage_and_epoch_only(tmp_path: Pa
 
     assert loss(0, 3) == loss(0, 3)
     assert len({loss(0, 3), loss(0, 4), loss(1, 3)}) == 3
+
+
+def test_fit_with_min_epochs_does_not_stop_early_before_them(tmp_path: Path) -> None:
+    goal = GoalConfig("loss", "min", threshold=100.0)
+
+    def epochs(folder: str, min_epochs: int) -> int:
+        trainer = make_trainer(tmp_path / folder, make_mlp(), goal=goal)
+        trainer.limits = TrainingLimits(max_epochs=5, min_epochs=min_epochs)
+        trainer.fit(make_loader(DATA, 32), make_loader(DATA, 32))
+        assert trainer.has_finished_training()
+        return trainer.state.epoch
+
+    assert [epochs("a", 0), epochs("b", 3), epochs("c", 5)] == [1, 3, 5]

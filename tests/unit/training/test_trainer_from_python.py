@@ -134,3 +134,8 @@ def test_fit_into_folder_that_disappears_is_a_storage_error(tmp_path: Path) -> N
     with pytest.raises(StorageError, match=r"run cannot be written: it was deleted, moved or"):
         trainer.fit(data)
     assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+
+
+def test_trainer_takes_its_folder_as_text(tmp_path: Path) -> None:
+    task = SupervisedTask(nn.Linear(3, 2), nn.CrossEntropyLoss())
+    assert Trainer(task, TrainingLimits(1), str(tmp_path / "own")).state.folder == tmp_path / "own"

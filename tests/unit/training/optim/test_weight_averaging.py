@@ -143,3 +143,20 @@ def test_swa_recomputes_statistics_of_several_inputs_but_not_of_frozen_norms(
 )
 def test_config_with_invalid_average_is_rejected(overrides: tuple[str, ...], message: str) -> None:
     assert any(message in issue for issue in config_issues(*overrides))
+
+
+def test_ema_warmup_limits_the_decay_by_the_number_of_updates() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    averaging = ExponentialMovingAverage(model, decay=0.5, warmup=True)
+    expected = None
+    for step, value in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0), 1):
+        with torch.no_grad():
+            model.weight.fill_(value)
+        decay = min(0.5, step / (step + 9))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        averaging.update(1, step)
+        if step == 1:
+            assert averaging.next_decay == 2 / 11
+    assert averaging.average["weight"].item() == pytest.approx(expected)
+    assert averaging.next_decay == 0.5
+    assert ExponentialMovingAverage(model, decay=0.5).next_decay == 0.5
