@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from app.runtime.errors import ConfigIssue, join_choices
 
 OPTIONS = tuple(field.name for field in fields(OptimizerOptions))
 GROUP_OPTIONS = tuple(field.name for field in fields(ParameterGroup))
+GROUP_RATES = ("base_lr", "max_lr", "min_lr", "swa_lr")
 SELECTORS = tuple(name for name in GROUP_OPTIONS if name != "lr_scale")
 
 
@@ -71,6 +72,24 @@ def option_issues(key: str, node: Any) -> Iterator[ConfigIssue]:
             yield ConfigIssue(
                 where, f" selects nothing; it needs one of: {join_choices(SELECTORS)}"
             )
+
+
+def per_group_rates(node: Any, scales: Sequence[float]) -> Any:
+    """Return the node of a schedule with a learning rate for each parameter group.
+
+    Args:
+        node: Arguments of torch's schedules that are one rate for all groups become lists.
+        scales: Factor of the rate for each group.
+    """
+    if not isinstance(node, dict):
+        return node
+    is_of_torch = str(node.get(TARGET)).startswith("torch.optim.")
+    return {
+        name: [value * scale for scale in scales]
+        if is_of_torch and name in GROUP_RATES and isinstance(value, (int, float))
+        else per_group_rates(value, scales)
+        for name, value in node.items()
+    }
 
 
 def _own_options(node: Node) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from torchmetrics import Metric
 
 from app.config.allowlist import TARGET
 from app.config.instantiate import Instantiator
-from app.config.nested import iter_leaves
 from app.config.optimizers import (
     group_arguments,
     optimizer_arguments,
     optimizer_nodes,
     optimizer_options,
+    per_group_rates,
 )
 from app.config.rules import parse_duration
 from app.config.schema import STAGES, CheckpointConfig, Config, Job, Node
@@ -67,11 +67,6 @@ from app.training.supervised import SupervisedTask
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
-SCHEDULES_OF_ONE_RATE = {  # and what keeps the ratios of the rates of parameter groups
-    "torch.optim.lr_scheduler.OneCycleLR": "app.training.optim.schedules.one_cycle",
-    "torch.optim.lr_scheduler.CyclicLR": "app.training.optim.schedules.cyclic",
-    "torch.optim.swa_utils.SWALR": "app.training.optim.schedules.cosine_to_constant",
-}
 
 
 @dataclass(frozen=True)
@@ -478,21 +473,9 @@ def _make_lr_schedule(
             "scheduler=constant"
         )
     node = fill_auto(scheduler.lr_scheduler, total or 1)
-    _check_same_lr(scheduler.lr_scheduler, optimizer)
+    node = per_group_rates(node, [group["lr_scale"] for group in optimizer.param_groups])
     lr_scheduler = instantiator("scheduler.lr_scheduler", node, optimizer) if node else None
     return LRSchedule(optimizer, lr_scheduler, per_epoch, _warmup_steps(config, length))
-
-
-def _check_same_lr(node: Node | None, optimizer: Optimizer) -> None:
-    """Check that a schedule would not give groups the same rate that have different ones."""
-    targets = [leaf for path, leaf in iter_leaves(node) if path and path[-1] == TARGET]
-    for target in targets:
-        own = SCHEDULES_OF_ONE_RATE.get(str(target))
-        if own is not None and len({group["lr"] for group in optimizer.param_groups}) > 1:
-            raise UserError(
-                f"scheduler.lr_scheduler: {target} sets the same learning rate for all parameter "
-                f"groups, but they have different ones; allowed: {own}"
-            )
 
 
 class RunLength(NamedTuple):

@@ -84,7 +84,7 @@ def test_apply_overrides_removes_adds_and_replaces_groups() -> None:
     assert sorted(changes) == [
         "callbacks.plots: app.callbacks.plots.Plots -> removed",
         "metric.test.auroc: None -> torchmetrics.classification.MulticlassAUROC",
-        "scheduler.lr_scheduler: app.training.optim.schedules.one_cycle -> None",
+        "scheduler.lr_scheduler: torch.optim.lr_scheduler.OneCycleLR -> None",
     ]
 
 

@@ -17,7 +17,6 @@ from tests.support.runs import job_for
 
 SHORT = ("model=lenet", "debug=fast", "data.batch_size=16")
 CONVS = "+optimizer.groups.convs={module_type: Conv2d, lr_scale: 0.1, betas: [0.8, 0.9]}"
-ONE_CYCLE = "scheduler.lr_scheduler._target_=torch.optim.lr_scheduler.OneCycleLR"
 
 
 @pytest.mark.parametrize(
@@ -29,11 +28,6 @@ ONE_CYCLE = "scheduler.lr_scheduler._target_=torch.optim.lr_scheduler.OneCycleLR
         ),
         (["optimizer._target_=torch.optim.Muon"], "only supports 2D parameters"),
         (["+optimizer.groups.a={parameters: clasifier}"], "did you mean 'classifier'?"),
-        (
-            [CONVS, "scheduler=onecycle", ONE_CYCLE],
-            "OneCycleLR sets the same learning rate for all parameter groups, but they have "
-            "different ones; allowed: app.training.optim.schedules.one_cycle",
-        ),
     ],
 )
 def test_mode_check_says_what_an_optimizer_cannot_train(overrides: list[str], message: str) -> None:
@@ -88,6 +82,12 @@ def test_arguments_of_a_group_reach_its_optimizer_only(tmp_path: Path) -> None:
     assert [group["base_lr"] for group in (default, convs, matrices)] == pytest.approx(
         [2e-3, 2e-4, 2e-3]  # 16 samples per step, twice `lr_base_size`
     )
+
+
+def test_schedule_of_one_rate_keeps_the_ratio_of_groups(tmp_path: Path) -> None:
+    trainer, _ = build_trainer(job_for(*SHORT, CONVS, "scheduler=onecycle"), tmp_path)
+    groups = trainer.optimizers.single.optimizer.param_groups
+    assert [group["max_lr"] for group in groups] == pytest.approx([1e-3, 1e-4])
 
 
 def test_resume_with_other_groups_is_refused(tmp_path: Path) -> None:

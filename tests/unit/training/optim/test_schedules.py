@@ -1,4 +1,4 @@
-"""Schedules that keep the ratios of learning rates, and the files of all schedules."""
+"""Schedules and optimizers of torch: their files, with parameter groups."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 from app.config.instantiate import Instantiator
-from app.config.optimizers import optimizer_arguments
+from app.config.optimizers import optimizer_arguments, per_group_rates
 from app.config.validate import fill_auto
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper
-from app.training.optim.schedules import cosine_to_constant, cyclic, one_cycle, warmup_stable_decay
+from app.training.optim.schedules import warmup_stable_decay
 from tests.support.toy_training import lrs_of
 
 CONF = Path(__file__).parents[4] / "conf"
@@ -32,9 +32,7 @@ OPTIMIZERS = sorted(path.stem for path in (CONF / "optimizer").glob("*.yaml"))
 
 
 def two_groups() -> Optimizer:
-    groups = [
-        {"params": [nn.Parameter(torch.ones(1))], "lr": lr, "lr_scale": lr} for lr in (1.0, 0.25)
-    ]
+    groups = [{"params": [nn.Parameter(torch.ones(1))], "lr": lr} for lr in (1.0, 0.25)]
     return SGD(groups, lr=1.0, momentum=0.9)
 
 
@@ -45,7 +43,8 @@ def make_schedule(option: str) -> LRSchedule:
     config = OmegaConf.merge(values, {"scheduler": loaded})
     node = OmegaConf.to_container(config, resolve=True)["scheduler"]["lr_scheduler"]  # type: ignore[index,call-overload]
     optimizer = two_groups()
-    built = Instantiator()("scheduler.lr_scheduler", fill_auto(node, STEPS), optimizer)
+    node = per_group_rates(fill_auto(node, STEPS), [1.0, 0.25])
+    built = Instantiator()("scheduler.lr_scheduler", node, optimizer)
     return LRSchedule(optimizer, built, warmup_steps=3)
 
 
@@ -107,16 +106,3 @@ def test_warmup_stable_decay_is_constant_until_the_rate_falls() -> None:
         warmup_stable_decay(two_groups(), 10, decay_type="sqr")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="decay=0 must be above 0"):
         warmup_stable_decay(two_groups(), 10, decay=0)
-
-
-def test_cosine_to_constant_falls_to_a_share_of_the_rate() -> None:
-    rates = lrs_of(lambda o: cosine_to_constant(o, 2, 0.5), 4)
-    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.5])
-
-
-def test_one_cycle_and_cyclic_have_the_bounds_of_torch_for_one_group() -> None:
-    options: dict[str, Any] = {"max_lr": 1.0, "total_steps": 10, "cycle_momentum": False}
-    ours = lrs_of(lambda o: one_cycle(o, **options), 10)
-    assert ours == lrs_of(lambda o: torch.optim.lr_scheduler.OneCycleLR(o, **options), 10)
-    rates = lrs_of(lambda o: cyclic(o, 0.5, 1.0, 2, cycle_momentum=False), 5)
-    assert rates == pytest.approx([0.5, 0.75, 1.0, 0.75, 0.5])
