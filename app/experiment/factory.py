@@ -346,10 +346,10 @@ def _make_optim_wrapper(
     parameters: dict[str, nn.Parameter],
     use_scheduler: bool,
 ) -> OptimWrapper:
-    trainer, model = config.trainer, components.task.model
+    trainer = config.trainer
     optimizer = _make_optimizer(config, instantiator, components, key, parameters)
     num_batches = components.loaders["train"].num_batches
-    head = output_layer(model)
+    head = output_layer(components.task.model, parameters)
     return OptimWrapper(
         optimizer,
         _make_lr_schedule(config, instantiator, optimizer, num_batches) if use_scheduler else None,

@@ -56,7 +56,7 @@ def make_param_groups(
     groups = {name: group for name, group in options.groups.items() if group is not None}
     members = ParameterSelector(model, parameters).first_match(f"{key}.groups", groups)
     layers = layer_indices(model) if options.layer_decay is not None else {}
-    last = max(layers.values(), default=0)
+    last = max((layers[name] for name in parameters if name in layers), default=0)
     undecayed = set() if options.decay_norm_and_bias else norms_and_biases(model, parameters)
     parts: dict[_Part, list[str]] = {}
     for name in parameters:

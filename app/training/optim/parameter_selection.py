@@ -23,7 +23,7 @@ class ParameterSelector:
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        self.parameters, self.output_layer = parameters, output_layer(model)
+        self.parameters, self.output_layer = parameters, output_layer(model, parameters)
         self.modules = {name: list(modules_around(model, name)) for name in parameters}
 
     def first_match(self, key: str, groups: Mapping[str, ParameterGroup]) -> dict[str, str]:
@@ -115,11 +115,7 @@ def modules_around(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield module
 
 
-def output_layer(model: nn.Module) -> nn.Module | None:
-    """Return the last module, in the order of definition, that has a weight of its own."""
-    weighted = [
-        module
-        for module in model.modules()
-        if any(parameter.ndim >= 2 for parameter in module.parameters(recurse=False))
-    ]
-    return weighted[-1] if weighted else None
+def output_layer(model: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module | None:
+    """Return the last module, in the order of definition, that owns a weight among parameters."""
+    weights = [name for name, parameter in parameters.items() if parameter.ndim >= 2]
+    return list(modules_around(model, weights[-1]))[-1] if weights else None

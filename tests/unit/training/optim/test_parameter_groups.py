@@ -139,6 +139,18 @@ def test_layer_decay_of_a_transformer_is_that_of_beit() -> None:
         assert scale == 0.5 ** (3 - depth), name
 
 
+def test_layer_decay_of_a_part_is_counted_from_its_own_last_layer() -> None:
+    model = nn.ModuleDict({"a": Transformer(1), "b": nn.Linear(2, 2)})
+    parameters = {n: p for n, p in model.named_parameters() if n.startswith("a.")}
+    options = OptimizerOptions(layer_decay=0.5, groups={"x": ParameterGroup(hidden=True)})
+    groups = make_param_groups("optimizer.a", model, parameters, options, {})
+    scales = {name: group["lr_scale"] for group in groups for name in group["param_names"]}
+    assert (scales["a.head.0.weight"], scales["a.patches.weight"]) == (1.0, 0.25)
+    hidden = {n for group in groups if group["name"] == "x" for n in group["param_names"]}
+    assert "a.patches.weight" in hidden
+    assert "a.head.0.weight" not in hidden
+
+
 def test_layers_of_a_convolutional_model_are_its_blocks_with_their_norms() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
