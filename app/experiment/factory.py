@@ -41,7 +41,7 @@ from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError, did_you_mean, join_choices
-from app.runtime.seed import rng_state, seed_everything, set_rng_state
+from app.runtime.seed import seed_everything
 from app.training.events import Callback
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.model_summary import (
@@ -423,15 +423,19 @@ def _make_optimizer(
 def check_step(instantiator: Instantiator, part: OptimizerPart, model: nn.Module) -> None:
     """Step with small parameters that stand for the real ones: as many dimensions, as sparse.
 
+    Only optimizers of torch are tried; others may refuse parameters as small as these.
+
     Raises:
         UserError: The optimizer refuses dense or sparse gradients.
     """
-    sparse = {id(m.weight) for m in model.modules() if getattr(m, "sparse", False)}
+    if not part.node[TARGET].startswith("torch.optim."):
+        return
+    embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    sparse = {id(embedding.weight) for embedding in embeddings if embedding.sparse}
     kinds: dict[tuple[int, bool], str] = {}
     for group in part.groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             kinds.setdefault((parameter.ndim, id(parameter) in sparse), name)
-    state = rng_state()
     for (ndim, is_sparse), name in kinds.items():
         stand_in = nn.Parameter(torch.zeros((1,) * ndim))
         stand_in.grad = stand_in.detach().to_sparse(1) if is_sparse else torch.zeros_like(stand_in)
@@ -443,7 +447,6 @@ def check_step(instantiator: Instantiator, part: OptimizerPart, model: nn.Module
                 f"{part.key}: {part.node[TARGET]} cannot train {name!r}, whose gradients are "
                 f"{kind}: {error}"
             ) from error
-    set_rng_state(state)
 
 
 def _without_implementation(node: Node) -> Node:
