@@ -27,7 +27,7 @@ def test_validate_default_configuration_has_no_issues() -> None:
         (["optimizer.layer_decay=2"], "optimizer.layer_decay=2 is not valid; allowed: a number"),
         (
             ["+optimizer.groups.a={lr: 0.1}"],
-            "optimizer.groups.a selects nothing; it needs one of: parameters, module_type, ndim",
+            "optimizer.groups.a selects nothing; it needs one of: hidden, module_type, ndim",
         ),
         (
             ["+optimizer.groups.a={ndim: 1, decay: 0}"],
