@@ -19,6 +19,8 @@ KEYS = {
     "opt, optim": "optimizer",
     "sched, lr_scheduler": "scheduler",
     "warmup, warmup_steps, warmup_ratio": "scheduler.warmup_steps",
+    "warmup_epochs": "scheduler.warmup_epochs",
+    "layer_decay": "optimizer.layer_decay",
     "criterion, loss_fn": "loss",
     "arch, net, network, backbone, model_name": "model",
     "dataset, datamodule": "data",

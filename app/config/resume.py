@@ -10,6 +10,7 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 
 from app.config.nested import dotted, get_at, shorten
+from app.config.optimizers import optimizer_nodes
 from app.config.resolve import PER_COMMAND_KEYS, PlainConfig, get_by_path
 from app.config.saved import SavedConfig, resolve_saved
 from app.config.schema import AUTO, DATA_FACTS, Change, Config, Job
@@ -178,10 +179,12 @@ def _add_new_keys(saved: SavedConfig, now: SavedConfig) -> Iterator[Change]:
 def optimizer_changed(saved: PlainConfig, now: PlainConfig) -> bool:
     """Return whether a resumed run continues with another optimizer or learning rate schedule."""
     scheduler = now["scheduler"]
-    has_share = isinstance(scheduler["warmup_steps"], float)
-    depends_on_length = has_share or has_auto(scheduler["lr_scheduler"])
-    keys = ("optimizer", "scheduler", *(SCHEDULE_LENGTH_KEYS * depends_on_length))
-    return any(get_by_path(saved, key) != get_by_path(now, key) for key in keys)
+    has_share = isinstance(scheduler["warmup_steps"], float) or scheduler["warmup_epochs"]
+    scales_lr = any(node.get("lr_base_size") for node in optimizer_nodes(now["optimizer"]).values())
+    depends_on_length = has_share or scales_lr or has_auto(scheduler["lr_scheduler"])
+    keys = ("optimizer", "scheduler", *(SCHEDULE_LENGTH_KEYS if depends_on_length else ()))
+    # A key that did not exist when the run was saved is null.
+    return any(first_difference(get_by_path(saved, k), get_by_path(now, k), k) for k in keys)
 
 
 def replace_value(job: Job, key: str, value: object) -> Job:

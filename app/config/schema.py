@@ -208,11 +208,41 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Which parameters a group contains, and a factor of their learning rate.
+
+    A parameter must match all that is given. Further keys of a group are options of its optimizer.
+    """
+
+    __pydantic_config__ = STRICT
+
+    parameters: str | list[str] | None = None
+    module_type: str | list[str] | None = None
+    ndim: NonNegative | list[NonNegative] | None = None
+    hidden: bool = False
+    lr_scale: Annotated[float, Gt(0.0)] = 1.0
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Keys of an optimizer that are options of this program, not arguments of its class."""
+
+    __pydantic_config__ = STRICT
+
+    groups: dict[str, ParameterGroup | None] = field(default_factory=dict)
+    decay_norm_and_bias: bool = True
+    layer_decay: Annotated[float, Gt(0.0), Le(1.0)] | None = None
+    lr_base_size: Positive | None = None
+    lr_base_scale: Literal["linear", "sqrt"] = "linear"
+
+
+@dataclass(frozen=True)
 class SchedulerConfig:
     """Learning rate schedule."""
 
     interval: Literal["step", "epoch"]
     warmup_steps: NonNegative | Annotated[float, Gt(0.0), Lt(1.0)]
+    warmup_epochs: Annotated[float, Gt(0.0)] | None
     lr_scheduler: Node | None
 
 
@@ -256,6 +286,7 @@ class TrainerConfig:
     accumulate_grad_batches: Positive
     gradient_clip_norm: Annotated[float, Gt(0.0)] | None
     gradient_clip_value: Annotated[float, Gt(0.0)] | None
+    gradient_clip_agc: Annotated[float, Gt(0.0)] | None
     gradient_norm: bool
     zero_non_finite_gradients: bool
     on_nonfinite: Literal["stop", "skip", "raise"]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from app.config.instantiate import Instantiator, iter_node_issues
+from app.config.instantiate import Instantiator, is_required, iter_node_issues
 from app.config.nested import dotted, get_at, iter_leaves
+from app.config.optimizers import argument_nodes, complete_nodes, optimizer_nodes, option_issues
 from app.config.rules import rule_issues
 from app.config.schema import AUTO, STAGES, Config
 from app.config.types import UNKNOWN, iter_issues, to_dataclass
@@ -95,18 +97,19 @@ def config_issues(
     """
     issues = [*known_issues, *iter_issues("", plain, Config)]
     issues += rule_issues(plain, tuple(issue.key for issue in issues))
-    issues += _learning_rate_issues(plain)
+    issues += _optimizer_issues(plain)
     sets = overridden.contains if issues or overridden.has_errors else EVERYTHING.contains
     nodes = [node for node in _iter_nodes(plain) if sets(node[0])]
     issues += _target_issues(nodes, trusted)
     invalid_keys = {issue.key for issue in issues}
     if not any(key.startswith("model") for key in invalid_keys):
         issues += _model_name_issues(plain["model"])
-    return issues + _build_issues(nodes, trusted, invalid_keys)
+    return issues + _build_issues(plain, nodes, trusted, invalid_keys)
 
 
-def _learning_rate_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+def _optimizer_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     for key, node in optimizer_nodes(plain["optimizer"]).items():
+        yield from option_issues(key, node)
         rate = node.get("lr") if isinstance(node, dict) else None
         if isinstance(rate, list):
             values = ",".join(map(str, rate))
@@ -152,7 +155,10 @@ def _model_name_issues(node: dict[str, Any]) -> Iterator[ConfigIssue]:
 
 
 def _build_issues(
-    placed: Sequence[PlacedNode], trusted: Sequence[str], invalid_keys: set[str]
+    plain: dict[str, Any],
+    placed: Sequence[PlacedNode],
+    trusted: Sequence[str],
+    invalid_keys: set[str],
 ) -> list[ConfigIssue]:
     """Build the small components once, so that errors of their constructors are reported too."""
     nodes = {
@@ -172,12 +178,38 @@ def _build_issues(
                 import torch
 
                 instantiate(key, node, torch.nn.Linear(1, 1))
-            elif key.partition(".")[0] == "optimizer":
-                import torch
-
-                optimizer = instantiate(key, node, [torch.nn.Parameter(torch.zeros(1))])
-                instantiate(SCHEDULER, nodes.get(SCHEDULER), optimizer)
+    optimizers = {key: node for key, node in _complete_optimizers(plain).items() if key in nodes}
+    for key, node in optimizers.items():
+        with _collect_errors(issues):
+            optimizer = _trial_optimizer(instantiate, key, node)
+            instantiate(SCHEDULER, nodes.get(SCHEDULER), optimizer)
     return issues
+
+
+def _complete_optimizers(plain: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the optimizers, and one with the arguments of each group, by key."""
+    nodes = optimizer_nodes(plain.get("optimizer"))
+    complete = (complete_nodes(key, node) for key, node in nodes.items() if isinstance(node, dict))
+    return {key: node for group in complete for key, node in group.items()}
+
+
+def _trial_optimizer(instantiate: Instantiator, key: str, node: dict[str, Any]) -> Any:
+    """Build an optimizer of a matrix, the one kind of parameter that all of them train.
+
+    Raises:
+        UserError: It refuses its arguments, or needs a closure.
+    """
+    import torch
+
+    optimizer = instantiate(key, node, [torch.nn.Parameter(torch.zeros(2, 2))])
+    step = inspect.signature(type(optimizer).step) if hasattr(optimizer, "step") else None
+    closure = step.parameters.get("closure") if step else None
+    if closure is not None and is_required(closure):
+        raise UserError(
+            f"{key}: {type(optimizer).__name__} needs a closure that evaluates the loss again "
+            "in each step, which is not supported; for example optimizer=adamw"
+        )
+    return optimizer
 
 
 @contextmanager
@@ -195,18 +227,13 @@ def _iter_nodes(plain: dict[str, Any]) -> Iterator[PlacedNode]:
         named = get_at(plain, group.split("."))
         for name, node in named.items() if isinstance(named, dict) else ():
             nodes[f"{group}.{name}"] = node, 0
-    nodes |= {key: (node, 1) for key, node in optimizer_nodes(plain.get("optimizer")).items()}
+    for key, node in optimizer_nodes(plain.get("optimizer")).items():
+        checked = argument_nodes(key, node) if isinstance(node, dict) else {}
+        nodes |= {key: (arguments, 1) for key, arguments in checked.items()}
     nodes[SCHEDULER] = fill_auto(get_at(plain, SCHEDULER.split(".")), 100), 1
     for key, (node, num_positional) in nodes.items():
         if isinstance(node, dict):
             yield key, node, num_positional
-
-
-def optimizer_nodes(node: Any) -> dict[str, Any]:
-    """Return optimizers by key: `optimizer` itself, or `optimizer.<submodule of the model>`."""
-    if not isinstance(node, dict) or "_target_" in node:
-        return {"optimizer": node}
-    return {f"optimizer.{name}": child for name, child in node.items() if child is not None}
 
 
 def fill_auto(node: Any, length: int) -> Any:

@@ -5,7 +5,6 @@ The modules below this one take plain arguments and never see the configuration.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,10 +17,18 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from app.config.allowlist import TARGET
 from app.config.instantiate import Instantiator
+from app.config.optimizers import (
+    group_arguments,
+    optimizer_arguments,
+    optimizer_nodes,
+    optimizer_options,
+    per_group_rates,
+)
 from app.config.rules import CKPT_MODES, parse_duration
 from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config, Job, Node
-from app.config.validate import fill_auto, has_auto, optimizer_nodes
+from app.config.validate import fill_auto, has_auto
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.identity import DataIdentity, identify_data
@@ -45,10 +52,17 @@ from app.training.model_summary import (
     optimizer_state_bytes,
     summarize_model,
 )
+from app.training.optim.chained_optimizer import ChainedOptimizer
 from app.training.optim.finite_check import FUSED_OPTIMIZERS
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import SINGLE, OptimWrapper, OptimWrapperDict
+from app.training.optim.parameter_groups import (
+    batch_size_factor,
+    make_param_groups,
+    scale_learning_rates,
+)
+from app.training.optim.parameter_selection import output_layer
 from app.training.optim.weight_averaging import WeightAveraging
 from app.training.precision import Precision, memory_format
 from app.training.supervised import SupervisedTask
@@ -232,12 +246,11 @@ def make_summary(config: Config, instantiator: Instantiator, components: Compone
     """Measure the model, and the memory of the optimizers that would train it."""
     trained = trained_parameters(components)
     states = []
-    for key, node in optimizer_nodes(config.optimizer).items():
-        options = {
-            name: value for name, value in node.items() if name not in IMPLEMENTATION_OPTIONS
-        }
-        parameters = _parameters_of(key, trained)
-        states.append(optimizer_state_bytes(partial(instantiator, key, options), parameters))
+    for key in optimizer_nodes(config.optimizer):
+        for part in _optimizer_parts(config, components, key, _parameters_of(key, trained)):
+            parameters = [parameter for group in part.groups for parameter in group["params"]]
+            build = partial(instantiator, part.key, _without_implementation(part.node))
+            states.append(optimizer_state_bytes(build, parameters))
     known = [size for size in states if size is not None]
     total = sum(known) if len(known) == len(states) else None
     return summarize_model(components.task, components.loaders["train"], trained, total)
@@ -252,10 +265,10 @@ def trained_parameters(components: Components) -> dict[str, nn.Parameter]:
     }
 
 
-def _parameters_of(key: str, trained: dict[str, nn.Parameter]) -> list[nn.Parameter]:
-    """Return what the optimizer at a key of the configuration trains."""
+def _parameters_of(key: str, trained: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Return what the optimizer at a key of the configuration trains, by name."""
     part = _part_of(key)
-    return [p for name, p in trained.items() if part == SINGLE or name.startswith(f"{part}.")]
+    return {n: p for n, p in trained.items() if part == SINGLE or n.startswith(f"{part}.")}
 
 
 def _part_of(key: str) -> str:
@@ -329,7 +342,9 @@ def make_optimizers(
 
 
 def _check_groups(
-    groups: dict[str, list[nn.Parameter]], trainable: dict[str, nn.Parameter], names: dict[str, str]
+    groups: dict[str, dict[str, nn.Parameter]],
+    trainable: dict[str, nn.Parameter],
+    names: dict[str, str],
 ) -> None:
     """Check that every optimizer has parameters and every trainable parameter an optimizer."""
     modules = sorted({name.partition(".")[0] for name in trainable})
@@ -341,8 +356,8 @@ def _check_groups(
                 f"{key} has no parameters: {names[key]!r} is not a trainable part of the model; "
                 f"allowed: {join_choices(modules)}{did_you_mean(names[key], modules)}"
             )
-    assigned = {id(parameter) for parameters in groups.values() for parameter in parameters}
-    unassigned = [name for name, parameter in trainable.items() if id(parameter) not in assigned]
+    assigned = {name for parameters in groups.values() for name in parameters}
+    unassigned = [name for name in trainable if name not in assigned]
     if unassigned:
         raise UserError(
             f"optimizer: no optimizer for {unassigned[0]!r}; each of these parts of the model "
@@ -356,21 +371,13 @@ def _make_optim_wrapper(
     components: Components,
     strategy: SingleDevice,
     key: str,
-    parameters: list[nn.Parameter],
+    parameters: dict[str, nn.Parameter],
     use_scheduler: bool,
 ) -> OptimWrapper:
     trainer = config.trainer
-    node = optimizer_nodes(config.optimizer)[key]
-    optimizer = instantiator(key, node, parameters, **_fused_option(config, node, components))
-    if not isinstance(optimizer, Optimizer):
-        raise UserError(f"{key} is not a torch.optim.Optimizer")
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise UserError(
-            f"{key}: {type(optimizer).__name__} needs a closure that evaluates the loss again "
-            "in each step, which is not supported"
-        )
+    optimizer = _make_optimizer(config, instantiator, components, key, parameters)
     num_batches = components.loaders["train"].num_batches
+    head = output_layer(components.task.model, parameters)
     return OptimWrapper(
         optimizer,
         _make_lr_schedule(config, instantiator, optimizer, num_batches) if use_scheduler else None,
@@ -383,7 +390,96 @@ def _make_optim_wrapper(
         trainer.gradient_norm,
         trainer.zero_non_finite_gradients,
         strategy,
+        trainer.gradient_clip_agc,
+        list(head.parameters()) if head else [],
     )
+
+
+class OptimizerPart(NamedTuple):
+    """An optimizer that trains some of the groups at a key of the configuration."""
+
+    key: str
+    node: Node
+    groups: list[dict[str, Any]]
+
+
+def _optimizer_parts(
+    config: Config, components: Components, key: str, parameters: dict[str, nn.Parameter]
+) -> list[OptimizerPart]:
+    """Divide parameters into groups, and these by the optimizer that trains them."""
+    node = optimizer_nodes(config.optimizer)[key]
+    options, arguments = optimizer_options(node), group_arguments(node)
+    own = {name: given for name, given in arguments.items() if TARGET in given}
+    shared = {name: given for name, given in arguments.items() if name not in own}
+    batch_size = config.data.batch_size * config.trainer.accumulate_grad_batches
+    factor = batch_size_factor(options, batch_size)
+    groups = make_param_groups(key, components.task.model, parameters, options, shared, factor)
+    parts = [
+        OptimizerPart(
+            key, optimizer_arguments(node), [group for group in groups if group["name"] not in own]
+        ),
+        *(
+            OptimizerPart(
+                f"{key}.groups.{name}", given, [group for group in groups if group["name"] == name]
+            )
+            for name, given in own.items()
+        ),
+    ]
+    return [part for part in parts if part.groups]
+
+
+def _make_optimizer(
+    config: Config,
+    instantiator: Instantiator,
+    components: Components,
+    key: str,
+    parameters: dict[str, nn.Parameter],
+) -> Optimizer:
+    optimizers = []
+    for part in _optimizer_parts(config, components, key, parameters):
+        fused = _fused_option(config, part.node, components)
+        optimizer = instantiator(part.key, part.node, part.groups, **fused)
+        if not isinstance(optimizer, Optimizer):
+            raise UserError(f"{part.key} is not a torch.optim.Optimizer")
+        check_step(instantiator, part, components.task.model)
+        optimizers.append(optimizer)
+    optimizer = optimizers[0] if len(optimizers) == 1 else ChainedOptimizer(optimizers)
+    scale_learning_rates(optimizer.param_groups, optimizer_nodes(config.optimizer)[key].get("lr"))
+    return optimizer
+
+
+def check_step(instantiator: Instantiator, part: OptimizerPart, model: nn.Module) -> None:
+    """Step with small parameters that stand for the real ones: as many dimensions, as sparse.
+
+    Only optimizers of torch are tried; others may refuse parameters as small as these.
+
+    Raises:
+        UserError: The optimizer refuses dense or sparse gradients.
+    """
+    if not part.node[TARGET].startswith("torch.optim."):
+        return
+    embeddings = (m for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)))
+    sparse = {id(embedding.weight) for embedding in embeddings if embedding.sparse}
+    kinds: dict[tuple[int, bool], str] = {}
+    for group in part.groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            kinds.setdefault((parameter.ndim, id(parameter) in sparse), name)
+    for (ndim, is_sparse), name in kinds.items():
+        stand_in = nn.Parameter(torch.zeros((1,) * ndim))
+        stand_in.grad = stand_in.detach().to_sparse(1) if is_sparse else torch.zeros_like(stand_in)
+        try:
+            instantiator(part.key, _without_implementation(part.node), [stand_in]).step()
+        except RuntimeError as error:
+            kind = "sparse" if is_sparse else "dense"
+            raise UserError(
+                f"{part.key}: {part.node[TARGET]} cannot train {name!r}, whose gradients are "
+                f"{kind}: {error}"
+            ) from error
+
+
+def _without_implementation(node: Node) -> Node:
+    """Return the node of an optimizer without what depends on the device."""
+    return {name: value for name, value in node.items() if name not in IMPLEMENTATION_OPTIONS}
 
 
 def _fused_option(config: Config, node: Node, components: Components) -> dict[str, bool]:
@@ -408,6 +504,7 @@ def _make_lr_schedule(
             "scheduler=constant"
         )
     node = fill_auto(scheduler.lr_scheduler, total or 1)
+    node = per_group_rates(node, [group["lr_scale"] for group in optimizer.param_groups])
     lr_scheduler = instantiator("scheduler.lr_scheduler", node, optimizer) if node else None
     return LRSchedule(optimizer, lr_scheduler, per_epoch, _warmup_steps(config, length))
 
@@ -430,12 +527,19 @@ def _run_length(config: Config, num_batches: int | None) -> RunLength:
 
 
 def _warmup_steps(config: Config, length: RunLength) -> int:
-    """Return the number of warm-up steps, which the configuration may give as a share of the run.
+    """Return the number of warm-up steps, given as such, in epochs, or as a share of the run.
 
     Raises:
-        UserError: It is a share, and the length of the run is unknown.
+        UserError: It is in epochs or a share, and the length of an epoch or the run is unknown.
     """
-    warmup = config.scheduler.warmup_steps
+    warmup, epochs = config.scheduler.warmup_steps, config.scheduler.warmup_epochs
+    if epochs is not None:
+        if length.steps_per_epoch is None:
+            raise UserError(
+                f"scheduler.warmup_epochs={epochs}: the number of steps in an epoch is unknown "
+                "for this data; set scheduler.warmup_steps instead"
+            )
+        return round(epochs * length.steps_per_epoch)
     if isinstance(warmup, int):
         return warmup
     if length.steps is None:
@@ -453,10 +557,12 @@ def _warn_about_few_steps(config: Config, num_batches: int | None) -> None:
         return
     warmup = _warmup_steps(config, length)
     if warmup >= length.steps / 2:
+        key = "warmup_steps" if config.scheduler.warmup_epochs is None else "warmup_epochs"
         log.warning(
-            "scheduler.warmup_steps=%s: the learning rate rises during %d of the run's %d "
-            "optimizer steps; set fewer steps, or a share of the run such as 0.1",
-            config.scheduler.warmup_steps,
+            "scheduler.%s=%s: the learning rate rises during %d of the run's %d "
+            "optimizer steps; set fewer, or warmup_steps as a share of the run such as 0.1",
+            key,
+            getattr(config.scheduler, key),
             min(warmup, length.steps),
             length.steps,
         )

@@ -50,6 +50,8 @@ from app.training.checkpoint.rotation import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
 from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
+from app.training.optim.group_table import describe_groups, group_table
+from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.precision import make_deterministic, set_matmul_precision
 from app.training.pruning import Pruning
 from app.training.supervised import SupervisedTask
@@ -120,7 +122,8 @@ def execute(
 def check_samples(job: Job) -> None:
     """Build the components of a job and send two samples of each stage through them.
 
-    Nothing is written: a cache of images is not built, nor are its pixels measured.
+    The optimizers are built, too. Nothing is written: a cache of images is not built, nor are its
+    pixels measured.
 
     Raises:
         UserError: A component cannot be built, or the components do not fit together.
@@ -133,7 +136,11 @@ def check_samples(job: Job) -> None:
         data = replace(data, cache=None, normalize=normalize)
     config = replace(config, mode="train", data=data, trainer=trainer)
     with without_ghostscript():
-        make_components(config, Instantiator(job.trusted), device)
+        instantiator = Instantiator(job.trusted)
+        components = make_components(config, instantiator, device)
+        if "train" in components.loaders:
+            strategy = SingleDevice(components.task.model)
+            make_optimizers(config, instantiator, components, strategy)
 
 
 def make_status(
@@ -204,6 +211,7 @@ def make_trainer(
     if config.mode == "train":
         strategy = make_strategy(config, components)
         optimizers = make_optimizers(config, instantiator, components, strategy)
+        report_groups(optimizers, folder)
         components.task.prepare_training(optimizers, strategy)
         averaging = make_averaging(config, instantiator, components.task.model)
     return Trainer(
@@ -223,6 +231,14 @@ def make_trainer(
         Pruning(config.sweep.trial, config.goal),
         nonfinite_stats,
     )
+
+
+def report_groups(optimizers: OptimWrapperDict, folder: Path) -> None:
+    """Log the parameter groups if there are several, and write `parameter_groups.csv`."""
+    table = group_table(optimizers)
+    if rank() == 0 and table["number"].nunique() > 1:
+        log.info("parameter groups:\n%s", describe_groups(table))
+        write_csv(folder / "parameter_groups.csv", table)
 
 
 def train(trainer: Trainer, components: Components) -> float | None:

@@ -68,7 +68,7 @@ def find_learning_rate(task: Task, train: BatchLoader, find: TunerConfig, folder
     for step, (rate, batch) in enumerate(zip(rates, cycle_batches(train), strict=False), start=1):
         for wrapper in task.optimizers.wrappers.values():
             for group in wrapper.optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("lr_scale", 1.0)
         task.on_step_start(1, step)
         with task.precision.autocast():
             loss = check_step_output(task, "train", task.train_step(batch)).values["loss"]

@@ -58,6 +58,15 @@ SHORT = (
     "scheduler.warmup_steps=200",  # small steps, so that rounding does not grow
     "trainer.precision=fp32",
 )
+GROUPS = [  # of two optimizers
+    "model=mlp",
+    "model.hidden=[16,16]",
+    "optimizer=muon",
+    "+optimizer.groups.first={parameters: layers.1, lr_scale: 0.5}",
+    "optimizer.layer_decay=0.8",
+    "optimizer.decay_norm_and_bias=false",
+    "trainer.gradient_clip_agc=0.01",
+]
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -139,10 +148,20 @@ def assert_same(one: Fit, several: Fit, **tolerance: float) -> None:
             "trainer.accumulate_grad_batches=3",
             "loss.cross_entropy.function.weight=[0.1,1,2,1,5,1,1,3,1,9]",
         ],
+        GROUPS,
         ["model=lenet", "+freeze.first={parameters: features, until_epoch: 2}"],
         ["model=lenet", "+freeze.first={parameters: features, from_epoch: 2}"],
     ],
-    ids=["plain", "adamw-ema", "accumulate-clip", "uneven", "class-weights", "unfreeze", "freeze"],
+    ids=[
+        "plain",
+        "adamw-ema",
+        "accumulate-clip",
+        "uneven",
+        "class-weights",
+        "groups",
+        "unfreeze",
+        "freeze",
+    ],
 )
 def test_fit_ddp_matches_one_rank(overrides: list[str]) -> None:
     one = fit(*SHORT, *overrides)
@@ -198,6 +217,13 @@ def test_fit_fsdp_matches_one_rank() -> None:
         assert_same(
             one, run_on_ranks(size, fit, *overrides, "trainer.strategy=fsdp")[0], **ROUNDING
         )
+
+
+def test_fit_fsdp_with_groups_of_two_optimizers_matches_one_rank() -> None:
+    one = fit(*SHORT, *GROUPS)
+    for size in (2, 3):
+        several = run_on_ranks(size, fit, *SHORT, *GROUPS, "trainer.strategy=fsdp")[0]
+        assert_same(one, several, **ROUNDING)
 
 
 def fit_error(*overrides: str) -> str:

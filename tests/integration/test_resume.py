@@ -27,6 +27,13 @@ SCHEDULES = {
         "scheduler.lr_scheduler.patience=0",
         "optimizer.lr=1e-5",
     ),
+    "groups": (
+        "optimizer=muon",
+        "model.hidden=[6,6]",
+        "+optimizer.groups.first={parameters: layers.1, lr_scale: 0.5}",
+        "optimizer.decay_norm_and_bias=false",
+        "scheduler=wsd",
+    ),
 }
 
 

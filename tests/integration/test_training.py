@@ -72,7 +72,7 @@ def test_chained_schedule_sets_the_learning_rates(tmp_path: Path, scheduler: str
     lrs = [epoch_details(tmp_path, epoch)["lr"].iloc[0] for epoch in range(1, 6)]
     expected = {
         "chain": [1e-3, 1e-3, 1e-3, 0.8e-3, 0.64e-3],
-        "swa": [1e-3, 0.875e-3, 0.625e-3, 0.625e-3, 0.5e-3],
+        "swa": [1e-3, 0.875e-3, 0.625e-3, 0.5e-3, 0.5e-3],
     }
     assert lrs == pytest.approx(expected[scheduler])
 

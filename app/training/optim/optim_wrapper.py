@@ -19,8 +19,10 @@ from app.distributed.strategies import (
     total_norm,
 )
 from app.runtime.errors import UserError
+from app.training.optim.adaptive_clipping import clip_gradients_adaptively
 from app.training.optim.finite_check import FiniteCheck, NonFiniteAction, is_fused
 from app.training.optim.lr_schedule import LRSchedule
+from app.training.optim.parameter_groups import check_same_groups
 from app.training.step_values import Average
 
 SINGLE = ""  # name of the wrapper in a dict that has only one
@@ -48,6 +50,9 @@ class OptimWrapper:
         tracks_grad_norm: Whether `grad_norm` is computed, before clipping.
         zero_non_finite: Whether NaN and infinite gradient elements are set to 0, before clipping.
         strategy: How gradients are reduced over ranks; None for a single device.
+        clip_agc: Maximum ratio of the norms of gradient and weights, for each unit; None does not
+            clip. See `clip_gradients_adaptively`.
+        agc_excluded: Parameters whose gradients that does not clip.
 
     Attributes:
         finite_check: Checks the loss and the gradients before each step.
@@ -69,6 +74,8 @@ class OptimWrapper:
         tracks_grad_norm: bool = False,
         zero_non_finite: bool = False,
         strategy: SingleDevice | None = None,
+        clip_agc: float | None = None,
+        agc_excluded: Iterable[Tensor] = (),
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule or LRSchedule(optimizer)
         self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
@@ -76,6 +83,7 @@ class OptimWrapper:
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.owns_all_parameters, self.tracks_grad_norm = owns_all_parameters, tracks_grad_norm
         self.zero_non_finite = zero_non_finite
+        self.clip_agc, self.agc_excluded = clip_agc, {*agc_excluded}
         self.strategy = strategy or SingleDevice(torch.nn.Module())
         # Batches of unequal size must count by their samples once gradients are summed.
         self.weights_by_samples = accumulate > 1 or self.strategy.is_distributed
@@ -87,9 +95,15 @@ class OptimWrapper:
         self.total_weight: Tensor | None = None  # on this rank, if it is not that of the samples
 
     @property
-    def lr(self) -> float:
-        """Learning rate of the next step."""
-        return self.schedule.lr
+    def lrs(self) -> dict[str, float]:
+        """Learning rates of the next step by name of the parameter group; the default one has none.
+
+        Of a group with several layers it is the rate of the last one.
+        """
+        rates: dict[str, float] = {}
+        for group in self.optimizer.param_groups:
+            rates.setdefault(group.get("name", ""), float(group["lr"]))
+        return rates
 
     def step(self, loss: Tensor, num_samples: int, weight: Tensor | None = None) -> None:
         """Backpropagate a loss, and step the optimizer once enough batches are accumulated.
@@ -212,8 +226,8 @@ class OptimWrapper:
 
     def _finish_gradients(self, total: float) -> None:
         """Turn accumulated and scaled gradients into those of the mean over all samples."""
-        uses_values = (self.clip_value, self.clip_norm, self.tracks_grad_norm, self.zero_non_finite)
-        if self.scaler.is_enabled() and any(uses_values):
+        clips = self.clip_value or self.clip_norm or self.clip_agc
+        if self.scaler.is_enabled() and (clips or self.tracks_grad_norm or self.zero_non_finite):
             self.scaler.unscale_(self.optimizer)
         if self.weights_by_samples:
             self._normalize_gradients(total)
@@ -222,9 +236,13 @@ class OptimWrapper:
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
 
     def _clip_gradients(self, norm: Tensor | None) -> None:
-        """Clip by value and by norm; `norm` is the total norm of the gradients, if known."""
+        """Clip by value, by unit and by norm; `norm` is that of all gradients, if known."""
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
+            norm = None
+        if self.clip_agc is not None:
+            clipped = (p for p in self._parameters() if p not in self.agc_excluded)
+            clip_gradients_adaptively(clipped, self.clip_agc)
             norm = None
         if self.clip_norm is not None:
             norm = total_norm(list(self._gradients())) if norm is None else norm
@@ -296,7 +314,11 @@ class OptimWrapper:
             state: State of optimizer, schedule and scaler.
             reset_schedule: Whether to keep the current learning rates, schedule and optimizer
                 settings, and fast-forward the schedule to the saved number of steps.
+
+        Raises:
+            UserError: The saved state has a parameter in another group.
         """
+        check_same_groups(state["optimizer"]["param_groups"], self.optimizer.param_groups)
         full_state, parameters = state["optimizer"], list(self._parameters())
         shards = {
             number: {n: shard_like(value, parameters[number]) for n, value in values.items()}
@@ -390,8 +412,15 @@ class OptimWrapperDict:
         return first.batches + 1 >= first.accumulate
 
     def lrs(self) -> dict[str, float]:
-        """Return the learning rates of the next step as columns: `lr`, or `lr_<name>` for each."""
-        return {column_name("lr", name): wrapper.lr for name, wrapper in self.wrappers.items()}
+        """Return the learning rates of the next step as columns.
+
+        They are `lr`, `lr_<group>`, `lr_<optimizer>` and `lr_<optimizer>_<group>`.
+        """
+        return {
+            column_name(column_name("lr", name), group): lr
+            for name, wrapper in self.wrappers.items()
+            for group, lr in wrapper.lrs.items()
+        }
 
     def grad_norms(self, count: int) -> dict[str, Average]:
         """Return the tracked gradient norms as columns, empty for batches without a step.
@@ -440,5 +469,5 @@ def _grad_norm(wrapper: OptimWrapper, count: int) -> Average:
 
 
 def column_name(prefix: str, name: str) -> str:
-    """Return `lr`, or `lr_generator` if there are several wrappers."""
+    """Return `lr`, or `lr_generator` if there is a name."""
     return f"{prefix}_{name}" if name else prefix

@@ -24,6 +24,23 @@ def test_validate_default_configuration_has_no_issues() -> None:
         (["model._target_=app.models.no_such.Thing"], "cannot be imported"),
         (["~model.num_classes"], "model.num_classes is missing"),
         (["optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (["optimizer=lbfgs"], "optimizer: LBFGS needs a closure that evaluates the loss again"),
+        (["optimizer.layer_decay=2"], "optimizer.layer_decay=2 is not valid; allowed: a number"),
+        (
+            ["+optimizer.groups.a={lr: 0.1}"],
+            "optimizer.groups.a selects nothing; it needs one of: hidden, module_type, ndim",
+        ),
+        (
+            ["+optimizer.groups.a={ndim: 1, decay: 0}"],
+            "optimizer.groups.a.decay=0 is not an argument of torch.optim.AdamW; it takes: ",
+        ),
+        (["+optimizer.groups.a={ndim: 1, lr: -1}"], "optimizer.groups.a: torch.optim.AdamW could"),
+        (
+            ["+optimizer.groups.a={ndim: 1, _target_: torch.optim.Moun}"],
+            "optimizer.groups.a._target_='torch.optim.Moun' does not exist; did you mean",
+        ),
+        (["+optimizer.groups.a={ndim: one}"], "optimizer.groups.a.ndim='one' is not valid"),
+        (["+optimizer.groups={a/b: {ndim: 1}}"], "optimizer.groups.a/b names a column; allowed:"),
         (["scheduler=step", "scheduler.lr_scheduler.step_size=often"], "allowed: an integer"),
         (["metric.valid.accuracy.top_k=99"], "got 99 and 10"),
         (["goal.mode=most"], "goal.mode='most' is not valid; allowed: max, min"),

@@ -30,11 +30,14 @@ def test_find_learning_rate_tries_increasing_rates_until_the_loss_diverges(
 ) -> None:
     trainer = make_trainer(tmp_path, make_mlp())
     find = TunerConfig(1e-4, 1e3, 40, 64, 2)
+    (group,) = trainer.optimizers.single.optimizer.param_groups
+    group["lr_scale"] = 0.5  # as a parameter group may have
     found = find_learning_rate(trainer.task, make_loader(DATA, 16), find, tmp_path)
     table = pd.read_csv(tmp_path / "find_lr.csv")
     assert 1e-4 < found < 100
     assert table["lr"].iloc[:3].tolist() == pytest.approx(list(np.geomspace(1e-4, 1e3, 40)[:3]))
     assert len(table) <= 40
+    assert group["lr"] == pytest.approx(0.5 * table["lr"].iloc[-1])
     assert (tmp_path / "find_lr.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -61,9 +61,10 @@ def test_scheduler_length_auto_is_the_length_of_the_run(tmp_path: Path) -> None:
         (("trainer.max_epochs=4", "trainer.accumulate_grad_batches=2"), 3),
         (("trainer.max_epochs=4", "trainer.max_steps=8"), 2),
         (("trainer.max_epochs=null", "trainer.max_steps=12"), 3),
+        (("trainer.max_epochs=4", "scheduler.warmup_epochs=1.4"), 7),
     ],
 )
-def test_warmup_share_is_of_all_optimizer_steps(
+def test_warmup_share_is_of_all_optimizer_steps_and_epochs_are_of_their_own(
     overrides: tuple[str, ...], warmup_steps: int, tmp_path: Path
 ) -> None:
     warmup = ("scheduler=multistep", "scheduler.warmup_steps=0.25")
