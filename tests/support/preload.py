@@ -1,6 +1,6 @@
-"""Imported by the fork server of the tests, so that no command has to prepare what all of them need.
+"""Imported by the fork server of the tests, to prepare once what every command needs.
 
-Every process that it forks finds in memory: the digits of MNIST, the caches of Hydra's parsers, the
+The processes that it forks find in memory: the digits of MNIST, the caches of Hydra's parsers, the
 components that a configuration may name, and the fonts of the plots.
 """
 
