@@ -229,23 +229,23 @@ def test_sweep_edited_config_file_changes_no_later_job(tmp_path: Path) -> None:
 def test_resume_with_changed_config_is_refused_unless_forced(
     tmp_path: Path, sweep: RunSweep, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sweep("seed=0", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
-    longer = ("seed=0,1", "sweep.resume=first", "trainer.gradient_clip_norm=1.0")
+    assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
+    longer = ("seed=0,1,2", "sweep.resume=first", "trainer.gradient_clip_norm=1.0")
     assert sweep(*longer, "trainer.max_epochs=1") == 2
     err = capsys.readouterr().err
     assert (
         "trainer.gradient_clip_norm: None -> 1.0: changed since the sweep was started; sweep.force="
         in err
     )
-    assert len(sweeps.job_folders(tmp_path / "first")) == 1
+    assert len(sweeps.job_folders(tmp_path / "first")) == 2
     assert sweep(*longer, "trainer.max_epochs=1", "sweep.force=true") == 0
     folder = tmp_path / "first"
-    assert sweeps.job_statuses(folder) == ["completed"] * 2
+    assert sweeps.job_statuses(folder) == ["completed"] * 3
     configs = [
         yaml.safe_load((job / "config.yaml").read_text()) for job in sweeps.job_folders(folder)
     ]
     clips = [config["trainer"]["gradient_clip_norm"] for config in configs]
-    assert clips == [None, 1.0]
+    assert clips == [None, None, 1.0]
 
 
 def test_resume_alone_continues_with_copied_files_from_another_folder(
@@ -280,13 +280,12 @@ def test_resume_alone_continues_with_copied_files_from_another_folder(
 
 
 def test_resume_with_more_values_adds_jobs(tmp_path: Path, sweep: RunSweep) -> None:
+    assert sweep("seed=0,1", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
+    before = [(job / "status.json").read_bytes() for job in sweeps.job_folders(tmp_path / "first")]
+    assert sweep("seed=2,0,1", "sweep.resume=first", "trainer.max_epochs=1") == 0
     folder = tmp_path / "first"
-    assert sweep("seed=0", "hydra.sweep.dir=first", "trainer.max_epochs=1") == 0
-    status = sweeps.job_folders(folder)[0] / "status.json"
-    before = status.read_bytes()
-    assert sweep("seed=1,0", "sweep.resume=first", "trainer.max_epochs=1") == 0
-    assert sweeps.read_sweep_table(folder)["seed"].tolist() == [0, 1]
-    assert status.read_bytes() == before
+    assert sweeps.read_sweep_table(folder)["seed"].tolist() == [0, 1, 2]
+    assert [(job / "status.json").read_bytes() for job in sweeps.job_folders(folder)][:2] == before
 
 
 def test_sweep_in_yaml_with_zip_group_pairs_values(tmp_path: Path, sweep: RunSweep) -> None:

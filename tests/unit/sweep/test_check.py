@@ -37,21 +37,21 @@ POOL = "hydra/launcher=pool"
         ),
         (["model=mlp,alexnt"], ["did you mean 'alexnet'?"]),
         (
-            [SEEDS, "hydra/launcher=poool"],
+            ["seed=0", "hydra/launcher=poool"],
             ["launcher='poool' does not exist; allowed: basic,", "did you mean 'pool'?"],
         ),
-        ([SEEDS, "hydra/sweeper=gird"], ["did you mean 'grid'?"]),
-        ([SEEDS, "resume=auto"], ["is for a single run; use sweep.resume for a sweep"]),
-        ([SEEDS, POOL, "launch=inline"], ["launch='inline': the pool starts"]),
+        (["seed=0", "hydra/sweeper=gird"], ["did you mean 'grid'?"]),
+        (["seed=0", "resume=auto"], ["is for a single run; use sweep.resume for a sweep"]),
+        (["seed=0", POOL, "launch=inline"], ["launch='inline': the pool starts"]),
         (
-            [SEEDS, POOL, "hydra.launcher.slots=0"],
+            ["seed=0", POOL, "hydra.launcher.slots=0"],
             ["hydra.launcher.slots=0; allowed: a number >= 1"],
         ),
         (
-            [SEEDS, POOL, "hydra.launcher.gpus=[99]"],
+            ["seed=0", POOL, "hydra.launcher.gpus=[99]"],
             ["hydra.launcher.gpus=[99]: there is no GPU 99"],
         ),
-        ([SEEDS, POOL, "trainer.devices=[0,1]"], ["the pool assigns devices"]),
+        (["seed=0", POOL, "trainer.devices=[0,1]"], ["the pool assigns devices"]),
     ],
 )
 def test_check_sweep_invalid_grid_reports_errors(overrides: list[str], messages: list[str]) -> None:
