@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
@@ -12,6 +15,8 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
+from omegaconf import Container, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from app.config.allowlist import TRUSTED_TARGETS_VARIABLE, is_trusted, trusted_from_environment
@@ -19,6 +24,7 @@ from app.config.limits import MAX_FILE_BYTES, yaml_problem
 from app.runtime.errors import ConfigError, ConfigIssue
 from app.runtime.small_files import read_small_file
 
+HEADER_LENGTH = 512  # characters in which Hydra looks for `# @package`
 TRUSTED_PACKAGES = ("hydra.conf", "hydra_plugins")
 
 
@@ -51,19 +57,40 @@ class FileConfigSource(file_config_source.FileConfigSource):
         """Load a file as Hydra does, unless it is not YAML, too large or too deeply nested."""
         path = Path(self.path) / self._normalize_file_name(config_path)
         try:
-            problem = _problem(path)
-            found = None if problem else super().load_config(config_path)
+            target = path.resolve()  # links may lead anywhere
+            text = read_small_file(target.parent, target.name, MAX_FILE_BYTES)
+            if text is None:
+                return super().load_config(config_path)  # raises Hydra's own error
+            config = copy.deepcopy(_parse(text))
         except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
             problem = " ".join(str(error).split())
-        if problem or found is None:
-            raise RefusedSourceError([ConfigIssue(str(path), f" cannot be read: {problem}")])
-        return found
+            issue = ConfigIssue(str(path), f" cannot be read: {problem}")
+            raise RefusedSourceError([issue]) from error
+        header = self._get_header_dict(text[:HEADER_LENGTH])
+        return ConfigResult(self.provider, self.full_path(), config, header)
 
 
-def _problem(path: Path) -> str | None:
-    target = path.resolve()  # links may lead anywhere
-    text = read_small_file(target.parent, target.name, MAX_FILE_BYTES)
-    return None if text is None else yaml_problem(text)
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Container:
+    """Return the configuration in a YAML file; jobs of a sweep read the same files again.
+
+    Raises:
+        ValueError: It is too large, too deeply nested, or neither a group nor a list.
+        yaml.YAMLError: It is not valid YAML.
+    """
+    if problem := yaml_problem(text):
+        raise ValueError(problem)
+    content = yaml.load(text, Loader=_yaml_loader())
+    if content is not None and not isinstance(content, (dict, list, str)):
+        raise ValueError(f"it contains a {type(content).__name__}")
+    return OmegaConf.create({} if content is None else content)
+
+
+@cache
+def _yaml_loader() -> Any:
+    """Return OmegaConf's loader of YAML, with libyaml's parser where it is installed."""
+    loader = get_yaml_loader()
+    return type("Loader", (yaml.CSafeLoader, loader), {}) if yaml.__with_libyaml__ else loader
 
 
 class ImportlibResourcesConfigSource(  # Hydra compares the names of sources of one scheme

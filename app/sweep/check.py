@@ -106,7 +106,8 @@ def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[Confi
     space, goal = composer.space, first.goal
     options = {name: value for name, value in sweeper.items() if name not in PLUGIN_KEYS}
     yield from iter_issues("hydra.sweeper", options, SearchOptions)
-    yield from iter_distribution_issues(space.swept)
+    distribution_issues = list(iter_distribution_issues(space.swept))
+    yield from distribution_issues or _iter_interval_issues(composer, sweeper)
     if not space.swept:
         yield ConfigIssue(
             "hydra/sweeper", "=optuna has nothing to search: no key has several values"
@@ -121,7 +122,7 @@ def _iter_search_issues(composer: Composer, first: DictConfig) -> Iterator[Confi
         problem = "='auto': this launcher does not report how many jobs it runs; set a number"
         yield ConfigIssue("hydra.sweeper.n_jobs", problem)
     yield from _iter_storage_issues(sweeper["storage"], composer.overrides)
-    yield from _iter_study_issues(composer, sweeper)
+    yield from _iter_study_issues(sweeper)
 
 
 def _iter_storage_issues(storage: object, overrides: Sequence[str]) -> Iterator[ConfigIssue]:
@@ -136,19 +137,24 @@ def _iter_storage_issues(storage: object, overrides: Sequence[str]) -> Iterator[
         yield ConfigIssue(STORAGE_KEY, problem)
 
 
-def _iter_study_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
-    from app.sweep.optuna_search import parse_search_space
-
+def _iter_study_issues(sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
     if sweeper["objectives"] and sweeper["pruner"]["_target_"] != NO_PRUNER:
         problem = ": Optuna cannot prune trials with several objectives; allowed: none"
         yield ConfigIssue("hydra/sweeper/pruner", problem)
-    if sweeper["sampler"]["_target_"] == EXHAUSTIVE_SAMPLER:
-        for key, distribution in parse_search_space(composer.space.swept).distributions.items():
-            if getattr(distribution, "step", 1) is None:
-                problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
-                yield ConfigIssue(key, problem)
     for key in ("sampler", "pruner"):
         yield from iter_node_issues(f"hydra.sweeper.{key}", sweeper[key], ())
+
+
+def _iter_interval_issues(composer: Composer, sweeper: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Yield the keys that a sampler of all combinations cannot search."""
+    from app.sweep.optuna_search import parse_search_space
+
+    if sweeper["sampler"]["_target_"] != EXHAUSTIVE_SAMPLER:
+        return
+    for key, distribution in parse_search_space(composer.space.swept).distributions.items():
+        if getattr(distribution, "step", 1) is None:
+            problem = " is an interval; hydra/sweeper/sampler=grid needs lists of values"
+            yield ConfigIssue(key, problem)
 
 
 def _iter_subdir_issues(first: DictConfig) -> Iterator[ConfigIssue]:

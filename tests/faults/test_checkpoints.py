@@ -57,8 +57,13 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-@pytest.mark.parametrize("index", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("index", "damage"),
+    [
+        *((0, damage) for damage in DAMAGE),
+        *((1, make_empty), (1, replace_by_weights), (2, truncate), (2, flip_bit)),
+    ],
+)
 def test_resume_skips_damaged_checkpoint(
     runs: tuple[Path, Path], tmp_path: Path, damage: Callable[[Path], None], index: int
 ) -> None:

@@ -70,7 +70,7 @@ def test_trusted_targets_in_config_file_is_refused(
         "    def __init__(self, num_classes):\n"
         "        super().__init__(nn.Flatten(), nn.Linear(784, num_classes))\n"
     )
-    fast = ("model=own_file", "debug=fast")
+    fast = ("model=own_file", "debug=fast", "~callbacks.plots")
     assert "add trusted_targets=[my_model]" in app(*fast).err
     assert app(*fast, "trusted_targets=[my_model]").code == 0
     assert app(*fast, APP_TRUSTED_TARGETS="my_model").code == 0

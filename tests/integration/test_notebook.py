@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +10,7 @@ import pytest
 import app
 from app.runtime.errors import ConfigError, UserError
 from tests.support.runs import RunResult
+from tests.support.warm import WarmCommand
 
 
 def test_compose_trains_and_evaluates_like_the_command_line(
@@ -58,23 +57,23 @@ def test_compose_prints_the_log_unless_logging_is_set_up(tmp_path: Path) -> None
     script = (
         "import sys, app\n"
         "if sys.argv[2:]: import logging; logging.basicConfig(level=logging.ERROR)\n"
-        "with app.compose(['model=mlp', 'debug=fast'], sys.argv[1]) as experiment:\n"
+        "options = ['model=mlp', 'debug=fast', '~callbacks.plots']\n"
+        "with app.compose(options, sys.argv[1]) as experiment:\n"
         "    experiment.fit()\n"
     )
+    (tmp_path / "script.py").write_text(script)
     for arguments, is_shown in [("1",), True], [("2", "logging"), False]:
-        folder, *rest = arguments
-        command = [sys.executable, "-c", script, str(tmp_path / folder), *rest]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
-        assert ("best accuracy" in done.stdout) is is_shown
+        command = WarmCommand(tmp_path, arguments, {}, module="script")
+        out, _ = command.communicate()
+        assert command.returncode == 0, out
+        assert ("best accuracy" in out) is is_shown
 
 
 def test_example_from_python_runs(tmp_path: Path) -> None:
-    script = Path(__file__).parents[2] / "examples" / "from_python.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stderr
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "examples")}
+    command = WarmCommand(tmp_path, [str(tmp_path)], environment, module="from_python")
+    out, _ = command.communicate()
+    assert command.returncode == 0, out
     assert (tmp_path / "mnist" / "model.pt").is_file()
     spirals = pd.read_csv(tmp_path / "spirals" / "test_summary_table.csv")
     assert spirals["accuracy"][0] > 0.9

@@ -115,7 +115,7 @@ def test_predict_with_invalid_settings_raises(trained_run: RunResult, tmp_path: 
 
 
 def test_predict_ignores_the_batch_limits_of_the_training_run(tmp_path: Path) -> None:
-    execute(job_for("model=mlp", "debug=fast"), tmp_path / "run")
+    execute(job_for("model=mlp", "debug=fast", "~callbacks.plots"), tmp_path / "run")
     execute(job_for("mode=predict", f"ckpt={tmp_path / 'run'}"), tmp_path / "all")
     assert len(pd.read_csv(tmp_path / "all" / "predictions.csv")) == 10_000
 

@@ -40,7 +40,7 @@ def test_readme_example_of_own_component_trains(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     assert command
-    result = app(*arguments_of(command), "debug=fast")
+    result = app(*arguments_of(command), "debug=fast", "~callbacks.plots")
     assert result.code == 0, result.err
     if title == "A metric":
         assert "kappa" in result.csv("epoch_details/epoch001_valid.csv")
@@ -52,7 +52,7 @@ def test_readme_python_example_runs(tmp_cwd: Path, capsys: pytest.CaptureFixture
     (block,) = re.findall(
         r"^## From Python\n+```python\n(.*?)```", README, re.DOTALL | re.MULTILINE
     )
-    exec(block.replace('"trainer.max_epochs=1"', '"debug=fast"'))
+    exec(block.replace('"trainer.max_epochs=1"', '"debug=fast", "~callbacks.plots"'))
     assert "probability_9" in capsys.readouterr().out.replace("...", "probability_9")
     assert len(list((tmp_cwd / "outputs").glob("*/*/model.pt"))) == 1
 

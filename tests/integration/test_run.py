@@ -345,7 +345,9 @@ def test_runs_with_same_seed_are_equal_and_with_other_seed_differ(
 
 
 def test_fast_dev_run_trains_one_epoch_of_one_batch(app: Callable[..., RunResult]) -> None:
-    result = app("model=alexnet", "trainer.fast_dev_run=true", "data.batch_size=8")
+    result = app(
+        "model=alexnet", "trainer.fast_dev_run=true", "data.batch_size=8", "~callbacks.plots"
+    )
     assert result.code == 0, result.err
     table = result.csv("summary_table.csv")
     assert table["total_samples"].tolist() == [8, 8, 8]
@@ -367,6 +369,7 @@ def test_csv_classification_learns_end_to_end(
         "data.batch_size=32",
         "scheduler.warmup_steps=0",
         "optimizer.lr=0.01",
+        "~callbacks.plots",
     )
     assert result.code == 0, result.err
     assert result.csv("summary_table.csv").iloc[-1]["accuracy"] > 0.9
@@ -393,6 +396,7 @@ def test_csv_regression_learns_and_has_no_total_correct(
         "scheduler.warmup_steps=0",
         "trainer.max_epochs=30",
         "data.batch_size=30",
+        "~callbacks.plots",
     )
     assert result.code == 0, result.err
     table = result.csv("summary_table.csv")
@@ -417,6 +421,7 @@ def test_image_folder_trains_and_tests_again_end_to_end(
         "data.batch_size=16",
         "model=lenet",
         "trainer.max_epochs=2",
+        "~callbacks.plots",
     )
     assert result.code == 0, result.err + result.out
     table = result.csv("summary_table.csv")
@@ -430,7 +435,7 @@ def test_image_folder_trains_and_tests_again_end_to_end(
 
 
 def test_multirun_runs_every_combination(app: Callable[..., RunResult]) -> None:
-    result = app("-m", "model=mlp,lenet", "optimizer.lr=0.1,0.01", "debug=fast")
+    result = app("-m", "model=mlp,lenet", "optimizer.lr=0.1,0.01", "debug=fast", "~callbacks.plots")
     assert result.code == 0, result.err
     folders = sorted((result.cwd / "outputs" / "sweeps").glob("*/*/*/status.json"))
     assert len(folders) == 4
@@ -458,6 +463,9 @@ def test_metric_from_user_file_is_measured(tmp_path: Path, app: Callable[..., Ru
         "        return self.n\n"
     )
     metric = "+metric.valid.samples={_target_: mine.Samples}"
-    result = app("model=mlp", "debug=fast", metric, "trusted_targets=[mine]", "goal.metric=samples")
+    result = app(
+        *("model=mlp", "debug=fast", "~callbacks.plots", metric),
+        *("trusted_targets=[mine]", "goal.metric=samples"),
+    )
     assert result.code == 0, result.err
     assert result.csv("valid_summary_table.csv")["samples"][0] == 256

@@ -68,6 +68,7 @@ def test_pool_runs_jobs_in_parallel_processes(
         *sweeps.SWEEP_TASK,
         "+task.wait_for_processes=2",
         "seed=0,1,2",
+        "trainer.max_epochs=1",
     )
     assert sweep(*overrides, callback) == 0
     assert capsys.readouterr().out.count("Succeeded with return value: 0.") == 3

@@ -18,8 +18,8 @@ def own_task(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_own_task_with_options_is_used(own_task: Path) -> None:
-    goal = ("goal.metric=loss", "goal.mode=min", "~callbacks.plots")
-    plain = execute(job_for("model=mlp", "debug=fast", *goal), own_task / "a")
+    goal = ("goal.metric=loss", "goal.mode=min")
+    plain = execute(job_for("model=mlp", "debug=fast", "~callbacks.plots", *goal), own_task / "a")
     job = job_for(*OWN_TASK_ARGUMENTS, "task=own", *goal)
     assert plain is not None
     assert execute(job, own_task / "b") == pytest.approx(2 * plain, rel=1e-6)
@@ -45,6 +45,7 @@ def test_metric_that_does_not_fit_fails_before_the_first_epoch(tmp_path: Path) -
 def test_task_patches_evaluates_large_inputs_by_windows(tmp_path: Path) -> None:
     overrides = (
         "debug=fast",
+        "~callbacks.plots",
         "experiment=shapes_patches",
         "data.image_size=32",
         "data.batch_size=4",

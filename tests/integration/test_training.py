@@ -21,7 +21,7 @@ def epoch_details(folder: Path, epoch: int, stage: str = "train") -> pd.DataFram
 
 def test_scheduled_weight_is_a_column_and_is_restored_for_testing(tmp_path: Path) -> None:
     overrides = (
-        "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min",
+        "model=mlp", "debug=limit", "goal.metric=loss", "goal.mode=min", "~callbacks.plots",
         "loss.cross_entropy.weight={_target_: app.losses.weights.ScheduledWeight, per: epoch, "
         "function: {_target_: app.losses.weights.LinearSchedule, start: 1.0, end: 3.0, last: 2}}",
     )  # fmt: skip
@@ -66,9 +66,9 @@ def test_optimizer_that_does_not_fit_the_model_is_rejected(
 
 @pytest.mark.parametrize("scheduler", ["chain", "swa"])
 def test_chained_schedule_sets_the_learning_rates(tmp_path: Path, scheduler: str) -> None:
-    overrides = ("model=mlp", "debug=limit", "trainer.max_epochs=5", f"scheduler={scheduler}")
+    overrides = ("model=mlp", "debug=limit", "trainer.max_epochs=5", "~callbacks.plots")
     average = ("average=swa",) if scheduler == "swa" else ()
-    execute(job_for(*overrides, *average), tmp_path)
+    execute(job_for(*overrides, f"scheduler={scheduler}", *average), tmp_path)
     lrs = [epoch_details(tmp_path, epoch)["lr"].iloc[0] for epoch in range(1, 6)]
     expected = {
         "chain": [1e-3, 1e-3, 1e-3, 0.8e-3, 0.64e-3],
@@ -84,6 +84,7 @@ def test_monitors_save_their_own_best_checkpoints(tmp_path: Path) -> None:
         "trainer.max_epochs=3",
         "optimizer.lr=0.01",
         "scheduler=constant",
+        "~callbacks.plots",
     )
     monitors = (
         "+checkpoint.monitors.low={metric: loss, mode: min}",
@@ -134,6 +135,7 @@ def test_schedule_length_auto_is_the_smaller_of_max_epochs_and_max_steps(
     tmp_path: Path, bounds: tuple[str, ...], steps: int
 ) -> None:
     few = ("model=mlp", "trainer.limit_train_batches=5", "trainer.limit_valid_batches=1")
+    few = (*few, "~callbacks.plots")
     overrides = ("scheduler=cosine", "scheduler.warmup_steps=0", "trainer.limit_test_batches=1")
     execute(job_for(*few, *overrides, *bounds), tmp_path)
     files = sorted((tmp_path / "epoch_details").glob("*_train.csv"))

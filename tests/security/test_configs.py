@@ -49,7 +49,8 @@ def refusal(
     return "\n".join(issues)
 
 
-CODE_EXECUTION_TARGETS = (
+TARGETS = (
+    "trap.Part",
     "os.system",
     "builtins.eval",
     "torch.load",
@@ -87,10 +88,10 @@ TARGET_PLACES = [  # configuration with a target NAME, and the key that is repor
 def test_target_that_executes_code_is_refused_with_its_key(
     untrusted_dir: Path, number: int, text: str, key: str
 ) -> None:
-    for name in ("trap.Part", CODE_EXECUTION_TARGETS[number % len(CODE_EXECUTION_TARGETS)]):
-        message = refusal(untrusted_dir, text.replace("NAME", name), "hydra/launcher=pool")
-        assert key in message
-        assert name in message
+    name = TARGETS[number % len(TARGETS)]
+    message = refusal(untrusted_dir, text.replace("NAME", name), "hydra/launcher=pool")
+    assert key in message
+    assert name in message
 
 
 MISPLACED = "{_target_: app.data.cached.cached, file: written.npz, dataset: {_target_: NAME}}"
@@ -125,15 +126,6 @@ SETTINGS = {  # of Hydra's, by what is said of them
     "attributes of handlers": [
         "hydra: {job_logging: {handlers: {file: {'.': {baseFilename: a}}}}}"
     ],
-    "is not a .log file in the run folder": [
-        f"notes: ../x\nhydra: {{run: {{dir: a}}, {node}: {{filters: {{x: {{filename: {name}}}}}}}}}"
-        for node in ("job_logging", "hydra_logging")
-        for name in (
-            *("/tmp/a.log", "a.log", "a/.bashrc", "'${notes}'", "'${hydra.run.dir}/../a.log'"),
-            *("'${hydra.runtime.output_dir}/${notes}.log'", "'${hydra.sweep.dir}/a/b.log'"),
-            *("'${hydra.runtime.output_dir}/../a.log'", "'${hydra.runtime.output_dir}x.log'"),
-        )
-    ],
     "can only be set on the command line": [
         *("hydra: {output_subdir: ../../.ssh}", "hydra: {output_subdir: '${notes}'}"),
         *("hydra: {job: {name: ../a}}", "hydra: {sweep: {subdir: '${hydra.job.num}/${notes}'}}"),
@@ -152,6 +144,24 @@ SETTINGS = {  # of Hydra's, by what is said of them
 def test_hydra_setting_in_config_file_is_refused(untrusted_dir: Path, message: str) -> None:
     for text in SETTINGS[message]:
         assert message in refusal(untrusted_dir, text), text
+
+
+NO_LOG_FILES = (
+    *("/tmp/a.log", "a.log", "a/.bashrc", "'${notes}'", "'${hydra.run.dir}/../a.log'"),
+    *("'${hydra.runtime.output_dir}/${notes}.log'", "'${hydra.sweep.dir}/a/b.log'"),
+    *("'${hydra.runtime.output_dir}/../a.log'", "'${hydra.runtime.output_dir}x.log'"),
+)
+
+
+@pytest.mark.parametrize("node", ["job_logging", "hydra_logging"])
+def test_log_file_outside_the_run_folder_is_refused(untrusted_dir: Path, node: str) -> None:
+    filters = ", ".join(f"x{n}: {{filename: {name}}}" for n, name in enumerate(NO_LOG_FILES))
+    text = f"notes: ../x\nhydra: {{run: {{dir: a}}, {node}: {{filters: {{{filters}}}}}}}"
+    issues = refusal(untrusted_dir, text).splitlines()
+    assert len(issues) == len(NO_LOG_FILES)
+    for number, issue in enumerate(issues):
+        assert f"hydra.{node}.filters.x{number}.filename" in issue
+        assert "is not a .log file in the run folder" in issue
 
 
 @pytest.mark.parametrize(
@@ -219,18 +229,14 @@ def test_command_with_untrusted_callback_writes_nothing(
     app: Callable[..., RunResult], tmp_path: Path
 ) -> None:
     (tmp_path / "trap.py").write_text(MARKER_MODULE)
-    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
     text = "# @package _global_\nhydra: {callbacks: {evil: {_target_: trap.Part}}}\n"
-    (tmp_path / "conf" / "untrusted.yaml").write_text(text)
+    (tmp_path / "conf" / "experiment" / "untrusted.yaml").write_text(text)
     before = sorted(tmp_path.rglob("*"))
     for arguments in ((), ("-m", "seed=0,1")):
-        ran = app("--config-dir", "conf", "+untrusted@_global_=untrusted", "model=mlp", *arguments)
-        ran = (
-            ran
-            if ran.code == 2
-            else app("--config-dir", "conf", "+experiment=untrusted", *arguments)
-        )
+        ran = app("--config-dir", "conf", *arguments, "experiment=untrusted", "model=mlp")
         assert ran.code == 2
+        assert "hydra.callbacks.evil._target_='trap.Part' is not allowed" in ran.err
         assert "Traceback" not in ran.err
     assert before == sorted(tmp_path.rglob("*"))
 

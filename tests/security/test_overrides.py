@@ -19,7 +19,7 @@ from app.runtime.errors import UserError
 from tests.support.runs import RunResult
 
 SHORT = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     database=None,

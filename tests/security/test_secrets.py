@@ -47,6 +47,7 @@ OVERRIDES = (
     *("+callbacks.tracker.api='${ oc.env:MY_${.suffix}}'", "+callbacks.tracker.suffix=API_TOKEN"),
     "+callbacks.tracker.url=${oc.env:MY_URL}",
     *("+tags=['a ${callbacks.tracker.api}']", "model=mlp", "debug=fast"),
+    "~callbacks.plots",
 )
 
 
@@ -161,34 +162,47 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     OmegaConf.clear_resolver("upper")
 
 
-@pytest.mark.usefixtures("environment")
-@pytest.mark.parametrize(
-    "override",
-    [
-        "+hydra.sweeper.params.notes=${oc.env:SHORT_KEY}",
-        "+hydra.sweeper.params.api_key=${oc.env:PUBLIC}",
-        "+hydra.sweeper.study_name=a${oc.env:SHORT_KEY}",
-        "hydra.run.dir=out/${oc.env:TOKEN}",
-        "name=${ oc.env:TOKEN}",
-        "hydra.sweep.subdir='a${oc.decode:${oc.env:TOKEN}}'",
-        "hydra.job_logging.handlers.file.filename=/x/${oc.env:SHORT_KEY}",
-        "hydra.job.config.override_dirname.kv_sep=${oc.env:TOKEN}",
-        "+hydra.job.env_set.COPY=${oc.env:TOKEN}",
-        "data.class_names=[${oc.env:SHORT_KEY},b,c,d,e,f,g,h,i,j]",
-        "data.class_names=['\\${oc.env:SHORT_KEY}',b,c,d,e,f,g,h,i,j]",
-        "+metric.valid.x={_target_: torchmetrics.wrappers.ClasswiseWrapper,"
-        " prefix: '${oc.env:SHORT_KEY}', metric: ${metric.valid.accuracy}}",
-        "data.split.valid=null\n"
-        "data.source.valid={_target_: app.data.cached.cached, file: '/x/${oc.env:TOKEN}.npz',"
-        " dataset: ${data.source.train}}",
-    ],
+SETTINGS_OF_HYDRA = (
+    "+hydra.sweeper.params.notes=${oc.env:SHORT_KEY}",
+    "+hydra.sweeper.params.api_key=${oc.env:PUBLIC}",
+    "+hydra.sweeper.study_name=a${oc.env:SHORT_KEY}",
+    "hydra.run.dir=out/${oc.env:TOKEN}",
+    "hydra.sweep.subdir='a${oc.decode:${oc.env:TOKEN}}'",
+    "hydra.job_logging.handlers.file.filename=/x/${oc.env:SHORT_KEY}",
+    "hydra.job.config.override_dirname.kv_sep=${oc.env:TOKEN}",
+    "+hydra.job.env_set.COPY=${oc.env:TOKEN}",
 )
-def test_secret_in_what_becomes_a_name_or_a_setting_of_hydra_is_refused(
-    override: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+NAMES = (
+    "name=${ oc.env:TOKEN}",
+    "data.class_names=[${oc.env:SHORT_KEY},b,c,d,e,f,g,h,i,j]",
+    "data.class_names=['\\${oc.env:SHORT_KEY}',b,c,d,e,f,g,h,i,j]",
+    "+metric.valid.x={_target_: torchmetrics.wrappers.ClasswiseWrapper,"
+    " prefix: '${oc.env:SHORT_KEY}', metric: ${metric.valid.accuracy}}",
+    "data.split.valid=null\n"
+    "data.source.valid={_target_: app.data.cached.cached, file: '/x/${oc.env:TOKEN}.npz',"
+    " dataset: ${data.source.train}}",
+)
+
+
+@pytest.mark.usefixtures("environment")
+def test_secret_in_a_setting_of_hydra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUBLIC", "public")
+    with pytest.raises(ConfigError) as caught:
+        job_for(*SETTINGS_OF_HYDRA)
+    refused = [
+        str(issue) for issue in caught.value.issues if "must not contain a secret" in str(issue)
+    ]
+    for setting in SETTINGS_OF_HYDRA:
+        key = setting.lstrip("+").partition("=")[0]
+        assert any(issue.startswith(key) for issue in refused), (key, refused)
+    assert not [value for value in ENVIRONMENT.values() if value in str(caught.value)]
+
+
+@pytest.mark.usefixtures("environment")
+@pytest.mark.parametrize("overrides", NAMES)
+def test_secret_in_what_becomes_a_name_is_refused(overrides: str) -> None:
     with pytest.raises(ConfigError, match="must not contain a secret") as caught:
-        job_for(*override.splitlines())
+        job_for(*overrides.splitlines())
     assert not [value for value in ENVIRONMENT.values() if value in str(caught.value)]
 
 

@@ -38,6 +38,7 @@ OWN_TASK_ARGUMENTS = (
     "conf",
     "model=mlp",
     "debug=fast",
+    "~callbacks.plots",
     "trusted_targets=[own_task]",
 )
 

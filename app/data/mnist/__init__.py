@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
+from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from app.data.idx import read_idx
@@ -29,10 +31,20 @@ def mnist(train: bool, root: str | None = None) -> TensorDataset:
     Raises:
         UserError: A file is missing or damaged.
     """
-    folder = Path(root) if root else Path(__file__).parent
+    images, labels = _read(Path(root), train) if root else _read_included(train)
+    return TensorDataset(images, labels)
+
+
+@cache
+def _read_included(train: bool) -> tuple[Tensor, Tensor]:
+    """Read the included digits once in a process, which may run many jobs."""
+    return _read(Path(__file__).parent, train)
+
+
+def _read(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     prefix = "train" if train else "t10k"
     images, labels = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
-    return TensorDataset(
+    return (
         read_idx(folder / f"{images}.gz", MD5[images]).unsqueeze(1),
         read_idx(folder / f"{labels}.gz", MD5[labels]).long(),
     )

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from app.config.instantiate import Instantiator
+from app.config.schema import Job
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.image_cache import FitImage, ImageCache
@@ -54,9 +55,13 @@ def cache_file(images: ImageFolder) -> Path:
     return path
 
 
-def loaders_for(*overrides: str, mode: str | None = None) -> dict[str, BatchLoader]:
+def loaders_for(*overrides: str) -> dict[str, BatchLoader]:
     job = job_for("data.batch_size=6", *overrides)
-    build, config = Instantiator(job.trusted), replace(job.config, mode=mode or job.config.mode)
+    return loaders_of(job, job.config.mode)
+
+
+def loaders_of(job: Job, mode: str) -> dict[str, BatchLoader]:
+    build, config = Instantiator(job.trusted), replace(job.config, mode=mode)
     datasets = make_datasets(config, build)
     return make_loaders(config, build, datasets, torch.device("cpu"), torch.contiguous_format)
 
@@ -156,8 +161,9 @@ def test_automatic_normalization_measures_the_cached_training_part(
     pixels = stage_batches(plain["train"], 1)[0].double()
     mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0)
     auto = "data.normalize={mean: auto, std: auto}"
+    job = job_for("data.batch_size=6", *folder, auto)
     for mode, stage in (("train", "valid"), ("train", "train"), ("test", "test")):
-        loaders = loaders_for(*folder, auto, mode=mode)
+        loaders = loaders_of(job, mode)
         transform = loaders[stage].prepare.transform  # type: ignore[attr-defined]
         torch.testing.assert_close(transform.mean.flatten(), mean.float())
         torch.testing.assert_close(transform.std.flatten(), std.float())
