@@ -21,17 +21,17 @@ from app.data.datamodule import active_stages, needs_statistics
 from app.data.images import without_ghostscript
 from app.distributed.collectives import rank, world_size
 from app.distributed.strategies import SingleDevice
+from app.experiment.callbacks import make_callbacks
 from app.experiment.environment import Environment, describe_code
 from app.experiment.export import export
 from app.experiment.factory import (
     Components,
     make_averaging,
-    make_callbacks,
     make_components,
     make_limits,
-    make_optimizers,
     make_strategy,
 )
+from app.experiment.optimizers import make_optimizers
 from app.experiment.status import RUN_INFO_KEYS, StatusWriter
 from app.experiment.tuner import (
     apply_batch_size_finder,

@@ -26,8 +26,9 @@ from app.config.schema import Config, Job, TunerConfig
 from app.data.batch import Batch, BatchLoader
 from app.distributed.collectives import world_size
 from app.distributed.strategies import SingleDevice
-from app.experiment.factory import Components, make_components, make_optimizers
+from app.experiment.factory import Components, make_components
 from app.experiment.job import save_config
+from app.experiment.optimizers import make_optimizers
 from app.runtime.device import is_out_of_memory, peak_memory
 from app.runtime.errors import UserError
 from app.runtime.figures import save_figure

@@ -12,7 +12,9 @@ import pytest
 from app.callbacks.model_summary import ModelSummary
 from app.config.instantiate import Instantiator
 from app.distributed.strategies import SingleDevice
-from app.experiment.factory import make_callbacks, make_components, make_optimizers
+from app.experiment.callbacks import make_callbacks
+from app.experiment.factory import make_components
+from app.experiment.optimizers import make_optimizers
 from app.runtime.device import choose_device
 from app.training.events import StageStart
 from app.training.history import Point

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from app.config.instantiate import Instantiator
-from app.experiment.factory import OptimizerPart, check_step
+from app.experiment.optimizers import OptimizerPart, check_step
 from app.experiment.run import check_samples, execute
 from app.runtime.errors import UserError
 from tests.support.fitting import build_trainer

@@ -21,7 +21,9 @@ from app.data.mnist import mnist
 from app.data.split import split_dataset
 from app.distributed.strategies import SingleDevice
 from app.experiment import run
-from app.experiment.factory import make_callbacks, make_components, make_optimizers
+from app.experiment.callbacks import make_callbacks
+from app.experiment.factory import make_components
+from app.experiment.optimizers import make_optimizers
 from app.runtime.errors import UserError
 from app.runtime.host_copy import HostCopy
 from app.runtime.nested import Nested

@@ -1,0 +1,62 @@
+"""Build the callbacks of a job."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from app.config.instantiate import Instantiator
+from app.config.optimizers import (
+    optimizer_nodes,
+)
+from app.config.schema import Config, Job
+from app.experiment.factory import Components
+from app.experiment.optimizers import (
+    optimizer_parts,
+    parameters_of,
+    trained_parameters,
+    without_implementation,
+)
+from app.runtime.errors import UserError
+from app.training.events import Callback
+from app.training.model_summary import (
+    Summary,
+    optimizer_state_bytes,
+    summarize_model,
+)
+
+
+def make_callbacks(
+    job: Job, instantiator: Instantiator, folder: Path, components: Components
+) -> list[Callback]:
+    """Build the callbacks of the configuration.
+
+    Raises:
+        UserError: A target does not build a `Callback`.
+    """
+    offers = {
+        "folder": folder,
+        "model": components.task.model,
+        "config": job.plain,
+        "paths": components.paths,
+        "summarize": partial(make_summary, job.config, instantiator, components),
+    }
+    callbacks = instantiator.build_all("callbacks", job.config.callbacks, **offers)
+    for name, callback in callbacks.items():
+        if not isinstance(callback, Callback):
+            raise UserError(f"callbacks.{name} is not an app.training.events.Callback")
+    return list(callbacks.values())
+
+
+def make_summary(config: Config, instantiator: Instantiator, components: Components) -> Summary:
+    """Measure the model, and the memory of the optimizers that would train it."""
+    trained = trained_parameters(components)
+    states = []
+    for key in optimizer_nodes(config.optimizer):
+        for part in optimizer_parts(config, components, key, parameters_of(key, trained)):
+            parameters = [parameter for group in part.groups for parameter in group["params"]]
+            build = partial(instantiator, part.key, without_implementation(part.node))
+            states.append(optimizer_state_bytes(build, parameters))
+    known = [size for size in states if size is not None]
+    total = sum(known) if len(known) == len(states) else None
+    return summarize_model(components.task, components.loaders["train"], trained, total)
