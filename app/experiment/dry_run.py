@@ -12,9 +12,9 @@ from app.config.schema import DataConfig
 from app.data.batch import BatchLoader
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
+from app.training.stage_loop import PREDICT
 from app.training.supervised import SupervisedTask
 from app.training.task import Task, check_step_output
-from app.training.trainer import PREDICT
 
 
 def dry_run(task: Task, stage: str, loader: BatchLoader, data: DataConfig) -> None:

@@ -54,9 +54,10 @@ from app.training.optim.group_table import describe_groups, group_table
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.precision import make_deterministic, set_matmul_precision
 from app.training.pruning import Pruning
+from app.training.stage_loop import PREDICT
 from app.training.supervised import SupervisedTask
 from app.training.task import Task
-from app.training.trainer import PREDICT, Trainer
+from app.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 INITIAL_WEIGHTS_FILE = "initial_weights.csv"
