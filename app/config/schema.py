@@ -307,6 +307,7 @@ class TrainerConfig:
     precision: PrecisionName
     matmul_precision: Literal["highest", "high", "medium"]
     channels_last: Literal["auto"] | bool
+    profile: bool | Positive
     compile: bool | CompileMode | CompileConfig
     gradient_checkpointing: bool | list[str]
     deterministic: bool

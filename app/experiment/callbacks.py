@@ -45,7 +45,16 @@ def make_callbacks(
     for name, callback in callbacks.items():
         if not isinstance(callback, Callback):
             raise UserError(f"callbacks.{name} is not an app.training.events.Callback")
-    return list(callbacks.values())
+    return [*callbacks.values(), *_make_profiler(job.config, folder)]
+
+
+def _make_profiler(config: Config, folder: Path) -> list[Callback]:
+    steps = config.trainer.profile
+    if not steps or config.mode != "train":
+        return []
+    from app.callbacks.profiler import Profiler
+
+    return [Profiler(folder) if steps is True else Profiler(folder, steps)]
 
 
 def make_summary(config: Config, instantiator: Instantiator, components: Components) -> Summary:
