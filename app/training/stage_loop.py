@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.optim import Optimizer
 
 from app.config.schema import GoalConfig, Job, MonitorConfig
 from app.data.batch import BatchLoader
@@ -36,7 +37,7 @@ from app.training.nonfinite import NonFinitePolicy
 from app.training.nonfinite_event import NonFiniteStats
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
-from app.training.optim.optim_wrapper import OptimWrapperDict
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.weight_averaging import WeightAveraging
 from app.training.pruning import Pruning
 from app.training.rank_sync import StepBatch, StopConsensus, gather_batches, step_batches
@@ -52,7 +53,7 @@ class StageLoop:
     """Runs the steps of one stage, records their values and calls the callbacks.
 
     Args:
-        task: Defines the steps; call its `prepare_training` first if it is trained.
+        task: Defines the steps.
         limits: How long to train, and when to validate and save.
         folder: Run folder; checkpoints are saved in its `checkpoints/`.
         goal: Metric that decides which epoch is best, and when to stop early.
@@ -68,6 +69,8 @@ class StageLoop:
         stop_signal: Source of requests to stop before the limits are reached.
         pruning: Asks a hyper-parameter search whether to end the run early.
         nonfinite_stats: Receives the counts of non-finite steps.
+        optimizer: Optimizer of all that is trained, with a constant learning rate. For schedules,
+            accumulation, clipping or several optimizers call `task.prepare_training` instead.
 
     Attributes:
         state: Everything that is saved in a checkpoint, such as the history.
@@ -93,7 +96,10 @@ class StageLoop:
         stop_signal: StopSignal | None = None,
         pruning: Pruning | None = None,
         nonfinite_stats: NonFiniteStats | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
+        if optimizer is not None:
+            task.prepare_training(OptimWrapperDict(OptimWrapper(optimizer)))
         self.task, self.limits, self.seed, self.device = task, limits, seed, device
         self.callbacks = callbacks or Callback()
         averaging = averaging or WeightAveraging(task.model)

@@ -41,7 +41,8 @@ class Trainer(StageLoop):
 
     Example::
 
-        trainer = Trainer(task, TrainingLimits(max_epochs=10), "run")
+        optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+        trainer = Trainer(task, TrainingLimits(max_epochs=10), "run", optimizer=optimizer)
         summary = trainer.fit(train_loader, valid_loader)
         trainer.state.load_best_weights()
         trainer.evaluate(test_loader)
@@ -64,9 +65,14 @@ class Trainer(StageLoop):
 
         Raises:
             TrainingInterrupted: A signal requested to stop; `last.safetensors` has been saved.
-            UserError: The folder already contains another run, or validation within epochs has no
-                data.
+            UserError: The folder already contains another run, the task has no optimizer, or
+                validation within epochs has no data.
         """
+        if self.task.optimizers is None:
+            raise UserError(
+                "the task has no optimizer; pass one: Trainer(..., optimizer=...), or call "
+                "task.prepare_training"
+            )
         if valid is None and self.limits.valid_every_n_steps is not None:
             raise UserError("trainer.valid_every_n_steps needs validation data")
         self.refuse_folder_of_other_run()

@@ -35,6 +35,19 @@ def make_trainer(folder: Path, limits: TrainingLimits, **options: Any) -> Traine
     return Trainer(task, limits, folder, **options)
 
 
+def test_trainer_takes_an_optimizer_and_asks_for_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = SupervisedTask(nn.Linear(3, 2), nn.CrossEntropyLoss())
+    limits, loader = TrainingLimits(max_epochs=2), make_loader(TensorDataset(X, Y), 20)
+    with pytest.raises(UserError, match=r"has no optimizer; pass one: Trainer\(..., optimizer="):
+        Trainer(task, limits, tmp_path).fit(loader)
+    optimizer = torch.optim.SGD(task.model.parameters(), lr=0.1)
+    Trainer(task, limits, str(tmp_path / "a"), optimizer=optimizer).fit(loader)
+    reference = make_trainer(tmp_path / "b", limits)
+    reference.fit(loader)
+    assert torch.equal(task.model.weight, reference.task.model.weight)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("kind", DATASETS)
 def test_fit_gives_the_same_result_for_every_kind_of_dataset(tmp_path: Path, kind: str) -> None:
     reference = make_trainer(tmp_path / "reference", TrainingLimits(max_epochs=2))
