@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from app.distributed.launch.local import PRELOAD_MODULES, launch_local
+from app.distributed.launch.local import launch_local
 from app.experiment.entry import run_experiment
+from tests.support.fork_server import start_fork_server
 from tests.support.processes import FAULTY_TASK, SHORT_RUN, SILENT_LOGGING, SUPPORT_DIR
 from tests.support.runs import FEW_BATCHES, RunResult, job_for, run_app
 from tests.support.sweeps import RunSweep, sweep_runner
 
 LANES = Path(__file__).parent
-PRELOAD_MODULES.append("tests.support.preload")  # of the fork server that all tests share
 SLOWEST = ("test_sweep_pool", "test_sweep_search", "test_ranks", "test_launch", "test_sweep_runs")
 
 
@@ -66,6 +66,7 @@ def run_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
     def run(fault: str, *overrides: str, size: int = 2, flags: tuple[str, ...] = ()) -> Path:
         monkeypatch.setenv("FAULT", fault)
         arguments = (*flags, *SHORT_RUN, *FAULTY_TASK, f"trainer.devices={size}", *overrides)
+        start_fork_server()
         launch_local(run_experiment, job_for(*arguments), tmp_path, size, SILENT_LOGGING)
         return tmp_path
 

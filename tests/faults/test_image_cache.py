@@ -17,8 +17,8 @@ from torchvision import tv_tensors
 from app.data.image_cache import FitImage, ImageCache
 from app.data.images import ImageFolder, image_folder
 from app.data.masks import MaskFolder, mask_folder
-from app.distributed.launch.local import PRELOAD_MODULES
 from app.runtime.fault_injection import FAULT_VARIABLE
+from tests.support.fork_server import start_fork_server
 from tests.support.image_files import write_image_folder, write_mask_folder
 
 FIT = FitImage(16, 16, stretch=True)
@@ -43,7 +43,7 @@ def read_samples(root: Path) -> ImageFolder | MaskFolder:
 
 
 def start_build(root: Path, fault: str = "", start: object = None) -> BaseProcess:
-    CONTEXT.set_forkserver_preload(PRELOAD_MODULES)
+    start_fork_server()
     process = CONTEXT.Process(target=build_cache, args=(root, fault, start))
     process.start()
     return process

@@ -13,6 +13,7 @@ from app.distributed.launch.failures import RankFailedError
 from app.distributed.launch.local import launch_local
 from app.distributed.launch.select import launch_inline
 from app.experiment.entry import run_experiment
+from tests.support.fork_server import start_fork_server
 from tests.support.processes import SILENT_LOGGING, SUPPORT_DIR
 from tests.support.runs import job_for
 
@@ -52,6 +53,7 @@ def job_runner(home: Path, write_data: bool = True) -> Iterator[RunJob]:
             base = ("--config-dir", str(home / "conf"), "resume=auto", f"hydra.run.dir={folder}")
             job = job_for(*base, *TINY_RUN, f"trainer.devices={size}", *overrides)
             folder.mkdir(exist_ok=True)
+            start_fork_server()
             try:
                 launch_local(
                     run_experiment, job, folder, size, SILENT_LOGGING

@@ -7,12 +7,16 @@ components that a configuration may name, and the fonts of the plots.
 from __future__ import annotations
 
 import io
+import sys
+from pathlib import Path
 
 import torch
 from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 
 from app.data.mnist import mnist
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.support.runs import job_for
 
 num_threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from app.distributed.launch.local import PRELOAD_MODULES
+from tests.support.fork_server import start_fork_server
 
 TIMEOUT = 60
 
@@ -24,7 +24,7 @@ def run_on_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[An
     if size == 1:
         return [function(*args)]
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD_MODULES)  # other tests share the fork server
+    start_fork_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(size):

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from app.distributed.launch import local
-from app.distributed.launch.local import PRELOAD_MODULES
+from tests.support.fork_server import start_fork_server
 
 
 class WarmCommand:
@@ -44,7 +44,7 @@ class WarmCommand:
         module: str = "app",
     ) -> None:
         context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD_MODULES)
+        start_fork_server()
         self.arguments, self.output = arguments, b""
         self.pipe, child_pipe = context.Pipe(duplex=False)
         args = (cwd, module, arguments, {**os.environ, **environment}, child_pipe, err)
