@@ -229,9 +229,11 @@ class StageLoop:
 
     def pause_if_due(self, loader: BatchLoader, batches: Iterator[StepBatch]) -> PausedEpoch | None:
         """Pause the epoch if a validation is due before its next step; None if not."""
-        every, steps = self.limits.valid_every_n_steps, self.optimizers.steps
-        is_due = every is not None and steps > 0 and steps % every == 0
-        if not is_due or not self.optimizers.at_step_boundary:
+        every = self.limits.valid_every_n_steps
+        if every is None:
+            return None
+        steps = self.optimizers.steps
+        if steps == 0 or steps % every or not self.optimizers.at_step_boundary:
             return None
         history = self.state.history
         if any(row["stage"] == "valid" and point_of(row).step == steps for row in history):
