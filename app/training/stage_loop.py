@@ -46,6 +46,7 @@ from app.training.task import StepOutput, Task, check_step_output
 from app.training.time_left import TrainingClock
 
 TRAIN_LOSS, CPU = GoalConfig("train/loss", "min"), torch.device("cpu")
+Step = tuple[StepBatch, StepOutput, dict[str, float]]  # with the learning rates by column name
 PREDICT = "predict"  # stage name that callbacks receive in predictions
 
 
@@ -148,25 +149,14 @@ class StageLoop:
         is_first_part = not is_training or self.state.mid_epoch is None
         if not is_first_part and self.paused is None:
             restore_position(accumulator, self.state.mid_epoch or {})
-        gather = broadcast_object(self.callbacks.needs_all_ranks(start))
         steps = self.train_steps(loader, epoch) if is_training else self.eval_steps(loader, start)
         with self.stop.signal.deferred_until_step():
-            for batch, output, lrs in steps:
-                columns = {**output.host_values, **lrs, "data_time": batch.seconds}
-                accumulator.add(output.values, columns)
-                if accumulator.has_news() and rank() == 0:
-                    self.callbacks.on_steps_logged(accumulator.log(stage, epoch))
-                self.notify_step(start, batch, output, lrs, accumulator.so_far, gather)
-                if is_training and self.checkpoints.is_due():
-                    self.save_mid_epoch(accumulator)
+            self.record_steps(start, steps, accumulator, is_training)
         if accumulator.is_empty:
             raise UserError(f"the {stage} data has no batches")
         point = self.point(epoch) if is_training else Point(epoch, self.state.point.step)
         if self.stop.is_signal and is_training:
-            rng = self.paused.rng_state if self.paused else None
-            self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch, rng)
-            result = replace(accumulator.result(stage, point), is_complete=False)
-            self.callbacks.on_stage_end(result, [*self.state.history, result.row])
+            self.report_interrupted(point, accumulator)
         self.stop.raise_if_signal()  # an incomplete stage is not part of the history
         result = accumulator.result(stage, point)
         is_whole_epoch = is_first_part and self.paused is None
@@ -177,6 +167,31 @@ class StageLoop:
         if is_training and self.paused is not None:
             self.state.mid_epoch = self.save_pause(self.paused)
         return result
+
+    def record_steps(
+        self,
+        start: StageStart,
+        steps: Iterator[Step],
+        accumulator: StageAccumulator,
+        is_training: bool,
+    ) -> None:
+        """Collect the values of all steps, call the callbacks, and save training when it is due."""
+        gather = broadcast_object(self.callbacks.needs_all_ranks(start))
+        for batch, output, lrs in steps:
+            columns = {**output.host_values, **lrs, "data_time": batch.seconds}
+            accumulator.add(output.values, columns)
+            if accumulator.has_news() and rank() == 0:
+                self.callbacks.on_steps_logged(accumulator.log(start.stage, start.epoch))
+            self.notify_step(start, batch, output, lrs, accumulator.so_far, gather)
+            if is_training and self.checkpoints.is_due():
+                self.save_mid_epoch(accumulator)
+
+    def report_interrupted(self, point: Point, accumulator: StageAccumulator) -> None:
+        """Keep the position in the epoch, and report the part so far."""
+        rng = self.paused.rng_state if self.paused else None
+        self.state.mid_epoch = save_position(accumulator, self.state.batches_in_epoch, rng)
+        result = replace(accumulator.result("train", point), is_complete=False)
+        self.callbacks.on_stage_end(result, [*self.state.history, result.row])
 
     def save_pause(self, paused: PausedEpoch) -> EpochPosition:
         """Return the position of an epoch that continues after a validation."""
@@ -192,9 +207,7 @@ class StageLoop:
         self.callbacks.on_stage_start(start)
         return start
 
-    def train_steps(
-        self, loader: BatchLoader, epoch: int
-    ) -> Iterator[tuple[StepBatch, StepOutput, dict[str, float]]]:
+    def train_steps(self, loader: BatchLoader, epoch: int) -> Iterator[Step]:
         """Train on each batch until the epoch ends, a validation is due or training must stop.
 
         Yields:
@@ -250,9 +263,7 @@ class StageLoop:
         should_stop = should_stop or (max_steps is not None and optimizers.steps >= max_steps)
         return should_stop and optimizers.at_step_boundary
 
-    def eval_steps(
-        self, loader: BatchLoader, start: StageStart
-    ) -> Iterator[tuple[StepBatch, StepOutput, dict[str, float]]]:
+    def eval_steps(self, loader: BatchLoader, start: StageStart) -> Iterator[Step]:
         """Evaluate each batch, and yield it with the output, and without learning rates."""
         stage, epoch = start.stage, start.epoch
         self.task.model.eval()

@@ -87,6 +87,7 @@ class Trainer(StageLoop):
                 self.fit_epochs(train, valid)
                 self.replace_missing_best(train)
             except TrainingInterrupted:
+                self.paused = None
                 self.checkpoints.save_last()
                 self.state.writer.wait()
                 broadcast_object(None)  # no rank exits before `last.safetensors` is saved
