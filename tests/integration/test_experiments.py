@@ -21,6 +21,7 @@ import torchvision
 from torch import Tensor, nn
 
 from app.config.instantiate import Instantiator
+from app.config.optimizers import optimizer_arguments
 from app.config.resolve import get_by_path
 from app.config.validate import fill_auto
 from app.data.mnist import digit_and_parity
@@ -244,7 +245,8 @@ def test_recipe_has_the_values_of_its_source(name: str, tmp_path: Path) -> None:
     assert {key: get_by_path(job.plain, key) for key in values} == values
     instantiate, scheduler = Instantiator(), job.plain["scheduler"]
     assert (scheduler["interval"], scheduler["warmup_steps"]) == ("epoch", 0)
-    optimizer = instantiate("optimizer", job.plain["optimizer"], [nn.Parameter(torch.zeros(1))])
+    node = optimizer_arguments(job.plain["optimizer"])
+    optimizer = instantiate("optimizer", node, [nn.Parameter(torch.zeros(1))])
     node = fill_auto(scheduler["lr_scheduler"], values["trainer.max_epochs"])
     schedule = LRSchedule(optimizer, instantiate("lr_scheduler", node, optimizer), per_epoch=True)
     actual = {}

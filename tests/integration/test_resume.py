@@ -31,11 +31,14 @@ SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
         (9, 12),  # in an epoch, in patience
     ),
     "groups": (
-        "optimizer=muon",
-        "model.hidden=[6,6]",
-        "+optimizer.groups.first={parameters: layers.1, lr_scale: 0.5}",
-        "optimizer.decay_norm_and_bias=false",
-        "scheduler=wsd",
+        (
+            "optimizer=muon",
+            "model.hidden=[6,6]",
+            "+optimizer.groups.first={parameters: layers.1, lr_scale: 0.5}",
+            "optimizer.decay_norm_and_bias=false",
+            "scheduler=wsd",
+        ),
+        (3, 12),
     ),
 }
 

@@ -202,7 +202,7 @@ def test_output_on_terminal_shows_progress_bar(tmp_path: Path) -> None:
         assert process.wait() == 0
     os.close(parent)
     text = output.decode()
-    assert "epoch 1 train:" in text
+    assert "epoch 1/1 train:" in text
     assert "samples/s" in text
     assert "55.0k" in text
 
