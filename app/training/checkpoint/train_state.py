@@ -161,7 +161,7 @@ class TrainState:
     @property
     def is_between_parts(self) -> bool:
         """Whether everything is measured that was trained: after an epoch or a part of one."""
-        in_part = self.mid_epoch is not None and bool(self.mid_epoch["rows"]["blocks"])
+        in_part = self.mid_epoch is not None and bool(self.mid_epoch["rows"].get("blocks"))
         return self.phase is Phase.TRAIN and not in_part
 
     def remove_stale_top_k(self, points: list[Point]) -> None:

@@ -71,7 +71,8 @@ ANSWERS = {  # command line -> all that is printed below `1 error in the configu
     "resume=last": "resume='last' contains no run to resume: {cwd}/last does not exist; did you "
     "mean resume=latest?",
 }
-VALUES = {  # of the keys that hints name; 3 where none is listed
+VALUES = {
+    "optimizer.layer_decay": "0.75",  # of the keys that hints name; 3 where none is listed
     "optimizer": "sgd",
     "scheduler": "step",
     "loss": "focal",
