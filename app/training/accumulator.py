@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from app.distributed.collectives import broadcast_object, rank
+from app.distributed.collectives import broadcast_object, is_distributed, rank
 from app.metrics.stage_metrics import StageMetrics
 from app.training.history import Point, Row
 from app.training.step_timer import StepTimer
@@ -31,6 +31,7 @@ FLUSH_EVERY = 50  # steps whose values are copied to the host at once, by defaul
 FIRST_FLUSHES = (4, 16)  # steps after which the first values of a stage are copied
 SECONDS_BETWEEN_LOGS = 1.0
 SECONDS_TO_FIRST_LOG = 0.25
+FLUSH_AHEAD_SECONDS = 0.2  # before the next log
 
 
 class StageAccumulator:
@@ -83,7 +84,7 @@ class StageAccumulator:
             self.host_values.setdefault(name, []).append(float(number))
         self.mask_last(self.pop_invalid_rows())
         if self.num_steps % self.flush_every == 0 or self.num_steps in FIRST_FLUSHES:
-            self._start_flush()
+            self._start_flush_if_due()
 
     @property
     def is_empty(self) -> bool:
@@ -96,6 +97,12 @@ class StageAccumulator:
         self._start_flush()
         self._receive(waits=True)
         self._keep_received()
+
+    def _start_flush_if_due(self) -> None:
+        """Start to copy values, but not more often than they can be logged."""
+        # Several ranks must flush after the same step.
+        if is_distributed() or time.monotonic() >= self.next_log - FLUSH_AHEAD_SECONDS:
+            self._start_flush()
 
     def _start_flush(self) -> None:
         if self.pending:

@@ -238,8 +238,10 @@ class Callbacks(Callback):
     @property
     def stop_reason(self) -> str | None:  # type: ignore[override]
         """Why a callback asks to end the training; None if none does."""
-        reasons = (callback.stop_reason for callback in self.callbacks)
-        return next((reason for reason in reasons if reason is not None), None)
+        for callback in self.callbacks:  # after every step
+            if callback.stop_reason is not None:
+                return callback.stop_reason
+        return None
 
     @property
     def by_name(self) -> dict[str, Callback]:

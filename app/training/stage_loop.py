@@ -341,6 +341,8 @@ class StageLoop:
         """Return the expected seconds until the training ends; None if they are unknown."""
         if self.clock is None:
             return None
+        if self.clock.is_up_to_date():
+            return self.clock.left
         state = self.state
         return self.clock.seconds_left(state.epoch, state.batches, self.optimizers.steps)
 

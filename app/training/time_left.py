@@ -7,6 +7,8 @@ import time
 
 from app.training.limits import TrainingLimits
 
+SECONDS_BETWEEN_UPDATES = 0.1  # of what callbacks see after each step
+
 
 class TrainingClock:
     """Expects the rest of a training to take as long as the part since the start or the resume.
@@ -26,6 +28,8 @@ class TrainingClock:
         per_epoch = None if batches_per_epoch is None else math.ceil(batches_per_epoch / accumulate)
         self.num_epochs = limits.num_epochs(per_epoch)
         self.started, self.done_before = time.monotonic(), 0.0
+        self.left: float | None = None  # as last computed
+        self.next_update = 0.0
 
     def start(self, epochs: int, batches: int, steps: int) -> None:
         """Start to measure; the arguments are those of `seconds_left`."""
@@ -45,9 +49,14 @@ class TrainingClock:
             steps: Number of optimizer steps so far.
         """
         done = self._done(epochs, batches, steps)
-        if done is None or done <= self.done_before:
-            return None
-        return self.elapsed() * (1 - done) / (done - self.done_before)
+        self.next_update, self.left = time.monotonic() + SECONDS_BETWEEN_UPDATES, None
+        if done is not None and done > self.done_before:
+            self.left = self.elapsed() * (1 - done) / (done - self.done_before)
+        return self.left
+
+    def is_up_to_date(self) -> bool:
+        """Return whether `left` was computed a moment ago."""
+        return time.monotonic() < self.next_update
 
     def _done(self, epochs: int, batches: int, steps: int) -> float | None:
         exact = batches / self.batches_per_epoch if self.batches_per_epoch else epochs

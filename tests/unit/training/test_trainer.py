@@ -126,6 +126,7 @@ def test_train_step_never_reads_the_device(
     trainer.task.train_step(next(batches))  # the first step is always read
     monkeypatch.setattr(HostCopy, "is_ready", False)  # as before a CUDA device is done
     accumulator = StageAccumulator(trainer.task.metrics["train"], CPU, flush_every=2)
+    accumulator.next_log = 0.0
     progress = Progress()
     progress.on_stage_start(StageStart("train", Point(1), 3, 300))
     for x, y in batches:
@@ -152,6 +153,7 @@ def test_train_step_on_cuda_never_synchronizes() -> None:
         make_optimizers(job.config, Instantiator(), components, SingleDevice(components.task.model))
     )
     accumulator = StageAccumulator(components.task.metrics["train"], cuda, flush_every=2)
+    accumulator.next_log = 0.0
     batches = components.loaders["train"].epoch(1)
     lrs = components.task.optimizers.lrs()
     accumulator.add(components.task.train_step(next(batches)).values, lrs)
