@@ -52,7 +52,7 @@ def test_table_of_iterations_grows_while_the_stage_runs(
     pd.testing.assert_frame_equal(pd.read_csv(path), grown)
     tables.on_stage_start(StageStart("train", Point(1, 3), 3, 12))
     tables.on_steps_logged(logged_steps(4.0))
-    path.unlink()  # is begun anew
+    path.unlink()  # the next rows start a new file
     tables.on_steps_logged(logged_steps(5.0, first=2))
     tables.on_stage_end(replace(result, point=Point(1, 5)), [row])
     assert [file.name for file in path.parent.iterdir()] == ["epoch001_step000005_train.csv"]
