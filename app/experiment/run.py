@@ -50,7 +50,7 @@ from app.training.checkpoint.rotation import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
 from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
-from app.training.optim.group_table import describe_groups, group_table
+from app.training.optim.group_table import describe_groups, describe_optimizers, group_table
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.precision import make_deterministic, set_matmul_precision
 from app.training.pruning import Pruning
@@ -235,9 +235,12 @@ def make_trainer(
 
 
 def report_groups(optimizers: OptimWrapperDict, folder: Path) -> None:
-    """Log the parameter groups if there are several, and write `parameter_groups.csv`."""
+    """Log the optimizers; if there are several groups, log them and write a table of them."""
+    if rank() > 0:
+        return
+    log.info("%-9s %s", "optimizer", describe_optimizers(optimizers))
     table = group_table(optimizers)
-    if rank() == 0 and table["number"].nunique() > 1:
+    if table["number"].nunique() > 1:
         log.info("parameter groups:\n%s", describe_groups(table))
         write_csv(folder / "parameter_groups.csv", table)
 

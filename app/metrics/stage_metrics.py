@@ -24,7 +24,8 @@ from app.metrics.metric_states import (
     update_with_empty,
 )
 from app.metrics.output_metric import OutputMetric
-from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, Sums, has_small_sum_states
+from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, has_small_sum_states
+from app.metrics.update_block import MetricSums, UpdateBlock, UpdateBlocks
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested, describe, map_tensors, pick
 
@@ -44,6 +45,7 @@ class StageMetrics:
     update. A metric sets `collects_in_update = True` to declare that it does not.
 
     Metrics with equal `update_key` add the same to the same states; a step updates one of them.
+    Counts are updated for many steps at once, from copies of their batches; see `UpdateBlock`.
 
     Args:
         metrics: Metrics by name, on the training device. A plain function `(output, target) ->
@@ -60,7 +62,11 @@ class StageMetrics:
         self.deferred_batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
         for name in self.deferred:  # batches of all ranks are gathered; states must not be again
             self.accumulating_metrics[name].distributed_available_fn = lambda: False
+        self.parts = {n: f"{m.output!r}, {m.target!r}" for n, m in self.output_metrics.items()}
+        self.updated_by = {name: self._first_with_same_update(name) for name in self.sum_metrics}
+        self.blocks: dict[str, UpdateBlocks] = {}  # by part of the outputs and targets
         self.is_enabled = True
+        self.is_validating = False
 
     def to(self, device: torch.device) -> StageMetrics:
         """Return the same metrics on a device."""
@@ -75,9 +81,11 @@ class StageMetrics:
         unchecked = [m for m in metrics if getattr(m, "validate_args", None) is False]
         for metric in unchecked:
             metric.validate_args = True
+        self.is_validating = True
         try:
             yield
         finally:
+            self.is_validating = False
             for metric in unchecked:
                 metric.validate_args = False
 
@@ -98,27 +106,26 @@ class StageMetrics:
     def reset(self) -> None:
         """Clear what the metrics have accumulated, at the start of a stage."""
         self.deferred_batches = {name: [] for name in self.deferred}
+        self.blocks = {}
         for metric in self.accumulating_metrics.values():
             metric.reset()
 
-    def update(self, outputs: Nested, targets: Nested) -> dict[str, Sums]:
+    def update(self, outputs: Nested, targets: Nested) -> dict[str, MetricSums]:
         """Update the metrics with a batch; return the sums that the step adds, by metric.
 
         Raises:
             UserError: A metric does not support its outputs and targets.
         """
-        step_sums: dict[str, Sums] = {}
-        shared: dict[object, Sums] = {}
+        step_sums: dict[str, MetricSums] = {}
+        blocks: dict[str, UpdateBlock | None] = {}  # of this step, by part
         for name, selected in self.output_metrics.items():
             with self._update_errors(name, outputs, targets):
                 batch = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.sum_metrics:
-                    metric = self.sum_metrics[name]
-                    update_key = getattr(selected.metric, "update_key", name)
-                    key = (update_key, str(selected.output), str(selected.target))
-                    if key not in shared:
-                        shared[key] = metric.sums(*batch) if self.is_enabled else metric.zeros()
-                    step_sums[name] = shared[key]
+                    updated = self.updated_by[name]
+                    if updated not in step_sums:
+                        step_sums[updated] = self._step_sums(updated, batch, blocks)
+                    step_sums[name] = step_sums[updated]
                 elif name in self.deferred_batches:
                     self.deferred_batches[name].append(
                         batch if self.is_enabled else map_tensors(empty_slice, batch)
@@ -128,6 +135,27 @@ class StageMetrics:
                 else:
                     update_with_empty(self.accumulating_metrics[name], batch)
         return step_sums
+
+    def _step_sums(
+        self, name: str, batch: tuple[Nested, Nested], blocks: dict[str, UpdateBlock | None]
+    ) -> MetricSums:
+        metric = self.sum_metrics[name]
+        if not self.is_enabled:
+            return metric.zeros()
+        if self.is_validating or not metric.is_vectorized:
+            return metric.sums(*batch)
+        part = self.parts[name]
+        if part not in blocks:
+            blocks[part] = self.blocks.setdefault(part, UpdateBlocks()).add(*batch)
+        block = blocks[part]
+        return metric.sums(*batch) if block is None else block.step_sums(metric)
+
+    def _first_with_same_update(self, name: str) -> str:
+        return next(n for n in self.sum_metrics if self._update_key(n) == self._update_key(name))
+
+    def _update_key(self, name: str) -> tuple[object, str]:
+        metric = self.output_metrics[name].metric
+        return getattr(metric, "update_key", name), self.parts[name]
 
     def value(self, name: str, sums: Tensor) -> np.ndarray:
         """Return the value of a metric that is evaluated at every step, from the stage's sums.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from app.distributed.collectives import all_reduce
-from app.metrics.sum_metric import Sums
+from app.metrics.update_block import MetricSums, stack_sums, zeros_like_sums
 from app.runtime.host_copy import HostCopy
 
 
@@ -29,7 +29,7 @@ class Average:
     weight: Tensor | None = None
 
 
-StepValues = Mapping[str, Average | Sums]
+StepValues = Mapping[str, Average | MetricSums]
 
 
 def average(value: Tensor, count: int, weight: Tensor | None = None) -> Average:
@@ -50,7 +50,7 @@ def zeros_like_row(values: StepValues) -> StepValues:
             torch.zeros_like(value.value), 0, None if value.weight is None else 0 * value.weight
         )
         if isinstance(value, Average)
-        else tuple(torch.zeros_like(part) for part in value)
+        else zeros_like_sums(value)
         for name, value in values.items()
     }
 
@@ -92,7 +92,7 @@ def means(sums: Tensor) -> Tensor:
     return value / weight.masked_fill((weight == 0) & (count > 0), 1.0)
 
 
-def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
+def _stack_column(values: Sequence[Average | MetricSums]) -> Tensor:
     averages = [value for value in values if isinstance(value, Average)]
     if averages:
         mean = _to_float64(torch.stack([item.value for item in averages]))
@@ -102,9 +102,8 @@ def _stack_column(values: Sequence[Average | Sums]) -> Tensor:
             return torch.stack([mean * counts, counts], dim=1)
         weight = _to_float64(torch.stack(weights))
         return torch.stack([mean * weight, weight, counts], dim=1)
-    states = zip(*(value for value in values if not isinstance(value, Average)), strict=True)
-    stacked = [_to_float64(torch.stack(state)).reshape(len(values), -1) for state in states]
-    return torch.cat(stacked, dim=1)
+    states = stack_sums([value for value in values if not isinstance(value, Average)])
+    return torch.cat([_to_float64(state).reshape(len(values), -1) for state in states], dim=1)
 
 
 def _to_device(numbers: list[int], like: Tensor) -> Tensor:

@@ -11,6 +11,18 @@ from app.training.optim.parameter_groups import label
 MAX_NAMES = 3  # of a group in the log
 
 
+def describe_optimizers(optimizers: OptimWrapperDict) -> str:
+    """Return the class of each optimizer, and whether it steps in one fused kernel."""
+    names = {
+        f"{kind} (fused)" if group.get("fused") else kind: None
+        for wrapper in optimizers.wrappers.values()
+        for kind, group in zip(
+            classes_of_groups(wrapper.optimizer), wrapper.optimizer.param_groups, strict=True
+        )
+    }
+    return ", ".join(names)
+
+
 def group_table(optimizers: OptimWrapperDict) -> pd.DataFrame:
     """Return a table with one row per parameter: its group, optimizer and options."""
     rows = []
