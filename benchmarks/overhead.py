@@ -2,9 +2,11 @@
 
     python benchmarks/overhead.py
 
-Both sides of each comparison alternate in this process for several rounds. The script prints
-medians and the median ratio, because absolute times on a shared machine say little. The last
-column has the targets.
+Training is compared with a bare loop as tutorials write it (default optimizer), and with the best
+bare loop (fused optimizer), on the same data in memory. Each side is a process of its own; they
+take turns for several rounds, in an order that alternates. The script prints medians, the median
+ratio of a round and its quartiles, because absolute times on a shared machine say little, and the
+operator calls of a step. The last column has the targets.
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ from __future__ import annotations
 import argparse
 import gzip
 import io
+import logging
+import multiprocessing as mp
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
 from hydra._internal.utils import get_args_parser
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 
@@ -38,10 +45,28 @@ from app.data.mnist import __file__ as MNIST
 from app.experiment.factory import make_components
 from app.experiment.job import make_job
 from app.experiment.run import make_trainer
+from app.runtime.memory import keep_freed_memory
 from app.training.events import Callbacks
 
 CPU = torch.device("cpu")
 MEAN, STD = 0.1307, 0.3081
+PROFILED_STEPS = 20
+OURS, BARE, BEST = "ours", "bare loop", "bare loop, fused optimizer"
+PLAIN = ("scheduler=constant", "data.batch_size=256")
+MODELS: dict[str, tuple[tuple[str, ...], float, float]] = {  # overrides; both targets
+    "epoch, MLP 784-128-10": (("model=mlp",), 1.0, 1.08),
+    "the same, warm-up and cosine": (("model=mlp", "scheduler=cosine"), 1.0, 1.08),
+    "40 steps, AlexNet": (("model=alexnet", "trainer.limit_train_batches=40"), 0.98, 1.02),
+    "20 steps, CNN": (("model=cnn", "trainer.limit_train_batches=20"), 0.98, 1.02),
+    "10 steps, ResNet-18, 32 pixels, batch 64": (
+        (
+            *("model=resnet18", "data.resize=32", "data.batch_size=64"),
+            "trainer.limit_train_batches=10",
+        ),
+        1.0,
+        1.02,
+    ),
+}
 
 
 class FakeTerminal(io.StringIO):
@@ -54,16 +79,27 @@ class FakeTerminal(io.StringIO):
         return len(text)
 
 
-def alternate(rounds: int, ours: Callable[[], float], theirs: Callable[[], float]) -> list[float]:
-    """Return both medians and the median ratio; the order alternates between rounds."""
-    pairs = []
+Summary = dict[str, Any]  # medians, the median ratio and its quartiles
+
+
+def alternate(rounds: int, sides: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Return the values of each side by round; the order alternates between rounds."""
+    values: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):  # the first round is a warm-up
-        first, second = (ours, theirs) if number % 2 else (theirs, ours)
-        a, b = first(), second()
-        pairs.append((a, b) if number % 2 else (b, a))
-    pairs = pairs[1:]
-    ratio = statistics.median(a / b for a, b in pairs)
-    return [statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio]
+        for name in [*sides] if number % 2 else [*reversed(sides)]:
+            values[name].append(sides[name]())
+    return {name: numbers[1:] for name, numbers in values.items()}
+
+
+def summarize(ours: list[float], theirs: list[float]) -> Summary:
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, middle, high = statistics.quantiles(ratios) if len(ratios) > 1 else ratios * 3
+    return {
+        "ours": statistics.median(ours),
+        "theirs": statistics.median(theirs),
+        "ratio": middle,
+        "quartiles": f"{low:.3f}-{high:.3f}",
+    }
 
 
 def make_job_from(*overrides: str) -> Job:
@@ -72,40 +108,122 @@ def make_job_from(*overrides: str) -> Job:
     return make_job(composed)
 
 
-def epoch_times(folder: Path, rounds: int, *overrides: str) -> list[float]:
-    """Return seconds per epoch: trainer with tables, accuracy and bar against a bare loop."""
+class Side:
+    """A process that trains epochs when it is asked to.
+
+    Args:
+        make_epoch: Returns what trains an epoch; called in the process.
+        arguments: Its arguments.
+    """
+
+    def __init__(self, make_epoch: Callable[..., Callable[[], int]], *arguments: object) -> None:
+        self.connection, other = mp.get_context("spawn").Pipe()
+        self.process = mp.get_context("spawn").Process(
+            target=serve, args=(other, make_epoch, arguments), daemon=True
+        )
+        self.process.start()
+
+    def seconds(self) -> float:
+        """Train an epoch and return how long it took."""
+        self.connection.send("time")
+        return float(self.connection.recv())
+
+    def operators(self) -> float:
+        """Train an epoch and return the operator calls of a step."""
+        self.connection.send("profile")
+        return float(self.connection.recv())
+
+    def close(self) -> None:
+        self.connection.send(None)
+        self.process.join()
+
+
+def serve(
+    connection: Connection, make_epoch: Callable[..., Callable[[], int]], arguments: tuple[Any, ...]
+) -> None:
+    """Answer requests until there is an empty one."""
+    sys.stderr = FakeTerminal()
+    logging.disable()
+    epoch = make_epoch(*arguments)
+    while request := connection.recv():
+        if request == "time":
+            start = time.perf_counter()
+            epoch()
+            connection.send(time.perf_counter() - start)
+        else:
+            with profile(activities=[ProfilerActivity.CPU]) as profiler:
+                steps = epoch()
+            connection.send(len(profiler.events()) / steps)
+
+
+def our_epoch(folder: Path, overrides: tuple[str, ...]) -> Callable[[], int]:
+    """Return the trainer's epoch, with tables, accuracy and bar."""
+    keep_freed_memory()
     job = make_job_from(*overrides, "metric/single@metric.train=[accuracy]")
     parts = make_components(job.config, Instantiator(), CPU)
     callbacks = Callbacks([Tables(folder), Progress()])
     trainer = make_trainer(job, Instantiator(), parts, callbacks, folder)
 
-    model = make_components(job.config, Instantiator(), CPU).task.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    images, labels = parts.loaders["train"].tensors  # type: ignore[attr-defined]
-    count, size = parts.loaders["train"].num_samples, job.config.data.batch_size
+    def epoch() -> int:
+        number = len(trainer.state.history) + 1
+        result = trainer.run_stage("train", number, parts.loaders["train"], is_training=True)
+        return len(result.steps)
+
+    return epoch
+
+
+def bare_epoch(overrides: tuple[str, ...], is_fused: bool) -> Callable[[], int]:
+    """Return an epoch of a bare loop."""
+    job = make_job_from(*overrides)
+    parts = make_components(job.config, Instantiator(), CPU)
+    model, loader = parts.task.model, parts.loaders["train"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, fused=is_fused)
+    images, labels = loader.tensors  # type: ignore[attr-defined]
+    count, size = loader.num_samples, job.config.data.batch_size
     takes_images = next(p for p in model.parameters()).ndim == 4
+    resize, pixels = job.config.data.resize, (images.shape[-1],) * 2
 
-    def ours() -> float:
-        start = time.perf_counter()
-        trainer.run_stage(
-            "train", len(trainer.state.history) + 1, parts.loaders["train"], is_training=True
-        )
-        return time.perf_counter() - start
-
-    def bare() -> float:
-        start = time.perf_counter()
+    def epoch() -> int:
         model.train()
-        for batch in torch.randperm(len(images))[:count].split(size):
+        batches = torch.randperm(len(images))[:count].split(size)
+        for batch in batches:
             x = images[batch].float().div_(255).sub_(MEAN).div_(STD)
+            if resize and pixels != (resize, resize):
+                x = F.interpolate(x, size=(resize, resize), mode="bilinear", antialias=True)
             if takes_images:
                 x = x.contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        return time.perf_counter() - start
+        return len(batches)
 
-    return alternate(rounds, ours, bare)
+    return epoch
+
+
+def training_rows(folder: Path, rounds: int, name: str) -> list[Summary]:
+    """Compare the training of a model with both bare loops."""
+    overrides, *targets = MODELS[name]
+    overrides = (*PLAIN, *overrides)
+    sides = {
+        OURS: Side(our_epoch, folder, overrides),
+        BARE: Side(bare_epoch, overrides, False),
+        BEST: Side(bare_epoch, overrides, True),
+    }
+    times = alternate(rounds, {side: process.seconds for side, process in sides.items()})
+    calls = {side: process.operators() for side, process in sides.items()}
+    for process in sides.values():
+        process.close()
+    return [
+        {
+            "benchmark": f"{name} (s)",
+            "baseline": other,
+            **summarize(times[OURS], times[other]),
+            "operators": f"{calls[OURS]:.0f} / {calls[other]:.0f}",
+            "target": f"<= {target:.2f}",
+        }
+        for other, target in zip((BARE, BEST), targets, strict=True)
+    ]
 
 
 def torchvision_mnist(root: Path) -> Path:
@@ -117,8 +235,8 @@ def torchvision_mnist(root: Path) -> Path:
     return root
 
 
-def loader_rates(root: Path, rounds: int, workers: int) -> list[float]:
-    """Return samples/s of our loader and of torchvision's MNIST in a `DataLoader`."""
+def loader_rates(root: Path, rounds: int, workers: int) -> Summary:
+    """Compare samples/s of our loader and of torchvision's MNIST in a `DataLoader`."""
     loader = make_components(
         make_job_from("model=mlp", "data.batch_size=256").config, Instantiator(), CPU
     ).loaders
@@ -136,7 +254,8 @@ def loader_rates(root: Path, rounds: int, workers: int) -> list[float]:
         count = sum(len(y) for _, y in theirs)
         return count / (time.perf_counter() - start)
 
-    return alternate(rounds, ours, bare)
+    values = alternate(rounds, {OURS: ours, BARE: bare})
+    return summarize(values[OURS], values[BARE])
 
 
 SCRIPT = """
@@ -165,8 +284,8 @@ print("test", accuracy(test))
 """
 
 
-def wall_times(root: Path, folder: Path, rounds: int) -> list[float]:
-    """Return seconds of a complete 3-epoch run, including the start of Python."""
+def wall_times(root: Path, folder: Path, rounds: int) -> Summary:
+    """Compare seconds of a complete 3-epoch run, including the start of Python."""
     app = [sys.executable, "-m", "app", "model=mlp", "trainer.max_epochs=3"]
     script = [sys.executable, "-c", SCRIPT, str(root)]
 
@@ -175,40 +294,37 @@ def wall_times(root: Path, folder: Path, rounds: int) -> list[float]:
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         return time.perf_counter() - start
 
-    return alternate(rounds, lambda: run(app), lambda: run(script))
+    values = alternate(rounds, {OURS: lambda: run(app), BARE: lambda: run(script)})
+    return summarize(values[OURS], values[BARE])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
-    few_rounds = max(1, rounds // 3)
-    real_stderr, sys.stderr = sys.stderr, FakeTerminal()
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        root = torchvision_mnist(folder / "torchvision")
-        plain = ("scheduler=constant", "data.batch_size=256")
-        mlp = epoch_times(folder / "mlp", rounds, "model=mlp", *plain)
-        rows.append(["epoch, MLP 784-128-10, batch 256 (s)", "bare loop", *mlp, "<= 1.15"])
-        warmup = ("model=mlp", "scheduler=cosine", "data.batch_size=256")
-        cosine = epoch_times(folder / "cosine", rounds, *warmup)
-        rows.append(
-            ["same, with warm-up and cosine schedule (s)", "bare loop, fixed lr", *cosine, ""]
-        )
-        large = ("model=alexnet", *plain, "trainer.limit_train_batches=40")
-        alexnet = epoch_times(folder / "alexnet", rounds, *large)
-        rows.append(["40 steps, AlexNet, batch 256 (s)", "bare loop", *alexnet, "<= 1.03"])
-        for workers in (0, 2):
-            rates = loader_rates(root, few_rounds, workers)
-            other = f"torchvision, {workers} workers"
-            rows.append(["loader, MNIST (samples/s)", other, *rates, ">= 15"])
-        wall = wall_times(root, folder, few_rounds)
-        rows.append(["complete run, MLP, 3 epochs (s)", "torchvision loader", *wall, ""])
-    sys.stderr = real_stderr
-    columns = ["benchmark", "baseline", "ours", "theirs", "ratio", "target"]
-    table = pd.DataFrame(rows, columns=columns)
-    print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
+    parser.add_argument("--models", nargs="*", help="parts of the names of the models to measure")
+    options = parser.parse_args()
+    rounds, few_rounds = options.rounds, max(1, options.rounds // 3)
+    rows: list[Summary] = []
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp)
+        for number, name in enumerate(MODELS):
+            if options.models is None or any(part in name for part in options.models):
+                rows += training_rows(folder / str(number), rounds, name)
+        if options.models is None:
+            rows += data_rows(folder, few_rounds)
+    print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format="{:,.3f}".format))
+
+
+def data_rows(folder: Path, rounds: int) -> list[Summary]:
+    """Compare the loading of data with torchvision's."""
+    root = torchvision_mnist(folder / "torchvision")
+    rows: list[Summary] = []
+    for workers in (0, 2):
+        names = {"benchmark": "loader, MNIST (samples/s)"}
+        names["baseline"] = f"torchvision, {workers} workers"
+        rows.append({**names, **loader_rates(root, rounds, workers), "target": ">= 15"})
+    names = {"benchmark": "complete run, MLP, 3 epochs (s)", "baseline": "torchvision's loader"}
+    return [*rows, {**names, **wall_times(root, folder, rounds)}]
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
 from app.runtime.errors import StorageError
 from app.runtime.files import write_csv
+from app.runtime.memory import keep_freed_memory
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
 from app.training.checkpoint.initial_weights import InitialWeights
@@ -88,6 +89,7 @@ def execute(
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
     set_matmul_precision(config.trainer.matmul_precision)
+    keeps_memory = device.type == "cpu" and keep_freed_memory()
     is_resumed = config.resume not in (None, AUTO)
     environment = Environment(job, device) if rank() == 0 else None
     status = make_status(job, folder, device, environment)
@@ -97,7 +99,8 @@ def execute(
             config = job.config
         components = make_components(config, instantiator, device)
         record = record_environment(job, folder, environment, components)
-        log_run_header(config, components, folder, record)
+        memory = "freed memory is kept for the next step" if keeps_memory else ""
+        log_run_header(config, components, folder, {"memory": memory, **record})
         record_initial_weights(components.initial, folder)
         if config.mode in TUNERS:
             prepare_tuning(config, instantiator, components)

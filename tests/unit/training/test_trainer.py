@@ -49,16 +49,27 @@ SEGMENTATION = (
 )
 
 
-def test_fit_one_epoch_is_bitwise_equal_to_plain_pytorch(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("overrides", "is_fused"), [((), True), (("+optimizer.fused=false",), None)]
+)
+def test_fit_one_epoch_is_bitwise_equal_to_plain_pytorch(
+    tmp_path: Path, overrides: tuple[str, ...], is_fused: bool | None
+) -> None:
     few = ("data.split.valid=52000", "trainer.limit_valid_batches=1")  # leave 8,000 for training
-    trainer, _ = fit(tmp_path, *SMALL, *few, "seed=3", "optimizer=sgd", "scheduler=constant")
+    options = (*few, "seed=3", "optimizer=sgd", "scheduler=constant", *overrides)
+    trainer, _ = fit(tmp_path, *SMALL, *options)
 
     seed_everything(3, "model")
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 128), nn.ReLU(), nn.Linear(128, 10))
     images, labels = split_dataset({"train": mnist(train=True)}, 52_000, None, 0)["train"].tensors  # type: ignore[attr-defined]
     order = torch.Generator().manual_seed(derive_seed(3, "order", 1))
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.0005
+        model.parameters(),
+        lr=0.05,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=0.0005,
+        fused=is_fused,
     )
     for batch in torch.randperm(8_000, generator=order).split(100):
         x = (images[batch].float() / 255 - 0.1307) / 0.3081
