@@ -86,6 +86,9 @@ def parse_arguments(
     parser = get_args_parser()
     parser.prog = "app"
     args, unknown = parser.parse_known_args(arguments)
+    # argparse does not take overrides on both sides of an option: `model=mlp -m seed=0,1`.
+    args.overrides += [text for text in unknown if "=" in text and text[0] != "-"]
+    unknown = [text for text in unknown if text not in args.overrides]
     if unknown:
         raise ConfigError([_option_issue(option, arguments) for option in unknown])
     args.overrides = expand(args.overrides, os.environ)

@@ -10,7 +10,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig
 
 from app.cli import report
-from app.cli.main import main
+from app.cli.main import main, parse_arguments
 from app.runtime.errors import StorageError
 
 TOO_LONG = "x" * 300  # file systems allow 255 bytes
@@ -49,3 +49,12 @@ def test_main_single_run_composes_its_configuration_once(
     assert len(compositions) == 1
     assert [run.model.input_shape for run in runs] == [[1, 28, 28]] * (mode == "train")
     assert (tmp_cwd / "outputs").exists() == (mode == "train")
+
+
+@pytest.mark.parametrize(
+    "line", ["-m model=mlp seed=0,1", "model=mlp -m seed=0,1", "model=mlp seed=0,1 -m"]
+)
+def test_options_may_stand_among_overrides(line: str) -> None:
+    args, _ = parse_arguments(line.split())
+    assert args.multirun
+    assert args.overrides == ["model=mlp", "seed=0,1"]
