@@ -29,6 +29,11 @@ from app.distributed.collectives import is_distributed, rank, rank_zero_first
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import dry_run
+from app.experiment.optimizer_parts import (
+    OptimizerPart,
+    make_optimizer_parts,
+    trained_parameters,
+)
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics
@@ -55,6 +60,8 @@ class Components:
         loaders: The batch loader of each stage that the mode runs and that has data.
         paths: The file of each sample of a stage, in order, where samples are files.
         freezing: When which parameters of the model are frozen.
+        optimizer_parts: Which optimizer trains which parameters, by its key in the configuration;
+            empty if the mode does not train.
         device: The device of the model and of the batches.
         data: Which data each stage of `loaders` has; on rank 0 only.
         initial: Where the initial weights come from; None if they are random or of a checkpoint.
@@ -64,6 +71,7 @@ class Components:
     loaders: dict[str, BatchLoader]
     paths: dict[str, list[str]]
     freezing: FreezeSchedule
+    optimizer_parts: dict[str, list[OptimizerPart]]
     device: torch.device
     data: dict[str, DataIdentity]
     initial: InitialWeights | None
@@ -71,6 +79,8 @@ class Components:
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
     """Build the model, the data and the task, and try them on two samples of each stage.
+
+    In modes that train, the parameters are divided among the optimizers, which are built later.
 
     Raises:
         UserError: A component cannot be built, or the components do not fit together.
@@ -86,11 +96,14 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
         dry_run(task, stage, loader, config.data)
     freezes = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
     freezing = FreezeSchedule(model, freezes)
+    trains = config.mode not in CKPT_MODES
+    trained = trained_parameters(task, freezing)
+    parts = make_optimizer_parts(config, instantiator, model, trained) if trains else {}
     if config.trainer.compile:
         model.compile(**_compile_arguments(config.trainer.compile))
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
     data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
-    return Components(task, loaders, paths, freezing, device, data, initial)
+    return Components(task, loaders, paths, freezing, parts, device, data, initial)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
