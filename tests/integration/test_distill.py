@@ -54,7 +54,10 @@ def test_distilled_run_resumes_exactly_and_is_used_without_its_teacher(
     distill = (*DISTILL, f"teacher={source}")
     whole = run_job(job_for(*distill, "trainer.max_epochs=2"), tmp_path / "whole")
     run = run_job(job_for(*distill, "trainer.max_epochs=1"), tmp_path / "run")
-    job = job_for(f"resume={run}", f"hydra.run.dir={run}", "trainer.max_epochs=2")
+    resume = (f"resume={run}", f"hydra.run.dir={run}")
+    with pytest.raises(UserError, match=r"teacher: .* cannot be changed"):
+        job_for(*resume, f"teacher={teacher}")
+    job = job_for(*resume, "trainer.max_epochs=2")
     run_job(job, run)
     torch.testing.assert_close(last_weights(run), last_weights(whole), rtol=0, atol=0)
     assert last_weights(run).keys() == {
@@ -72,7 +75,7 @@ def test_distilled_run_resumes_exactly_and_is_used_without_its_teacher(
         run_job(job_for(f"mode={mode}", f"ckpt={run}"), tmp_path / mode)
     assert len(pd.read_csv(tmp_path / "valid" / "valid_summary_table.csv")) == 1
     with pytest.raises(UserError, match=r"teacher='.*source' does not exist; .* also to resume"):
-        job_for(f"resume={run}", f"hydra.run.dir={run}", "trainer.max_epochs=3")
+        job_for(*resume, "trainer.max_epochs=3")
 
 
 def test_run_that_resumes_with_another_teacher_says_so(
