@@ -15,6 +15,8 @@ from app.runtime.nested import Key, Nested, count_samples, describe, pick
 from app.training.precision import Precision
 from app.training.task import Forward, MetricsLike, StepOutput, Task
 
+COMPILER_MODULES = ("torch._dynamo", "torch._inductor")  # of the errors of torch.compile
+
 
 class SupervisedTask(Task):
     """Trains one model to map inputs to targets.
@@ -192,6 +194,13 @@ def call_model(key: str, name: str, model: Callable[..., Any], inputs: Nested) -
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
+        if type(error).__module__.startswith(COMPILER_MODULES):
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"trainer.compile: {name} cannot be compiled: {reason}; install what is missing, "
+                "or set trainer.compile=false, or 'trainer.compile={backend: aot_eager}', which "
+                "needs no C++ compiler"
+            ) from error
         raise UserError(f"{key}: {name} cannot take {describe(inputs)}: {error}") from error
 
 
