@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from app.config.allowlist import TARGET
 from app.config.instantiate import Instantiator
 from app.config.optimizers import (
     optimizer_nodes,
 )
 from app.config.rules import CKPT_MODES, parse_duration
-from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config
+from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config, Node
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.identity import DataIdentity, identify_data
@@ -57,6 +58,11 @@ from app.training.supervised import SupervisedTask
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
+ZOO_MODELS = (  # their `weights` initialize the model, and change nothing else
+    "app.models.smp_models.smp_model",
+    "app.models.timm_models.timm_model",
+    "app.models.torchvision_models.torchvision_model",
+)
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,9 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         UserError: The target does not build a `torch.nn.Module`.
     """
     seed_everything(config.seed, "model")
-    model = instantiator("model", config.model)
+    has_checkpoint = config.mode in CKPT_MODES or config.resume not in (None, AUTO)
+    node = without_published_weights(config.model) if has_checkpoint else config.model
+    model = instantiator("model", node)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model['_target_']} is not a torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
@@ -135,6 +143,14 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         if blocks:
             log.info("gradient checkpointing of %s", ", ".join(blocks))
     return _move(config, model, device)
+
+
+def without_published_weights(node: Node) -> Node:
+    """Return the node of a model that gets all of its weights from a checkpoint.
+
+    A model of a zoo would read, or download, its published weights to replace them.
+    """
+    return node | {"weights": None} if node.get(TARGET) in ZOO_MODELS else node
 
 
 def _move(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
@@ -224,7 +240,7 @@ def make_teacher(
     Raises:
         UserError: It cannot be built, or the weights do not fit it.
     """
-    model = instantiator("teacher: model", teacher.model)
+    model = instantiator("teacher: model", without_published_weights(teacher.model))
     if not isinstance(model, nn.Module):
         raise UserError(f"teacher: the model of {teacher.file} is not a torch.nn.Module")
     load_weights(model, teacher.weights, f"teacher={str(teacher.file)!r}")
