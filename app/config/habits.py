@@ -47,6 +47,7 @@ KEYS = {
     "resume_from, resume_from_checkpoint, load": "resume",
     "model_path, checkpoint_path, ckpt_path": "mode=test ckpt=RUN",
     "weights, pretrained, finetune, finetune_from, init_from, load_from": "init.weights",
+    "teacher, teacher_path, teacher_model, distill, distillation": "task=distill teacher=RUN",
     "output_dir, out_dir, save_dir, log_dir, logdir, exp_dir, work_dir": "output",
     "exp_name, run_name, task_name, experiment_name": "name",
     "random_seed, manual_seed, seed_everything": "seed",

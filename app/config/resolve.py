@@ -112,7 +112,7 @@ def hydra_config(config: DictConfig) -> Iterator[None]:
 
 def _make_paths_absolute(plain: PlainConfig) -> None:
     """Make the paths of checkpoints and of the data absolute, in place."""
-    for node, name in ((plain, "ckpt"), (plain.get("init"), "weights")):
+    for node, name in ((plain, "ckpt"), (plain, "teacher"), (plain.get("init"), "weights")):
         if isinstance(node, dict) and isinstance(node.get(name), str) and node[name]:
             node[name] = absolute_path(node[name])
     data = plain.get("data")

@@ -20,7 +20,7 @@ from app.config.validate import Overridden, has_auto
 from app.runtime.errors import ConfigError, ConfigIssue
 
 MULTI_KEY_GROUPS = ("experiment", "debug", "local", "_global_")  # their files set keys anywhere
-FIXED_KEYS = ("model", "init", "data.split", "data.folds", "data.fold")
+FIXED_KEYS = ("model", "init", "teacher", "data.split", "data.folds", "data.fold")
 FIXED_ON_RESUME = ("average", "task", "loss")
 OPTIONS_OF_OTHER_MODES = ("predict", "export", "find")
 SCHEDULE_LENGTH_KEYS = (  # determine the number of optimizer steps

@@ -12,7 +12,10 @@ from app.config.types import UNKNOWN
 from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
 CKPT_MODES = ("test", "valid", "predict", "export")  # modes that require a checkpoint
-SUPERVISED_TASK = "app.training.supervised.SupervisedTask"  # its columns follow from the config
+DISTILL_TASK = "app.training.distill.DistillTask"
+# Tasks whose columns follow from the configuration.
+SUPERVISED_TASKS = ("app.training.supervised.SupervisedTask", DISTILL_TASK)
+DISTILL_COLUMNS = ("task_loss", "distillation_loss")  # of training
 FILE_SOURCES = {  # the argument that names a file or a folder, and which of both
     "app.data.arrays.csv": ("path", "file"),
     "app.data.arrays.npz": ("path", "file"),
@@ -55,6 +58,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _class_issues: ("data.num_classes", "data.class_names", "data.class_weights"),
         _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
+        _teacher_issues: ("mode", "task", "teacher"),
         _resume_issues: ("mode", "resume", "trainer.requeue"),
         _length_issues: ("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs"),
         _time_issues: ("trainer.max_time",),
@@ -232,8 +236,10 @@ def _metric_issues(plain: dict[str, Any], key: str, metric: str) -> Iterator[Con
         return
     metrics = [n for n, node in plain["metric"][stage].items() if node]
     columns = [c for c in _loss_columns(plain) if not _is_scheduled_weight(plain, c)]
-    measured = ["loss", *columns, *metrics]
-    if plain["task"].get("_target_") == SUPERVISED_TASK and name not in measured:
+    target = plain["task"].get("_target_")
+    taught = DISTILL_COLUMNS if target == DISTILL_TASK and stage == "train" else ()
+    measured = ["loss", *columns, *taught, *metrics]
+    if target in SUPERVISED_TASKS and name not in measured:
         yield ConfigIssue(
             key,
             f"={metric!r} is not measured in {stage}; it has: {join_choices(measured)}"
@@ -256,6 +262,18 @@ def _is_scheduled_weight(plain: dict[str, Any], column: str) -> bool:
     term = plain["loss"].get(column.removesuffix("_weight")) or {}
     weight = term.get("weight") if column.endswith("_weight") else None
     return isinstance(weight, dict) and str(weight.get("_target_")).endswith(".ScheduledWeight")
+
+
+def _teacher_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    teacher, target = plain["teacher"], plain["task"].get("_target_")
+    if plain["mode"] in CKPT_MODES:  # which need the trained model only
+        return
+    if target == DISTILL_TASK and teacher is None:
+        yield ConfigIssue(
+            "teacher", " has no value: task=distill needs a run folder or a checkpoint file"
+        )
+    if teacher is not None and target != DISTILL_TASK and str(target).startswith("app."):
+        yield ConfigIssue("teacher", f"={teacher!r} is not used by {target}; allowed: task=distill")
 
 
 def _resume_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
@@ -359,7 +377,7 @@ def _name_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     for stage in STAGES:
         for name in _loss_columns(plain) & plain["metric"][stage].keys():
             yield ConfigIssue(f"metric.{stage}.{name}", " is the column of a loss term; rename it")
-    if plain["task"].get("_target_") == SUPERVISED_TASK and not any(plain["loss"].values()):
+    if plain["task"].get("_target_") in SUPERVISED_TASKS and not any(plain["loss"].values()):
         yield ConfigIssue("loss", " has no terms; choose one, for example loss=cross_entropy")
 
 

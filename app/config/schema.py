@@ -355,6 +355,7 @@ class Config:
     ckpt: str | None
     resume: str | None
     init: InitConfig
+    teacher: str | None
     output: str
     launch: Literal["auto", "inline", "local", "torchrun", "srun"]
     seed: Annotated[int, Ge(0), Le(MAX_INT64)]

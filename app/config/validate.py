@@ -34,7 +34,7 @@ FILE_PACKAGES = ("app.callbacks.", "app.data.", "torchvision.datasets.")
 TRANSFORMS = ("app.data.augment.", "app.data.transform.")
 INJECTED_ARGUMENTS = {  # passed to components that have a parameter of that name
     "callbacks": ("folder", "model", "config", "paths", "summarize"),
-    "task": ("model", "loss", "metrics", "precision"),
+    "task": ("model", "loss", "metrics", "precision", "teacher"),
     "average": ("model",),
 }
 

@@ -6,17 +6,9 @@ from functools import partial
 from pathlib import Path
 
 from app.config.instantiate import Instantiator
-from app.config.optimizers import (
-    optimizer_nodes,
-)
 from app.config.schema import Config, Job
 from app.experiment.factory import Components
-from app.experiment.optimizers import (
-    optimizer_parts,
-    parameters_of,
-    trained_parameters,
-    without_implementation,
-)
+from app.experiment.optimizer_parts import trained_parameters, without_implementation
 from app.runtime.errors import UserError
 from app.training.events import Callback
 from app.training.model_summary import (
@@ -39,7 +31,7 @@ def make_callbacks(
         "model": components.task.model,
         "config": job.plain,
         "paths": components.paths,
-        "summarize": partial(make_summary, job.config, instantiator, components),
+        "summarize": partial(make_summary, instantiator, components),
     }
     callbacks = instantiator.build_all("callbacks", job.config.callbacks, **offers)
     for name, callback in callbacks.items():
@@ -57,15 +49,14 @@ def _make_profiler(config: Config, folder: Path) -> list[Callback]:
     return [Profiler(folder) if steps is True else Profiler(folder, steps)]
 
 
-def make_summary(config: Config, instantiator: Instantiator, components: Components) -> Summary:
-    """Measure the model, and the memory of the optimizers that would train it."""
-    trained = trained_parameters(components)
+def make_summary(instantiator: Instantiator, components: Components) -> Summary:
+    """Measure the model, and the memory of the optimizers that train it."""
     states = []
-    for key in optimizer_nodes(config.optimizer):
-        for part in optimizer_parts(config, components, key, parameters_of(key, trained)):
-            parameters = [parameter for group in part.groups for parameter in group["params"]]
-            build = partial(instantiator, part.key, without_implementation(part.node))
-            states.append(optimizer_state_bytes(build, parameters))
+    for part in (part for parts in components.optimizer_parts.values() for part in parts):
+        parameters = [parameter for group in part.groups for parameter in group["params"]]
+        build = partial(instantiator, part.key, without_implementation(part.node))
+        states.append(optimizer_state_bytes(build, parameters))
     known = [size for size in states if size is not None]
     total = sum(known) if len(known) == len(states) else None
+    trained = trained_parameters(components.task, components.freezing)
     return summarize_model(components.task, components.loaders["train"], trained, total)

@@ -12,6 +12,7 @@ from app.config.schema import DataConfig
 from app.data.batch import BatchLoader
 from app.runtime.errors import UserError
 from app.runtime.nested import pick
+from app.training.distill import DistillTask
 from app.training.stage_loop import PREDICT
 from app.training.supervised import SupervisedTask
 from app.training.task import Task, check_step_output
@@ -36,7 +37,10 @@ def dry_run(task: Task, stage: str, loader: BatchLoader, data: DataConfig) -> No
             # (N, 1) against (N,) broadcasts to (N, N): a loss without error, but never intended.
             warnings.filterwarnings("error", "Using a target size")
             if isinstance(task, SupervisedTask):
-                _check_num_classes(task.predict(pick(batch, task.inputs)), data)
+                inputs = pick(batch, task.inputs)
+                _check_num_classes(task.predict(inputs), data)
+                if stage == "train" and isinstance(task, DistillTask):
+                    task.distillation_loss(inputs, task.forward(inputs))
             elif stage == PREDICT:
                 task.predict_step(batch)
             if stage != PREDICT:

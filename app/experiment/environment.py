@@ -100,6 +100,7 @@ class Environment:
         source: Mapping[str, Any],
         data: Mapping[str, DataIdentity],
         initial_weights: Mapping[str, Any] | None = None,
+        teacher: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Append the record to `environment.json`, and save uncommitted changes as a patch.
 
@@ -108,6 +109,7 @@ class Environment:
             source: The data source of each stage, from the resolved configuration.
             data: Which data each stage has.
             initial_weights: Which file the initial weights are from; None if they are from none.
+            teacher: Which checkpoint the run learns from; None if it learns from none.
 
         Returns:
             The record.
@@ -125,8 +127,16 @@ class Environment:
             "code": code,
             "data": {"source": source, "stages": stages},
             "initial_weights": initial_weights,
+            "teacher": teacher,
         }
-        attempts = [*read_attempts(folder), record]
+        earlier = read_attempts(folder)
+        if teacher and earlier and earlier[-1].get("teacher") not in (None, teacher):
+            log.warning(
+                "teacher: %s has changed since the run was started; the rest of the run learns "
+                "from other weights",
+                teacher["checkpoint"],
+            )
+        attempts = [*earlier, record]
         kept = [*attempts[:1], *attempts[1:][-(MAX_ATTEMPTS - 1) :]]
         write_json(folder / ENVIRONMENT_FILE, {"attempts": kept})
         return record

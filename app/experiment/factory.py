@@ -15,26 +15,40 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
+from app.config.allowlist import TARGET
 from app.config.instantiate import Instantiator
 from app.config.optimizers import (
     optimizer_nodes,
 )
 from app.config.rules import CKPT_MODES, parse_duration
-from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config
+from app.config.schema import AUTO, STAGES, CheckpointConfig, CompileConfig, Config, Node
 from app.data.batch import BatchLoader
 from app.data.datamodule import make_datasets, make_loaders
 from app.data.identity import DataIdentity, identify_data
 from app.data.split import sample_paths
-from app.distributed.collectives import is_distributed, rank, rank_zero_first
+from app.distributed.collectives import (
+    broadcast_object,
+    is_distributed,
+    rank,
+    rank_zero_first,
+)
 from app.distributed.strategies import DDPStrategy, FSDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment.dry_run import dry_run
+from app.experiment.optimizer_parts import (
+    OptimizerPart,
+    make_optimizer_parts,
+    trained_parameters,
+)
+from app.experiment.teacher import Teacher, read_teacher
 from app.losses.weighted_sum import Term, WeightedSum
 from app.metrics.output_metric import OutputMetric
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError
 from app.runtime.seed import seed_everything
+from app.training.checkpoint.checkpoint import load_weights
 from app.training.checkpoint.initial_weights import InitialWeights, load_initial_weights
+from app.training.distill import DistillTask
 from app.training.gradient_checkpointing import checkpoint_blocks
 from app.training.limits import SaveSchedule, TrainingLimits
 from app.training.optim.freezing import FreezeSchedule
@@ -44,6 +58,11 @@ from app.training.supervised import SupervisedTask
 from app.training.task import Task
 
 log = logging.getLogger(__name__)
+ZOO_MODELS = (  # their `weights` initialize the model, and change nothing else
+    "app.models.smp_models.smp_model",
+    "app.models.timm_models.timm_model",
+    "app.models.torchvision_models.torchvision_model",
+)
 
 
 @dataclass(frozen=True)
@@ -55,22 +74,29 @@ class Components:
         loaders: The batch loader of each stage that the mode runs and that has data.
         paths: The file of each sample of a stage, in order, where samples are files.
         freezing: When which parameters of the model are frozen.
+        optimizer_parts: Which optimizer trains which parameters, by its key in the configuration;
+            empty if the mode does not train.
         device: The device of the model and of the batches.
         data: Which data each stage of `loaders` has; on rank 0 only.
         initial: Where the initial weights come from; None if they are random or of a checkpoint.
+        teacher: What identifies the teacher of the task; None if it has none.
     """
 
     task: Task
     loaders: dict[str, BatchLoader]
     paths: dict[str, list[str]]
     freezing: FreezeSchedule
+    optimizer_parts: dict[str, list[OptimizerPart]]
     device: torch.device
     data: dict[str, DataIdentity]
     initial: InitialWeights | None
+    teacher: dict[str, str] | None
 
 
 def make_components(config: Config, instantiator: Instantiator, device: torch.device) -> Components:
     """Build the model, the data and the task, and try them on two samples of each stage.
+
+    In modes that train, the parameters are divided among the optimizers, which are built later.
 
     Raises:
         UserError: A component cannot be built, or the components do not fit together.
@@ -81,16 +107,21 @@ def make_components(config: Config, instantiator: Instantiator, device: torch.de
     with rank_zero_first():
         datasets = make_datasets(config, instantiator)
     loaders = make_loaders(config, instantiator, datasets, device, layout)
-    task = make_task(config, instantiator, model, device)
+    teacher = load_teacher(config)
+    task = make_task(config, instantiator, model, device, teacher)
     for stage, loader in loaders.items():
         dry_run(task, stage, loader, config.data)
     freezes = {name: freeze for name, freeze in config.freeze.items() if freeze is not None}
     freezing = FreezeSchedule(model, freezes)
+    trains = config.mode not in CKPT_MODES
+    trained = trained_parameters(task, freezing)
+    parts = make_optimizer_parts(config, instantiator, model, trained) if trains else {}
     if config.trainer.compile:
         model.compile(**_compile_arguments(config.trainer.compile))
     paths = {stage: paths for stage in loaders if (paths := sample_paths(datasets[stage]))}
     data = {stage: identify_data(datasets[stage]) for stage in loaders if rank() == 0}
-    return Components(task, loaders, paths, freezing, device, data, initial)
+    record = teacher.record if teacher else None
+    return Components(task, loaders, paths, freezing, parts, device, data, initial, record)
 
 
 def make_model(config: Config, instantiator: Instantiator, device: torch.device) -> nn.Module:
@@ -100,16 +131,31 @@ def make_model(config: Config, instantiator: Instantiator, device: torch.device)
         UserError: The target does not build a `torch.nn.Module`.
     """
     seed_everything(config.seed, "model")
-    model = instantiator("model", config.model)
+    has_checkpoint = config.mode in CKPT_MODES or config.resume not in (None, AUTO)
+    node = without_published_weights(config.model) if has_checkpoint else config.model
+    model = instantiator("model", node)
     if not isinstance(model, nn.Module):
         raise UserError(f"model: {config.model['_target_']} is not a torch.nn.Module")
     if config.mode == "train" and config.trainer.sync_batchnorm and is_distributed():
         model = convert_sync_batchnorm(model, device)
-    Precision.choose(config.trainer.precision, device).convert(model)
     if config.mode not in CKPT_MODES:
         blocks = checkpoint_blocks(model, config.trainer.gradient_checkpointing)
         if blocks:
             log.info("gradient checkpointing of %s", ", ".join(blocks))
+    return _move(config, model, device)
+
+
+def without_published_weights(node: Node) -> Node:
+    """Return the node of a model that gets all of its weights from a checkpoint.
+
+    A model of a zoo would read, or download, its published weights to replace them.
+    """
+    return node | {"weights": None} if node.get(TARGET) in ZOO_MODELS else node
+
+
+def _move(config: Config, model: nn.Module, device: torch.device) -> nn.Module:
+    """Move a model to the device, in the precision and the memory format of the run."""
+    Precision.choose(config.trainer.precision, device).convert(model)
     layout = _memory_format(config, model)
     return model.to(device=device, memory_format=layout)  # type: ignore[call-overload,no-any-return]
 
@@ -138,8 +184,23 @@ def _memory_format(config: Config, model: nn.Module) -> torch.memory_format:
     return memory_format(config.trainer.channels_last, model)
 
 
+def load_teacher(config: Config) -> Teacher | None:
+    """Read the teacher of a training on rank 0; all ranks must call this.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if config.teacher is None or config.mode in CKPT_MODES:
+        return None
+    return broadcast_object(read_teacher(Path(config.teacher)) if rank() == 0 else None)
+
+
 def make_task(
-    config: Config, instantiator: Instantiator, model: nn.Module, device: torch.device
+    config: Config,
+    instantiator: Instantiator,
+    model: nn.Module,
+    device: torch.device,
+    teacher: Teacher | None = None,
 ) -> Task:
     """Build the task on the device, without optimizers yet.
 
@@ -148,6 +209,7 @@ def make_task(
     """
     nodes_of_stages = ((stage, getattr(config.metric, stage)) for stage in STAGES)
     metrics = {stage: make_metrics(stage, nodes, instantiator) for stage, nodes in nodes_of_stages}
+    taught = {"teacher": make_teacher(config, instantiator, teacher, device)} if teacher else {}
     task = instantiator(
         "task",
         config.task,
@@ -155,13 +217,34 @@ def make_task(
         loss=make_loss(config, instantiator),
         metrics=metrics,
         precision=Precision.choose(config.trainer.precision, device),
+        **taught,
     )
     if not isinstance(task, Task):
         raise UserError(
             f"task._target_={config.task['_target_']!r} is not an app.training.task.Task"
         )
+    if teacher and not isinstance(task, DistillTask):
+        raise UserError(
+            f"teacher={config.teacher!r} is not used by {config.task['_target_']}; allowed: "
+            "task=distill, or a task derived from app.training.distill.DistillTask"
+        )
     task.to(device)
     return task
+
+
+def make_teacher(
+    config: Config, instantiator: Instantiator, teacher: Teacher, device: torch.device
+) -> nn.Module:
+    """Build the model of a teacher on the device, with its weights.
+
+    Raises:
+        UserError: It cannot be built, or the weights do not fit it.
+    """
+    model = instantiator("teacher: model", without_published_weights(teacher.model))
+    if not isinstance(model, nn.Module):
+        raise UserError(f"teacher: the model of {teacher.file} is not a torch.nn.Module")
+    load_weights(model, teacher.weights, f"teacher={str(teacher.file)!r}")
+    return _move(config, model, device)
 
 
 def make_loss(config: Config, instantiator: Instantiator) -> WeightedSum:

@@ -36,6 +36,7 @@ from app.config.secrets import reveal, reveal_config, unexpected_env_reads
 from app.config.types import MISSING, UNKNOWN
 from app.config.validate import validate
 from app.experiment.data_facts import read_data, with_data_facts
+from app.experiment.teacher import Teacher, config_issues, mismatch_issues, read_teacher
 from app.runtime.errors import ConfigError, ConfigIssue, UserError, as_user_error
 from app.runtime.files import read_status, write_text
 from app.runtime.lock import check_unlocked
@@ -56,6 +57,7 @@ START_CONFIG = "start.json"
 PATH_KEYS = {  # keys that name a folder or a file, and what they allow
     "resume": "null, auto, a run folder, a training checkpoint in one",
     "ckpt": "null, a run folder, a checkpoint file",
+    "teacher": "null, a run folder, a checkpoint file",
     "init.weights": f"null, {ALLOWED}",
     "sweep.resume": "null, the folder of a sweep",
 }
@@ -143,12 +145,16 @@ def make_job(composed: DictConfig, folder: Path | None = None, has_errors: bool 
     elif plain.get("mode") not in CKPT_MODES:
         issues += _init_issues(plain)
     issues += unexpected_env_reads(plain, composed_plain)
+    teacher, teacher_issues = _find_teacher(plain, trusted)
+    issues += teacher_issues
     is_new = ckpt is None or any(change.is_below("data.path") for change in differences)
     overridden = find_overridden(overrides, has_errors)
     report = read_data(saved, plain, trusted, issues, is_new, overridden)
     if report is not None and report.facts:
         saved = with_data_facts(saved, report.facts)
         plain = resolve_saved(saved)
+    if teacher is not None:
+        issues += mismatch_issues(teacher, plain)
     config = validate(plain, trusted, issues, overridden)
     if reveal(plain) != plain:  # secrets are only in the typed configuration, never in `plain`
         config = reveal_config(plain)
@@ -240,6 +246,22 @@ def _init_issues(plain: dict[str, Any]) -> list[ConfigIssue]:
     except UserError as error:
         return [ConfigIssue("", str(error))]
     return []
+
+
+def _find_teacher(
+    plain: dict[str, Any], trusted: Sequence[str]
+) -> tuple[Teacher | None, list[ConfigIssue]]:
+    """Return the teacher that a training has, and what is wrong with it."""
+    path = plain.get("teacher")
+    if not isinstance(path, str) or path == UNKNOWN or plain.get("mode") in CKPT_MODES:
+        return None, []
+    try:
+        teacher = read_teacher(Path(path))
+    except ConfigError as error:
+        return None, error.issues
+    except UserError as error:
+        return None, [ConfigIssue("", str(error))]
+    return teacher, config_issues(teacher, trusted)
 
 
 def resolve_folder(composed: DictConfig, key: str) -> Path:

@@ -166,7 +166,7 @@ def record_environment(
         return {}
     source = {stage: node for stage, node in job.plain["data"]["source"].items() if node}
     initial = components.initial.record if components.initial else None
-    record = environment.write(folder, source, components.data, initial)
+    record = environment.write(folder, source, components.data, initial, components.teacher)
     versions = ", ".join(f"{name} {number}" for name, number in environment.versions.items())
     return {"code": describe_code(record), "versions": versions}
 
@@ -378,6 +378,7 @@ def log_run_header(
         "notes": " ".join([*(f"[{tag}]" for tag in config.tags), config.notes]),
         "model": f"{config.model['_target_']}, {num_parameters:,} parameters",
         "task": config.task["_target_"],
+        "teacher": components.teacher["checkpoint"] if components.teacher else "",
         "data": "; ".join(
             _describe_data(stage, components.loaders.get(stage)) for stage in active_stages(config)
         ),

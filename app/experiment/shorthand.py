@@ -16,7 +16,7 @@ RUN_PATTERNS = ("*", "*/*", "sweeps/*/*/*")  # of run folders in the output fold
 
 
 def expand(overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
-    """Replace `~/` at the start of a value, and `latest` of `ckpt`, `resume` and `init.weights`.
+    """Replace `~/` at the start of a value, and `latest` of keys that name a run.
 
     Args:
         overrides: Overrides as typed.
@@ -29,7 +29,12 @@ def expand(overrides: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     values = dict(text.partition("=")[::2] for text in expanded)
     output = Path(values.get("output", environ.get(OUTPUT_VARIABLE, DEFAULT_OUTPUT)).strip("'"))
     weights = f"*{SUFFIX}"
-    files = {"ckpt": weights, "init.weights": weights, "resume": START_CONFIG}
+    files = {
+        "ckpt": weights,
+        "init.weights": weights,
+        "teacher": weights,
+        "resume": START_CONFIG,
+    }
     for position, text in enumerate(expanded):
         key, _, value = text.partition("=")
         if key in files and value == LATEST:

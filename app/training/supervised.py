@@ -15,6 +15,8 @@ from app.runtime.nested import Key, Nested, count_samples, describe, pick
 from app.training.precision import Precision
 from app.training.task import Forward, MetricsLike, StepOutput, Task
 
+COMPILER_MODULES = ("torch._dynamo", "torch._inductor")  # of the errors of torch.compile
+
 
 class SupervisedTask(Task):
     """Trains one model to map inputs to targets.
@@ -79,10 +81,22 @@ class SupervisedTask(Task):
         inputs, targets = self.unpack(batch)
         mixed_inputs, mixed_targets = self.mix(inputs, targets) if self.mix else (inputs, targets)
         outputs = self.forward(mixed_inputs)
-        loss, terms = self.loss(outputs, mixed_targets)
-        weight = self.loss.samples_weight(mixed_targets)
+        loss, terms, weight = self.training_loss(mixed_inputs, outputs, mixed_targets)
         self.optimizer.step(loss, count_samples(inputs), weight)
         return self.step_output("train", outputs, targets, loss, terms, weight)
+
+    def training_loss(
+        self,
+        inputs: Nested,  # noqa: ARG002 - for subclasses
+        outputs: Nested,
+        targets: Nested,
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Return the loss of a training step, further columns, and the weight of the batch.
+
+        The weight is that of `step_output`.
+        """
+        loss, terms = self.loss(outputs, targets)
+        return loss, terms, self.loss.samples_weight(targets)
 
     def eval_step(self, stage: str, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
@@ -118,17 +132,7 @@ class SupervisedTask(Task):
             UserError: If the model does not accept the inputs.
         """
         model = self.forward_model if self.model.training else self.model
-        try:
-            if isinstance(inputs, dict):
-                return model(**inputs)
-            return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
-        except UserError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-            if is_out_of_memory(error):
-                raise
-            name = type(self.model).__name__
-            raise UserError(f"model: {name} cannot take {describe(inputs)}: {error}") from error
+        return call_model("model", type(self.model).__name__, model, inputs)
 
     def predict(self, inputs: Nested) -> Nested:
         """Return the model's outputs in evaluation and prediction, by patches if configured."""
@@ -167,6 +171,37 @@ class SupervisedTask(Task):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss.load_state_dict(state["loss"])
+
+
+def call_model(key: str, name: str, model: Callable[..., Any], inputs: Nested) -> Nested:
+    """Return the outputs of a model; see `SupervisedTask.forward`.
+
+    Args:
+        key: Key of the model in the configuration, for errors.
+        name: Name of its class, for errors.
+        model: The model, or what is called in its place.
+        inputs: A tuple of positional arguments, a dict of keyword arguments, or a single one.
+
+    Raises:
+        UserError: If the model does not accept the inputs.
+    """
+    try:
+        if isinstance(inputs, dict):
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
+        if type(error).__module__.startswith(COMPILER_MODULES):
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"trainer.compile: {name} cannot be compiled: {reason}; install what is missing, "
+                "or set trainer.compile=false, or 'trainer.compile={backend: aot_eager}', which "
+                "needs no C++ compiler"
+            ) from error
+        raise UserError(f"{key}: {name} cannot take {describe(inputs)}: {error}") from error
 
 
 def _pick_targets(batch: Nested, key: Key) -> Nested:

@@ -33,6 +33,7 @@ from app.distributed.strategies import DDPStrategy, SingleDevice
 from app.distributed.sync_batchnorm import convert_sync_batchnorm
 from app.experiment import run
 from app.experiment.factory import make_components
+from app.experiment.run import execute
 from app.metrics.stage_metrics import StageMetrics
 from app.runtime.errors import UserError
 from app.runtime.nested import Nested
@@ -221,6 +222,19 @@ def test_fit_fsdp_with_groups_of_two_optimizers_matches_one_rank() -> None:
     one = fit(*SHORT, *GROUPS)
     for size in (2, 3):
         several = run_on_ranks(size, fit, *SHORT, *GROUPS, "trainer.strategy=fsdp")[0]
+        assert_same(one, several, **ROUNDING)
+
+
+def test_fit_distilled_matches_one_rank(tmp_path: Path) -> None:
+    """Three ranks have unequal parts of two batches, and two of them nothing of the last one."""
+    teacher = [*SHORT, "trainer.max_epochs=1", "trainer.limit_train_batches=2", "callbacks=none"]
+    execute(job_for(*teacher, "model=mlp", "trainer.limit_test_batches=1"), tmp_path)
+    overrides = [*SHORT, "model=mlp", "task=distill", f"teacher={tmp_path}"]
+    overrides += ["trainer.limit_train_batches=null", "data.split.valid=59979"]
+    overrides += ["data.batch_size=10", "trainer.accumulate_grad_batches=2"]
+    one = fit(*overrides)
+    for strategy in ("ddp", "fsdp"):
+        several = run_on_ranks(3, fit, *overrides, f"trainer.strategy={strategy}")[0]
         assert_same(one, several, **ROUNDING)
 
 

@@ -22,16 +22,17 @@ def test_page_fine_tunes_on_other_classes(app: Callable[..., RunResult]) -> None
     (script,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(script, {})
     commands = re.findall(r"^python -m app (.*)$", PAGE, re.MULTILINE)
-    train, check, tune, frozen = map(shlex.split, commands)
+    train, check, tune, frozen, distill = map(shlex.split, commands)
     trained = app(*train, *SHORT)
     assert trained.code == 0, trained.err
     checked = app(*check)
     assert (checked.code, checked.out) == (0, "the configuration is valid\n"), checked.err
-    for command in (tune, frozen):
+    for command in (tune, frozen, distill):
         tuned = app(*command, *SHORT)
         assert tuned.code == 0, tuned.err
     table = pd.read_csv("outputs/stars/initial_weights.csv")
     assert table["match"].value_counts().to_dict() == {"taken": 18, "other shape": 2}
+    assert "distillation_loss" in pd.read_csv("outputs/small/train_summary_table.csv")
     log = Path("outputs/stars/run.log").read_text()
     lines = re.findall(r"^  other shape.*$", PAGE, re.MULTILINE)
     assert len(lines) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,14 @@ import pandas as pd
 import pytest
 import torch
 
+from app.experiment.run import execute
 from app.runtime.errors import ConfigError, UserError
 from app.runtime.signals import TrainingInterrupted
 from app.training.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from app.training.checkpoint.store import read_store
 from tests.support.interrupted_runs import RunJob, iteration_values, job_runner, samples_per_step
 from tests.support.processes import assert_equal_runs, status_of
-from tests.support.runs import FEW_BATCHES, run_app
+from tests.support.runs import FEW_BATCHES, job_for, run_app
 
 # Overrides, and the steps at which the run is interrupted; the dry run counts as the first.
 SCHEDULES: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
@@ -260,6 +262,34 @@ def test_resume_of_completed_run_with_more_epochs_ends_like_longer_run(run_job: 
     assert samples_per_step(folder) == samples_per_step(expected)
     one, other = (torch.load(f / "model.pt", weights_only=True) for f in (expected, folder))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_resume_within_epoch_with_an_optimizer_per_part_ends_like_uninterrupted_run(
+    tmp_path: Path,
+) -> None:
+    gan = ["experiment=mnist_dcgan", "model.width=4", "data.batch_size=16", "trainer.max_epochs=2"]
+    gan += [f"trainer.limit_{stage}_batches=3" for stage in ("train", "valid", "test")]
+    gan += ["callbacks=none", "metric=none", "goal.metric=loss", "goal.mode=min"]
+    gan += ["checkpoint.every_n_steps=1", "checkpoint.keep_last=4"]
+    expected, folder = tmp_path / "uninterrupted", tmp_path / "run"
+    expected.mkdir()
+    execute(job_for(*gan), expected)
+    shutil.copytree(expected, folder)
+    file = folder / "checkpoints" / "last-2.safetensors"
+    training = load_checkpoint(file).training
+    assert training is not None
+    assert training["mid_epoch"] is not None
+    execute(job_for(f"resume={file}", f"hydra.run.dir={folder}"), folder)
+    files = (path / "checkpoints" / "last.safetensors" for path in (expected, folder))
+    one, other = map(load_checkpoint, files)
+    torch.testing.assert_close(other.model, one.model, rtol=0, atol=0)
+    assert one.training is not None
+    assert other.training is not None
+    for part in ("generator", "discriminator"):
+        states = [
+            t["optimizers"][part]["optimizer"]["state"] for t in (other.training, one.training)
+        ]
+        torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_resume_keeps_status_fields(tmp_path: Path) -> None:

@@ -93,6 +93,54 @@ def test_untrusted_targets_are_listed_and_not_imported(
 
 
 @pytest.mark.parametrize(
+    ("changes", "messages"),
+    [
+        (
+            {
+                "model": {"_target_": "evil.Net", "_args_": [{"_target_": "torch.nn.ReLU"}]},
+                "callbacks": {"never": [{"_target_": "evil.torch.nn.Net"}]},
+                "trusted_targets": ["evil"],  # a file cannot allow more
+            },
+            [
+                "teacher: model._target_='evil.Net' is not allowed",
+                "teacher: callbacks.never.0._target_='evil.torch.nn.Net' is not allowed",
+                "add trusted_targets=[evil] to the command line",
+            ],
+        ),
+        ({"model": {"_target_": "app.models.evil.Net"}}, ["No module named 'app.models.evil'"]),
+        (
+            {"model": {"_target_": "torch.nn.Linear", "in_features": "${oc.env:MY_TOKEN}"}},
+            ["teacher: model.in_features='${oc.env:MY_TOKEN}' reads a secret"],
+        ),
+        ({"model": {"_target_": "${oc.env:HOME,x}"}}, ["reads more than its own keys"]),
+        ({"model": [1]}, ["has no model: [1]"]),
+    ],
+)
+def test_untrusted_teacher_is_refused_and_nothing_of_it_is_imported(
+    changes: dict[str, Any],
+    messages: list[str],
+    import_marker: Path,
+    tmp_cwd: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "confidential")
+    file = write_checkpoint(tmp_cwd, copy_saved() | changes)
+    with pytest.raises(UserError) as caught:
+        job_for("model=mlp", "task=distill", f"teacher={file.parent.parent}")
+    assert all(message in str(caught.value) for message in messages), caught.value
+    assert "confidential" not in str(caught.value)
+    assert not import_marker.exists()
+
+
+def test_teacher_of_trusted_code_needs_trust_in_the_command(
+    import_marker: Path, tmp_cwd: Path
+) -> None:
+    file = write_checkpoint(tmp_cwd, copy_saved() | {"model": {"_target_": "evil.Net"}})
+    job_for("model=mlp", "task=distill", f"teacher={file}", "trusted_targets=[evil]")
+    assert import_marker.exists()
+
+
+@pytest.mark.parametrize(
     ("target", "message"),
     [
         ("evil.Net", "model._target_='evil.Net' is not allowed"),

@@ -38,6 +38,7 @@ USES = {  # unknown key -> what its error says at the end
     "data.num_workers=4": "use data.loader.num_workers=4",
     "test=true": "use mode=test ckpt=RUN",
     "wandb=true": "use logger=wandb",
+    "task.teacher=outputs/big": "use task=distill teacher=RUN",
     "log_dir=runs": "use output=runs",
     "hparams_search=mnist_optuna": "use -m hydra/sweeper=optuna 'optimizer.lr=interval(1e-4,1e-1)'",
     "train=false": "it is not needed: every run trains, unless it has another mode: mode=test "
@@ -88,7 +89,14 @@ VALUES = {
     "name": "mine",
     "data.path": ".",
 }
-NOT_COMPOSED = ("--cfg", "mode=test", "mode=valid", "mode=predict", "resume")  # need more than this
+NOT_COMPOSED = (
+    "--cfg",
+    "mode=test",
+    "mode=valid",
+    "mode=predict",
+    "resume",
+    "task=distill",
+)  # need more than this
 WORKS = (
     "trainer=gpu ~average scheduler=none",
     "trainer=mps callbacks=none",

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from app.config.instantiate import Instantiator
-from app.experiment.optimizers import OptimizerPart, check_step
+from app.experiment.optimizer_parts import OptimizerPart, check_step
 from app.experiment.run import check_samples, execute
 from app.runtime.errors import UserError
 from tests.support.fitting import build_trainer
@@ -17,6 +17,11 @@ from tests.support.runs import job_for
 
 SHORT = ("model=lenet", "debug=fast", "data.batch_size=16")
 CONVS = "+optimizer.groups.convs={module_type: Conv2d, lr_scale: 0.1, betas: [0.8, 0.9]}"
+MUON_ON_CONVOLUTIONS = (
+    "optimizer.groups.matrices: Muon is for the weight matrices of hidden layers, and LeNet has "
+    "none: its hidden layers that are trained have weights of 4 dimensions (convolutions); choose "
+    "another optimizer, such as optimizer=adamw or optimizer=sgd"
+)
 
 
 @pytest.mark.parametrize(
@@ -24,9 +29,11 @@ CONVS = "+optimizer.groups.convs={module_type: Conv2d, lr_scale: 0.1, betas: [0.
     [
         (
             ["optimizer=sparse_adam"],
-            "torch.optim.SparseAdam cannot train 'features.0.weight', whose gradients are dense",
+            "SparseAdam cannot train 'features.0.weight' (4 dimensions, dense gradients): ",
         ),
-        (["optimizer._target_=torch.optim.Muon"], "only supports 2D parameters"),
+        (["optimizer._target_=torch.optim.Muon"], "optimizer: torch.optim.Muon cannot train"),
+        (["optimizer._target_=torch.optim.Muon"], "optimizer=muon trains all but matrices with"),
+        (["optimizer=muon", "+freeze.a={parameters: classifier}"], MUON_ON_CONVOLUTIONS),
         (["+optimizer.groups.a={parameters: clasifier}"], "did you mean 'classifier'?"),
     ],
 )
@@ -34,6 +41,14 @@ def test_mode_check_says_what_an_optimizer_cannot_train(overrides: list[str], me
     with pytest.raises(UserError) as refused:
         check_samples(job_for(*SHORT, "mode=check", *overrides))
     assert message in str(refused.value)
+
+
+def test_optimizer_that_does_not_fit_fails_before_any_callback_is_built(tmp_path: Path) -> None:
+    """As other parts that do not fit together: nothing but the status of the run is written."""
+    job = job_for("debug=fast", "model=cnn", "optimizer=muon", "data.batch_size=16")
+    with pytest.raises(UserError, match=r"^optimizer\.groups\.matrices: Muon is for"):
+        execute(job, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
 
 def test_optimizers_are_tried_with_gradients_as_sparse_as_those_of_the_model() -> None:
@@ -47,7 +62,7 @@ def test_optimizers_are_tried_with_gradients_as_sparse_as_those_of_the_model() -
     check("torch.optim.SparseAdam", 0)
     check("torch.optim.AdamW", 1)
     with pytest.raises(
-        UserError, match="'weight', whose gradients are sparse: Adam does not support"
+        UserError, match=r"'weight' \(2 dimensions, sparse gradients\): .*Adam does not support"
     ):
         check("torch.optim.AdamW", 0)
 

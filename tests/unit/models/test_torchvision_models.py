@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,16 @@ import torchvision
 from torch import Tensor
 from torchvision.ops import StochasticDepth
 
+from app.config.allowlist import locate, signature_parameters
+from app.config.instantiate import Instantiator
+from app.experiment.factory import ZOO_MODELS, make_model
 from app.models import torchvision_models
 from app.models.pretrained import pretrained
 from app.models.torchvision_models import published_input, torchvision_model
 from app.runtime.errors import UserError
+from app.runtime.published_weights import PublishedWeights
 from tests.support.published_weights import hub_folder, random_tensors, save_with_hash
+from tests.support.runs import job_for
 
 __all__ = ["hub_folder"]
 Publish = Callable[[str, dict[str, Tensor]], None]
@@ -175,3 +181,20 @@ def test_published_input_is_that_of_the_weights() -> None:
     assert size_and_mean(name="fcn_resnet50") == (520, 1, 0.485)
     weights = "IMAGENET1K_SWAG_E2E_V1"
     assert size_and_mean(name="vit_b_16", weights=weights) == (384, 1, 0.485)
+
+
+def test_published_weights_are_read_for_a_new_training_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: object) -> None:
+        raise UserError("read")
+
+    monkeypatch.setattr(PublishedWeights, "load", load)
+    names = ("model=torchvision", "model.name=squeezenet1_1", "model.weights=DEFAULT")
+    new = job_for(*names, "data.channels=3", "data.resize=32").config
+    with pytest.raises(UserError, match="read"):
+        make_model(new, Instantiator(), torch.device("cpu"))
+    for changes in ({"mode": "test"}, {"resume": "outputs/run"}):
+        make_model(replace(new, **changes), Instantiator(), torch.device("cpu"))  # type: ignore[arg-type]
+    for name in ZOO_MODELS:
+        assert "weights" in signature_parameters(locate(name))

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from app.config.instantiate import Instantiator
 from app.data.loaders import make_loader
 from app.data.mix import MixUpCutMix
+from app.experiment.factory import make_components
 from app.losses.weighted_sum import Term
 from app.metrics.output_metric import OutputMetric
 from app.runtime.errors import UserError
@@ -26,7 +28,7 @@ from app.training.task import StepOutput
 from app.training.trainer import Trainer
 from tests.support import toy_training as toy
 from tests.support.points import X, Y, accuracy, fit, make_optimizers
-from tests.support.runs import config_issues
+from tests.support.runs import config_issues, job_for
 
 
 class DictDataset(Dataset[dict[str, Any]]):
@@ -337,3 +339,38 @@ def test_mix_receives_the_epoch_of_each_step() -> None:
     SupervisedTask(nn.Linear(2, 2), nn.CrossEntropyLoss(), mix=lambda x, y: (x, y)).on_step_start(
         1, 1
     )
+
+
+def test_compile_without_a_compiler_is_one_line_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._inductor.config as inductor
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    task = SupervisedTask(nn.Sequential(nn.Linear(4, 2), nn.GELU()), nn.CrossEntropyLoss())
+    task.model.compile()
+    with inductor.patch("cpp.cxx", ("no-such-compiler",)), pytest.raises(UserError) as caught:
+        task.forward(X)
+    assert str(caught.value).startswith(
+        "trainer.compile: Sequential cannot be compiled: InvalidCxx"
+    )
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "arguments"),
+    [
+        ("true", {}),
+        ("reduce-overhead", {"mode": "reduce-overhead"}),
+        ("{backend: eager}", {"backend": "eager", "mode": None, "fullgraph": False}),
+    ],
+)
+def test_compile_is_called_as_configured(
+    value: str, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda _, **options: calls.append(options))
+    config = job_for("model=mlp", f"trainer.compile={value}").config
+    make_components(config, Instantiator(), torch.device("cpu"))
+    (options,) = calls
+    assert options.items() >= arguments.items()
