@@ -83,7 +83,7 @@ class DistillTask(SupervisedTask):
         with torch.no_grad():
             taught = call_model("teacher", type(self.teacher).__name__, self.teacher, inputs)
         both_tensors = isinstance(taught, Tensor) and isinstance(outputs, Tensor)
-        if not both_tensors or taught.shape != outputs.shape or outputs.shape[1] < 2:
+        if not both_tensors or taught.shape != outputs.shape or not _has_classes(outputs):
             raise UserError(
                 f"teacher: its outputs ({describe(taught)}) and those of the model "
                 f"({describe(outputs)}) must be logits of the same shape, of at least two classes"
@@ -95,3 +95,7 @@ class DistillTask(SupervisedTask):
         super().to(device)
         if self.teacher is not None:
             self.teacher.to(device)
+
+
+def _has_classes(outputs: Tensor) -> bool:
+    return outputs.ndim > 1 and outputs.shape[1] > 1

@@ -16,25 +16,13 @@ from app.experiment.run import execute
 from app.runtime.errors import UserError
 from app.training.checkpoint.checkpoint import load_checkpoint
 from tests.support.runs import job_for
-
-SHORT = (
-    "data.batch_size=16",
-    "trainer.limit_train_batches=3",
-    "trainer.limit_valid_batches=1",
-    "trainer.limit_test_batches=1",
-    "scheduler=constant",
-    "~callbacks.plots",
-    "~callbacks.batch_images",
-)
-DISTILL = (*SHORT, "model=mlp", "task=distill")
+from tests.support.teachers import DISTILL, train_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a trained run."""
-    folder = tmp_path_factory.mktemp("teacher")
-    execute(job_for(*SHORT, "model=lenet", "trainer.max_epochs=1"), folder)
-    return folder
+    return train_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def run_job(job: Job, folder: Path) -> Path:

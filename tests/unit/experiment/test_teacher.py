@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from app.data.loaders import make_loader
-from app.experiment.run import check_samples, execute
+from app.experiment.run import check_samples
 from app.experiment.shorthand import expand
 from app.experiment.teacher import mismatch_issues, read_teacher
 from app.runtime.errors import UserError
@@ -20,25 +20,13 @@ from app.training.distill import DistillTask
 from tests.support import toy_training as toy
 from tests.support.fitting import build_trainer, fit
 from tests.support.runs import config_issues, job_for
-
-SHORT = (
-    "data.batch_size=16",
-    "trainer.limit_train_batches=3",
-    "trainer.limit_valid_batches=1",
-    "trainer.limit_test_batches=1",
-    "scheduler=constant",
-    "~callbacks.plots",
-    "~callbacks.batch_images",
-)
-DISTILL = (*SHORT, "model=mlp", "task=distill")
+from tests.support.teachers import DISTILL, SHORT, train_teacher
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a trained run."""
-    folder = tmp_path_factory.mktemp("teacher")
-    execute(job_for(*SHORT, "model=lenet", "trainer.max_epochs=1"), folder)
-    return folder
+    return train_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def test_teacher_has_the_weights_of_its_best_checkpoint(teacher: Path, tmp_path: Path) -> None:
@@ -67,7 +55,7 @@ def test_teacher_of_weight_0_changes_nothing(teacher: Path, tmp_path: Path) -> N
 def test_distilled_run_trains_with(overrides: list[str], teacher: Path, tmp_path: Path) -> None:
     job = (*DISTILL, f"teacher={teacher}", "trainer.max_epochs=1", *overrides)
     _, recorder = fit(tmp_path, *job)
-    assert recorder.results[0].row["distillation_loss"] > 0
+    assert float(recorder.results[0].row["distillation_loss"]) > 0
 
 
 # ---- errors before anything is written

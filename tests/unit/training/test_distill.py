@@ -89,6 +89,7 @@ def test_distill_teacher_gets_the_mixed_inputs_in_the_precision_of_the_model(
     [
         (nn.Linear(4, 3), r"shape \[60, 3\].* must be logits of the same shape"),
         (nn.Linear(5, 2), r"^teacher: Linear cannot take .*\[60, 4\]"),
+        (nn.Sequential(nn.Linear(4, 1), nn.Flatten(0)), r"\[60\].* must be logits of the same"),
         (nn.LSTM(4, 2), r"^teacher: its outputs .* must be logits"),
     ],
 )
