@@ -52,12 +52,18 @@ def all_reduce_async(number: float) -> Callable[[], float]:
     """Start to sum a number over all ranks; return a function that waits for the total."""
     if not is_distributed():
         return lambda: number
-    tensor = torch.tensor([number], dtype=torch.float64)
-    work = dist.all_reduce(tensor, async_op=True)
+    total = all_reduce_tensor_async(torch.tensor([number], dtype=torch.float64))
+    return lambda: total().item()
 
-    def total() -> float:
-        work.wait()
-        return tensor.item()
+
+def all_reduce_tensor_async(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start to sum a tensor over all ranks, in place; return a function that waits for it."""
+    work = dist.all_reduce(tensor, async_op=True) if is_distributed() else None
+
+    def total() -> Tensor:
+        if work is not None:
+            work.wait()
+        return tensor
 
     return total
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -272,18 +273,38 @@ def split_dtensors(tensors: list[Tensor]) -> list[list[Tensor]]:
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """Return the 2-norm of all tensors together, over the shards of all ranks."""
+    if are_alike(tensors):  # as `get_total_norm` does, with fewer calls
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+        return norm
     dense = [t.coalesce().values() if t.is_sparse else t for t in tensors]
     norms = [full_tensor(torch.nn.utils.get_total_norm(group)) for group in split_dtensors(dense)]
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
-def finite_indicator(tensors: list[Tensor]) -> Tensor:
-    """Return a scalar that is finite if all tensors are; cheaper than `total_norm`."""
+def nonfinite_indicator(tensors: list[Tensor]) -> Tensor:
+    """Return a scalar that is 0 if all tensors are finite, over the shards of all ranks.
+
+    This is cheaper than `total_norm`, and exact where the norm of large values overflows.
+    """
+    if not are_alike(tensors) or tensors[0].device.type not in ("cpu", "cuda"):
+        return total_norm(tensors) * 0
+    found_inf = torch.zeros((), device=tensors[0].device)
+    # As in `GradScaler`; the scale of 1 changes nothing.
+    torch._amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, _one(found_inf.device))
+    return found_inf
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), device=device)
+
+
+def are_alike(tensors: list[Tensor]) -> bool:
+    """Return whether all are regular, dense and real, with the same data type and device."""
     kinds = {(type(t), t.layout, t.dtype, t.device) for t in tensors}
-    (kind, layout, *_), *others = kinds
-    if others or kind is not Tensor or layout is not torch.strided:
-        return total_norm(tensors)
-    return torch.stack(torch._foreach_norm(tensors)).sum()
+    (kind, layout, dtype, _), *others = kinds
+    is_regular = kind is Tensor and layout is torch.strided and dtype.is_floating_point
+    return is_regular and not others
 
 
 def shard_like(value: Any, like: Tensor) -> Any:

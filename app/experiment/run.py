@@ -50,7 +50,7 @@ from app.training.checkpoint.initial_weights import InitialWeights
 from app.training.checkpoint.rotation import find_checkpoint
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
-from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
+from app.training.nonfinite import NonFiniteEvent, NonFiniteStats
 from app.training.optim.group_table import describe_groups, describe_optimizers, group_table
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.precision import make_deterministic, set_matmul_precision

@@ -23,7 +23,7 @@ from app.runtime.signals import TrainingInterrupted
 from app.training.accumulator import StageResult
 from app.training.events import Callback
 from app.training.history import BestEpoch, History, StatusName, best_epoch, has_metric
-from app.training.nonfinite_event import NonFiniteStats
+from app.training.nonfinite import NonFiniteStats
 
 log = logging.getLogger(__name__)
 RUN_INFO_KEYS = ("mode", "ckpt", "name", "tags", "notes", "seed")  # copied from the configuration
@@ -107,7 +107,7 @@ class StatusWriter(Callback):
             "device": describe_device(self.device),
             **peak_memory(self.device),
             "ranks": world_size(),
-            "nonfinite": self.nonfinite.to_dict(),
+            "nonfinite": vars(self.nonfinite),
             "error": error,
             "rank": None,  # the rank that failed; filled in by the process that monitors all ranks
             **self.environment,

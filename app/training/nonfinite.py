@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from app.data.batch import BatchLoader
 from app.distributed.collectives import rank
 from app.runtime.errors import NonFiniteError
+from app.runtime.host_copy import HostCopy
 from app.training.accumulator import StageResult
-from app.training.nonfinite_event import NonFiniteEvent, NonFiniteStats
-from app.training.nonfinite_trace import batchnorm_buffers, clone_all, copy_into, trace
-from app.training.optim.finite_check import FiniteCheck, StepResult
+from app.training.nonfinite_trace import batchnorm_buffers, copy_into, trace
+from app.training.optim.finite_check import FiniteCheck
 from app.training.optim.optim_wrapper import OptimWrapperDict
 from app.training.rank_sync import StepBatch
 from app.training.task import Task
@@ -24,6 +25,7 @@ from app.training.task import Task
 log = logging.getLogger(__name__)
 MAX_PENDING = 8  # steps after which the host reads a result of the device, which is done by then
 MAX_LISTED_SAMPLES = 1024  # sample indices in `status.json`
+MAX_SHOWN_SAMPLES = 8  # sample indices in messages
 
 
 class NonFinitePolicy:
@@ -34,7 +36,7 @@ class NonFinitePolicy:
     NaN or infinity comes from, reports it, and excludes the step from the tables.
 
     If the decision was left to the device, its result is read some steps later. Until then the
-    steps are pending; all that follow a non-finite one are undone with it.
+    steps are pending, with their batches; all that follow a non-finite one are undone with it.
 
     Args:
         task: Task that is trained; its optimizers are used from the first epoch on.
@@ -52,20 +54,20 @@ class NonFinitePolicy:
         self.task, self.reads_every_step = task, reads_every_step
         self.stats = stats or NonFiniteStats()
         self.has_diverged = False
-        self.pending: deque[PendingStep] = deque()
-        self.current: PendingStep | None = None
+        self.pending: deque[PendingStep] = deque()  # the last one may still accumulate
         self.invalid_rows = self.epoch = 0
         self.loader: BatchLoader | None = None
         self.bn_buffers: list[Tensor] = []
+        self.spare_copies: list[list[Tensor]] = []  # of the batch norm statistics
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint: plain values."""
-        return {"has_diverged": self.has_diverged, "stats": self.stats.to_dict()}
+        return {"has_diverged": self.has_diverged, "stats": dict(vars(self.stats))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self.has_diverged = state["has_diverged"]
-        self.stats.load_dict(state["stats"])
+        vars(self.stats).update(state["stats"])
 
     @property
     def optimizers(self) -> OptimWrapperDict:
@@ -77,31 +79,22 @@ class NonFinitePolicy:
         return self.optimizers.finite_check
 
     def on_epoch_start(self, loader: BatchLoader, epoch: int) -> None:
-        """Prepare for an epoch of training.
-
-        Args:
-            loader: Loader of the training data, which may know the samples of each batch.
-            epoch: Epoch that starts, counted from 1.
-        """
-        self.loader, self.epoch = loader, epoch
-        self.current, self.invalid_rows = None, 0
+        """Prepare for an epoch of training; the loader may know the samples of each batch."""
+        self.loader, self.epoch, self.invalid_rows = loader, epoch, 0
+        self.bn_buffers, self.spare_copies = batchnorm_buffers(self.task.model), []
         self.pending.clear()
-        self.bn_buffers = batchnorm_buffers(self.task.model)
-        self.check.reset(self.reads_every_step)
+        self.optimizers.on_epoch_start(self.reads_every_step)
 
     def on_batch_start(self, batch: StepBatch, global_step: int) -> None:
-        """Save what the next training step may have to restore.
-
-        Args:
-            batch: Batch of the step.
-            global_step: Number of the batch in the run, counted from 1.
-        """
+        """Save what a step may have to restore, before its batch with that number in the run."""
         if self.check.policy is None:
             return
-        if self.current is None:
-            buffers = clone_all(self.bn_buffers)
-            self.current = PendingStep(global_step, buffers)
-        self.current.batches.append(batch)
+        if self.optimizers.at_step_boundary:
+            spare = self.spare_copies
+            copies = spare.pop() if spare else [torch.empty_like(b) for b in self.bn_buffers]
+            copy_into(copies, self.bn_buffers)
+            self.pending.append(PendingStep(global_step, copies))
+        self.pending[-1].batches.append(batch)
 
     def on_batch_end(self) -> None:
         """Handle the result of the step, or of an earlier one that is known by now.
@@ -109,12 +102,11 @@ class NonFinitePolicy:
         Raises:
             NonFiniteError: If a step was not finite and the policy is to raise.
         """
-        step = self.current
-        if step is None or not self.optimizers.at_step_boundary:
+        if not self.pending or not self.optimizers.at_step_boundary:
             return
-        self.current, step.results = None, self.check.pop_results()
-        self.pending.append(step)
-        while self.pending and (step.is_known or len(self.pending) > MAX_PENDING):
+        self.pending[-1].result = self.check.pop_result()
+        is_known = isinstance(self.pending[-1].result, bool)
+        while self.pending and (is_known or len(self.pending) > MAX_PENDING):
             self._handle_oldest()
 
     def sync(self) -> None:
@@ -132,52 +124,16 @@ class NonFinitePolicy:
         count, self.invalid_rows = self.invalid_rows, 0
         return count
 
-    def on_stage_end(
-        self, result: StageResult, is_training: bool, is_whole_epoch: bool = True
-    ) -> None:
-        """Report what was skipped in an epoch, or which losses of an evaluation are not finite.
-
-        Training ends if every step of a whole epoch was skipped.
-        """
-        if is_training:
-            self._report_skipped(result, is_whole_epoch)
-        else:
-            self._report_eval(result)
-
-    def _report_skipped(self, result: StageResult, is_whole_epoch: bool) -> None:
-        if self.check.policy != "skip":
-            return
-        if not result.steps.empty:  # only rank 0 has the table
-            skipped = int((result.steps["num_samples"] == 0).sum())
-            if skipped:
-                log.warning("epoch %d: skipped %d batches", result.epoch, skipped)
-        if is_whole_epoch and self.stats.skipped and not result.row["total_samples"]:
-            self.has_diverged = True
-            _warn_on_rank_zero(f"training ends: all steps of epoch {result.epoch} were skipped")
-
-    def _report_eval(self, result: StageResult) -> None:
-        if result.steps.empty:
-            return  # only rank 0 has the table
-        losses, counts = result.steps["loss"], result.steps["num_samples"]
-        steps = result.steps["iter"][~np.isfinite(losses) & (counts > 0)]
-        if len(steps):
-            event = NonFiniteEvent(result.stage, result.epoch, int(steps.iloc[0]), kind="loss")
-            more = f", and in {len(steps) - 1} more of its steps" if len(steps) > 1 else ""
-            self.stats.add(event, len(steps))
-            log.warning("%s%s", event, more)
-
     def _handle_oldest(self) -> None:
         """Read the result of the oldest pending step; if it was skipped, undo all since then."""
         step = self.pending.popleft()
         if not step.was_skipped():
+            self.spare_copies.append(step.bn_buffers)
             return
-        undone = [step, *self.pending]
+        self.invalid_rows += sum(len(item.batches) for item in (step, *self.pending))
         self.pending.clear()
-        for result in reversed([result for item in undone for result in item.results]):
-            if result.was_skipped():
-                result.undo()
+        self.optimizers.undo_skipped()
         copy_into(self.bn_buffers, step.bn_buffers)
-        self.invalid_rows += sum(len(item.batches) for item in undone)
         self._follow_policy(step)
 
     def _follow_policy(self, step: PendingStep) -> None:
@@ -200,15 +156,52 @@ class NonFinitePolicy:
     def _trace_event(self, step: PendingStep) -> NonFiniteEvent:
         """Find out where the NaN or infinity comes from; all ranks must call this."""
         numbers = [batch.number for batch in step.batches]
-        unknown = NonFiniteEvent("train", self.epoch, numbers[-1])
-        event = trace(self.task, self.epoch, step.batches) or unknown
+        origin = trace(self.task, step.batches) or (numbers[-1], None, None, None)
+        number, on_rank, kind, where = origin
         sample_indices = getattr(self.loader, "indices", None)
-        samples = sample_indices(self.epoch, event.step) if sample_indices else None
-        return replace(
-            event,
-            global_step=step.global_step + numbers.index(event.step),
-            samples=None if samples is None else samples[:MAX_LISTED_SAMPLES].tolist(),
+        samples = sample_indices(self.epoch, number) if sample_indices else None
+        return NonFiniteEvent(
+            "train",
+            self.epoch,
+            number,
+            step.global_step + numbers.index(number),
+            on_rank,
+            kind,
+            where,
+            None if samples is None else samples[:MAX_LISTED_SAMPLES].tolist(),
         )
+
+    def on_stage_end(
+        self, result: StageResult, is_training: bool, is_whole_epoch: bool = True
+    ) -> None:
+        """Report what was skipped in an epoch, or which losses of an evaluation are not finite.
+
+        Training ends if every step of a whole epoch was skipped.
+        """
+        if not is_training:
+            self._report_evaluation(result)
+        elif self.check.policy == "skip":
+            self._report_skipped(result, is_whole_epoch)
+
+    def _report_skipped(self, result: StageResult, is_whole_epoch: bool) -> None:
+        if not result.steps.empty:  # only rank 0 has the table
+            skipped = int((result.steps["num_samples"] == 0).sum())
+            if skipped:
+                log.warning("epoch %d: skipped %d batches", result.epoch, skipped)
+        if is_whole_epoch and self.stats.skipped and not result.row["total_samples"]:
+            self.has_diverged = True
+            _warn_on_rank_zero(f"training ends: all steps of epoch {result.epoch} were skipped")
+
+    def _report_evaluation(self, result: StageResult) -> None:
+        if result.steps.empty:
+            return  # only rank 0 has the table
+        losses, counts = result.steps["loss"], result.steps["num_samples"]
+        steps = result.steps["iter"][~np.isfinite(losses) & (counts > 0)]
+        if len(steps):
+            event = NonFiniteEvent(result.stage, result.epoch, int(steps.iloc[0]), kind="loss")
+            more = f", and in {len(steps) - 1} more of its steps" if len(steps) > 1 else ""
+            self.stats.add(event, len(steps))
+            log.warning("%s%s", event, more)
 
 
 @dataclass
@@ -219,23 +212,76 @@ class PendingStep:
         global_step: Number of its first batch in the run, counted from 1.
         bn_buffers: Batch norm statistics before the step.
         batches: Batches of the step.
-        results: What happened to the step of each optimizer.
+        result: Whether the step was refused, or a copy that is not 0 if the device skipped it.
     """
 
     global_step: int
     bn_buffers: list[Tensor]
     batches: list[StepBatch] = field(default_factory=list)
-    results: list[StepResult] = field(default_factory=list)
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the host knows without waiting if an optimizer has skipped the step."""
-        known = [result.was_skipped() for result in self.results if result.is_known]
-        return any(known) or len(known) == len(self.results)
+    result: HostCopy | bool = False
 
     def was_skipped(self) -> bool:
         """Return whether an optimizer has skipped the step, after waiting for the device."""
-        return any(result.was_skipped() for result in self.results)
+        result = self.result
+        return result if isinstance(result, bool) else bool(result.get())
+
+
+@dataclass(frozen=True)
+class NonFiniteEvent:
+    """A step whose loss or gradients are NaN or infinite.
+
+    Attributes:
+        stage: `train`, `valid` or `test`.
+        epoch: Counted from 1.
+        step: Number of the batch in the epoch, counted from 1.
+        global_step: Number of the batch in the run, counted from 1; None in evaluation.
+        rank: Rank whose part of the batch it was; None if unknown.
+        kind: `loss` or `gradient`, whichever was not finite first; None if unknown.
+        where: Module, parameter or gradient that it comes from; None if unknown.
+        samples: Dataset indices of the batch; None if unknown.
+    """
+
+    stage: str
+    epoch: int
+    step: int
+    global_step: int | None = None
+    rank: int | None = None
+    kind: str | None = None
+    where: str | None = None
+    samples: list[int] | None = None
+
+    def __str__(self) -> str:
+        total = f" (step {self.global_step} of the run)" if self.global_step else ""
+        on_rank = f", rank {self.rank}" if self.rank is not None else ""
+        where = f"; it comes from {self.where}" if self.where else ""
+        samples = self.samples or []
+        more = ", ..." if len(samples) > MAX_SHOWN_SAMPLES else ""
+        shown = ", ".join(map(str, samples[:MAX_SHOWN_SAMPLES])) + more
+        return (
+            f"the {self.kind or 'loss or a gradient'} is not finite in {self.stage}, "
+            f"epoch {self.epoch}, step {self.step}{total}{on_rank}{where}"
+            f"{f'; samples {shown}' if samples else ''}"
+        )
+
+
+@dataclass
+class NonFiniteStats:
+    """Counts of non-finite steps, as in `status.json`.
+
+    Attributes:
+        count: Number of non-finite steps in all stages.
+        skipped: Number of training steps that were skipped.
+        first: Fields of the first event.
+    """
+
+    count: int = 0
+    skipped: int = 0
+    first: dict[str, Any] | None = None
+
+    def add(self, event: NonFiniteEvent, count: int = 1) -> None:
+        """Count `count` steps, the first of which is `event`."""
+        self.count += count
+        self.first = self.first or vars(event)
 
 
 def _warn_on_rank_zero(text: str) -> None:

@@ -16,12 +16,14 @@ from app.distributed.collectives import broadcast_object, gather_object, rank
 from app.distributed.strategies import SingleDevice
 from app.runtime.nested import Nested, iter_tensors
 from app.runtime.seed import rng_state, set_rng_state
-from app.training.nonfinite_event import NonFiniteEvent
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.rank_sync import StepBatch
 from app.training.task import Task
 
+Place = tuple[str, str]  # `loss` or `gradient`, and the module, parameter or gradient
 
-def trace(task: Task, epoch: int, batches: Sequence[StepBatch]) -> NonFiniteEvent | None:
+
+def trace(task: Task, batches: Sequence[StepBatch]) -> tuple[int, int, str, str] | None:
     """Run the batches of a step again to find out where a NaN or infinity comes from.
 
     All ranks must call this, and all get the same result. Afterwards the weights, batch norm
@@ -30,55 +32,78 @@ def trace(task: Task, epoch: int, batches: Sequence[StepBatch]) -> NonFiniteEven
 
     Args:
         task: Task whose weights are those from before the step.
-        epoch: Epoch of the step, counted from 1.
         batches: Batches of the step.
 
     Returns:
-        The first event by batch and rank; None if everything is finite this time.
+        Number of the first batch that is not finite and its first rank; `loss` or `gradient`,
+        whichever was not finite first, and the module, parameter or gradient that it comes from.
+        None if everything is finite this time.
     """
-    local = []
-    with _state_preserved(task):
-        for batch in batches:
-            found = _inspect_batch(task, batch)
-            if found is not None and not batch.is_padding:
-                kind, where = found
-                event = NonFiniteEvent("train", epoch, batch.number, None, rank(), kind, where)
-                local.append((batch.number, rank(), event))
-    candidates = (item for items in gather_object(local) for item in items)
-    first = broadcast_object(min(candidates, default=None))
-    return None if first is None else first[2]
+    found = []
+    for batch in batches:
+        with _replay(task) as places:
+            _inspect_batch(task, batch, places)
+        if places and not batch.is_padding:
+            found.append((batch.number, rank(), *places[0]))
+    candidates = [item for items in gather_object(found) for item in items]
+    return broadcast_object(min(candidates, default=None))
 
 
 @contextmanager
-def _state_preserved(task: Task) -> Iterator[None]:
-    """Call the plain module inside the block, and restore everything that this changes."""
-    model, forward_model, random = task.model, task.forward_model, rng_state()
-    compiled, model._compiled_call_impl = model._compiled_call_impl, None
-    buffers = clone_all(batchnorm_buffers(model))
-    task.forward_model = model
+def _replay(task: Task) -> Iterator[list[Place]]:
+    """Record places instead of stepping inside the block, and restore all that this changes.
+
+    The plain module is called, not a strategy or a compiled one.
+    """
+    model, optimizers, random = task.model, task.optimizers, rng_state()
+    forward_model, compiled = task.forward_model, model._compiled_call_impl
+    assert optimizers is not None
+    buffers = [buffer.clone() for buffer in batchnorm_buffers(model)]
+    places: list[Place] = []
+    probes = {name: LossProbe(w, task, places) for name, w in optimizers.wrappers.items()}
+    task.prepare_training(OptimWrapperDict(probes, None), model)
+    model._compiled_call_impl = None
     try:
-        yield
+        yield places
     finally:
-        task.forward_model, model._compiled_call_impl = forward_model, compiled
+        task.prepare_training(optimizers, forward_model)
+        model._compiled_call_impl = compiled
         copy_into(batchnorm_buffers(model), buffers)
         set_rng_state(random)
 
 
-def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
-    """Return the kind and the place of what is not finite; None if everything is."""
+class LossProbe(OptimWrapper):
+    """Records whether a loss or its gradients are not finite, in place of an optimizer step."""
+
+    def __init__(self, wrapper: OptimWrapper, task: Task, places: list[Place]) -> None:
+        super().__init__(wrapper.optimizer, wrapper.schedule, strategy=wrapper.strategy)
+        self.task, self.places, self.steps = task, places, wrapper.steps
+
+    def step(self, loss: Tensor, num_samples: int, weight: Tensor | None = None) -> None:  # noqa: ARG002
+        if not all_finite(loss):
+            self.places.append(("loss", "the loss"))
+        elif loss.requires_grad:
+            self._inspect_gradients(loss)
+
+    def _inspect_gradients(self, loss: Tensor) -> None:
+        """Record the last parameter with such a gradient: the backward pass starts there."""
+        trainable = self.trainable
+        if not trainable or any(isinstance(parameter, DTensor) for parameter in trainable):
+            return  # FSDP would synchronize the gradients
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
+        names: dict[Tensor, str] = {p: name for name, p in self.task.parameters().items()}
+        for parameter, gradient in reversed([*zip(trainable, gradients, strict=True)]):
+            if gradient is not None and not all_finite(gradient):
+                self.places.append(("gradient", f"the gradient of {names[parameter]!r}"))
+                return
+
+
+def _inspect_batch(task: Task, batch: StepBatch, places: list[Place]) -> None:
+    """Replay a batch, and let `places` begin with the kind and the earliest place, if any."""
     assert task.optimizers is not None
     strategy = next(iter(task.optimizers.wrappers.values())).strategy
-    places: list[tuple[str, str]] = []
     modules: list[str] = []
-
-    def inspect(trainable: list[Tensor], loss: Tensor) -> None:
-        if not all_finite(loss):
-            places.append(("loss", "the loss"))
-        elif trainable and loss.requires_grad:
-            places.extend(_find_in_gradients(task, trainable, loss))
-
     with (
-        task.optimizers.finite_check.tracing(inspect),
         # Not the strategy's own context: gradients are not synchronized here.
         SingleDevice.sync_context(strategy, batch.is_padding, False),
         task.metrics["train"].paused(),
@@ -86,26 +111,10 @@ def _inspect_batch(task: Task, batch: StepBatch) -> tuple[str, str] | None:
         _recording_modules(task.model, modules),
     ):
         task.train_step(batch.data)
-    if not places:
-        return None
-    kind, place = places[0]
-    if modules:
-        place = f"module {modules[0]!r}"
-    return kind, _find_in_inputs(task, batch.data) or place
-
-
-def _find_in_gradients(task: Task, trainable: list[Tensor], loss: Tensor) -> list[tuple[str, str]]:
-    """Return the last parameter whose gradient is not finite: the backward pass starts there."""
-    if any(isinstance(parameter, DTensor) for parameter in trainable):
-        return []  # FSDP would synchronize the gradients
-    gradients = torch.autograd.grad(loss, trainable, allow_unused=True, retain_graph=True)
-    names: dict[Tensor, str] = {p: name for name, p in task.parameters().items()}
-    wrong = [
-        names[parameter]
-        for parameter, gradient in zip(trainable, gradients, strict=True)
-        if gradient is not None and not all_finite(gradient)
-    ]
-    return [("gradient", f"the gradient of {wrong[-1]!r}")] if wrong else []
+    if places:
+        kind, place = places[0]
+        module = f"module {modules[0]!r}" if modules else place
+        places[0] = kind, _find_in_inputs(task, batch.data) or module
 
 
 def _find_in_inputs(task: Task, batch: Batch) -> str | None:
@@ -144,13 +153,6 @@ def batchnorm_buffers(model: nn.Module) -> list[Tensor]:
     norm_class = torch.nn.modules.batchnorm._NormBase
     norms = (module for module in model.modules() if isinstance(module, norm_class))
     return [buffer for module in norms for buffer in module.buffers(recurse=False)]
-
-
-def clone_all(tensors: list[Tensor]) -> list[Tensor]:
-    """Return copies of all tensors."""
-    copies = [torch.empty_like(tensor) for tensor in tensors]
-    copy_into(copies, tensors)
-    return copies
 
 
 @torch.no_grad()

@@ -33,8 +33,7 @@ from app.training.history import (
     point_of,
 )
 from app.training.limits import TrainingLimits
-from app.training.nonfinite import NonFinitePolicy
-from app.training.nonfinite_event import NonFiniteStats
+from app.training.nonfinite import NonFinitePolicy, NonFiniteStats
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict

@@ -206,8 +206,9 @@ class Task:
         averages = {n: average(v, count) for n, v in {"loss": loss, **(terms or {})}.items()}
         averages["loss"] = average(loss, count, weight)  # even if a term has the name `loss`
         outputs = map_tensors(Tensor.detach, outputs)
-        skipped = stage == "train" and self.optimizers is not None and self.optimizers.skipped_step
-        maybe_paused = self.metrics[stage].paused() if skipped else nullcontext()
+        was_refused = self.optimizers is not None and self.optimizers.finite_check.has_refused
+        skips = stage == "train" and was_refused
+        maybe_paused = self.metrics[stage].paused() if skips else nullcontext()
         with self.precision.disabled(), maybe_paused:
             wide = map_tensors(self.precision.upcast, (outputs, targets))
             sums = self.metrics[stage].update(*wide)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from app.distributed.collectives import all_reduce, all_reduce_async
+from app.distributed.collectives import (
+    all_reduce,
+    all_reduce_async,
+    all_reduce_tensor_async,
+)
 from app.distributed.strategies import (
     SingleDevice,
-    finite_indicator,
     local_tensor,
+    nonfinite_indicator,
     shard_like,
     split_dtensors,
     total_norm,
@@ -25,6 +31,8 @@ from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.parameter_groups import check_same_groups
 from app.training.step_values import Average
 
+# Wait for the number of samples and the loss indicator over all ranks; see `OptimWrapper`.
+Reductions = tuple[Callable[[], float], Callable[[], Tensor] | None]
 SINGLE = ""  # name of the wrapper in a dict that has only one
 
 
@@ -56,6 +64,7 @@ class OptimWrapper:
 
     Attributes:
         finite_check: Checks the loss and the gradients before each step.
+        loss_indicator: 0, or NaN if a loss since the last step was not finite; None if unchecked.
         grad_norm: Total norm of the gradients in the last step; None before the first one.
         steps: Number of optimizer steps taken.
         batches: Number of batches accumulated since the last step.
@@ -78,7 +87,7 @@ class OptimWrapper:
         agc_excluded: Iterable[Tensor] = (),
     ) -> None:
         self.optimizer, self.schedule = optimizer, schedule or LRSchedule(optimizer)
-        self.scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+        self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.accumulate, self.full_batch_size = accumulate, batch_size * accumulate
         self.clip_norm, self.clip_value = clip_norm, clip_value
         self.owns_all_parameters, self.tracks_grad_norm = owns_all_parameters, tracks_grad_norm
@@ -88,11 +97,16 @@ class OptimWrapper:
         # Batches of unequal size must count by their samples once gradients are summed.
         self.weights_by_samples = accumulate > 1 or self.strategy.is_distributed
         self.finite_check = FiniteCheck(None)
-        self.loss_indicator: Tensor | None = None  # NaN if a loss since the last step was
+        self.loss_indicator: Tensor | None = None
         self.grad_norm: Tensor | None = None
         self.steps = self.batches = self.samples = 0
-        self.total_samples: Callable[[], float] | None = None  # over all ranks, once reduced
+        self.reductions: Reductions | None = None  # of the current step, once they have begun
         self.total_weight: Tensor | None = None  # on this rank, if it is not that of the samples
+        self.cached_parameters: list[Tensor] = []
+        self.num_groups = 0  # of the cached parameters
+        self.is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters)
+        self.skipped_steps: Tensor | int = 0  # in this epoch by the device
+        self.epoch_start = self._host_state()
 
     @property
     def lrs(self) -> dict[str, float]:
@@ -118,18 +132,31 @@ class OptimWrapper:
         Raises:
             UserError: If the loss does not depend on a trainable parameter.
         """
-        if self.finite_check.trace_hook is not None:
-            self.finite_check.trace_hook(list(self._trainable()), loss)
-            return
         count = 0 if self.strategy.is_padding else num_samples
         self.batches += 1
         self.samples += count
+        self._add_loss(loss)
         if self.batches == self.accumulate:
-            # Overlaps with the backward pass.
-            self.total_samples = all_reduce_async(self.samples)
+            self.reductions = self._start_reductions()  # they overlap with the backward pass
         self.backward(loss, count, weight)
         if self.batches == self.accumulate:
             self.apply()
+
+    def _add_loss(self, loss: Tensor) -> None:
+        """Remember whether a loss is finite; its gradients may be finite even if it is not."""
+        if self.finite_check.policy is not None and not self.strategy.is_padding:
+            zero_or_nan, earlier = loss.detach() * 0, self.loss_indicator
+            self.loss_indicator = zero_or_nan if earlier is None else earlier + zero_or_nan
+
+    def _start_reductions(self) -> Reductions:
+        """Start to sum the number of samples and the loss indicator over all ranks."""
+        samples = all_reduce_async(self.samples)
+        if self.finite_check.policy is None:
+            return samples, None
+        indicator = self.loss_indicator
+        if indicator is None:  # all batches of this rank are padding
+            indicator = torch.zeros((), device=self.device)
+        return samples, all_reduce_tensor_async(indicator.float())
 
     def backward(self, loss: Tensor, count: int, weight: Tensor | None) -> None:
         """Accumulate the gradients of a loss; frozen parameters get none.
@@ -139,17 +166,15 @@ class OptimWrapper:
             count: Number of samples in the batch; 0 if it is padding.
             weight: See `step`.
         """
-        trainable = list(self._trainable())
-        if not trainable:
+        if not any(parameter.requires_grad for parameter in self.parameters):
             return
         if not loss.requires_grad:
             raise UserError("loss: it does not depend on any trainable parameter")
-        gradient = self._initial_gradient(loss)
         if self.weights_by_samples:
             loss = loss * (self._batch_weight(count, weight) / self.full_batch_size)
-        with torch.autocast(loss.device.type, enabled=False):
-            scaled = self.scaler.scale(loss)
-            scaled.backward(gradient, inputs=None if self.owns_all_parameters else trainable)
+        with _without_autocast(loss.device.type):
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            scaled.backward(inputs=None if self.owns_all_parameters else self.trainable)
 
     def _batch_weight(self, count: int, weight: Tensor | None) -> Tensor | int:
         """Return the weight of a batch, and add it to the total weight on this rank."""
@@ -160,31 +185,6 @@ class OptimWrapper:
         self.total_weight = earlier + weight.float()  # a new tensor, as it is reduced in place
         return weight
 
-    @property
-    def checks(self) -> Literal["gradients", "loss"] | None:
-        """What the finite check looks at; None if it is disabled.
-
-        Non-finite gradients are allowed if they are zeroed, or left to the scaler.
-        """
-        if self.finite_check.policy is None:
-            return None
-        return "loss" if self.zero_non_finite or self.scaler.is_enabled() else "gradients"
-
-    def _initial_gradient(self, loss: Tensor) -> Tensor | None:
-        """Return the gradient to start the backward pass with; None is 1.
-
-        It is NaN if the loss is not finite, so that the gradients are too, on all ranks once they
-        are reduced. A non-finite loss may have finite gradients otherwise.
-        """
-        if self.checks is None or self.strategy.is_padding:
-            return None
-        nan_or_zero = loss.detach() * 0
-        if self.checks == "gradients":
-            return nan_or_zero + 1
-        earlier = self.loss_indicator
-        self.loss_indicator = nan_or_zero if earlier is None else earlier + nan_or_zero
-        return None
-
     def flush(self) -> None:
         """Step with the gradients of an incomplete accumulation, at the end of an epoch."""
         if self.batches:
@@ -192,67 +192,79 @@ class OptimWrapper:
 
     def apply(self) -> None:
         """Reduce the accumulated gradients over ranks, step the optimizer and zero them."""
-        total = (self.total_samples or all_reduce_async(self.samples))()
-        self.strategy.all_reduce_gradients(self._parameters())
-        has_stepped = True
-        if next(iter(self._gradients()), None) is not None:
-            has_stepped = self._apply_gradients(total)
-        self.strategy.zero_grad(self._parameters())
+        total_samples, loss_indicator = self.reductions or self._start_reductions()
+        total, loss = total_samples(), loss_indicator() if loss_indicator else None
+        self.strategy.all_reduce_gradients(self.parameters)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        has_stepped = self._apply_gradients(gradients, total, loss) if gradients else True
+        self.strategy.zero_grad(self.parameters)
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it would keep the old weights until autocast ends
         if has_stepped:
             self.schedule.on_step_end()
             self.steps += 1
         self.batches = self.samples = 0
-        self.total_samples = self.total_weight = self.loss_indicator = None
+        self.reductions = self.total_weight = self.loss_indicator = None
 
-    def _apply_gradients(self, total: float) -> bool:
-        """Clip and step, unless the finite check refuses; return whether a step was made."""
-        if self.checks == "loss" and not self._may_step(self._reduced_loss_indicator()):
+    def _apply_gradients(self, gradients: list[Tensor], total: float, loss: Tensor | None) -> bool:
+        """Clip and step, unless the finite check refuses; return whether a step was made.
+
+        If the norm is needed it is computed once, for the table, the check and the clipping.
+
+        Args:
+            gradients: All gradients of the optimizer.
+            total: Number of samples over all batches and ranks.
+            loss: Indicator of the loss; None checks nothing.
+        """
+        # Gradients that are not finite are allowed if they are zeroed, or left to the scaler.
+        checks_loss_only = self.zero_non_finite or self.scaler is not None
+        if loss is not None and checks_loss_only and not self._may_step(loss):
             return False
-        self._finish_gradients(total)
+        self._finish_gradients(gradients, total)
         needs_norm = self.tracks_grad_norm or self.clip_norm is not None
-        norm = total_norm(list(self._gradients())) if needs_norm else None
-        if self.tracks_grad_norm:
-            self.grad_norm = norm
-        if self.checks == "gradients":
-            indicator = finite_indicator(list(self._gradients())) if norm is None else norm
-            if not self._may_step(indicator):
+        norm = total_norm(gradients) if needs_norm else None
+        self.grad_norm = norm if self.tracks_grad_norm else None
+        if loss is not None and not checks_loss_only:
+            indicator = nonfinite_indicator(gradients) if norm is None else norm * 0
+            if not self._may_step(indicator + loss):
                 return False
-        self._clip_gradients(norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._clip_gradients(gradients, norm)
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         return True
 
-    def _finish_gradients(self, total: float) -> None:
+    def _finish_gradients(self, gradients: list[Tensor], total: float) -> None:
         """Turn accumulated and scaled gradients into those of the mean over all samples."""
         clips = self.clip_value or self.clip_norm or self.clip_agc
-        if self.scaler.is_enabled() and (clips or self.tracks_grad_norm or self.zero_non_finite):
+        if self.scaler and (clips or self.tracks_grad_norm or self.zero_non_finite):
             self.scaler.unscale_(self.optimizer)
         if self.weights_by_samples:
-            self._normalize_gradients(total)
+            self._normalize_gradients(gradients, total)
         if self.zero_non_finite:
-            for gradient in self._gradients():
+            for gradient in gradients:
                 gradient.nan_to_num_(0.0, 0.0, 0.0)
 
-    def _clip_gradients(self, norm: Tensor | None) -> None:
+    def _clip_gradients(self, gradients: list[Tensor], norm: Tensor | None) -> None:
         """Clip by value, by unit and by norm; `norm` is that of all gradients, if known."""
         if self.clip_value is not None:
-            torch.nn.utils.clip_grad_value_(self._parameters(), self.clip_value)
+            torch.nn.utils.clip_grad_value_(self.parameters, self.clip_value)
             norm = None
         if self.clip_agc is not None:
-            clipped = (p for p in self._parameters() if p not in self.agc_excluded)
+            clipped = (p for p in self.parameters if p not in self.agc_excluded)
             clip_gradients_adaptively(clipped, self.clip_agc)
             norm = None
         if self.clip_norm is not None:
-            norm = total_norm(list(self._gradients())) if norm is None else norm
-            for parameters in split_dtensors(list(self._parameters())):
+            norm = total_norm(gradients) if norm is None else norm
+            for parameters in split_dtensors(self.parameters):
                 torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
 
-    def _normalize_gradients(self, total: float) -> None:
+    def _normalize_gradients(self, gradients: list[Tensor], total: float) -> None:
         """Make the gradients those of the mean over the samples that were there."""
         expected = self.full_batch_size * self.strategy.grad_divisor
-        gradients = [local_tensor(gradient) for gradient in self._gradients()]
+        gradients = [local_tensor(gradient) for gradient in gradients]
         if self.total_weight is not None:
             weight = all_reduce(self.total_weight)
             torch._foreach_mul_(gradients, expected / weight.where(weight > 0, 1))
@@ -263,47 +275,46 @@ class OptimWrapper:
         """Return whether to step; the device may still skip the step of a fused optimizer.
 
         Args:
-            indicator: Finite if and only if the loss and the gradients are, on all ranks.
+            indicator: 0 if and only if the loss and the gradients are finite, on all ranks.
         """
-        check = self.finite_check
-        if check.is_latched:
-            return False
         # The first step is not left to the device: fused SGD has no momentum buffers before it.
-        # A scaler sets `found_inf` itself.
-        can_defer = self.steps > 0 and not self.scaler.is_enabled() and is_fused(self.optimizer)
-        if not (check.defers and can_defer):
+        # A scaler sets `found_inf` itself; the shards of a parameter are not stepped as one.
+        check, can_defer = self.finite_check, self.steps > 0 and self.scaler is None
+        if not (check.defers and can_defer and is_fused(self.optimizer)) or self.is_sharded:
             return check.is_finite(indicator)
-        check.defer(indicator, self.optimizer, self._undo())
+        self.skipped_steps = self.skipped_steps + check.defer(indicator, self.optimizer)
         return True
 
-    def _undo(self) -> Callable[[], None]:
-        """Return a function that sets the step count and the learning rates back to those of now.
+    def on_epoch_start(self) -> None:
+        """Remember the step count and the learning rates, for `undo_skipped`."""
+        self.epoch_start, self.skipped_steps = self._host_state(), 0
 
-        It does not touch the weights.
-        """
-        steps, schedule = self.steps, self.schedule.state_dict()
+    def _host_state(self) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
         groups = [dict(group) for group in self.optimizer.param_groups]
+        return self.steps, self.schedule.state_dict(), groups
 
-        def undo() -> None:
-            self.steps = steps
-            self.schedule.load_state_dict(schedule)
-            for group, earlier in zip(self.optimizer.param_groups, groups, strict=True):
-                group.update(earlier)
+    def undo_skipped(self) -> None:
+        """Set the step count and the learning rates back to before the steps the device skipped.
 
-        return undo
-
-    def _reduced_loss_indicator(self) -> Tensor:
-        """Return the loss indicator over all ranks; no gradient that is checked carries it."""
-        local = self.loss_indicator
-        local = torch.zeros((), device=self.device) if local is None else local
-        return all_reduce(local.float())
+        They are those of the start of the epoch, advanced by the steps that were made.
+        """
+        skipped = int(self.skipped_steps)
+        if not skipped:
+            return
+        end = self.steps - skipped
+        self.steps, schedule, groups = self.epoch_start
+        self.schedule.load_state_dict(schedule)
+        for group, earlier in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(earlier)
+        self.schedule.fast_forward(end - self.steps)
+        self.steps = end
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of optimizer, schedule and scaler: tensors and plain values."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else {},
             "steps": self.steps,
         }
 
@@ -319,7 +330,7 @@ class OptimWrapper:
             UserError: The saved state has a parameter in another group.
         """
         check_same_groups(state["optimizer"]["param_groups"], self.optimizer.param_groups)
-        full_state, parameters = state["optimizer"], list(self._parameters())
+        full_state, parameters = state["optimizer"], self.parameters
         shards = {
             number: {n: shard_like(value, parameters[number]) for n, value in values.items()}
             for number, values in full_state["state"].items()
@@ -331,22 +342,28 @@ class OptimWrapper:
             self.schedule.fast_forward(state["steps"])
         else:
             self.schedule.load_state_dict(state["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
         self.steps = state["steps"]
 
     @property
     def device(self) -> torch.device:
         """Device of the parameters."""
-        return next(iter(self._parameters())).device
+        return self.parameters[0].device
 
-    def _parameters(self) -> Iterable[Tensor]:
-        return (p for group in self.optimizer.param_groups for p in group["params"])
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Parameters of the optimizer, of all groups it has by now."""
+        groups = self.optimizer.param_groups
+        if len(groups) != self.num_groups:
+            self.cached_parameters = [p for group in groups for p in group["params"]]
+            self.num_groups = len(groups)
+        return self.cached_parameters
 
-    def _trainable(self) -> Iterable[Tensor]:
-        return (parameter for parameter in self._parameters() if parameter.requires_grad)
-
-    def _gradients(self) -> Iterable[Tensor]:
-        return (p.grad for p in self._parameters() if p.grad is not None)
+    @property
+    def trainable(self) -> list[Tensor]:
+        """Parameters that are not frozen at the moment."""
+        return [parameter for parameter in self.parameters if parameter.requires_grad]
 
 
 class OptimWrapperDict:
@@ -400,12 +417,6 @@ class OptimWrapperDict:
         return not any(wrapper.batches for wrapper in self.wrappers.values())
 
     @property
-    def skipped_step(self) -> bool:
-        """Whether a step of the current batch is known to be skipped, as it was not finite."""
-        results = self.finite_check.results
-        return any(result.is_known and result.was_skipped() for result in results)
-
-    @property
     def steps_next(self) -> bool:
         """Whether the next batch completes an accumulation, if each batch is used once."""
         first = next(iter(self.wrappers.values()))
@@ -433,6 +444,21 @@ class OptimWrapperDict:
             for name, wrapper in self.wrappers.items()
             if wrapper.tracks_grad_norm
         }
+
+    def on_epoch_start(self, reads_every_step: bool) -> None:
+        """Prepare for an epoch of training.
+
+        Args:
+            reads_every_step: Whether no step may be left to the device to skip.
+        """
+        self.finite_check.reset(reads_every_step)
+        for wrapper in self.wrappers.values():
+            wrapper.on_epoch_start()
+
+    def undo_skipped(self) -> None:
+        """Undo what the host did after the steps of this epoch that the device skipped."""
+        for wrapper in self.wrappers.values():
+            wrapper.undo_skipped()
 
     def flush(self) -> None:
         """Step with the gradients of incomplete accumulations, at the end of an epoch."""
@@ -471,3 +497,10 @@ def _grad_norm(wrapper: OptimWrapper, count: int) -> Average:
 def column_name(prefix: str, name: str) -> str:
     """Return `lr`, or `lr_generator` if there is a name."""
     return f"{prefix}_{name}" if name else prefix
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[object]:
+    """Return a context that disables autocast, which a backward pass must not use."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

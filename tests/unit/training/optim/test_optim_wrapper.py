@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.data.loaders import make_loader
 from app.runtime.nested import map_tensors
-from app.training.optim.finite_check import FiniteCheck
+from app.training.optim.finite_check import FiniteCheck, NonFiniteAction
 from app.training.optim.lr_schedule import LRSchedule
-from app.training.optim.optim_wrapper import OptimWrapper
+from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from tests.support.toy_training import DATA, X, Y, make_mlp, make_trainer
 
 
@@ -88,21 +91,99 @@ def test_scaler_reduces_its_scale_on_overflow_even_if_gradients_are_zeroed() -> 
     assert parameter.item() == 1
 
 
-def test_undo_of_a_step_that_the_device_skipped_restores_what_the_schedule_changed() -> None:
+def test_undo_of_steps_that_the_device_skipped_restores_what_the_schedule_changed() -> None:
     parameter = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, 10)  # also changes the betas
-    wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler))
+    wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, scheduler, warmup_steps=3))
     wrapper.finite_check = FiniteCheck("stop", torch.device("cuda"))
+    for _ in range(3):
+        wrapper.step(parameter.sum(), 1)
+        wrapper.on_epoch_start()
     wrapper.step(parameter.sum(), 1)
     state, value = copy.deepcopy(wrapper.state_dict()), parameter.item()
-    wrapper.step((parameter * np.nan).sum(), 1)
+    for factor in (math.nan, 1.0):  # all steps after the first bad one are skipped
+        wrapper.step((parameter * factor).sum(), 1)
     assert wrapper.state_dict() != state
-    for result in reversed(wrapper.finite_check.pop_results()):
-        assert result.was_skipped() == (not result.is_known)
-        result.undo()
+    wrapper.undo_skipped()
     assert wrapper.state_dict() == state
     assert parameter.item() == value
+
+
+class OperatorCounter(TorchDispatchMode):
+    """Counts the operators that are called on tensors, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("policy", "options", "norms", "checks"),
+    [
+        (None, {}, 0, 0),
+        ("stop", {}, 0, 1),
+        ("stop", {"clip_norm": 1.0, "tracks_grad_norm": True}, 1, 0),
+        (None, {"clip_norm": 1.0}, 1, 0),
+        (None, {"clip_value": 1.0}, 0, 0),
+        ("skip", {"zero_non_finite": True}, 0, 0),
+    ],
+)
+def test_gradients_are_read_once_and_only_if_something_asks(
+    policy: NonFiniteAction | None, options: dict[str, Any], norms: int, checks: int
+) -> None:
+    model = make_mlp()
+    wrapper = make_wrapper(model, **options)
+    OptimWrapperDict(wrapper, policy)
+    loss = F.cross_entropy(model(X), Y)
+    with OperatorCounter() as operators:
+        wrapper.step(loss, len(X))
+    assert operators.counts["_foreach_norm"] == norms
+    assert operators.counts["_amp_foreach_non_finite_check_and_unscale_"] == checks
+    assert operators.counts["_local_scalar_dense"] == (policy is not None)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1e-3])
+def test_checked_and_clipped_steps_are_bitwise_equal_to_a_bare_loop(
+    clip_norm: float | None,
+) -> None:
+    model, bare = make_mlp(), make_mlp()
+    wrapper = make_wrapper(model, clip_norm=clip_norm)
+    OptimWrapperDict(wrapper, "stop")
+    optimizer = torch.optim.SGD(bare.parameters(), lr=0.1)
+    for _ in range(3):
+        wrapper.step(F.cross_entropy(model(X), Y), len(X))
+        optimizer.zero_grad()
+        F.cross_entropy(bare(X), Y).backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(bare.parameters(), clip_norm)
+        optimizer.step()
+    for parameter, other in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+
+
+def test_cached_parameters_follow_new_groups_and_freezing() -> None:
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    wrapper = OptimWrapper(torch.optim.SGD([first], lr=1.0), clip_norm=1e-3)
+    wrapper.step(first.sum(), 1)
+    wrapper.optimizer.add_param_group({"params": [second]})
+    wrapper.step((3 * first + 4 * second).sum(), 1)
+    steps = 1 - first.item() - 1e-3, 1 - second.item()
+    assert steps == pytest.approx((0.6e-3, 0.8e-3), rel=1e-3)  # both are clipped together
+    first.requires_grad_(False)
+    before = first.item()
+    wrapper.step((first + second).sum(), 1)
+    assert first.item() == before
+    assert 1 - second.item() == pytest.approx(1.8e-3, rel=1e-3)
+    second.requires_grad_(False)
+    wrapper.step((first + second).sum(), 1)  # nothing to train, and no error
+    second.requires_grad_(True)
+    wrapper.step((first + second).sum(), 1)
+    assert 1 - second.item() == pytest.approx(2.8e-3, rel=1e-3)
 
 
 def test_loaded_state_has_the_memory_format_of_the_parameters() -> None:
