@@ -13,9 +13,11 @@ from app.runtime.errors import ConfigIssue, did_you_mean, join_choices
 
 CKPT_MODES = ("test", "valid", "predict", "export")  # modes that require a checkpoint
 SUPERVISED_TASK = "app.training.supervised.SupervisedTask"  # its columns follow from the config
+DETECTION_TASK = "app.training.detection.DetectionTask"
 FILE_SOURCES = {  # the argument that names a file or a folder, and which of both
     "app.data.arrays.csv": ("path", "file"),
     "app.data.arrays.npz": ("path", "file"),
+    "app.data.coco.coco_folder": ("root", "folder"),
     "app.data.images.image_folder": ("root", "folder"),
     "app.data.masks.mask_folder": ("root", "folder"),
 }
@@ -52,7 +54,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _validation_issues: ("mode", "trainer.valid_every_n_steps", *data),
         _fold_issues: ("data.folds", "data.fold", "data.source", "data.split"),
         _input_issues: ("data.inputs", "data.normalize"),
-        _class_issues: ("data.num_classes", "data.class_names", "data.class_weights"),
+        _class_issues: ("data.num_classes", "data.class_names", "data.class_weights", "task"),
         _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _resume_issues: ("mode", "resume", "trainer.requeue"),
@@ -166,6 +168,8 @@ def _input_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
 def _class_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     names, count = plain["data"]["class_names"], plain["data"]["num_classes"]
     weights = plain["data"]["class_weights"]
+    if count == 1 and plain["task"].get("_target_") == SUPERVISED_TASK:
+        yield ConfigIssue("data.num_classes", "=1; allowed: 2 or more; 1 with task=detection")
     if isinstance(weights, list) and isinstance(count, int) and len(weights) != count:
         problem = f" has {len(weights)} values; allowed: one for each of {count} classes"
         yield ConfigIssue("data.class_weights", problem)
@@ -230,6 +234,9 @@ def _metric_issues(plain: dict[str, Any], key: str, metric: str) -> Iterator[Con
             f"data.split.{stage}, or choose train/loss",
         )
         return
+    if plain["task"].get("_target_") == DETECTION_TASK and metric in ("loss", "valid/loss"):
+        problem = f"={metric!r}: a detector has no loss in valid; choose map, map_50, train/loss"
+        yield ConfigIssue(key, problem)
     metrics = [n for n, node in plain["metric"][stage].items() if node]
     columns = [c for c in _loss_columns(plain) if not _is_scheduled_weight(plain, c)]
     measured = ["loss", *columns, *metrics]
