@@ -64,6 +64,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _device_issues: ("mode", "trainer", "task", "callbacks", "data"),
         _name_issues: ("name", "metric", "loss", "task"),
         _tuner_issues: ("mode", "find"),
+        _export_issues: ("mode", "export", "task"),
         _scheduler_issues: ("scheduler",),
     }
     for rule, keys in rules.items():
@@ -374,6 +375,14 @@ def _tuner_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     low, high = plain["find"]["lr_from"], plain["find"]["lr_to"]
     if low >= high:
         yield ConfigIssue("find.lr_from", f"={low} must be below find.lr_to={high}")
+
+
+def _export_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    format = plain["export"]["format"]
+    is_detector = plain["task"].get("_target_") == DETECTION_TASK
+    if plain["mode"] == "export" and is_detector and format != "safetensors":
+        problem = f"={format!r}: the number of boxes depends on the image, which cannot be traced"
+        yield ConfigIssue("export.format", f"{problem}; allowed: safetensors")
 
 
 def _scheduler_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:

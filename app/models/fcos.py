@@ -23,12 +23,15 @@ class FCOS(Detector):
     Args:
         num_classes: Number of classes.
         in_channels: Channels of the images.
-        channels: Channels of each block.
+        channels: Channels of each block; the last number must be a multiple of 32, the number of
+            groups that the head normalizes.
     """
 
     def __init__(
         self, num_classes: int, in_channels: int = 3, channels: Sequence[int] = (32, 64, 64)
     ) -> None:
+        if not channels or channels[-1] % 32:
+            raise ValueError(f"channels={[*channels]}: the last must be a multiple of 32")
         widths = [in_channels, *channels]
         layers = [layer for pair in pairwise(widths) for layer in _block(*pair)]
         backbone: Any = nn.Sequential(*layers)
