@@ -12,11 +12,18 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from app.callbacks.image_grids import normalize_images
-from app.callbacks.overlays import FONT, legend_of, overlay, with_legend
-from app.callbacks.prediction_files import class_colors, to_image
+from app.callbacks.overlays import (
+    FONT,
+    box_colors,
+    draw_boxes,
+    legend_of,
+    overlay,
+    with_legend,
+)
+from app.callbacks.prediction_files import class_colors, is_boxes, to_image
 from app.callbacks.selection import class_label, pick_targets
 from app.runtime.files import atomic_write
-from app.runtime.nested import Nested, pick
+from app.runtime.nested import Nested, map_tensors, pick
 from app.training.accumulator import StageResult
 from app.training.events import Callback, StageStart, StepEnd
 from app.training.history import History
@@ -28,7 +35,7 @@ COLUMNS, MIN_SIDE, CAPTION = 8, 96, 14  # images per row; pixels
 class BatchImages(Callback):
     """Draw `train_batch.png` and `valid_batch.png` in the first epoch, with names of the classes.
 
-    Masks are drawn over their images.
+    Masks and boxes are drawn over their images.
 
     The inputs are those of the model, after all transforms and augmentations, with the
     normalization undone. Nothing is drawn if the inputs are not images.
@@ -55,9 +62,10 @@ class BatchImages(Callback):
         inputs = pick(step.batch, self.config["data"]["inputs"])
         if isinstance(inputs, Tensor) and inputs.ndim == 4 and inputs.shape[1] in (1, 3):
             targets = pick_targets(step.batch, self.config)
-            labels = targets if isinstance(targets, Tensor) and targets.ndim in (1, 3) else None
-            copies = None if labels is None else labels[: self.count].clone()
-            self.batch = inputs[: self.count].detach().clone(), copies
+            is_shown = isinstance(targets, Tensor) and targets.ndim in (1, 3)
+            labels = targets if is_shown or is_boxes(targets) else None
+            parts = (inputs, labels)
+            self.batch = map_tensors(lambda part: part[: self.count].detach().clone(), parts)
 
     def on_stage_end(self, result: StageResult, history: History) -> None:  # noqa: ARG002
         if self.batch is None:
@@ -66,7 +74,12 @@ class BatchImages(Callback):
         pixels = denormalize(images.float().cpu(), self.config["data"]["normalize"])
         names: list[str] = []
         legend: dict[str, tuple[int, ...]] = {}
-        if labels is not None and not labels.is_floating_point():
+        if isinstance(labels, dict):
+            boxes = map_tensors(Tensor.cpu, labels)
+            colors = box_colors(self.config["data"]["num_classes"])
+            legend = legend_of(self.config, colors)
+            pixels = draw_boxes(pixels, boxes["boxes"], boxes["labels"], colors)
+        elif labels is not None and not labels.is_floating_point():
             if labels.ndim == 1:
                 names = [class_label(self.config, label) for label in labels.tolist()]
             elif labels.shape[1:] == pixels.shape[2:] and self.config["data"]["num_classes"]:

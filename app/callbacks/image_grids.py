@@ -10,13 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from app.callbacks.overlays import legend_of, overlay
-from app.callbacks.prediction_files import class_colors, flatten_outputs, labeled, output_name
+from app.callbacks.overlays import box_colors, draw_boxes, legend_of, overlay
+from app.callbacks.prediction_files import (
+    class_colors,
+    flatten_outputs,
+    is_detections,
+    labeled,
+    output_name,
+)
 from app.callbacks.selection import class_label, configured_logit_outputs, pick_targets
 from app.runtime.nested import Nested, map_tensors, pick
 from app.training.events import StepEnd
 
 NamedTensors = dict[str, Tensor]  # keyed by the names that `flatten_outputs` gives
+MIN_SCORE = 0.5  # of detected boxes that are drawn
 
 
 class SampleBuffer:
@@ -64,12 +71,14 @@ class SampleBuffer:
         Returns:
             Rows named `image`, `target` (label maps over the image, or images) and `prediction`
             (label maps over the image, or outputs that are images), followed by `_<name>` if there
-            are several of a kind. Empty if no input is an image.
+            are several of a kind; or with boxes over the image. Empty if no input is an image.
         """
         inputs, outputs, targets = self.named_tensors()
         shown = {name: normalize_images(x) for name, x in inputs.items() if x.ndim == 4}
         if not shown:
             return {}
+        if is_detections(outputs):
+            return self._box_rows(next(iter(shown.values())), outputs, targets)
         dense = {name: o for name, o in outputs.items() if o.ndim == 4}
         logits = {name: o for name, o in dense.items() if name in self.logit_names}
         images = {n: o for n, o in dense.items() if n not in logits and o.shape[1] in (1, 3)}
@@ -87,9 +96,21 @@ class SampleBuffer:
             rows[labeled("prediction", name)] = normalize_images(output)
         return rows
 
+    def _box_rows(
+        self, images: Tensor, outputs: NamedTensors, targets: NamedTensors
+    ) -> dict[str, Tensor]:
+        colors = box_colors(self.config["data"]["num_classes"])
+        labels = outputs["labels"].where(outputs["scores"] >= MIN_SCORE, -1)
+        return {
+            "target": draw_boxes(images, targets["boxes"], targets["labels"], colors),
+            "prediction": draw_boxes(images, outputs["boxes"], labels, colors),
+        }
+
     def legend(self) -> dict[str, tuple[int, ...]]:
-        """Return the color of each class by its name; empty if there are no label maps."""
+        """Return the color of each class by its name; empty without label maps and boxes."""
         _, outputs, _ = self.named_tensors()
+        if is_detections(outputs):
+            return legend_of(self.config, box_colors(self.config["data"]["num_classes"]))
         logits = {n: o for n, o in outputs.items() if o.ndim == 4 and n in self.logit_names}
         return legend_of(self.config, self.colors(logits)) if logits else {}
 

@@ -1,4 +1,4 @@
-"""Draw label maps over images, with the names of the classes."""
+"""Draw label maps and boxes over images, with the names of the classes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
+from torchvision.utils import draw_bounding_boxes
 
-from app.callbacks.prediction_files import to_image
+from app.callbacks.prediction_files import class_colors, to_image
 from app.callbacks.selection import class_label
 
 FONT = Path(mpl.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
@@ -43,6 +44,30 @@ def overlay(images: Tensor, labels: Tensor, colors: np.ndarray) -> Tensor:
     blended = (1 - OPACITY) * images + OPACITY * colored
     is_class = (labels >= 0) & (labels < len(colors))
     return blended.where(is_class[:, None], images)
+
+
+def box_colors(num_classes: int) -> np.ndarray:
+    """Return the color of the boxes of each class, uint8 of shape (num_classes, 3)."""
+    return class_colors(None, num_classes + 1)[1:]  # without that of a background
+
+
+def draw_boxes(images: Tensor, boxes: Tensor, labels: Tensor, colors: np.ndarray) -> Tensor:
+    """Draw boxes over images (N, 3, height, width) in [0, 1], in the colors of their labels.
+
+    Args:
+        images: The images.
+        boxes: Shape (N, M, 4), as (x1, y1, x2, y2) in pixels.
+        labels: Shape (N, M); -1 where there is no box.
+        colors: Color of each label.
+    """
+    drawn = []
+    for image, shown, kinds in zip(images, boxes, labels, strict=True):
+        pixels = (image * 255).round().to(torch.uint8)
+        if (is_box := kinds >= 0).any():
+            chosen = [tuple(colors[label]) for label in kinds[is_box].tolist()]
+            pixels = draw_bounding_boxes(pixels, shown[is_box].round(), colors=chosen)
+        drawn.append(pixels)
+    return torch.stack(drawn) / 255
 
 
 def legend_of(config: dict[str, Any], colors: np.ndarray) -> dict[str, tuple[int, ...]]:

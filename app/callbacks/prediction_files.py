@@ -13,6 +13,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
+from app.data.boxes import NO_BOX, boxes_in_files
 from app.data.masks import IGNORE, Colors, color_table
 from app.runtime.errors import UserError
 from app.runtime.files import atomic_write, write_csv
@@ -29,7 +30,7 @@ class PredictionFileWriter:
     logits, else one column per output. Outputs (N, K, height, width) become one PNG file per
     sample, named like its file if it has one: a label map if they are class logits, else the image
     itself, if K is 1 or 3. All other outputs become arrays. Each of several outputs has files of
-    its own.
+    its own. Detections become a table with a row for each box, in pixels of the file of the image.
 
     Args:
         folder: Folder of the files.
@@ -55,6 +56,8 @@ class PredictionFileWriter:
         self.paths, self.class_names, self.colors = paths, class_names, colors
         self.logit_names = {output_name(key) for key in classes}
         self.batches: dict[str, list[Tensor]] = {}
+        self.boxes: list[pd.DataFrame] = []
+        self.num_samples = 0  # whose boxes were added
         self.targets: list[Tensor] = []
         self.num_images: dict[str, int] = {}
         files = list(names or paths or ())
@@ -64,6 +67,9 @@ class PredictionFileWriter:
 
     def add(self, outputs: Nested, targets: Nested = None) -> None:
         """Add a batch; targets are kept if they have shape (N,)."""
+        if is_detections(outputs):
+            self._add_boxes(outputs, targets)
+            return
         if isinstance(targets, Tensor) and targets.ndim == 1:
             self.targets.append(targets.cpu())
         for name, tensor in flatten_outputs(outputs):
@@ -80,6 +86,9 @@ class PredictionFileWriter:
             The tables, the arrays and the folders of images that were written.
         """
         written = [self.folder / labeled("predictions", name) for name in self.num_images]
+        if self.boxes:
+            written.append(self.folder / "predictions.csv")
+            write_csv(written[-1], self._box_table())
         for name, batches in self.batches.items():
             values = np.concatenate([batch.numpy() for batch in batches])
             stem = labeled("predictions", name)
@@ -119,6 +128,34 @@ class PredictionFileWriter:
             table.insert(1, "path", self.paths[: len(values)])
         return table
 
+    def _add_boxes(self, outputs: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+        if self.format not in ("auto", "csv"):
+            raise UserError(f"format={self.format!r} does not fit boxes; allowed: auto, csv")
+        boxes, labels, scores = (outputs[name].cpu() for name in ("boxes", "labels", "scores"))
+        boxes = boxes_in_files(boxes, targets["size"].cpu(), targets["frame"].cpu())
+        samples, places = (labels != NO_BOX).nonzero(as_tuple=True)
+        corners = boxes[samples, places].unbind(1)
+        columns = {
+            "sample": samples + self.num_samples,
+            "label": labels[samples, places],
+            "score": scores[samples, places].float(),
+            **dict(zip(("x1", "y1", "x2", "y2"), corners, strict=True)),
+        }
+        self.boxes.append(pd.DataFrame({name: part.numpy() for name, part in columns.items()}))
+        self.num_samples += len(labels)
+
+    def _box_table(self) -> pd.DataFrame:
+        """Return the table of all boxes, those of each sample from the highest score down."""
+        table = pd.concat(self.boxes, ignore_index=True)
+        samples = table["sample"].tolist()
+        if self.paths is not None:
+            table.insert(1, "path", [self.paths[index] for index in samples])
+        if self.names is not None:
+            table["sample"] = [self.names[index] for index in samples]
+        if self.class_names is not None:
+            _insert_names(table, self.class_names)
+        return table
+
     def _write_images(self, name: str, batch: Tensor) -> None:
         first = self.num_images.get(name, 0)
         folder = self.folder / labeled("predictions", name)
@@ -128,6 +165,16 @@ class PredictionFileWriter:
             image = to_label_image(values, self.colors) if is_label_map else to_image(values)
             atomic_write(folder / f"{stem}.png", partial(image.save, format="png"))
         self.num_images[name] = first + len(batch)
+
+
+def is_boxes(targets: Nested) -> bool:
+    """Return whether targets, or outputs, are boxes with labels."""
+    return isinstance(targets, dict) and {"boxes", "labels"} <= targets.keys()
+
+
+def is_detections(outputs: Nested) -> bool:
+    """Return whether the outputs of a model are detected boxes."""
+    return is_boxes(outputs) and "scores" in outputs
 
 
 def prediction_table(values: np.ndarray, classes: bool) -> pd.DataFrame:

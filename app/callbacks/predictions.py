@@ -79,7 +79,7 @@ class PredictionWriter(Callback):
         if self.files is None:
             return
         self.files.close()
-        if not (self.files.batches or self.files.num_images):
+        if not (self.files.batches or self.files.boxes or self.files.num_images):
             log.warning(
                 "no predictions written for stage %s: the task's steps return no outputs",
                 result.stage,

@@ -30,7 +30,8 @@ class SampleImages(Callback):
     """Draw the first inputs of a stage and their predictions, as `samples/epoch001_valid.png`.
 
     Class labels become titles. Targets and predictions that are images or label maps are drawn in
-    rows below the inputs; label maps over the inputs, with a legend of the classes.
+    rows below the inputs; label maps and boxes over the inputs, with a legend of the classes. Of
+    the predicted boxes, those with a score of at least 0.5 are drawn.
 
     Args:
         folder: Run folder.

@@ -54,7 +54,8 @@ def classes_of_metric(
     Returns:
         None if the values are not one per class, judging by the options of the metric.
     """
-    node = ((config or {}).get("metric", {}).get(stage) or {}).get(metric) or {}
+    nodes = (config or {}).get("metric", {}).get(stage) or {}
+    node = nodes.get(metric) or nodes.get(metric.removesuffix("_per_class")) or {}
     node = node.get("metric", node)  # within an OutputMetric
     count = node.get("num_classes")
     if config is None or not isinstance(count, int):

@@ -16,9 +16,11 @@ DISTILL_TASK = "app.training.distill.DistillTask"
 # Tasks whose columns follow from the configuration.
 SUPERVISED_TASKS = ("app.training.supervised.SupervisedTask", DISTILL_TASK)
 DISTILL_COLUMNS = ("task_loss", "distillation_loss")  # of training
+DETECTION_TASK = "app.training.detection.DetectionTask"
 FILE_SOURCES = {  # the argument that names a file or a folder, and which of both
     "app.data.arrays.csv": ("path", "file"),
     "app.data.arrays.npz": ("path", "file"),
+    "app.data.coco.coco_folder": ("root", "folder"),
     "app.data.images.image_folder": ("root", "folder"),
     "app.data.masks.mask_folder": ("root", "folder"),
 }
@@ -55,7 +57,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _validation_issues: ("mode", "trainer.valid_every_n_steps", *data),
         _fold_issues: ("data.folds", "data.fold", "data.source", "data.split"),
         _input_issues: ("data.inputs", "data.normalize"),
-        _class_issues: ("data.num_classes", "data.class_names", "data.class_weights"),
+        _class_issues: ("data.num_classes", "data.class_names", "data.class_weights", "task"),
         _path_issues: ("mode", "data.path", "data.source", "predict"),
         _monitor_issues: ("goal", "checkpoint", "task", "metric", "loss", *data),
         _teacher_issues: ("mode", "task", "teacher"),
@@ -66,6 +68,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _device_issues: ("mode", "trainer", "task", "callbacks", "data"),
         _name_issues: ("name", "metric", "loss", "task"),
         _tuner_issues: ("mode", "find"),
+        _export_issues: ("mode", "export", "task"),
         _scheduler_issues: ("scheduler",),
     }
     for rule, keys in rules.items():
@@ -170,6 +173,8 @@ def _input_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
 def _class_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     names, count = plain["data"]["class_names"], plain["data"]["num_classes"]
     weights = plain["data"]["class_weights"]
+    if count == 1 and plain["task"].get("_target_") in SUPERVISED_TASKS:
+        yield ConfigIssue("data.num_classes", "=1; allowed: 2 or more; 1 with task=detection")
     if isinstance(weights, list) and isinstance(count, int) and len(weights) != count:
         problem = f" has {len(weights)} values; allowed: one for each of {count} classes"
         yield ConfigIssue("data.class_weights", problem)
@@ -234,6 +239,9 @@ def _metric_issues(plain: dict[str, Any], key: str, metric: str) -> Iterator[Con
             f"data.split.{stage}, or choose train/loss",
         )
         return
+    if plain["task"].get("_target_") == DETECTION_TASK and metric in ("loss", "valid/loss"):
+        problem = f"={metric!r}: a detector has no loss in valid; choose map, map_50, train/loss"
+        yield ConfigIssue(key, problem)
     metrics = [n for n, node in plain["metric"][stage].items() if node]
     columns = [c for c in _loss_columns(plain) if not _is_scheduled_weight(plain, c)]
     target = plain["task"].get("_target_")
@@ -385,6 +393,14 @@ def _tuner_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     low, high = plain["find"]["lr_from"], plain["find"]["lr_to"]
     if low >= high:
         yield ConfigIssue("find.lr_from", f"={low} must be below find.lr_to={high}")
+
+
+def _export_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    format = plain["export"]["format"]
+    is_detector = plain["task"].get("_target_") == DETECTION_TASK
+    if plain["mode"] == "export" and is_detector and format != "safetensors":
+        problem = f"={format!r}: the number of boxes depends on the image, which cannot be traced"
+        yield ConfigIssue("export.format", f"{problem}; allowed: safetensors")
 
 
 def _scheduler_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:

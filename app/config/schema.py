@@ -175,7 +175,7 @@ class DataConfig:
     """
 
     name: str
-    num_classes: Annotated[int, Ge(2)] | Literal["auto"] | None
+    num_classes: Positive | Literal["auto"] | None
     class_names: list[str] | Literal["auto"] | None
     class_weights: list[Annotated[float, Ge(0.0)]] | Literal["auto"] | None
     class_weight_power: Annotated[float, Ge(0.0)]

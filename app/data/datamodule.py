@@ -14,6 +14,13 @@ from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, STAGES, Config, DataConfig, LoaderConfig, TrainerConfig
 from app.data.augment import per_image
 from app.data.batch import BatchLoader, BatchPreparer, Inputs, MaskBatchPreparer, Masks
+from app.data.boxes import (
+    BOX_SOURCES,
+    BoxTransform,
+    UnlabeledImages,
+    check_augmentations,
+    has_boxes,
+)
 from app.data.image_cache import CachedSamples, FitImage, ImageCache, load_cached
 from app.data.images import ImageFiles, with_needed_side
 from app.data.joint import fill_masks
@@ -31,6 +38,7 @@ from app.data.split import (
 )
 from app.data.transform import (
     BatchTransform,
+    TransformedDataset,
     channel_statistics,
     for_batches,
     resized_side,
@@ -157,7 +165,9 @@ def _prediction_dataset(config: Config, datasets: dict[str, Dataset[Any]]) -> Da
         return datasets[stage]
     side = None if config.data.transforms.eval else config.data.image_size
     with as_user_error("predict.images"):
-        return ImageFiles(config.predict.images, side, config.data.channels)
+        files = ImageFiles(config.predict.images, side, config.data.channels)
+    source = config.data.source.train or {}
+    return UnlabeledImages(files) if source.get("_target_") in BOX_SOURCES else files
 
 
 def make_loaders(
@@ -249,8 +259,10 @@ def _make_loader(
     group = "train" if is_training else "eval"
     nodes = getattr(data.transforms, group)
     transforms = list(build.build_all(f"data.transforms.{group}", nodes).values())
-    augment = list(build.build_all("data.augment", data.augment if is_training else {}).values())
-    masks = _masks(data, dataset)
+    named = build.build_all("data.augment", data.augment if is_training else {})
+    if has_boxes(dataset):
+        check_augmentations(named)
+    augment, masks = list(named.values()), _masks(data, dataset)
     if masks is not None:
         for step in (*transforms, *augment):
             fill_masks(step, masks.outside)
@@ -283,7 +295,12 @@ def _make_loader(
         return TensorLoader(arrays, sampler, batch_size, prepare, on_device, rows)
     if transforms and masks is None:
         dataset = with_needed_side(dataset, getattr(transforms[0], "needed_side", None))
-    samples = transform_samples(dataset, transforms, data.inputs, masks)
+    samples: Dataset[Any]
+    if has_boxes(dataset):
+        transform_boxes = BoxTransform(transforms, data.inputs, data.targets, stage == "train")
+        samples = TransformedDataset(dataset, transform_boxes)
+    else:
+        samples = transform_samples(dataset, transforms, data.inputs, masks)
     return SampleLoader(samples, sampler, batch_size, prepare, config.seed, options)
 
 

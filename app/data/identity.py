@@ -23,7 +23,11 @@ from app.data.split import dataset_size, innermost
 
 MAX_ARRAY_BYTES = 16 * 2**20
 MAX_FILES = 10_000
-PATH_ATTRIBUTES = ("paths", "mask_paths")  # of datasets of files, below their attribute `root`
+PATH_ATTRIBUTES = (
+    "paths",
+    "mask_paths",
+    "annotation_paths",
+)  # of datasets of files, below their attribute `root`
 
 
 class _Hash(Protocol):

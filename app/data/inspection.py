@@ -10,6 +10,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from app.config.instantiate import Instantiator
 from app.config.schema import AUTO, Config
+from app.data.boxes import has_boxes
+from app.data.coco import check_boxes
 from app.data.datamodule import build_sources, first_inputs, needs_statistics, split_sources
 from app.data.image_cache import check_cacheable
 from app.data.image_checks import check_images, find_duplicates
@@ -67,7 +69,7 @@ def inspect_data(config: Config, build: Instantiator) -> DataReport:
         data.targets,
         config.data.class_names,
     )
-    warnings = check_mask_labels(datasets, config.data.num_classes)
+    warnings = check_mask_labels(datasets, config.data.num_classes) + check_boxes(datasets)
     stages = split_sources(config, sources)
     if data.cache is not None:
         check_cacheable(stages)
@@ -129,7 +131,7 @@ def count_classes(dataset: Dataset[Any], config: Config) -> int | None:
         return None
     else:
         count = _count_labels(labels)
-    if count < 2:
+    if count < 2 and not has_boxes(dataset):
         raise UserError(
             f"data.num_classes='auto': the training data have {count} class; allowed: 2"
         )

@@ -31,26 +31,26 @@ def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> Ten
             f"count={count}, size={size}, noise={noise}; allowed: at least 1, 16 and 0"
         )
     generator = torch.Generator().manual_seed(seed)
-    images = _uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
+    images = uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
     masks = torch.zeros(count, size, size, dtype=torch.int64)
     num_objects = torch.randint(MIN_OBJECTS, MAX_OBJECTS + 1, (count,), generator=generator)
     for index in range(MAX_OBJECTS):
-        inside, kind = _draw_objects(count, size, generator)
+        inside, kind = draw_objects(count, size, generator)
         inside &= (index < num_objects)[:, None, None]
-        brightness = _uniform(0.5, 1.0, count, generator)[:, None, None]
+        brightness = uniform(0.5, 1.0, count, generator)[:, None, None]
         images = torch.where(inside, brightness, images)
         masks = torch.where(inside, kind[:, None, None], masks)
     images += noise * torch.randn(images.shape, generator=generator)
     return TensorDataset(images.clamp_(0, 1).unsqueeze(1), masks)
 
 
-def _draw_objects(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one object per image; returns its pixels, bool of (N, size, size), and its class."""
+def draw_objects(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw an object per image; return its pixels, bool of (N, size, size), and its class."""
     kind = torch.randint(CIRCLE, RECTANGLE + 1, (count,), generator=generator)
     # Half of height and width, as fractions of the image side.
-    half = _uniform(0.1, 0.2, (count, 2), generator)
+    half = uniform(0.1, 0.2, (count, 2), generator)
     half[:, 1] = torch.where(kind == CIRCLE, half[:, 0], half[:, 1])
-    center = half + (1 - 2 * half) * _uniform(0.0, 1.0, (count, 2), generator)
+    center = half + (1 - 2 * half) * uniform(0.0, 1.0, (count, 2), generator)
     pixels = (torch.arange(size) + 0.5) / size
     rows = (pixels - center[:, :1]).div(half[:, :1]).abs()[:, :, None]
     columns = (pixels - center[:, 1:]).div(half[:, 1:]).abs()[:, None, :]
@@ -59,7 +59,7 @@ def _draw_objects(count: int, size: int, generator: torch.Generator) -> tuple[Te
     return torch.where((kind == CIRCLE)[:, None, None], circle, rectangle), kind
 
 
-def _uniform(
+def uniform(
     low: float, high: float, shape: int | tuple[int, ...], generator: torch.Generator
 ) -> Tensor:
     shape = (shape,) if isinstance(shape, int) else shape

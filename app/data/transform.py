@@ -57,7 +57,7 @@ class SampleTransform:
 class TransformedDataset(Dataset[Any]):
     """A map-style dataset whose samples are transformed when they are read."""
 
-    def __init__(self, dataset: Dataset[Any], transform: SampleTransform) -> None:
+    def __init__(self, dataset: Dataset[Any], transform: Callable[[Nested], Nested]) -> None:
         self.dataset, self.transform = dataset, transform
 
     def __len__(self) -> int:

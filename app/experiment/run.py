@@ -48,6 +48,7 @@ from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
 from app.training.checkpoint.initial_weights import InitialWeights
 from app.training.checkpoint.rotation import find_checkpoint
+from app.training.detection import DetectionTask
 from app.training.events import Callback, Callbacks
 from app.training.history import best_epoch
 from app.training.nonfinite import NonFiniteEvent, NonFiniteStats
@@ -301,7 +302,8 @@ def predict(trainer: Trainer, components: Components, config: Config) -> None:
         class_names,
         config.data.colors,
     )
-    has_targets = isinstance(task, SupervisedTask) and names is None
+    has_labels = isinstance(task, SupervisedTask) and names is None
+    has_targets = has_labels or isinstance(task, DetectionTask)  # which have the sizes of files
     for batch, outputs in trainer.predictions(loader):
         files.add(outputs, pick(batch, task.targets) if has_targets else None)  # type: ignore[attr-defined]
     written = files.close()

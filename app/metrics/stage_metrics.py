@@ -27,7 +27,7 @@ from app.metrics.output_metric import OutputMetric
 from app.metrics.sum_metric import METRIC_ERRORS, SumMetric, has_small_sum_states
 from app.metrics.update_block import MetricSums, UpdateBlock, UpdateBlocks
 from app.runtime.errors import UserError
-from app.runtime.nested import Nested, describe, map_tensors, pick
+from app.runtime.nested import Nested, concat, describe, map_tensors, pick
 
 NOT_IN_FILE_NAMES = re.compile(r"[/\\\x00-\x1f\x7f]")
 MetricLike = Metric | OutputMetric | Callable[..., Tensor]
@@ -59,7 +59,7 @@ class StageMetrics:
         plain = {name: selected.metric for name, selected in self.output_metrics.items()}
         self.sum_metrics = {n: SumMetric(m) for n, m in plain.items() if has_small_sum_states(m)}
         self.accumulating_metrics = {n: m for n, m in plain.items() if n not in self.sum_metrics}
-        self.deferred_batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.deferred_batches: dict[str, list[tuple[Nested, Nested]]] = {}
         for name in self.deferred:  # batches of all ranks are gathered; states must not be again
             self.accumulating_metrics[name].distributed_available_fn = lambda: False
         self.parts = {n: f"{m.output!r}, {m.target!r}" for n, m in self.output_metrics.items()}
@@ -218,9 +218,9 @@ class StageMetrics:
         for name in saved["fed"]:
             self.deferred_batches[name] += self._saved_batches(name, saved)
 
-    def _saved_batches(self, name: str, saved: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+    def _saved_batches(self, name: str, saved: dict[str, Any]) -> list[tuple[Nested, Nested]]:
         metric = self.accumulating_metrics[name]
-        batches: list[tuple[Tensor, Tensor]] = map_tensors(to_device_of(metric), saved["fed"][name])
+        batches: list[tuple[Nested, Nested]] = map_tensors(to_device_of(metric), saved["fed"][name])
         return batches
 
     def _config_key(self, name: str) -> str:
@@ -263,17 +263,21 @@ def is_deferred(metric: Metric) -> bool:
     return has_lists and not getattr(metric, "collects_in_update", False)
 
 
-def _gather_batches(batches: list[tuple[Tensor, Tensor]], device: torch.device) -> list[Tensor]:
+def _gather_batches(
+    batches: list[tuple[Nested, Nested]], device: torch.device
+) -> tuple[Nested, Nested]:
     """Return the concatenated outputs and targets of all ranks; complete on rank 0 only."""
-    local = [torch.cat(parts) for parts in zip(*batches, strict=True)]
-    if not is_distributed():
-        return local
-    by_rank = gather_object([tensor.cpu() for tensor in local])
-    return [torch.cat(parts).to(device) for parts in zip(*by_rank, strict=True)]
+    local: tuple[Nested, Nested] = concat(batches)
+    if is_distributed():
+        by_rank = gather_object(map_tensors(Tensor.cpu, local))
+        local = map_tensors(lambda tensor: tensor.to(device), concat(by_rank or [local]))
+    return local
 
 
 def _to_arrays(name: str, value: Any) -> dict[str, np.ndarray]:
     """Return the value of a metric by name; parts of a tuple or dict are named `<name>_<key>`.
+
+    The part with the key `""` has the name of the metric.
 
     The names become those of files: characters of a key that separate folders become `_`.
     """
@@ -282,7 +286,11 @@ def _to_arrays(name: str, value: Any) -> dict[str, np.ndarray]:
     if isinstance(value, (tuple, list)):
         value = dict(enumerate(value))
     if isinstance(value, dict):
-        names = {key: f"{name}_{NOT_IN_FILE_NAMES.sub('_', str(key))}" for key in value}
+        names = {key: _part_name(name, str(key)) for key in value}
         nested = (_to_arrays(names[key], part) for key, part in value.items())
         return {key: array for arrays in nested for key, array in arrays.items()}
     return {name: np.asarray(value)}
+
+
+def _part_name(name: str, key: str) -> str:
+    return f"{name}_{NOT_IN_FILE_NAMES.sub('_', key)}" if key else name

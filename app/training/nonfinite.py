@@ -193,7 +193,7 @@ class NonFinitePolicy:
             _warn_on_rank_zero(f"training ends: all steps of epoch {result.epoch} were skipped")
 
     def _report_evaluation(self, result: StageResult) -> None:
-        if result.steps.empty:
+        if result.steps.empty or not self.task.has_eval_loss:
             return  # only rank 0 has the table
         losses, counts = result.steps["loss"], result.steps["num_samples"]
         steps = result.steps["iter"][~np.isfinite(losses) & (counts > 0)]

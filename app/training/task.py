@@ -68,7 +68,11 @@ class Task:
             strategy that synchronizes gradients, otherwise it is `model`.
         metrics: Metrics of each stage.
         optimizers: Optimizer wrappers by name; None until `prepare_training`.
+        has_eval_loss: Whether `eval_step` computes a loss. If not, it returns NaN, and the cells of
+            the loss are empty in the tables of evaluated stages.
     """
+
+    has_eval_loss = True
 
     def __init__(
         self,

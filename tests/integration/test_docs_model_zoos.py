@@ -29,8 +29,10 @@ def test_docs_model_zoos_commands_do_what_the_page_says(tmp_cwd: Path) -> None:
 
 
 def test_docs_model_zoos_counts_names() -> None:
-    listed = re.findall(r"(\d+) names for classification, (\d+) for segmentation", PAGE)
-    counts = (len(models.list_models(module=m)) for m in (models, models.segmentation))
+    listed = re.findall(r"(\d+) names for .*, (\d+) for segmentation, (\d+) for detection", PAGE)
+    counts = [len(models.list_models(module=m)) for m in (models, models.segmentation)]
+    detectors = models.list_models(module=models.detection)
+    counts.append(sum(not name.startswith(("mask", "keypoint")) for name in detectors))
     assert listed == [tuple(map(str, counts))]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.support.image_files import write_image_folder, write_mask_folder
+from tests.support.image_files import write_coco_folder, write_image_folder, write_mask_folder
 
 MASK_GROUPS = ("model=unet", "loss=dice_ce", "metric=segmentation", "goal.metric=mean_iou")
 
@@ -15,6 +15,7 @@ MASK_GROUPS = ("model=unet", "loss=dice_ce", "metric=segmentation", "goal.metric
 def write_data(name: str, folder: Path) -> list[str]:
     """Write files for `data=<name>` into a folder, and return the overrides that use them."""
     writers = {
+        "coco": _write_boxes,
         "csv": _write_csv,
         "npz": _write_npz,
         "image_folder": _write_images,
@@ -41,6 +42,12 @@ def _write_images(folder: Path) -> list[str]:
     write_image_folder(folder / "pets" / "train", {"cat": 20, "dog": 20})
     write_image_folder(folder / "pets" / "test", {"cat": 4, "dog": 4}, seed=1)
     return ["data.path=pets", "data.image_size=16"]
+
+
+def _write_boxes(folder: Path) -> list[str]:
+    write_coco_folder(folder / "boxed", 20)
+    groups = ("task=detection", "model=fcos", "loss=none", "metric=detection", "goal.metric=map")
+    return ["data.path=boxed", "data.image_size=32", *groups]
 
 
 def _write_masks(folder: Path) -> list[str]:

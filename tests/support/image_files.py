@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from app.data.boxed_shapes import boxed_shapes
 from app.data.shapes import shapes
 
 
@@ -78,3 +81,47 @@ def write_mask_folder(root: Path, count: int, size: int = 32, seed: int = 0) -> 
             image.resize((width, size), Image.Resampling.NEAREST).save(
                 root / folder / f"{index:03d}.png"
             )
+
+
+def write_coco_folder(root: Path, count: int, size: int = 32, seed: int = 0) -> dict[str, Any]:
+    """Write pictures of shapes to `images/000.png`, and their boxes to `boxes.json`.
+
+    Args:
+        root: Folder of both.
+        count: Number of pictures.
+        size: Height in pixels; every other picture is wider by 8.
+        seed: Seed of the pictures.
+
+    Returns:
+        The content of `boxes.json`; ids of images begin at 10, of categories at 3, of annotations
+        at 100.
+    """
+    shapes = boxed_shapes(count, size, seed)
+    (root / "images").mkdir(parents=True)
+    content: dict[str, Any] = {"images": [], "annotations": []}
+    content["categories"] = [{"id": 7, "name": "rectangle"}, {"id": 3, "name": "circle"}]
+    for index, (image, boxes, labels) in enumerate(
+        zip(shapes.images, shapes.boxes, shapes.labels, strict=True)
+    ):
+        name, width = f"{index:03d}.png", size + 8 * (index % 2)
+        canvas = Image.new("L", (width, size))
+        canvas.paste(Image.fromarray(image[0].numpy()))
+        canvas.save(root / "images" / name)
+        picture = {"id": 10 + index, "file_name": name, "height": size, "width": width}
+        content["images"].append(picture)
+        for (x1, y1, x2, y2), label in zip(boxes.tolist(), labels.tolist(), strict=True):
+            content["annotations"].append(
+                {
+                    "id": 100 + len(content["annotations"]),
+                    "image_id": 10 + index,
+                    "category_id": (3, 7)[label],
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                }
+            )
+    write_boxes(root, content)
+    return content
+
+
+def write_boxes(root: Path, content: object) -> None:
+    """Write annotations to `boxes.json`."""
+    (root / "boxes.json").write_text(json.dumps(content))

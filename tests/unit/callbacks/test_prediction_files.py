@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 from PIL import Image
 
 from app.callbacks.prediction_files import PredictionFileWriter, prediction_table
+from app.runtime.errors import UserError
 
 
 def test_dense_logits_become_palette_images(tmp_path: Path) -> None:
@@ -74,3 +76,24 @@ def test_images_with_the_same_stem_do_not_overwrite_each_other(tmp_path: Path) -
     files.close()
     names = sorted(path.name for path in (tmp_path / "predictions").iterdir())
     assert names == ["cat.jpg.png", "cat.png.png"]
+
+
+def test_detections_become_a_row_for_each_box_in_pixels_of_files(tmp_path: Path) -> None:
+    paths = ["a.png", "b.png", "c.png"]
+    files = PredictionFileWriter(tmp_path, paths=paths, class_names=["circle", "rectangle"])
+    # 100 x 40 pixels, scaled to 64 x 25.6 and padded to 64 x 64
+    box = [6.4, 19.2 + 6.4, 32.0, 44.8]
+    targets = {"size": torch.tensor([[40, 100]]), "frame": torch.tensor([[0, 19.2, 64, 44.8]])}
+    labels, scores = torch.tensor([[1, 0, -1]]), torch.tensor([[0.9, 0.5, 0.0]])
+    found = {"boxes": torch.tensor([[box, box, [0.0] * 4]]), "labels": labels, "scores": scores}
+    nothing = found | {"labels": torch.full((1, 3), -1)}
+    for outputs in (found, nothing, found):
+        files.add(outputs, targets)
+    assert files.close() == [tmp_path / "predictions.csv"]
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert [*table] == ["sample", "path", "label", "label_name", "score", "x1", "y1", "x2", "y2"]
+    assert table["path"].tolist() == ["a.png", "a.png", "c.png", "c.png"]
+    assert table["label_name"].tolist() == ["rectangle", "circle"] * 2
+    np.testing.assert_allclose(table[["x1", "y1", "x2", "y2"]][:1], [[10, 10, 50, 40]], rtol=1e-5)
+    with pytest.raises(UserError, match="format='png' does not fit boxes; allowed: auto, csv"):
+        PredictionFileWriter(tmp_path, format="png").add(found, targets)

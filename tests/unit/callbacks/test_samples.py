@@ -97,3 +97,23 @@ def test_samples_without_image_inputs_log_a_warning(
 def test_samples_interval_of_zero_raises(tmp_path: Path, config: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="every_n_epochs=0; allowed: 1 or more"):
         SampleImages(tmp_path, config, every_n_epochs=0)
+
+
+def test_samples_of_detection_show_boxes_over_inputs(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    data = config["data"] | {"num_classes": 2, "class_names": ["circle", "rectangle"]}
+    callback = SampleImages(tmp_path, config | {"data": data}, count=1)
+    boxes = torch.tensor([[[2.0, 3.0, 12.0, 13.0], [14.0, 14.0, 18.0, 18.0]]])
+    targets = {"boxes": boxes, "labels": torch.tensor([[1, -1]])}
+    found = {"boxes": boxes, "labels": torch.tensor([[1, 1]]), "scores": torch.tensor([[0.9, 0.4]])}
+    images = torch.zeros(1, 1, 20, 20)
+    send_stage(callback, [((images, targets), found)])
+    grid = read_png(tmp_path / "samples/epoch001_valid.png")
+    color = torch.from_numpy(class_colors(None, 3)[2].copy()) / 255
+    is_drawn = (grid[:, :44] == color[:, None, None]).all(0)
+    rows, columns = is_drawn.nonzero(as_tuple=True)
+    for top in (2, 24):  # of targets and of predictions: one box of 11 pixels each
+        inside = (rows >= top) & (rows < top + 20)
+        assert (rows[inside].min() - top, rows[inside].max() - top) == (3, 13)
+        assert columns[inside].max() - columns[inside].min() == 10

@@ -77,6 +77,7 @@ def test_compose_every_option_of_every_group_has_no_issues(
         "lambda": own_factor,
         "multiplicative": own_factor,
         "segmentation": ["goal.metric=mean_iou"],
+        "detection": ["goal.metric=map"],
         "images": ["goal.metric=psnr"],
         "own_file": ["trusted_targets=[my_model]"],
         "loss=none": ["task=adversarial", "model=dcgan", "goal.metric=loss"],

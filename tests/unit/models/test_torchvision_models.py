@@ -97,7 +97,7 @@ def test_drop_path_scales_rates_of_stochastic_depth() -> None:
     [
         ({"name": "resnet81"}, "name='resnet81' is not one of .*did you mean 'resnet18', '"),
         ({"name": "../resnet18"}, "is not one of"),
-        ({"name": "fasterrcnn_resnet50_fpn"}, "detects objects, which needs boxes"),
+        ({"name": "maskrcnn_resnet50_fpn"}, "is not one of 95 names in torchvision"),
         ({"weights": "V3"}, "weights='V3' .* resnet18; allowed: IMAGENET1K_V1, DEFAULT, or null"),
         ({"name": "vgg16", "weights": "IMAGENET1K_FEATURES"}, "does not exist for vgg16"),
         ({"drop_path": 0.1}, r"drop_path=0\.1: this model has no stochastic depth"),
