@@ -53,6 +53,7 @@ def thread_pool(threads: int) -> ThreadPoolExecutor:
 
     def use_one_core(_: int) -> None:
         started.wait()
+        torch.get_num_threads()  # otherwise the next operation would set the default
         torch.set_num_threads(1)  # in this thread, and in those that start later
 
     for _ in pool.map(use_one_core, range(threads)):
