@@ -120,7 +120,10 @@ class Augmentation(nn.Module, ABC):
 
     @abstractmethod
     def transform(self, images: Tensor, params: Params) -> Tensor:
-        """Transform images of shape (N, C, H, W) by the parameters of each."""
+        """Transform images of shape (N, C, H, W) by the parameters of each; draw nothing.
+
+        Threads call it for parts of a batch at once.
+        """
 
     def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
         """Transform masks of shape (N, 1, H, W) by the parameters of each, to the nearest label."""

@@ -33,10 +33,10 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class RandomResizedCrop(Augmentation):
     """Crop each image to a random part, and resize that to `size` (bilinear).
 
-    On the CPU, torchvision's kernel resizes each crop by itself, since it is faster than any
-    batched method there, and twice as fast for images in channels_last memory format. On other
-    devices all crops are resized by two batched matrix products, which have the same antialiasing
-    weights.
+    On the CPU, the kernel that torchvision uses resizes each crop by itself, since it is faster
+    than any batched method there, and twice as fast for images in channels_last memory format. On
+    other devices all crops are resized by two batched matrix products, which have the same
+    antialiasing weights.
 
     Args:
         size: Height and width of the result; a single number stands for both.
