@@ -7,9 +7,9 @@ Theirs is `ImageFolder` with `RandomResizedCrop(224)`, a flip, `ToTensor` and `N
 `DataLoader`; ours is `data=image_folder` with the same augmentation and the same workers, without a
 cache, and with each kind of it. They take turns in this process for several rounds of one epoch
 each, whose batches are ready for the model. The script prints images per second, the CPU time per
-image of the main process and its workers (on Linux), and the median ratios of a round. The latter
-is steadier on a machine that does other work, too. The pictures are JPEGs of 500 x 375 pixels that
-it draws itself.
+image of the main process and its workers (on Linux), and the ratios of a round: median and
+quartiles. Those of the CPU time are steadier on a machine that does other work, too. The pictures
+are JPEGs of 500 x 375 pixels that it draws itself.
 """
 
 from __future__ import annotations
@@ -129,12 +129,20 @@ def describe(costs: dict[str, list[Cost]], name: str, images: int) -> str:
     pairs = list(zip(theirs, ours, strict=True))
     rates = [images / statistics.median(c.wall for c in side) for side in (ours, theirs)]
     cpu = [1e3 * statistics.median(c.cpu for c in side) / images for side in (ours, theirs)]
-    wall_ratio = statistics.median(a.wall / b.wall for a, b in pairs)
-    cpu_ratio = statistics.median(a.cpu / max(b.cpu, 1e-3) for a, b in pairs)
+    wall_ratio = median_and_quartiles([a.wall / b.wall for a, b in pairs])
+    cpu_ratio = median_and_quartiles([a.cpu / max(b.cpu, 1e-3) for a, b in pairs])
     return (
-        f"{name}: {rates[0]:.0f} images/s, torchvision {rates[1]:.0f}, ratio {wall_ratio:.2f}; "
-        f"CPU {cpu[0]:.2f} ms an image, torchvision {cpu[1]:.2f}, ratio {cpu_ratio:.2f}"
+        f"{name}: {rates[0]:.0f} images/s, torchvision {rates[1]:.0f}, ratio {wall_ratio}; "
+        f"CPU {cpu[0]:.2f} ms an image, torchvision {cpu[1]:.2f}, ratio {cpu_ratio}"
     )
+
+
+def median_and_quartiles(values: list[float]) -> str:
+    """Describe the ratios of several rounds."""
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    first, median, third = statistics.quantiles(values, method="inclusive")
+    return f"{median:.2f} ({first:.2f} to {third:.2f})"
 
 
 def main() -> None:
@@ -143,11 +151,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of torch in the main process")
+    parser.add_argument("--threads", type=int, help="of torch here; by default one for each core")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     logging.disable()
-    print(f"{options.images} images, {options.workers} workers, load {os.getloadavg()[0]:.1f}")
+    sizes = f"{options.images} images, {options.workers} workers, {torch.get_num_threads()} threads"
+    print(f"{sizes}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as temp, ExitStack() as stack:
         root = Path(temp, "pictures")
         draw_pictures(root / "train", options.images)

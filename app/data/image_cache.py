@@ -9,7 +9,6 @@ import os
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -25,6 +24,7 @@ from torchvision.transforms.v2 import functional as F
 
 from app.data.images import with_needed_side
 from app.data.progress import show_progress
+from app.data.rows import thread_pool
 from app.data.split import base_dataset, innermost
 from app.distributed.collectives import rank
 from app.runtime.errors import StorageError, UserError, as_user_error
@@ -234,13 +234,9 @@ class ImageCache:
                 )
             return parts
 
-        pool = ThreadPoolExecutor(self.num_threads)
-        try:
-            starts = range(0, len(indices), BLOCK)
-            rows = (row for i in starts for row in pool.map(read, indices[i : i + BLOCK]))
-            yield from show_progress(rows, len(indices), "decoding images", rank() == 0)
-        finally:
-            pool.shutdown(cancel_futures=True)
+        pool, starts = thread_pool(self.num_threads), range(0, len(indices), BLOCK)
+        rows = (row for i in starts for row in pool.map(read, indices[i : i + BLOCK]))
+        yield from show_progress(rows, len(indices), "decoding images", rank() == 0)
 
     def _read(self, images: CacheableImages, index: int) -> list[Tensor]:
         """Return an image as uint8 of shape (H, W, C), and its mask, if it has one, of (H, W)."""

@@ -24,6 +24,7 @@ from torch.utils.data import (
 )
 
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
+from app.data.rows import select_rows
 from app.data.sampling import EpochSampler
 from app.data.split import dataset_size
 from app.data.waiting import ReadTracker, TrackedStream, watch_batches, watch_call
@@ -153,16 +154,6 @@ class TensorLoader:
 
     def first(self, count: int) -> Batch:
         return self.prepare(self._read(slice(count)))
-
-
-def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
-    """Return `tensor[index]` in the memory format of the tensor.
-
-    `index_select` copies whole rows, which is several times as fast, but only contiguous ones.
-    """
-    if tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
-        return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-    return tensor.index_select(0, index)
 
 
 class SampleLoader:

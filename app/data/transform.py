@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
@@ -17,6 +18,7 @@ from torchvision.transforms import v2
 from app.data.augment import PerSample, draws_once_per_batch
 from app.data.batch import Inputs, Masks, map_inputs
 from app.data.joint import transform_both
+from app.data.rows import chunk_size, for_chunks
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, map_tensors, pick
 
@@ -175,9 +177,7 @@ class BatchTransform:
         if x.dtype == torch.uint8:
             for augment in on_bytes:
                 x, masks = transform_both(augment, x, masks, outside)
-            # Bytes are laid out for the model at once: the floats have four times their size
-            layout = self.memory_format if x.ndim == 4 else torch.preserve_format
-            x = x.to(torch.float32, memory_format=layout).div_(255)
+            x = self._to_floats(x)
         else:
             x, on_floats = x.clone(), self.augment
         if self._resize is not None:
@@ -186,17 +186,43 @@ class BatchTransform:
             x, masks = transform_both(augment, x, masks, outside)
         return self._finish(x), masks
 
+    def _to_floats(self, x: Tensor) -> Tensor:
+        """Return bytes as floats in [0, 1], laid out for the model.
+
+        What moves pixels comes before, if it can: floats have four times the size.
+        """
+        layout = self.memory_format if x.ndim == 4 else torch.preserve_format
+        if not x.is_cpu or x.ndim != 4:
+            return x.to(torch.float32, memory_format=layout).div_(255)
+        floats = _empty_floats(x.shape, layout)
+        for_chunks(lambda floats, x: floats.copy_(x).div_(255), chunk_size(x), floats, x)
+        return floats
+
     def _finish(self, x: Tensor) -> Tensor:
         if self.mean is not None and self.std is not None:
             count = max(len(self.mean), len(self.std))
             if x.ndim == 4 and count not in (1, x.shape[1]):
                 x = self._match_statistics(x, count)
-            x = x.sub_(self.mean).div_(self.std)
+            self._normalize(x)
         if x.ndim != 4:
             return x
         if self.channels is not None and x.shape[1] != self.channels:
             x = self._convert_channels(x)
         return x.contiguous(memory_format=self.memory_format)
+
+    def _normalize(self, x: Tensor) -> None:
+        """Normalize in place."""
+        mean, std = self.mean, self.std
+        assert mean is not None and std is not None
+        if not x.is_cpu or x.ndim != 4:
+            x.sub_(mean).div_(std)
+            return
+        if x.is_contiguous(memory_format=torch.channels_last):
+            # Rows of pixels: torch would loop over the three channels of each pixel instead
+            channels, _, width = x.shape[1:]
+            x = x.permute(0, 2, 3, 1).flatten(2)
+            mean, std = (v.flatten().expand(channels).repeat(width) for v in (mean, std))
+        for_chunks(lambda x: x.sub_(mean).div_(std), chunk_size(x, 1), x)
 
     @cached_property
     def _split_augment(self) -> tuple[Sequence[Augment], Sequence[Augment]]:
@@ -227,6 +253,18 @@ class BatchTransform:
             f"data.channels={self.channels}, but the images have {x.shape[1]}; allowed "
             "conversions: 1 to 3 and 3 to 1"
         )
+
+
+def _empty_floats(shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:
+    """Return a new float32 tensor of images in huge pages of memory, where the system has them.
+
+    numpy asks for them. Getting a batch page by page takes as long as computing it.
+    """
+    count, channels, height, width = shape
+    if memory_format == torch.channels_last:
+        pixels = np.empty((count, height, width, channels), np.float32)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    return torch.from_numpy(np.empty(shape, np.float32))
 
 
 def channel_statistics(

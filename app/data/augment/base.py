@@ -9,11 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from app.data.rows import chunk_size, for_chunks, select_rows
 from app.runtime.errors import UserError
 
 Interval = tuple[float, float]
 Params = dict[str, Tensor]
-CHUNK = 2**18  # values that the CPU transforms at once: as floats they fit into its cache
 
 
 class Augmentation(nn.Module, ABC):
@@ -30,7 +30,8 @@ class Augmentation(nn.Module, ABC):
     Attributes:
         in_float: Whether `transform` receives a float32 copy with values in [0, 1]; otherwise it
             receives the images as they are.
-        in_chunks: Whether the CPU transforms a batch in pieces that fit into its cache.
+        in_chunks: Whether the CPU transforms a batch in pieces that fit into its cache, in threads;
+            `transform` must not change the shape then.
         same_on_bytes: Whether bytes give the same result as floats in [0, 1], so that the
             augmentation can come before the conversion, where it moves a quarter of the memory.
         keeps_masks: Whether pixels stay where they are, so that masks do not change.
@@ -93,15 +94,17 @@ class Augmentation(nn.Module, ABC):
             )
 
     def _augment_chunks(self, batch: Tensor, params: Params) -> Tensor:
-        chunk = CHUNK // max(1, batch[:1].numel())
-        if not (self.in_chunks and batch.is_cpu) or len(batch) <= chunk:
+        size = chunk_size(batch, 4 if self.in_float else None)
+        if not (self.in_chunks and batch.is_cpu) or len(batch) <= size:
             return _transform_selected(self._in_float, batch, params)
-        pieces = (tensor.split(max(1, chunk)) for tensor in (batch, *params.values()))
-        parts = [
-            _transform_selected(self._in_float, part, dict(zip(params, values, strict=True)))
-            for part, *values in zip(*pieces, strict=True)
-        ]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        result = torch.empty_like(batch)
+
+        def augment_chunk(target: Tensor, images: Tensor, *values: Tensor) -> None:
+            own = dict(zip(params, values, strict=True))
+            target.copy_(_transform_selected(self._in_float, images, own))
+
+        for_chunks(augment_chunk, size, result, batch, *params.values())
+        return result
 
     def _in_float(self, images: Tensor, params: Params) -> Tensor:
         if not self.in_float:
@@ -117,7 +120,10 @@ class Augmentation(nn.Module, ABC):
 
     @abstractmethod
     def transform(self, images: Tensor, params: Params) -> Tensor:
-        """Transform images of shape (N, C, H, W) by the parameters of each."""
+        """Transform images of shape (N, C, H, W) by the parameters of each; draw nothing.
+
+        Threads call it for parts of a batch at once.
+        """
 
     def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
         """Transform masks of shape (N, 1, H, W) by the parameters of each, to the nearest label."""
@@ -181,12 +187,15 @@ def transform_where(
     """
     if not images.is_cpu:
         return torch.where(per_pixel(mask), function(images, *params), images)
-    if not mask.any():
+    rows = mask.nonzero()[:, 0]
+    if len(rows) == 0:
         return images
-    if mask.all():
+    if len(rows) == len(images):
         return function(images, *params)
-    transformed = function(images[mask], *(values[mask] for values in params))
-    return images.index_put((mask,), transformed)
+    transformed = function(select_rows(images, rows), *(values[rows] for values in params))
+    source = torch.arange(len(images))
+    source[rows] = torch.arange(len(images), len(images) + len(rows))
+    return select_rows(torch.cat([images, transformed]), source)
 
 
 def per_pixel(values: Tensor) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import functional as tv
 
 from app.data.augment.base import (
     Augmentation,
@@ -25,6 +23,7 @@ from app.data.augment.base import (
     to_unit,
     uniform,
 )
+from app.data.rows import chunk_size, for_chunks
 
 ATTEMPTS = 10  # to draw a box that fits into the image, as in torchvision
 BOX = ("top", "left", "height", "width")
@@ -34,10 +33,10 @@ INTERPOLATIONS = ("nearest", "bilinear")
 class RandomResizedCrop(Augmentation):
     """Crop each image to a random part, and resize that to `size` (bilinear).
 
-    On the CPU, torchvision's kernel resizes each crop by itself, since it is faster than any
-    batched method there, and twice as fast for images in channels_last memory format. On other
-    devices all crops are resized by two batched matrix products, which have the same antialiasing
-    weights.
+    On the CPU, the kernel that torchvision uses resizes each crop by itself, since it is faster
+    than any batched method there, and twice as fast for images in channels_last memory format. On
+    other devices all crops are resized by two batched matrix products, which have the same
+    antialiasing weights.
 
     Args:
         size: Height and width of the result; a single number stands for both.
@@ -127,23 +126,21 @@ class RandomResizedCrop(Augmentation):
         return from_unit(crops, images.dtype)
 
     def _crop_one_by_one(self, images: Tensor, params: Params) -> Tensor:
-        if len(images) == 0:
-            return images.new_empty((0, images.shape[1], *self.size))
-        boxes = torch.stack([params[name] for name in BOX], 1).int().tolist()
-        threads = min(len(images), torch.get_num_threads())
-        if threads == 1:
-            crops = [self._crop(image, box) for image, box in zip(images, boxes, strict=True)]
-        else:
-            with ThreadPoolExecutor(threads) as pool:  # the kernel itself has one thread
-                crops = [*pool.map(self._crop, images, boxes)]
-        return torch.cat(crops) if len(crops) > 1 else crops[0]
+        shape = (len(images), images.shape[1], *self.size)
+        crops = torch.empty(shape, dtype=images.dtype, memory_format=torch.channels_last)
+        boxes = torch.stack([params[name] for name in BOX], 1).int()
+        images = images if images.dtype == torch.uint8 else images.to(torch.float32)
+        for_chunks(self._crop_chunk, chunk_size(images), crops, images, boxes)
+        return crops
 
-    def _crop(self, image: Tensor, box: list[int]) -> Tensor:
-        top, left, height, width = box
-        part = image[None, :, top : top + height, left : left + width]
-        part = part.contiguous(memory_format=torch.channels_last)  # the fast case of the kernel
-        resized: Tensor = tv.resize_image(part, list(self.size), antialias=self.antialias)
-        return resized
+    def _crop_chunk(self, crops: Tensor, images: Tensor, boxes: Tensor) -> None:
+        rows = zip(crops, images, boxes.tolist(), strict=True)
+        for crop, image, (top, left, height, width) in rows:
+            part = image[None, :, top : top + height, left : left + width]
+            part = part.contiguous(memory_format=torch.channels_last)  # the fast case of the kernel
+            crop.copy_(
+                F.interpolate(part, self.size, None, "bilinear", antialias=self.antialias)[0]
+            )
 
     def transform_masks(self, masks: Tensor, params: Params, outside: int) -> Tensor:  # noqa: ARG002
         rows = _nearest_pixel(params["top"], params["height"], self.size[0])

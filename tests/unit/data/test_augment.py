@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from app.config.instantiate import Instantiator
+from app.data import rows
 from app.data.augment import (
     Augmentation,
     ColorJitter,
@@ -26,7 +27,6 @@ from app.data.augment import (
     RandomShift,
     RandomVerticalFlip,
     TrivialAugmentWide,
-    base,
 )
 from app.runtime.errors import UserError
 from tests.support.runs import job_for
@@ -112,7 +112,7 @@ def test_augmentation_in_chunks_equals_one_of_all(
     images = images_of(torch.float32, 9, 3, 12, 12)
     torch.manual_seed(0)
     expected = augment(images)
-    monkeypatch.setattr(base, "CHUNK", 4 * 3 * 12 * 12)
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 4 * images[:4].numel())
     torch.manual_seed(0)
     torch.testing.assert_close(augment(images), expected, rtol=0, atol=1e-6)  # vectorized sums
 

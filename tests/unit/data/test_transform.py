@@ -34,6 +34,20 @@ def test_transform_scales_bytes_and_normalizes_per_channel() -> None:
     torch.testing.assert_close(result, expected)  # one rounding more or less
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_transform_gives_the_same_pixels_in_both_memory_formats(count: int) -> None:
+    x = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    mean, std = torch.rand(2, count, 1, 1) + 0.1
+    results = [
+        make_transform(mean=mean, std=std, memory_format=layout)(images)
+        for layout in (torch.contiguous_format, torch.channels_last)
+        for images in (x, x.contiguous(memory_format=torch.channels_last))
+    ]
+    expected = x.to(torch.float32).div(255).sub(mean).div(std)
+    assert all(torch.equal(result, expected) for result in results)
+    assert results[2].is_contiguous(memory_format=torch.channels_last)
+
+
 def test_transform_does_not_modify_stored_data() -> None:
     x = torch.rand(2, 1, 4, 4)
     before = x.clone()

@@ -1,0 +1,81 @@
+"""Work on many rows of large tensors, in threads of which each uses a single core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from threading import Barrier
+
+import torch
+from torch import Tensor
+
+CHUNK_BYTES = 2**20  # that a core works on at once: they fit into its cache
+
+
+def chunk_size(tensor: Tensor, itemsize: int | None = None) -> int:
+    """Return how many rows a core works on at once.
+
+    Args:
+        tensor: Its rows are what is worked on.
+        itemsize: Bytes of a value that is computed with; None is that of the tensor.
+    """
+    row_bytes = tensor[:1].numel() * (itemsize or tensor.element_size())
+    return max(1, CHUNK_BYTES // max(1, row_bytes))
+
+
+def for_chunks(function: Callable[..., object], size: int, *tensors: Tensor) -> None:
+    """Call a function with `size` rows of each tensor at once, in as many threads as torch uses.
+
+    Neither the chunks nor how each is computed depend on the number of threads.
+
+    Args:
+        function: Must not draw random numbers, since chunks are computed in any order.
+        size: Rows of a chunk; the last one may be smaller.
+        *tensors: Tensors on the CPU with the same number of rows.
+    """
+    chunks = [tensor.split(size) for tensor in tensors]
+    threads = torch.get_num_threads()
+    apply = map if threads == 1 or len(chunks[0]) == 1 else thread_pool(threads).map
+    for _ in apply(function, *chunks):
+        pass
+
+
+@lru_cache(maxsize=1)
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """Start threads in which an operation of torch uses one core.
+
+    By default, it would start as many threads of OpenMP again in each of them. Those keep their
+    core busy while they wait for one another, which takes many times as long as the work itself
+    when another process needs a core, too.
+    """
+    default, pool, started = torch.get_num_threads(), ThreadPoolExecutor(threads), Barrier(threads)
+
+    def use_one_core(_: int) -> None:
+        started.wait()
+        torch.get_num_threads()  # otherwise the next operation would set the default
+        torch.set_num_threads(1)  # in this thread, and in those that start later
+
+    for _ in pool.map(use_one_core, range(threads)):
+        pass
+    torch.set_num_threads(default)
+    return pool
+
+
+def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Return `tensor[index]` in the memory format of the tensor.
+
+    `index_select` copies whole rows, which is several times as fast, but only contiguous ones.
+    """
+    is_channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    if is_channels_last and not tensor.is_contiguous():
+        return select_rows(tensor.permute(0, 2, 3, 1), index).permute(0, 3, 1, 2)
+    if not tensor.is_cpu:
+        return tensor.index_select(0, index)
+    rows = tensor.new_empty((len(index), *tensor.shape[1:]))
+
+    def select_chunk(rows: Tensor, index: Tensor) -> None:
+        torch.index_select(tensor, 0, index, out=rows)
+
+    for_chunks(select_chunk, chunk_size(tensor), rows, index)
+    return rows
