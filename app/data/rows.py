@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -60,6 +61,10 @@ def thread_pool(threads: int) -> ThreadPoolExecutor:
         pass
     torch.set_num_threads(default)
     return pool
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=thread_pool.cache_clear)
 
 
 def select_rows(tensor: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from threading import Thread
 
@@ -83,6 +85,20 @@ def test_thread_pool_uses_one_core_per_thread_and_leaves_other_threads_alone() -
     thread.start()
     thread.join()
     assert [torch.get_num_threads(), *later] == [3, 3]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_process_starts_threads_of_its_own() -> None:
+    torch.set_num_threads(2)
+    assert [*thread_pool(2).map(abs, [-1])] == [1]
+    child = multiprocessing.get_context("fork").Process(
+        target=for_chunks, args=(len, 1, torch.zeros(3))
+    )
+    child.start()
+    child.join(timeout=60)
+    exit_code = child.exitcode
+    child.kill()
+    assert exit_code == 0
 
 
 def test_chunk_size_is_that_of_the_values_that_are_computed_with() -> None:
