@@ -113,6 +113,7 @@ def _fused_option(config: Config, node: Node, components: Components) -> dict[st
     """Select the fused kernel, which is faster, and on CUDA can skip a step without waiting."""
     user_choice = {"fused", "foreach", "differentiable", "capturable"} & node.keys()
     has_fused = node["_target_"] in {f"torch.optim.{name}" for name in FUSED_OPTIMIZERS}
+    has_fused = has_fused and not node.get("dampening")  # see `fill_momentum_buffers`
     has_sparse = any(getattr(m, "sparse", False) for m in components.task.model.modules())
     can_fuse = components.device.type in ("cuda", "cpu") and config.trainer.strategy != "fsdp"
     return {"fused": True} if can_fuse and has_fused and not (user_choice or has_sparse) else {}

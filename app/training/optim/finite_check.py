@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from app.runtime.host_copy import HostCopy
 
@@ -77,3 +77,20 @@ def is_fused(optimizer: Optimizer) -> bool:
     """Return whether the optimizer steps in one fused kernel that honors `found_inf`."""
     is_known = type(optimizer).__name__ in FUSED_OPTIMIZERS
     return is_known and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def fill_momentum_buffers(optimizer: Optimizer) -> None:
+    """Give all parameters of a fused SGD a momentum buffer, since it cannot add one later.
+
+    Parameters that are frozen or unused at first get their gradients later. A buffer of zeros is
+    the gradient after one step, as torch's new buffers are without dampening.
+    """
+    for member in getattr(optimizer, "optimizers", [optimizer]):
+        groups = [group for group in member.param_groups if isinstance(member, SGD)]
+        for group in groups:
+            if not group.get("fused") or not group["momentum"] or group["dampening"]:
+                continue
+            for parameter in group["params"]:
+                state = member.state[parameter]
+                if state.get("momentum_buffer") is None:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)

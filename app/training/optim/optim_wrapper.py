@@ -26,7 +26,12 @@ from app.distributed.strategies import (
 )
 from app.runtime.errors import UserError
 from app.training.optim.adaptive_clipping import clip_gradients_adaptively
-from app.training.optim.finite_check import FiniteCheck, NonFiniteAction, is_fused
+from app.training.optim.finite_check import (
+    FiniteCheck,
+    NonFiniteAction,
+    fill_momentum_buffers,
+    is_fused,
+)
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.parameter_groups import check_same_groups
 from app.training.step_values import Average
@@ -338,6 +343,7 @@ class OptimWrapper:
         if reset_schedule:
             full_state = {**full_state, "param_groups": self.optimizer.state_dict()["param_groups"]}
         self.optimizer.load_state_dict({**full_state, "state": shards})
+        fill_momentum_buffers(self.optimizer)
         if reset_schedule:
             self.schedule.fast_forward(state["steps"])
         else:
@@ -357,6 +363,7 @@ class OptimWrapper:
         groups = self.optimizer.param_groups
         if len(groups) != self.num_groups:
             self.cached_parameters = [p for group in groups for p in group["params"]]
+            fill_momentum_buffers(self.optimizer)
             self.num_groups = len(groups)
         return self.cached_parameters
 

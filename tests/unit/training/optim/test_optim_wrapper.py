@@ -196,3 +196,23 @@ def test_loaded_state_has_the_memory_format_of_the_parameters() -> None:
     average = wrapper.optimizer.state[model.weight]["exp_avg"]
     assert average.stride() == model.weight.stride() != average.contiguous().stride()
     assert torch.equal(average, saved["optimizer"]["state"][0]["exp_avg"])
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_fused_sgd_trains_parameters_that_get_gradients_later(is_resumed: bool) -> None:
+    weights = []
+    for fused in (False, True):
+        early, late = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+        wrappers = [
+            OptimWrapper(torch.optim.SGD([early, late], 0.1, momentum=0.9, fused=fused))
+            for _ in range(2)
+        ]
+        wrappers[0].step((early * 2).sum(), 1)
+        if is_resumed:
+            state = wrappers[0].state_dict()
+            state["optimizer"]["state"].pop(1, None)  # as of a program without these buffers
+            wrappers[1].load_state_dict(state)
+        for _ in range(2):
+            wrappers[is_resumed].step((early * late).sum(), 1)
+        weights.append(torch.stack([early, late]).detach())
+    torch.testing.assert_close(*weights)
