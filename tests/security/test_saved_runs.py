@@ -64,6 +64,8 @@ def import_marker(tmp_cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (path / "__init__.py").write_text(code)
     (tmp_cwd / "torch").mkdir()
     (tmp_cwd / "torch" / "evil.py").write_text(code)
+    for name in [name for name in sys.modules if "evil" in name.split(".")]:
+        monkeypatch.delitem(sys.modules, name)  # imported by an earlier test
     return marker
 
 
