@@ -8,7 +8,14 @@ from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 
 from app.data.boxes import Targets, make_targets
-from app.data.shapes import CIRCLE, MAX_OBJECTS, draw_objects, uniform
+from app.data.shapes import (
+    CIRCLE,
+    MAX_OBJECTS,
+    check_arguments,
+    draw_backgrounds,
+    draw_objects,
+    uniform,
+)
 
 MIN_VISIBLE = 0.5  # part of an object; one that others hide more than that has no box
 
@@ -54,12 +61,9 @@ def boxed_shapes(count: int, size: int = 96, seed: int = 0, noise: float = 0.1) 
     Raises:
         ValueError: The count is below 1, the size below 16, or the noise negative.
     """
-    if count < 1 or size < 16 or noise < 0:
-        raise ValueError(
-            f"count={count}, size={size}, noise={noise}; allowed: at least 1, 16 and 0"
-        )
+    check_arguments(count, size, noise)
     generator = torch.Generator().manual_seed(seed)
-    images = uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
+    images = draw_backgrounds(count, size, generator)
     numbers = torch.randint(1, MAX_OBJECTS + 1, (count,), generator=generator)
     owner = torch.full((count, size, size), -1)  # number of the object that a pixel shows
     drawn, kinds = [], []

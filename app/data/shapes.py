@@ -26,12 +26,9 @@ def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> Ten
     Raises:
         ValueError: The count is below 1, the size below 16, or the noise negative.
     """
-    if count < 1 or size < 16 or noise < 0:
-        raise ValueError(
-            f"count={count}, size={size}, noise={noise}; allowed: at least 1, 16 and 0"
-        )
+    check_arguments(count, size, noise)
     generator = torch.Generator().manual_seed(seed)
-    images = uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
+    images = draw_backgrounds(count, size, generator)
     masks = torch.zeros(count, size, size, dtype=torch.int64)
     num_objects = torch.randint(MIN_OBJECTS, MAX_OBJECTS + 1, (count,), generator=generator)
     for index in range(MAX_OBJECTS):
@@ -42,6 +39,19 @@ def shapes(count: int, size: int = 64, seed: int = 0, noise: float = 0.1) -> Ten
         masks = torch.where(inside, kind[:, None, None], masks)
     images += noise * torch.randn(images.shape, generator=generator)
     return TensorDataset(images.clamp_(0, 1).unsqueeze(1), masks)
+
+
+def check_arguments(count: int, size: int, noise: float) -> None:
+    """Raise ValueError if images cannot be generated with these arguments."""
+    if count < 1 or size < 16 or noise < 0:
+        raise ValueError(
+            f"count={count}, size={size}, noise={noise}; allowed: at least 1, 16 and 0"
+        )
+
+
+def draw_backgrounds(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """Return dark images of random brightness, of shape (count, size, size)."""
+    return uniform(0.0, 0.3, count, generator)[:, None, None].repeat(1, size, size)
 
 
 def draw_objects(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ MMAP_BYTES = (2**30, 2**25)
 def keep_freed_memory() -> bool:
     """Let glibc keep the memory of freed tensors for the next ones.
 
-    By default it returns large blocks to the system and maps them anew in each step, which costs
+    By default it returns large blocks to the system and maps new ones in the next step, which costs
     thousands of page faults. The peak is the same. This does nothing with another C library, or
     if an environment variable configures the allocator.
 

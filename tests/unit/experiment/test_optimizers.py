@@ -12,6 +12,7 @@ from app.config.instantiate import Instantiator
 from app.experiment.optimizer_parts import OptimizerPart, check_step
 from app.experiment.run import check_samples, execute
 from app.runtime.errors import UserError
+from app.runtime.memory import keep_freed_memory
 from tests.support.fitting import build_trainer
 from tests.support.runs import job_for
 
@@ -65,6 +66,26 @@ def test_optimizers_are_tried_with_gradients_as_sparse_as_those_of_the_model() -
         UserError, match=r"'weight' \(2 dimensions, sparse gradients\): .*Adam does not support"
     ):
         check("torch.optim.AdamW", 0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "logged"),
+    [
+        (["optimizer=sgd"], "SGD (fused)"),
+        (["optimizer=sgd", "optimizer.nesterov=false", "+optimizer.dampening=0.1"], "SGD"),
+        (["+optimizer.foreach=true"], "AdamW"),
+        (["optimizer=rmsprop"], "RMSprop"),
+    ],
+)
+def test_run_logs_whether_its_optimizer_is_fused_and_freed_memory_kept(
+    overrides: list[str], logged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fixed = ("model=mlp", "debug=fast", "trainer.accelerator=cpu")
+    with caplog.at_level("INFO"):
+        execute(job_for(*fixed, *overrides), tmp_path)
+    names = [m.split(maxsplit=1)[1] for m in caplog.messages if m.startswith("optimizer ")]
+    assert names == [logged]
+    assert ("freed memory is kept" in caplog.text) == keep_freed_memory()
 
 
 def test_run_with_groups_lists_them_and_has_a_column_for_each(
