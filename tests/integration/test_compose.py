@@ -17,7 +17,7 @@ from tests.support.data_files import write_data
 from tests.support.image_files import write_image_folder
 from tests.support.runs import config_issues, job_for
 
-CONF = Path(__file__).parents[3] / "conf"
+CONF = Path(__file__).parents[2] / "conf"
 EXTRAS = {"timm": "timm", "finetune": "timm", "smp": "segmentation_models_pytorch"}
 
 
