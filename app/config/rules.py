@@ -24,6 +24,8 @@ FILE_SOURCES = {  # the argument that names a file or a folder, and which of bot
     "app.data.images.image_folder": ("root", "folder"),
     "app.data.masks.mask_folder": ("root", "folder"),
 }
+FUSED_OPTIMIZERS = ("Adam", "AdamW", "SGD")  # of torch.optim
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile, with graphs of their own
 RESERVED_COLUMNS = (
     "epoch",
     "iter",
@@ -65,6 +67,7 @@ def rule_issues(plain: dict[str, Any], invalid_keys: tuple[str, ...]) -> Iterato
         _length_issues: ("trainer.max_epochs", "trainer.max_steps", "trainer.min_epochs"),
         _time_issues: ("trainer.max_time",),
         _compile_issues: ("trainer.compile", "trainer.gradient_checkpointing"),
+        _graph_issues: ("trainer", "optimizer", "average", "loss"),
         _device_issues: ("mode", "trainer", "task", "callbacks", "data"),
         _name_issues: ("name", "metric", "loss", "task"),
         _tuner_issues: ("mode", "find"),
@@ -324,6 +327,48 @@ def _compile_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
     if compile and blocks:
         problem = f"={compile!r} and trainer.gradient_checkpointing are both set"
         yield ConfigIssue("trainer.compile", f"{problem}; allowed: one of them")
+
+
+def _graph_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:
+    """Check for options that read the device in each step, or change what was recorded."""
+    trainer, key = plain["trainer"], "trainer.cuda_graph"
+    if not trainer["cuda_graph"]:
+        return
+    precision, compile = trainer["precision"], trainer["compile"]
+    mode = compile.get("mode") if isinstance(compile, dict) else compile
+    schedules = [name for name, node in plain["loss"].items() if _has_scheduled_weight(node)]
+    obstacles = {
+        "trainer.accumulate_grad_batches": (trainer["accumulate_grad_batches"] != 1, "1"),
+        "trainer.devices": (trainer["devices"] not in (None, 1), "null, 1"),
+        "trainer.on_nonfinite": (trainer["on_nonfinite"] == "skip", "stop, raise"),
+        "trainer.gradient_checkpointing": (bool(trainer["gradient_checkpointing"]), "false"),
+        "trainer.precision": (
+            PRECISION_ALIASES.get(str(precision), precision) == "fp16",
+            "auto, fp32, bf16, bf16-true",
+        ),
+        "trainer.compile": (isinstance(mode, str) and mode in GRAPH_MODES, "false, true"),
+        "average": (plain["average"] is not None, "null"),
+        **{f"loss.{name}.weight": (True, "a number") for name in schedules},
+    }
+    target = str(plain["optimizer"].get("_target_")).removeprefix("torch.optim.")
+    if target not in FUSED_OPTIMIZERS:
+        problem = f"=True needs one fused optimizer; allowed: {join_choices(FUSED_OPTIMIZERS)}"
+        yield ConfigIssue(key, problem)
+    for other, (is_obstacle, allowed) in obstacles.items():
+        if is_obstacle:
+            value = "" if other.startswith(("loss", "average")) else f"={_at(plain, other)!r}"
+            problem = f"=True cannot be combined with {other}{value}; allowed: {other}={allowed}"
+            yield ConfigIssue(key, problem)
+
+
+def _at(plain: dict[str, Any], key: str) -> Any:
+    group, name = key.split(".")
+    return plain[group][name]
+
+
+def _has_scheduled_weight(node: Any) -> bool:
+    weight = node.get("weight") if isinstance(node, dict) else None
+    return isinstance(weight, dict) and str(weight.get("_target_")).endswith(".ScheduledWeight")
 
 
 def _device_issues(plain: dict[str, Any]) -> Iterator[ConfigIssue]:

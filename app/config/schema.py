@@ -309,6 +309,7 @@ class TrainerConfig:
     channels_last: Literal["auto"] | bool
     profile: bool | Positive
     compile: bool | CompileMode | CompileConfig
+    cuda_graph: bool
     gradient_checkpointing: bool | list[str]
     deterministic: bool
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from app.config.instantiate import Instantiator
 from app.config.optimizers import optimizer_nodes, per_group_rates
+from app.config.rules import FUSED_OPTIMIZERS
 from app.config.schema import Config, Node
 from app.config.validate import fill_auto, has_auto
 from app.distributed.strategies import SingleDevice
@@ -17,7 +18,6 @@ from app.experiment.factory import Components, make_limits
 from app.experiment.optimizer_parts import part_name
 from app.runtime.errors import UserError
 from app.training.optim.chained_optimizer import ChainedOptimizer
-from app.training.optim.finite_check import FUSED_OPTIMIZERS
 from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.optim_wrapper import OptimWrapper, OptimWrapperDict
 from app.training.optim.parameter_groups import scale_learning_rates

@@ -41,7 +41,7 @@ from app.experiment.tuner import (
 )
 from app.losses.weighted_sum import logit_outputs
 from app.runtime.device import choose_device, describe_device
-from app.runtime.errors import StorageError
+from app.runtime.errors import StorageError, UserError
 from app.runtime.files import write_csv
 from app.runtime.memory import keep_freed_memory
 from app.runtime.nested import Key, pick
@@ -218,6 +218,8 @@ def make_trainer(
         optimizers = make_optimizers(config, instantiator, components, strategy)
         report_groups(optimizers, folder)
         components.task.prepare_training(optimizers, strategy)
+        if config.trainer.cuda_graph:
+            use_cuda_graph(components.task)
         averaging = make_averaging(config, instantiator, components.task.model)
     return Trainer(
         components.task,
@@ -236,6 +238,19 @@ def make_trainer(
         Pruning(config.sweep.trial, config.goal),
         nonfinite_stats,
     )
+
+
+def use_cuda_graph(task: Task) -> None:
+    """Let a task record its training steps.
+
+    Raises:
+        UserError: It cannot.
+    """
+    if not isinstance(task, SupervisedTask):
+        raise UserError(
+            f"trainer.cuda_graph=True: {type(task).__name__} is not derived from SupervisedTask"
+        )
+    task.use_cuda_graph()
 
 
 def report_groups(optimizers: OptimWrapperDict, folder: Path) -> None:

@@ -138,6 +138,8 @@ class StageLoop:
             TrainingInterrupted: A signal requested to stop.
             UserError: The loader has no batches.
         """
+        if is_training:
+            self.steps.prepare_epoch(loader, epoch)
         start = self.begin_stage(stage, epoch, loader)
         accumulator = StageAccumulator(
             self.task.metrics[stage],

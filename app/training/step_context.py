@@ -45,6 +45,13 @@ class StepContext:
         self.task, self.strategy, self.freezing = task, strategy, freezing
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
 
+    def prepare_epoch(self, loader: BatchLoader, epoch: int) -> None:
+        """Prepare the steps of an epoch, which its time does not contain."""
+        self.task.model.train()
+        self.freezing.apply(epoch)
+        with self.task.precision.autocast():
+            self.task.prepare_steps(loader.first)
+
     def start_epoch(self, loader: BatchLoader, epoch: int) -> None:
         """Prepare for an epoch of training."""
         self.task.model.train()

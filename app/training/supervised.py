@@ -12,9 +12,12 @@ from app.losses.weighted_sum import LossFunction, Term, WeightedSum, as_loss
 from app.runtime.device import is_out_of_memory
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, count_samples, describe, pick
+from app.training.cuda_graph import GraphedStep
 from app.training.precision import Precision
 from app.training.task import Forward, MetricsLike, StepOutput, Task
 
+# Outputs, loss, further columns, weight of the batch.
+Learned = tuple[Nested, Tensor, dict[str, Tensor], Tensor | None]
 COMPILER_MODULES = ("torch._dynamo", "torch._inductor")  # of the errors of torch.compile
 
 
@@ -76,14 +79,47 @@ class SupervisedTask(Task):
         self.inputs: Key = inputs
         self.targets: Key = targets
         self.mix, self.patches = mix, patches
+        self.graphed_step: GraphedStep | None = None
 
     def train_step(self, batch: Nested) -> StepOutput:
         inputs, targets = self.unpack(batch)
-        mixed_inputs, mixed_targets = self.mix(inputs, targets) if self.mix else (inputs, targets)
-        outputs = self.forward(mixed_inputs)
-        loss, terms, weight = self.training_loss(mixed_inputs, outputs, mixed_targets)
-        self.optimizer.step(loss, count_samples(inputs), weight)
+        learn = self.graphed_step or self.learn
+        outputs, loss, terms, weight = learn(*self.mixed(inputs, targets))
         return self.step_output("train", outputs, targets, loss, terms, weight)
+
+    def mixed(self, inputs: Nested, targets: Nested) -> tuple[Nested, Nested]:
+        """Return inputs and targets as the model is trained on them."""
+        return self.mix(inputs, targets) if self.mix else (inputs, targets)
+
+    def learn(self, inputs: Nested, targets: Nested) -> Learned:
+        """Run the forward and the backward pass, and step the optimizer.
+
+        Returns:
+            The outputs, and what `training_loss` returns.
+        """
+        outputs = self.forward(inputs)
+        loss, terms, weight = self.training_loss(inputs, outputs, targets)
+        self.optimizer.step(loss, count_samples(inputs), weight)
+        return outputs, loss, terms, weight
+
+    def use_cuda_graph(self) -> None:
+        """Record training steps as a CUDA graph; call this after `prepare_training`.
+
+        Raises:
+            UserError: The steps of this task cannot be recorded.
+        """
+        if type(self).train_step is not SupervisedTask.train_step:
+            raise UserError(
+                f"trainer.cuda_graph=True: {type(self).__name__} has a train_step of its own; "
+                "allowed: tasks with that of SupervisedTask, which may override forward, "
+                "training_loss and learn"
+            )
+        self.graphed_step = GraphedStep(self.learn, self.optimizer, [self.model, self.loss])
+
+    def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
+        if self.graphed_step is not None and not self.graphed_step.is_ready:
+            batch = first_batch(self.optimizer.full_batch_size)
+            self.graphed_step.prepare(*self.mixed(*self.unpack(batch)))
 
     def training_loss(
         self,

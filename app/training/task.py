@@ -158,6 +158,13 @@ class Task:
             step: Number of training batches in the run including this one.
         """
 
+    def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
+        """Called before each epoch of training, for work that its time should not contain.
+
+        Args:
+            first_batch: Returns that many samples as a batch, on the device.
+        """
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters to optimize, by name.
 

@@ -24,6 +24,11 @@ def choose_num_ranks(config: Config, multirun: bool) -> int:
 
     trainer = config.trainer
     num_ranks = count_devices(trainer.accelerator, trainer.devices)
+    kind = choose_device(trainer.accelerator, trainer.devices).type
+    if trainer.cuda_graph and config.mode == "train" and kind != "cuda":
+        raise UserError(
+            f"trainer.cuda_graph=True needs a CUDA device, and this run uses {kind}; allowed: false"
+        )
     num_ranks = 1 if config.mode in SINGLE_DEVICE_MODES else num_ranks
     if num_ranks > 1:
         _check_batch_size_finder(
@@ -37,8 +42,7 @@ def choose_num_ranks(config: Config, multirun: bool) -> int:
     if config.launch == "local" or num_ranks > 1:
         return num_ranks
     # In a sweep, each job on CUDA gets its own process, whose device memory is freed at its end.
-    on_cuda = choose_device(trainer.accelerator, trainer.devices).type == "cuda"
-    return 1 if multirun and on_cuda and config.launch == "auto" else 0
+    return 1 if multirun and kind == "cuda" and config.launch == "auto" else 0
 
 
 def check_environment(config: Config, cluster: ClusterEnvironment) -> None:

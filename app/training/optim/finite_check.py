@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
+from app.config.rules import FUSED_OPTIMIZERS
 from app.runtime.host_copy import HostCopy
 
 NonFiniteAction = Literal["stop", "skip", "raise"]
-FUSED_OPTIMIZERS = ("Adam", "AdamW", "SGD")  # their fused kernels do nothing if `found_inf` is 1
 
 
 class FiniteCheck:
@@ -44,13 +44,18 @@ class FiniteCheck:
 
     def reset(self, reads_every_step: bool) -> None:
         """Prepare for an epoch, in which steps may be made again, deferred or not."""
-        self.latch, self.has_refused = None, False
+        self.has_refused = False
         self.defers = self.defers and not reads_every_step
+        keeps_latch = self.defers and self.latch is not None  # a recorded step adds to this tensor
+        self.latch = self.latch.zero_() if keeps_latch and self.latch is not None else None
 
     def pop_result(self) -> HostCopy | bool:
         """Return whether a step was refused, or a copy of the latch if the device decides."""
         refused, self.has_refused = self.has_refused, False
-        return refused if refused or self.latch is None else HostCopy(self.latch)
+        if refused or self.latch is None:
+            return refused
+        # Only on CUDA is it copied before the next step adds to it.
+        return HostCopy(self.latch if self.latch.is_cuda else self.latch.clone())
 
     def is_finite(self, indicator: Tensor) -> bool:
         """Read the indicator of a step, and return whether it may be made."""
@@ -67,14 +72,17 @@ class FiniteCheck:
         Returns:
             1 if the step will be skipped, else 0; a scalar on the device.
         """
-        self.latch = indicator if self.latch is None else indicator + self.latch
+        self.latch = indicator.clone() if self.latch is None else self.latch.add_(indicator)
         found_inf = (self.latch != 0).float()
         optimizer.found_inf, optimizer.grad_scale = found_inf, None  # type: ignore[attr-defined]
         return found_inf
 
 
 def is_fused(optimizer: Optimizer) -> bool:
-    """Return whether the optimizer steps in one fused kernel that honors `found_inf`."""
+    """Return whether the optimizer steps in one fused kernel, which does nothing if told so.
+
+    The kernel reads `found_inf` of the optimizer: it does nothing if that is 1.
+    """
     is_known = type(optimizer).__name__ in FUSED_OPTIMIZERS
     return is_known and all(group.get("fused") for group in optimizer.param_groups)
 

@@ -38,6 +38,7 @@ from app.training.step_values import Average
 
 # Wait for the number of samples and the loss indicator over all ranks; see `OptimWrapper`.
 Reductions = tuple[Callable[[], float], Callable[[], Tensor] | None]
+HostState = tuple[int, dict[str, Any], list[dict[str, Any]]]
 SINGLE = ""  # name of the wrapper in a dict that has only one
 
 
@@ -110,8 +111,8 @@ class OptimWrapper:
         self.cached_parameters: list[Tensor] = []
         self.num_groups = 0  # of the cached parameters
         self.is_sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters)
-        self.skipped_steps: Tensor | int = 0  # in this epoch by the device
-        self.epoch_start = self._host_state()
+        self.skipped_steps: Tensor | None = None  # in this epoch by the device
+        self.epoch_start = self.host_state()
 
     @property
     def lrs(self) -> dict[str, float]:
@@ -206,10 +207,14 @@ class OptimWrapper:
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it would keep the old weights until autocast ends
         if has_stepped:
-            self.schedule.on_step_end()
-            self.steps += 1
+            self.count_step()
         self.batches = self.samples = 0
         self.reductions = self.total_weight = self.loss_indicator = None
+
+    def count_step(self) -> None:
+        """Advance the step count and the learning rates after a step."""
+        self.schedule.on_step_end()
+        self.steps += 1
 
     def _apply_gradients(self, gradients: list[Tensor], total: float, loss: Tensor | None) -> bool:
         """Clip and step, unless the finite check refuses; return whether a step was made.
@@ -287,30 +292,40 @@ class OptimWrapper:
         check, can_defer = self.finite_check, self.steps > 0 and self.scaler is None
         if not (check.defers and can_defer and is_fused(self.optimizer)) or self.is_sharded:
             return check.is_finite(indicator)
-        self.skipped_steps = self.skipped_steps + check.defer(indicator, self.optimizer)
+        is_skipped = check.defer(indicator, self.optimizer)
+        if self.skipped_steps is None:
+            self.skipped_steps = torch.zeros_like(is_skipped)
+        self.skipped_steps.add_(is_skipped)
         return True
 
     def on_epoch_start(self) -> None:
         """Remember the step count and the learning rates, for `undo_skipped`."""
-        self.epoch_start, self.skipped_steps = self._host_state(), 0
+        self.epoch_start = self.host_state()
+        if self.skipped_steps is not None:
+            self.skipped_steps.zero_()
 
-    def _host_state(self) -> tuple[int, dict[str, Any], list[dict[str, Any]]]:
+    def host_state(self) -> HostState:
+        """Return the step count, the schedule and the options of the parameter groups."""
         groups = [dict(group) for group in self.optimizer.param_groups]
         return self.steps, self.schedule.state_dict(), groups
+
+    def restore_host_state(self, state: HostState) -> None:
+        """Restore what `host_state` returned."""
+        self.steps, schedule, groups = state
+        self.schedule.load_state_dict(schedule)
+        for group, earlier in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(earlier)
 
     def undo_skipped(self) -> None:
         """Set the step count and the learning rates back to before the steps the device skipped.
 
         They are those of the start of the epoch, advanced by the steps that were made.
         """
-        skipped = int(self.skipped_steps)
+        skipped = 0 if self.skipped_steps is None else int(self.skipped_steps)
         if not skipped:
             return
         end = self.steps - skipped
-        self.steps, schedule, groups = self.epoch_start
-        self.schedule.load_state_dict(schedule)
-        for group, earlier in zip(self.optimizer.param_groups, groups, strict=True):
-            group.update(earlier)
+        self.restore_host_state(self.epoch_start)
         self.schedule.fast_forward(end - self.steps)
         self.steps = end
 

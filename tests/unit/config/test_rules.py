@@ -34,3 +34,21 @@ def test_config_of_compile_takes_a_bool_a_mode_or_arguments() -> None:
     assert issue.endswith("did you mean 'max-autotune'?")
     (issue,) = config_issues("model=mlp", "trainer.compile={options: {cpp.cxx: [evil]}}")
     assert issue.startswith("trainer.compile.options=")
+
+
+def test_config_of_cuda_graph_names_what_cannot_be_combined_with_it() -> None:
+    graph = ("model=mlp", "trainer.cuda_graph=true")
+    assert config_issues(*graph) == []
+    obstacles = {
+        "trainer.accumulate_grad_batches=2": "trainer.accumulate_grad_batches=1",
+        "trainer.on_nonfinite=skip": "stop, raise",
+        "trainer.precision=16-mixed": "auto, fp32, bf16, bf16-true",
+        "trainer.compile=reduce-overhead": "false, true",
+        "trainer.devices=2": "null, 1",
+        "average=ema": "average=null",
+        "optimizer=rmsprop": "Adam, AdamW, SGD",
+    }
+    for override, allowed in obstacles.items():
+        (issue,) = config_issues(*graph, override)
+        assert issue.startswith("trainer.cuda_graph=True"), override
+        assert issue.endswith(allowed), issue
