@@ -46,7 +46,9 @@ class StepContext:
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
 
     def prepare_epoch(self, loader: BatchLoader, epoch: int) -> None:
-        """Prepare the steps of an epoch, which its time does not contain."""
+        """Record the step of an epoch if it is replayed, which the epoch's time does not contain."""
+        if not self.task.replays_steps:
+            return
         self.task.model.train()
         self.freezing.apply(epoch)
         with self.task.precision.autocast():

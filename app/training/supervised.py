@@ -115,9 +115,11 @@ class SupervisedTask(Task):
                 "training_loss and learn"
             )
         self.graphed_step = GraphedStep(self.learn, self.optimizer, [self.model, self.loss])
+        self.replays_steps = True
 
     def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
-        if self.graphed_step is not None and not self.graphed_step.is_ready:
+        assert self.graphed_step is not None
+        if not self.graphed_step.is_ready:
             batch = first_batch(self.optimizer.full_batch_size)
             self.graphed_step.prepare(*self.mixed(*self.unpack(batch)))
 

@@ -70,9 +70,11 @@ class Task:
         optimizers: Optimizer wrappers by name; None until `prepare_training`.
         has_eval_loss: Whether `eval_step` computes a loss. If not, it returns NaN, and the cells of
             the loss are empty in the tables of evaluated stages.
+        replays_steps: Whether training steps are recorded once and replayed.
     """
 
     has_eval_loss = True
+    replays_steps = False
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class Task:
         """
 
     def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
-        """Called before each epoch of training, for work that its time should not contain.
+        """Called before each epoch of training if `replays_steps`.
 
         Args:
             first_batch: Returns that many samples as a batch, on the device.
