@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from app.runtime.nested import Nested, map_tensors, pick, replace
+from app.runtime.nested import Nested, iter_tensors, map_tensors, pick, replace
 
 Batch = Nested
 Transform = Callable[[Tensor], Tensor]
@@ -57,7 +57,49 @@ class BatchPreparer:
     inputs: Inputs = 0
 
     def __call__(self, batch: Batch) -> Batch:
-        batch = map_tensors(lambda tensor: to_device(tensor, self.device), batch)
+        """Move a batch to the device, and transform it."""
+        return self.on_device(self.move(batch))
+
+    def stream(
+        self, batches: Iterable[Batch | None], copies_ahead: bool = True
+    ) -> Iterator[Batch | None]:
+        """Prepare batches.
+
+        Args:
+            batches: Batches as they are read; None, for a share that is empty, is passed on.
+            copies_ahead: Whether to read a batch and copy it to a CUDA device while the one before
+                it is used. Reading must not draw random numbers then, which steps draw, too.
+        """
+        if self.device.type != "cuda" or not copies_ahead:
+            for batch in batches:
+                yield None if batch is None else self(batch)
+            return
+        copies, earlier = torch.cuda.Stream(self.device), None
+        for batch in batches:
+            with torch.cuda.stream(copies):
+                following = self.move(batch), copies.record_event()
+            if earlier is not None:
+                yield self._received(*earlier)
+            earlier = following
+        if earlier is not None:
+            yield self._received(*earlier)
+
+    def _received(self, batch: Batch | None, copied: torch.cuda.Event) -> Batch | None:
+        """Transform a batch that a stream copies to the device, once it is there."""
+        if batch is None:
+            return None
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(copied)
+        for tensor in iter_tensors(batch):
+            tensor.record_stream(stream)  # its memory is not reused before this stream is done
+        return self.on_device(batch)
+
+    def move(self, batch: Batch | None) -> Batch | None:
+        """Move a batch to the device; nothing waits for it."""
+        return map_tensors(lambda tensor: to_device(tensor, self.device), batch)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """Transform a batch that is on the device."""
         if self.transform is None:
             return batch
         return map_inputs(partial(map_tensors, self.transform), batch, self.inputs)
@@ -96,9 +138,8 @@ class MaskBatchPreparer(BatchPreparer):
         kw_only=True
     )
 
-    def __call__(self, batch: Batch) -> Batch:
+    def on_device(self, batch: Batch) -> Batch:
         masks = self.masks
-        batch = map_tensors(lambda tensor: to_device(tensor, self.device), batch)
         images, labels = self.transform_both(
             pick(batch, self.inputs), pick(batch, masks.key), masks.outside
         )

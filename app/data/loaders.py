@@ -121,15 +121,18 @@ class TensorLoader:
         if on_device and prepare.device.type != "cpu" and rows is not None:
             tensors, rows = [select_rows(tensor, rows) for tensor in tensors], None
         self.tensors = [t.to(prepare.device) if on_device else t for t in tensors]
-        self.rows = rows
+        self.rows, self.on_device = rows, on_device
         self.sampler, self.batch_size, self.prepare = sampler, batch_size, prepare
         self.num_samples = sampler.num_samples
         self.num_batches = -(-sampler.num_samples // batch_size)
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        for index in self._local_indices(epoch):
-            empty = index.start == index.stop if isinstance(index, slice) else not len(index)
-            yield None if empty else self.prepare(self._read(index))
+        batches = map(self._read_share, self._local_indices(epoch))
+        return self.prepare.stream(batches, copies_ahead=not self.on_device)
+
+    def _read_share(self, index: slice | Tensor) -> tuple[Tensor, ...] | None:
+        empty = index.start == index.stop if isinstance(index, slice) else not len(index)
+        return None if empty else self._read(index)
 
     def _read(self, index: slice | Tensor) -> tuple[Tensor, ...]:
         index = index if self.rows is None else self.rows[index]
@@ -191,10 +194,8 @@ class SampleLoader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         self.batch_sampler.epoch = epoch
-        for batch in watch_batches(self.loader, self.timeout, self.tracker):
-            if isinstance(batch, UserError):
-                raise batch
-            yield None if batch is None else self.prepare(batch)
+        batches = watch_batches(self.loader, self.timeout, self.tracker)
+        return self.prepare.stream(map(_raise_if_error, batches))
 
     def indices(self, epoch: int, step: int) -> Tensor:
         """Return the dataset indices of a global batch; steps are counted from 1."""
@@ -255,6 +256,12 @@ def _collate(samples: list[Any]) -> Batch | UserError:
     if errors:
         return errors[0]
     return default_collate(samples) if samples else None
+
+
+def _raise_if_error(batch: Batch | UserError) -> Batch:
+    if isinstance(batch, UserError):
+        raise batch
+    return batch
 
 
 class IterableLoader:
@@ -321,11 +328,8 @@ class IterableLoader:
         self._start_epoch(epoch)
         batches = iterate_with_shared_rng(self.loader, self.seed, "stream", epoch)
         watched = watch_batches(batches, self.timeout, self.tracker)
-        for batch in islice(watched, self.limit):
-            if isinstance(batch, UserError):
-                raise batch
-            local = local_batch(batch)
-            yield None if local is None else self.prepare(local)
+        local = (local_batch(_raise_if_error(batch)) for batch in islice(watched, self.limit))
+        return self.prepare.stream(local, copies_ahead=self.loader.num_workers > 0)
 
     def first(self, count: int) -> Batch:
         self._start_epoch(0)
@@ -360,9 +364,8 @@ class ExternalLoader:
     def epoch(self, epoch: int) -> Iterator[Batch]:
         if hasattr(self.loader.sampler, "set_epoch"):
             self.loader.sampler.set_epoch(epoch)
-        for batch in watch_batches(self.loader, DataLoaderOptions().timeout):
-            local = local_batch(batch)
-            yield None if local is None else self.prepare(local)
+        batches = map(local_batch, watch_batches(self.loader, DataLoaderOptions().timeout))
+        return self.prepare.stream(batches, copies_ahead=self.loader.num_workers > 0)
 
     def first(self, count: int) -> Batch:
         return map_tensors(lambda tensor: tensor[:count], self.prepare(next(iter(self.loader))))

@@ -46,7 +46,7 @@ class StepContext:
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
 
     def prepare_epoch(self, loader: BatchLoader, epoch: int) -> None:
-        """Record the step of an epoch if it is replayed, which the epoch's time does not contain."""
+        """Record the step if it is replayed, which the time of the epoch does not contain."""
         if not self.task.replays_steps:
             return
         self.task.model.train()

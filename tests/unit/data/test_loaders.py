@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
 from app.data.batch import BatchPreparer
 from app.data.loaders import DataLoaderOptions, SampleLoader, TensorLoader
@@ -31,3 +34,33 @@ def test_sample_loader_does_not_advance_global_generator() -> None:
     sampler = EpochSampler.from_limit(7, 3, None, shuffle_seed=0)
     list(SampleLoader(NoisyDataset(), sampler, 3, PREPARE, 5, DataLoaderOptions()).epoch(1))
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_that_are_copied_ahead_are_equal() -> None:
+    images, labels = torch.randint(0, 256, (5000, 1000), dtype=torch.uint8), torch.arange(5000)
+    dataset = TensorDataset(images, labels)
+    prepare = BatchPreparer(torch.device("cuda"), lambda x: x.float() / 255)
+    sampler = EpochSampler.from_limit(5000, 64, None, shuffle_seed=0)
+    ahead, direct = (TensorLoader(dataset, sampler, 64, prepare, on) for on in (False, True))
+    busy = torch.randn(2048, 2048, device="cuda")
+    for ours, theirs in zip(ahead.epoch(1), direct.epoch(1), strict=True):
+        busy = (busy @ busy).tanh()  # the copies run beside this
+        assert torch.equal(ours[0], theirs[0])
+        assert torch.equal(ours[1], theirs[1])
+
+
+def test_stream_reads_one_batch_at_a_time_without_a_cuda_device() -> None:
+    read: list[int] = []
+
+    def batches() -> Iterator[torch.Tensor | None]:
+        for number in range(3):
+            read.append(number)
+            yield None if number == 1 else torch.full((2,), float(number))
+
+    prepared = BatchPreparer(torch.device("cpu"), lambda x: x + 1, None).stream(batches())
+    assert next(prepared).tolist() == [1.0, 1.0]
+    assert read == [0]
+    assert next(prepared) is None
+    assert next(prepared).tolist() == [3.0, 3.0]
