@@ -56,6 +56,11 @@ class BatchPreparer:
     transform: Transform | None = None
     inputs: Inputs = 0
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a sample gives the same result in any batch and in any epoch."""
+        return self.transform is None or getattr(self.transform, "is_deterministic", False)
+
     def __call__(self, batch: Batch) -> Batch:
         """Move a batch to the device, and transform it."""
         return self.on_device(self.move(batch))

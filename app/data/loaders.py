@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
-from app.data.rows import select_rows
+from app.data.rows import has_channels_last, select_rows
 from app.data.sampling import EpochSampler
 from app.data.split import dataset_size
 from app.data.waiting import ReadTracker, TrackedStream, watch_batches, watch_call
@@ -34,6 +34,10 @@ from app.runtime.nested import count_samples, map_tensors, slice_batch
 from app.runtime.seed import derive_seed, seed_cpu
 
 log = logging.getLogger(__name__)
+Index = slice | Tensor  # of the samples of a batch
+BLOCK_BYTES = 2**20  # of batches that are prepared at once
+MAX_BLOCK_BATCHES = 64
+MAX_PREPARED_BYTES = 256 * 2**20  # of all samples of a dataset
 
 
 def make_loader(
@@ -99,12 +103,17 @@ class DataLoaderOptions:
 class TensorLoader:
     """Loader of a dataset in memory; indexes entire batches, with no Python code per sample.
 
+    Where preparing a sample always gives the same result, several small batches are prepared at
+    once, and each batch is a view of its part. Bytes that become floats are prepared once for all
+    epochs that follow, as soon as this costs no more than the epochs so far have cost, if the
+    result is not larger than `MAX_PREPARED_BYTES`.
+
     Args:
         dataset: Tensors of N samples; a batch is a tuple with as many tensors.
         sampler: Order of the samples.
         batch_size: Samples per batch; the last batch may be smaller.
         prepare: Applied to each batch.
-        on_device: Whether to move the entire dataset to the device now.
+        on_device: Whether to move the entire dataset to the device now, and to keep it prepared.
         rows: Row of each sample in the tensors, shape (N,); None if it is the index of the sample.
     """
 
@@ -125,31 +134,81 @@ class TensorLoader:
         self.sampler, self.batch_size, self.prepare = sampler, batch_size, prepare
         self.num_samples = sampler.num_samples
         self.num_batches = -(-sampler.num_samples // batch_size)
+        self.keeps_prepared = on_device and prepare.is_deterministic
+        self.prepared: list[Tensor] | None = None  # of all samples, by index
+        self.num_prepared = 0  # samples, over all epochs
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
-        batches = map(self._read_share, self._local_indices(epoch))
-        return self.prepare.stream(batches, copies_ahead=not self.on_device)
+        if self.prepare.device.type == "cuda" and not self.on_device:
+            parts = (self._read_batch(index) for index in self._local_indices(epoch))
+            yield from self.prepare.stream(parts)
+            return
+        if self.keeps_prepared and self.num_prepared >= self.sampler.dataset_size:
+            self.prepared, self.keeps_prepared = self._prepare_all(), False
+        indices: Iterator[Index] = self._local_indices(epoch)
+        batches_at_once = 1
+        while block := [*islice(indices, batches_at_once)]:
+            batches = self._read_batches(block)
+            yield from batches
+            if batches_at_once == 1 and self.prepare.is_deterministic:
+                batches_at_once = _batches_in_block(batches[0])
 
-    def _read_share(self, index: slice | Tensor) -> tuple[Tensor, ...] | None:
-        empty = index.start == index.stop if isinstance(index, slice) else not len(index)
-        return None if empty else self._read(index)
+    def _read_batch(self, index: Index) -> tuple[Tensor, ...] | None:
+        return self._read(index) if _num_indices(index) else None
 
-    def _read(self, index: slice | Tensor) -> tuple[Tensor, ...]:
+    def _read_batches(self, indices: Sequence[Index]) -> list[Batch]:
+        """Return the batches of some indices; None for those without samples."""
+        sizes = [_num_indices(index) for index in indices]
+        if not any(sizes):
+            return [None for _ in sizes]
+        self.num_prepared += sum(sizes)
+        block = self._read_prepared(
+            indices[0] if len(indices) == 1 else _join(indices, self.tensors[0].device)
+        )
+        if len(indices) == 1:
+            return [block]
+        batches = zip(*(tensor.split(sizes) for tensor in block), strict=True)
+        return [batch if size else None for batch, size in zip(batches, sizes, strict=True)]
+
+    def _read_prepared(self, index: Index) -> Batch:
+        if self.prepared is None:
+            return self.prepare(self._read(index))
+        if isinstance(index, slice):
+            return tuple(tensor[index].clone() for tensor in self.prepared)
+        return tuple(select_rows(tensor, index) for tensor in self.prepared)
+
+    def _prepare_all(self) -> list[Tensor] | None:
+        """Return the tensors of all samples, prepared; None if that does not pay or fit."""
+        count, sample = self.sampler.dataset_size, self.first(1)
+        has_changed = any(t.dtype != s.dtype for t, s in zip(self.tensors, sample, strict=True))
+        size = sum(tensor.nbytes for tensor in sample)
+        if not has_changed or count * size > MAX_PREPARED_BYTES:
+            return None
+        prepared = [_empty_rows(tensor, count) for tensor in sample]
+        rows = max(1, BLOCK_BYTES // size)
+        for start in range(0, count, rows):
+            part = slice(start, min(count, start + rows))
+            for tensor, values in zip(prepared, self.prepare(self._read(part)), strict=True):
+                tensor[part].copy_(values)
+        return prepared
+
+    def _read(self, index: Index) -> tuple[Tensor, ...]:
         index = index if self.rows is None else self.rows[index]
         if isinstance(index, slice):
             return tuple(tensor[index] for tensor in self.tensors)
         return tuple(select_rows(tensor, index) for tensor in self.tensors)
 
-    def _local_indices(self, epoch: int) -> Iterator[slice | Tensor]:
+    def _local_indices(self, epoch: int) -> Iterator[Index]:
         """Yield the indices of this rank's share of each batch."""
         if self.sampler.shuffle_seed is None:
-            for start in range(0, self.num_samples, self.batch_size):
-                local = local_slice(min(self.batch_size, self.num_samples - start))
-                yield slice(start + local.start, start + local.stop)
-        else:
-            indices = self.sampler.indices(epoch).to(self.tensors[0].device)
-            for index in indices.split(self.batch_size):
-                yield index[local_slice(len(index))]
+            return self._local_slices()
+        indices = self.sampler.indices(epoch).to(self.tensors[0].device)
+        return (index[local_slice(len(index))] for index in indices.split(self.batch_size))
+
+    def _local_slices(self) -> Iterator[slice]:
+        for start in range(0, self.num_samples, self.batch_size):
+            local = local_slice(min(self.batch_size, self.num_samples - start))
+            yield slice(start + local.start, start + local.stop)
 
     def indices(self, epoch: int, step: int) -> Tensor:
         """Return the dataset indices of a global batch; steps are counted from 1."""
@@ -157,6 +216,35 @@ class TensorLoader:
 
     def first(self, count: int) -> Batch:
         return self.prepare(self._read(slice(count)))
+
+
+def _batches_in_block(batch: Batch) -> int:
+    """Return how many batches like this one to prepare at once."""
+    size: int = sum(tensor.nbytes for tensor in batch or ())
+    return max(1, min(MAX_BLOCK_BATCHES, BLOCK_BYTES // max(1, size)))
+
+
+def _num_indices(index: Index) -> int:
+    return int(index.stop - index.start) if isinstance(index, slice) else len(index)
+
+
+def _join(indices: Sequence[Index], device: torch.device) -> Index:
+    """Return the indices of several batches as one."""
+    parts = []
+    for index in indices:
+        if isinstance(index, slice):
+            parts.append(torch.arange(index.start, index.stop, device=device))
+        else:
+            parts.append(index)
+    return torch.cat(parts)
+
+
+def _empty_rows(sample: Tensor, count: int) -> Tensor:
+    """Return an empty tensor of `count` samples with the strides of this one, (1, ...)."""
+    if has_channels_last(sample):
+        _, channels, height, width = sample.shape
+        return sample.new_empty((count, height, width, channels)).permute(0, 3, 1, 2)
+    return sample.new_empty((count, *sample.shape[1:]))
 
 
 class SampleLoader:

@@ -72,9 +72,12 @@ def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
 
     `index_select` copies whole rows, which is several times as fast, but only contiguous ones.
     """
-    is_channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-    if is_channels_last and not tensor.is_contiguous():
-        return select_rows(tensor.permute(0, 2, 3, 1), index).permute(0, 3, 1, 2)
+    if has_channels_last(tensor):
+        return _select_rows(tensor.permute(0, 2, 3, 1), index).permute(0, 3, 1, 2)
+    return _select_rows(tensor, index)
+
+
+def _select_rows(tensor: Tensor, index: Tensor) -> Tensor:
     if not tensor.is_cpu:
         return tensor.index_select(0, index)
     rows = tensor.new_empty((len(index), *tensor.shape[1:]))
@@ -84,3 +87,10 @@ def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
 
     for_chunks(select_chunk, chunk_size(tensor), rows, index)
     return rows
+
+
+def has_channels_last(tensor: Tensor) -> bool:
+    """Return whether a tensor has the strides of `torch.channels_last`, also with one channel."""
+    if tensor.ndim != 4 or (tensor.stride(1), tensor.stride(3)) != (1, tensor.shape[1]):
+        return False
+    return tensor.is_contiguous(memory_format=torch.channels_last)

@@ -160,6 +160,11 @@ class BatchTransform:
     transforms: Sequence[Augment] = ()
     augment: Sequence[Augment] = ()
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether an image gives the same result in any batch; unknown for further transforms."""
+        return not self.transforms and not self.augment
+
     def __call__(self, x: Tensor) -> Tensor:
         """Transform a uint8 or float batch to float32; other integer tensors are returned as is."""
         return self.transform_both(x, None, 0)[0]
