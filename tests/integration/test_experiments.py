@@ -51,6 +51,7 @@ EXPERIMENTS = {  # overrides that make each of them small
         *("model.name=resnet18", "optimizer.lr=0.001"),
     ),
     "masks_unet": ("data.batch_size=4", "data.image_size=32", "data.loader.num_workers=0"),
+    "mnist_speedrun": ("data.batch_size=16", "model.channels=[4,4,4,4]", "trainer.cuda_graph=false"),
     "mnist_99_7": ("data.batch_size=16", "model.channels=[4,4,4,4]"),
     "mnist_alexnet": ("data.batch_size=16",),
     "mnist_alexnet_sgd": ("data.batch_size=16",),
@@ -67,7 +68,7 @@ EXPERIMENTS = {  # overrides that make each of them small
 }
 CLASSIFICATION = (
     *("cifar10_resnet18", "fashion_mnist_alexnet", "finetune", "imagenet_resnet50"),
-    *("mnist_99_7", "mnist_alexnet", "mnist_alexnet_sgd", "transfer"),
+    *("mnist_99_7", "mnist_alexnet", "mnist_alexnet_sgd", "mnist_speedrun", "transfer"),
 )
 NEEDS_TIMM = pytest.mark.skipif(find_spec("timm") is None, reason="needs the extra timm")
 NEEDS_COCO = pytest.mark.skipif(find_spec("pycocotools") is None, reason="needs detection")
