@@ -51,7 +51,10 @@ EXPERIMENTS = {  # overrides that make each of them small
         *("model.name=resnet18", "optimizer.lr=0.001"),
     ),
     "masks_unet": ("data.batch_size=4", "data.image_size=32", "data.loader.num_workers=0"),
-    "mnist_speedrun": ("data.batch_size=16", "model.channels=[4,4,4,4]", "trainer.cuda_graph=false"),
+    "mnist_speedrun": (
+        *("data.batch_size=16", "model.channels=[4,4,4,4]"),
+        "trainer.cuda_graph=false",
+    ),
     "mnist_99_7": ("data.batch_size=16", "model.channels=[4,4,4,4]"),
     "mnist_alexnet": ("data.batch_size=16",),
     "mnist_alexnet_sgd": ("data.batch_size=16",),

@@ -94,6 +94,8 @@ def process_group(
             world_size=cluster.world_size,
             timeout=timedelta(seconds=timeout),
         )
+        # A rank that has connected may end, and the store with it, while others still connect.
+        dist.all_reduce(torch.zeros(()))
     except RuntimeError as error:
         if "connectFullMesh" not in str(error):
             raise
