@@ -37,9 +37,12 @@ def for_chunks(function: Callable[..., object], size: int, *tensors: Tensor) -> 
         size: Rows of a chunk; the last one may be smaller.
         *tensors: Tensors on the CPU with the same number of rows.
     """
+    if len(tensors[0]) <= size:
+        function(*tensors)
+        return
     chunks = [tensor.split(size) for tensor in tensors]
     threads = torch.get_num_threads()
-    apply = map if threads == 1 or len(chunks[0]) == 1 else thread_pool(threads).map
+    apply = map if threads == 1 else thread_pool(threads).map
     for _ in apply(function, *chunks):
         pass
 
