@@ -57,7 +57,7 @@ class Tables(Callback):
         self.stage = ""  # current stage
         self.num_written = 0  # iterations of it
         self.last_written = 0.0
-        self.waiting: list[pd.DataFrame] = []  # not yet written
+        self.waiting: list[LoggedSteps] = []  # not yet written
         self.live_path: Path | None = None  # of the table while the stage runs
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,10 +77,10 @@ class Tables(Callback):
             self.memory_column.append(memory_mb(step.batch))
 
     def on_steps_logged(self, logged: LoggedSteps) -> None:
-        self.waiting.append(logged.steps)
+        self.waiting.append(logged)
         if time.monotonic() - self.last_written < SECONDS_BETWEEN_WRITES:
             return
-        steps = self._with_usage(pd.concat(self.waiting), self.num_written)
+        steps = self._with_usage(pd.concat([item.steps for item in self.waiting]), self.num_written)
         path = self.folder / "epoch_details" / f"epoch{logged.epoch:03d}_{logged.stage}.csv"
         self.live_path = path  # the name of a part of an epoch is only known at its end
         if self.num_written and path.exists():

@@ -24,7 +24,7 @@ from torch.utils.data import (
 )
 
 from app.data.batch import Batch, BatchLoader, BatchPreparer, Transform
-from app.data.rows import has_channels_last, select_rows
+from app.data.rows import empty_rows, select_rows
 from app.data.sampling import EpochSampler
 from app.data.split import dataset_size
 from app.data.waiting import ReadTracker, TrackedStream, watch_batches, watch_call
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 Index = slice | Tensor  # of the samples of a batch
 BLOCK_BYTES = 2**20  # of batches that are prepared at once
 MAX_BLOCK_BATCHES = 64
+EPOCHS_BEFORE_KEPT = 3
 MAX_PREPARED_BYTES = 256 * 2**20  # of all samples of a dataset
 
 
@@ -104,9 +105,10 @@ class TensorLoader:
     """Loader of a dataset in memory; indexes entire batches, with no Python code per sample.
 
     Where preparing a sample always gives the same result, several small batches are prepared at
-    once, and each batch is a view of its part. Bytes that become floats are prepared once for all
-    epochs that follow, as soon as this costs no more than the epochs so far have cost, if the
-    result is not larger than `MAX_PREPARED_BYTES`.
+    once, and each batch is a view of its part. After `EPOCHS_BEFORE_KEPT` epochs, bytes that become
+    floats are prepared once for all epochs that follow, if the result has at most
+    `MAX_PREPARED_BYTES`. To get that memory and to fill it takes as long as preparing all batches
+    of about three epochs, so shorter trainings would only lose.
 
     Args:
         dataset: Tensors of N samples; a batch is a tuple with as many tensors.
@@ -143,7 +145,8 @@ class TensorLoader:
             parts = (self._read_batch(index) for index in self._local_indices(epoch))
             yield from self.prepare.stream(parts)
             return
-        if self.keeps_prepared and self.num_prepared >= self.sampler.dataset_size:
+        enough = EPOCHS_BEFORE_KEPT * self.sampler.dataset_size
+        if self.keeps_prepared and self.num_prepared >= enough:
             self.prepared, self.keeps_prepared = self._prepare_all(), False
         indices: Iterator[Index] = self._local_indices(epoch)
         batches_at_once = 1
@@ -184,7 +187,7 @@ class TensorLoader:
         size = sum(tensor.nbytes for tensor in sample)
         if not has_changed or count * size > MAX_PREPARED_BYTES:
             return None
-        prepared = [_empty_rows(tensor, count) for tensor in sample]
+        prepared = [empty_rows(tensor, count) for tensor in sample]
         rows = max(1, BLOCK_BYTES // size)
         for start in range(0, count, rows):
             part = slice(start, min(count, start + rows))
@@ -237,14 +240,6 @@ def _join(indices: Sequence[Index], device: torch.device) -> Index:
         else:
             parts.append(index)
     return torch.cat(parts)
-
-
-def _empty_rows(sample: Tensor, count: int) -> Tensor:
-    """Return an empty tensor of `count` samples with the strides of this one, (1, ...)."""
-    if has_channels_last(sample):
-        _, channels, height, width = sample.shape
-        return sample.new_empty((count, height, width, channels)).permute(0, 3, 1, 2)
-    return sample.new_empty((count, *sample.shape[1:]))
 
 
 class SampleLoader:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from threading import Barrier
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,9 +37,12 @@ def for_chunks(function: Callable[..., object], size: int, *tensors: Tensor) -> 
         size: Rows of a chunk; the last one may be smaller.
         *tensors: Tensors on the CPU with the same number of rows.
     """
+    if len(tensors[0]) <= size:
+        function(*tensors)
+        return
     chunks = [tensor.split(size) for tensor in tensors]
     threads = torch.get_num_threads()
-    apply = map if threads == 1 or len(chunks[0]) == 1 else thread_pool(threads).map
+    apply = map if threads == 1 else thread_pool(threads).map
     for _ in apply(function, *chunks):
         pass
 
@@ -94,3 +99,22 @@ def has_channels_last(tensor: Tensor) -> bool:
     if tensor.ndim != 4 or (tensor.stride(1), tensor.stride(3)) != (1, tensor.shape[1]):
         return False
     return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def empty_rows(sample: Tensor, count: int) -> Tensor:
+    """Return an empty tensor of `count` samples with the strides of this one, (1, ...)."""
+    if has_channels_last(sample):
+        _, channels, height, width = sample.shape
+        return _empty(sample, (count, height, width, channels)).permute(0, 3, 1, 2)
+    return _empty(sample, (count, *sample.shape[1:]))
+
+
+def _empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return an empty tensor in huge pages of memory, where the system has them.
+
+    numpy asks for them. Getting a large tensor page by page takes as long as computing it.
+    """
+    if not like.is_cpu:
+        return like.new_empty(shape)
+    memory = np.empty(math.prod(shape) * like.element_size(), np.uint8)
+    return torch.from_numpy(memory).view(like.dtype).view(shape)

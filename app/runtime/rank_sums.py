@@ -31,9 +31,9 @@ class AllReduceSum(torch.autograd.Function):
 
 
 @contextmanager
-def padding(is_padding: bool) -> Iterator[None]:
-    """Leave this rank's samples out of `sum_over_ranks` if its batch is padding."""
-    token = _is_padding.set(is_padding)
+def padding() -> Iterator[None]:
+    """Leave this rank's samples out of `sum_over_ranks`, since its batch is padding."""
+    token = _is_padding.set(True)
     try:
         yield
     finally:

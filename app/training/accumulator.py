@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -169,11 +170,19 @@ class StageAccumulator:
     def log(self, stage: str, epoch: int) -> LoggedSteps:
         """Return what has arrived since the last time; only call this on rank 0."""
         self._keep_received()
-        first, self.num_logged = self.num_logged, len(self.blocks)
+        first, end = self.num_logged, len(self.blocks)
+        self.num_logged = end
         self.next_log = time.monotonic() + SECONDS_BETWEEN_LOGS
         self.so_far = self._values(self.totals)
-        recent = self._values(_sums(_concat(self.blocks[first:])))
-        return LoggedSteps(stage, epoch, self._step_table(stage, epoch, first), recent, self.so_far)
+        num_steps = sum(map(_num_rows, self.blocks))
+        self.timer.step_times(num_steps, num_steps)  # keeps no CUDA events of earlier steps
+        return LoggedSteps(
+            stage,
+            epoch,
+            self.so_far,
+            lambda: self._step_table(stage, epoch, first, end),
+            lambda: self._values(_sums(_concat(self.blocks[first:end]))),
+        )
 
     def _values(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         """Return the mean loss and the metrics of sums, without those that have no value."""
@@ -226,13 +235,16 @@ class StageAccumulator:
         row = self._summary_row(stage, point, table, weights, totals)
         return StageResult(stage, point, row, table, arrays)
 
-    def _step_table(self, stage: str, epoch: int, first_block: int = 0) -> pd.DataFrame:
-        """Return the table of the steps of all blocks, or of those from one block on."""
+    def _step_table(
+        self, stage: str, epoch: int, first_block: int = 0, end_block: int | None = None
+    ) -> pd.DataFrame:
+        """Return the table of the steps of all blocks, or of those from one block to another."""
+        end_block = len(self.blocks) if end_block is None else end_block
         start = sum(map(_num_rows, self.blocks[:first_block]))
-        parts = [self._block_values(index) for index in range(first_block, len(self.blocks))]
+        parts = [self._block_values(index) for index in range(first_block, end_block)]
         steps = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         end = start + len(steps["loss"])
-        table = pd.DataFrame(
+        return pd.DataFrame(
             {
                 "epoch": epoch,
                 "iter": np.arange(start + 1, end + 1),
@@ -240,12 +252,10 @@ class StageAccumulator:
                 "loss": steps.pop("loss"),
                 "num_samples": steps.pop("num_samples"),
                 **steps,
+                **{name: numbers[start:end] for name, numbers in self.host_values.items()},
+                "iter_time": self.timer.step_times(start, end),
             }
         )
-        for name, numbers in self.host_values.items():
-            table[name] = numbers[start:end]
-        table["iter_time"] = self.timer.step_times(start, end)
-        return table
 
     def _block_values(self, index: int) -> dict[str, np.ndarray]:
         """Return the values of each step of a block by column."""
@@ -309,18 +319,30 @@ class LoggedSteps:
     Attributes:
         stage: `train`, `valid` or `test`.
         epoch: Epoch of the stage, counted from 1.
-        steps: Table of the iterations since the last time, with the columns of
-            `StageResult.steps`; iterations that turn out not to count are empty in the latter.
-            A stage that is resumed begins with those before the interruption.
-        recent: Mean loss and metrics over these iterations, by name.
         so_far: Mean loss and metrics over the stage so far, by name.
+        make_steps: Makes `steps`, which most callbacks do not read.
+        make_recent: Makes `recent`.
     """
 
     stage: str
     epoch: int
-    steps: pd.DataFrame
-    recent: Mapping[str, float]
     so_far: Mapping[str, float]
+    make_steps: Callable[[], pd.DataFrame]
+    make_recent: Callable[[], Mapping[str, float]]
+
+    @cached_property
+    def steps(self) -> pd.DataFrame:
+        """Table of the iterations since the last time, with the columns of `StageResult.steps`.
+
+        Iterations that turn out not to count are empty in the latter. A stage that is resumed
+        begins with those before the interruption.
+        """
+        return self.make_steps()
+
+    @cached_property
+    def recent(self) -> Mapping[str, float]:
+        """Mean loss and metrics over these iterations, by name."""
+        return self.make_recent()
 
 
 @dataclass(frozen=True)

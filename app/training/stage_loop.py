@@ -230,7 +230,8 @@ class StageLoop:
             lrs = optimizers.lrs()
             with self.steps.train_step(epoch, batch, state.batches):
                 output = check_step_output(self.task, "train", self.task.train_step(batch.data))
-            output = output.with_columns(optimizers.grad_norms(output.num_samples))
+            if norms := optimizers.grad_norms(output.num_samples):
+                output = output.with_columns(norms)
             yield batch, output.as_padding() if batch.is_padding else output, lrs
             should_stop = self.stop.after_step() is not StopReason.NONE
             if self.must_end_epoch(should_stop):

@@ -95,13 +95,19 @@ class StepContext:
 
     @contextmanager
     def _forward(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:
-        metrics = self.task.metrics.get(stage) if batch.is_padding else None
+        pads = self._padding(stage) if batch.is_padding else nullcontext()
         with (
             self.oom.guard_step(stage, epoch, batch.number),
-            metrics.paused() if metrics is not None else nullcontext(),
-            padding(batch.is_padding),
+            pads,
             self.task.precision.autocast(),
         ):
+            yield
+
+    @contextmanager
+    def _padding(self, stage: str) -> Iterator[None]:
+        """Let the samples of a step count for nothing."""
+        metrics = self.task.metrics.get(stage)
+        with metrics.paused() if metrics is not None else nullcontext(), padding():
             yield
 
     def finish_epoch(self, epoch: int) -> None:

@@ -28,7 +28,7 @@ def logged_steps(*losses: float, first: int = 1, stage: str = "train") -> Logged
         | {"num_samples": 4, "lr": 0.1, "data_time": 0.1, "iter_time": 0.5}
     )
     values = {"loss": sum(losses) / len(losses), "accuracy": 0.5}
-    return LoggedSteps(stage, 1, steps, values, values)
+    return LoggedSteps(stage, 1, values, lambda: steps, lambda: values)
 
 
 def send_stage(

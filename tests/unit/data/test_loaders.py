@@ -62,6 +62,7 @@ def image_loader(
 def test_batches_prepared_together_or_once_equal_those_prepared_one_by_one(
     shuffle_seed: int | None, channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loaders, "EPOCHS_BEFORE_KEPT", 1)
     loader = image_loader(shuffle_seed, channels=channels)
     first, second = list(loader.epoch(1)), list(loader.epoch(2))
     assert loader.prepared is not None
@@ -77,7 +78,10 @@ def test_batches_prepared_together_or_once_equal_those_prepared_one_by_one(
     assert single.prepared is None
 
 
-def test_batches_of_prepared_samples_may_be_changed_in_place() -> None:
+def test_batches_of_prepared_samples_may_be_changed_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loaders, "EPOCHS_BEFORE_KEPT", 1)
     loader = image_loader(shuffle_seed=None)
     before = [x.clone() for x, _ in loader.epoch(1)]
     for epoch in (2, 3):
@@ -104,7 +108,8 @@ def test_samples_are_prepared_once_only_if_they_fit(monkeypatch: pytest.MonkeyPa
     for limit, is_kept in ((size - 1, False), (size, True)):
         monkeypatch.setattr(loaders, "MAX_PREPARED_BYTES", limit)
         loader = image_loader()
-        for epoch in (1, 2):
+        for epoch in range(1, 5):
+            assert loader.prepared is None
             list(loader.epoch(epoch))
         assert (loader.prepared is not None) == is_kept
 
