@@ -41,6 +41,7 @@ from app.runtime.errors import UserError, as_user_error
 from app.runtime.files import remove_temp_files
 from app.runtime.lock import run_lock
 from app.runtime.nested import concat, describe, map_tensors
+from app.runtime.wait_policy import adaptive_wait_policy
 from app.training.checkpoint.rotation import BEST_CHECKPOINT
 from app.training.precision import make_deterministic, set_matmul_precision
 
@@ -136,6 +137,8 @@ class Experiment:
         self._stack.enter_context(without_ghostscript())
         self._stack.enter_context(self._status.recording())
         self._stack.enter_context(closing_callbacks(self.trainer.callbacks, self._status))
+        if self._components.device.type == "cpu":
+            self._stack.enter_context(adaptive_wait_policy())
         return self
 
     def __exit__(

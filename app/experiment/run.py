@@ -46,6 +46,7 @@ from app.runtime.files import write_csv
 from app.runtime.memory import keep_freed_memory
 from app.runtime.nested import Key, pick
 from app.runtime.signals import StopSignal
+from app.runtime.wait_policy import adaptive_wait_policy
 from app.training.checkpoint.initial_weights import InitialWeights
 from app.training.checkpoint.rotation import find_checkpoint
 from app.training.detection import DetectionTask
@@ -90,18 +91,26 @@ def execute(
         torch.cuda.set_device(device)
     make_deterministic(config.trainer.deterministic)
     set_matmul_precision(config.trainer.matmul_precision)
-    keeps_memory = device.type == "cpu" and keep_freed_memory()
+    on_cpu = device.type == "cpu"
+    keeps_memory = on_cpu and keep_freed_memory()
+    wait_policy = adaptive_wait_policy() if on_cpu else nullcontext(False)
     is_resumed = config.resume not in (None, AUTO)
     environment = Environment(job, device) if rank() == 0 else None
     status = make_status(job, folder, device, environment)
-    with without_ghostscript(), status.recording() if rank() == 0 else nullcontext():
+    recording = status.recording() if rank() == 0 else nullcontext()
+    with without_ghostscript(), recording, wait_policy as adapts:
         if config.mode == "train" and config.trainer.batch_size_finder and not is_resumed:
             job = apply_batch_size_finder(job, device, folder)
             config = job.config
         components = make_components(config, instantiator, device)
         record = record_environment(job, folder, environment, components)
-        memory = "freed memory is kept for the next step" if keeps_memory else ""
-        log_run_header(config, components, folder, {"memory": memory, **record})
+        speed = {
+            "memory": "freed memory is kept for the next step" if keeps_memory else "",
+            "threads": "those that wait sleep while other processes need the cores"
+            if adapts
+            else "",
+        }
+        log_run_header(config, components, folder, speed | record)
         record_initial_weights(components.initial, folder)
         if config.mode in TUNERS:
             prepare_tuning(config, instantiator, components)

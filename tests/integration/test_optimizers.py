@@ -13,6 +13,7 @@ from app.experiment.optimizer_parts import OptimizerPart, check_step
 from app.experiment.run import check_samples, execute
 from app.runtime.errors import UserError
 from app.runtime.memory import keep_freed_memory
+from app.runtime.wait_policy import adaptive_wait_policy
 from tests.support.fitting import build_trainer
 from tests.support.runs import job_for
 
@@ -77,7 +78,7 @@ def test_optimizers_are_tried_with_gradients_as_sparse_as_those_of_the_model() -
         (["optimizer=rmsprop"], "RMSprop"),
     ],
 )
-def test_run_logs_whether_its_optimizer_is_fused_and_freed_memory_kept(
+def test_run_logs_its_fused_optimizer_kept_memory_and_wait_policy(
     overrides: list[str], logged: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fixed = ("model=mlp", "debug=fast", "trainer.accelerator=cpu")
@@ -86,6 +87,8 @@ def test_run_logs_whether_its_optimizer_is_fused_and_freed_memory_kept(
     names = [m.split(maxsplit=1)[1] for m in caplog.messages if m.startswith("optimizer ")]
     assert names == [logged]
     assert ("freed memory is kept" in caplog.text) == keep_freed_memory()
+    with adaptive_wait_policy() as adapts:
+        assert ("those that wait sleep" in caplog.text) == adapts
 
 
 def test_run_with_groups_lists_them_and_has_a_column_for_each(

@@ -7,7 +7,15 @@ from tests.support.runs import job_for
 
 def test_callbacks_option_adds_one_callback_to_the_default() -> None:
     callbacks = job_for("callbacks=wandb").plain["callbacks"]
-    default = ["tables", "progress", "model_summary", "console", "plots", "batch_images"]
+    default = [
+        "tables",
+        "progress",
+        "model_summary",
+        "console",
+        "slowdown",
+        "plots",
+        "batch_images",
+    ]
     assert list(callbacks) == [*default, "wandb"]
 
 
@@ -19,6 +27,7 @@ def test_callbacks_list_adds_several_callbacks() -> None:
         "progress",
         "model_summary",
         "console",
+        "slowdown",
         "batch_images",
         "tensorboard",
         "samples",
