@@ -244,6 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=60, help="steps of an epoch of AlexNet")
+    parser.add_argument("--tables", nargs="*", choices=("mlp", "alexnet", "speedrun", "precision"))
     add_output_option(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -253,17 +254,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temp:
         folder = Path(temp)
         rounds, steps = options.rounds, options.steps
-        makers: list[Callable[[], Table]] = [
-            lambda: mlp_table(folder, rounds),
-            lambda: speedrun_table(folder),
-            lambda: alexnet_table(folder, rounds, steps),
-            lambda: precision_table(folder, rounds, steps),
-        ]
-        for make in makers:
-            publish([make()], options.out)
+        makers: dict[str, Callable[[], Table]] = {
+            "mlp": lambda: mlp_table(folder, rounds),
+            "alexnet": lambda: alexnet_table(folder, rounds, steps),
+            "speedrun": lambda: speedrun_table(folder),
+            "precision": lambda: precision_table(folder, rounds, steps),
+        }
+        for name in options.tables or makers:
+            publish([makers[name]()], options.out)
             torch.cuda.empty_cache()
-    name = torch.cuda.get_device_name()
-    print(f"{name}, torch {torch.__version__}; NCCL is not measured on one device.")
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}; NCCL is not measured on one device.")
 
 
 if __name__ == "__main__":
