@@ -1,6 +1,6 @@
 """Measure augmentations of whole batches against torchvision's, one image after the other.
 
-    python benchmarks/augment.py --device cuda
+    python -m benchmarks.augment --device cuda
 
 Both draw for each image. They alternate in this process for several rounds; the script prints
 images per second and the median ratio. Images are bytes, as in a cached dataset.
@@ -9,17 +9,18 @@ images per second and the median ratio. Images are bytes, as in a cached dataset
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 
-import pandas as pd
 import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
 from app.data import augment
+from benchmarks.overhead import Summary, summarize
+from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--rounds", "1", "--side", "32")
 Transform = Callable[[Tensor], Tensor]
 BILINEAR = v2.InterpolationMode.BILINEAR
 
@@ -54,16 +55,14 @@ def rate(transform: Transform, images: Tensor) -> float:
     return len(images) / (time.perf_counter() - start)
 
 
-def compare(ours: Transform, theirs: Transform, images: Tensor, rounds: int) -> list[float]:
-    """Return both median rates and the median ratio; the order alternates between rounds."""
+def compare(ours: Transform, theirs: Transform, images: Tensor, rounds: int) -> Summary:
+    """Return the rates and their ratios; the order alternates between rounds."""
     pairs = []
     for number in range(rounds + 1):  # the first round is a warm-up
         sides = (ours, theirs) if number % 2 else (theirs, ours)
         first, second = (rate(side, images) for side in sides)
         pairs.append((first, second) if number % 2 else (second, first))
-    ours_rates, their_rates = zip(*pairs[1:], strict=True)
-    ratio = statistics.median(a / b for a, b in pairs[1:])
-    return [statistics.median(ours_rates), statistics.median(their_rates), ratio]
+    return summarize([pair[0] for pair in pairs[1:]], [pair[1] for pair in pairs[1:]])
 
 
 def main() -> None:
@@ -72,15 +71,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--side", type=int, default=256, help="height and width of the images")
     parser.add_argument("--device", default="cpu")
+    add_output_option(parser)
     options = parser.parse_args()
     shape = (options.batch_size, 3, options.side, options.side)
     images = torch.randint(0, 256, shape, dtype=torch.uint8, device=options.device)
     rows = [
-        [name, *compare(ours, augment.PerImage(theirs), images, options.rounds)]
+        {
+            "augmentation": name,
+            **compare(ours, augment.PerImage(theirs), images, options.rounds),
+        }
         for name, (ours, theirs) in PAIRS.items()
     ]
-    table = pd.DataFrame(rows, columns=["augmentation", "ours", "torchvision", "ratio"])
-    print(table.to_string(index=False, float_format=lambda value: f"{value:,.2f}"))
+    title = f"Augmentations, {' x '.join(map(str, shape))}, images/s"
+    notes = [f"{options.device}, {torch.get_num_threads()} threads; theirs is torchvision's."]
+    publish([Table("augment", title, rows, notes)], options.out)
 
 
 if __name__ == "__main__":

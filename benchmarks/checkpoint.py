@@ -1,6 +1,6 @@
 """Measure the cost of saving a checkpoint as a share of the epoch time.
 
-    python benchmarks/checkpoint.py
+    python -m benchmarks.checkpoint
 
 The same training runs three times in each round: with a checkpoint after every epoch (written
 synchronously, then in the background) and with a single checkpoint at the end. The script prints
@@ -24,7 +24,9 @@ import torch
 
 from app.experiment.notebook import compose
 from app.training.checkpoint.rotation import CHECKPOINT_DIR, LAST_CHECKPOINT
+from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--rounds", "1")
 EPOCHS = 4
 MODELS = {"small": ("[128]", 60), "large": ("[4096,4096]", 20)}  # hidden sizes, steps per epoch
 BASELINE = "only at the end"
@@ -62,12 +64,11 @@ def time_training(hidden: str, steps: int, overrides: tuple[str, ...]) -> tuple[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    add_output_option(parser)
+    options = parser.parse_args()
+    rounds = options.rounds
     logging.disable()
-    threads = torch.get_num_threads()
-    print(f"{rounds} rounds, {EPOCHS} epochs each, {threads} threads")
-    print("| model | checkpoint | saving | s per epoch | cost of a save / epoch |")
-    print("| --- | --- | --- | --- | --- |")
+    rows = []
     for model, (hidden, steps) in MODELS.items():
         times: dict[str, list[float]] = {mode: [] for mode in SAVE_MODES}
         size = 0
@@ -82,8 +83,26 @@ def main() -> None:
                 (total - base) / (EPOCHS - 1) / (base / EPOCHS)
                 for total, base in zip(times[mode][1:], baseline, strict=True)
             ]
-            share = f"{statistics.median(costs):.1%}" if mode != BASELINE else ""
-            print(f"| {model} | {size / 1e6:.1f} MB | {mode} | {epoch:.3f} | {share} |", flush=True)
+            share = describe_shares(costs) if mode != BASELINE else ""
+            rows.append(
+                {
+                    "model": model,
+                    "checkpoint (MB)": size / 1e6,
+                    "saving": mode,
+                    "s per epoch": epoch,
+                    "cost of a save / epoch (quartiles)": share,
+                }
+            )
+    notes = [f"{rounds} rounds, {EPOCHS} epochs each, {torch.get_num_threads()} threads."]
+    publish([Table("checkpoint", "Saving a checkpoint", rows, notes)], options.out)
+
+
+def describe_shares(shares: list[float]) -> str:
+    """Return the median and the quartiles in per cent."""
+    if len(shares) < 2:
+        return f"{shares[0]:.1%}"
+    low, middle, high = statistics.quantiles(shares, method="inclusive")
+    return f"{middle:.1%} ({low:.1%} to {high:.1%})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Measure how fast folders of pictures become batches, against torchvision's usual pipeline.
 
-    python benchmarks/images.py
-    python benchmarks/images.py --images 200 --rounds 2
+    python -m benchmarks.images
+    python -m benchmarks.images --images 200 --rounds 2
 
 Theirs is `ImageFolder` with `RandomResizedCrop(224)`, a flip, `ToTensor` and `Normalize` in a
 `DataLoader`; ours is `data=image_folder` with the same augmentation and the same workers, without a
@@ -36,7 +36,9 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from app.experiment.notebook import Experiment, compose
+from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--images", "200", "--rounds", "1")
 Epoch = Callable[[int], Iterable[object]]
 THEIRS = "torchvision"
 CACHES = {"no cache": "null", "cache=memory": "memory", "cache=disk": "disk"}
@@ -123,7 +125,7 @@ def compare(sides: dict[str, Epoch], rounds: int) -> dict[str, list[Cost]]:
     return {name: values[1:] for name, values in costs.items()}
 
 
-def describe(costs: dict[str, list[Cost]], name: str, images: int) -> str:
+def describe(costs: dict[str, list[Cost]], name: str, images: int) -> dict[str, float | str]:
     """Return the rates of a side and of torchvision, and their ratios."""
     ours, theirs = costs[name], costs[THEIRS]
     pairs = list(zip(theirs, ours, strict=True))
@@ -131,10 +133,15 @@ def describe(costs: dict[str, list[Cost]], name: str, images: int) -> str:
     cpu = [1e3 * statistics.median(c.cpu for c in side) / images for side in (ours, theirs)]
     wall_ratio = median_and_quartiles([a.wall / b.wall for a, b in pairs])
     cpu_ratio = median_and_quartiles([a.cpu / max(b.cpu, 1e-3) for a, b in pairs])
-    return (
-        f"{name}: {rates[0]:.0f} images/s, torchvision {rates[1]:.0f}, ratio {wall_ratio}; "
-        f"CPU {cpu[0]:.2f} ms an image, torchvision {cpu[1]:.2f}, ratio {cpu_ratio}"
-    )
+    return {
+        "ours": name,
+        "images/s": rates[0],
+        "torchvision's": rates[1],
+        "ratio (quartiles)": wall_ratio,
+        "CPU ms an image": cpu[0],
+        "torchvision's ": cpu[1],
+        "ratio (quartiles) ": cpu_ratio,
+    }
 
 
 def median_and_quartiles(values: list[float]) -> str:
@@ -152,12 +159,12 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of torch here; by default one for each core")
+    add_output_option(parser)
     options = parser.parse_args()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     logging.disable()
     sizes = f"{options.images} images, {options.workers} workers, {torch.get_num_threads()} threads"
-    print(f"{sizes}, load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as temp, ExitStack() as stack:
         root = Path(temp, "pictures")
         draw_pictures(root / "train", options.images)
@@ -171,14 +178,17 @@ def main() -> None:
             sides[name] = experiment.loaders["train"].epoch
             build_seconds[name] = time.perf_counter() - start
         costs = compare(sides, options.rounds)
-        for name in CACHES:
-            extra = build_seconds[name] - build_seconds["no cache"]
-            built = f"; built in {extra:.1f} s" if name != "no cache" else ""
-            print(f"{describe(costs, name, options.images)}{built}")
-        files = (root.parent / "cache").glob("*.safetensors")
-        print(f"on disk: {sum(file.stat().st_size for file in files) / 1e6:.0f} MB of arrays")
-        pictures = sum(file.stat().st_size for file in root.rglob("*.jpg"))
-        print(f"pictures: {pictures / 1e6:.0f} MB; load {os.getloadavg()[0]:.1f}")
+        rows = [
+            {
+                **describe(costs, name, options.images),
+                "building the cache (s)": build_seconds[name] - build_seconds["no cache"],
+            }
+            for name in CACHES
+        ]
+        arrays = sum(path.stat().st_size for path in (root.parent / "cache").glob("*.safetensors"))
+        pictures = sum(path.stat().st_size for path in root.rglob("*.jpg"))
+        notes = [f"{sizes}; {pictures / 1e6:.0f} MB of JPEG, {arrays / 1e6:.0f} MB in the cache."]
+        publish([Table("images", "Folders of pictures", rows, notes)], options.out)
 
 
 if __name__ == "__main__":

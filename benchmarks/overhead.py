@@ -1,6 +1,6 @@
 """Measure the overhead over plain PyTorch and the gain of the data loading.
 
-    python benchmarks/overhead.py
+    python -m benchmarks.overhead
 
 Training is compared with a bare loop as tutorials write it (default optimizer), and with the best
 bare loop (fused optimizer), on the same data in memory. Each side is a process of its own; they
@@ -26,7 +26,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -47,7 +46,9 @@ from app.experiment.job import make_job
 from app.experiment.run import make_trainer
 from app.runtime.memory import keep_freed_memory
 from app.training.events import Callbacks
+from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--rounds", "1", "--models", "MLP")
 CPU = torch.device("cpu")
 MEAN, STD = 0.1307, 0.3081
 PROFILED_STEPS = 20
@@ -302,6 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", nargs="*", help="parts of the names of the models to measure")
+    add_output_option(parser)
     options = parser.parse_args()
     rounds, few_rounds = options.rounds, max(1, options.rounds // 3)
     rows: list[Summary] = []
@@ -312,7 +314,7 @@ def main() -> None:
                 rows += training_rows(folder / str(number), rounds, name)
         if options.models is None:
             rows += data_rows(folder, few_rounds)
-    print(pd.DataFrame(rows).fillna("").to_string(index=False, float_format="{:,.3f}".format))
+    publish([Table("overhead", "Overhead over a bare loop", rows)], options.out)
 
 
 def data_rows(folder: Path, rounds: int) -> list[Summary]:

@@ -1,6 +1,6 @@
 """Measure the speed-up and the overhead of training on several ranks.
 
-    python benchmarks/scaling.py
+    python -m benchmarks.scaling
 
 Every run uses the CPU with one thread per rank; runs on two ranks and on one rank alternate. The
 script prints the median over the rounds and the median of the per-round ratios, because absolute
@@ -46,7 +46,9 @@ from app.distributed.collectives import LazyAllReduceMax, is_distributed
 from app.distributed.launch.environment import ClusterEnvironment
 from app.distributed.launch.worker import process_group
 from app.training.step_values import StepBlock, StepValues, average
+from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--rounds", "1")
 Pair = tuple[float, float]  # with several ranks, without
 STEPS = 79  # batches of 128 in the 10,000 test images
 REPEATS = 20  # per round, for measurements of milliseconds
@@ -236,7 +238,9 @@ def milliseconds(action: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    rounds = parser.parse_args().rounds
+    add_output_option(parser)
+    options = parser.parse_args()
+    rounds = options.rounds
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         training = training_rates(folder, rounds)
@@ -255,8 +259,10 @@ def main() -> None:
         ["of which all_reduce (ms)", share, all_reduce, total, all_reduce / total],
         ["stop consensus, 79 steps (ms)", share, consensus, total, consensus / total],
     ]
-    table = pd.DataFrame(rows, columns=["benchmark", "baseline", "ours", "theirs", "ratio"])
-    print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
+    columns = ["benchmark", "baseline", "ours", "theirs", "ratio"]
+    values = [dict(zip(columns, row, strict=True)) for row in rows]
+    notes = [f"Medians of {rounds} rounds; the ratio is the median of those of the rounds."]
+    publish([Table("scaling", "Several ranks", values, notes)], options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure how long the program takes to start, against what it cannot do without.
 
-    python benchmarks/startup.py
+    python -m benchmarks.startup
 
 Two pairs of commands alternate for several rounds: `app --help` against the `--help` of a Hydra
 application that does nothing, and a whole run of one batch per stage against importing torch,
@@ -11,13 +11,18 @@ times on a shared machine say little. The last column has the targets.
 from __future__ import annotations
 
 import argparse
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from benchmarks.overhead import Summary, alternate, summarize
+from benchmarks.tables import Table, add_output_option, publish
+
+QUICK = ("--rounds", "1")
 BARE_HYDRA = """
 import hydra
 
@@ -40,18 +45,12 @@ def seconds(arguments: list[str], folder: Path) -> float:
     return time.perf_counter() - start
 
 
-def print_row(what: str, pairs: list[tuple[float, float]], target: float) -> None:
-    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
-    ratios = sorted(one / other for one, other in pairs)
-    spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-    ratio = statistics.median(ratios)
-    print(f"| {what} | {ours:.2f} | {theirs:.2f} | {ratio:.2f} | {spread} | {target} |", flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    add_output_option(parser)
+    options = parser.parse_args()
+    rows: list[Summary] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "bare.py").write_text(BARE_HYDRA)
@@ -65,11 +64,15 @@ def main() -> None:
             ),
             "a run of one batch per stage / imports": (ONE_BATCH_RUN, ["-c", IMPORTS], 1.3),
         }
-        print("| what | ours (s) | theirs (s) | ratio | from, to | target |")
-        print("| --- | --- | --- | --- | --- | --- |")
         for what, (ours, theirs, target) in comparisons.items():
-            pairs = [(seconds(ours, folder), seconds(theirs, folder)) for _ in range(rounds + 1)]
-            print_row(what, pairs[1:], target)  # the first round is a warm-up
+            sides: dict[str, Callable[[], float]] = {
+                "ours": partial(seconds, ours, folder),
+                "theirs": partial(seconds, theirs, folder),
+            }
+            times = alternate(options.rounds, sides)
+            summary = summarize(times["ours"], times["theirs"])
+            rows.append({"seconds of": what, **summary, "target": f"<= {target}"})
+    publish([Table("startup", "Starting", rows)], options.out)
 
 
 if __name__ == "__main__":

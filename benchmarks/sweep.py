@@ -1,6 +1,6 @@
 """Measure the time that the pool launcher saves and the overhead per job of a sweep.
 
-    python benchmarks/sweep.py
+    python -m benchmarks.sweep
 
 Eight short jobs (an MLP on MNIST with eight seeds) run in three ways: with the pool launcher on two
 slots, with Hydra's basic launcher, and as eight separate commands. The order rotates between
@@ -28,6 +28,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from benchmarks.overhead import summarize
+from benchmarks.tables import Table, add_output_option, publish
+
+QUICK = ("--rounds", "1", "--epochs", "1")
 SEEDS = range(8)
 SLOTS = 2
 OVERRIDES = ("model=mlp", "trainer.accelerator=cpu", "~callbacks.plots")
@@ -111,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
+    add_output_option(parser)
     args = parser.parse_args()
     rounds = pd.DataFrame([measure_round(args.epochs, number) for number in range(args.rounds)])
     comparisons = [
@@ -120,19 +125,15 @@ def main() -> None:
         ("overhead per job (s)", "pool overhead", "command overhead"),
     ]
     rows = [
-        [
-            name,
-            ours,
-            theirs,
-            *rounds[[ours, theirs]].median(),
-            (rounds[ours] / rounds[theirs]).median(),
-        ]
+        {
+            "benchmark": name,
+            "way": ours,
+            "baseline": theirs,
+            **summarize([*rounds[ours]], [*rounds[theirs]]),
+        }
         for name, ours, theirs in comparisons
     ]
-    table = pd.DataFrame(
-        rows, columns=["benchmark", "ours", "baseline", "ours ", "theirs", "ratio"]
-    )
-    print(table.to_string(index=False, float_format=lambda value: f"{value:,.3f}"))
+    publish([Table("sweep", f"{len(SEEDS)} jobs, {SLOTS} slots", rows)], args.out)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pandas as pd
+
+SKIPPED = 77  # exit code of a benchmark that cannot run here, as in automake
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,9 @@ def publish(tables: Sequence[Table], out: Path | None) -> None:
             out.mkdir(parents=True, exist_ok=True)
             (out / f"{table.name}.md").write_text(table.markdown(), encoding="utf-8")
             table.frame().to_csv(out / f"{table.name}.csv", index=False)
+
+
+def skip(reason: str) -> NoReturn:
+    """End a benchmark that cannot run on this machine."""
+    print(reason, file=sys.stderr)
+    raise SystemExit(SKIPPED)
