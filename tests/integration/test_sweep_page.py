@@ -15,7 +15,7 @@ import pytest
 from app.config.schema import MonitorConfig
 from app.sweep.report.page import render_page
 from app.sweep.report.plots import axis_scale, make_plots
-from app.sweep.report.table import Results
+from app.sweep.report.table import Curves, Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
 ACCURACY = MonitorConfig("accuracy", "max")
@@ -26,15 +26,12 @@ NO_SYNC_FLAGS = "--disable-component-update --disable-sync"
 Show = Callable[..., Any]
 
 
-def curves(*accuracies: float) -> pd.DataFrame:
+def curves(*accuracies: float) -> Curves:
     """Return the summary table of a run with these validation accuracies."""
-    return pd.DataFrame(
-        [
-            {"epoch": epoch, "stage": stage, "loss": 1 - value, "accuracy": value}
-            for epoch, value in enumerate(accuracies, start=1)
-            for stage in ("train", "valid")
-        ]
-    )
+    epochs = [float(epoch) for epoch in range(1, len(accuracies) + 1)]
+    losses = [1 - value for value in accuracies]
+    columns = {"epoch": epochs, "loss": losses, "accuracy": list(accuracies)}
+    return {"train": columns, "valid": columns}
 
 
 def run(job: int, status: str, best: float | None, **swept: object) -> dict[str, object]:
@@ -275,7 +272,6 @@ def test_page_hostile_texts_are_shown_but_not_run(show: Show) -> None:
     line["folder"] = "javascript:window.hacked=3"
     other = run(1, "completed", 0.8, **{HOSTILE: "b", "model": "cnn"})
     swept = results(line, other, keys=(HOSTILE, "model"))
-    swept.curves["javascript:window.hacked=3"]["loss"] = 1.0
     hostile = Results(HOSTILE, swept.table, swept.keys, [ACCURACY], swept.curves)
     figure = go.Figure(go.Bar(x=[HOSTILE, "b"], y=[1, 2], name=HOSTILE, showlegend=True))
     tab = show(hostile, **{HOSTILE: figure.to_json()})

@@ -13,17 +13,15 @@ from string import Template
 from typing import TypeAlias
 from urllib.parse import quote
 
-import pandas as pd
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from app.runtime.escaping import escape_control, escape_strings
 from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
-from app.sweep.report.table import Results
+from app.sweep.report.table import Curves, Results
 
 JsonValue: TypeAlias = str | int | float | bool | None
-Curves: TypeAlias = dict[str, dict[str, list[JsonValue]]]  # by stage, then by quantity
 
-NOT_DRAWN = {"stage", "loss_std", "total_samples", "total_correct"}
+NOT_DRAWN = {"loss_std", "total_samples", "total_correct"}
 
 
 def render_page(results: Results, figures: Mapping[str, str]) -> str:
@@ -65,7 +63,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
         "labels": run_labels(results),
         # Relative whatever the folder is called, even `javascript:...`.
         "links": [f"./{quote(PurePath(str(folder)).as_posix())}" for folder in folders],
-        "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
+        "curves": [_drawn_curves(results.curves.get(folder, {})) for folder in folders],
         "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
         "goals": [
             {
@@ -99,21 +97,17 @@ def _axis(values: list[object]) -> dict[str, object]:
     return {"scale": scale, "values": texts if scale == "category" else numbers}
 
 
-def _curves(history: pd.DataFrame) -> Curves:
-    if history.empty:
-        return {}
-    drawn = [name for name in history.select_dtypes("number") if name not in NOT_DRAWN]
+def _drawn_curves(curves: Curves) -> dict[str, dict[str, list[float | None]]]:
     return {
-        str(stage): {
-            str(name): [_round(value) for value in rows[name].tolist()]
-            for name in drawn
-            if rows[name].notna().any()
+        stage: {
+            name: list(map(_rounded, values))
+            for name, values in columns.items()
+            if name not in NOT_DRAWN and not all(map(math.isnan, values))
         }
-        for stage, rows in history.groupby("stage", sort=False)
+        for stage, columns in curves.items()
     }
 
 
-def _round(value: float) -> JsonValue:
+def _rounded(value: float) -> float | None:
     """Round to the digits that a curve can show, which keeps the page of many runs small."""
-    is_rounded = isinstance(value, float) and math.isfinite(value)
-    return float(f"{value:.6g}") if is_rounded else _json_value(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None
