@@ -10,31 +10,31 @@ import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from string import Template
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import quote
-
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from app.runtime.escaping import escape_control, escape_strings
 from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
 from app.sweep.report.table import Curves, Results
 
 JsonValue: TypeAlias = str | int | float | bool | None
+# What `plot.js` draws, or `axes` of parallel coordinates, or `bars` with values from 0 to 1.
+Figure: TypeAlias = dict[str, Any]
 
 NOT_DRAWN = {"loss_std", "total_samples", "total_correct"}
 
 
-def render_page(results: Results, figures: Mapping[str, str]) -> str:
+def render_page(results: Results, figures: Mapping[str, Figure]) -> str:
     """Return an HTML page that loads nothing from elsewhere.
 
     Args:
         results: Results of the sweep; its texts may contain anything, as they are never run.
-        figures: Plotly figures as JSON by heading, drawn at the end of the page.
+        figures: Figures by heading, drawn at the end of the page.
     """
-    scripts = {"plotly": get_plotlyjs(), "script": _read("page.js")}
+    script = f"{_read('plot.js')}\n{_read('page.js')}"
     return Template(_read("page.html")).substitute(
-        scripts,
-        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts.values()),
+        script=script,
+        hash=f"sha256-{_sha256(script)}",
         title=html.escape(escape_control(results.title)),
         style=_read("page.css"),
         content=_embeddable_json(escape_strings(_content(results, figures))),
@@ -54,7 +54,7 @@ def _embeddable_json(content: Mapping[str, object]) -> str:
     return json.dumps(content, allow_nan=False).replace("<", r"\u003c")
 
 
-def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
+def _content(results: Results, figures: Mapping[str, Figure]) -> dict[str, object]:
     table = results.table
     folders = table.reindex(columns=["folder"])["folder"]
     return {
@@ -74,10 +74,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
             }
             for goal in results.goals
         ],
-        "figures": {
-            heading: json.loads(figure, parse_constant=lambda _: None)
-            for heading, figure in figures.items()
-        },
+        "figures": dict(figures),
     }
 
 
