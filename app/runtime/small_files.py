@@ -12,13 +12,11 @@ import json
 import math
 import os
 import stat
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.runtime.errors import UserError, describe_read_error
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MAX_SMALL_FILE_BYTES = (
     16 * 2**20
@@ -64,13 +62,11 @@ def read_small_file(folder: Path, name: str, max_bytes: int = MAX_SMALL_FILE_BYT
     """
     path = folder / name
     try:
-        target = Path(os.path.realpath(path, strict=True))
-        if not target.is_relative_to(folder.resolve()):
-            raise UserError(f"{path} is a link out of the folder, to {target}")
+        target = _follow_links(folder, path)
         if special := describe_special_file(target):
             raise UserError(f"{path} is {special}; allowed: a regular file")
         with os.fdopen(os.open(target, OPEN_FLAGS), "rb") as file:
-            size, content = target.stat().st_size, file.read(max_bytes + 1)
+            size, content = os.fstat(file.fileno()).st_size, file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -81,6 +77,22 @@ def read_small_file(folder: Path, name: str, max_bytes: int = MAX_SMALL_FILE_BYT
         return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is damaged: it is not UTF-8 text") from error
+
+
+def _follow_links(folder: Path, path: Path) -> Path:
+    """Return the file that a path in a folder leads to.
+
+    Raises:
+        UserError: It is outside the folder.
+        OSError: It does not exist, or the links cannot be followed.
+    """
+    inside = takewhile(lambda part: part != folder, (path, *path.parents))
+    if not any(part.is_symlink() for part in inside):
+        return path  # without the many system calls of `realpath`
+    target = Path(os.path.realpath(path, strict=True))
+    if not target.is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link out of the folder, to {target}")
+    return target
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -145,42 +157,26 @@ def _json_children(node: Any) -> list[Any]:
     return node if isinstance(node, list) else []
 
 
-def read_csv(folder: Path, name: str) -> pd.DataFrame:
-    """Return the table in a CSV file of a folder, or an empty one if there is no such file.
+def read_csv(folder: Path, name: str) -> list[list[str]]:
+    """Return the rows of a CSV file of a folder, its header first; none if there is no such file.
 
     Raises:
         UserError: The file cannot be read, is too large or damaged.
     """
     text = read_small_file(folder, name) or ""
-    if not text.strip():
-        return _empty_table()
     try:
-        problem = _csv_problem(text)
-        if problem is None:
-            return _parse_table(text)
+        return _csv_rows(text)
     except (ValueError, csv.Error) as error:
-        problem = " ".join(str(error).split())
-    raise UserError(f"{folder / name} is damaged: {problem}")
+        raise UserError(f"{folder / name} is damaged: {error}") from error
 
 
-def _csv_problem(text: str) -> str | None:
-    """Return why a table is not parsed; pandas needs minutes for a row that is too long."""
+def _csv_rows(text: str) -> list[list[str]]:
     if text.count(",") + text.count("\n") > MAX_SMALL_FILE_VALUES:
-        return f"it contains more than {MAX_SMALL_FILE_VALUES:,} values"
-    widths = {len(row) for row in csv.reader(io.StringIO(text)) if row}
+        raise ValueError(f"it contains more than {MAX_SMALL_FILE_VALUES:,} values")
+    rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+    widths = {len(row) for row in rows}
     if len(widths) > 1:
-        return f"its rows have from {min(widths):,} to {max(widths):,} values"
-    is_wide = max(widths, default=0) > MAX_COLUMNS
-    return f"it has more than {MAX_COLUMNS:,} columns" if is_wide else None
-
-
-def _parse_table(text: str) -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.read_csv(io.StringIO(text))
-
-
-def _empty_table() -> pd.DataFrame:
-    import pandas as pd
-
-    return pd.DataFrame()
+        raise ValueError(f"its rows have from {min(widths):,} to {max(widths):,} values")
+    if max(widths, default=0) > MAX_COLUMNS:
+        raise ValueError(f"it has more than {MAX_COLUMNS:,} columns")
+    return rows

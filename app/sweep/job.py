@@ -12,6 +12,10 @@ from typing import Any
 from app.config.overrides import JobValues, parse_overrides
 
 MAX_NAME_LENGTH = 80  # without number and hash; file systems allow 255 bytes
+# Values that need no parser, which takes milliseconds.
+INTEGER = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+REAL = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]*)?([eE][+-]?[0-9]+)?")
+WORD = re.compile(r"(?!(true|false|null|nan|inf)$)[a-z_][a-z0-9_]*", re.IGNORECASE | re.ASCII)
 
 
 @dataclass
@@ -78,5 +82,8 @@ def _shorten_number(text: str) -> str:
 
 def parse_value(text: str) -> Any:
     """Parse a value of an override as Hydra does: `1e-3` is a number, `null` is None."""
+    for pattern, convert in ((INTEGER, int), (REAL, float), (WORD, str)):
+        if pattern.fullmatch(text):
+            return convert(text)
     (override,) = parse_overrides([f"value={text}"])
     return override.value()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from app.config.schema import MonitorConfig
 from app.config.types import READ_FIELDS, parse_content
@@ -14,15 +15,13 @@ from app.distributed.launch.worker import FILE_FORMAT
 from app.runtime.errors import UserError
 from app.runtime.small_files import read_csv, read_json
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED, DAMAGED = "diverged", "damaged"  # only the table of a report has `damaged`
 FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # nothing is left to do
-
+SUMMARY_TABLE = "summary_table.csv"
 
 Scalar = int | float | str | None
+Columns = dict[str, list[Any]]  # of a table, by name
 
 
 @dataclass(frozen=True)
@@ -85,24 +84,32 @@ def read_run_status(folder: Path) -> RunStatus:
     return RunStatus(found.status, value, found.error, content)
 
 
-def read_history(folder: Path) -> pd.DataFrame:
+def read_history(folder: Path) -> Columns:
     """Return the summary table of a run: one row per finished stage; only `stage` is text.
+
+    A value that is missing is NaN.
 
     Raises:
         UserError: `summary_table.csv` cannot be read or is damaged.
     """
-    import pandas as pd
+    names, *rows = read_csv(folder, SUMMARY_TABLE) or [["epoch", "stage"]]
+    texts = dict(zip(names, zip(*rows, strict=True) if rows else ((),) * len(names), strict=True))
+    for name in ("epoch", "stage"):
+        if name not in texts:
+            problem = f"is damaged: there is no column {name!r}"
+            raise UserError(f"{folder / SUMMARY_TABLE} {problem}")
+    return {
+        name: list(cells) if name == "stage" else _numbers(folder, name, cells)
+        for name, cells in texts.items()
+    }
 
-    table = read_csv(folder, "summary_table.csv")
-    if table.empty:
-        return pd.DataFrame(columns=["epoch", "stage"])
-    numeric = [name for name in table if pd.api.types.is_numeric_dtype(table[name])]
-    others = sorted({"epoch", "stage", *table.columns} - {*numeric, "stage"})
-    if others or "stage" not in table:
-        column = others[0] if others else "stage"
-        problem = "there is no" if column not in table else "there is text in the"
-        raise UserError(f"{folder / 'summary_table.csv'} is damaged: {problem} column {column!r}")
-    return table
+
+def _numbers(folder: Path, name: str, cells: Sequence[str]) -> list[float]:
+    try:
+        return [float(cell or "nan") for cell in cells]
+    except ValueError as error:
+        problem = f"is damaged: there is text in the column {name!r}"
+        raise UserError(f"{folder / SUMMARY_TABLE} {problem}") from error
 
 
 def record_failure(folder: Path, failure: RankFailure, write_log: bool = True) -> None:

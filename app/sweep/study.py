@@ -186,5 +186,5 @@ def objective_values(folder: Path, outcome: RunStatus, objectives: Objectives) -
 
 def history_rows(folder: Path) -> list[Row]:
     """Return the rows of the summary table of a run; none if it has no table yet."""
-    rows: Any = read_history(folder).to_dict("records")
-    return list(rows)
+    columns = read_history(folder)
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

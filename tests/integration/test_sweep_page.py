@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 import pytest
 
 from app.config.schema import MonitorConfig
-from app.sweep.report.page import render_page
+from app.sweep.report.page import Figure, render_page
 from app.sweep.report.plots import axis_scale, make_plots
-from app.sweep.report.table import Results
+from app.sweep.report.table import Curves, Results
 
 HOSTILE = '</script><img src=x onerror="window.hacked=1"><script>window.hacked=2</script>\'&amp;'
 ACCURACY = MonitorConfig("accuracy", "max")
@@ -26,15 +25,12 @@ NO_SYNC_FLAGS = "--disable-component-update --disable-sync"
 Show = Callable[..., Any]
 
 
-def curves(*accuracies: float) -> pd.DataFrame:
+def curves(*accuracies: float) -> Curves:
     """Return the summary table of a run with these validation accuracies."""
-    return pd.DataFrame(
-        [
-            {"epoch": epoch, "stage": stage, "loss": 1 - value, "accuracy": value}
-            for epoch, value in enumerate(accuracies, start=1)
-            for stage in ("train", "valid")
-        ]
-    )
+    epochs = [float(epoch) for epoch in range(1, len(accuracies) + 1)]
+    losses = [1 - value for value in accuracies]
+    columns = {"epoch": epochs, "loss": losses, "accuracy": list(accuracies)}
+    return {"train": columns, "valid": columns}
 
 
 def run(job: int, status: str, best: float | None, **swept: object) -> dict[str, object]:
@@ -87,7 +83,7 @@ def show(chromium: Any, tmp_path: Path) -> Iterator[Show]:
     tab.on("console", lambda message: messages.append(message.text))
     tab.on("pageerror", lambda error: messages.append(str(error)))
 
-    def show_page(results: Results, **figures: str) -> Any:
+    def show_page(results: Results, **figures: Figure) -> Any:
         file.write_text(render_page(results, figures), encoding="utf-8")
         tab.goto(file.as_uri())
         return tab
@@ -113,9 +109,30 @@ def header(tab: Any, name: str) -> Any:
 
 def visible(tab: Any) -> list[str]:
     """Return the names of the runs with visible curves, in drawing order."""
-    script = "node => node.data.filter(each => each.visible).map(each => each.name.split(',')[0])"
+    script = "node => node.plot.series.map(each => each.label.split(',')[0])"
     names: list[str] = tab.locator("#curves").evaluate(script)
     return names
+
+
+def values(tab: Any, plot: str, axis: str) -> list[Any]:
+    """Return the values on an axis of all points of a plot, series by series."""
+    script = f"node => node.plot.series.flatMap(each => each.{axis})"
+    found: list[Any] = tab.locator(plot).evaluate(script)
+    return found
+
+
+def hover(tab: Any, symbols: Any) -> str:
+    """Move the mouse to the first of the symbols of a series, and return the hover text."""
+    x, y = symbols.evaluate(
+        """(path) => {
+          path.scrollIntoView({ block: "center" });
+          const { x, y } = path.getPointAtLength(0).matrixTransform(path.getScreenCTM());
+          return [x, y];
+        }"""
+    )
+    tab.mouse.move(x, y)
+    text: str = tab.locator(".hover:not([hidden])").inner_text()
+    return text
 
 
 def test_page_goal_max_highest_run_is_first(show: Show) -> None:
@@ -169,8 +186,8 @@ def test_page_filter_hides_rows_and_points(show: Show) -> None:
         tab.locator("#filter").fill(words)
         assert column(tab, "job") == jobs
         assert tab.locator("#shown").inner_text() == f"{len(jobs)} of 4"
-        points = tab.locator("#scatter").evaluate("node => node.hidden ? 0 : node.data[0].y.length")
-        assert points == len([job for job in jobs if job != "1"])
+        best = values(tab, "#scatter", "y") if tab.locator("#scatter").is_visible() else []
+        assert len(best) == len([job for job in jobs if job != "1"])
 
 
 def test_page_checkbox_toggles_curve_of_run(show: Show) -> None:
@@ -203,56 +220,87 @@ def test_page_many_runs_draws_ten_best_first(show: Show) -> None:
 def test_page_select_quantity_redraws_curves(show: Show) -> None:
     tab = show(SWEEP)
     assert tab.locator("#quantity").input_value() == "valid/accuracy"
-    assert tab.locator("#curves .ytitle").text_content() == "valid/accuracy"
+    assert tab.locator("#curves .title.y").text_content() == "valid/accuracy"
     options = tab.locator("#quantity option").all_inner_texts()
     assert options == ["train/loss", "train/accuracy", "valid/loss", "valid/accuracy"]
     tab.locator("#quantity").select_option("train/loss")
-    assert tab.locator("#curves .ytitle").text_content() == "train/loss"
-    last = tab.locator("#curves").evaluate("node => node.data.at(-1).y")
+    assert tab.locator("#curves .title.y").text_content() == "train/loss"
+    last = tab.locator("#curves").evaluate("node => node.plot.series.at(-1).y")
     assert last == pytest.approx([0.51, 0.02], abs=1e-6)  # six digits
 
 
 def test_page_epoch_axis_has_integer_ticks(show: Show) -> None:
     tab = show(SWEEP)
-    assert tab.locator("#curves .xtick text").all_text_contents() == ["1", "2"]
+    assert tab.locator("#curves .tick.x").all_text_contents() == ["1", "2"]
 
 
 def test_page_hover_shows_run_and_value(show: Show) -> None:
     tab = show(SWEEP)
-    tab.locator("#curves .points path").last.hover(force=True)
-    text = tab.locator("#curves .hoverlayer").text_content()
-    assert "job=2, optimizer.lr=0.1, model=cnn" in text
-    assert "0.98" in text
+    assert hover(tab, tab.locator("#curves .circle").last).split("\n") == [
+        "job=2, optimizer.lr=0.1, model=cnn", "epoch: 1", "valid/accuracy: 0.49",
+    ]  # fmt: skip
+    best = hover(tab, tab.locator("#scatter .star"))
+    assert best == "job=2, optimizer.lr=0.1, model=cnn\noptimizer.lr: 0.1\nbest accuracy: 0.98"
+    tab.mouse.move(1, 1)
+    assert not tab.locator(".hover:not([hidden])").is_visible()
+
+
+def test_page_drag_zooms_and_double_click_shows_everything(show: Show) -> None:
+    tab = show(SWEEP)
+    tab.locator("#curves").scroll_into_view_if_needed()
+    box = tab.locator("#curves svg svg").bounding_box()
+    center = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    tab.mouse.move(*center)
+    tab.mouse.down()
+    tab.mouse.move(center[0] + 90, center[1] + 90)
+    tab.mouse.up()
+    ticks = tab.locator("#curves .tick.y").all_text_contents()
+    assert all(0.35 < float(tick) < 0.7 for tick in ticks)
+    assert tab.locator("#curves .tick.x").all_text_contents() == []
+    tab.locator("#none").click()
+    assert tab.locator("#curves .tick.y").all_text_contents() == ticks  # another selection
+    tab.locator("#all").click()
+    tab.mouse.dblclick(*center)
+    assert tab.locator("#curves .tick.x").all_text_contents() == ["1", "2"]
 
 
 def test_page_key_axes_match_scales_of_values(show: Show) -> None:
     tab = show(SWEEP)
-    axis = "node => [node.layout.xaxis.type, node.data[0].x]"
-    assert tab.locator("#scatter").evaluate(axis) == ["log", [0.001, 0.1, 0.01]]
+    scale = "node => node.plot.x.scale"
+    assert tab.locator("#scatter").evaluate(scale) == "log"
+    assert values(tab, "#scatter", "x") == [0.001, 0.01, 0.1]  # not completed, best
+    assert tab.locator("#scatter .tick.x").all_text_contents() == ["0.001", "0.1", "0.01"]
     tab.locator("#key").select_option("model")
-    assert tab.locator("#scatter").evaluate(axis) == ["category", ["mlp", "cnn", "cnn"]]
+    assert tab.locator("#scatter").evaluate(scale) == "category"
+    assert values(tab, "#scatter", "x") == ["mlp", "cnn", "cnn"]
+    assert tab.locator("#scatter .tick.x").all_text_contents() == ["mlp", "cnn"]
     # Worst run first; heights on the axes of the keys and the metric, from 0 to 1.
-    lines = tab.locator("#parallel").evaluate("node => node.data.map(each => each.y)")
+    lines = tab.locator("#parallel").evaluate("node => node.plot.series.map(each => each.y)")
     assert lines == [
         [pytest.approx(0.5), 1, 0],
         [0, 0, pytest.approx(0.2 / 0.28)],
         [1, 1, 1],
     ]
-    colors = tab.locator("#parallel").evaluate("node => node.data.map(each => each.line.color)")
-    assert len(set(colors)) == 3
-    marks = tab.locator("#parallel").evaluate("node => node.layout.annotations")
-    texts = [[mark["text"] for mark in marks if mark["x"] == axis] for axis in range(3)]
+    stroke = "lines => lines.map(line => getComputedStyle(line).stroke)"
+    assert len(set(tab.locator("#parallel .line").evaluate_all(stroke))) == 3
+    marks = tab.locator("#parallel").evaluate("node => node.plot.marks")
+    names = tab.locator("#parallel .tick.x").all_text_contents()
+    assert names == ["optimizer.lr", "model", "best accuracy"]
+    texts = [[mark["text"] for mark in marks if mark["x"] == name] for name in names]
     assert texts[:2] == [["0.001", "0.1", "0.01"], ["mlp", "cnn"]]
     assert [texts[2][0], texts[2][-1]] == ["0.7000", "0.9800"]
 
 
 def test_page_dark_mode_changes_plot_colors(show: Show) -> None:
     tab = show(SWEEP)
-    paper = "node => node._fullLayout.paper_bgcolor"
-    light = tab.locator("#curves").evaluate(paper)
-    tab.emulate_media(color_scheme="dark")
-    assert tab.locator("#curves").evaluate(paper) != light
-    assert tab.locator("#parallel").evaluate(paper) != light
+    shown = {"#curves .tick >> nth=0": "fill", "#parallel .line >> nth=0": "stroke"}
+    colors = [
+        tab.locator(part).evaluate(f"node => getComputedStyle(node).{kind}")
+        for scheme in ("light", "dark")
+        for part, kind in shown.items()
+        if tab.emulate_media(color_scheme=scheme) is None
+    ]
+    assert len(set(colors)) == 4
 
 
 def test_page_narrow_window_has_no_horizontal_scroll(show: Show) -> None:
@@ -275,15 +323,16 @@ def test_page_hostile_texts_are_shown_but_not_run(show: Show) -> None:
     line["folder"] = "javascript:window.hacked=3"
     other = run(1, "completed", 0.8, **{HOSTILE: "b", "model": "cnn"})
     swept = results(line, other, keys=(HOSTILE, "model"))
-    swept.curves["javascript:window.hacked=3"]["loss"] = 1.0
+    swept.curves["javascript:window.hacked=3"][HOSTILE] = curves(0.5)["valid"]
     hostile = Results(HOSTILE, swept.table, swept.keys, [ACCURACY], swept.curves)
-    figure = go.Figure(go.Bar(x=[HOSTILE, "b"], y=[1, 2], name=HOSTILE, showlegend=True))
-    tab = show(hostile, **{HOSTILE: figure.to_json()})
+    figure = {"bars": [[HOSTILE, 0.5]]}
+    tab = show(hostile, **{HOSTILE: figure})
     for link in tab.locator("main a, header a").all():
         assert link.evaluate("node => node.protocol") == "file:"
     tab.locator("#key").select_option("model")
     tab.locator("#filter").fill("<img")
-    tab.locator("#curves .points path").last.hover(force=True)
+    label = f"job=0, {HOSTILE}={HOSTILE}, model=mlp"
+    assert hover(tab, tab.locator("#curves .circle").last).startswith(label)
     tab.wait_for_timeout(300)
     assert tab.evaluate("window.hacked") is None
     assert tab.locator("img").count() == 0
@@ -291,10 +340,10 @@ def test_page_hostile_texts_are_shown_but_not_run(show: Show) -> None:
     assert tab.locator("h1").inner_text() == HOSTILE
     assert tab.locator("#figures h3").inner_text() == HOSTILE
     assert column(tab, "error") == [HOSTILE]
-    # Plotly interprets a few tags, so check that the texts are shown as written.
-    assert f"job=0, {HOSTILE}"[:44] in tab.locator("#curves .legend").text_content()
-    assert f"job=0, {HOSTILE}={HOSTILE}" in tab.locator("#curves .hoverlayer").text_content()
-    assert HOSTILE[:44] in tab.locator("#parallel").text_content()
+    assert label in tab.locator("#curves .legend").text_content()
+    assert HOSTILE in tab.locator("#figures .bars").text_content()
+    assert HOSTILE[:10] in tab.locator("#parallel").text_content()
+    assert f"{HOSTILE}/loss" in tab.locator("#quantity option").all_inner_texts()
 
 
 def test_page_content_security_policy_blocks_scripts_and_requests(
@@ -327,12 +376,12 @@ def test_page_nan_and_infinity_are_missing_values(show: Show) -> None:
     lines = [run(0, "completed", math.inf, **keys), run(1, "failed", math.nan, **keys)]
     swept = results(*lines, run(2, "completed", 0.5, **{"optimizer.lr": 0.1, "model": "mlp"}))
     swept.curves["runs/0"] = curves(0.1, math.nan, -math.inf)
-    tab = show(swept, broken='{"data": [{"y": [1, NaN, Infinity]}], "layout": {}}')
+    tab = show(swept)
     assert column(tab, "job")[0] == "2"
     assert column(tab, "best_accuracy") == ["0.5000", "", ""]
-    ys = tab.locator("#curves").evaluate("node => node.data.map(each => each.y)")
+    tab.locator("#all").click()
+    ys = tab.locator("#curves").evaluate("node => node.plot.series.map(each => each.y)")
     assert [0.1, None, None] in ys
-    assert tab.locator("#figure-0").evaluate("node => node.data[0].y") == [1, None, None]
 
 
 @pytest.mark.parametrize("table", [pd.DataFrame(), SWEEP.table.iloc[:0]])
@@ -341,7 +390,7 @@ def test_page_empty_sweep_shows_notes(show: Show, table: pd.DataFrame) -> None:
     assert tab.locator("#table-note").is_visible()
     assert tab.locator("#curves-note").is_visible()
     assert tab.locator("#keys-note").is_visible()
-    assert tab.locator(".js-plotly-plot").count() == 0
+    assert tab.locator(".plot svg").count() == 0
 
 
 def test_page_runs_without_value_shows_notes(show: Show) -> None:
@@ -355,7 +404,7 @@ def test_page_single_run_is_drawn(show: Show) -> None:
     tab = show(results(run(0, "running", 0.9, **{"optimizer.lr": 0.1, "model": "mlp"})))
     assert tab.locator("#counts").inner_text().startswith("1 run\n")
     assert visible(tab) == ["job=0"]
-    assert tab.locator("#scatter .points path").count() == 1
+    assert tab.locator("#scatter .star").count() == 1
     assert not tab.locator("#keys-note").is_visible()
 
 
@@ -365,7 +414,7 @@ def test_page_several_goals_can_be_selected(show: Show) -> None:
     tab = show(Results("two goals", table, SWEEP.keys, goals, SWEEP.curves))
     assert "job=10," in tab.locator("#best .card").nth(1).inner_text()
     tab.locator("#goal").select_option("train/loss")
-    assert tab.locator("#scatter").evaluate("node => node.data[0].y") == [0.3, 0.2, 0.1]
+    assert sorted(values(tab, "#scatter", "y")) == [0.1, 0.2, 0.3]
 
 
 def test_page_without_goal_still_has_table(show: Show) -> None:
@@ -375,10 +424,30 @@ def test_page_without_goal_still_has_table(show: Show) -> None:
 
 
 def test_page_given_figures_are_drawn(show: Show) -> None:
-    figure = go.Figure(go.Scatter(x=[0, 1, 2], y=[0.1, 0.5, 0.7], mode="markers"))
-    tab = show(SWEEP, history=figure.to_json())
-    assert tab.locator("#figures h3").all_inner_texts() == ["history"]
-    assert tab.locator("#figures .points path").count() == 3
+    axes = {"x": {"scale": "linear"}, "y": {"scale": "log"}}
+    dots = {
+        "x": [0, 1, 2],
+        "y": [0.1, 0.5, 0.7],
+        "color": "red",
+        "size": 8,
+        "labels": ["a", "b", "c"],
+    }
+    coordinates = {
+        "axes": [{"label": name, "scale": "linear", "values": [1, 2]} for name in ("lr", "loss")],
+        "labels": ["one", "two"],
+        "mode": "min",
+    }
+    figures = {
+        "points": {**axes, "series": [dots]},
+        "lines": coordinates,
+        "bars": {"bars": [["lr", 0.9]]},
+    }
+    tab = show(SWEEP, **figures)
+    assert tab.locator("#figures h3").all_inner_texts() == ["points", "lines", "bars"]
+    assert tab.locator("#figures .circle").count() == 3
+    assert tab.locator("#figures meter").evaluate("node => node.value") == 0.9
+    labels = "node => node.plot.series.map(each => each.label)"
+    assert tab.locator("#figures .plot").nth(1).evaluate(labels) == ["two", "one"]
 
 
 SEEDS = results(

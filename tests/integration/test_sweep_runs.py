@@ -66,7 +66,7 @@ def test_sweep_by_config_averages_seeds(swept: Path) -> None:
 
 
 def test_sweep_writes_page_plots_and_log(swept: Path) -> None:
-    assert (swept / "sweep.html").stat().st_size > 1_000_000  # it contains Plotly
+    assert "<script>" in (swept / "sweep.html").read_text()
     names = {path.name for path in (swept / "plots").iterdir()}
     assert names == {"curves.png", "by_optimizer.lr.png", "by_seed.png"}
     log = (swept / "sweep.log").read_text()

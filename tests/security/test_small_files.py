@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 
 from app.cli.report import report
-from app.config.yaml_files import read_yaml
+from app.config.yaml_files import read_similar_yaml, read_yaml
 from app.runtime.errors import UserError
 from app.runtime.files import write_text
 from app.runtime.lock import refuse_special_files
@@ -67,6 +67,7 @@ READERS: list[Callable[[Path, str], Any]] = [
     read_json,
     lambda folder, name: read_yaml(folder, name, dict),
     lambda folder, name: read_yaml(folder, name, list),
+    read_similar_yaml,
     read_csv,
 ]
 
@@ -156,8 +157,8 @@ def test_readers_of_damaged_text_fail_with_one_line(kind: str, tmp_path: Path) -
 def test_readers_of_empty_or_missing_file_return_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     assert read_yaml(tmp_path, "empty", dict) == read_yaml(tmp_path, "missing", dict) == {}
-    assert read_csv(tmp_path, "empty").empty
-    assert read_csv(tmp_path, "missing").empty
+    assert read_csv(tmp_path, "empty") == read_csv(tmp_path, "missing") == []
+    assert read_similar_yaml(tmp_path, "empty") == read_similar_yaml(tmp_path, "missing") == {}
     assert read_json(tmp_path, "missing/file") == {}
     with pytest.raises(UserError, match="is damaged: it is not JSON"):
         read_json(tmp_path, "empty")
@@ -253,7 +254,7 @@ def test_sweep_folder_wrong_type_is_named(
         ("a,b\n1,1,1\n", "its rows have from 2 to 3 values"),
         (",".join(["a"] * 2_001), "it has more than 2,000 columns"),
         ("a\n" * 600_000, "it contains more than 500,000 values"),
-        ('epoch,stage\n1,"train\n', "EOF inside string"),
+        ('epoch,stage\n1,"train\n', "unexpected end of data"),
     ],
 )
 def test_read_history_damaged_table_is_described(text: str, message: str, tmp_path: Path) -> None:

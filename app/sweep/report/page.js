@@ -1,7 +1,5 @@
-"use strict";
-
 // Names, values and errors come from users, so they reach the page as text only: through
-// `textContent`, `title` and `escapeTags` below, never as HTML.
+// `textContent` and `title`, never as HTML.
 
 const content = JSON.parse(element("content").textContent);
 const { columns, keys, goals, figures } = content;
@@ -13,6 +11,7 @@ const COLORS = [
 const POSITIONS = ["epoch", "step"]; // columns that are no quantities
 const MAX_LABELED = 10; // curves to draw at first, legend entries, and ticks of swept values
 
+const columnIndex = new Map(columns.map((column, index) => [column, index]));
 const goal = goals[0];
 const runs = content.rows.map((cells, index) => ({
   cells,
@@ -36,11 +35,6 @@ setUpControls();
 selectBest();
 drawKeys();
 drawFigures();
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
-  drawCurves();
-  drawKeys();
-  drawFigures();
-});
 
 function element(id) {
   return document.getElementById(id);
@@ -142,7 +136,7 @@ function buildCell(run, column, numeric) {
 }
 
 function cell(run, column) {
-  return run.cells[columns.indexOf(column)] ?? null;
+  return run.cells[columnIndex.get(column)] ?? null;
 }
 
 function formatValue(value, column) {
@@ -253,8 +247,9 @@ function selectBest() {
 }
 
 function selectRuns(selection) {
+  const chosen = new Set(selection);
   for (const run of runs) {
-    run.selected = selection.includes(run) && !run.box.disabled;
+    run.selected = chosen.has(run) && !run.box.disabled;
     run.box.checked = run.selected;
   }
   drawCurves();
@@ -264,35 +259,28 @@ function drawCurves() {
   const quantity = element("quantity").value;
   const stage = quantity.split("/", 1)[0];
   const name = quantity.slice(stage.length + 1);
-  const type = element("log").checked ? "log" : "linear";
+  const scale = element("log").checked ? "log" : "linear";
   const best = goal && bestRun(goal);
-  // The best run is drawn last, so that it is on top.
-  const drawn = ranked.filter((run) => run.curves[stage]?.[name]).reverse();
+  const drawable = ranked.filter((run) => run.curves[stage]?.[name]);
   // Runs that validate within epochs are drawn over optimizer steps.
-  const position = drawn.some((run) => run.curves[stage].step) ? "step" : "epoch";
-  const traces = drawn.map((run) => ({
-    type: "scatter",
-    mode: run.curves[stage].epoch.length > 40 ? "lines" : "lines+markers",
+  const position = drawable.some((run) => run.curves[stage].step) ? "step" : "epoch";
+  // The best run is drawn last, so that it is on top.
+  const series = drawable.filter((run) => run.selected).reverse().map((run) => ({
     x: run.curves[stage][position] ?? [],
     y: run.curves[stage][name],
-    name: shorten(run.label),
-    meta: escapeTags(run.label),
-    hovertemplate: `%{meta}<br>${position} %{x}: %{y:.5~g}<extra></extra>`,
-    line: { color: run.color, width: run === best ? 3.5 : 1.5 },
-    marker: { color: run.color, size: run === best ? 7 : 5 },
-    visible: run.selected,
+    label: run.label,
+    color: run.color,
+    width: run === best ? 3.5 : 1.5,
+    size: run.curves[stage].epoch.length > 40 ? 0 : run === best ? 7 : 5,
   }));
-  const visible = traces.filter((trace) => trace.visible);
-  const hasLegend = visible.length <= MAX_LABELED && window.innerWidth > 900;
-  element("curves-note").hidden = traces.length > 0;
-  const last = Math.max(0, ...traces.map((trace) => trace.x.at(-1) ?? 0));
-  const ticks = last <= 20 ? { dtick: 1 } : {}; // no ticks between epochs
-  drawPlot("curves", traces.length > 0, traces, {
-    xaxis: { title: { text: position }, tickformat: "d", ...ticks },
-    yaxis: { title: { text: escapeTags(quantity) }, type },
-    showlegend: hasLegend,
-    legend: { traceorder: "reversed", itemclick: false, itemdoubleclick: false },
-    uirevision: `${type} ${quantity}`, // keeps the zoom when runs are selected
+  element("curves-note").hidden = drawable.length > 0;
+  element("zoom-note").hidden = drawable.length === 0;
+  showPlot("curves", drawable.length > 0, {
+    x: { title: position, scale: "linear", integer: true },
+    y: { title: quantity, scale },
+    series,
+    legend: series.length <= MAX_LABELED,
+    zoomKey: `${scale} ${quantity}`, // keeps the zoom when runs are selected
   });
 }
 
@@ -302,195 +290,131 @@ function drawKeys() {
   const drawable = shown.length > 0 && Object.keys(keys).length > 0;
   element("keys-note").hidden = drawable;
   element("scatter-note").hidden = element("parallel-note").hidden = !drawable;
-  drawPlot("scatter", drawable, ...(drawable ? scatterPlot(shown, selected) : []));
-  drawPlot("parallel", drawable, ...(drawable ? parallelPlot(shown, selected) : []));
+  showPlot("scatter", drawable, drawable && scatterPlot(shown, selected));
+  showPlot("parallel", drawable, drawable && runsPlot(shown, selected));
 }
 
 function scatterPlot(shown, { metric, column, mode }) {
   const key = element("key").value;
   const { scale, values } = keys[key];
   const best = bestRun({ column, mode });
-  const suffix = (run) => (cell(run, "status") === "completed" ? "" : "-open");
-  const symbol = (run) => (run === best ? "star" : "circle") + suffix(run);
-  const trace = {
-    type: "scatter",
-    mode: "markers",
-    x: shown.map((run) => escapeTags(values[run.index])),
-    y: shown.map((run) => cell(run, column)),
-    text: shown.map((run) => escapeTags(run.label)),
-    hovertemplate: "%{text}<br>%{y:.5~g}<extra></extra>",
-    marker: {
-      color: cssColor("--accent"),
-      opacity: 0.75,
-      size: shown.map((run) => (run === best ? 16 : 9)),
-      symbol: shown.map(symbol),
-      line: { color: cssColor("--panel"), width: 1 },
-    },
+  const color = "var(--accent)";
+  const points = (chosen) => ({
+    x: chosen.map((run) => values[run.index]),
+    y: chosen.map((run) => cell(run, column)),
+    labels: chosen.map((run) => run.label),
+    color,
+    opacity: 0.75,
+  });
+  const isCompleted = (run) => cell(run, "status") === "completed";
+  const others = shown.filter((run) => run !== best);
+  return {
+    x: { title: key, scale, ticks: fewValues(shown.map((run) => values[run.index])) },
+    y: { title: `best ${metric}`, scale: "linear" },
+    series: [
+      { ...points(others.filter(isCompleted)), size: 9 },
+      { ...points(others.filter((run) => !isCompleted(run))), size: 9, symbol: "open" },
+      { ...points(shown.filter((run) => run === best)), size: 20, symbol: "star" },
+    ],
+    zoomKey: `${key} ${metric}`,
   };
-  const tickValues = ticks(keys[key], shown);
-  const xaxis = {
-    title: { text: escapeTags(key) },
-    type: scale,
-    tickvals: tickValues?.map(escapeTags),
-    ticktext: tickValues?.map((value) => shorten(formatValue(value, key))),
-  };
-  return [[trace], { xaxis, yaxis: { title: { text: escapeTags(`best ${metric}`) } } }];
 }
 
-// Parallel coordinates as plain lines: Plotly's own need WebGL, and have no hover text for a run.
-function parallelPlot(shown, { metric, column, mode }) {
-  const best = bestRun({ column, mode });
-  const axes = Object.entries(keys).map(([key, axis]) => keyAxis(key, axis, shown));
-  const values = shown.map((run) => cell(run, column));
-  const valueOf = (run) => cell(run, column);
-  axes.push(parallelAxis(`best ${metric}`, valueOf, (value) => value, values, evenTicks(values)));
-  const order = sortRuns(shown, column, mode === "min"); // the best run last, on top
-  const traces = order.map((run, rank) => ({
-    type: "scatter",
-    mode: "lines+markers",
-    x: axes.map((_, index) => index),
-    y: axes.map((axis) => axis.height(run)),
-    meta: escapeTags(`${run.label}, ${metric}=${formatValue(cell(run, column), column)}`),
-    hovertemplate: "%{meta}<extra></extra>",
-    line: {
-      color: cssColor(["--worst", "--middle", "--best"][Math.floor((3 * rank) / order.length)]),
-      width: run === best ? 4 : 1.5,
-    },
-    marker: { size: 4 },
+function runsPlot(shown, { metric, column, mode }) {
+  const axes = Object.entries(keys).map(([label, { scale, values }]) => (
+    { label, scale, values: shown.map((run) => values[run.index]) }));
+  const measured = shown.map((run) => cell(run, column));
+  axes.push({ label: `best ${metric}`, scale: "linear", values: measured });
+  const labels = shown.map((run, index) => (
+    `${run.label}, ${metric}=${formatValue(measured[index], column)}`));
+  return parallelPlot({ axes, labels, mode });
+}
+
+// Parallel coordinates: a line per run over axes of different scales; the last is what is compared.
+function parallelPlot({ axes, labels, mode }) {
+  const names = axes.map(({ label }) => label);
+  const heights = axes.map((axis, index) => axisHeights(axis, index === axes.length - 1));
+  const sign = mode === "max" ? 1 : -1;
+  const { values } = axes.at(-1);
+  const order = labels.map((_, index) => index).sort((a, b) => sign * (values[a] - values[b]));
+  const series = order.map((line, rank) => ({
+    x: names,
+    y: heights.map(({ height }, axis) => height(axes[axis].values[line])),
+    label: labels[line],
+    color: ["var(--worst)", "var(--middle)", "var(--best)"][Math.floor((3 * rank) / order.length)],
+    width: rank === order.length - 1 ? 4 : 1.5,
+    size: 4,
     opacity: 0.8,
   }));
-  return [traces, parallelLayout(axes)];
+  const marks = heights.flatMap(({ ticks }, index) => ticks.map((tick) => (
+    { ...tick, x: names[index], anchor: index === names.length - 1 ? "start" : "end" })));
+  return {
+    x: { scale: "category", ticks: names, top: true, range: [-0.5, names.length - 0.5] },
+    y: { scale: "linear", hidden: true, range: [-0.05, 1.05] },
+    series,
+    marks,
+    hover: "label",
+    zoomKey: names.join(" "),
+  };
 }
 
-function keyAxis(key, axis, shown) {
-  const values = distinctValues(axis, shown);
+// The height of a value on an axis, from 0 to 1, and the ticks of the axis: its values if they were
+// chosen, and are few.
+function axisHeights({ label, scale, values }, isMeasured) {
+  const present = distinct(values);
   const toNumber = {
-    category: (value) => values.indexOf(value),
+    category: (value) => present.indexOf(value),
     log: (value) => Math.log10(value),
     linear: (value) => value,
-  }[axis.scale];
-  const tickValues = axis.scale === "category" ? values : ticks(axis, shown) ?? evenTicks(values);
-  return parallelAxis(key, (run) => axis.values[run.index], toNumber, values, tickValues);
-}
-
-// An axis from 0 to 1: the height of a run's value on it, and its ticks.
-function parallelAxis(label, valueOf, toNumber, values, tickValues) {
-  const low = Math.min(...values.map(toNumber));
-  const high = Math.max(...values.map(toNumber));
+  }[scale];
+  const numbers = present.map(toNumber);
+  const [low, high] = [Math.min(...numbers), Math.max(...numbers)];
   const height = (value) => {
     if (value === null) return null;
     return high > low ? (toNumber(value) - low) / (high - low) : 0.5;
   };
-  return {
-    label,
-    height: (run) => height(valueOf(run)),
-    ticks: tickValues.map((value) => ({
-      y: height(value),
-      text: shorten(formatValue(value, label)),
-    })),
-  };
+  const chosen = scale === "category" ? present : isMeasured ? undefined : fewValues(values);
+  const ticks = (chosen ?? evenValues(scale, low, high))
+    .map((value) => ({ y: height(value), text: formatValue(value, label) }));
+  return { height, ticks };
 }
 
-function parallelLayout(axes) {
-  const line = { color: cssColor("--soft"), width: 1 };
-  const tick = { showarrow: false, font: { size: 11 }, bgcolor: cssColor("--panel"), opacity: 0.85 };
-  const left = { ...tick, xanchor: "right", xshift: -6 };
-  const right = { ...tick, xanchor: "left", xshift: 6 };
-  const side = (x) => (x === axes.length - 1 ? right : left);
-  return {
-    xaxis: {
-      side: "top",
-      showgrid: false,
-      range: [-0.4, axes.length - 0.6],
-      tickvals: axes.map((_, x) => x),
-      ticktext: axes.map((axis) => shorten(axis.label)),
-    },
-    yaxis: { visible: false, range: [-0.05, 1.05] },
-    shapes: axes.map((_, x) => ({ type: "line", layer: "below", x0: x, x1: x, y0: 0, y1: 1, line })),
-    annotations: axes.flatMap((axis, x) => axis.ticks.map((each) => ({ ...side(x), ...each, x }))),
-    showlegend: false,
-    margin: { l: 20, r: 20, t: 40, b: 20 },
-  };
+// Ticks are the swept values if there are few of them.
+function fewValues(values) {
+  const present = distinct(values);
+  return present.length <= MAX_LABELED ? present : undefined;
 }
 
-function evenTicks(values) {
-  const low = Math.min(...values);
-  const step = (Math.max(...values) - low) / 4;
-  return step > 0 ? [0, 1, 2, 3, 4].map((count) => low + count * step) : [low];
-}
-
-// Ticks are the swept values if there are few of them, else the decades of a logarithmic axis;
-// undefined leaves the choice to Plotly.
-function ticks(axis, shown) {
-  const values = distinctValues(axis, shown);
-  if (values.length <= MAX_LABELED) return values;
-  return axis.scale === "log" ? decades(values) : undefined;
-}
-
-function distinctValues({ values }, shown) {
-  const present = shown.map((run) => values[run.index]).filter((value) => value !== null);
-  return [...new Set(present)];
-}
-
-function decades(values) {
-  const first = Math.ceil(Math.log10(Math.min(...values)));
-  const last = Math.floor(Math.log10(Math.max(...values)));
-  return Array.from({ length: last - first + 1 }, (_, step) => Number(`1e${first + step}`));
+function evenValues(scale, low, high) {
+  const numbers = [0, 1, 2, 3, 4].map((count) => low + (count * (high - low)) / 4);
+  return numbers.map((number) => (scale === "log" ? 10 ** number : number));
 }
 
 function drawFigures() {
   element("figures").hidden = Object.keys(figures).length === 0;
-  Object.entries(figures).forEach(([heading, figure], index) => {
-    const id = `figure-${index}`;
-    if (!element(id)) {
-      addElement("h3", heading, element("figures"));
-      Object.assign(addElement("div", "", element("figures")), { id, className: "plot" });
+  for (const [heading, figure] of Object.entries(figures)) {
+    const block = addElement("div", "", element("figure-list"));
+    addElement("h3", heading, block);
+    const node = addElement("div", "", block);
+    if (figure.bars) drawBars(node, figure.bars);
+    else {
+      node.className = "plot";
+      drawPlot(node, figure.axes ? parallelPlot(figure) : figure);
     }
-    // The figure's own size and title do not fit the page; `drawPlot` replaces its colors.
-    const layout = { ...figure.layout, width: undefined, title: undefined };
-    drawPlot(id, true, figure.data, layout);
-  });
+  }
+}
+
+function drawBars(node, bars) {
+  node.className = "bars";
+  for (const [name, value] of bars) {
+    addElement("span", name, node).title = name;
+    addElement("meter", "", node).value = value;
+    addElement("span", value.toPrecision(3), node);
+  }
 }
 
 // Hides the plot if there is nothing to draw.
-function drawPlot(id, drawable, traces, layout) {
-  const node = element(id);
-  node.hidden = !drawable;
-  if (!drawable) return;
-  const config = { responsive: true, displaylogo: false };
-  Plotly.react(node, traces, { ...layout, template: theme() }, config);
-}
-
-function theme() {
-  const axis = {
-    gridcolor: cssColor("--line"), zeroline: false, automargin: true, exponentformat: "power",
-  };
-  return {
-    layout: {
-      paper_bgcolor: cssColor("--panel"),
-      plot_bgcolor: cssColor("--panel"),
-      font: { color: cssColor("--text"), family: getComputedStyle(document.body).fontFamily, size: 13 },
-      colorway: COLORS,
-      hovermode: "closest",
-      hoverlabel: { align: "left" },
-      margin: { l: 60, r: 20, t: 20, b: 50 },
-      xaxis: axis,
-      yaxis: axis,
-    },
-  };
-}
-
-function cssColor(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-}
-
-// Plotly interprets tags such as <b> and <a> in its texts.
-function escapeTags(value) {
-  if (typeof value !== "string") return value;
-  return value.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
-}
-
-// A long name in a legend would leave no room for the plot.
-function shorten(text) {
-  return escapeTags(text.length > 45 ? `${text.slice(0, 44)}…` : text);
+function showPlot(id, drawable, plot) {
+  element(id).hidden = !drawable;
+  if (drawable) drawPlot(element(id), plot);
 }

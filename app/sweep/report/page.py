@@ -10,33 +10,31 @@ import math
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from string import Template
-from typing import TypeAlias
+from typing import Any, TypeAlias
 from urllib.parse import quote
-
-import pandas as pd
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from app.runtime.escaping import escape_control, escape_strings
 from app.sweep.report.plots import axis_scale, format_value, is_number, run_labels
-from app.sweep.report.table import Results
+from app.sweep.report.table import Curves, Results
 
 JsonValue: TypeAlias = str | int | float | bool | None
-Curves: TypeAlias = dict[str, dict[str, list[JsonValue]]]  # by stage, then by quantity
+# What `plot.js` draws, or `axes` of parallel coordinates, or `bars` with values from 0 to 1.
+Figure: TypeAlias = dict[str, Any]
 
-NOT_DRAWN = {"stage", "loss_std", "total_samples", "total_correct"}
+NOT_DRAWN = {"loss_std", "total_samples", "total_correct"}
 
 
-def render_page(results: Results, figures: Mapping[str, str]) -> str:
+def render_page(results: Results, figures: Mapping[str, Figure]) -> str:
     """Return an HTML page that loads nothing from elsewhere.
 
     Args:
         results: Results of the sweep; its texts may contain anything, as they are never run.
-        figures: Plotly figures as JSON by heading, drawn at the end of the page.
+        figures: Figures by heading, drawn at the end of the page.
     """
-    scripts = {"plotly": get_plotlyjs(), "script": _read("page.js")}
+    script = f"{_read('plot.js')}\n{_read('page.js')}"
     return Template(_read("page.html")).substitute(
-        scripts,
-        hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts.values()),
+        script=script,
+        hash=f"sha256-{_sha256(script)}",
         title=html.escape(escape_control(results.title)),
         style=_read("page.css"),
         content=_embeddable_json(escape_strings(_content(results, figures))),
@@ -56,7 +54,7 @@ def _embeddable_json(content: Mapping[str, object]) -> str:
     return json.dumps(content, allow_nan=False).replace("<", r"\u003c")
 
 
-def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
+def _content(results: Results, figures: Mapping[str, Figure]) -> dict[str, object]:
     table = results.table
     folders = table.reindex(columns=["folder"])["folder"]
     return {
@@ -65,7 +63,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
         "labels": run_labels(results),
         # Relative whatever the folder is called, even `javascript:...`.
         "links": [f"./{quote(PurePath(str(folder)).as_posix())}" for folder in folders],
-        "curves": [_curves(results.curves.get(folder, pd.DataFrame())) for folder in folders],
+        "curves": [_drawn_curves(results.curves.get(folder, {})) for folder in folders],
         "keys": {key: _axis(table[key].tolist()) for key in results.keys if key in table},
         "goals": [
             {
@@ -76,10 +74,7 @@ def _content(results: Results, figures: Mapping[str, str]) -> dict[str, object]:
             }
             for goal in results.goals
         ],
-        "figures": {
-            heading: json.loads(figure, parse_constant=lambda _: None)
-            for heading, figure in figures.items()
-        },
+        "figures": dict(figures),
     }
 
 
@@ -99,21 +94,17 @@ def _axis(values: list[object]) -> dict[str, object]:
     return {"scale": scale, "values": texts if scale == "category" else numbers}
 
 
-def _curves(history: pd.DataFrame) -> Curves:
-    if history.empty:
-        return {}
-    drawn = [name for name in history.select_dtypes("number") if name not in NOT_DRAWN]
+def _drawn_curves(curves: Curves) -> dict[str, dict[str, list[float | None]]]:
     return {
-        str(stage): {
-            str(name): [_round(value) for value in rows[name].tolist()]
-            for name in drawn
-            if rows[name].notna().any()
+        stage: {
+            name: list(map(_rounded, values))
+            for name, values in columns.items()
+            if name not in NOT_DRAWN and not all(map(math.isnan, values))
         }
-        for stage, rows in history.groupby("stage", sort=False)
+        for stage, columns in curves.items()
     }
 
 
-def _round(value: float) -> JsonValue:
+def _rounded(value: float) -> float | None:
     """Round to the digits that a curve can show, which keeps the page of many runs small."""
-    is_rounded = isinstance(value, float) and math.isfinite(value)
-    return float(f"{value:.6g}") if is_rounded else _json_value(value)
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from app.config.schema import MonitorConfig
 from app.runtime.escaping import escape_control
-from app.sweep.report.table import REPEAT_KEYS, Results
+from app.sweep.report.table import REPEAT_KEYS, Curves, Results
 
 Scale: TypeAlias = Literal["linear", "log", "category"]
 
@@ -43,18 +43,18 @@ def make_plots(results: Results) -> dict[str, Figure]:
 
 def plot_curves(results: Results, goal: MonitorConfig) -> Figure:
     """Plot the metric of the goal over epochs, one line per run, with the best run on top."""
-    histories = results.curves.values()
-    x = "step" if any("step" in history for history in histories) else "epoch"
+    tables = [columns for curves in results.curves.values() for columns in curves.values()]
+    x = "step" if any("step" in columns for columns in tables) else "epoch"
     figure, axes = _make_axes(x, goal.metric)
     best = best_values(results, goal)
     best_row = best.idxmax() if goal.mode == "max" else best.idxmin()
     runs = zip(results.table["folder"], run_labels(results), strict=True)
     for row, (folder, run_label) in enumerate(runs):
-        history = _goal_history(results.curves.get(folder), goal, x)
-        if history.empty:
+        points = _goal_points(results.curves.get(folder, {}), goal, x)
+        if not points:
             continue
         label = _label(run_label)
-        (line,) = axes.plot(history[x], history["value"], ".-", lw=1, alpha=0.6, label=label)
+        (line,) = axes.plot(*zip(*points, strict=True), ".-", lw=1, alpha=0.6, label=label)
         if row == best_row:
             line.set(linewidth=2.5, alpha=1, zorder=3, label=f"{label} (best)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -136,12 +136,11 @@ def _safe_name(key: str) -> str:
     return re.sub(r"[^\w.+-]", "_", key)[:MAX_LABEL_LENGTH]
 
 
-def _goal_history(history: pd.DataFrame | None, goal: MonitorConfig, x: str) -> pd.DataFrame:
-    """The values of the goal of one run, with the columns `x` (epoch or step) and value."""
-    if history is None or not {goal.name, x} <= set(history):
-        return pd.DataFrame({x: [], "value": []})
-    rows = history[history["stage"] == goal.stage]
-    return rows[[x, goal.name]].set_axis([x, "value"], axis=1).dropna()
+def _goal_points(curves: Curves, goal: MonitorConfig, x: str) -> list[tuple[float, float]]:
+    """The goal of one run over `x`, which is epoch or step, without missing values."""
+    columns = curves.get(goal.stage, {})
+    pairs = zip(columns.get(x, ()), columns.get(goal.name, ()), strict=False)
+    return [(place, value) for place, value in pairs if not math.isnan(value)]
 
 
 def _plot_means(axes: Axes, runs: pd.DataFrame) -> None:

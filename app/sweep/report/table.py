@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pandas as pd
 
 from app.config.nested import get_at
 from app.config.schema import MonitorConfig
-from app.config.yaml_files import read_yaml
+from app.config.yaml_files import read_similar_yaml, read_yaml
 from app.runtime.errors import UserError, as_user_error
 from app.sweep.folder import SweepFolder
 from app.sweep.job import SweepJob, parse_value
@@ -25,6 +25,7 @@ from app.sweep.outcome import (
     DAMAGED,
     FAILED,
     PENDING,
+    Columns,
     RunStatus,
     read_history,
     read_run_status,
@@ -32,6 +33,7 @@ from app.sweep.outcome import (
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Curves: TypeAlias = dict[str, Columns]  # summary table of a run, by stage
 REPEAT_KEYS = ("seed", "data.fold")  # runs that differ only in these are repetitions
 DEVICE_MEMORY = "peak_device_memory_bytes"
 SCALARS = (str, int, float, bool, type(None))
@@ -40,6 +42,7 @@ ALWAYS_DIFFERENT = ("name", "hydra")  # keys that say nothing about what runs co
 MAX_KEYS = 100  # columns of the table for keys that differ
 MAX_TEST_METRICS = 500  # columns of one run, as each takes time in every statistic
 MAX_OVERRIDES = 200  # of a single run whose command line is read; Hydra needs 5 ms for each
+MAX_CURVES = 1_000  # runs whose curves are drawn
 MAX_VALUE_LENGTH = 100  # characters of a value that is read as more than text
 
 
@@ -53,15 +56,15 @@ class Results:
         keys: Columns of the table that were swept, or that differ between single runs.
         goals: Goals of the runs, the most frequent first; their columns are `best_<metric>` and
             `last_<metric>`.
-        curves: Summary table of each run (epoch, stage, loss, accuracy, ...) by its `folder`
-            in the table, one row per finished stage.
+        curves: Summary tables (epoch, loss, accuracy, ...) by stage of each run that is drawn, by
+            its `folder` in the table.
     """
 
     title: str
     table: pd.DataFrame
     keys: list[str]
     goals: list[MonitorConfig]
-    curves: dict[str, pd.DataFrame]
+    curves: dict[str, Curves]
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,14 @@ class Run:
     @cached_property
     def choices(self) -> dict[str, Any]:
         """The options of the configuration groups that were chosen."""
-        hydra = _read_or_warn(lambda: read_yaml(self.folder, ".hydra/hydra.yaml", dict))
+        hydra = _read_or_warn(lambda: read_similar_yaml(self.folder, ".hydra/hydra.yaml"))
         choices = get_at(hydra, ("hydra", "runtime", "choices"))
         return choices if isinstance(choices, dict) else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved configuration."""
-        return _read_or_warn(lambda: read_yaml(self.folder, "config.yaml", dict)) or {}
+        return _read_or_warn(lambda: read_similar_yaml(self.folder, "config.yaml")) or {}
 
 
 def _read_or_warn(read: Callable[[], T]) -> T | None:
@@ -191,9 +194,22 @@ def collect_results(
     goals = [goal for goal, _ in counts.most_common()]
     rows = [_row(run, keys, relative_to) for run in runs]
     table = pd.DataFrame({name: _column(rows, name) for name in _column_names(rows, keys, goals)})
-    folders = {str(row["folder"]): run.folder for run, row in zip(runs, rows, strict=True)}
-    read = {name: _read_curve(folder) for name, folder in folders.items()} if curves else {}
-    return Results(title, table, keys, goals, read)
+    results = Results(title, table, keys, goals, {})
+    if curves:
+        folders = {str(row["folder"]): run.folder for run, row in zip(runs, rows, strict=True)}
+        _add_curves(results, folders)
+    return results
+
+
+def _add_curves(results: Results, folders: Mapping[str, Path]) -> None:
+    """Read the curves of all runs, and keep those of the best."""
+    drawn = set(sort_by_goal(results)["folder"].head(MAX_CURVES))
+    if len(folders) > MAX_CURVES:
+        log.info("the curves of the best %d of %d runs are drawn", MAX_CURVES, len(folders))
+    for name, folder in folders.items():
+        curves = _read_curves(folder)
+        if name in drawn:
+            results.curves[name] = curves
 
 
 def _varied_keys(runs: Sequence[Run]) -> list[str]:
@@ -210,16 +226,17 @@ def _varied_keys(runs: Sequence[Run]) -> list[str]:
 def _is_different(runs: Sequence[Run], key: str) -> bool:
     if key.partition(".")[0] in ALWAYS_DIFFERENT:
         return False
-    return len({repr(_key_value(run, key)) for run in runs}) > 1
+    first = repr(_key_value(runs[0], key))
+    return any(repr(_key_value(run, key)) != first for run in runs)
 
 
 def _key_value(run: Run, key: str) -> Any:
-    """The value of a key in a run's overrides, its group choices or its configuration."""
+    """The value of a key in a run's overrides or its configuration, or the choice of a group."""
     if key in run.values:
         return run.values[key]
-    value = run.choices[key] if key in run.choices else get_at(run.config, key.split("."))
-    if isinstance(value, dict):
-        return None
+    value = get_at(run.config, key.split("."))
+    if value is None or isinstance(value, dict):
+        value = run.choices.get(key)
     return value if isinstance(value, SCALARS) else str(value)
 
 
@@ -287,12 +304,16 @@ def _column_names(
     return ["job", "status", *keys, *values, *test, *costs, "attempts", "folder", "error"]
 
 
-def _read_curve(folder: Path) -> pd.DataFrame:
-    table = _read_or_warn(lambda: read_history(folder))
-    if table is None:
-        return pd.DataFrame(columns=["epoch", "stage"])
-    table = table.rename(columns=_short_name)
-    return table.loc[:, ~table.columns.duplicated()]
+def _read_curves(folder: Path) -> Curves:
+    columns = _read_or_warn(lambda: read_history(folder)) or {"stage": []}
+    columns = {_short_name(name): columns[name] for name in reversed(columns)}  # the first wins
+    rows: dict[str, list[int]] = {}
+    for row, stage in enumerate(columns.pop("stage")):
+        rows.setdefault(stage, []).append(row)
+    return {
+        stage: {name: [columns[name][row] for row in own] for name in reversed(columns)}
+        for stage, own in rows.items()
+    }
 
 
 def aggregate_by_config(results: Results) -> pd.DataFrame:

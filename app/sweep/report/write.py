@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from app.config.overrides import quote
 from app.runtime.errors import UserError
@@ -24,6 +25,9 @@ from app.sweep.report.table import (
     list_runs,
     sort_by_goal,
 )
+
+if TYPE_CHECKING:
+    from app.sweep.report.page import Figure
 
 log = logging.getLogger(__name__)
 LEADERBOARD_ROWS = 20
@@ -62,8 +66,8 @@ def write_tables(results: Results, folder: Path) -> None:
     write_csv(folder / BY_CONFIG_FILE, aggregate_by_config(results))
 
 
-def search_figures(folder: SweepFolder) -> dict[str, str]:
-    """Return Optuna's Plotly figures of a search as JSON by heading; none for a grid."""
+def search_figures(folder: SweepFolder) -> dict[str, Figure]:
+    """Return figures of a search by heading; none for a grid."""
     if folder.study is None:
         return {}
     if find_spec("optuna") is None:
@@ -79,8 +83,8 @@ def search_figures(folder: SweepFolder) -> dict[str, str]:
         return {}
 
 
-def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, str]) -> None:
-    """Write `sweep.html`, with further Plotly figures as JSON by heading, and PNGs to `plots/`."""
+def write_page_and_plots(results: Results, folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Write `sweep.html`, with further figures by heading, and PNGs to `plots/`."""
     from app.sweep.report.page import render_page
     from app.sweep.report.plots import make_plots
 

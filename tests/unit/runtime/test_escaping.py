@@ -62,11 +62,11 @@ def test_render_page_escapes_texts_and_links_to_the_real_folder() -> None:
     cell, shown = HOSTILE.partition("\ufeff")[0], SHOWN.partition(r"\ufeff")[0]
     table = pd.DataFrame([{"status": cell, cell: cell, "folder": "runs/é\x1b a"}])
     results = Results(HOSTILE, table, [cell], [], {})
-    page = render_page(results, {HOSTILE: json.dumps({"data": [{"name": HOSTILE}], "layout": {}})})
+    page = render_page(results, {HOSTILE: {"bars": [[HOSTILE, 0.5]]}})
     text = page.split('id="content">')[1].split("</script>")[0]
     content = json.loads(text)
     assert f"<title>{SHOWN}</title>" in page
     assert content["columns"] == ["status", shown, "folder"]
     assert content["rows"] == [[shown, shown, r"runs/é\x1b a"]]
-    assert content["figures"] == {SHOWN: {"data": [{"name": SHOWN}], "layout": {}}}
+    assert content["figures"] == {SHOWN: {"bars": [[SHOWN, 0.5]]}}
     assert content["links"] == ["./runs/%C3%A9%1B%20a"]

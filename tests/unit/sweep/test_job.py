@@ -7,7 +7,7 @@ import re
 import pytest
 
 from app.config.overrides import parse_overrides
-from app.sweep.job import new_job, short_name, values_hash
+from app.sweep.job import new_job, parse_value, short_name, values_hash
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,14 @@ def test_values_hash_depends_on_values_only() -> None:
     assert values_hash({"a": "1", "b": "2"}) == values_hash({"b": "2", "a": "1"})
     assert values_hash({"a": "1"}) != values_hash({"a": "2"})
     assert new_job(0, {"a": "1"}).hash == new_job(7, {"a": "1"}).hash
+
+
+NUMBERS = "0 -0 +5 007 1_000 1e3 1e-5 1E+5 1e05 .5 5. 0.5 -0.1 00.1 1.e3 inf -inf 0x1"
+WORDS = "true True NULL none abc a_b1 _x e5 a-b a.b 1a 'quoted' [1,a] {a:1}"
+
+
+@pytest.mark.parametrize("text", ["", *NUMBERS.split(), *WORDS.split()])
+def test_parse_value_equals_value_of_override(text: str) -> None:
+    (override,) = parse_overrides([f"key={text}"])
+    value = override.value()
+    assert (parse_value(text), type(parse_value(text))) == (value, type(value))
