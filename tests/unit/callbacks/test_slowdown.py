@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from app.callbacks import slowdown
 from app.callbacks.slowdown import MIN_BLOCKS, Slowdown, describe_slowdown
 from app.data.loaders import make_loader
 from app.training import accumulator as accumulator_module
@@ -55,8 +55,8 @@ def test_slow_epoch_is_logged_once_with_the_load_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     usual = [0.1] * MIN_BLOCKS
-    monkeypatch.setattr(slowdown.os, "getloadavg", lambda: (9.0, 0.0, 0.0))
-    monkeypatch.setattr(slowdown.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
     train(tmp_path, times(*usual, 0.25, 0.31, 0.5), monkeypatch, MIN_BLOCKS + 3)
     assert [m for m in caplog.messages if "slowed down" in m] == [
         "epoch 7: training slowed down to 26 samples/s, the median of this run is 80; load average "
