@@ -8,7 +8,7 @@ import stat
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,8 @@ class SweepFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.state_folder = path, path / STATE_FOLDER
         self.jobs: list[SweepJob] = []
+        self._by_hash: dict[str, SweepJob] = {}
+        self._next_number = 0
         self.overrides: list[str] = []
         self.config_name, self.working_folder = "config", str(Path.cwd())
         self.study: dict[str, Any] | None = None
@@ -100,7 +102,8 @@ class SweepFolder:
         self.overrides, self.study = found.words, found.study
         self.config_name = found.config_name or self.config_name
         self.working_folder = found.working_folder or self.working_folder
-        self.jobs = [SweepJob(**asdict(entry)) for entry in found.jobs]
+        for entry in found.jobs:
+            self._append(SweepJob(**vars(entry)))
         if sum(map(len, self.overrides)) > MAX_OVERRIDE_TEXT:
             raise UserError(f"{file} has overrides of more than {MAX_OVERRIDE_TEXT:,} characters")
         for job in self.jobs:
@@ -125,14 +128,18 @@ class SweepFolder:
 
     def find_job(self, values: JobValues) -> SweepJob | None:
         """Return the job with these values of the swept keys, if there is one."""
-        return next((job for job in self.jobs if job.hash == values_hash(values)), None)
+        return self._by_hash.get(values_hash(values))
 
     def add(self, values: JobValues, number: int | None = None) -> SweepJob:
         """Add a job with a number, by default the next free one."""
-        if number is None:
-            number = max((job.number for job in self.jobs), default=-1) + 1
-        self.jobs.append(new_job(number, values))
-        return self.jobs[-1]
+        job = new_job(self._next_number if number is None else number, values)
+        self._append(job)
+        return job
+
+    def _append(self, job: SweepJob) -> None:
+        self.jobs.append(job)
+        self._by_hash.setdefault(job.hash, job)
+        self._next_number = max(self._next_number, job.number + 1)
 
     def run_folder(self, job: SweepJob) -> Path:
         """Return the run folder of a job."""

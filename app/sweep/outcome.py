@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from app.runtime.small_files import read_csv, read_json
 PENDING, RUNNING, COMPLETED, PRUNED, FAILED = "pending", "running", "completed", "pruned", "failed"
 DIVERGED, DAMAGED = "diverged", "damaged"  # only the table of a report has `damaged`
 FINISHED_STATUSES = (COMPLETED, PRUNED, DIVERGED)  # nothing is left to do
-SUMMARY_TABLE = "summary_table.csv"
+STATUS_FILE, SUMMARY_TABLE = "status.json", "summary_table.csv"
 
 Scalar = int | float | str | None
 Columns = dict[str, list[Any]]  # of a table, by name
@@ -76,10 +77,27 @@ def read_run_status(folder: Path) -> RunStatus:
     Raises:
         UserError: `status.json` is damaged.
     """
-    content = read_json(folder, "status.json")
+    try:
+        found = (folder / STATUS_FILE).stat()
+    except OSError:
+        return _parse_run_status(folder)
+    return _read_unchanged(folder, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=2_000)
+def _read_unchanged(folder: Path, inode: int, mtime_ns: int, size: int) -> RunStatus:  # noqa: ARG001
+    """Return the status that a file contains as long as it is the same one.
+
+    The table of a sweep is updated after each job, from the status of all jobs.
+    """
+    return _parse_run_status(folder)
+
+
+def _parse_run_status(folder: Path) -> RunStatus:
+    content = read_json(folder, STATUS_FILE)
     if not content:
         return RunStatus()
-    found = parse_content(content, StatusFile, folder / "status.json")
+    found = parse_content(content, StatusFile, folder / STATUS_FILE)
     value = found.best.value if found.best else None
     return RunStatus(found.status, value, found.error, content)
 

@@ -14,7 +14,9 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 
 from app.runtime.errors import UserError
+from app.runtime.files import write_json
 from app.sweep.folder import SweepFolder
+from app.sweep.outcome import read_run_status
 from app.training.pruning import make_storage
 
 
@@ -78,3 +80,25 @@ def test_storage_name_leads_to_a_database_in_the_folder(tmp_path: Path, name: st
     optuna.create_study(storage=make_storage(folder.storage_name("sqlite")))
     assert [path.name for path in folder.state_folder.iterdir()] == ["optuna.db"]
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_find_job_of_added_and_of_saved_jobs(tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path)
+    for number in range(3):
+        folder.add({"seed": str(number)})
+    folder.add({"seed": "9"}, 9)
+    folder.save()
+    for found in (folder, SweepFolder(tmp_path)):
+        assert [job.number for job in found.jobs] == [0, 1, 2, 9]
+        assert found.find_job({"seed": "2"}) is found.jobs[2]
+        assert found.find_job({"seed": "3"}) is None
+        assert found.add({"seed": "3"}).number == 10
+
+
+def test_read_run_status_sees_each_new_status(tmp_path: Path) -> None:
+    assert read_run_status(tmp_path).status == "pending"
+    for status in ("running", "stopped", "running"):  # of the same size
+        write_json(tmp_path / "status.json", {"status": status})
+        assert read_run_status(tmp_path).status == status
+    (tmp_path / "status.json").unlink()
+    assert read_run_status(tmp_path).status == "pending"
