@@ -35,8 +35,9 @@ from app.experiment.job import make_job
 from app.experiment.run import make_trainer
 from app.training.events import Callbacks
 from app.training.precision import make_deterministic
-from benchmarks.tables import Table, add_output_option, publish
+from benchmarks.tables import Table, add_output_option, publish, skip
 
+QUICK = ("--rounds", "2", "--steps", "10", "--tables", "mlp")
 MEAN, STD = 0.1307, 0.3081
 Epoch = Callable[[], int]  # trains and returns the number of samples
 ACCURACY = "metric/single@metric.train=[accuracy]"
@@ -248,7 +249,7 @@ def main() -> None:
     add_output_option(parser)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs a CUDA device")
+        skip("this benchmark needs a CUDA device")
     logging.disable()
     make_deterministic(deterministic=False)
     with tempfile.TemporaryDirectory() as temp:

@@ -34,6 +34,7 @@ import yaml
 
 from benchmarks.tables import Table, add_output_option, publish
 
+QUICK = ("--steps", "10000", "--folders", "100", "--rounds", "1")
 TINY = ("model=mlp", "model.hidden=[8]", "data.batch_size=32", "trainer.accelerator=cpu")
 SHORT_EVALUATION = ("trainer.limit_valid_batches=1", "trainer.limit_test_batches=1")
 STEP_SECONDS = 0.005  # of the training that the cost of a step is compared with
@@ -162,7 +163,7 @@ def measure_reports(folder: Path, largest: int, rounds: int) -> list[Table]:
         ]
         reports.append({"run folders": count, "CPU (s)": statistics.median(times)})
         page = target / "sweep.html"
-        size = {"runs": count, "size (MB)": page.stat().st_size / 1e6}
+        size: dict[str, Any] = {"runs": count, "size (MB)": page.stat().st_size / 1e6}
         pages.append(size | {"until drawn (s)": seconds_to_draw(page, rounds)})
         shutil.rmtree(runs)
     notes = (f"Each run has {EPOCHS} epochs; of more than 1,000 runs the best 1,000 have curves.",)
