@@ -176,7 +176,7 @@ def test_resume_after_parent_sigkill_continues_from_checkpoints(
 
 def test_sweep_concurrent_only_in_different_folders(tmp_path: Path, sweep: RunSweep) -> None:
     process = sweeps.start_sweep(
-        tmp_path, "seed=0,1", "+task.step_seconds=0.1", "hydra.sweep.dir=first"
+        tmp_path, "seed=0,1", "+task.step_seconds=0.3", "hydra.sweep.dir=first"
     )
     try:
         assert sweep("sweep.resume=first", short=False) == 2
