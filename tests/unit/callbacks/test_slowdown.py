@@ -119,4 +119,4 @@ def block(seconds: list[float]) -> LoggedSteps:
         {"iter": range(1, len(seconds) + 1), "num_samples": 8}
         | {"data_time": 0.0, "iter_time": seconds}
     )
-    return LoggedSteps("train", 1, steps, {}, {})
+    return LoggedSteps("train", 1, {}, lambda: steps, dict)
