@@ -71,10 +71,10 @@ class GraphedStep:
         self.batch: list[Tensor] = []  # that the recorded step reads
         self.results: Nested = None  # that it fills
         self.replay: Callable[[], None] | None = None
-        self.recorded_for: list[bool] = []  # which parameters were trained
+        self.recorded_for: Any = None  # what the recorded step holds as constants
 
     def prepare(self, inputs: Nested, targets: Nested) -> None:
-        """Record a step for the parameters that are trained now.
+        """Record a step for the parameters that are trained now, with the options of now.
 
         Weights, buffers, optimizer and schedule are as before afterwards.
 
@@ -85,7 +85,7 @@ class GraphedStep:
         Raises:
             UserError: The schedule changes more than learning rates.
         """
-        self.replay, self.recorded_for = None, self._trained()
+        self.replay, self.recorded_for = None, self._constants()
         inputs, targets = map_tensors(Tensor.clone, (inputs, targets))
         self.batch = list(iter_tensors((inputs, targets)))
         with self._restored():
@@ -96,11 +96,12 @@ class GraphedStep:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a step is recorded for the parameters that are trained now."""
-        return self.replay is not None and self.recorded_for == self._trained()
+        """Whether a step is recorded for the parameters and options of now."""
+        return self.replay is not None and self.recorded_for == self._constants()
 
-    def _trained(self) -> list[bool]:
-        return [parameter.requires_grad for parameter in self.wrapper.parameters]
+    def _constants(self) -> Any:
+        trained = [parameter.requires_grad for parameter in self.wrapper.parameters]
+        return trained, self._other_options()
 
     def _warm_up(self, inputs: Nested, targets: Nested) -> None:
         """Make some steps as they are without a graph."""

@@ -151,6 +151,18 @@ def test_step_is_recorded_again_for_other_trained_parameters(
     assert not torch.equal(first_weight, before)
 
 
+def test_step_is_recorded_again_for_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervised, "GraphedStep", RerunningStep)
+    task = SupervisedTask(make_mlp(), nn.CrossEntropyLoss())
+    task.prepare_training(OptimWrapperDict(OptimWrapper(sgd(task.model.parameters()))))
+    task.use_cuda_graph()
+    assert task.graphed_step is not None
+    task.prepare_steps(lambda _: (X[:8], Y[:8]))
+    assert task.graphed_step.is_ready
+    task.optimizer.optimizer.param_groups[0]["momentum"] = 0.25
+    assert not task.graphed_step.is_ready
+
+
 class OwnStep(SupervisedTask):
     def train_step(self, batch: Nested) -> StepOutput:
         return super().train_step(batch)
