@@ -48,7 +48,7 @@ NOTES = (
     f"Seconds of an epoch of steps of {BATCH_SIZE} digits, and ratios to the bare loop of the same "
     "round: medians and quartiles.",
     "Keras has an AdamW of its own, which is not fused; the running means that Keras and "
-    "torchmanager give to callbacks start anew with each epoch; torchmanager 1.5 cannot build the "
+    "torchmanager give to callbacks begin again in each epoch; torchmanager 1.5 cannot build the "
     "accuracy of its README (`SparseCategoricalAccuracy()` refuses its own default), so it gets a "
     "function.",
     "Not here: timm, whose training loop is a script of its repository (`train.py`) and not part "

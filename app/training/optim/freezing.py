@@ -43,10 +43,8 @@ class FreezeSchedule:
             return
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not self.is_frozen(name, epoch))
-        for module in self.model.modules():
-            own = list(module.parameters())
-            if own and not any(parameter.requires_grad for parameter in own):
-                module.eval()
+        for module in frozen_modules(self.model):
+            module.eval()
 
     def is_frozen(self, name: str, epoch: int) -> bool:
         """Return whether the parameter of that name is frozen in an epoch, counted from 1."""
@@ -61,6 +59,16 @@ class FreezeSchedule:
             matches(name, rule.parameters) and rule.from_epoch == 1 and rule.until_epoch is None
             for rule in self.rules.values()
         )
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """Return modules of which, or of a module around which, no parameter is trained."""
+    return {
+        part
+        for module in model.modules()
+        if (own := list(module.parameters())) and not any(p.requires_grad for p in own)
+        for part in module.modules()
+    }
 
 
 def matches(name: str, pattern: str) -> bool:

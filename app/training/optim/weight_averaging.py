@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from app.distributed.strategies import shard_like
+from app.training.optim.freezing import frozen_modules
 
 
 class WeightAveraging:
@@ -171,13 +172,11 @@ def recompute_bn_stats(model: nn.Module) -> Iterator[list[nn.Module]]:
     Yields:
         The modules whose statistics are recomputed; if it is empty no forward pass is needed.
     """
-    batchnorm = torch.nn.modules.batchnorm._BatchNorm
+    batchnorm, frozen = torch.nn.modules.batchnorm._BatchNorm, frozen_modules(model)
     modules = [
         module
         for module in model.modules()
-        if isinstance(module, batchnorm)
-        and module.track_running_stats
-        and any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, batchnorm) and module.track_running_stats and module not in frozen
     ]
     momenta = [module.momentum for module in modules]
     for module in modules:

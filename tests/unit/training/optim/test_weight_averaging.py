@@ -99,15 +99,19 @@ def test_swapped_in_without_average_copies_nothing() -> None:
 
 
 class TwoNorms(nn.Module):
-    """Takes two inputs, each with a batch norm of its own."""
+    """Takes two inputs, each with batch norms of its own."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        self.second.plain = nn.BatchNorm1d(3, affine=False)
+        self.third = nn.BatchNorm1d(3, affine=False)  # has statistics, but no parameters
         self.last = nn.Linear(3, 2)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        outputs: Tensor = self.last(self.first(a) + self.second(b))
+        outputs: Tensor = self.last(
+            self.first(a) + self.second.plain(self.second(b)) + self.third(b)
+        )
         return outputs
 
 
@@ -130,7 +134,9 @@ def test_swa_recomputes_statistics_of_several_inputs_but_not_of_frozen_norms(
     trainer.fit(make_loader(TensorDataset(X + 5, Y), 16))
     state = load_checkpoint(tmp_path / "checkpoints" / "best.safetensors").model
     torch.testing.assert_close(state["first.running_mean"], (X + 5).mean(0))
-    assert torch.equal(state["second.running_mean"], torch.zeros(3))
+    torch.testing.assert_close(state["third.running_mean"], (X + 5).mean(0))
+    for name in ("second", "second.plain"):
+        assert torch.equal(state[f"{name}.running_mean"], torch.zeros(3))
 
 
 @pytest.mark.parametrize(
