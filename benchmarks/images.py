@@ -36,6 +36,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from app.experiment.notebook import Experiment, compose
+from app.runtime.memory import keep_freed_memory
 from benchmarks.tables import Table, add_output_option, publish
 
 QUICK = ("--images", "200", "--rounds", "1")
@@ -164,6 +165,7 @@ def main() -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     logging.disable()
+    keep_freed_memory()  # as a run does
     sizes = f"{options.images} images, {options.workers} workers, {torch.get_num_threads()} threads"
     with tempfile.TemporaryDirectory() as temp, ExitStack() as stack:
         root = Path(temp, "pictures")

@@ -193,9 +193,10 @@ def transform_where(
     if len(rows) == len(images):
         return function(images, *params)
     transformed = function(select_rows(images, rows), *(values[rows] for values in params))
-    source = torch.arange(len(images))
-    source[rows] = torch.arange(len(images), len(images) + len(rows))
-    return select_rows(torch.cat([images, transformed]), source)
+    result = images.clone()
+    for row, image in zip(rows.tolist(), transformed, strict=True):
+        result[row].copy_(image)  # index operations copy element by element
+    return result
 
 
 def per_pixel(values: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def test_image_without_boxes_is_transformed() -> None:
 
 def test_color_augmentation_gets_image_alone() -> None:
     sample = make_sample([BOX])
-    image, targets = apply(sample, ColorJitter(brightness=0.5))
+    image, targets = apply(sample, ColorJitter(brightness=[0.2, 0.8]))
     assert not torch.equal(image, sample[0])
     assert torch.equal(targets["boxes"], sample[1]["boxes"])
 
