@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from torchvision.transforms import v2
 
-from app.data.augment import PerSample, draws_once_per_batch
+from app.data.augment import Augmentation, PerSample, RandomResizedCrop, draws_once_per_batch
 from app.data.batch import Inputs, Masks, map_inputs
 from app.data.joint import transform_both
 from app.data.rows import chunk_size, for_chunks
@@ -173,75 +172,114 @@ class BatchTransform:
         self, x: Tensor, masks: Tensor | None, outside: int
     ) -> tuple[Tensor, Tensor | None]:
         """Transform a batch, and its masks in the same way; arguments of `joint.transform_both`."""
-        for transform in self.transforms:
+        on_bytes, on_floats = self._split_augment
+        transforms, is_normalized = self.transforms, False
+        if masks is None and x.dtype == torch.uint8 and (crops := _only_crop(transforms)):
+            on_bytes, transforms = (*crops, *on_bytes), ()
+        for transform in transforms:
             x, masks = transform_both(transform, x, masks, outside)
         if not (x.dtype == torch.uint8 or x.is_floating_point()):
             return x, masks
         # Operations below are in place: allocating a tensor for each one would dominate the cost.
-        on_bytes, on_floats = self._split_augment
         if x.dtype == torch.uint8:
-            for augment in on_bytes:
-                x, masks = transform_both(augment, x, masks, outside)
-            x = self._to_floats(x)
+            for step in () if masks is None else on_bytes:
+                x, masks = transform_both(step, x, masks, outside)
+            is_normalized = self._resize is None and not on_floats and self._fits(x)
+            x = self._to_floats(x, on_bytes if masks is None else (), is_normalized)
         else:
             x, on_floats = x.clone(), self.augment
         if self._resize is not None:
             x, masks = transform_both(self._resize, x, masks, outside)
         for augment in on_floats:
             x, masks = transform_both(augment, x, masks, outside)
-        return self._finish(x), masks
+        return self._finish(x, is_normalized), masks
 
-    def _to_floats(self, x: Tensor) -> Tensor:
-        """Return bytes as floats in [0, 1], laid out for the model.
+    def _to_floats(self, x: Tensor, augment: Sequence[Augmentation], normalize: bool) -> Tensor:
+        """Augment bytes, and return them as floats in [0, 1], laid out for the model.
 
-        What moves pixels comes before, if it can: floats have four times the size.
+        What moves pixels comes before they are floats, which have four times the size. On the CPU,
+        a core does all of it with a few images, which stay in its cache.
+
+        Args:
+            x: The bytes.
+            augment: Augmentations of bytes; only the first may change the size of images.
+            normalize: Whether to normalize the result.
         """
         layout = self.memory_format if x.ndim == 4 else torch.preserve_format
         if not x.is_cpu or x.ndim != 4:
-            return x.to(torch.float32, memory_format=layout).div_(255)
-        floats = _empty_floats(x.shape, layout)
-        for_chunks(lambda floats, x: floats.copy_(x).div_(255), chunk_size(x), floats, x)
+            for step in augment:
+                x = step(x)
+            floats = x.to(torch.float32, memory_format=layout).div_(255)
+            return self._normalize(floats) if normalize else floats
+        params = [step.make_params(x) for step in augment]
+        crops = _only_crop(augment[:1])
+        size = crops[0].size if crops else x.shape[2:]
+        floats = _empty_floats((*x.shape[:2], *size), layout)
+
+        def convert(floats: Tensor, x: Tensor, *drawn: Tensor) -> None:
+            values = iter(drawn)
+            for step, names in zip(augment, params, strict=True):
+                x = step.apply_params(x, {name: next(values) for name in names})
+            floats.copy_(x).div_(255)
+            if normalize:
+                self._normalize(floats)
+
+        drawn = [value for values in params for value in values.values()]
+        # Threads wait for each other at every line of Python, and larger chunks have fewer.
+        for_chunks(convert, 2 * chunk_size(floats, 1), floats, x, *drawn)
         return floats
 
-    def _finish(self, x: Tensor) -> Tensor:
-        if self.mean is not None and self.std is not None:
-            count = max(len(self.mean), len(self.std))
-            if x.ndim == 4 and count not in (1, x.shape[1]):
-                x = self._match_statistics(x, count)
-            self._normalize(x)
+    def _fits(self, x: Tensor) -> bool:
+        """Return whether images have as many channels as there are means and deviations."""
+        if self.mean is None or self.std is None:
+            return True
+        return x.ndim != 4 or max(len(self.mean), len(self.std)) in (1, x.shape[1])
+
+    def _finish(self, x: Tensor, is_normalized: bool) -> Tensor:
+        if not is_normalized:
+            if not self._fits(x):
+                x = self._match_statistics(x)
+            if x.is_cpu and x.ndim == 4:
+                for_chunks(self._normalize, chunk_size(x, 1), x)
+            else:
+                self._normalize(x)
         if x.ndim != 4:
             return x
         if self.channels is not None and x.shape[1] != self.channels:
             x = self._convert_channels(x)
         return x.contiguous(memory_format=self.memory_format)
 
-    def _normalize(self, x: Tensor) -> None:
-        """Normalize in place."""
+    def _normalize(self, x: Tensor) -> Tensor:
+        """Normalize in place, and return the result."""
         mean, std = self.mean, self.std
-        assert mean is not None and std is not None
-        if not x.is_cpu or x.ndim != 4:
-            x.sub_(mean).div_(std)
-            return
-        if x.is_contiguous(memory_format=torch.channels_last):
-            # Rows of pixels: torch would loop over the three channels of each pixel instead
-            channels, _, width = x.shape[1:]
-            x = x.permute(0, 2, 3, 1).flatten(2)
-            mean, std = (v.flatten().expand(channels).repeat(width) for v in (mean, std))
-        for_chunks(lambda x: x.sub_(mean).div_(std), chunk_size(x, 1), x)
+        if mean is None or std is None:
+            return x
+        if not x.is_cpu or x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            return x.sub_(mean).div_(std)
+        # Rows of pixels: torch would loop over the three channels of each pixel instead
+        channels, _, width = x.shape[1:]
+        mean, std = (v.flatten().expand(channels).repeat(width) for v in (mean, std))
+        x.permute(0, 2, 3, 1).flatten(2).sub_(mean).div_(std)
+        return x
 
     @cached_property
-    def _split_augment(self) -> tuple[Sequence[Augment], Sequence[Augment]]:
+    def _split_augment(self) -> tuple[Sequence[Augmentation], Sequence[Augment]]:
         """The first augmentations that give the same result on bytes, and the others."""
-        known = self.augment if self.size is None else []
-        first = [*takewhile(lambda step: getattr(step, "same_on_bytes", False), known)]
+        first: list[Augmentation] = []
+        for step in self.augment if self.size is None else ():
+            if not (isinstance(step, Augmentation) and step.same_on_bytes):
+                break
+            first.append(step)
         return first, self.augment[len(first) :]
 
     @cached_property
     def _resize(self) -> Augment | None:
         return v2.Resize([self.size, self.size], antialias=True) if self.size else None
 
-    def _match_statistics(self, x: Tensor, count: int) -> Tensor:
+    def _match_statistics(self, x: Tensor) -> Tensor:
         """Convert images before they are normalized, if the statistics are of the result."""
+        assert self.mean is not None and self.std is not None
+        count = max(len(self.mean), len(self.std))
         if count != self.channels:
             raise UserError(
                 f"data.normalize has {count} values, but the images have {x.shape[1]} channels"
@@ -258,6 +296,11 @@ class BatchTransform:
             f"data.channels={self.channels}, but the images have {x.shape[1]}; allowed "
             "conversions: 1 to 3 and 3 to 1"
         )
+
+
+def _only_crop(transforms: Sequence[Augment]) -> list[RandomResizedCrop]:
+    """Return the random crop if there is no other transform."""
+    return [t for t in transforms if isinstance(t, RandomResizedCrop) and len(transforms) == 1]
 
 
 def _empty_floats(shape: Sequence[int], memory_format: torch.memory_format) -> Tensor:

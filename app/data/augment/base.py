@@ -96,15 +96,19 @@ class Augmentation(nn.Module, ABC):
     def _augment_chunks(self, batch: Tensor, params: Params) -> Tensor:
         size = chunk_size(batch, 4 if self.in_float else None)
         if not (self.in_chunks and batch.is_cpu) or len(batch) <= size:
-            return _transform_selected(self._in_float, batch, params)
+            return self.apply_params(batch, params)
         result = torch.empty_like(batch)
 
         def augment_chunk(target: Tensor, images: Tensor, *values: Tensor) -> None:
             own = dict(zip(params, values, strict=True))
-            target.copy_(_transform_selected(self._in_float, images, own))
+            target.copy_(self.apply_params(images, own))
 
         for_chunks(augment_chunk, size, result, batch, *params.values())
         return result
+
+    def apply_params(self, images: Tensor, params: Params) -> Tensor:
+        """Transform images of shape (N, C, H, W) by parameters that `make_params` has drawn."""
+        return _transform_selected(self._in_float, images, params)
 
     def _in_float(self, images: Tensor, params: Params) -> Tensor:
         if not self.in_float:

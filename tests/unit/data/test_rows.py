@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from app.data import rows
-from app.data.augment import ColorJitter, RandomFlip, RandomGrayscale, RandomResizedCrop
+from app.data.augment import (
+    Augmentation,
+    ColorJitter,
+    RandomFlip,
+    RandomGrayscale,
+    RandomResizedCrop,
+    RandomShift,
+)
 from app.data.rows import chunk_size, for_chunks, select_rows, thread_pool
 from app.data.transform import BatchTransform
 from app.runtime.errors import UserError
@@ -51,6 +58,25 @@ def test_batch_transform_gives_the_same_for_any_number_of_threads(
         results.append(transform(select_rows(images, index)))
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("crops", [[RandomResizedCrop(32)], [RandomResizedCrop((20, 44))], []])
+def test_batch_transform_of_bytes_equals_one_step_after_the_other(
+    crops: list[Augmentation], count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "CHUNK_BYTES", 2 * IMAGE_BYTES)
+    torch.set_num_threads(count)
+    mean, std = torch.rand(2, 3, 1, 1) + 0.1
+    steps, images = [RandomFlip(), RandomShift(3)], images_in_channels_last()
+    transform = BatchTransform(mean, std, None, None, torch.channels_last, crops, steps)
+    torch.manual_seed(0)
+    result = transform(images)
+    torch.manual_seed(0)
+    for step in (*crops, *steps):
+        images = step(images)
+    assert torch.equal(result, images.float().div(255).sub(mean).div(std))
+    assert result.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("count", [1, 3])
