@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.runtime.rank_sums import sum_over_ranks
+from app.runtime.rank_sums import share_of_mean, sum_over_ranks
 
 
 class DiceLoss(nn.Module):
@@ -72,7 +72,7 @@ class DiceCrossEntropyLoss(nn.Module):
 
     From Isensee et al., "nnU-Net", 2021 (https://doi.org/10.1038/s41592-020-01008-z). The Dice loss
     is computed per sample. The cross-entropy is the mean over the positions that are not ignored,
-    or 0 if all are ignored; it always includes the background.
+    of all ranks, or 0 if all are ignored; it always includes the background.
 
     Args:
         dice_weight: Weight of the Dice loss, at least 0.
@@ -110,7 +110,9 @@ class DiceCrossEntropyLoss(nn.Module):
             losses = F.binary_cross_entropy_with_logits(output, truth, reduction="none") * mask
         else:
             losses = -truth * output.log_softmax(dim=1)
-        return losses.sum() / mask.sum().clamp(min=1)
+        mean = losses.sum() / mask.sum().clamp(min=1)
+        ignores = self.dice.ignore_index is not None
+        return share_of_mean(mean, mask.sum(), len(output)) if ignores else mean
 
 
 def _target_map(output: Tensor, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:

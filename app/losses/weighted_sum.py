@@ -15,6 +15,7 @@ from app.losses.normalizer import normalized_loss, normalizer
 from app.losses.weights import ScheduledWeight, UncertaintyWeight
 from app.runtime.errors import UserError
 from app.runtime.nested import Key, Nested, describe, pick
+from app.runtime.rank_sums import share_of_mean
 
 LossFunction = Callable[..., Tensor]
 LOGIT_LOSSES = (  # losses whose outputs are class logits
@@ -77,6 +78,15 @@ class Term:
         target = pick(targets, self.target)
         divisor = self._normalizer(target)
         return None if divisor is None else divisor * (len(target) / max(1, target.numel()))
+
+    def share_of_mean(self, value: Tensor, targets: Nested) -> Tensor:
+        """Return the value so that the mean over ranks, weighted by samples, is that of the batch.
+
+        A single term has no need of it: its batches count by `samples_weight`.
+        """
+        target = pick(targets, self.target)
+        divisor = self._normalizer(target)
+        return value if divisor is None else share_of_mean(value, divisor, len(target))
 
     def _normalizer(self, target: Nested) -> Tensor | None:
         return normalizer(self.function, target) if isinstance(target, Tensor) else None
@@ -154,7 +164,8 @@ class WeightedSum(nn.Module):
                 f"loss.{name}: must return a floating-point tensor, the mean over the batch; it "
                 f"returned {describe(value)}"
             )
-        return value.mean() if value.ndim else value
+        value = value.mean() if value.ndim else value
+        return value if len(self.terms) == 1 else term.share_of_mean(value, targets)
 
     def samples_weight(self, targets: Nested) -> Tensor | None:
         """Return how many samples a batch counts for in a mean over batches.

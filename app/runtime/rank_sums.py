@@ -42,7 +42,29 @@ def padding() -> Iterator[None]:
 
 def sum_over_ranks(sums: Tensor) -> Tensor:
     """Return the sum of a tensor over all ranks; in a single process, the tensor itself."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _has_ranks():
         return sums
     total: Tensor = AllReduceSum.apply(sums * (not _is_padding.get()))
     return total
+
+
+def share_of_mean(mean: Tensor, divisor: Tensor, num_samples: int) -> Tensor:
+    """Return what a mean over this rank's part of a batch counts, in a mean weighted by samples.
+
+    The mean of what all ranks return, weighted by their numbers of samples, is the mean over the
+    whole batch. In a single process it is the mean itself.
+
+    Args:
+        mean: A sum over the part of the batch, divided by `divisor`; a scalar.
+        divisor: Scalar, such as the number of positions that are not ignored.
+        num_samples: Samples of this part.
+    """
+    if not _has_ranks():
+        return mean
+    divisor = divisor.detach().float()
+    total, count = sum_over_ranks(torch.stack([divisor, torch.full_like(divisor, num_samples)]))
+    return mean * (divisor * count / (total.where(total > 0, 1) * num_samples))
+
+
+def _has_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized()

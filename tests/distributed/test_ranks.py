@@ -59,6 +59,8 @@ SHORT = (
     "scheduler.warmup_steps=200",  # small steps, so that rounding does not grow
     "trainer.precision=fp32",
 )
+TERM = "app.losses.weighted_sum.Term"
+FOCAL, DICE = "app.losses.focal.FocalLoss", "app.losses.dice.DiceLoss"
 GROUPS = [  # of two optimizers
     "model=mlp",
     "model.hidden=[16,16]",
@@ -185,8 +187,14 @@ def test_fit_last_batch_smaller_than_number_of_ranks_matches_one_rank() -> None:
     [
         ["loss=dice", "loss.dice.function.per_sample=false"],
         ["loss=cross_entropy", "data.ignore_index=0"],
+        ["loss=dice_ce", "data.ignore_index=0"],
+        [
+            *("loss=cross_entropy", "loss.cross_entropy.function.weight=[0.1,1,9]"),
+            f"+loss.focal={{_target_: {TERM}, function: {{_target_: {FOCAL}, ignore_index: 0}}}}",
+            f"+loss.overlap={{_target_: {TERM}, function: {{_target_: {DICE}, per_sample: false}}}}",
+        ],
     ],
-    ids=["dice-of-the-batch", "ignored-pixels"],
+    ids=["dice-of-the-batch", "ignored-pixels", "ignored-pixels-of-two-parts", "several-terms"],
 )
 def test_fit_segmentation_matches_one_rank(overrides: list[str]) -> None:
     """The loss divides by sums over the batch, of which each rank has an unequal part or none."""
