@@ -63,7 +63,8 @@ def share_of_mean(mean: Tensor, divisor: Tensor, num_samples: int) -> Tensor:
         return mean
     divisor = divisor.detach().float()
     total, count = sum_over_ranks(torch.stack([divisor, torch.full_like(divisor, num_samples)]))
-    return mean * (divisor * count / (total.where(total > 0, 1) * num_samples))
+    share: Tensor = divisor * count / (total.where(total > 0, 1) * num_samples)
+    return mean * share
 
 
 def _has_ranks() -> bool:

@@ -191,7 +191,7 @@ def test_fit_last_batch_smaller_than_number_of_ranks_matches_one_rank() -> None:
         [
             *("loss=cross_entropy", "loss.cross_entropy.function.weight=[0.1,1,9]"),
             f"+loss.focal={{_target_: {TERM}, function: {{_target_: {FOCAL}, ignore_index: 0}}}}",
-            f"+loss.overlap={{_target_: {TERM}, function: {{_target_: {DICE}, per_sample: false}}}}",
+            f"+loss.area={{_target_: {TERM}, function: {{_target_: {DICE}, per_sample: false}}}}",
         ],
     ],
     ids=["dice-of-the-batch", "ignored-pixels", "ignored-pixels-of-two-parts", "several-terms"],
