@@ -109,6 +109,9 @@ def execute(
             "threads": "those that wait sleep while other processes need the cores"
             if adapts
             else "",
+            "compile": "the first steps compile the model, which can take minutes"
+            if config.trainer.compile
+            else "",
         }
         log_run_header(config, components, folder, speed | record)
         record_initial_weights(components.initial, folder)

@@ -312,6 +312,7 @@ def test_precision_determinism_and_compile_options_train(
     assert not any("_orig_mod" in key for key in keys)
     name = overrides[0].partition("precision=")[2] or "fp32"
     assert f"threads), {name}" in result.out
+    assert ("first steps compile the model" in result.out) == ("compile" in overrides[0])
 
 
 def test_precision_bf16_outputs_are_bfloat16(tmp_path: Path, app: Callable[..., RunResult]) -> None:
