@@ -30,7 +30,8 @@ from tests.support.runs import FEW_BATCHES, run_app
 from tests.support.warm import WarmCommand
 
 STORAGE_EXIT_CODE = 74
-ENVIRONMENT = {"PYTHONPATH": SUPPORT_DIR, "FAULT": "none:0:0"}
+# The results of some processors depend on the number of threads.
+ENVIRONMENT = {"PYTHONPATH": SUPPORT_DIR, "FAULT": "none:0:0", "OMP_NUM_THREADS": "1"}
 RUN = (*STATEFUL_RUN, "hydra.run.dir=small/run", "resume=auto")
 
 
@@ -51,7 +52,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def reference_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of the same training on a large disk."""
     cwd = tmp_path_factory.mktemp("reference")
-    result = run_app(cwd, *STATEFUL_RUN, "hydra.run.dir=reference")
+    result = run_app(cwd, *STATEFUL_RUN, "hydra.run.dir=reference", OMP_NUM_THREADS="1")
     assert result.code == 0, result.err
     return cwd / "reference"
 
@@ -110,7 +111,7 @@ def test_full_disk_while_a_cache_is_built_is_one_error_and_leaves_nothing(
 
 def start_and_wait_for_file(cwd: Path, file: Path, *overrides: str) -> WarmCommand:
     """Start a run with slow steps, and return once it has written a file."""
-    environment = ENVIRONMENT | {"SLOW": "0.3", "OMP_NUM_THREADS": "1"}
+    environment = ENVIRONMENT | {"SLOW": "0.3"}
     process = WarmCommand(cwd, [*RUN, *FAULTY_TASK, *overrides], environment)
     wait_for_file(file)
     return process

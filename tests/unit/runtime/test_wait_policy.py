@@ -81,25 +81,30 @@ def test_waiting_threads_sleep_only_while_the_machine_is_busy() -> None:
     )
     adapts, free, busy, quiet = answer.stdout.split()
     assert adapts == "True"
-    assert max(int(free), int(quiet)) < 25
+    assert 2 * max(int(free), int(quiet)) < int(busy)  # other tests may run at the same time
     assert int(busy) > 40
 
 
 @needs_libgomp
 def test_threads_that_share_a_core_are_seen_to_wait() -> None:
-    core = min(os.sched_getaffinity(0))
+    core, done = min(os.sched_getaffinity(0)), threading.Event()
 
     def work() -> None:
         os.sched_setaffinity(0, {core})  # of this thread
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 200_000)
+        while not done.is_set():
+            hashlib.pbkdf2_hmac("sha256", b"", b"", 10_000)
 
     meter = WaitMeter()
     threads = [threading.Thread(target=work) for _ in range(2)]
     for thread in threads:
         thread.start()
-    threads[0].join()
-    assert meter.share() > BUSY_SHARE
-    threads[1].join()
+    try:
+        shares = (meter.share() for _ in range(300) if not done.wait(0.1))
+        assert any(share > BUSY_SHARE for share in shares)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
