@@ -80,7 +80,7 @@ class Term:
         return None if divisor is None else divisor * (len(target) / max(1, target.numel()))
 
     def share_of_mean(self, value: Tensor, targets: Nested) -> Tensor:
-        """Return the value so that the mean over ranks, weighted by samples, is that of the batch.
+        """Scale the value so that its mean over ranks, weighted by samples, is that of the batch.
 
         A single term has no need of it: its batches count by `samples_weight`.
         """

@@ -49,10 +49,10 @@ def sum_over_ranks(sums: Tensor) -> Tensor:
 
 
 def share_of_mean(mean: Tensor, divisor: Tensor, num_samples: int) -> Tensor:
-    """Return what a mean over this rank's part of a batch counts, in a mean weighted by samples.
+    """Scale the mean over this rank's part of a batch, for a mean over ranks weighted by samples.
 
-    The mean of what all ranks return, weighted by their numbers of samples, is the mean over the
-    whole batch. In a single process it is the mean itself.
+    The mean of the results of all ranks, weighted by their numbers of samples, is the mean over the
+    whole batch. In a single process the result is the mean itself.
 
     Args:
         mean: A sum over the part of the batch, divided by `divisor`; a scalar.
