@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from app.runtime.rank_sums import share_of_mean, sum_over_ranks
+from app.runtime.rank_sums import share_of_mean, sum_over_step
 
 
 class DiceLoss(nn.Module):
@@ -23,7 +23,7 @@ class DiceLoss(nn.Module):
         include_background: Whether to include class 0. Ignored for a single output channel.
         ignore_index: Label of positions to ignore; None to use all positions.
         per_sample: Whether to compute the overlap of each sample instead of that of the batch, over
-            all ranks.
+            all ranks and accumulated batches.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class DiceLoss(nn.Module):
         if not self.include_background and values.shape[1] > 1:
             values = values[:, 1:]
         sums = values.reshape(*values.shape[:2], -1).sum(dim=-1)
-        return sums if self.per_sample else sum_over_ranks(sums.sum(dim=0))
+        return sums if self.per_sample else sum_over_step(sums.sum(dim=0))
 
 
 class DiceCrossEntropyLoss(nn.Module):

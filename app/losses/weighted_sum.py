@@ -80,9 +80,11 @@ class Term:
         return None if divisor is None else divisor * (len(target) / max(1, target.numel()))
 
     def share_of_mean(self, value: Tensor, targets: Nested) -> Tensor:
-        """Scale the value so that its mean over ranks, weighted by samples, is that of the batch.
+        """Scale the value so that its mean over ranks and accumulated batches is exact.
 
-        A single term has no need of it: its batches count by `samples_weight`.
+        That is the mean weighted by samples, as several terms need it, since each of them may
+        divide by another number. A single term has no need of it: its batches count by
+        `samples_weight`.
         """
         target = pick(targets, self.target)
         divisor = self._normalizer(target)
@@ -130,15 +132,25 @@ class WeightedSum(nn.Module):
         weights = {*self.scheduled_weights(), *self.learned_weights()}
         return {*self.terms, *weights} if self.has_term_columns else set()
 
-    def forward(self, outputs: Nested, targets: Nested) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, outputs: Nested, targets: Nested, is_part: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the total and the unweighted value of each term.
 
         The values are empty for a single term of weight 1, which is equal to the total.
+
+        Args:
+            outputs: Outputs of the model.
+            targets: Targets of the batch.
+            is_part: Whether the total is added to other losses, so that batches count by samples
+                and not by `samples_weight`.
 
         Raises:
             UserError: A term does not support its outputs and targets.
         """
         values = {name: self._compute_term(name, outputs, targets) for name in self.terms}
+        if is_part or len(values) > 1:
+            values = {n: self.terms[n].share_of_mean(value, targets) for n, value in values.items()}
         weighted = [self.terms[name].apply_weight(value) for name, value in values.items()]
         total = sum(weighted[1:], start=weighted[0])
         return total, values if self.has_term_columns else {}
@@ -164,8 +176,7 @@ class WeightedSum(nn.Module):
                 f"loss.{name}: must return a floating-point tensor, the mean over the batch; it "
                 f"returned {describe(value)}"
             )
-        value = value.mean() if value.ndim else value
-        return value if len(self.terms) == 1 else term.share_of_mean(value, targets)
+        return value.mean() if value.ndim else value
 
     def samples_weight(self, targets: Nested) -> Tensor | None:
         """Return how many samples a batch counts for in a mean over batches.

@@ -1,10 +1,14 @@
-"""Sums over a batch that several ranks share, through which gradients flow."""
+"""Sums over all samples of an optimizer step, through which gradients flow.
+
+The samples may be shared among ranks, and come in several accumulated batches.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -12,6 +16,61 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 _is_padding = ContextVar("is_padding", default=False)
+
+
+@dataclass
+class StepSums:
+    """Sums over the batches that an optimizer step accumulates.
+
+    They are measured by a forward pass of each batch before the first of them is trained on. Each
+    of the steps that train then sees the sums of all batches, while gradients flow through those of
+    its own batch; these gradients add up to those of a single large batch.
+
+    Attributes:
+        num_samples: Samples of each batch, over all ranks.
+        totals: Sums over the batches and ranks, in the order of the calls of `sum_over_step`.
+    """
+
+    num_samples: list[float] = field(default_factory=list)
+    totals: list[Tensor] = field(default_factory=list)
+    position: int = 0
+    gradient_factor: float | None = None  # None while measuring
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Add the sums of the next batch; its number of samples is to be added after it."""
+        with self._active(None):
+            yield
+
+    @contextmanager
+    def applied(self, batch: int) -> Iterator[None]:
+        """Let `sum_over_step` return the totals while training on a batch, counted from 0."""
+        # A batch has the share `num_samples[batch] / sum(num_samples)` of the mean loss.
+        with self._active(sum(self.num_samples) / self.num_samples[batch]):
+            yield
+
+    @contextmanager
+    def _active(self, gradient_factor: float | None) -> Iterator[None]:
+        self.position, self.gradient_factor = 0, gradient_factor
+        token = _step_sums.set(self)
+        try:
+            yield
+        finally:
+            _step_sums.reset(token)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Return the total of the sums that this call of `sum_over_step` has for one batch."""
+        number, self.position = self.position, self.position + 1
+        if self.gradient_factor is not None:
+            return self.totals[number] + (sums - sums.detach()) * self.gradient_factor
+        if not self.num_samples:
+            self.totals.append(sums.detach())
+        else:
+            self.totals[number] = self.totals[number] + sums.detach()
+        return sums
+
+
+_step_sums: ContextVar[StepSums | None] = ContextVar("step_sums", default=None)
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -32,7 +91,7 @@ class AllReduceSum(torch.autograd.Function):
 
 @contextmanager
 def padding() -> Iterator[None]:
-    """Leave this rank's samples out of `sum_over_ranks`, since its batch is padding."""
+    """Leave this rank's samples out of `sum_over_step`, since its batch is padding."""
     token = _is_padding.set(True)
     try:
         yield
@@ -40,29 +99,33 @@ def padding() -> Iterator[None]:
         _is_padding.reset(token)
 
 
-def sum_over_ranks(sums: Tensor) -> Tensor:
-    """Return the sum of a tensor over all ranks; in a single process, the tensor itself."""
-    if not _has_ranks():
-        return sums
-    total: Tensor = AllReduceSum.apply(sums * (not _is_padding.get()))
-    return total
+def sum_over_step(sums: Tensor) -> Tensor:
+    """Return the sum of a tensor over all ranks and accumulated batches of an optimizer step.
+
+    A loss that is not a mean over samples, such as the overlap of a whole batch, calls it with
+    the sums of its own samples. With one rank and one batch it returns the tensor itself.
+    """
+    if _has_ranks():
+        sums = AllReduceSum.apply(sums * (not _is_padding.get()))
+    step_sums = _step_sums.get()
+    return sums if step_sums is None else step_sums.total(sums)
 
 
 def share_of_mean(mean: Tensor, divisor: Tensor, num_samples: int) -> Tensor:
-    """Scale the mean over this rank's part of a batch, for a mean over ranks weighted by samples.
+    """Scale the mean over one part of an optimizer step, for a mean over parts weighted by samples.
 
-    The mean of the results of all ranks, weighted by their numbers of samples, is the mean over the
-    whole batch. In a single process the result is the mean itself.
+    The mean of the results of all ranks and accumulated batches, weighted by their numbers of
+    samples, is the mean over all of them. If there is one part the result is the mean itself.
 
     Args:
-        mean: A sum over the part of the batch, divided by `divisor`; a scalar.
+        mean: A sum over the part, divided by `divisor`; a scalar.
         divisor: Scalar, such as the number of positions that are not ignored.
         num_samples: Samples of this part.
     """
-    if not _has_ranks():
+    if not _has_ranks() and _step_sums.get() is None:
         return mean
     divisor = divisor.detach().float()
-    total, count = sum_over_ranks(torch.stack([divisor, torch.full_like(divisor, num_samples)]))
+    total, count = sum_over_step(torch.stack([divisor, torch.full_like(divisor, num_samples)]))
     share: Tensor = divisor * count / (total.where(total > 0, 1) * num_samples)
     return mean * share
 

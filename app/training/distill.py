@@ -27,8 +27,7 @@ class DistillTask(SupervisedTask):
 
     The teacher is evaluated without gradients, in the precision of the model; checkpoints do not
     contain it. With `mix` it gets the mixed inputs, too, as in Beyer et al. 2022, "Knowledge
-    distillation: A good teacher is patient and consistent". As with several loss terms, batches
-    count by their samples, even if L has class weights or ignores positions.
+    distillation: A good teacher is patient and consistent".
 
     Args:
         teacher: Maps inputs to logits of shape (N, C, ...), as the model does; None for a task
@@ -67,7 +66,7 @@ class DistillTask(SupervisedTask):
     def training_loss(
         self, inputs: Nested, outputs: Nested, targets: Nested
     ) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
-        task_loss, terms = self.loss(outputs, targets)
+        task_loss, terms = self.loss(outputs, targets, is_part=True)
         distillation_loss = self.distillation_loss(inputs, outputs)
         loss = (1 - self.alpha) * task_loss + self.alpha * distillation_loss
         columns = dict(zip(DISTILL_COLUMNS, (task_loss, distillation_loss), strict=True))

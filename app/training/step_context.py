@@ -1,18 +1,18 @@
-"""What surrounds a step: autocast, gradient synchronization, padding, averages, error reports."""
+"""What surrounds a step: autocast, sums over accumulated batches, padding, averages, errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 
 import torch
 
 from app.data.batch import BatchLoader
-from app.distributed.collectives import rank
+from app.distributed.collectives import all_reduce_async, rank
 from app.distributed.strategies import SingleDevice
-from app.runtime.rank_sums import padding
-from app.runtime.seed import seed_everything
+from app.runtime.rank_sums import StepSums, padding
+from app.runtime.seed import rng_state, seed_everything, set_rng_state
 from app.training.nonfinite import NonFinitePolicy
 from app.training.oom import OOMReporter
 from app.training.optim.freezing import FreezeSchedule
@@ -44,15 +44,50 @@ class StepContext:
     ) -> None:
         self.task, self.strategy, self.freezing = task, strategy, freezing
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
+        self.looks_ahead: bool | None = None  # unknown before the first epoch
+        self.step_sums = StepSums()
 
     def prepare_epoch(self, loader: BatchLoader, epoch: int) -> None:
-        """Record the step if it is replayed, which the time of the epoch does not contain."""
-        if not self.task.replays_steps:
+        """Do what comes before the first step, which the time of the epoch does not contain.
+
+        It records the step if it is replayed, and finds out whether the loss needs sums over
+        accumulated batches.
+        """
+        assert self.task.optimizers is not None
+        accumulates = self.task.optimizers.accumulate > 1 and self.task.looks_ahead
+        tries_loss = accumulates and self.looks_ahead is None
+        if not tries_loss and not self.task.replays_steps:
             return
         self.task.model.train()
         self.freezing.apply(epoch)
-        with self.task.precision.autocast():
-            self.task.prepare_steps(loader.first)
+        if tries_loss:
+            sums = self._measure(epoch, [StepBatch(loader.first(2), 1)])
+            self.looks_ahead = bool(sums.totals)
+        if self.task.replays_steps:
+            with self.task.precision.autocast():
+                self.task.prepare_steps(loader.first)
+
+    def measured_first(self, batches: Iterator[StepBatch], epoch: int) -> Iterator[StepBatch]:
+        """Yield the batches, those of each optimizer step after all of them have been measured."""
+        assert self.task.optimizers is not None
+        while step := list(islice(batches, self.task.optimizers.accumulate)):
+            self.step_sums = self._measure(epoch, step)
+            yield from step
+
+    @torch.no_grad()
+    def _measure(self, epoch: int, batches: list[StepBatch]) -> StepSums:
+        """Return the sums of the loss over the batches; leave no traces in the modules."""
+        sums, rng = StepSums(), rng_state()
+        buffers = [buffer for module in self.task.modules for buffer in module.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        for batch in batches:
+            with self._forward("train", epoch, batch), sums.measured():
+                count = self.task.look_ahead(batch.data, epoch)
+            sums.num_samples.append(all_reduce_async(0 if batch.is_padding else count)())
+        for buffer, earlier in zip(buffers, kept, strict=True):
+            buffer.copy_(earlier)
+        set_rng_state(rng)
+        return sums
 
     def start_epoch(self, loader: BatchLoader, epoch: int) -> None:
         """Prepare for an epoch of training."""
@@ -78,10 +113,17 @@ class StepContext:
         self.nonfinite.on_batch_start(batch, global_step)
         steps_next = self.task.optimizers.steps_next
         sync = self.strategy.sync_context(batch.is_padding, steps_next)
-        with self._forward("train", epoch, batch), sync:
+        with self._forward("train", epoch, batch), sync, self._summed():
             yield
         self.nonfinite.on_batch_end()
         self.averaging.update(epoch, self.task.optimizers.steps)
+
+    def _summed(self) -> AbstractContextManager[None]:
+        """Give the loss its sums over all batches of the optimizer step."""
+        assert self.task.optimizers is not None
+        if not self.looks_ahead:
+            return nullcontext()
+        return self.step_sums.applied(self.task.optimizers.batches)
 
     @contextmanager
     def eval_step(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:

@@ -102,6 +102,17 @@ class SupervisedTask(Task):
         self.optimizer.step(loss, count_samples(inputs), weight)
         return outputs, loss, terms, weight
 
+    @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        own = type(self).train_step, type(self).learn
+        return own == (SupervisedTask.train_step, SupervisedTask.learn)
+
+    def look_ahead(self, batch: Nested, epoch: int) -> int:
+        self._set_mix_epoch(epoch)
+        inputs, targets = self.mixed(*self.unpack(batch))
+        self.training_loss(inputs, self.forward(inputs), targets)
+        return count_samples(inputs)
+
     def use_cuda_graph(self) -> None:
         """Record training steps as a CUDA graph; call this after `prepare_training`.
 
@@ -114,7 +125,7 @@ class SupervisedTask(Task):
                 "allowed: tasks with that of SupervisedTask, which may override forward, "
                 "training_loss and learn"
             )
-        self.graphed_step = GraphedStep(self.learn, self.optimizer, [self.model, self.loss])
+        self.graphed_step = GraphedStep(self.learn, self.optimizer, self.modules)
         self.replays_steps = True
 
     def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
@@ -192,6 +203,9 @@ class SupervisedTask(Task):
 
     def on_step_start(self, epoch: int, step: int) -> None:
         self.loss.update_weights(epoch, step)
+        self._set_mix_epoch(epoch)
+
+    def _set_mix_epoch(self, epoch: int) -> None:
         set_epoch = getattr(self.mix, "set_epoch", None)
         if set_epoch is not None:
             set_epoch(epoch)
@@ -199,6 +213,10 @@ class SupervisedTask(Task):
     def parameters(self) -> dict[str, nn.Parameter]:
         own = {f"loss.{name}": p for name, p in self.loss.named_parameters()}
         return super().parameters() | own
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.model, self.loss]
 
     def to(self, device: torch.device) -> None:
         super().to(device)

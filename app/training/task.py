@@ -71,10 +71,12 @@ class Task:
         has_eval_loss: Whether `eval_step` computes a loss. If not, it returns NaN, and the cells of
             the loss are empty in the tables of evaluated stages.
         replays_steps: Whether training steps are recorded once and replayed.
+        looks_ahead: Whether `look_ahead` makes the forward pass of a training step.
     """
 
     has_eval_loss = True
     replays_steps = False
+    looks_ahead = False
 
     def __init__(
         self,
@@ -160,6 +162,17 @@ class Task:
             step: Number of training batches in the run including this one.
         """
 
+    def look_ahead(self, batch: Nested, epoch: int) -> int:
+        """Compute the loss of a batch of an epoch that is trained on later, without gradients.
+
+        Called for all batches of an optimizer step before the first of them if the loss depends on
+        sums over all of them; see `app.runtime.rank_sums`.
+
+        Returns:
+            The number of samples.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no look_ahead")
+
     def prepare_steps(self, first_batch: Callable[[int], Nested]) -> None:
         """Called before each epoch of training if `replays_steps`.
 
@@ -173,6 +186,11 @@ class Task:
         Override this if the task has parameters outside of the model, such as learned loss weights.
         """
         return dict(self.model.named_parameters())
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules that a training step calls."""
+        return [self.model]
 
     def to(self, device: torch.device) -> None:
         """Move the model, the metrics and everything else that a step uses to the device."""

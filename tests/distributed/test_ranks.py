@@ -197,7 +197,10 @@ def test_fit_last_batch_smaller_than_number_of_ranks_matches_one_rank() -> None:
     ids=["dice-of-the-batch", "ignored-pixels", "ignored-pixels-of-two-parts", "several-terms"],
 )
 def test_fit_segmentation_matches_one_rank(overrides: list[str]) -> None:
-    """The loss divides by sums over the batch, of which each rank has an unequal part or none."""
+    """The loss divides by sums over the batch, of which each rank has an unequal part or none.
+
+    Two accumulated batches of half the size train as one.
+    """
     overrides = [
         *SHORT[:-1],
         "experiment=shapes_unet",
@@ -210,7 +213,12 @@ def test_fit_segmentation_matches_one_rank(overrides: list[str]) -> None:
         "data.eval_batch_size=100",
         *overrides,
     ]
-    assert_same(fit(*overrides), run_on_ranks(3, fit, *overrides)[0], **ROUNDING)
+    one = fit(*overrides)
+    assert_same(one, run_on_ranks(3, fit, *overrides)[0], **ROUNDING)
+    halves = ["data.batch_size=2", "trainer.accumulate_grad_batches=2"]
+    accumulated = run_on_ranks(3, fit, *overrides, *halves)[0]
+    for name, tensor in one.weights.items():
+        torch.testing.assert_close(accumulated.weights[name], tensor, **ROUNDING)
 
 
 def test_fit_fsdp_matches_one_rank() -> None:

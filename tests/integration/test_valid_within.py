@@ -18,6 +18,7 @@ from app.callbacks.tables import Tables, truncate_to_history
 from app.config.schema import GoalConfig
 from app.data.batch import Batch, BatchLoader
 from app.data.loaders import make_loader
+from app.losses.dice import DiceLoss
 from app.runtime.errors import UserError
 from app.runtime.signals import StopReason, TrainingInterrupted
 from app.training.checkpoint.header import read_info
@@ -37,15 +38,19 @@ POINTS = [(1, 2), (1, 3), (2, 4), (2, 6), (3, 8), (3, 9)]  # epochs of three ste
 
 
 def make_trainer(
-    folder: Path, every: int | None = 2, plateau: bool = False, **options: Any
+    folder: Path, every: int | None = 2, plateau: bool = False, sums: bool = False, **options: Any
 ) -> Trainer:
-    """Trainer of a model whose training draws random numbers."""
+    """Trainer of a model whose training draws random numbers.
+
+    With `sums`, its loss is a function of sums over two accumulated batches.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
-    task = SupervisedTask(model, nn.CrossEntropyLoss())
+    task = SupervisedTask(model, DiceLoss(per_sample=False) if sums else nn.CrossEntropyLoss())
     optimizer = SGD(model.parameters(), lr=0.1)
     schedule = ReduceLROnPlateau(optimizer, factor=0.5, patience=0) if plateau else None
-    wrapper = OptimWrapper(optimizer, LRSchedule(optimizer, schedule, per_epoch=True))
+    lrs, accumulation = LRSchedule(optimizer, schedule, per_epoch=True), (20, 2) if sums else ()
+    wrapper = OptimWrapper(optimizer, lrs, None, *accumulation)
     task.prepare_training(OptimWrapperDict(wrapper))
     limits = options.pop("limits", {})
     options = {"goal": GOAL, **options}
@@ -74,7 +79,8 @@ class NoisyLoader:
 
 
 def fit(trainer: Trainer, kind: str = "tensors") -> pd.DataFrame:
-    train, valid = make_loader(DATASETS[kind](), 20), make_loader(DATASETS["tensors"](), 50)
+    size = 20 // trainer.optimizers.accumulate
+    train, valid = make_loader(DATASETS[kind](), size), make_loader(DATASETS["tensors"](), 50)
     return trainer.fit(NoisyLoader(train), valid)
 
 
@@ -86,9 +92,14 @@ def weights(trainer: Trainer) -> torch.Tensor:
     return torch.cat([t.flatten().double() for t in trainer.task.model.state_dict().values()])
 
 
-@pytest.mark.parametrize("kind", DATASETS)
-def test_validation_within_epochs_does_not_change_training(tmp_path: Path, kind: str) -> None:
-    plain, within = make_trainer(tmp_path / "plain", None), make_trainer(tmp_path / "within")
+@pytest.mark.parametrize(
+    ("kind", "sums"), [*((kind, False) for kind in DATASETS), ("tensors", True)]
+)
+def test_validation_within_epochs_does_not_change_training(
+    tmp_path: Path, kind: str, sums: bool
+) -> None:
+    plain = make_trainer(tmp_path / "plain", None, sums=sums)
+    within = make_trainer(tmp_path / "within", sums=sums)
     expected, actual = fit(plain, kind), fit(within, kind)
     assert torch.equal(weights(plain), weights(within))
     assert points(within) == points(within, "train") == POINTS
@@ -117,6 +128,8 @@ class StopAfter(Callback):
     [
         *(("train", count, {}) for count in range(1, 10)),
         *(("valid", count, {}) for count in (2, 3, 4)),
+        *(("train", count, {"sums": True}) for count in (1, 4, 5, 6, 7, 10)),
+        ("valid", 2, {"sums": True}),
         ("train", 4, {"plateau": True}),
         ("valid", 4, {"swa": True}),
         ("train", 5, {"limits": {"save_schedule": SaveSchedule(every_n_steps=1)}}),

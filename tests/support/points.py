@@ -23,9 +23,11 @@ def make_optimizers(model: nn.Module, **options: Any) -> OptimWrapperDict:
     return OptimWrapperDict(OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), **options))
 
 
-def fit(task: Task, folder: Path, data: Any, epochs: int = 1, **options: Any) -> pd.DataFrame:
+def fit(
+    task: Task, folder: Path, data: Any, epochs: int = 1, batch_size: int = 10, **options: Any
+) -> pd.DataFrame:
     trainer = Trainer(task, TrainingLimits(max_epochs=epochs), folder, **options)
-    return trainer.fit(make_loader(data, 10), make_loader(data, 10))
+    return trainer.fit(make_loader(data, batch_size), make_loader(data, batch_size))
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

@@ -434,6 +434,11 @@ class OptimWrapperDict:
         return next(iter(self.wrappers.values())).accumulate
 
     @property
+    def batches(self) -> int:
+        """Number of batches that the first optimizer has accumulated since its last step."""
+        return next(iter(self.wrappers.values())).batches
+
+    @property
     def at_step_boundary(self) -> bool:
         """Whether no wrapper holds the gradients of an incomplete accumulation."""
         return not any(wrapper.batches for wrapper in self.wrappers.values())

@@ -49,6 +49,18 @@ def test_distill_step_follows_the_gradient_of_the_weighted_losses() -> None:
     torch.testing.assert_close(columns["task_loss"], F.cross_entropy(logits, Y).detach())
 
 
+def test_distill_of_accumulated_batches_with_class_weights_is_that_of_one(tmp_path: Path) -> None:
+    models = []
+    for size in (60, 20):
+        torch.manual_seed(0)
+        loss = nn.CrossEntropyLoss(torch.tensor([0.1, 5.0]))
+        task = DistillTask(make_teacher(), model=nn.Linear(4, 2), loss=loss)
+        task.prepare_training(make_optimizers(task.model, batch_size=size, accumulate=60 // size))
+        fit(task, tmp_path / str(size), TensorDataset(X, Y), batch_size=size)
+        models.append(task.model.state_dict())
+    torch.testing.assert_close(models[1], models[0])
+
+
 def test_distill_leaves_the_teacher_as_it_is_and_evaluates_without_it(tmp_path: Path) -> None:
     task = make_task(make_teacher(), metrics={"valid": {"accuracy": accuracy}})
     assert task.teacher is not None
