@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
 from pathlib import Path
@@ -30,19 +29,26 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
     Raises:
         UserError: The file is missing, damaged, or not IDX.
     """
+    gzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # checks the CRC of the content
     try:
-        with gzip.open(path) as file:
-            content = file.read(MAX_BYTES + 1)
+        content = gzip.decompress(path.read_bytes(), MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+    except zlib.error as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} would expand to more than {MAX_BYTES:,} bytes; refused")
-    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if md5 is not None and actual != md5:
-        raise UserError(f"{path} is damaged: its content has MD5 {actual}, expected {md5}")
+    if not gzip.eof:
+        raise UserError(f"{path} is damaged: it ends too early")
+    if md5 is not None:
+        _check_md5(path, content, md5)
     return _parse(path, content)
+
+
+def _check_md5(path: Path, content: bytes, expected: str) -> None:
+    actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if actual != expected:
+        raise UserError(f"{path} is damaged: its content has MD5 {actual}, expected {expected}")
 
 
 def _parse(path: Path, content: bytes) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
+from app.data.rows import select_rows
 from app.runtime.errors import UserError
 from app.runtime.nested import Key
 from app.runtime.seed import derive_seed
@@ -219,7 +220,7 @@ def _split_size(part: int | float | None, total: int) -> int:
 def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     """Return the given samples; a `TensorDataset` remains one, so that batches can be indexed."""
     if isinstance(dataset, TensorDataset):
-        return TensorDataset(*(tensor[indices] for tensor in dataset.tensors))
+        return TensorDataset(*(select_rows(tensor, indices) for tensor in dataset.tensors))
     return Subset(dataset, indices.tolist())
 
 

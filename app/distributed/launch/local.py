@@ -53,6 +53,12 @@ PRELOAD_MODULES = [
     "app.distributed.launch.preload",
     "app.cli.main",
     "app.experiment.run",  # by name, as only the fork server may import it
+    "app.callbacks.batch_images",
+    "app.callbacks.console",
+    "app.callbacks.model_summary",
+    "app.callbacks.progress",
+    "app.callbacks.slowdown",
+    "pydantic.type_adapter",
     "torchvision",
     "pandas",
     "tqdm",

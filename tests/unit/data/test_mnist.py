@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.data.mnist import mnist
+from app.data.idx import read_idx
+from app.data.mnist import MD5, mnist
 from app.data.split import dataset_size
 from app.runtime.errors import UserError
 from tests.support.toy_datasets import MNIST_DIR, copy_mnist_with_flipped_bit
@@ -20,6 +21,11 @@ def test_mnist_has_all_samples_and_known_class_counts() -> None:
     assert images.dtype == torch.uint8
     assert labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     assert dataset_size(mnist(train=True)) == 60_000
+
+
+@pytest.mark.parametrize("name", MD5)
+def test_included_file_is_the_published_one(name: str) -> None:
+    read_idx(MNIST_DIR / f"{name}.gz", MD5[name])
 
 
 def test_mnist_with_flipped_bit_is_refused_by_md5(tmp_path: Path) -> None:
@@ -34,5 +40,5 @@ def test_truncated_mnist_is_refused(tmp_path: Path, num_bytes: int) -> None:
         shutil.copy(file, tmp_path)
     path = tmp_path / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(path.read_bytes()[:num_bytes])
-    with pytest.raises(UserError, match=r"is damaged|is not an IDX file"):
+    with pytest.raises(UserError, match="is damaged: it ends too early"):
         mnist(train=False, root=str(tmp_path))
