@@ -90,11 +90,16 @@ class NonFinitePolicy:
         if self.check.policy is None:
             return
         if self.optimizers.at_step_boundary:
-            spare = self.spare_copies
-            copies = spare.pop() if spare else [torch.empty_like(b) for b in self.bn_buffers]
-            copy_into(copies, self.bn_buffers)
-            self.pending.append(PendingStep(global_step, copies))
+            self.pending.append(PendingStep(global_step, self._copy_bn_buffers()))
         self.pending[-1].batches.append(batch)
+
+    def _copy_bn_buffers(self) -> list[Tensor]:
+        if not self.bn_buffers:
+            return []
+        spare = self.spare_copies
+        copies = spare.pop() if spare else [torch.empty_like(b) for b in self.bn_buffers]
+        copy_into(copies, self.bn_buffers)
+        return copies
 
     def on_batch_end(self) -> None:
         """Handle the result of the step, or of an earlier one that is known by now.
@@ -128,7 +133,8 @@ class NonFinitePolicy:
         """Read the result of the oldest pending step; if it was skipped, undo all since then."""
         step = self.pending.popleft()
         if not step.was_skipped():
-            self.spare_copies.append(step.bn_buffers)
+            if step.bn_buffers:
+                self.spare_copies.append(step.bn_buffers)
             return
         self.invalid_rows += sum(len(item.batches) for item in (step, *self.pending))
         self.pending.clear()

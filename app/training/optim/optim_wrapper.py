@@ -15,6 +15,7 @@ from app.distributed.collectives import (
     all_reduce,
     all_reduce_async,
     all_reduce_tensor_async,
+    is_distributed,
 )
 from app.distributed.strategies import (
     SingleDevice,
@@ -36,8 +37,8 @@ from app.training.optim.lr_schedule import LRSchedule
 from app.training.optim.parameter_groups import check_same_groups
 from app.training.step_values import Average
 
-# Wait for the number of samples and the loss indicator over all ranks; see `OptimWrapper`.
-Reductions = tuple[Callable[[], float], Callable[[], Tensor] | None]
+# Wait for the number of samples and the losses over all ranks; see `OptimWrapper`.
+Reductions = tuple[Callable[[], float], Callable[[], list[Tensor]]]
 HostState = tuple[int, dict[str, Any], list[dict[str, Any]]]
 SINGLE = ""  # name of the wrapper in a dict that has only one
 
@@ -70,7 +71,7 @@ class OptimWrapper:
 
     Attributes:
         finite_check: Checks the loss and the gradients before each step.
-        loss_indicator: 0, or NaN if a loss since the last step was not finite; None if unchecked.
+        losses: Losses since the last step, of batches that count; empty if they are not checked.
         grad_norm: Total norm of the gradients in the last step; None before the first one.
         steps: Number of optimizer steps taken.
         batches: Number of batches accumulated since the last step.
@@ -103,7 +104,7 @@ class OptimWrapper:
         # Batches of unequal size must count by their samples once gradients are summed.
         self.weights_by_samples = accumulate > 1 or self.strategy.is_distributed
         self.finite_check = FiniteCheck(None)
-        self.loss_indicator: Tensor | None = None
+        self.losses: list[Tensor] = []
         self.grad_norm: Tensor | None = None
         self.steps = self.batches = self.samples = 0
         self.reductions: Reductions | None = None  # of the current step, once they have begun
@@ -141,28 +142,24 @@ class OptimWrapper:
         count = 0 if self.strategy.is_padding else num_samples
         self.batches += 1
         self.samples += count
-        self._add_loss(loss)
+        if self.finite_check.policy is not None and not self.strategy.is_padding:
+            self.losses.append(loss.detach())  # gradients may be finite even if the loss is not
         if self.batches == self.accumulate:
             self.reductions = self._start_reductions()  # they overlap with the backward pass
         self.backward(loss, count, weight)
         if self.batches == self.accumulate:
             self.apply()
 
-    def _add_loss(self, loss: Tensor) -> None:
-        """Remember whether a loss is finite; its gradients may be finite even if it is not."""
-        if self.finite_check.policy is not None and not self.strategy.is_padding:
-            zero_or_nan, earlier = loss.detach() * 0, self.loss_indicator
-            self.loss_indicator = zero_or_nan if earlier is None else earlier + zero_or_nan
-
     def _start_reductions(self) -> Reductions:
-        """Start to sum the number of samples and the loss indicator over all ranks."""
+        """Start to sum the number of samples and the losses over all ranks."""
         samples = all_reduce_async(self.samples)
-        if self.finite_check.policy is None:
-            return samples, None
-        indicator = self.loss_indicator
-        if indicator is None:  # all batches of this rank are padding
-            indicator = torch.zeros((), device=self.device)
-        return samples, all_reduce_tensor_async(indicator.float())
+        if self.finite_check.policy is None or not is_distributed():
+            return samples, lambda: self.losses
+        zero_or_nan = torch.zeros((), device=self.device)
+        for loss in self.losses:
+            zero_or_nan += loss * 0
+        total = all_reduce_tensor_async(zero_or_nan)
+        return samples, lambda: [total()]
 
     def backward(self, loss: Tensor, count: int, weight: Tensor | None) -> None:
         """Accumulate the gradients of a loss; frozen parameters get none.
@@ -198,25 +195,25 @@ class OptimWrapper:
 
     def apply(self) -> None:
         """Reduce the accumulated gradients over ranks, step the optimizer and zero them."""
-        total_samples, loss_indicator = self.reductions or self._start_reductions()
-        total, loss = total_samples(), loss_indicator() if loss_indicator else None
+        total_samples, all_losses = self.reductions or self._start_reductions()
+        total, losses = total_samples(), all_losses()
         self.strategy.all_reduce_gradients(self.parameters)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        has_stepped = self._apply_gradients(gradients, total, loss) if gradients else True
+        has_stepped = self._apply_gradients(gradients, total, losses) if gradients else True
         self.strategy.zero_grad(self.parameters)
         if torch.is_autocast_enabled(self.device.type):
             torch.clear_autocast_cache()  # it would keep the old weights until autocast ends
         if has_stepped:
             self.count_step()
         self.batches = self.samples = 0
-        self.reductions = self.total_weight = self.loss_indicator = None
+        self.reductions, self.total_weight, self.losses = None, None, []
 
     def count_step(self) -> None:
         """Advance the step count and the learning rates after a step."""
         self.schedule.on_step_end()
         self.steps += 1
 
-    def _apply_gradients(self, gradients: list[Tensor], total: float, loss: Tensor | None) -> bool:
+    def _apply_gradients(self, gradients: list[Tensor], total: float, losses: list[Tensor]) -> bool:
         """Clip and step, unless the finite check refuses; return whether a step was made.
 
         If the norm is needed it is computed once, for the table, the check and the clipping.
@@ -224,19 +221,20 @@ class OptimWrapper:
         Args:
             gradients: All gradients of the optimizer.
             total: Number of samples over all batches and ranks.
-            loss: Indicator of the loss; None checks nothing.
+            losses: Losses to check; their values are not changed.
         """
+        checks = self.finite_check.policy is not None
         # Gradients that are not finite are allowed if they are zeroed, or left to the scaler.
         checks_loss_only = self.zero_non_finite or self.scaler is not None
-        if loss is not None and checks_loss_only and not self._may_step(loss):
+        if checks and checks_loss_only and not self._may_step(nonfinite_indicator(losses)):
             return False
         self._finish_gradients(gradients, total)
         needs_norm = self.tracks_grad_norm or self.clip_norm is not None
         norm = total_norm(gradients) if needs_norm else None
         self.grad_norm = norm if self.tracks_grad_norm else None
-        if loss is not None and not checks_loss_only:
-            indicator = nonfinite_indicator(gradients) if norm is None else norm * 0
-            if not self._may_step(indicator + loss):
+        if checks and not checks_loss_only:
+            tensors = [*losses, *gradients] if norm is None else [*losses, norm]
+            if not self._may_step(nonfinite_indicator(tensors)):
                 return False
         self._clip_gradients(gradients, norm)
         if self.scaler is None:
