@@ -23,7 +23,7 @@ def chunk_size(tensor: Tensor, itemsize: int | None = None) -> int:
         tensor: Its rows are what is worked on.
         itemsize: Bytes of a value that is computed with; None is that of the tensor.
     """
-    row_bytes = tensor[:1].numel() * (itemsize or tensor.element_size())
+    row_bytes = math.prod(tensor.shape[1:]) * (itemsize or tensor.element_size())
     return max(1, CHUNK_BYTES // max(1, row_bytes))
 
 
@@ -37,7 +37,7 @@ def for_chunks(function: Callable[..., object], size: int, *tensors: Tensor) -> 
         size: Rows of a chunk; the last one may be smaller.
         *tensors: Tensors on the CPU with the same number of rows.
     """
-    if len(tensors[0]) <= size:
+    if tensors[0].shape[0] <= size:
         function(*tensors)
         return
     chunks = [tensor.split(size) for tensor in tensors]
@@ -85,7 +85,7 @@ def select_rows(tensor: Tensor, index: Tensor) -> Tensor:
 def _select_rows(tensor: Tensor, index: Tensor) -> Tensor:
     if not tensor.is_cpu:
         return tensor.index_select(0, index)
-    rows = tensor.new_empty((len(index), *tensor.shape[1:]))
+    rows = tensor.new_empty((index.shape[0], *tensor.shape[1:]))
 
     def select_chunk(rows: Tensor, index: Tensor) -> None:
         torch.index_select(tensor, 0, index, out=rows)

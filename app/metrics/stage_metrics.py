@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class StageMetrics:
         step_sums: dict[str, MetricSums] = {}
         blocks: dict[str, UpdateBlock | None] = {}  # of this step, by part
         for name, selected in self.output_metrics.items():
-            with self._update_errors(name, outputs, targets):
+            try:
                 batch = pick(outputs, selected.output), pick(targets, selected.target)
                 if name in self.sum_metrics:
                     updated = self.updated_by[name]
@@ -134,6 +134,8 @@ class StageMetrics:
                     self.accumulating_metrics[name].update(*batch)
                 else:
                     update_with_empty(self.accumulating_metrics[name], batch)
+            except METRIC_ERRORS as error:
+                self._raise_update_error(error, name, outputs, targets)
         return step_sums
 
     def _step_sums(
@@ -181,8 +183,10 @@ class StageMetrics:
                 self.deferred_batches[name] = []
                 if rank() > 0:
                     continue
-                with self._update_errors(name, *batch):
+                try:
                     metric.update(*batch)
+                except METRIC_ERRORS as error:
+                    self._raise_update_error(error, name, *batch)
             with self._compute_errors(name):
                 values |= _to_arrays(name, metric.compute())
         return values
@@ -226,17 +230,15 @@ class StageMetrics:
     def _config_key(self, name: str) -> str:
         return f"metric.{self.stage}.{name}" if self.stage else f"metric {name}"
 
-    @contextmanager
-    def _update_errors(self, name: str, outputs: Nested, targets: Nested) -> Iterator[None]:
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise
-        except METRIC_ERRORS as error:
-            raise UserError(
-                f"{self._config_key(name)}: cannot take outputs ({describe(outputs)}) with "
-                f"targets ({describe(targets)}): {error}"
-            ) from error
+    def _raise_update_error(
+        self, error: Exception, name: str, outputs: Nested, targets: Nested
+    ) -> NoReturn:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        raise UserError(
+            f"{self._config_key(name)}: cannot take outputs ({describe(outputs)}) with "
+            f"targets ({describe(targets)}): {error}"
+        ) from error
 
     @contextmanager
     def _compute_errors(self, name: str) -> Iterator[None]:

@@ -139,7 +139,7 @@ def count_samples(batch: Nested) -> int:
     Raises:
         UserError: There is no such tensor.
     """
-    count = next((len(tensor) for tensor in iter_tensors(batch) if tensor.ndim), None)
+    count = next((tensor.shape[0] for tensor in iter_tensors(batch) if tensor.ndim), None)
     if count is None:
         raise UserError(f"the batch contains no tensor of samples: {describe(batch)}")
     return count

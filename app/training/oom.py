@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from app.config.schema import Config
@@ -26,24 +23,20 @@ class OOMReporter:
     def __init__(self, device: torch.device, config: Config | None) -> None:
         self.device, self.config = device, config
 
-    @contextmanager
-    def guard_step(self, stage: str, epoch: int, step: int) -> Iterator[None]:
-        """Run a step in the `with` block.
+    def check(self, error: Exception, stage: str, epoch: int, step: int) -> None:
+        """Raise an error that tells what to change if a step has run out of memory.
 
         Raises:
-            UserError: If it runs out of memory.
+            UserError: The error of the step says so.
         """
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            on_rank = f" of rank {rank()}" if world_size() > 1 else ""
-            raise UserError(
-                f"out of memory in {stage}, epoch {epoch}, step {step}{on_rank}: "
-                f"{self._batch_sizes(stage)}{self._peak_memory()}; try {self._suggestion(stage)} "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-            ) from error
+        if not is_out_of_memory(error):
+            return
+        on_rank = f" of rank {rank()}" if world_size() > 1 else ""
+        raise UserError(
+            f"out of memory in {stage}, epoch {epoch}, step {step}{on_rank}: "
+            f"{self._batch_sizes(stage)}{self._peak_memory()}; try {self._suggestion(stage)} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+        ) from error
 
     def _batch_sizes(self, stage: str) -> str:
         if self.config is None:

@@ -138,12 +138,12 @@ class StepContext:
     @contextmanager
     def _forward(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:
         pads = self._padding(stage) if batch.is_padding else nullcontext()
-        with (
-            self.oom.guard_step(stage, epoch, batch.number),
-            pads,
-            self.task.precision.autocast(),
-        ):
-            yield
+        try:
+            with pads, self.task.precision.autocast():
+                yield
+        except (RuntimeError, MemoryError) as error:
+            self.oom.check(error, stage, epoch, batch.number)
+            raise
 
     @contextmanager
     def _padding(self, stage: str) -> Iterator[None]:
