@@ -193,6 +193,12 @@ class WeightedSum(nn.Module):
         (term,) = self.terms.values()
         return term.samples_weight(targets)
 
+    @property
+    def is_of_torch(self) -> bool:
+        """Whether it is a single loss of torch, which knows nothing of sums over batches."""
+        modules = [getattr(term.function, "__module__", None) for term in self.terms.values()]
+        return len(modules) == 1 and str(modules[0]).startswith("torch.nn.")
+
     def update_weights(self, epoch: int, step: int) -> None:
         """Set the scheduled weights for the next step.
 

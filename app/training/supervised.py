@@ -105,7 +105,9 @@ class SupervisedTask(Task):
     @property
     def looks_ahead(self) -> bool:  # type: ignore[override]
         own = type(self).train_step, type(self).learn
-        return own == (SupervisedTask.train_step, SupervisedTask.learn)
+        has_own_loss = type(self).training_loss is not SupervisedTask.training_loss
+        is_default = own == (SupervisedTask.train_step, SupervisedTask.learn)
+        return is_default and (has_own_loss or not self.loss.is_of_torch)
 
     def look_ahead(self, batch: Nested, epoch: int) -> int:
         self._set_mix_epoch(epoch)

@@ -62,7 +62,15 @@ class Recorder(nn.Sequential):
         return output
 
 
-@pytest.mark.parametrize("name", ["dice of the batch", "samples"])
+def test_loss_that_is_a_mean_over_samples_is_computed_once(tmp_path: Path) -> None:
+    model = Recorder(nn.Conv2d(2, 3, 1))
+    model.outputs = []
+    train(tmp_path, model, WeightedSum({"main": Term(DiceLoss())}), 4, 2)
+    measured = [output for output in model.outputs if not output.requires_grad]
+    assert [len(output) for output in measured] == [2]  # to find out
+
+
+@pytest.mark.parametrize("name", ["dice of the batch", "loss of torch"])
 def test_first_forward_pass_gives_the_outputs_of_the_second_and_leaves_no_traces(
     tmp_path: Path, name: str
 ) -> None:
@@ -73,9 +81,9 @@ def test_first_forward_pass_gives_the_outputs_of_the_second_and_leaves_no_traces
     measured = [output for output in model.outputs if not output.requires_grad]
     trained = [output for output in model.outputs if output.requires_grad]
     assert [len(output) for output in trained] == [4, 4, 2]
-    assert len(measured.pop(0)) == 2  # before the first epoch, to find out which losses need it
-    if name == "samples":
+    if name == "loss of torch":
         assert not measured
     else:
+        assert len(measured.pop(0)) == 2  # before the first epoch, to find out whether it sums
         torch.testing.assert_close(measured, [output.detach() for output in trained])
     assert model[1].num_batches_tracked == 3
