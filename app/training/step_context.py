@@ -81,7 +81,8 @@ class StepContext:
         buffers = [buffer for module in self.task.modules for buffer in module.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         for batch in batches:
-            with self._forward("train", epoch, batch), sums.measured():
+            sync = self.strategy.sync_context(batch.is_padding, True)
+            with self._forward("train", epoch, batch), sync, sums.measured():
                 count = self.task.look_ahead(batch.data, epoch)
             sums.num_samples.append(all_reduce_async(0 if batch.is_padding else count)())
         for buffer, earlier in zip(buffers, kept, strict=True):

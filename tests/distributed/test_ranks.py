@@ -221,6 +221,21 @@ def test_fit_segmentation_matches_one_rank(overrides: list[str]) -> None:
         torch.testing.assert_close(accumulated.weights[name], tensor, **ROUNDING)
 
 
+def test_fit_accumulated_dice_with_batchnorm_matches_one_rank() -> None:
+    """Sums over accumulated batches are those of training: padding is not part of their norms."""
+    overrides = [
+        *SHORT[:-1],
+        "experiment=shapes_unet",
+        *("model.depth=1", "model.width=4", "data.image_size=16"),
+        *("loss=dice", "loss.dice.function.per_sample=false"),
+        *("data.batch_size=2", "trainer.accumulate_grad_batches=3"),
+        "data.split.valid=795",  # 5 training samples: batches of 2, 2 and 1
+        "data.eval_batch_size=100",
+    ]
+    one, several = fit(*overrides), run_on_ranks(3, fit, *overrides)[0]
+    assert_same(one, several, rtol=0, atol=1e-4)
+
+
 def test_fit_fsdp_matches_one_rank() -> None:
     overrides = [
         *SHORT,
