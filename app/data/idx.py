@@ -29,16 +29,16 @@ def read_idx(path: Path, md5: str | None = None) -> Tensor:
     Raises:
         UserError: The file is missing, damaged, or not IDX.
     """
-    gzip = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # checks the CRC of the content
+    decompressor = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # checks the CRC of the content
     try:
-        content = gzip.decompress(path.read_bytes(), MAX_BYTES + 1)
+        content = decompressor.decompress(path.read_bytes(), MAX_BYTES + 1)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing") from error
     except zlib.error as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if len(content) > MAX_BYTES:
         raise UserError(f"{path} would expand to more than {MAX_BYTES:,} bytes; refused")
-    if not gzip.eof:
+    if not decompressor.eof:
         raise UserError(f"{path} is damaged: it ends too early")
     if md5 is not None:
         _check_md5(path, content, md5)

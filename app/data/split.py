@@ -220,7 +220,9 @@ def _split_size(part: int | float | None, total: int) -> int:
 def subset(dataset: Dataset[Any], indices: Tensor) -> Dataset[Any]:
     """Return the given samples; a `TensorDataset` remains one, so that batches can be indexed."""
     if isinstance(dataset, TensorDataset):
-        return TensorDataset(*(select_rows(tensor, indices) for tensor in dataset.tensors))
+        return TensorDataset(
+            *(select_rows(tensor, indices.to(tensor.device)) for tensor in dataset.tensors)
+        )
     return Subset(dataset, indices.tolist())
 
 

@@ -194,7 +194,7 @@ class WeightedSum(nn.Module):
         return term.samples_weight(targets)
 
     @property
-    def is_of_torch(self) -> bool:
+    def is_torch_loss(self) -> bool:
         """Whether it is a single loss of torch, which knows nothing of sums over batches."""
         modules = [getattr(term.function, "__module__", None) for term in self.terms.values()]
         return len(modules) == 1 and str(modules[0]).startswith("torch.nn.")

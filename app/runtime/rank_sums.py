@@ -22,28 +22,35 @@ _is_padding = ContextVar("is_padding", default=False)
 class StepSums:
     """Sums over the batches that an optimizer step accumulates.
 
-    They are measured by a forward pass of each batch before the first of them is trained on. Each
-    of the steps that train then sees the sums of all batches, while gradients flow through those of
+    A forward pass of each batch, before the first of them is trained on, adds up the totals. In
+    training, the loss of each batch then gets the totals, while gradients flow through the sums of
     its own batch; these gradients add up to those of a single large batch.
 
     Attributes:
         num_samples: Samples of each batch, over all ranks.
         totals: Sums over the batches and ranks, in the order of the calls of `sum_over_step`.
+        position: Number of calls of `sum_over_step` for the current batch so far.
+        gradient_factor: Factor of the gradients of the current batch; None while totals are added
+            up.
     """
 
     num_samples: list[float] = field(default_factory=list)
     totals: list[Tensor] = field(default_factory=list)
     position: int = 0
-    gradient_factor: float | None = None  # None while measuring
+    gradient_factor: float | None = None
 
     @contextmanager
-    def measured(self) -> Iterator[None]:
-        """Add the sums of the next batch; its number of samples is to be added after it."""
+    def add_batch(self) -> Iterator[None]:
+        """Add the sums of the next batch to the totals; `finish_batch` is to be called after it."""
         with self._active(None):
             yield
 
+    def finish_batch(self, num_samples: float) -> None:
+        """Set the number of samples of the last batch, over all ranks."""
+        self.num_samples.append(num_samples)
+
     @contextmanager
-    def applied(self, batch: int) -> Iterator[None]:
+    def use_totals(self, batch: int) -> Iterator[None]:
         """Let `sum_over_step` return the totals while training on a batch, counted from 0."""
         # A batch has the share `num_samples[batch] / sum(num_samples)` of the mean loss.
         with self._active(sum(self.num_samples) / self.num_samples[batch]):

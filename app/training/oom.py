@@ -23,7 +23,7 @@ class OOMReporter:
     def __init__(self, device: torch.device, config: Config | None) -> None:
         self.device, self.config = device, config
 
-    def check(self, error: Exception, stage: str, epoch: int, step: int) -> None:
+    def raise_if_out_of_memory(self, error: Exception, stage: str, epoch: int, step: int) -> None:
         """Raise an error that tells what to change if a step has run out of memory.
 
         Raises:

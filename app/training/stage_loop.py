@@ -223,7 +223,9 @@ class StageLoop:
         batches = iter(()) if must_end else remaining_batches(loader, epoch, position, paused)
         if not must_end:  # a run that was stopped may be resumed just before a validation
             self.paused = self.pause_if_due(loader, batches)
-        remaining = self.steps.measured_first(batches, epoch) if self.steps.looks_ahead else batches
+        remaining = (
+            self.steps.look_ahead(batches, epoch) if self.steps.needs_look_ahead else batches
+        )
         for batch in () if self.paused else remaining:
             state.batches_in_epoch += 1
             state.batches += 1

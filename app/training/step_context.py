@@ -44,7 +44,7 @@ class StepContext:
     ) -> None:
         self.task, self.strategy, self.freezing = task, strategy, freezing
         self.averaging, self.nonfinite, self.oom = averaging, nonfinite, oom
-        self.looks_ahead: bool | None = None  # unknown before the first epoch
+        self.needs_look_ahead: bool | None = None  # unknown before the first epoch
         self.step_sums = StepSums()
 
     def prepare_epoch(self, loader: BatchLoader, epoch: int) -> None:
@@ -54,37 +54,37 @@ class StepContext:
         accumulated batches.
         """
         assert self.task.optimizers is not None
-        accumulates = self.task.optimizers.accumulate > 1 and self.task.looks_ahead
-        tries_loss = accumulates and self.looks_ahead is None
+        can_look_ahead = self.task.optimizers.accumulate > 1 and self.task.can_look_ahead
+        tries_loss = can_look_ahead and self.needs_look_ahead is None
         if not tries_loss and not self.task.replays_steps:
             return
         self.task.model.train()
         self.freezing.apply(epoch)
         if tries_loss:
-            sums = self._measure(epoch, [StepBatch(loader.first(2), 1)])
-            self.looks_ahead = bool(sums.totals)
+            sums = self._sums_of_step(epoch, [StepBatch(loader.first(2), 1)])
+            self.needs_look_ahead = bool(sums.totals)
         if self.task.replays_steps:
             with self.task.precision.autocast():
                 self.task.prepare_steps(loader.first)
 
-    def measured_first(self, batches: Iterator[StepBatch], epoch: int) -> Iterator[StepBatch]:
-        """Yield the batches, those of each optimizer step after all of them have been measured."""
+    def look_ahead(self, batches: Iterator[StepBatch], epoch: int) -> Iterator[StepBatch]:
+        """Yield the batches, those of each optimizer step once the loss has its sums over them."""
         assert self.task.optimizers is not None
         while step := list(islice(batches, self.task.optimizers.accumulate)):
-            self.step_sums = self._measure(epoch, step)
+            self.step_sums = self._sums_of_step(epoch, step)
             yield from step
 
     @torch.no_grad()
-    def _measure(self, epoch: int, batches: list[StepBatch]) -> StepSums:
-        """Return the sums of the loss over the batches; leave no traces in the modules."""
+    def _sums_of_step(self, epoch: int, batches: list[StepBatch]) -> StepSums:
+        """Return the sums of the loss over the batches; restore buffers and random states."""
         sums, rng = StepSums(), rng_state()
         buffers = [buffer for module in self.task.modules for buffer in module.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         for batch in batches:
             sync = self.strategy.sync_context(batch.is_padding, True)
-            with self._forward("train", epoch, batch), sync, sums.measured():
+            with self._forward("train", epoch, batch), sync, sums.add_batch():
                 count = self.task.look_ahead(batch.data, epoch)
-            sums.num_samples.append(all_reduce_async(0 if batch.is_padding else count)())
+            sums.finish_batch(all_reduce_async(0 if batch.is_padding else count)())
         for buffer, earlier in zip(buffers, kept, strict=True):
             buffer.copy_(earlier)
         set_rng_state(rng)
@@ -114,17 +114,17 @@ class StepContext:
         self.nonfinite.on_batch_start(batch, global_step)
         steps_next = self.task.optimizers.steps_next
         sync = self.strategy.sync_context(batch.is_padding, steps_next)
-        with self._forward("train", epoch, batch), sync, self._summed():
+        with self._forward("train", epoch, batch), sync, self._totals():
             yield
         self.nonfinite.on_batch_end()
         self.averaging.update(epoch, self.task.optimizers.steps)
 
-    def _summed(self) -> AbstractContextManager[None]:
-        """Give the loss its sums over all batches of the optimizer step."""
+    def _totals(self) -> AbstractContextManager[None]:
+        """Return a context in which the loss gets its sums over all batches of the step."""
         assert self.task.optimizers is not None
-        if not self.looks_ahead:
+        if not self.needs_look_ahead:
             return nullcontext()
-        return self.step_sums.applied(self.task.optimizers.batches)
+        return self.step_sums.use_totals(self.task.optimizers.batches)
 
     @contextmanager
     def eval_step(self, stage: str, epoch: int, batch: StepBatch) -> Iterator[None]:
@@ -143,7 +143,7 @@ class StepContext:
             with pads, self.task.precision.autocast():
                 yield
         except (RuntimeError, MemoryError) as error:
-            self.oom.check(error, stage, epoch, batch.number)
+            self.oom.raise_if_out_of_memory(error, stage, epoch, batch.number)
             raise
 
     @contextmanager

@@ -103,11 +103,11 @@ class SupervisedTask(Task):
         return outputs, loss, terms, weight
 
     @property
-    def looks_ahead(self) -> bool:  # type: ignore[override]
+    def can_look_ahead(self) -> bool:  # type: ignore[override]
         own = type(self).train_step, type(self).learn
         has_own_loss = type(self).training_loss is not SupervisedTask.training_loss
         is_default = own == (SupervisedTask.train_step, SupervisedTask.learn)
-        return is_default and (has_own_loss or not self.loss.is_of_torch)
+        return is_default and (has_own_loss or not self.loss.is_torch_loss)
 
     def look_ahead(self, batch: Nested, epoch: int) -> int:
         self._set_mix_epoch(epoch)

@@ -71,12 +71,12 @@ class Task:
         has_eval_loss: Whether `eval_step` computes a loss. If not, it returns NaN, and the cells of
             the loss are empty in the tables of evaluated stages.
         replays_steps: Whether training steps are recorded once and replayed.
-        looks_ahead: Whether `look_ahead` makes the forward pass of a training step.
+        can_look_ahead: Whether `look_ahead` makes the forward pass of a training step.
     """
 
     has_eval_loss = True
     replays_steps = False
-    looks_ahead = False
+    can_look_ahead = False
 
     def __init__(
         self,

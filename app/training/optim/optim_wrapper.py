@@ -15,7 +15,6 @@ from app.distributed.collectives import (
     all_reduce,
     all_reduce_async,
     all_reduce_tensor_async,
-    is_distributed,
 )
 from app.distributed.strategies import (
     SingleDevice,
@@ -153,7 +152,7 @@ class OptimWrapper:
     def _start_reductions(self) -> Reductions:
         """Start to sum the number of samples and the losses over all ranks."""
         samples = all_reduce_async(self.samples)
-        if self.finite_check.policy is None or not is_distributed():
+        if self.finite_check.policy is None or not self.strategy.is_distributed:
             return samples, lambda: self.losses
         zero_or_nan = torch.zeros((), device=self.device)
         for loss in self.losses:
