@@ -409,6 +409,22 @@ def toy_loader(count: int = 23, batch_size: int = 5) -> BatchLoader:
     return make_loader(TensorDataset(inputs), batch_size, shuffle=True)
 
 
+def step_with_infinite_loss_on_one_rank() -> tuple[int, float]:
+    """Return the number of steps and the weight; the gradients are finite on both ranks."""
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    strategy = DDPStrategy(model, CPU, True, False)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.5), strategy=strategy)
+    OptimWrapperDict(wrapper, "skip")
+    infinity = float("inf") if rank() == 1 else 0.0
+    wrapper.step(strategy(torch.ones(1, 1)).sum() + infinity, 1)
+    return wrapper.steps, model.weight.item()
+
+
+def test_infinite_loss_on_one_rank_is_refused_by_all() -> None:
+    assert run_on_ranks(2, step_with_infinite_loss_on_one_rank) == [(0, 1.0), (0, 1.0)]
+
+
 def train_alternating() -> dict[str, Tensor]:
     torch.manual_seed(1)
     task = AlternatingTask(TwoPartModel())
